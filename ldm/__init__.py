@@ -1,0 +1,24 @@
+"""Latent diffusion: Stable Diffusion 1.x, 2.x and SDXL, to generate with, to train with, to read.
+
+Importing this package costs nothing: torch is imported when the first name below is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import LdmError
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
+
+__version__ = "0.1.0"
+__all__ = ["LatentDiffusion", "LdmError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LatentDiffusion":
+        from ldm.latent_diffusion import LatentDiffusion
+
+        return LatentDiffusion
+    raise AttributeError(f"module 'ldm' has no attribute {name!r}")
