@@ -1,0 +1,169 @@
+"""The parts that the U-Net and the autoencoder are built from. Attribute names are diffusers' state-dict keys.
+
+B batch, C channels, H×W height and width, N = H·W image tokens, M text tokens, T text channels, E time channels
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.attention import AttentionLayer
+
+
+class ResnetBlock(nn.Module):
+    """Two 3×3 convolutions around a skip connection; the time embedding, if there is one, is added between them."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int, eps: float, time_dim: int = 0) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        if time_dim:
+            self.time_emb_proj = nn.Linear(time_dim, channels_out)
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class Attention(AttentionLayer):
+    """Multi-head attention of image tokens on themselves or, given `text_dim`, on text tokens."""
+
+    def __init__(self, dim: int, heads: int, text_dim: int | None = None) -> None:
+        super().__init__(dim, heads)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(text_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(text_dim or dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose second half gates the first through GELU (Shazeer 2020)."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Widen four times, gate, narrow again. `net[1]` is the place of a drop-out that no released model uses."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention on the text, feed-forward; each behind a layer norm and around a skip connection."""
+
+    def __init__(self, dim: int, heads: int, text_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, text_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = self.attn1(h, h) + x
+        x = self.attn2(self.norm2(x), text) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class Transformer(nn.Module):
+    """`depth` transformer blocks over the pixels of a feature map, inside one skip connection.
+
+    `linear` projects the tokens with a linear layer (SD 2, SDXL) where SD 1 uses a 1×1 convolution on the map: the same
+    product, another weight shape and another rounding.
+    """
+
+    def __init__(self, channels: int, heads: int, depth: int, text_dim: int, groups: int, linear: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = TokenLinear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, text_dim) for _ in range(depth))
+        self.proj_out = TokenLinear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        h = self.proj_in(self.norm(x))
+        tokens = h.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, text)
+        h = tokens.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()  # (B, C, H, W)
+        return self.proj_out(h) + x
+
+
+class TokenLinear(nn.Linear):
+    """A linear layer over the channels of a map (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()
+
+
+class NoAttention(nn.Module):
+    """Stands where a level of the U-Net has no transformer."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return x
+
+
+class SpatialAttention(AttentionLayer):
+    """Self-attention with one head over the pixels of a feature map: the autoencoder's."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(channels, heads=1)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        tokens = self.to_out(self.attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:]) + x  # (B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a 3×3 convolution of stride 2, rounding up.
+
+    The U-Net pads all sides; the autoencoder (`asymmetric`) pads the right and the bottom only.
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1)) if asymmetric else nn.Identity()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.pad(x))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to `size` (height, width), then a 3×3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
