@@ -1,0 +1,192 @@
+"""The released model families, one literal each: what distinguishes SD 1.5 from SDXL is here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ldm.errors import LdmError
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.text import TextEncoderConfig
+from ldm.models.unet import UNetConfig
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How noise was added in training, and the scheduler that the model is published with."""
+
+    prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon", "v_prediction" or "sample"
+    beta_start: float = 0.00085  # variance added in the first step
+    beta_end: float = 0.012  # and in the last
+    beta_schedule: str = "scaled_linear"  # between them: linear in the square root
+    train_steps: int = 1000
+    zero_terminal_snr: bool = False  # betas rescaled so that the last step is pure noise (Lin et al. 2023)
+    scheduler: str = "PNDMScheduler"  # diffusers' name of the sampler
+    options: Mapping[str, Any] = field(default_factory=dict)  # its further options
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise LdmError(f"prediction type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
+        if self.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+            raise LdmError(
+                f"beta schedule {self.beta_schedule!r}; known are linear, scaled_linear and squaredcos_cap_v2"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise LdmError(f"betas from {self.beta_start!r} to {self.beta_end!r}: they must rise within (0, 1)")
+        if not isinstance(self.train_steps, int) or not 1 <= self.train_steps <= 100_000:
+            raise LdmError(f"{self.train_steps!r} training timesteps; a whole number from 1 to 100000 is needed")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that must be known to build a model; the weights are the rest."""
+
+    name: str
+    unet: UNetConfig
+    autoencoder: AutoencoderConfig
+    text: tuple[TextEncoderConfig, ...]
+    schedule: NoiseSchedule
+    zero_empty_prompt: bool = False  # an empty negative prompt is encoded as zeros (SDXL base)
+
+    def __post_init__(self) -> None:
+        width = sum(config.width for config in self.text)
+        if width != self.unet.text_dim:
+            raise LdmError(f"the text encoders give {width} channels, the U-Net reads {self.unet.text_dim}")
+        if self.unet.pooled_dim not in (0, self.text[-1].projection):
+            raise LdmError(
+                f"the last text encoder gives {self.text[-1].projection} pooled channels, the U-Net reads "
+                f"{self.unet.pooled_dim}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Height and width, in pixels, of the pictures that it was trained on."""
+        return self.unet.sample_size * self.autoencoder.factor
+
+    @property
+    def task(self) -> str:
+        """What the U-Net reads beside the noisy latents: "text" (nothing), "inpaint" or "edit"."""
+        extra = self.unet.in_channels - self.unet.out_channels
+        latents = self.autoencoder.latent_channels
+        return {latents + 1: "inpaint", latents: "edit"}.get(extra, "text")
+
+    @property
+    def refiner(self) -> bool:
+        """Whether it takes an aesthetic score in the place of the target size."""
+        return self.unet.size_ids == 5
+
+
+_LEADING = {"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}
+_EULER = {
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+}
+
+CLIP_L = TextEncoderConfig()
+OPENCLIP_H = TextEncoderConfig(width=1024, layers=23, heads=16, hidden=4096, activation="gelu", pad_token="!")
+OPENCLIP_BIGG = TextEncoderConfig(
+    width=1280, layers=32, heads=20, hidden=5120, activation="gelu", projection=1280, pad_token="!"
+)
+
+SD15 = Family(
+    name="sd15",
+    unet=UNetConfig(),
+    autoencoder=AutoencoderConfig(),
+    text=(CLIP_L,),
+    schedule=NoiseSchedule(options=_LEADING),
+)
+SD2 = Family(
+    name="sd2",
+    unet=UNetConfig(heads=(5, 10, 20, 20), text_dim=1024, linear_projection=True),
+    autoencoder=AutoencoderConfig(),
+    text=(OPENCLIP_H,),
+    schedule=NoiseSchedule(options=_LEADING),
+)
+SDXL = Family(
+    name="sdxl",
+    unet=UNetConfig(
+        channels=(320, 640, 1280),
+        depth=(0, 2, 10),
+        mid_depth=10,
+        heads=(5, 10, 20),
+        text_dim=2048,
+        linear_projection=True,
+        pooled_dim=1280,
+        size_ids=6,
+        sample_size=128,
+    ),
+    autoencoder=AutoencoderConfig(scaling_factor=0.13025, force_upcast=True, sample_size=1024),
+    text=(CLIP_L, OPENCLIP_BIGG),
+    schedule=NoiseSchedule(scheduler="EulerDiscreteScheduler", options=_EULER),
+    zero_empty_prompt=True,
+)
+SDXL_REFINER = Family(
+    name="sdxl-refiner",
+    unet=UNetConfig(
+        channels=(384, 768, 1536, 1536),
+        depth=(0, 4, 4, 0),
+        mid_depth=4,
+        heads=(6, 12, 24, 24),
+        text_dim=1280,
+        linear_projection=True,
+        pooled_dim=1280,
+        size_ids=5,
+        sample_size=128,
+    ),
+    autoencoder=SDXL.autoencoder,
+    text=(OPENCLIP_BIGG,),
+    schedule=SDXL.schedule,
+)
+
+
+def variant(family: Family, name: str, in_channels: int) -> Family:
+    """The same family with a U-Net that reads more channels."""
+    return replace(family, name=name, unet=replace(family.unet, in_channels=in_channels))
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        SD15,
+        variant(SD15, "sd15-inpaint", 9),
+        variant(SD15, "sd15-edit", 8),  # InstructPix2Pix
+        SD2,
+        variant(SD2, "sd2-inpaint", 9),
+        replace(
+            SD2,
+            name="sd2-v",
+            unet=replace(SD2.unet, sample_size=96),
+            autoencoder=replace(SD2.autoencoder, sample_size=768),
+            schedule=NoiseSchedule("v_prediction", scheduler="DDIMScheduler", options=_LEADING),
+        ),
+        SDXL,
+        variant(SDXL, "sdxl-inpaint", 9),
+        variant(SDXL, "sdxl-edit", 8),
+        SDXL_REFINER,
+    )
+}
+
+
+def family_named(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        LdmError: there is none.
+    """
+    if name not in FAMILIES:
+        raise LdmError(f"family {name!r} is not known; choose one of: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def recognise(unet: UNetConfig, text: tuple[TextEncoderConfig, ...], prediction_type: str) -> str:
+    """The name of the released family that these configurations belong to, or "custom"."""
+    for family in FAMILIES.values():
+        same_unet = replace(unet, sample_size=family.unet.sample_size) == family.unet
+        if same_unet and text == family.text and prediction_type == family.schedule.prediction_type:
+            return family.name
+    return "custom"

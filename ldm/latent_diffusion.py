@@ -1,0 +1,125 @@
+"""`LatentDiffusion`: U-Net, autoencoder, text encoders and noise schedule in one bundle, from and to disk.
+
+B prompts, M tokens, T text channels, P channels of the pooled text
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from ldm.errors import LdmError
+from ldm.families import Family, NoiseSchedule, family_named
+from ldm.models.unet import Conditioning
+from ldm.weights.components import Components, build
+from ldm.weights.files import Progress, silent
+from ldm.weights.folder import write_folder
+from ldm.weights.single_file import write_single_file
+from ldm.weights.sources import Source, open_source
+
+
+class LatentDiffusion(Components):
+    """A latent diffusion model: `family`, `unet`, `autoencoder`, `text_encoders`. It holds nothing of a single call."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Source,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        family: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        components: Mapping[str, Source] | None = None,
+        allow_pickle: bool = False,
+        verify: bool = True,
+        progress: Progress = silent,
+    ) -> Self:
+        """Load a model from a diffusers folder, an original single-file checkpoint or a Hub name, ready to infer.
+
+        Weights are memory-mapped, as stored unless `dtype` is given. The other arguments are those of
+        `ldm.weights.sources.open_source`.
+
+        Raises:
+            LdmError: in one line, what is wrong with the source and what to do.
+        """
+        opened = open_source(
+            source,
+            family=family,
+            variant=variant,
+            revision=revision,
+            components=components,
+            allow_pickle=allow_pickle,
+            verify=verify,
+            progress=progress,
+        )
+        parts = opened.load(dtype, device, progress)
+        return cls(parts.family, parts.unet, parts.autoencoder, parts.text_encoders)
+
+    @classmethod
+    def from_family(cls, family: str | Family, seed: int = 0) -> Self:
+        """A model with random weights (float32, on the CPU) that depend on the seed alone: where training starts."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parts = build(family_named(family) if isinstance(family, str) else family)
+        return cls(parts.family, parts.unet, parts.autoencoder, parts.text_encoders)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """How noise was added in training."""
+        return self.family.schedule
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        max_shard_size: int = 10 * 10**9,
+        overwrite: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        """Write a folder that diffusers opens, or, if the path ends in `.safetensors`, an original single file.
+
+        It is written whole or not at all, and carries digests that are checked when it is loaded.
+
+        Raises:
+            LdmError: the path exists and `overwrite` is not set, or it cannot be written.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            write_single_file(self, path, dtype, overwrite, progress)
+        else:
+            write_folder(self, path, dtype, variant, max_shard_size, overwrite, progress)
+
+    def encode_prompt(
+        self, prompts: str | Sequence[str], *, clip_skip: int = 0, size: Sequence[float] | None = None
+    ) -> Conditioning:
+        """Prompts to what the U-Net is conditioned on: text (B, M, T) and, for SDXL, pooled text (B, P) and size ids.
+
+        `size` holds the size ids for all prompts: original height and width, crop top and left, then target height and
+        width (SDXL), or the aesthetic score (its refiner). The default is an uncropped picture of the trained size,
+        with a score of 6.
+
+        Raises:
+            LdmError: there are no prompts, or `size` has the wrong length or is for a model that takes none.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise LdmError(f"prompts {prompts!r}: at least one text is needed")
+        wanted = self.family.unet.size_ids
+        if size is None:
+            side = self.family.size
+            size = [side, side, 0, 0, *([6.0] if self.family.refiner else [side, side])][:wanted]
+        if len(size) != wanted:
+            raise LdmError(f"size {list(size)!r}: a {self.family.name} model takes {wanted} size ids")
+        cond = self.text_encoders(prompts, clip_skip)
+        if not wanted:
+            return cond
+        ids = torch.tensor([list(size)] * len(prompts), dtype=torch.float32, device=cond.text.device)
+        return Conditioning(cond.text, cond.pooled, ids)

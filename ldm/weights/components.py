@@ -1,0 +1,170 @@
+"""From a model found on disk to a model in memory: built on the meta device, checked by name and shape, then mapped in.
+
+Readers of each format find out the family and where the tensors of each component are (`Opened`); everything after that
+is the same for all formats and is here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from ldm.errors import LdmError, listing
+from ldm.families import Family
+from ldm.models.autoencoder import Autoencoder, build_autoencoder
+from ldm.models.text import TextEncoders
+from ldm.models.tokenizer import clip_tokenizer
+from ldm.models.unet import UNet
+from ldm.weights.files import Progress, Store, TensorInfo, silent
+from ldm.weights.layouts import Layout, Link
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Components:
+    """The parts of a latent diffusion model."""
+
+    family: Family
+    unet: UNet
+    autoencoder: Autoencoder
+    text_encoders: TextEncoders
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every network by the name of its folder in a diffusers model."""
+        towers = zip(self.text_encoders.configs, self.text_encoders.towers, strict=True)
+        return {"unet": self.unet, "vae": self.autoencoder} | {config.component: tower for config, tower in towers}
+
+
+def build(family: Family, tokenizers: Iterable[CLIPTokenizer] | None = None) -> Components:
+    """A model of that family with PyTorch's random initial weights, on the default device.
+
+    `tokenizers`, one for each text tower, default to CLIP's own.
+    """
+    if tokenizers is None:
+        tokenizers = [clip_tokenizer(c.pad_token, c.context, c.vocab_size) for c in family.text]
+    return Components(
+        family=family,
+        unet=UNet(family.unet),
+        autoencoder=build_autoencoder(family.autoencoder),
+        text_encoders=TextEncoders(family.text, tuple(tokenizers), pooled=bool(family.unet.pooled_dim)),
+    )
+
+
+@dataclass
+class Part:
+    """The tensors of one component: where they are, what they may be called there, and what may lie beside them."""
+
+    store: Store
+    layouts: list[tuple[str, Layout]]  # with the prefix of their names; the one of which most is found is taken
+    ignored: re.Pattern[str] = re.compile("(?!)")  # names that may be there and are not needed
+
+    def links(self, module: nn.Module) -> list[Link]:
+        """Links for every parameter of the module, all checked against names, shapes and types in the store.
+
+        Raises:
+            LdmError: names are missing or unexpected, or shapes or types are wrong.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        found = self.store.infos
+        candidates = [(prefix, layout(shapes)) for prefix, layout in self.layouts]
+        prefix, links = max(candidates, key=lambda candidate: sum(link.theirs in found for link in candidate[1]))
+        wanted = {link.theirs: link.shape(shapes) for link in links}
+        here = [name for name in found if name.startswith(prefix)]
+        _refuse(
+            self.store,
+            missing=[name for name in wanted if name not in found],
+            unexpected=[name for name in here if name not in wanted and not self.ignored.fullmatch(name)],
+            misshapen=[
+                f"{name} {list(found[name].shape)} (not {list(shape)})"
+                for name, shape in wanted.items()
+                if name in found and not _fits(found[name].shape, shape)
+            ],
+            mistyped=[
+                f"{name} ({found[name].dtype})"
+                for name in wanted
+                if name in found and not found[name].dtype.is_floating_point
+            ],
+        )
+        return links
+
+
+def _fits(found: Shape, wanted: Shape) -> bool:
+    return found == wanted or (*found, 1, 1) == wanted  # some files hold 1×1 convolutions as matrices
+
+
+def _refuse(store: Store, **problems: list[str]) -> None:
+    if any(problems.values()):
+        text = "; ".join(f"{len(names)} {kind}: {listing(names, 3)}" for kind, names in problems.items() if names)
+        hint = " (this is a LoRA or another adapter, not a model)" if is_adapter(store.infos) else ""
+        raise LdmError(f"{_files(store)}: tensors do not fit the model{hint}: {text}")
+
+
+def _files(store: Store) -> str:
+    more = len(store.files) - 1
+    return f"{store.files[0]}" + (f" and {more} more files" if more else "")
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors are those of a LoRA, LoHa or similar adapter."""
+    marks = (".lora_", "lora_unet_", "lora_te", ".lora.", ".hada_", ".lokr_", ".oft_", ".alpha")
+    return any(mark in name for name in names for mark in marks)
+
+
+@dataclass
+class Opened:
+    """A model found on disk: what it is and where its tensors are. Names and shapes are checked, nothing is loaded."""
+
+    source: str
+    layout: str  # "diffusers folder" or "single file"
+    family: Family
+    tokenizers: list[CLIPTokenizer]
+    parts: dict[str, Part]  # by the name of the component
+    ignored: list[str] = field(default_factory=list)  # what is there and not used: components or groups of tensors
+
+    def __post_init__(self) -> None:
+        with torch.device("meta"):
+            self.components = build(self.family, self.tokenizers)
+        self.links = {name: self.parts[name].links(module) for name, module in self.components.modules().items()}
+
+    def infos(self, component: str) -> Mapping[str, TensorInfo]:
+        """The tensors of one component as the store has them."""
+        infos = self.parts[component].store.infos
+        return {link.theirs: infos[link.theirs] for link in self.links[component]}
+
+    def load(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", progress: Progress = silent
+    ) -> Components:
+        """Map the weights in: floating-point ones as `dtype`, or as they are stored."""
+        total = sum(info.nbytes for name in self.links for info in self.infos(name).values())
+        done = 0
+        for name, module in self.components.modules().items():
+            links = {link.theirs: link for link in self.links[name]}
+            shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+            state: dict[str, Tensor] = {}
+            for theirs, tensor in self.parts[name].store.read(links, dtype, device):
+                done += self.parts[name].store.infos[theirs].nbytes
+                if dtype is None and tensor.dtype.itemsize < 2:
+                    raise LdmError(f"{name} is stored as {tensor.dtype}; name a dtype to compute in (dtype=, --dtype)")
+                link = links[theirs]
+                for ours, value in zip(link.ours, link.to_ours(tensor), strict=True):
+                    state[ours] = value.reshape(shapes[ours])
+                progress(f"loading {name}", done, total)
+            module.load_state_dict(state, assign=True)
+            _materialise(module, device)
+            module.eval()
+        return self.components
+
+
+def _materialise(module: nn.Module, device: torch.device | str) -> None:
+    """Fill the one buffer that no file holds: the positions 0, 1, 2 … of a text tower."""
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            assert name.endswith("position_ids"), name
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer("position_ids", torch.arange(buffer.shape[-1], device=device)[None], persistent=False)

@@ -1,0 +1,496 @@
+"""`config.json` of diffusers and transformers, to our dataclasses and back.
+
+Every option is either translated, or must have the one value that our networks are built for. What is not listed here
+is refused by name: an unknown option must never be a wrong picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ldm.errors import LdmError
+from ldm.families import NoiseSchedule
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.text import TextEncoderConfig
+from ldm.models.unet import UNetConfig
+
+Json = Mapping[str, Any]
+
+# options with the only values that our networks have
+_UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "dropout": (0,),
+    "act_fn": ("silu", "swish"),
+    "norm_eps": (1e-5,),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "upcast_attention": (False, True, None),  # without effect in diffusers' default attention too
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "addition_embed_type_num_heads": (64,),
+}
+_AUTOENCODER_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "norm_type": ("group",),
+    "lookup_from_codebook": (False,),
+}
+_TEXT_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0,),
+    "dropout": (0,),
+    "layer_norm_eps": (1e-5,),
+    "model_type": ("clip_text_model",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({}, None),
+}
+# options of text encoders without effect on what the tower computes: initialisation, and text generation
+_TEXT_IGNORED = frozenset(
+    [
+        "architectures",
+        "initializer_factor",
+        "initializer_range",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "tie_word_embeddings",
+        "is_encoder_decoder",
+        "tie_encoder_decoder",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "tokenizer_class",
+        "prefix",
+        "task_specific_params",
+        "problem_type",
+        "use_cache",
+    ]
+)
+
+
+class Reader:
+    """Takes options out of a JSON object one by one, checks them, and at the end refuses what is left."""
+
+    def __init__(self, where: str, json: Json) -> None:
+        self.where = where
+        self.left = {name: value for name, value in json.items() if not name.startswith("_")}
+
+    def fail(self, name: str, value: Any, wanted: str) -> LdmError:
+        return LdmError(f"{self.where}: option {name!r} is {_short(value)}; {wanted}")
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The option's value, of that type, or the default if it is absent or null."""
+        value = self.left.pop(name, None)
+        if value is None:
+            if default is None:
+                raise LdmError(f"{self.where}: option {name!r} is missing")
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise self.fail(name, value, f"it must be of type {' or '.join(k.__name__ for k in kinds)}")
+        return value
+
+    def ints(self, name: str, length: int, default: Any = None) -> tuple[int, ...]:
+        """A list of whole numbers; one number stands for as many equal ones."""
+        value = self.take(name, (int, list), default)
+        values = [value] * length if isinstance(value, int) else value
+        if len(values) != length or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            raise self.fail(name, value, f"it must be a whole number or a list of {length}")
+        return tuple(values)
+
+    def same(self, name: str, default: Any = None) -> int:
+        """One whole number, perhaps written as a list of equal ones."""
+        value = self.left.get(name)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            self.left[name] = value[0]
+        return self.take(name, int, default)
+
+    def done(self, fixed: Mapping[str, tuple[Any, ...]], ignored: Iterable[str] = ()) -> None:
+        """Raise unless every option left over has a value that our networks are built for."""
+        for name in ignored:
+            self.left.pop(name, None)
+        for name, value in self.left.items():
+            if name not in fixed:
+                raise self.fail(name, value, "this program does not know that option")
+            plain = value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value
+            if plain not in fixed[name]:
+                raise self.fail(name, value, f"this program only has {' or '.join(repr(v) for v in fixed[name])}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- U-Net ------------------------------------------------------------------------------------------------------------
+
+
+def read_unet(where: str, json: Json, pooled_dim: int) -> UNetConfig:
+    """The U-Net of a diffusers `config.json`; `pooled_dim` is what the text encoder beside it gives, 0 for nothing."""
+    reader = Reader(where, json)
+    channels = tuple(reader.take("block_out_channels", list))
+    n = len(channels)
+    down, up = reader.take("down_block_types", list), reader.take("up_block_types", list)
+    kinds = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+    for name, types, known in (
+        ("down_block_types", down, list(kinds)),
+        ("up_block_types", up, [kind.replace("Down", "Up") for kind in kinds]),
+    ):
+        for kind in types:
+            if kind not in known:
+                raise reader.fail(name, kind, f"this program has {' and '.join(known)}")
+    if len(down) != n or [kind.replace("Down", "Up") for kind in reversed(down)] != up:
+        raise reader.fail("up_block_types", up, "they must mirror down_block_types, one for each of block_out_channels")
+    depths = reader.ints("transformer_layers_per_block", n, default=1)
+    embedding = reader.left.pop("addition_embed_type", None)
+    if embedding not in (None, "text_time"):
+        raise reader.fail("addition_embed_type", embedding, "this program only has None and 'text_time'")
+    size_dim = reader.take("addition_time_embed_dim", int, default=256)
+    joined = reader.take("projection_class_embeddings_input_dim", int, default=0)
+    size_ids, rest = 0, 0
+    if embedding:
+        size_ids, rest = divmod(joined - pooled_dim, max(size_dim, 1))
+    if rest or (embedding and size_ids not in (5, 6)):
+        raise reader.fail(
+            "projection_class_embeddings_input_dim",
+            joined,
+            f"it must be the {pooled_dim} channels of the pooled text and 5 or 6 times {size_dim}",
+        )
+    config = UNetConfig(
+        channels=channels,
+        depth=tuple(depth if kinds[kind] else 0 for depth, kind in zip(depths, down, strict=True)),
+        mid_depth=depths[-1],
+        heads=reader.ints("attention_head_dim", n, default=8),  # diffusers' misnomer: it is the number of heads
+        layers=reader.same("layers_per_block", default=2),
+        text_dim=reader.same("cross_attention_dim", default=1280),
+        in_channels=reader.take("in_channels", int, default=4),
+        out_channels=reader.take("out_channels", int, default=4),
+        linear_projection=reader.take("use_linear_projection", bool, default=False),
+        pooled_dim=pooled_dim if embedding else 0,
+        size_ids=size_ids,
+        size_dim=size_dim,
+        groups=reader.take("norm_num_groups", int, default=32),
+        sample_size=reader.take("sample_size", int, default=64),
+    )
+    reader.done(_UNET_FIXED)
+    return config
+
+
+def write_unet(config: UNetConfig) -> dict[str, Any]:
+    """diffusers' `config.json` of a `UNet2DConditionModel`."""
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
+    json: dict[str, Any] = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": list(config.heads),
+        "block_out_channels": list(config.channels),
+        "cross_attention_dim": config.text_dim,
+        "down_block_types": down,
+        "in_channels": config.in_channels,
+        "layers_per_block": config.layers,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-5,
+        "norm_num_groups": config.groups,
+        "out_channels": config.out_channels,
+        "sample_size": config.sample_size,
+        "transformer_layers_per_block": [*(depth or 1 for depth in config.depth[:-1]), config.mid_depth],
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+        "use_linear_projection": config.linear_projection,
+    }
+    if config.depth[-1] not in (0, config.mid_depth):
+        raise LdmError(
+            f"diffusers has no U-Net whose last level has {config.depth[-1]} transformer blocks and whose middle has "
+            f"{config.mid_depth}"
+        )
+    if config.pooled_dim:
+        json |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": config.size_dim,
+            "projection_class_embeddings_input_dim": config.pooled_dim + config.size_ids * config.size_dim,
+        }
+    return json
+
+
+# --- autoencoder ------------------------------------------------------------------------------------------------------
+
+
+def read_autoencoder(where: str, json: Json) -> AutoencoderConfig:
+    """The autoencoder of a diffusers `config.json`: `AutoencoderKL`, or `VQModel` if its class says so."""
+    reader = Reader(where, json)
+    channels = tuple(reader.take("block_out_channels", list))
+    down, up = reader.take("down_block_types", list), reader.take("up_block_types", list)
+    kinds = {
+        "DownEncoderBlock2D": ("UpDecoderBlock2D", False),
+        "AttnDownEncoderBlock2D": ("AttnUpDecoderBlock2D", True),
+    }
+    for kind in down:
+        if kind not in kinds:
+            raise reader.fail("down_block_types", kind, f"this program has {' and '.join(kinds)}")
+    if len(down) != len(channels) or [kinds[kind][0] for kind in reversed(down)] != up:
+        raise reader.fail("up_block_types", up, "they must mirror down_block_types, one for each of block_out_channels")
+    codebook = codebook_dim = 0
+    if json.get("_class_name") == "VQModel":
+        codebook = reader.take("num_vq_embeddings", int, default=256)
+        codebook_dim = reader.take("vq_embed_dim", int, default=0)
+    config = AutoencoderConfig(
+        channels=channels,
+        attention=tuple(kinds[kind][1] for kind in down),
+        mid_attention=reader.take("mid_block_add_attention", bool, default=True),
+        layers=reader.take("layers_per_block", int, default=1),
+        in_channels=reader.take("in_channels", int, default=3),
+        out_channels=reader.take("out_channels", int, default=3),
+        latent_channels=reader.take("latent_channels", int, default=4),
+        quant_conv=reader.take("use_quant_conv", bool, default=True),
+        post_quant_conv=reader.take("use_post_quant_conv", bool, default=True),
+        groups=reader.take("norm_num_groups", int, default=32),
+        scaling_factor=reader.take("scaling_factor", (int, float), default=0.18215),
+        shift_factor=reader.take("shift_factor", (int, float), default=0.0),
+        force_upcast=reader.take("force_upcast", bool, default=False),
+        sample_size=reader.take("sample_size", int, default=32),
+        codebook=codebook,
+        codebook_dim=codebook_dim,
+    )
+    reader.done(_AUTOENCODER_FIXED)
+    return config
+
+
+def write_autoencoder(config: AutoencoderConfig) -> dict[str, Any]:
+    """diffusers' `config.json` of an `AutoencoderKL` or a `VQModel`."""
+    down = ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in config.attention]
+    json: dict[str, Any] = {
+        "_class_name": "VQModel" if config.codebook else "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(config.channels),
+        "down_block_types": down,
+        "force_upcast": config.force_upcast,
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers,
+        "mid_block_add_attention": config.mid_attention,
+        "norm_num_groups": config.groups,
+        "out_channels": config.out_channels,
+        "sample_size": config.sample_size,
+        "scaling_factor": config.scaling_factor,
+        "up_block_types": [
+            kind.replace("DownEncoder", "UpDecoder") for kind in reversed(down)
+        ],
+    }  # fmt: skip
+    if config.codebook:
+        return json | {"num_vq_embeddings": config.codebook, "vq_embed_dim": config.codebook_dim or None}
+    json |= {"use_quant_conv": config.quant_conv, "use_post_quant_conv": config.post_quant_conv}
+    return json | ({"shift_factor": config.shift_factor} if config.shift_factor else {})
+
+
+# --- text encoders ----------------------------------------------------------------------------------------------------
+
+
+def read_text(where: str, json: Json, projects: bool, pad_token: str) -> TextEncoderConfig:
+    """The tower of a transformers `config.json`; `projects` if its class is `CLIPTextModelWithProjection`."""
+    reader = Reader(where, json)
+    activation = reader.take("hidden_act", str, default="quick_gelu")
+    projection = reader.take("projection_dim", int, default=512)
+    config = TextEncoderConfig(
+        width=reader.take("hidden_size", int, default=512),
+        layers=reader.take("num_hidden_layers", int, default=12),
+        heads=reader.take("num_attention_heads", int, default=8),
+        hidden=reader.take("intermediate_size", int, default=2048),
+        activation=activation,
+        projection=projection if projects else 0,
+        vocab_size=reader.take("vocab_size", int, default=49408),
+        context=reader.take("max_position_embeddings", int, default=77),
+        pad_token=pad_token,
+    )
+    reader.done(_TEXT_FIXED, _TEXT_IGNORED)
+    return config
+
+
+def write_text(config: TextEncoderConfig) -> dict[str, Any]:
+    """transformers' `config.json` of a text tower, token ids as in the published ones of CLIP since 2023."""
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "attention_dropout": 0.0,
+        "bos_token_id": config.vocab_size - 2,
+        "eos_token_id": config.vocab_size - 1,
+        "hidden_act": config.activation,
+        "hidden_size": config.width,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": config.hidden,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": config.context,
+        "model_type": "clip_text_model",
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "pad_token_id": 1,
+        "projection_dim": config.projection or config.width,
+        "vocab_size": config.vocab_size,
+    }
+
+
+# --- scheduler --------------------------------------------------------------------------------------------------------
+
+SCHEDULERS = frozenset(
+    f"{name}Scheduler"
+    for name in [
+        "DDIM",
+        "DDPM",
+        "PNDM",
+        "LMSDiscrete",
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "HeunDiscrete",
+        "KDPM2Discrete",
+        "KDPM2AncestralDiscrete",
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "DPMSolverSDE",
+        "UniPCMultistep",
+        "DEISMultistep",
+        "LCM",
+        "TCD",
+    ]
+)
+_SAMPLER_OPTIONS = frozenset(
+    [
+        "clip_sample",
+        "set_alpha_to_one",
+        "steps_offset",
+        "thresholding",
+        "dynamic_thresholding_ratio",
+        "clip_sample_range",
+        "sample_max_value",
+        "timestep_spacing",
+        "variance_type",
+        "skip_prk_steps",
+        "interpolation_type",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "sigma_min",
+        "sigma_max",
+        "timestep_type",
+        "final_sigmas_type",
+        "solver_order",
+        "algorithm_type",
+        "solver_type",
+        "lower_order_final",
+        "euler_at_final",
+        "use_lu_lambdas",
+        "lambda_min_clipped",
+        "predict_x0",
+        "disable_corrector",
+        "solver_p",
+        "original_inference_steps",
+        "timestep_scaling",
+        "noise_sampler_seed",
+    ]
+)
+_SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,),
+    "use_flow_sigmas": (False,),
+    "flow_shift": (1,),
+    "use_dynamic_shifting": (False,),
+    "time_shift_type": ("exponential",),
+    "shift_terminal": (None,),
+}
+
+
+def read_schedule(where: str, json: Json) -> NoiseSchedule:
+    """The noise schedule of a diffusers `scheduler_config.json`."""
+    reader = Reader(where, json)
+    scheduler = json.get("_class_name")
+    if scheduler not in SCHEDULERS:
+        raise LdmError(f"{where}: scheduler {scheduler!r} is not one of {', '.join(sorted(SCHEDULERS))}")
+    options = {name: reader.left.pop(name) for name in sorted(_SAMPLER_OPTIONS & reader.left.keys())}
+    for name, value in options.items():
+        if not isinstance(value, (bool, int, float, str, list, type(None))):
+            raise reader.fail(name, value, "it must be a number, a word or a list")
+    schedule = NoiseSchedule(
+        prediction_type=reader.take("prediction_type", str, default="epsilon"),
+        beta_start=reader.take("beta_start", float),
+        beta_end=reader.take("beta_end", float),
+        beta_schedule=reader.take("beta_schedule", str),
+        train_steps=reader.take("num_train_timesteps", int, default=1000),
+        zero_terminal_snr=reader.take("rescale_betas_zero_snr", bool, default=False),
+        scheduler=scheduler,
+        options=options,
+    )
+    reader.done(_SCHEDULE_FIXED)
+    return schedule
+
+
+def write_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
+    """diffusers' `scheduler_config.json`."""
+    json = {
+        "_class_name": schedule.scheduler,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": schedule.beta_schedule,
+        "beta_start": schedule.beta_start,
+        "num_train_timesteps": schedule.train_steps,
+        "prediction_type": schedule.prediction_type,
+        **schedule.options,
+    }
+    return json | ({"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {})

@@ -1,0 +1,366 @@
+"""Key layouts: what the tensors of a component are called, and how they lie, in each kind of file.
+
+A layout is a list of links. A link says that one tensor of a file ("theirs") is one or more parameters of our module
+("ours"), either the same or reshaped. One list serves both ways: reading follows it from theirs to ours, writing back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.families import Family, NoiseSchedule
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.text import TextEncoderConfig
+from ldm.models.unet import UNetConfig
+from ldm.weights.files import TensorInfo
+
+Kind = Literal["same", "pointwise", "stack", "transpose"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of a file and the parameters that it is."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    kind: Kind = "same"  # pointwise: a linear layer kept as a 1×1 convolution; stack: q, k and v in one
+
+    def shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The shape in the file, from the shapes of our parameters."""
+        shape = shapes[self.ours[0]]
+        match self.kind:
+            case "same":
+                return shape
+            case "pointwise":
+                return (*shape, 1, 1)
+            case "stack":
+                return (len(self.ours) * shape[0], *shape[1:])
+            case "transpose":
+                return shape[::-1]
+
+    def to_ours(self, tensor: Tensor) -> list[Tensor]:
+        """Their tensor as our parameters, without a copy where that is possible."""
+        match self.kind:
+            case "same":
+                return [tensor]
+            case "pointwise":
+                return [tensor.flatten(1)]
+            case "stack":
+                return list(tensor.chunk(len(self.ours)))
+            case "transpose":
+                return [tensor.T.contiguous()]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Our parameters as their tensor."""
+        match self.kind:
+            case "same":
+                return tensors[0]
+            case "pointwise":
+                return tensors[0][:, :, None, None]
+            case "stack":
+                return torch.cat(list(tensors))
+            case "transpose":
+                return tensors[0].T
+
+
+Layout = Callable[[Iterable[str]], list[Link]]  # the names of our parameters -> links
+
+
+def _rename(rules: Sequence[tuple[str, str]], name: str) -> str:
+    """Replace the first of the (ours, theirs) module names that `name` begins with."""
+    for ours, theirs in rules:
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    raise KeyError(name)
+
+
+# --- diffusers and transformers ---------------------------------------------------------------------------------------
+
+
+def diffusers(names: Iterable[str]) -> list[Link]:
+    """Our own names: they are diffusers'."""
+    return [Link(name, (name,)) for name in names]
+
+
+def diffusers_attention_of_old(names: Iterable[str]) -> list[Link]:
+    """diffusers before 0.15 called an autoencoder's attention layers query, key, value and proj_attn."""
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def theirs(name: str) -> str:
+        for new, was in old.items():
+            name = name.replace(new, was)
+        return name
+
+    return [Link(theirs(name), (name,)) for name in names]
+
+
+def _published(name: str) -> str:
+    """A text tower's parameter as published folders name it: transformers 5 drops the prefix from one class."""
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+
+
+def transformers(names: Iterable[str]) -> list[Link]:
+    """A text tower as published folders hold it."""
+    return [Link(_published(name), (name,)) for name in names]
+
+
+def transformers_flat(names: Iterable[str]) -> list[Link]:
+    """A text tower without projection as transformers 5 writes it: without the prefix `text_model.`."""
+    return [Link(_published(name).removeprefix("text_model."), (name,)) for name in names]
+
+
+# --- the original repositories ----------------------------------------------------------------------------------------
+
+_RESNET = [
+    ("norm1.", "in_layers.0."),
+    ("conv1.", "in_layers.2."),
+    ("time_emb_proj.", "emb_layers.1."),
+    ("norm2.", "out_layers.0."),
+    ("conv2.", "out_layers.3."),
+    ("conv_shortcut.", "skip_connection."),
+]
+
+
+def original_unet(config: UNetConfig, prefix: str) -> Layout:
+    """CompVis' and Stability's `UNetModel`: blocks numbered through, whatever is in them."""
+    modules = {
+        "conv_in.": "input_blocks.0.0.",
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
+        "mid_block.resnets.0.": "middle_block.0.",
+        "mid_block.attentions.0.": "middle_block.1.",
+        "mid_block.resnets.1.": "middle_block.2.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
+    }
+    levels = len(config.channels)
+    block = 1
+    for level in range(levels):
+        for layer in range(config.layers):
+            modules[f"down_blocks.{level}.resnets.{layer}."] = f"input_blocks.{block}.0."
+            modules[f"down_blocks.{level}.attentions.{layer}."] = f"input_blocks.{block}.1."
+            block += 1
+        modules[f"down_blocks.{level}.downsamplers.0."] = f"input_blocks.{block}.0."
+        block += level < levels - 1
+    block = 0
+    for up, level in enumerate(reversed(range(levels))):
+        for layer in range(config.layers + 1):
+            modules[f"up_blocks.{up}.resnets.{layer}."] = f"output_blocks.{block}.0."
+            modules[f"up_blocks.{up}.attentions.{layer}."] = f"output_blocks.{block}.1."
+            block += 1
+        modules[f"up_blocks.{up}.upsamplers.0."] = f"output_blocks.{block - 1}.{2 if config.depth[level] else 1}."
+
+    def theirs(name: str) -> str:
+        module, inner = next((ours, name[len(ours) :]) for ours in modules if name.startswith(ours))
+        if ".resnets." in module:
+            inner = _rename(_RESNET, inner)
+        elif ".downsamplers." in module:
+            inner = inner.replace("conv.", "op.")
+        return prefix + modules[module] + inner
+
+    return lambda names: [Link(theirs(name), (name,)) for name in names]
+
+
+_SPATIAL_ATTENTION = [
+    ("group_norm.", "norm."),
+    ("to_q.", "q."),
+    ("to_k.", "k."),
+    ("to_v.", "v."),
+    ("to_out.0.", "proj_out."),
+]
+
+
+def original_autoencoder(config: AutoencoderConfig, prefix: str) -> Layout:
+    """CompVis' `AutoencoderKL` and `VQModelInterface`: levels by size, attention as 1×1 convolutions."""
+    levels = len(config.channels)
+    modules = []
+    for level in range(levels):
+        for side, block, ours in (
+            ("encoder", "down", f"down_blocks.{level}"),
+            ("decoder", "up", f"up_blocks.{levels - 1 - level}"),
+        ):
+            modules += [
+                (f"{side}.{ours}.resnets.", f"{side}.{block}.{level}.block."),
+                (f"{side}.{ours}.attentions.", f"{side}.{block}.{level}.attn."),
+                (f"{side}.{ours}.{block}samplers.0.", f"{side}.{block}.{level}.{block}sample."),
+            ]
+    for side in ("encoder", "decoder"):
+        modules += [
+            (f"{side}.mid_block.resnets.0.", f"{side}.mid.block_1."),
+            (f"{side}.mid_block.attentions.0.", f"{side}.mid.attn_1."),
+            (f"{side}.mid_block.resnets.1.", f"{side}.mid.block_2."),
+            (f"{side}.conv_norm_out.", f"{side}.norm_out."),
+        ]
+    modules.append(("", ""))  # all else has the same name
+
+    def link(name: str) -> Link:
+        attention = ".attentions." in name
+        theirs = _rename(modules, name)
+        if attention:
+            for ours, original in _SPATIAL_ATTENTION:
+                theirs = theirs.replace(f".{ours}", f".{original}")
+        theirs = theirs.replace(".conv_shortcut.", ".nin_shortcut.")
+        pointwise = attention and ".group_norm." not in name and name.endswith(".weight")
+        return Link(prefix + theirs, (name,), "pointwise" if pointwise else "same")
+
+    return lambda names: [link(name) for name in names]
+
+
+_OPEN_CLIP = [
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_projection.weight", "text_projection"),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+]
+_OPEN_CLIP_BLOCK = {
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+
+
+def open_clip(prefix: str) -> Layout:
+    """open_clip's text tower: query, key and value in one matrix, the projection from the left."""
+
+    def links(names: Iterable[str]) -> list[Link]:
+        result = []
+        for name in names:
+            published = _published(name)
+            if ".k_proj." in name or ".v_proj." in name:
+                continue  # with q_proj
+            if ".q_proj." in name:
+                theirs = _rename(_OPEN_CLIP, published).replace(".self_attn.q_proj.", ".attn.in_proj_")
+                ours = tuple(name.replace(".q_proj.", f".{part}_proj.") for part in "qkv")
+                result.append(Link(prefix + theirs, ours, "stack"))
+                continue
+            theirs = _rename(_OPEN_CLIP, published)
+            for ours_part, theirs_part in _OPEN_CLIP_BLOCK.items():
+                theirs = theirs.replace(ours_part, theirs_part)
+            result.append(Link(prefix + theirs, (name,), "transpose" if theirs == "text_projection" else "same"))
+        return result
+
+    return links
+
+
+def prefixed(layout: Layout, prefix: str) -> Layout:
+    """The same layout with all of its names behind a prefix."""
+    return lambda names: [Link(prefix + link.theirs, link.ours, link.kind) for link in layout(names)]
+
+
+UNET_PREFIX = "model.diffusion_model."
+AUTOENCODER_PREFIX = "first_stage_model."
+
+
+def tower_prefix(family: Family, index: int) -> str:
+    """Where an original checkpoint keeps a text tower: the order of the embedders is that of the towers."""
+    place = f"conditioner.embedders.{index}." if family.unet.pooled_dim else "cond_stage_model."
+    return place + ("model." if family.text[index].open_clip else "transformer.")
+
+
+def original_tower(config: TextEncoderConfig, prefix: str) -> Layout:
+    """A text tower in an original checkpoint."""
+    return open_clip(prefix) if config.open_clip else prefixed(transformers, prefix)
+
+
+# --- what original checkpoints hold besides ---------------------------------------------------------------------------
+
+
+def original_extras(family: Family) -> dict[str, Callable[[], Tensor]]:
+    """Tensors that the original modules have and ours do not need: buffers, and parameters that no image depends on."""
+    extras: dict[str, Callable[[], Tensor]] = {}
+    for index, config in enumerate(family.text):
+        prefix = tower_prefix(family, index)
+        if not config.open_clip:
+            extras[f"{prefix}text_model.embeddings.position_ids"] = partial(_positions, config.context)
+            continue
+        extras[f"{prefix}logit_scale"] = partial(torch.full, (), math.log(100))
+        if not config.projection:  # SD 2 reads the last but one layer, and the last never came with the folder
+            extras[f"{prefix}text_projection"] = partial(torch.eye, config.width)
+            for name, shape in _identity_block(config).items():
+                extras[f"{prefix}transformer.resblocks.{config.layers}.{name}"] = partial(torch.zeros, shape)
+    buffers = _sgm_buffers if family.unet.pooled_dim else _ldm_buffers
+    for name in buffers(NoiseSchedule(train_steps=2)):
+        extras[name] = partial(_buffer, buffers, family.schedule, name)
+    if family.unet.pooled_dim and family.schedule.prediction_type == "v_prediction":
+        extras["v_pred"] = partial(torch.zeros, 0)  # how other programs tell such a checkpoint
+        if family.schedule.zero_terminal_snr:
+            extras["ztsnr"] = partial(torch.zeros, 0)
+    return extras
+
+
+def extra_infos(family: Family) -> dict[str, TensorInfo]:
+    """Types and shapes of `original_extras`."""
+    return {name: TensorInfo((t := make()).dtype, tuple(t.shape)) for name, make in original_extras(family).items()}
+
+
+def _positions(count: int) -> Tensor:
+    return torch.arange(count)[None]
+
+
+def _buffer(buffers: Callable[[NoiseSchedule], dict[str, Tensor]], schedule: NoiseSchedule, name: str) -> Tensor:
+    return buffers(schedule)[name]
+
+
+def _identity_block(config: TextEncoderConfig) -> dict[str, Shape]:
+    """Parameters of one of OpenCLIP's residual blocks; all zeros, the block passes its input through."""
+    w, h = config.width, config.hidden
+    weights = {"attn.in_proj_": (3 * w, w), "attn.out_proj.": (w, w), "mlp.c_fc.": (h, w), "mlp.c_proj.": (w, h)}
+    shapes: dict[str, Shape] = {f"{name}weight": shape for name, shape in weights.items()}
+    shapes |= {f"{name}bias": shape[:1] for name, shape in weights.items()}
+    return shapes | {f"ln_{i}.{kind}": (w,) for i in (1, 2) for kind in ("weight", "bias")}
+
+
+def _betas(schedule: NoiseSchedule) -> Tensor:
+    """Variance added in each step, float64 (steps,)."""
+    start, end, steps = schedule.beta_start, schedule.beta_end, schedule.train_steps
+    if schedule.beta_schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if schedule.beta_schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    time = torch.arange(steps + 1, dtype=torch.float64) / steps  # Nichol and Dhariwal 2021, equation 17
+    bar = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
+    return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+
+
+def _ldm_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    """The buffers of CompVis' `DDPM`: Ho et al. 2020 (arXiv 2006.11239), equations 4, 6 and 7, all float32 (steps,)."""
+    beta = _betas(schedule)
+    bar = (1 - beta).cumprod(0)
+    before = torch.cat([bar.new_ones(1), bar[:-1]])
+    variance = beta * (1 - before) / (1 - bar)
+    return {
+        name: value.float()
+        for name, value in {
+            "betas": beta,
+            "alphas_cumprod": bar,
+            "alphas_cumprod_prev": before,
+            "sqrt_alphas_cumprod": bar.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - bar).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - bar).log(),
+            "sqrt_recip_alphas_cumprod": bar.rsqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / bar - 1).sqrt(),
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": beta * before.sqrt() / (1 - bar),
+            "posterior_mean_coef2": (1 - before) * (1 - beta).sqrt() / (1 - bar),
+        }.items()
+    }
+
+
+def _sgm_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    """The buffer of generative-models' `DiscreteDenoiser`: noise levels, rising, float32 (steps,)."""
+    bar = (1 - _betas(schedule)).cumprod(0)
+    return {"denoiser.sigmas": ((1 - bar) / bar).float().sqrt()}

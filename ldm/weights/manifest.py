@@ -1,0 +1,53 @@
+"""The manifest of a model folder that we wrote: the digest of every file, so that no damage loads silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ldm.errors import LdmError, listing
+from ldm.weights.files import Progress, check_digest, file_digest, read_json, silent, write_json
+
+NAME = "ldm_manifest.json"
+
+
+def write_manifest(folder: Path, known: dict[str, str]) -> None:
+    """List every file of the folder; `known` holds the digests that writing gave, by path within the folder."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    digests = {name: known.get(name) or file_digest(folder / name)[0] for name in files}
+    write_json(folder / NAME, {"format": 1, "sha256": digests})
+
+
+def check_manifest(folder: Path, files: Iterable[Path], progress: Progress = silent) -> bool:
+    """Check the files to be read against the folder's manifest; whether there is one.
+
+    Raises:
+        LdmError: a file differs from the manifest, is missing, or is not in it.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return False
+    digests = read_json(path).get("sha256")
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+        raise LdmError(f"{path} is damaged: its list of digests is missing")
+    missing = sorted(name for name in digests if not (folder / name).is_file())
+    if missing:
+        raise LdmError(f"{folder} is incomplete: {listing(missing)} missing; fetch or write it again")
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    foreign = sorted(name for name in names.values() if name not in digests)
+    if foreign:
+        raise LdmError(
+            f"{folder}: {listing(foreign)} did not come with this model; take it away, or delete {path.name}"
+        )
+    configs = [folder / name for name in digests if name.endswith((".json", ".txt"))]
+    try:
+        with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
+            list(
+                pool.map(
+                    lambda f: check_digest(f, digests[f.relative_to(folder).as_posix()], progress), {*names, *configs}
+                )
+            )
+    except LdmError as error:
+        raise LdmError(f"{error}; or, if the change is wanted, delete {path}") from None
+    return True

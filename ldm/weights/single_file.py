@@ -1,0 +1,326 @@
+"""The original single-file checkpoint: all components in one file, named as in CompVis' and Stability's repositories.
+
+The family is recognised from names and shapes. What we write says it in the header too, as `ldm.config`, so that models
+of other sizes come back; and as `modelspec.*`, which other programs read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ldm.errors import LdmError, listing
+from ldm.families import FAMILIES, Family, family_named, recognise
+from ldm.models.tokenizer import clip_tokenizer
+from ldm.weights import configs, layouts
+from ldm.weights.components import Components, Opened, Part, is_adapter
+from ldm.weights.files import (
+    Output,
+    Progress,
+    Store,
+    check_digest,
+    open_store,
+    replacing,
+    silent,
+    write_safetensors,
+)
+from ldm.weights.folder import IGNORED, link_outputs, tower_ignored
+
+CONFIG = "ldm.config"
+_PREDICTION = {
+    "eps": "epsilon",
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "x0": "sample",
+}
+_ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1",
+    "sd15-inpaint": "stable-diffusion-v1-inpainting",
+    "sd15-edit": "stable-diffusion-v1-edit",
+    "sd2": "stable-diffusion-v2-512",
+    "sd2-v": "stable-diffusion-v2-768-v",
+    "sd2-inpaint": "stable-diffusion-v2-inpainting",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-inpaint": "stable-diffusion-xl-v1-inpainting",
+    "sdxl-edit": "stable-diffusion-xl-v1-edit",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+}
+# what checkpoints hold beside the three networks, and what no picture depends on
+_LEFTOVERS = re.compile(
+    r"model_ema\..*|embedding_manager\..*|denoiser\..*|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod(_prev)?"
+    r"|betas|posterior_\w+|lvlb_weights|logvar|scale_factor|global_step|v_pred|ztsnr"
+)
+
+log = logging.getLogger(__name__)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def open_single_file(
+    path: Path,
+    family: str | None = None,
+    allow_pickle: bool = False,
+    verify: bool = True,
+    progress: Progress = silent,
+) -> Opened:
+    """Find out what an original checkpoint holds.
+
+    `family` says what the file cannot: an SD 2 file does not tell whether the model predicts noise (sd2) or velocity
+    (sd2-v), unless its metadata or a configuration beside it (`model.yaml` for `model.safetensors`) does.
+
+    Raises:
+        LdmError: the file is no such checkpoint, is damaged, or its family cannot be told.
+    """
+    store = open_store(path, allow_pickle)
+    if verify:
+        check_digest(path, progress=progress)
+    names = store.infos
+    if not any(name.startswith(layouts.UNET_PREFIX) for name in names):
+        raise LdmError(f"{path} is not a checkpoint of a whole model: {_what(names)}")
+    if family:
+        found = family_named(family)
+    elif CONFIG in store.metadata:
+        found = _read_config(f"{path} ({CONFIG})", store.metadata[CONFIG])
+    else:
+        found = _recognise(path, store)
+    parts = {
+        "unet": Part(store, [(layouts.UNET_PREFIX, layouts.original_unet(found.unet, layouts.UNET_PREFIX))]),
+        "vae": Part(
+            store,
+            [(layouts.AUTOENCODER_PREFIX, layouts.original_autoencoder(found.autoencoder, layouts.AUTOENCODER_PREFIX))],
+            IGNORED["vae"],
+        ),
+    }
+    for index, config in enumerate(found.text):
+        prefix = layouts.tower_prefix(found, index)
+        ways = [layouts.original_tower(config, prefix)]
+        if not config.open_clip:
+            ways.append(layouts.prefixed(layouts.transformers_flat, prefix))
+        parts[config.component] = Part(store, [(prefix, way) for way in ways], tower_ignored(config))
+    prefixes = tuple(prefix for part in parts.values() for prefix, _ in part.layouts)
+    rest = [name for name in names if not name.startswith(prefixes)]
+    strange = [name for name in rest if not _LEFTOVERS.fullmatch(name)]
+    if strange:
+        raise LdmError(f"{path} holds tensors that a {found.name} model does not have: {listing(strange)}")
+    tokenizers = [clip_tokenizer(config.pad_token, config.context, config.vocab_size) for config in found.text]
+    return Opened(str(path), "single file", found, tokenizers, parts, sorted({name.split(".")[0] for name in rest}))
+
+
+def _what(names: Iterable[str]) -> str:
+    """What a file seems to be, when it is not a whole model."""
+    names = list(names)
+    if is_adapter(names):
+        return "it is a LoRA or another adapter"
+    starts = {
+        "down_blocks.": "it is a diffusers U-Net (or ControlNet) alone",
+        "encoder.": "it is an autoencoder alone",
+        "first_stage_model.": "it is an autoencoder alone",
+        "text_model.": "it is a text encoder alone",
+        "transformer.resblocks.": "it is an OpenCLIP text encoder alone",
+        "control_model.": "it is a ControlNet alone",
+    }
+    for start, answer in starts.items():
+        if any(name.startswith(start) for name in names):
+            return answer
+    return f"its tensors are called {listing(names)}" if names else "it holds no tensors"
+
+
+def _recognise(path: Path, store: Store) -> Family:
+    """The family whose U-Net has these shapes; its prediction type as far as it can be told."""
+    shapes = {name: info.shape for name, info in store.infos.items()}
+    for name in ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"):
+        if name in shapes:
+            raise LdmError(f"{path} holds {name!r}: a model in EDM's parametrisation, which is not supported")
+    signature = _signature(shapes)
+    matches = [family for family in FAMILIES.values() if _signature_of(family) == signature]
+    if not matches:
+        raise LdmError(
+            f"{path} belongs to no known family: its U-Net has {signature[0]} channels, reads {signature[1]} latent "
+            f"and {signature[2]} text channels and {signature[3]} of pooled text and size"
+        )
+    told = _told(path, store)
+    prediction = told.get("prediction_type")
+    if len(matches) > 1 and not prediction:
+        raise LdmError(
+            f"{path} may be {' or '.join(family.name for family in matches)}: both have the same tensors, and nothing "
+            "says which; name it (family=, --family)"
+        )
+    prediction = prediction or matches[0].schedule.prediction_type
+    family = next((match for match in matches if match.schedule.prediction_type == prediction), matches[0])
+    schedule = replace(
+        family.schedule,
+        prediction_type=prediction,
+        zero_terminal_snr="ztsnr" in shapes,
+        **{name: told[name] for name in ("beta_start", "beta_end", "train_steps") if name in told},
+    )
+    autoencoder = replace(
+        family.autoencoder, scaling_factor=told.get("scaling_factor", family.autoencoder.scaling_factor)
+    )
+    name = recognise(family.unet, family.text, prediction)
+    return replace(family, name=name, schedule=schedule, autoencoder=autoencoder)
+
+
+def _signature(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """What tells families apart: channels of the first level, of the latents, of the text, of pooled text and size."""
+
+    def dim(ending: str, rank: int, index: int) -> int:
+        names = (name for name in shapes if name.startswith(layouts.UNET_PREFIX) and name.endswith(ending))
+        shape = shapes.get(next(names, ""), ())
+        return shape[index] if len(shape) == rank else 0
+
+    first = ".diffusion_model.input_blocks.0.0.weight"
+    return (dim(first, 4, 0), dim(first, 4, 1), dim(".attn2.to_k.weight", 2, 1), dim(".label_emb.0.0.weight", 2, 1))
+
+
+def _signature_of(family: Family) -> tuple[int, ...]:
+    unet = family.unet
+    size = unet.pooled_dim + unet.size_ids * unet.size_dim if unet.pooled_dim else 0
+    return (unet.channels[0], unet.in_channels, unet.text_dim, size)
+
+
+def _told(path: Path, store: Store) -> dict[str, Any]:
+    """What metadata, marker tensors and a configuration file beside the checkpoint say of it."""
+    told: dict[str, Any] = {}
+    stated = store.metadata.get("modelspec.prediction_type")
+    if stated in _PREDICTION:
+        told["prediction_type"] = _PREDICTION[stated]
+    if "v_pred" in store.infos:
+        told["prediction_type"] = "v_prediction"
+    yaml_file = path.with_suffix(".yaml")
+    if yaml_file.is_file():
+        told |= _read_yaml(yaml_file)
+    return told
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Prediction type, betas and latent scale of an original configuration. Its `target`s, naming code, are ignored."""
+    try:
+        if path.stat().st_size > 2**20:
+            raise LdmError(f"{path} has {path.stat().st_size} bytes; that is no model configuration")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        params = content["model"]["params"]
+        if not isinstance(params, dict):
+            raise TypeError
+    except OSError as error:
+        raise LdmError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise LdmError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from None
+    except (KeyError, TypeError):
+        raise LdmError(f"{path} is not a model configuration: it has no model.params") from None
+    names = {
+        "linear_start": "beta_start",
+        "linear_end": "beta_end",
+        "timesteps": "train_steps",
+        "scale_factor": "scaling_factor",
+    }
+    told = {ours: params[theirs] for theirs, ours in names.items() if theirs in params}
+    for name, value in told.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise LdmError(f"{path}: {name} is {value!r}, not a number")
+    if "parameterization" in params or "linear_start" in params:  # a LatentDiffusion, whose default is eps
+        stated = params.get("parameterization", "eps")
+        if stated not in _PREDICTION:
+            raise LdmError(f"{path}: parameterization {stated!r} is not known; eps, v or x0 is needed")
+        told["prediction_type"] = _PREDICTION[stated]
+    log.info("read %s beside the checkpoint", path)
+    return told
+
+
+# --- the configuration in the header ----------------------------------------------------------------------------------
+
+
+def _write_config(family: Family) -> str:
+    return json.dumps(
+        {
+            "name": family.name,
+            "unet": configs.write_unet(family.unet),
+            "vae": configs.write_autoencoder(family.autoencoder),
+            "text": [{**configs.write_text(config), "_pad_token": config.pad_token} for config in family.text],
+            "scheduler": configs.write_schedule(family.schedule),
+            "zero_empty_prompt": family.zero_empty_prompt,
+        },
+        sort_keys=True,
+    )
+
+
+def _read_config(where: str, text: str) -> Family:
+    try:
+        content = json.loads(text)
+        towers = [
+            configs.read_text(
+                f"{where}: text",
+                tower,
+                tower["architectures"] == ["CLIPTextModelWithProjection"],
+                str(tower["_pad_token"]),
+            )
+            for tower in content["text"]
+        ]
+        unet = configs.read_unet(f"{where}: unet", content["unet"], towers[-1].projection)
+        schedule = configs.read_schedule(f"{where}: scheduler", content["scheduler"])
+        return Family(
+            name=recognise(unet, tuple(towers), schedule.prediction_type),
+            unet=unet,
+            autoencoder=configs.read_autoencoder(f"{where}: vae", content["vae"]),
+            text=tuple(towers),
+            schedule=schedule,
+            zero_empty_prompt=content["zero_empty_prompt"] is True,
+        )
+    except LdmError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise LdmError(f"{where} is damaged ({type(error).__name__}: {error}); fetch or write the file again") from None
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_single_file(
+    model: Components,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Write a model as one safetensors file with the names of the original repositories; whole or not at all.
+
+    Raises:
+        LdmError: the file exists and `overwrite` is not set; it cannot be written; the disk is full; or the tokenizer
+            is not CLIP's own, which this layout has no place for.
+    """
+    family = model.family
+    modules = model.modules()
+    for config, tokenizer in zip(family.text, model.text_encoders.tokenizers, strict=True):
+        if tokenizer.get_vocab() != clip_tokenizer(config.pad_token, config.context, config.vocab_size).get_vocab():
+            raise LdmError("the tokenizer is not CLIP's own, and a single file cannot hold it: write a folder instead")
+    layout_of = {
+        "unet": layouts.original_unet(family.unet, layouts.UNET_PREFIX),
+        "vae": layouts.original_autoencoder(family.autoencoder, layouts.AUTOENCODER_PREFIX),
+    }
+    for index, config in enumerate(family.text):
+        layout_of[config.component] = layouts.original_tower(config, layouts.tower_prefix(family, index))
+    outputs: list[Output] = []
+    for name, module in modules.items():
+        links = layout_of[name](dict(module.named_parameters()))
+        outputs += link_outputs(links, module, dtype)
+    infos = layouts.extra_infos(family)
+    outputs += [Output(name, infos[name], make) for name, make in layouts.original_extras(family).items()]
+    metadata = {
+        CONFIG: _write_config(family),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.architecture": _ARCHITECTURES.get(family.name, "stable-diffusion"),
+        "modelspec.prediction_type": "v" if family.schedule.prediction_type == "v_prediction" else "epsilon",
+    }
+    total = sum(output.info.nbytes for output in outputs)
+    with replacing(path, folder=False, overwrite=overwrite, need=total) as temporary:
+        write_safetensors(temporary, outputs, metadata, progress)

@@ -1,0 +1,119 @@
+"""Any source of a model, by what it is: a folder, a file, or the name of a model on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ldm.errors import LdmError
+from ldm.weights import configs
+from ldm.weights.components import Opened
+from ldm.weights.files import Progress, Store, check_digest, open_store, read_json, silent
+from ldm.weights.folder import component_part, open_folder, weight_files
+from ldm.weights.hub import HUB_ID, fetch
+from ldm.weights.manifest import NAME as MANIFEST
+from ldm.weights.single_file import open_single_file
+
+Source = str | os.PathLike[str]
+
+
+def open_source(
+    source: Source,
+    *,
+    family: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    components: Mapping[str, Source] | None = None,
+    allow_pickle: bool = False,
+    verify: bool = True,
+    progress: Progress = silent,
+) -> Opened:
+    """Find out what `source` is, without loading it.
+
+    Args:
+        source: a diffusers folder, a single-file checkpoint, or a Hub name (owner/name).
+        family: what a single file is, where it cannot say so itself (sd2 or sd2-v).
+        variant: of a folder's weights, such as "fp16".
+        revision: of a model on the Hub.
+        components: parts to take from elsewhere, by name (unet, vae, text_encoder, text_encoder_2): a component's
+            folder or a file with its weights, in diffusers', the original or open_clip's names.
+        allow_pickle: read tensors from `.ckpt` and `.bin` files, by PyTorch's restricted unpickler.
+        verify: compare what carries digests with them.
+
+    Raises:
+        LdmError: in one line, what is wrong with it and what to do.
+    """
+    path = Path(source)
+    try:
+        if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
+            path = fetch(str(source), revision, variant)
+        if path.is_dir():
+            if family:
+                raise LdmError(f"{path} is a folder, whose files say what it is; family={family!r} is for single files")
+            opened = open_folder(path, variant, allow_pickle, verify, progress)
+        elif path.is_file():
+            opened = open_single_file(path, family, allow_pickle, verify, progress)
+        else:
+            what = "is not a regular file" if path.exists() else "does not exist"
+            raise LdmError(f"{path} {what}; give a model folder, a checkpoint file or a Hub name (owner/name)")
+        return _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
+    except PermissionError as error:
+        raise LdmError(f"{error.filename or path} cannot be read: permission denied") from None
+    except OSError as error:
+        raise LdmError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _replaced(
+    opened: Opened,
+    components: Mapping[str, Source],
+    variant: str | None,
+    allow_pickle: bool,
+    verify: bool,
+    progress: Progress,
+) -> Opened:
+    """The same model with some of its components from elsewhere."""
+    if not components:
+        return opened
+    parts, family = dict(opened.parts), opened.family
+    for name, source in components.items():
+        if name not in parts:
+            raise LdmError(f"component {name!r} is not one of this model's: {', '.join(parts)}")
+        path = Path(source)
+        if path.is_dir():
+            store: Store = Store(weight_files(path, variant, allow_pickle))
+            if name == "vae":
+                where = path / "config.json"
+                family = replace(family, autoencoder=configs.read_autoencoder(str(where), read_json(where)))
+        else:
+            store = open_store(path, allow_pickle)
+        if verify:
+            for file in store.files:
+                check_digest(file, progress=progress)
+        parts[name] = component_part(name, store, family)
+    return Opened(opened.source, opened.layout, family, opened.tokenizers, parts, opened.ignored)
+
+
+def verify_source(opened: Opened, progress: Progress = silent) -> list[str]:
+    """Read all of a model's tensors and digests; what was checked, a line each.
+
+    Raises:
+        LdmError: a digest differs, or weights are not finite numbers.
+    """
+    files = sorted({file for part in opened.parts.values() for file in part.store.files})
+    with_digest = [file for file in files if check_digest(file, progress=progress)]
+    lines = [f"{len(with_digest)} of {len(files)} weight files carry a digest, and agree with it"]
+    if Path(opened.source).is_dir() and (Path(opened.source) / MANIFEST).is_file():
+        lines.append("all files agree with the folder's manifest")
+    total = sum(info.nbytes for name in opened.parts for info in opened.infos(name).values())
+    done = 0
+    for name, part in opened.parts.items():
+        for tensor_name, tensor in part.store.read(opened.infos(name), None, "cpu"):
+            bad = int((~tensor.float().isfinite()).sum())
+            if bad:
+                raise LdmError(f"{opened.source}: {tensor_name} holds {bad} numbers that are not finite")
+            done += tensor.nbytes
+            progress("looking for numbers that are not finite", done, total)
+    lines.append("all weights are finite numbers")
+    return lines
