@@ -1,0 +1,64 @@
+"""What commands share: options to values, and progress on stderr."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from ldm.errors import LdmError
+from ldm.weights.files import Progress as Report
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def to_dtype(name: str | None) -> torch.dtype | None:
+    """`--dtype`: a short or long name, or nothing for weights as they are stored."""
+    if name is not None and name not in DTYPES:
+        raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")
+    return DTYPES[name] if name else None
+
+
+def to_components(options: list[str]) -> dict[str, str]:
+    """`--component NAME=PATH`, each."""
+    pairs = [option.partition("=") for option in options]
+    for name, equals, path in pairs:
+        if not (name and equals and path):
+            raise LdmError(f"--component {name + equals + path!r}: write NAME=PATH, such as vae=better-vae.safetensors")
+    return {name: path for name, _, path in pairs}
+
+
+def to_bytes(text: str) -> int:
+    """`--shard-size`: a number of bytes, or with KB, MB or GB behind it."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** "_KMG".index(match[2].upper() or "_")) if match else 0
+    if size < 1:
+        raise LdmError(f"--shard-size {text!r}: write a size such as 5GB or 500MB")
+    return size
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A bar on stderr, one line for each kind of work, gone when all is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report

@@ -1,0 +1,115 @@
+"""`ldm info`: what a model is, from names, shapes and configurations; weights are read only with --verify."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ldm.cli.common import progress, to_components
+from ldm.families import FAMILIES, Family
+from ldm.weights.components import Opened, build
+from ldm.weights.sources import open_source, verify_source
+
+
+def run(
+    source: str,
+    as_json: bool,
+    verify: bool,
+    family: str | None,
+    variant: str | None,
+    revision: str | None,
+    components: list[str],
+    allow_pickle: bool,
+) -> None:
+    """Print the description of a source or of a family."""
+    if source in FAMILIES and not Path(source).exists():
+        report = describe_family(FAMILIES[source])
+    else:
+        with progress() as bar:
+            opened = open_source(
+                source,
+                family=family,
+                variant=variant,
+                revision=revision,
+                components=to_components(components),
+                allow_pickle=allow_pickle,
+                verify=False,
+                progress=bar,
+            )
+            report = describe(opened)
+            if verify:
+                report["verified"] = verify_source(opened, bar)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+
+
+def describe(opened: Opened) -> dict[str, Any]:
+    """What `ldm info --json` prints of a model found on disk."""
+    components = {}
+    for name, module in opened.components.modules().items():
+        infos = opened.infos(name).values()
+        types = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+        components[name] = {
+            "class": type(module).__name__,
+            "parameters": sum(info.numel for info in infos),
+            "dtype": " and ".join(sorted(types)),
+            "bytes": sum(info.nbytes for info in infos),
+        }
+    return {
+        "source": opened.source,
+        "layout": opened.layout,
+        **_family(opened.family),
+        "components": components,
+        "unused": opened.ignored,
+    }
+
+
+def describe_family(family: Family) -> dict[str, Any]:
+    """The same of the released models of a family, as far as it is known without their weights."""
+    with torch.device("meta"):
+        modules = build(family).modules()
+    components = {
+        name: {"class": type(module).__name__, "parameters": sum(p.numel() for p in module.parameters())}
+        for name, module in modules.items()
+    }
+    return {"source": family.name, "layout": "family", **_family(family), "components": components, "unused": []}
+
+
+def _family(family: Family) -> dict[str, Any]:
+    return {
+        "family": family.name,
+        "task": family.task,
+        "image_size": family.size,
+        "prediction_type": family.schedule.prediction_type,
+        "scheduler": family.schedule.scheduler,
+        "zero_terminal_snr": family.schedule.zero_terminal_snr,
+        "latent_channels": family.autoencoder.latent_channels,
+        "scaling_factor": family.autoencoder.scaling_factor,
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name in ("source", "layout", "family", "task", "image_size", "prediction_type", "scheduler"):
+        facts.add_row(name.replace("_", " "), Text(str(report[name])))
+    for name in ("unused", "verified"):
+        for number, line in enumerate(report.get(name, [])):
+            facts.add_row("" if number else name, Text(line))
+    console.print(facts)
+    table = Table("component", "class", "parameters", "dtype", "MB", box=None, padding=(0, 2, 0, 0))
+    for name, part in report["components"].items():
+        size = f"{part['bytes'] / 1e6:,.1f}" if "bytes" in part else ""
+        table.add_row(name, part["class"], f"{part['parameters']:,}", part.get("dtype", ""), size)
+    total = sum(part["parameters"] for part in report["components"].values())
+    table.add_row("total", "", f"{total:,}", "", "")
+    console.print(table)

@@ -1,0 +1,1 @@
+"""Pipelines: what turns a prompt into a picture with a `ldm.LatentDiffusion`."""
