@@ -2,7 +2,7 @@
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G. Pictures are in [-1, 1].
 
-B batch, C channels, H×W height and width of the picture, h×w those of the latents: H / factor, rounded up
+B batch, C channels, H×W height and width of the picture, h×w those of the latents: H / factor, rounded down
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class Codebook(nn.Module):
         vectors = z.movedim(1, -1)  # (B, h, w, D)
         index = torch.cdist(vectors.flatten(0, 2), self.embedding.weight).argmin(dim=1).view(vectors.shape[:3])
         nearest = self.embedding(index).movedim(-1, 1)  # (B, D, h, w)
-        return z + (nearest - z).detach(), index
+        return (z + (nearest - z).detach()).contiguous(), index
 
 
 class VQModel(nn.Module):

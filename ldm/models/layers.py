@@ -144,9 +144,10 @@ class SpatialAttention(AttentionLayer):
 
 
 class Downsample(nn.Module):
-    """Half the height and width by a 3×3 convolution of stride 2, rounding up.
+    """Half the height and width by a 3×3 convolution of stride 2.
 
-    The U-Net pads all sides; the autoencoder (`asymmetric`) pads the right and the bottom only.
+    The U-Net pads all sides, so that odd sizes are rounded up; the autoencoder (`asymmetric`) pads the right and the
+    bottom only, so that they are rounded down.
     """
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:

@@ -18,9 +18,25 @@ from ldm.errors import LdmError
 from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, Point
 
 
-def sliced(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 1) -> Tensor:
-    """`function` on `size` images of the batch at a time."""
-    return torch.cat([function(part) for part in x.split(size)])
+def sliced_decode(autoencoder: Autoencoder, z: Tensor, size: int = 1) -> Tensor:
+    """`autoencoder.decode(z)`, `size` images of the batch at a time."""
+    return torch.cat([autoencoder.decode(part) for part in z.split(size)])
+
+
+def sliced_encode(autoencoder: Autoencoder, x: Tensor, size: int = 1) -> DiagonalGaussian | Point:
+    """`autoencoder.encode(x)`, `size` images of the batch at a time."""
+    return _posterior(torch.cat([_numbers(autoencoder.encode(part)) for part in x.split(size)]), autoencoder)
+
+
+def _numbers(posterior: DiagonalGaussian | Point) -> Tensor:
+    """A posterior as one tensor (B, C, h, w)."""
+    return (
+        torch.cat([posterior.mean, posterior.logvar], 1) if isinstance(posterior, DiagonalGaussian) else posterior.value
+    )
+
+
+def _posterior(numbers: Tensor, autoencoder: Autoencoder) -> DiagonalGaussian | Point:
+    return DiagonalGaussian(*numbers.chunk(2, 1)) if isinstance(autoencoder, AutoencoderKL) else Point(numbers)
 
 
 def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0, overlap: float = 0.25) -> Tensor:
@@ -42,14 +58,8 @@ def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0, overlap: fl
     """
     factor = autoencoder.config.factor
     tile = (tile or autoencoder.config.sample_size) // factor * factor
-    if isinstance(autoencoder, AutoencoderKL):
-        moments = _tiled(lambda t: _moments(autoencoder.encode(t)), x, tile, overlap, 1, factor)
-        return DiagonalGaussian(*moments.chunk(2, dim=1))
-    return Point(_tiled(lambda t: autoencoder.encode(t).mode(), x, tile, overlap, 1, factor))
-
-
-def _moments(posterior: DiagonalGaussian) -> Tensor:
-    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+    numbers = _tiled(lambda t: _numbers(autoencoder.encode(t)), x, tile, overlap, 1, factor)
+    return _posterior(numbers, autoencoder)
 
 
 def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: float, up: int, down: int) -> Tensor:
@@ -66,7 +76,7 @@ def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: 
         for left in _starts(x.shape[3], tile, overlap, down):
             part = function(x[:, :, top : top + tile, left : left + tile])
             if total is None:
-                size = [-(-side // down) * up for side in x.shape[2:]]
+                size = [side // down * up for side in x.shape[2:]]
                 total = part.new_zeros(*part.shape[:2], *size, dtype=torch.float32)
                 weights = total.new_zeros(size)
             height, width = part.shape[2:]
@@ -83,7 +93,7 @@ def _starts(side: int, tile: int, overlap: float, unit: int) -> list[int]:
     """Where tiles begin along a side: evenly spread, multiples of `unit`, neighbours sharing at least `overlap`."""
     if side <= tile:
         return [0]
-    last = -(-(side - tile) // unit) * unit  # the last tile may be a little smaller, never misaligned
+    last = -(-(side - tile) // unit) * unit  # the last tile may be a little smaller, but is aligned like the others
     step = max(unit, int(tile * (1 - overlap)) // unit * unit)
     count = -(-last // step)
     return [round(i * last / count / unit) * unit for i in range(count + 1)]

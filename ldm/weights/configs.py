@@ -287,7 +287,7 @@ def read_autoencoder(where: str, json: Json) -> AutoencoderConfig:
         "AttnDownEncoderBlock2D": ("AttnUpDecoderBlock2D", True),
     }
     for kind in down:
-        if kind not in kinds:
+        if kind not in list(kinds):
             raise reader.fail("down_block_types", kind, f"this program has {' and '.join(kinds)}")
     if len(down) != len(channels) or [kinds[kind][0] for kind in reversed(down)] != up:
         raise reader.fail("up_block_types", up, "they must mirror down_block_types, one for each of block_out_channels")
@@ -462,7 +462,7 @@ def read_schedule(where: str, json: Json) -> NoiseSchedule:
     """The noise schedule of a diffusers `scheduler_config.json`."""
     reader = Reader(where, json)
     scheduler = json.get("_class_name")
-    if scheduler not in SCHEDULERS:
+    if not isinstance(scheduler, str) or scheduler not in SCHEDULERS:
         raise LdmError(f"{where}: scheduler {scheduler!r} is not one of {', '.join(sorted(SCHEDULERS))}")
     options = {name: reader.left.pop(name) for name in sorted(_SAMPLER_OPTIONS & reader.left.keys())}
     for name, value in options.items():

@@ -232,26 +232,34 @@ def open_store(path: Path, allow_pickle: bool) -> Store:
 _DIGEST_AT = re.compile(rb'"' + re.escape(DIGEST).encode() + rb'":"([0-9a-f]{64})"')
 
 
-def file_digest(path: Path, progress: Progress = silent) -> tuple[str, str]:
-    """The digest of a file as it is, and the one in its header ("" where there is none)."""
-    stated = ""
-    digest = hashlib.sha256()
+def _split_header(path: Path) -> tuple[bytes, str]:
+    """The first bytes of a safetensors file, up to the tensors, with the digest in them as zeros; and that digest.
+
+    Empty for other files, and without a digest "" in its place.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= min(path.stat().st_size - 8, 2**30):
+            return b"", ""
+        header = start + file.read(length)
+    found = _DIGEST_AT.search(header)
+    if not found:
+        return header, ""
+    return header[: found.start(1)] + b"0" * 64 + header[found.end(1) :], found[1].decode()
+
+
+def file_digest(path: Path, progress: Progress = silent) -> str:
+    """SHA-256 of a file; a digest in its own header counts as zeros."""
+    header, _ = _split_header(path)
+    digest = hashlib.sha256(header)
     total = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) == 8 and 2 <= length <= min(total - 8, 2**30) and file.peek(1)[:1] == b"{":
-            header = file.read(length)
-            found = _DIGEST_AT.search(header)
-            if found:
-                stated = found[1].decode()
-                header = header[: found.start(1)] + b"0" * 64 + header[found.end(1) :]
-            prefix += header
-        digest.update(prefix)
+        file.seek(len(header))
         while piece := file.read(2**22):
             digest.update(piece)
             progress(f"checking {path.name}", file.tell(), total)
-    return digest.hexdigest(), stated
+    return digest.hexdigest()
 
 
 def check_digest(path: Path, expected: str | None = None, progress: Progress = silent) -> bool:
@@ -260,12 +268,13 @@ def check_digest(path: Path, expected: str | None = None, progress: Progress = s
     Raises:
         LdmError: they differ.
     """
-    digest, stated = file_digest(path, progress)
-    if expected is None and not stated:
+    expected = expected or _split_header(path)[1]
+    if not expected:
         return False
-    if digest != (expected or stated):
+    digest = file_digest(path, progress)
+    if digest != expected:
         raise LdmError(
-            f"{path} has changed since it was written (SHA-256 {digest[:12]}…, expected {(expected or stated)[:12]}…); "
+            f"{path} has changed since it was written (SHA-256 {digest[:12]}…, expected {expected[:12]}…); "
             "fetch or write it again"
         )
     return True

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _config(folder: Path) -> dict[str, Any]:
     """A component's `config.json`, its class checked."""
     config = read_json(folder / "config.json")
     name = config.get("_class_name")
-    if folder.name in _CLASSES and name is not None and name not in _CLASSES[folder.name]:
+    if folder.name in _CLASSES and name is not None and name not in list(_CLASSES[folder.name]):
         raise LdmError(f"{folder / 'config.json'}: class {name!r} is not {' or '.join(sorted(_CLASSES[folder.name]))}")
     return config
 
@@ -186,13 +187,13 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LdmError(f"{index} has no weight_map")
-    names = set(weight_map.values())
+    names = list(weight_map.values())
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise LdmError(f"{index}: the shard {name!r} is not a plain name of a safetensors file")
         if not (index.parent / name).is_file():
             raise LdmError(f"{index}: the shard {name} is missing")
-    return [index.parent / name for name in sorted(names)]
+    return [index.parent / name for name in sorted(set(names))]
 
 
 def _store(files: list[Path], allow_pickle: bool) -> Store:
@@ -366,7 +367,7 @@ def _write_configs(model: Components, folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", configs.write_schedule(family.schedule))
     for config, tokenizer in zip(family.text, model.text_encoders.tokenizers, strict=True):
         write_json(folder / config.component / "config.json", configs.write_text(config))
-        _write_tokenizer(tokenizer, folder / config.component.replace("text_encoder", "tokenizer"))
+        write_tokenizer(tokenizer, folder / config.component.replace("text_encoder", "tokenizer"))
 
 
 def _model_index(family: Family) -> dict[str, Any]:
@@ -374,6 +375,7 @@ def _model_index(family: Family) -> dict[str, Any]:
     kind = "Img2Img" if family.refiner else {"text": "", "inpaint": "Inpaint", "edit": "InstructPix2Pix"}[family.task]
     index: dict[str, Any] = {
         "_class_name": f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline",
+        "_diffusers_version": version("diffusers"),
         "_ldm_version": ldm.__version__,
         "scheduler": ["diffusers", family.schedule.scheduler],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -394,7 +396,7 @@ def _model_index(family: Family) -> dict[str, Any]:
     return index
 
 
-def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """`vocab.json` and `merges.txt`, as published models have them, and transformers 5's `tokenizer.json`."""
     tokenizer.save_pretrained(folder)
     model = read_json(folder / "tokenizer.json")["model"]

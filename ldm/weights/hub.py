@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from ldm.errors import LdmError
@@ -24,7 +24,7 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None) ->
         LdmError: there is no such model, it is private, or neither the Hub nor a cached copy can be reached.
     """
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
+        files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or []]
     except RepositoryNotFoundError:
         raise LdmError(
             f"{name!r} is neither a path here nor a model on the Hub (or it needs a login: hf auth login)"
@@ -40,13 +40,13 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None) ->
 
 
 def _cached(name: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:
+    index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    if not isinstance(index, str):
         raise LdmError(
             f"{name!r} is not a path here, and the Hub cannot be reached nor is a copy in its cache; "
             "check the path or the network"
-        ) from None
+        )
+    return Path(index).parent
 
 
 def wanted(files: list[str], variant: str | None) -> list[str]:

@@ -15,7 +15,7 @@ NAME = "ldm_manifest.json"
 def write_manifest(folder: Path, known: dict[str, str]) -> None:
     """List every file of the folder; `known` holds the digests that writing gave, by path within the folder."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    digests = {name: known.get(name) or file_digest(folder / name)[0] for name in files}
+    digests = {name: known.get(name) or file_digest(folder / name) for name in files}
     write_json(folder / NAME, {"format": 1, "sha256": digests})
 
 

@@ -229,7 +229,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise LdmError(f"{path}: {name} is {value!r}, not a number")
     if "parameterization" in params or "linear_start" in params:  # a LatentDiffusion, whose default is eps
         stated = params.get("parameterization", "eps")
-        if stated not in _PREDICTION:
+        if str(stated) not in _PREDICTION:
             raise LdmError(f"{path}: parameterization {stated!r} is not known; eps, v or x0 is needed")
         told["prediction_type"] = _PREDICTION[stated]
     log.info("read %s beside the checkpoint", path)

@@ -1,0 +1,149 @@
+"""Models by their Hub name, from a small server on this machine that speaks the Hub's protocol, and from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import tiny
+
+from ldm.weights.hub import wanted
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One public model, `someone/tiny`, from a folder; remembers what was fetched."""
+
+    root: Path
+    fetched: list[str]
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0].strip("/")
+        files = [file for file in self.root.rglob("*") if file.is_file()]
+        names = [file.relative_to(self.root).as_posix() for file in files]
+        api = "api/models/someone/tiny"
+        if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+            siblings = [{"rfilename": name} for name in names]
+            return self.send(json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}).encode(), body, {})
+        if path in (f"{api}/tree/main", f"{api}/tree/{COMMIT}"):
+            sizes = [file.stat().st_size for file in files]
+            tree = [
+                {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+                for name, size in zip(names, sizes, strict=True)
+            ]
+            return self.send(json.dumps(tree).encode(), body, {})
+        for revision in ("main", COMMIT):
+            start = f"someone/tiny/resolve/{revision}/"
+            if path.startswith(start) and (self.root / path.removeprefix(start)).is_file():
+                name = path.removeprefix(start)
+                content = (self.root / name).read_bytes()
+                if body:
+                    self.fetched.append(name)
+                return self.send(
+                    content, body, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                )
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    def send(self, content: bytes, body: bool, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
+    tiny.model("sd15").save_pretrained(tmp_path / "remote")
+    (tmp_path / "remote" / "one_big_file.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "remote" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "remote" / "unet" / "diffusion_pytorch_model.bin").write_bytes(bytes(1000))
+    handler = type("OneHub", (Hub,), {"root": tmp_path / "remote", "fetched": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield handler, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def info(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, "-m", "ldm", "info", name, "--json"],
+        env=clean | {"HF_HOME": str(home)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_model_is_fetched_once_and_only_what_is_read(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+    handler, url = hub
+    first = info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url)
+    assert first.returncode == 0, first.stderr
+    report = json.loads(first.stdout)
+    assert report["components"]["unet"]["parameters"] > 0
+    assert "unet/diffusion_pytorch_model.safetensors" in handler.fetched
+    for name in (
+        "one_big_file.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+    ):
+        assert name not in handler.fetched
+    count = len(handler.fetched)
+    assert info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url).returncode == 0
+    assert len(handler.fetched) == count
+    offline = info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_models_that_are_not_there(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+    _, url = hub
+    missing = info("someone/else", tmp_path / "home", HF_ENDPOINT=url)
+    assert missing.returncode == 1
+    assert "neither a path here nor a model on the Hub" in missing.stderr
+    offline = info("someone/tiny", tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1
+    assert "the Hub cannot be reached" in offline.stderr
+    for result in (missing, offline):
+        assert result.stderr.startswith("ldm: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_one_set_of_weights_is_chosen() -> None:
+    files = [
+        "model_index.json", "README.md", "v1-5-pruned.safetensors", "safety_checker/model.safetensors",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin", "unet/diffusion_flax_model.msgpack",
+        "text_encoder/model.fp16.safetensors", "text_encoder/config.json",
+        *(f"vae/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)),
+        "vae/diffusion_pytorch_model.safetensors.index.json", "tokenizer/merges.txt", "tokenizer/vocab.json",
+        "scheduler/scheduler_config.json",
+    ]  # fmt: skip
+    common = {f for f in files if f.endswith((".json", "merges.txt"))}
+    shards = {f for f in files if "-of-" in f}
+    half = {"text_encoder/model.fp16.safetensors"}
+    assert set(wanted(files, None)) == common | shards | half | {"unet/diffusion_pytorch_model.safetensors"}
+    assert set(wanted(files, "fp16")) == common | shards | half | {"unet/diffusion_pytorch_model.fp16.safetensors"}

@@ -1,0 +1,88 @@
+"""Imports go one way, and importing the package or asking for help loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# what each part may import of the project, besides itself and ldm.errors
+MODELS = {"ldm.models"}
+LOW = MODELS | {"ldm.families", "ldm.weights", "ldm.sampling", "ldm.images"}
+BUNDLE = LOW | {"ldm.latent_diffusion"}
+ALLOWED = {
+    "ldm.errors": set(),
+    "ldm.models": MODELS,
+    "ldm.families": LOW,
+    "ldm.weights": LOW,
+    "ldm.sampling": LOW,
+    "ldm.images": LOW,
+    "ldm.latent_diffusion": BUNDLE,
+    "ldm.data": BUNDLE | {"ldm.data"},
+    "ldm.training": BUNDLE | {"ldm.data", "ldm.training", "ldm.evaluation"},
+    "ldm.evaluation": BUNDLE | {"ldm.data", "ldm.evaluation"},
+    "pipelines": BUNDLE | {"pipelines"},
+    "ldm.cli": BUNDLE | {"pipelines", "ldm.cli", "ldm.data", "ldm.training", "ldm.evaluation"},
+    "ldm.__main__": {"ldm.cli"},
+    "ldm": {"ldm.latent_diffusion"},
+}
+
+
+def part(module: str) -> str:
+    """The entry of `ALLOWED` that a module belongs to."""
+    return max((name for name in ALLOWED if module == name or module.startswith(name + ".")), key=len)
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Modules of the project that a file imports, anywhere in it."""
+    found: list[tuple[str, int]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found.append((node.module, node.lineno))
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return [(name, line) for name, line in found if name.split(".")[0] in ("ldm", "pipelines")]
+
+
+SOURCES = [path for top in ("ldm", "pipelines") for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    allowed = ALLOWED[part(module)] | {"ldm.errors", "ldm", part(module)}
+    wrong = [f"line {line}: {name}" for name, line in imports(path) if part(name) not in allowed]
+    assert not wrong, f"{module} may not import {wrong}"
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES if path.name == "__init__.py"}
+    assert set(listed) == packages
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ldm",
+        "import sys; sys.argv = ['ldm', '--help']; from ldm.cli.main import app; app(standalone_mode=False)",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
+    check = "import sys; heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys(); assert not heavy"
+    subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True, capture_output=True, timeout=60)
+
+
+def test_names_of_the_package() -> None:
+    import ldm
+
+    assert ldm.LatentDiffusion.__name__ == "LatentDiffusion"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = ldm.nonsense
