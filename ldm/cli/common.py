@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from ldm.errors import LdmError
 from ldm.weights.files import Progress as Report
+from ldm.weights.files import silent
 
 DTYPES = {
     "fp32": torch.float32,
@@ -51,9 +52,12 @@ def to_bytes(text: str) -> int:
 @contextmanager
 def progress() -> Iterator[Report]:
     """A bar on stderr, one line for each kind of work, gone when all is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:

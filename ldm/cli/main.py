@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -97,21 +98,30 @@ def convert(
 
 def main() -> None:
     """Run the command line; the only place where errors become messages."""
+    interrupted: list[int] = []  # remembered, because a library may turn the exception into another one
+
+    def interrupt(number: int, _: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app()
-    except LdmError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):  # the reader of our output has gone: so do we, without a word
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except MemoryError:
-        _fail("out of memory", 1)
+    except BaseException as error:
+        if interrupted:
+            _fail("interrupted", 130)
+        if isinstance(error, LdmError):
+            _fail(str(error), 1)
+        if isinstance(error, MemoryError):
+            _fail("out of memory", 1)
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone: so do we, without a word
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        raise
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     printable = "".join(c if c.isprintable() else "?" for c in line)
     print(f"ldm: {printable}", file=sys.stderr)
