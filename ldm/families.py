@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import TextEncoderConfig
@@ -38,6 +40,28 @@ class NoiseSchedule:
             raise LdmError(f"betas from {self.beta_start!r} to {self.beta_end!r}: they must rise within (0, 1)")
         if not isinstance(self.train_steps, int) or not 1 <= self.train_steps <= 100_000:
             raise LdmError(f"{self.train_steps!r} training timesteps; a whole number from 1 to 100000 is needed")
+
+    def betas(self) -> torch.Tensor:
+        """Variance added in each step: (train_steps,), float64."""
+        start, end, steps = self.beta_start, self.beta_end, self.train_steps
+        if self.beta_schedule == "linear":
+            return torch.linspace(start, end, steps, dtype=torch.float64)
+        if self.beta_schedule == "scaled_linear":
+            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps  # Nichol and Dhariwal 2021, equation 17
+        bar = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
+        return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+
+    def alpha_bars(self) -> torch.Tensor:
+        """Share of the picture in the variance of the noisy picture at each timestep: (train_steps,), float64.
+
+        With `zero_terminal_snr`, rescaled so that the last is 0 (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+        """
+        bars = (1 - self.betas()).cumprod(0)
+        if self.zero_terminal_snr:
+            roots = bars.sqrt()
+            bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        return bars
 
 
 @dataclass(frozen=True)

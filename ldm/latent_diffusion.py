@@ -5,6 +5,7 @@ B prompts, M tokens, T text channels, P channels of the pooled text
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,15 @@ class LatentDiffusion(Components):
     def schedule(self) -> NoiseSchedule:
         """How noise was added in training."""
         return self.family.schedule
+
+    def fingerprint(self) -> str:
+        """Ten hexadecimal digits that tell these weights from others, whatever file they came from."""
+        digest = hashlib.sha256()
+        for name, module in self.modules().items():
+            for key, parameter in module.named_parameters():
+                sample = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16)
+                digest.update(f"{name}.{key}".encode() + sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:10]
 
     def save_pretrained(
         self,

@@ -1,1 +1,18 @@
-"""Pipelines: what turns a prompt into a picture with a `ldm.LatentDiffusion`."""
+"""Pipelines: what turns prompts into pictures with an `ldm.LatentDiffusion`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.pipeline import Pipeline, Result
+
+__all__ = ["Pipeline", "Result"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from pipelines import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'pipelines' has no attribute {name!r}")

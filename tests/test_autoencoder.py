@@ -90,56 +90,49 @@ def smooth(*shape: int) -> Tensor:
     return F.interpolate(coarse, size=shape[2:], mode="bicubic")
 
 
-class FlatTiles(torch.nn.Module):
-    """An "autoencoder" of factor 1 that gives every tile its own brightness: the worst that tiles can disagree."""
-
-    config = AutoencoderConfig(channels=(8,), attention=(False,), groups=8, sample_size=32)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return torch.full_like(z, z[0, 0, 0, 0].item())
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 96), (64, 128), (33, 64)])
-def test_tiles_join_without_a_seam(height: int, width: int) -> None:
-    """Tiles that differ by 1 fade into each other over the overlap of 8; without overlap they are cut."""
-    z = (torch.arange(height)[:, None] + torch.arange(width)[None, :]).float()[None, None] / 24
-    faded = tiling.tiled_decode(FlatTiles(), z)  # type: ignore[arg-type]
-    cut = tiling.tiled_decode(FlatTiles(), z, overlap=0)  # type: ignore[arg-type]
-    assert faded.shape == z.shape
-    assert faded.diff(dim=-1).abs().max() < 0.2 * cut.diff(dim=-1).abs().max()
-    if height > 40:
-        assert faded.diff(dim=-2).abs().max() < 0.2 * cut.diff(dim=-2).abs().max()
+def without_norms(model: Autoencoder) -> Autoencoder:
+    """The model with nothing that looks beyond a convolution's neighbourhood outside its middle."""
+    for part in (*model.encoder.down_blocks, *model.decoder.up_blocks):
+        for module in part.modules():
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.GroupNorm):
+                    setattr(module, name, torch.nn.Identity())
+    model.decoder.conv_norm_out = torch.nn.Identity()
+    return model
 
 
-def test_tiles_of_an_identity_are_the_picture() -> None:
-    z = torch.randn(2, 4, 45, 70)
-    model = FlatTiles()
-    model.decode = lambda tile: tile  # type: ignore[method-assign, assignment]
-    torch.testing.assert_close(tiling.tiled_decode(model, z), z)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("height", "width"), [(20, 20), (17, 25), (33, 8), (64, 9)])
+@pytest.mark.parametrize("config", [SMALL, VQ, with_levels(3), replace(SMALL, layers=1)])
+def test_margins_are_wide_enough(config: AutoencoderConfig, height: int, width: int) -> None:
+    """Without group norms tiles are exact, wherever they begin and end."""
+    model = without_norms(build_autoencoder(config).eval())
+    with torch.no_grad():
+        z = torch.randn(1, config.codebook_dim or config.latent_channels, height, width)
+        torch.testing.assert_close(tiling.tiled_decode(model, z, tile=8), model.decode(z), atol=1e-4, rtol=1e-4)
+        x = torch.randn(1, 3, height * config.factor + 3, width * config.factor + 1)
+        tiles = tiling.tiled_encode(model, x, tile=8 * config.factor).mode()
+        torch.testing.assert_close(tiles, model.encode(x).mode(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 20), (17, 25), (33, 8)])
-def test_tiled_decode_is_near_the_whole(height: int, width: int) -> None:
-    """As near as diffusers' tiles, on random weights, which depend on surroundings more than trained ones."""
+def test_tiles_are_nearer_to_the_whole_than_diffusers(height: int, width: int) -> None:
+    """On random weights, for which group norms depend on their surroundings more than in trained ones."""
     ours, theirs = both(SMALL)
     theirs.enable_tiling()
     z = smooth(1, 4, height, width)
     with torch.no_grad():
         whole, tiles, reference = ours.decode(z), tiling.tiled_decode(ours, z), theirs.decode(z).sample
     assert tiles.shape == whole.shape
-    assert (tiles - whole).square().mean() < 1.1 * (reference - whole).square().mean()
+    assert (tiles - whole).square().mean() < 0.7 * (reference - whole).square().mean()
 
 
-@pytest.mark.parametrize(("height", "width"), [(160, 160), (130, 197)])
-@pytest.mark.parametrize("config", [SMALL, VQ])
-def test_tiled_encode_keeps_shape_and_place(config: AutoencoderConfig, height: int, width: int) -> None:
-    model = build_autoencoder(config).eval()
-    x = smooth(1, 3, height, width)
+def test_tiles_leave_the_model_alone() -> None:
+    model = build_autoencoder(SMALL).eval()
+    z = torch.randn(1, 4, 20, 20)
     with torch.no_grad():
-        whole, tiles = model.encode(x).mode(), tiling.tiled_encode(model, x, tile=96).mode()
-    assert tiles.shape == whole.shape
-    correlation = torch.corrcoef(torch.stack([whole.flatten(), tiles.flatten()]))[0, 1]
-    assert correlation > 0.5
+        before = model.decode(z)
+        tiling.tiled_decode(model, z)
+        assert torch.equal(model.decode(z), before)
 
 
 def test_a_picture_of_one_tile_is_not_tiled() -> None:
@@ -160,10 +153,9 @@ def test_slices_equal_the_batch(config: AutoencoderConfig) -> None:
         torch.testing.assert_close(tiling.sliced_decode(model, z), model.decode(z), atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("tile", "overlap"), [(3, 0.25), (8, -0.1), (8, 0.6), (8, float("nan"))])
-def test_absurd_tiles_are_refused(tile: int, overlap: float) -> None:
-    with pytest.raises(LdmError, match="tile of"):
-        tiling.tiled_decode(build_autoencoder(SMALL), torch.randn(1, 4, 20, 20), tile, overlap)
+def test_absurd_tiles_are_refused() -> None:
+    with pytest.raises(LdmError, match="a tile of 3 latents is too small"):
+        tiling.tiled_decode(build_autoencoder(SMALL), torch.randn(1, 4, 20, 20), 3)
 
 
 def test_factor_of_released_autoencoders() -> None:

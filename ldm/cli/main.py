@@ -96,6 +96,112 @@ def convert(
     )
 
 
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to make pictures of.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model folder, a checkpoint file, or a Hub name.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What should not be seen.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
+    batch: Annotated[int, typer.Option(help="Pictures made at a time.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Steps of the scheduler (30).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance (7.5; SDXL 5).")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="See `ldm schedulers`; by default the model's own.")] = None,
+    spacing: Annotated[
+        str, typer.Option(help="See `ldm schedulers`; or falling noise levels, as 14.6,7,3,1,0.1.")
+    ] = "default",
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first picture; the others have the numbers after it.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; by default the trained size.")] = None,
+    image: Annotated[str | None, typer.Option(help="A picture to start from.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it is made anew, 0 to 1.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Which of its pixels (white) are made anew.")] = None,
+    refiner: Annotated[str | None, typer.Option(help="A model of the family sdxl-refiner.")] = None,
+    refiner_at: Annotated[
+        float | None, typer.Option(help="Part of the run after which it takes over, such as 0.8.")
+    ] = None,
+    hires: Annotated[float | None, typer.Option(help="Enlarge by this factor in a second pass.")] = None,
+    hires_strength: Annotated[float | None, typer.Option(help="How much that pass makes anew (0.55).")] = None,
+    prompt_2: Annotated[str | None, typer.Option(help="For SDXL's second text encoder.")] = None,
+    negative_2: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    clip_skip: Annotated[int, typer.Option(help="Last layers of the text encoders to leave out.")] = 0,
+    weights: Annotated[bool, typer.Option(help="Read (brackets:1.2) as weights.")] = True,
+    chunks: Annotated[bool, typer.Option(help="Split long prompts instead of cutting them.")] = True,
+    eta: Annotated[float, typer.Option(help="Noise of DDIM's and TCD's steps, 0 to 1.")] = 0.0,
+    rescale: Annotated[float, typer.Option(help="Guidance rescale, 0 to 1.")] = 0.0,
+    interval: Annotated[str, typer.Option(help="START,END of the run in which guidance is on.")] = "0,1",
+    threshold: Annotated[float, typer.Option(help="Dynamic threshold's percentile, such as 0.995.")] = 0.0,
+    perturbed: Annotated[float, typer.Option(help="Scale of perturbed-attention guidance.")] = 0.0,
+    rng: Annotated[str, typer.Option(help="Random numbers: ldm, or diffusers for its own.")] = "ldm",
+    prompts_file: Annotated[
+        str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="A folder, or a .png for one picture.")] = "outputs",
+    sheet: Annotated[bool, typer.Option("--grid", help="Also all pictures on one sheet.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; by default what the device is good at.")
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="sdpa, math, flash, efficient, cudnn, xformers or flash-attn.")
+    ] = "sdpa",
+    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
+    family: FamilyOption = None,
+    variant: Variant = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Make pictures of prompts, as PNG files that say how they were made."""
+    from ldm.cli import generate as command
+
+    given = {
+        "negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "steps": steps, "scheduler": scheduler,
+        "image": image, "mask": mask, "strength": strength, "refiner_at": refiner_at, "hires": hires,
+        "hires_strength": hires_strength,
+    }  # fmt: skip
+    settings: dict[str, object] = {name: value for name, value in given.items() if value is not None}
+    settings |= {"clip_skip": clip_skip, "weights": weights, "chunks": chunks, "eta": eta, "rng": rng}
+    settings["spacing"] = command.parse_spacing(spacing)
+    command.run(
+        command.Options(
+            prompts=prompts or [], model=model, refiner=refiner, n=n, batch=batch, seed=seed, size=size,
+            guidance=guidance, guidance_rescale=rescale, guidance_interval=interval, threshold=threshold,
+            perturbed=perturbed, prompts_file=prompts_file, out=out, sheet=sheet, device=device, dtype=dtype,
+            attention=attention, as_json=json, dry_run=dry_run, family=family, variant=variant,
+            allow_pickle=allow_pickle, settings=settings,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def repro(
+    picture: Annotated[
+        str, typer.Argument(help="A PNG made by `ldm generate`, or by a program of AUTOMATIC1111's kind.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The model that it was made with, if it is not where it was.")
+    ] = None,
+    refiner: Annotated[str | None, typer.Option(help="The refiner, if one was used.")] = None,
+    image: Annotated[str | None, typer.Option(help="The picture that it started from, likewise.")] = None,
+    mask: Annotated[str | None, typer.Option(help="The mask, likewise.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write the picture, to this .png.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default as it was made.")] = None,
+) -> None:
+    """Make a picture again from what it says of itself, and report how the pixels differ."""
+    from ldm.cli import repro as command
+
+    command.run(picture, model, refiner, image, mask, out, device, dtype)
+
+
+@app.command()
+def schedulers(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the schedulers and the spacings that go with each."""
+    from ldm.cli import schedulers as command
+
+    command.run(json)
+
+
 def main() -> None:
     """Run the command line; the only place where errors become messages."""
     interrupted: list[int] = []  # remembered, because a library may turn the exception into another one

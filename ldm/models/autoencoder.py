@@ -222,7 +222,11 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Pictures (B, 3, H, W) in [-1, 1] to the distribution of their unscaled latents (B, latent_channels, h, w)."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return self.posterior(self.quant_conv(self.encoder(x)))
+
+    def posterior(self, moments: Tensor) -> DiagonalGaussian:
+        """The distribution with these means and logarithms of variances (B, 2 · latent_channels, h, w)."""
+        mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -267,7 +271,11 @@ class VQModel(nn.Module):
 
     def encode(self, x: Tensor) -> Point:
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, codebook_dim, h, w) not yet quantised."""
-        return Point(self.quant_conv(self.encoder(x)))
+        return self.posterior(self.quant_conv(self.encoder(x)))
+
+    def posterior(self, latents: Tensor) -> Point:
+        """Latents (B, codebook_dim, h, w) in the place of a distribution."""
+        return Point(latents)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, codebook_dim, h, w), quantised first, to pictures (B, 3, h · factor, w · factor)."""

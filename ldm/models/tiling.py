@@ -1,21 +1,23 @@
 """Encode and decode large pictures piece by piece, so that memory depends on the piece and not on the picture.
 
-Neighbouring tiles overlap, and in the overlap one fades linearly into the other. The weights fall to zero at the edges
-of a tile, so the result has no jump where a tile begins or ends: what remains is that each tile sees its own
-surroundings only (its own group-norm statistics and its own attention).
+Convolutions see a small neighbourhood, so a tile with a margin as wide as that gives exactly the whole picture's
+pixels, if only it is normalised like the whole picture. A first pass over the tiles therefore adds up the statistics
+of every group norm, a second one computes with them: neighbouring tiles agree, and there is nothing to blend. The
+middle of the network, which has the attention, is small and runs on the whole picture. What is approximate is that the
+first pass normalises each tile by itself.
 
 B batch, C channels, H×W height and width of the picture, h×w those of the latents
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, Point
+from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, Point, VQModel
+from ldm.models.layers import twin
 
 
 def sliced_decode(autoencoder: Autoencoder, z: Tensor, size: int = 1) -> Tensor:
@@ -25,82 +27,128 @@ def sliced_decode(autoencoder: Autoencoder, z: Tensor, size: int = 1) -> Tensor:
 
 def sliced_encode(autoencoder: Autoencoder, x: Tensor, size: int = 1) -> DiagonalGaussian | Point:
     """`autoencoder.encode(x)`, `size` images of the batch at a time."""
-    return _posterior(torch.cat([_numbers(autoencoder.encode(part)) for part in x.split(size)]), autoencoder)
+    parts = [autoencoder.encode(part) for part in x.split(size)]
+    if isinstance(autoencoder, AutoencoderKL):
+        return DiagonalGaussian(*(torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "logvar")))
+    return Point(torch.cat([part.mode() for part in parts]))
 
 
-def _numbers(posterior: DiagonalGaussian | Point) -> Tensor:
-    """A posterior as one tensor (B, C, h, w)."""
-    return (
-        torch.cat([posterior.mean, posterior.logvar], 1) if isinstance(posterior, DiagonalGaussian) else posterior.value
-    )
-
-
-def _posterior(numbers: Tensor, autoencoder: Autoencoder) -> DiagonalGaussian | Point:
-    return DiagonalGaussian(*numbers.chunk(2, 1)) if isinstance(autoencoder, AutoencoderKL) else Point(numbers)
-
-
-def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0, overlap: float = 0.25) -> Tensor:
+def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0) -> Tensor:
     """`autoencoder.decode(z)` in tiles of `tile`×`tile` latents (default: what the autoencoder was trained on).
 
     Raises:
-        LdmError: the tile is smaller than 4 latents, or the overlap is not in [0, 0.5].
+        LdmError: the tile is smaller than 4 latents.
     """
-    config = autoencoder.config
-    tile = tile or config.sample_size // config.factor
-    return _tiled(autoencoder.decode, z, tile, overlap, config.factor, 1)
+    config, decoder = autoencoder.config, autoencoder.decoder
+    tile = _checked(tile or config.sample_size // config.factor)
+    if max(z.shape[2:]) <= tile:
+        return autoencoder.decode(z)
+    if isinstance(autoencoder, VQModel):
+        z = autoencoder.quantize(z)[0]
+    middle = decoder.mid_block(decoder.conv_in(autoencoder.post_quant_conv(z)))
+    levels = len(config.channels)
+    margin = sum(-(-(2 * config.layers + 3) // 2**level) for level in range(levels))
+    end = nn.Sequential(*decoder.up_blocks, decoder.conv_norm_out, nn.SiLU(), decoder.conv_out)
+    return _tiled(end, middle, tile, margin, config.factor, 1)
 
 
-def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0, overlap: float = 0.25) -> DiagonalGaussian | Point:
+def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0) -> DiagonalGaussian | Point:
     """`autoencoder.encode(x)` in tiles of `tile`×`tile` pixels, rounded down to whole latents (default as above).
 
     Raises:
-        LdmError: as `tiled_decode`.
+        LdmError: the tile is smaller than 4 latents.
     """
-    factor = autoencoder.config.factor
-    tile = (tile or autoencoder.config.sample_size) // factor * factor
-    numbers = _tiled(lambda t: _numbers(autoencoder.encode(t)), x, tile, overlap, 1, factor)
-    return _posterior(numbers, autoencoder)
-
-
-def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: float, up: int, down: int) -> Tensor:
-    """Weighted mean of `function` on overlapping tiles; the result is `up` times larger and `down` times smaller."""
-    if tile // down < 4 or not 0 <= overlap <= 0.5:
-        raise LdmError(
-            f"tile of {tile} with overlap {overlap}: a tile must span at least 4 latents, the overlap lie in [0, 0.5]"
-        )
+    config, encoder = autoencoder.config, autoencoder.encoder
+    factor = config.factor
+    tile = _checked((tile or config.sample_size) // factor) * factor
     if max(x.shape[2:]) <= tile:
-        return function(x)
-    total: Tensor | None = None
-    weights = torch.zeros(())
-    for top in _starts(x.shape[2], tile, overlap, down):
-        for left in _starts(x.shape[3], tile, overlap, down):
-            part = function(x[:, :, top : top + tile, left : left + tile])
-            if total is None:
-                size = [side // down * up for side in x.shape[2:]]
-                total = part.new_zeros(*part.shape[:2], *size, dtype=torch.float32)
-                weights = total.new_zeros(size)
-            height, width = part.shape[2:]
-            weight = _fade(height, overlap, total)[:, None] * _fade(width, overlap, total)[None, :]
-            rows, columns = (slice(a * up // down, a * up // down + n) for a, n in ((top, height), (left, width)))
-            total[:, :, rows, columns] += part * weight
-            weights[rows, columns] += weight
-            dtype = part.dtype
-    assert total is not None
-    return (total / weights).to(dtype)
+        return autoencoder.encode(x)
+    margin = sum((2 * config.layers + 2) * 2**level for level in range(len(config.channels)))
+    start = nn.Sequential(encoder.conv_in, *encoder.down_blocks)
+    middle = _tiled(start, x, tile, -(-margin // factor) * factor, 1, factor)
+    features = encoder.conv_out(F.silu(encoder.conv_norm_out(encoder.mid_block(middle))))
+    return autoencoder.posterior(autoencoder.quant_conv(features))
 
 
-def _starts(side: int, tile: int, overlap: float, unit: int) -> list[int]:
-    """Where tiles begin along a side: evenly spread, multiples of `unit`, neighbours sharing at least `overlap`."""
-    if side <= tile:
-        return [0]
-    last = -(-(side - tile) // unit) * unit  # the last tile may be a little smaller, but is aligned like the others
-    step = max(unit, int(tile * (1 - overlap)) // unit * unit)
-    count = -(-last // step)
-    return [round(i * last / count / unit) * unit for i in range(count + 1)]
+def _checked(tile: int) -> int:
+    if tile < 4:
+        raise LdmError(f"a tile of {tile} latents is too small: at least 4 on each side are needed")
+    return tile
 
 
-def _fade(side: int, overlap: float, like: Tensor) -> Tensor:
-    """Weights along a tile's side: up from almost 0 over the overlap, 1, and down again."""
-    ramp = max(1, int(side * overlap))
-    distance = torch.arange(side, device=like.device, dtype=torch.float32) + 0.5
-    return torch.minimum(distance, side - distance).clamp(max=ramp) / ramp
+Box = tuple[slice, slice]  # rows and columns
+
+
+class SharedNorm(nn.Module):
+    """A group norm that first adds up the statistics of all tiles, without their margins, then normalises with them."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.count = 0
+        self.sums: Tensor | float = 0.0  # of values and of squares: (2, B, groups), float64
+        self.inner: Box | None = None  # of the tile that is being added up; None: normalise
+        self.height = 0  # of that tile with its margins, where it enters the network
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (self.norm.num_groups, -1)).float()  # (B, G, C/G, H, W)
+        if self.inner:
+            scale = x.shape[2] / self.height
+            rows, columns = (slice(round(side.start * scale), round(side.stop * scale)) for side in self.inner)
+            inside = groups[:, :, :, rows, columns]
+            variance, mean = torch.var_mean(inside, dim=(2, 3, 4), correction=0)
+            size = inside[0, 0].numel()
+            self.sums = self.sums + size * torch.stack([mean, variance + mean**2]).double()
+            self.count += size
+            return self.norm(x)
+        mean, square = self.sums / self.count  # type: ignore[misc]
+        deviation = (square - mean**2 + self.norm.eps).sqrt()
+        mean, deviation = (value.float()[:, :, None, None, None] for value in (mean, deviation))
+        weight, bias = (p.float().view(1, -1, 1, 1) for p in (self.norm.weight, self.norm.bias))
+        return (((groups - mean) / deviation).flatten(1, 2) * weight + bias).to(x.dtype)
+
+
+def _tiled(module: nn.Module, x: Tensor, tile: int, margin: int, up: int, down: int) -> Tensor:
+    """`module` on `x` in tiles with margins; the result is `up` times larger and `down` times smaller than `x`."""
+    module = twin(module)  # with norms of this call's own: others may be using the module
+    norms = _share_norms(module)
+    height, width = x.shape[2:]
+    boxes = [
+        (slice(top, min(top + tile, height)), slice(left, min(left + tile, width)))
+        for top in range(0, height - down + 1, tile)
+        for left in range(0, width - down + 1, tile)
+    ]
+    out: Tensor | None = None
+    for adding in (True, False):
+        for box in boxes:
+            starts = [max(side.start - margin, 0) for side in box]
+            rows, columns = (slice(start, side.stop + margin) for start, side in zip(starts, box, strict=True))
+            inner = tuple(slice(b.start - start, b.stop - start) for b, start in zip(box, starts, strict=True))
+            piece = x[:, :, rows, columns]
+            for norm in norms:
+                norm.inner, norm.height = (inner[0], inner[1]) if adding else None, piece.shape[2]
+            part = module(piece)
+            if adding:
+                continue
+            if out is None:
+                out = part.new_empty(*part.shape[:2], height // down * up, width // down * up)
+            place = out[:, :, _scaled(box[0], up, down), _scaled(box[1], up, down)]
+            y, z = (side.start * up // down for side in inner)
+            place.copy_(part[:, :, y : y + place.shape[2], z : z + place.shape[3]])
+    assert out is not None
+    return out
+
+
+def _scaled(side: slice, up: int, down: int) -> slice:
+    return slice(side.start * up // down, side.stop * up // down)
+
+
+def _share_norms(module: nn.Module) -> list[SharedNorm]:
+    """Put a `SharedNorm` in the place of every group norm of a module."""
+    norms = []
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.GroupNorm):
+                norms.append(SharedNorm(child))
+                setattr(parent, name, norms[-1])
+    return norms

@@ -323,21 +323,9 @@ def _identity_block(config: TextEncoderConfig) -> dict[str, Shape]:
     return shapes | {f"ln_{i}.{kind}": (w,) for i in (1, 2) for kind in ("weight", "bias")}
 
 
-def _betas(schedule: NoiseSchedule) -> Tensor:
-    """Variance added in each step, float64 (steps,)."""
-    start, end, steps = schedule.beta_start, schedule.beta_end, schedule.train_steps
-    if schedule.beta_schedule == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
-    if schedule.beta_schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    time = torch.arange(steps + 1, dtype=torch.float64) / steps  # Nichol and Dhariwal 2021, equation 17
-    bar = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
-    return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-
-
 def _ldm_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
     """The buffers of CompVis' `DDPM`: Ho et al. 2020 (arXiv 2006.11239), equations 4, 6 and 7, all float32 (steps,)."""
-    beta = _betas(schedule)
+    beta = schedule.betas()
     bar = (1 - beta).cumprod(0)
     before = torch.cat([bar.new_ones(1), bar[:-1]])
     variance = beta * (1 - before) / (1 - bar)
@@ -362,5 +350,5 @@ def _ldm_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
 
 def _sgm_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
     """The buffer of generative-models' `DiscreteDenoiser`: noise levels, rising, float32 (steps,)."""
-    bar = (1 - _betas(schedule)).cumprod(0)
+    bar = (1 - schedule.betas()).cumprod(0)
     return {"denoiser.sigmas": ((1 - bar) / bar).float().sqrt()}

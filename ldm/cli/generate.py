@@ -1,0 +1,297 @@
+"""`ldm generate`: prompts to PNG files, one batch after the other; and many prompts over several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ldm
+from ldm.cli.common import counter, to_dtype
+from ldm.cli.info import describe
+from ldm.cli.record import to_parameters
+from ldm.errors import LdmError, listing
+from ldm.images import grid, load_image, save_png
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.schedulers import make
+from ldm.weights.sources import open_source
+from pipelines import Pipeline
+from pipelines.pipeline import STEPS
+from pipelines.request import default_guidance
+
+LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
+    "negative", "prompt_2", "negative_2", "seed", "width", "height", "steps", "guidance", "scheduler", "spacing",
+    "clip_skip", "image", "mask", "strength", "eta",
+}  # fmt: skip
+LARGEST_FILE = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says, checked when it is used."""
+
+    prompts: list[str]
+    model: str | None
+    refiner: str | None = None
+    n: int = 1
+    batch: int = 1
+    seed: int | None = None
+    size: str | None = None
+    guidance: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: str = "0,1"
+    threshold: float = 0.0
+    perturbed: float = 0.0
+    prompts_file: str | None = None
+    out: str = "outputs"
+    sheet: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    attention: str = "sdpa"
+    as_json: bool = False
+    dry_run: bool = False
+    family: str | None = None
+    variant: str | None = None
+    allow_pickle: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)  # of `Pipeline.stream`, those that were given
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    index: int
+    prompt: str
+    seed: int
+    settings: tuple[tuple[str, Any], ...] = ()  # of its line alone
+
+    def name(self, common: dict[str, Any]) -> str:
+        """A file name that changes with everything that changes the picture."""
+        text = json.dumps([self.prompt, self.seed, self.settings, common], sort_keys=True, default=str)
+        return f"{self.index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
+
+
+def run(options: Options) -> None:
+    """Make what is asked for; print a path (or JSON) for each picture on stdout."""
+    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    common = dict(options.settings)
+    if options.size:
+        common |= dict(zip(("width", "height"), parse_size(options.size), strict=True))
+    for name in ("image", "mask"):
+        if common.get(name):
+            load_image(common[name])  # before a model is loaded
+    jobs = list(make_jobs(options))
+    common_identity = common | {"model": options.model, "guidance": options.guidance, "refiner": options.refiner}
+    targets = _targets(options, jobs, common_identity)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = [job for job in jobs[rank::world] if not (options.prompts_file and targets[job.index].exists())]
+    if options.dry_run:
+        print(json.dumps(_describe(options, common, jobs, len(mine)), indent=2, default=str))
+        return
+    if not mine:
+        print(f"ldm: nothing to do: all {len(jobs[rank::world])} pictures are there", file=sys.stderr)
+        return
+    device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and _cuda() else None)
+    pipeline = Pipeline(
+        options.model, refiner=options.refiner, device=device, dtype=to_dtype(options.dtype),
+        attention=options.attention, family=options.family, variant=options.variant, allow_pickle=options.allow_pickle,
+    )  # fmt: skip
+    common["guidance"] = _guidance(options, pipeline)
+    provenance: dict[str, Any] = {
+        "version": f"ldm {ldm.__version__}",
+        "model": Path(str(options.model)).stem,
+        "source": _absolute(options.model),
+        "model_hash": pipeline.model.fingerprint(),
+        "dtype": str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch."),
+    }
+    if options.refiner:
+        provenance["refiner"] = _absolute(options.refiner)
+    if common.get("image"):
+        provenance |= {name: _file(common[name]) for name in ("image", "mask") if common.get(name)}
+    made = []
+    with counter("pictures", len(mine)) as advance:
+        for settings, group in groupby(mine, key=lambda job: job.settings):
+            batchable = list(group)
+            line = dict(settings)
+            if isinstance(line.get("guidance"), (int, float)):
+                line["guidance"] = _guidance(options, pipeline, line["guidance"])
+            merged = {**common, **line}
+            position = 0
+            for result in pipeline.stream(
+                [job.prompt for job in batchable],
+                seed=[job.seed for job in batchable],
+                batch=options.batch,
+                **merged,
+            ):
+                for image, record in zip(result.images, result.settings, strict=True):
+                    job = batchable[position]
+                    position += 1
+                    full = {**record, **provenance}
+                    save_png(image, targets[job.index], full, to_parameters(full))
+                    print(
+                        json.dumps({"path": str(targets[job.index]), **full})
+                        if options.as_json
+                        else targets[job.index],
+                        flush=True,
+                    )
+                    advance()
+                    if options.sheet:
+                        made.append(image)
+    if options.sheet and made:
+        sheet = targets[mine[0].index].with_name("grid.png")
+        save_png(grid(made), sheet)
+        print(sheet)
+
+
+def make_jobs(options: Options) -> Iterator[Job]:
+    """Every picture that is asked for, from the command line or from a file of prompts."""
+    lines = list(_lines(options.prompts_file)) if options.prompts_file else []
+    lines += [(prompt, {}) for prompt in options.prompts]
+    if not lines:
+        raise LdmError("no prompt: give one, or a file of them (--prompts)")
+    first = secrets.randbelow(2**32) if options.seed is None and not options.prompts_file else options.seed or 0
+    index = 0
+    for prompt, line in lines:
+        own = line.pop("seed", None)
+        for copy in range(options.n):
+            seed = first + index if own is None else own + copy
+            yield Job(index, prompt, seed, tuple(sorted(line.items())))
+            index += 1
+
+
+def _lines(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prompts of a text file, one a line, or of a JSON-lines file with settings of their own."""
+    path = Path(name)
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise LdmError(f"{path} has {path.stat().st_size} bytes; that is no file of prompts")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise LdmError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise LdmError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield line.strip(), {}
+            continue
+        try:
+            content = json.loads(line)
+            prompt = content.pop("prompt")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise LdmError(f'{path}, line {number}: a JSON object with "prompt" is needed') from None
+        unknown = sorted(content.keys() - LINE_OPTIONS)
+        if unknown or not isinstance(prompt, str):
+            raise LdmError(f"{path}, line {number}: {listing(unknown) or 'the prompt'} is not known or no text")
+        seed = content.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise LdmError(f"{path}, line {number}: seed {seed!r} is no whole number")
+        yield prompt, {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+
+
+def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[int, Path]:
+    """Where each picture goes. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
+    out = Path(options.out)
+    if out.suffix.lower() == ".png":
+        if len(jobs) > 1:
+            raise LdmError(f"--out {out}: {len(jobs)} pictures need a folder, not one file")
+        if not out.absolute().parent.is_dir():
+            raise LdmError(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
+        return {jobs[0].index: out}
+    if out.suffix:
+        raise LdmError(f"--out {out}: name a folder, or a file that ends in .png")
+    if not options.dry_run:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LdmError(f"--out {out} cannot be made: {error.strerror}") from None
+        if not os.access(out, os.W_OK):
+            raise LdmError(f"--out {out} cannot be written to")
+    if options.prompts_file:
+        return {job.index: out / job.name(common) for job in jobs}
+    numbers = [int(m[1]) for path in out.glob("*.png") if (m := re.match(r"(\d{5,9})-", path.name))]
+    start = max(numbers, default=-1) + 1
+    return {job.index: out / f"{start + job.index:05d}-{job.seed}.png" for job in jobs}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`--size`: width x height in pixels, or one number for both."""
+    match = re.fullmatch(r"(\d{1,9})(?:[x×](\d{1,9}))?", text.strip().lower())
+    if not match:
+        raise LdmError(f"--size {text!r}: write WIDTHxHEIGHT, such as 768x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_spacing(text: str) -> str | tuple[float, ...]:
+    """`--spacing`: a name, or noise levels separated by commas."""
+    if "," not in text:
+        return text
+    try:
+        return tuple(float(level) for level in text.split(","))
+    except ValueError:
+        raise LdmError(f"--spacing {text!r}: write a name, or noise levels such as 14.6,7,3,1,0.1") from None
+
+
+def _absolute(source: str | None) -> str:
+    """A source as it can be named from elsewhere: a path in full, a Hub name as it is."""
+    return str(Path(source).absolute()) if source and Path(source).exists() else str(source)
+
+
+def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) -> Guidance:
+    try:
+        start, end = (float(part) for part in options.guidance_interval.split(","))
+    except ValueError:
+        raise LdmError(f"--guidance-interval {options.guidance_interval!r}: write START,END, such as 0.1,0.8") from None
+    chosen = next(
+        value for value in (scale, options.guidance, default_guidance(pipeline.model.family)) if value is not None
+    )
+    return Guidance(chosen, options.guidance_rescale, (start, end), options.threshold, options.perturbed)
+
+
+def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: int) -> dict[str, Any]:
+    """What `--dry-run` prints: nothing is loaded for it but the description of the model."""
+    if options.model is None:
+        Pipeline(None)
+    opened = open_source(
+        str(options.model),
+        family=options.family,
+        variant=options.variant,
+        allow_pickle=options.allow_pickle,
+        verify=False,
+    )
+    family, steps = opened.family, common.get("steps", STEPS)
+    plan = make(
+        family.schedule, steps, common.get("scheduler"), common.get("spacing", "default"), bool(family.unet.pooled_dim)
+    )
+    return {
+        "model": describe(opened),
+        "settings": {
+            "width": family.size, "height": family.size, "steps": steps,
+            "guidance": options.guidance or default_guidance(family), **common,
+        },
+        "timesteps": [round(float(t), 2) for t in plan.timesteps],
+        "pictures": len(jobs),
+        "left_to_make": left,
+        "first": {"prompt": jobs[0].prompt, "seed": jobs[0].seed},
+    }  # fmt: skip
+
+
+def _file(path: Any) -> dict[str, str]:
+    """A picture that was started from: where it was, and its digest, so that it can be found again."""
+    return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()

@@ -1,0 +1,83 @@
+"""`ldm repro`: a picture made again from its own record."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.cli.common import to_dtype
+from ldm.cli.record import from_parameters
+from ldm.errors import LdmError
+from ldm.images import load_image, read_settings, save_png
+from ldm.sampling.guidance import Guidance
+from pipelines import Pipeline
+
+_NOT_SETTINGS = {"task", "family", "version", "model", "model_hash", "source", "refiner", "dtype", "image", "mask"}
+
+
+def run(
+    picture: str,
+    model: str | None,
+    refiner: str | None,
+    image: str | None,
+    mask: str | None,
+    out: str | None,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    """Print the largest and the mean difference of the pixels, 0 to 255."""
+    path = Path(picture)
+    record, parameters = read_settings(path)
+    if record is None and not parameters:
+        raise LdmError(f"{path} does not say how it was made")
+    settings = from_parameters(parameters) if record is None else _settings(record)
+    record = record or {}
+    source = model or record.get("source")
+    if source is None:
+        raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
+    for name, given in (("image", image), ("mask", mask)):
+        if given or name in record:
+            settings[name] = given or _found(name, record[name])
+    chosen = to_dtype(dtype or record.get("dtype"))
+    pipeline = Pipeline(source, refiner=refiner or record.get("refiner"), device=device, dtype=chosen)
+    found, stated = pipeline.model.fingerprint(), record.get("model_hash")
+    if stated and found != stated:
+        raise LdmError(
+            f"{path} was made with other weights ({stated}) than {source} has ({found}); name the right model"
+        )
+    prompt = settings.pop("prompt")
+    made = pipeline(prompt, **settings).images[0]
+    original = load_image(path)
+    if original.size != made.size:
+        raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: it was changed since")
+    difference = np.abs(np.asarray(made).astype(int) - np.asarray(original).astype(int))
+    if out:
+        save_png(made, Path(out), record, parameters)
+    same = "identical" if not difference.any() else "different"
+    print(f"{same}: largest difference {difference.max()}, mean {difference.mean():.4f} of 255")
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Pipeline.stream` in our own record."""
+    settings = {name: value for name, value in record.items() if name not in _NOT_SETTINGS}
+    try:
+        guidance = settings["guidance"]
+        settings["guidance"] = Guidance(**{**guidance, "interval": tuple(guidance["interval"])})
+        if not isinstance(settings["prompt"], str):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise LdmError("the picture's record is damaged") from None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def _found(name: str, record: Any) -> str:
+    """The file that a picture was made from, if it is still the same."""
+    if not isinstance(record, dict) or not isinstance(record.get("path"), str):
+        raise LdmError(f"the picture's record of its {name} is damaged")
+    path = Path(record["path"])
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record.get("sha256"):
+        raise LdmError(f"the {name} that it was made from, {path}, is gone or has changed; name it (--{name})")
+    return str(path)

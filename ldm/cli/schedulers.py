@@ -1,0 +1,22 @@
+"""`ldm schedulers`: what can be chosen."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from ldm.sampling.schedulers import SCHEDULERS, spacings
+
+
+def run(as_json: bool) -> None:
+    """Print each scheduler with diffusers' name of it and its spacings."""
+    rows = {name: {"class": kind, "spacings": spacings(name)} for name, (kind, _) in SCHEDULERS.items()}
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("scheduler", "diffusers' class", "spacings", box=None, padding=(0, 2, 0, 0))
+    for name, row in rows.items():
+        table.add_row(name, str(row["class"]), " ".join(row["spacings"]))
+    Console().print(table)

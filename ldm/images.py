@@ -1,0 +1,119 @@
+"""Pictures: PIL to tensors and back, files in, PNG files with everything needed to make them again out.
+
+B pictures, H×W height and width
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from ldm.errors import LdmError
+
+MOST_PIXELS = 100_000_000  # of a picture that is read: larger ones are mistakes or attacks
+KEY = "ldm"  # of our own JSON in a PNG; "parameters" is the text that AUTOMATIC1111's programs read
+
+
+def load_image(source: str | os.PathLike[str] | Image.Image, mode: str = "RGB") -> Image.Image:
+    """A picture from a file, upright, its transparency on white.
+
+    Raises:
+        LdmError: the file cannot be read, is no picture, is damaged, or has over 100 million pixels.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        if image.width * image.height > MOST_PIXELS:
+            raise LdmError(f"{source} has {image.width}×{image.height} pixels; at most {MOST_PIXELS:,} are read")
+        image = ImageOps.exif_transpose(image)
+        if mode == "RGB" and ("A" in image.getbands() or "transparency" in image.info):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert(mode)
+    except LdmError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise LdmError(f"{source}: {error}") from None
+    except FileNotFoundError:
+        raise LdmError(f"{source} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no picture, or damaged"
+        raise LdmError(f"{source} cannot be read as a picture: {reason}") from None
+
+
+def to_tensor(images: Sequence[Image.Image], width: int, height: int) -> Tensor:
+    """Pictures, resized, as (B, 3, H, W) in [-1, 1], float32."""
+    arrays = [np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 * 2 - 1
+
+
+def mask_to_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
+    """A mask, resized, as (1, 1, H, W): 1 where the picture is to be made anew (white), 0 where it stays (black)."""
+    array = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
+    return torch.from_numpy((array >= 0.5).astype(np.float32))[None, None]
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] as pictures of 8 bits."""
+    array = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+
+
+def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:
+    """Pictures side by side in rows, as square as they come."""
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    width, height = (max(image.size[side] for image in images) for side in (0, 1))
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None, parameters: str = "") -> None:
+    """Write a PNG whole or not at all, with our settings as JSON and AUTOMATIC1111's parameters in it.
+
+    Raises:
+        LdmError: it cannot be written.
+    """
+    info = PngImagePlugin.PngInfo()
+    if parameters:
+        info.add_itxt("parameters", parameters)
+    if settings:
+        info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("wb") as file:
+            image.save(file, "PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise LdmError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """Our JSON in a PNG (None if there is none) and AUTOMATIC1111's parameters ("" if there are none).
+
+    Raises:
+        LdmError: the file is no picture.
+    """
+    load_image(path)
+    with Image.open(path) as image:
+        text = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    try:
+        settings = json.loads(text.get(KEY, "null"))
+    except ValueError:
+        raise LdmError(f"{path}: its settings are damaged") from None
+    return settings if isinstance(settings, dict) else None, text.get("parameters", "")

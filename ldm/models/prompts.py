@@ -1,0 +1,180 @@
+"""Prompts with weights and of any length, as AUTOMATIC1111's web interface reads them.
+
+`(word)` counts 1.1 times, `(word:1.4)` 1.4 times, `[word]` 1/1.1 times, nested they multiply; a backslash takes a
+bracket literally; `BREAK` starts a new chunk. A prompt of more tokens than fit is split into chunks, after a comma if
+there is one among the last 20 tokens, and the encodings of the chunks stand one behind the other.
+
+B prompts, K chunks, M tokens of a chunk (77), T text channels
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from ldm.errors import LdmError
+from ldm.models.text import TextEncoders
+from ldm.models.unet import Conditioning
+
+LONGEST = 100_000  # characters of a prompt
+BACKTRACK = 20  # tokens that may move to the next chunk, so that it starts after a comma
+BREAK = "BREAK"
+_PIECES = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:")
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """How many tokens a prompt has for one text encoder, and what did not fit."""
+
+    prompt: str
+    encoder: str  # its component's name
+    tokens: int  # without start and end
+    room: int  # that fit: of all chunks
+    cut: str = ""  # the text that was left out, "" if nothing was
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float]]:
+    """The parts of a prompt and their weights; brackets without a partner reach to the end, or are text."""
+    parts: list[tuple[str, float]] = []
+    opened: list[tuple[int, float]] = []  # where it was opened, and its factor: 1.1 or 1/1.1
+
+    def close(factor: float) -> None:
+        start, _ = opened.pop()
+        parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
+
+    for match in _PIECES.finditer(prompt):
+        piece, number = match[0], match[1]
+        if piece in ("(", "["):
+            opened.append((len(parts), 1.1 if piece == "(" else 1 / 1.1))
+        elif number is not None and opened and opened[-1][1] > 1:
+            close(float(number))
+        elif piece == ")" and opened and opened[-1][1] > 1:
+            close(1.1)
+        elif piece == "]" and opened and opened[-1][1] < 1:
+            close(1 / 1.1)
+        else:
+            parts.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
+    while opened:
+        close(opened[-1][1])
+    merged: list[tuple[str, float]] = []
+    for text, weight in parts:
+        if merged and merged[-1][1] == weight:
+            merged[-1] = (merged[-1][0] + text, weight)
+        else:
+            merged.append((text, weight))
+    return merged
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one chunk and their weights, without start, end and padding."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+def split_into_chunks(tokenizer: CLIPTokenizer, parts: Sequence[tuple[str, float]], size: int) -> list[Chunk]:
+    """The weighted parts of a prompt as chunks of at most `size` tokens; at least one."""
+    comma = tokenizer.convert_tokens_to_ids(",</w>")
+    chunks: list[Chunk] = []
+    ids: list[int] = []
+    weights: list[float] = []
+    last_comma = -1
+
+    def finish(count: int) -> None:
+        nonlocal ids, weights, last_comma
+        chunks.append(Chunk(ids[:count], weights[:count]))
+        ids, weights, last_comma = ids[count:], weights[count:], -1
+
+    for text, weight in parts:
+        for number, section in enumerate(re.split(rf"\s*\b{BREAK}\b\s*", text)):
+            if number:
+                finish(len(ids))
+            for token in tokenizer(section, add_special_tokens=False, verbose=False).input_ids:
+                if len(ids) == size:
+                    near = last_comma >= 0 and size - 1 - last_comma <= BACKTRACK
+                    finish(last_comma + 1 if near else size)
+                if token == comma:
+                    last_comma = len(ids)
+                ids.append(token)
+                weights.append(weight)
+    if ids or not chunks:
+        finish(len(ids))
+    return chunks
+
+
+def encode_prompts(
+    encoders: TextEncoders,
+    prompts: Sequence[Sequence[str]],
+    *,
+    clip_skip: int = 0,
+    chunks: bool = True,
+    weights: bool = True,
+    least: int = 1,
+) -> tuple[Conditioning, list[TokenReport]]:
+    """Prompts to text (B, K·M, T), pooled text (B, P) of the first chunk, and a report for each prompt and encoder.
+
+    Args:
+        encoders: the text encoders.
+        prompts: one list of B prompts for each of them.
+        clip_skip: layers left out, as in `TextEncoders.encode`.
+        chunks: split long prompts; without, what does not fit is cut, and the report says what.
+        weights: read brackets as weights; without, they are text.
+        least: chunks to fill up to, so that a negative prompt matches its positive one.
+
+    Raises:
+        LdmError: a prompt is longer than 100,000 characters, or `clip_skip` is out of range.
+    """
+    reports: list[TokenReport] = []
+    towers: list[list[list[Chunk]]] = []
+    for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True):
+        rows = []
+        for prompt in texts:
+            if len(prompt) > LONGEST:
+                raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")
+            parts = parse_weights(prompt) if weights else [(prompt, 1.0)]
+            row = split_into_chunks(tokenizer, parts, config.context - 2)
+            kept = row if chunks else row[:1]
+            cut = str(tokenizer.decode([token for chunk in row[len(kept) :] for token in chunk.ids]))
+            count = sum(len(chunk.ids) for chunk in row)
+            reports.append(TokenReport(prompt, config.component, count, len(kept) * (config.context - 2), cut))
+            rows.append(kept)
+        towers.append(rows)
+    number = max(least, *(len(row) for rows in towers for row in rows))
+    encoded = []
+    for index in range(number):
+        here = [[row[index] if index < len(row) else Chunk([], []) for row in rows] for rows in towers]
+        tokens = [
+            torch.tensor([_padded(chunk, tokenizer, config.context) for chunk in rows])
+            for config, tokenizer, rows in zip(encoders.configs, encoders.tokenizers, here, strict=True)
+        ]
+        cond = encoders.encode(tokens, clip_skip)
+        encoded.append(Conditioning(_weighted(cond.text, here, encoders), cond.pooled))
+    return Conditioning(torch.cat([cond.text for cond in encoded], dim=1), encoded[0].pooled), reports
+
+
+def _padded(chunk: Chunk, tokenizer: CLIPTokenizer, context: int) -> list[int]:
+    ids = [tokenizer.bos_token_id, *chunk.ids, tokenizer.eos_token_id]
+    return ids + [tokenizer.pad_token_id] * (context - len(ids))
+
+
+def _weighted(text: Tensor, chunks: Sequence[Sequence[Chunk]], encoders: TextEncoders) -> Tensor:
+    """Token vectors (B, M, T) times their weights; the mean of each prompt and encoder stays what it was."""
+    parts = []
+    for part, rows in zip(text.split([config.width for config in encoders.configs], dim=-1), chunks, strict=True):
+        if all(weight == 1 for chunk in rows for weight in chunk.weights):
+            parts.append(part)
+            continue
+        factors = torch.ones(part.shape[:2])
+        for row, chunk in enumerate(rows):
+            factors[row, 1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
+        scaled = part * factors[:, :, None].to(part)
+        before, after = part.mean(dim=(1, 2), keepdim=True), scaled.mean(dim=(1, 2), keepdim=True)
+        changed = (factors != 1).any(dim=1)[:, None, None].to(part.device)
+        parts.append(torch.where(changed, scaled * (before / after), part))
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,171 @@
+"""Guidance: wrappers that turn a U-Net and conditionings into one denoiser.
+
+B images, C latent channels, h×w height and width of the latents
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.families import NoiseSchedule
+from ldm.models.attention import Kernel
+from ldm.models.layers import TransformerBlock, twin
+from ldm.models.unet import Conditioning, UNet
+from ldm.sampling.loop import Denoise, Time
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, and when, a prediction is pushed towards the prompt."""
+
+    scale: float = 7.5  # of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); at most 1: none
+    rescale: float = 0.0  # pull the result's spread back to the prompt's own (Lin et al. 2023, arXiv 2305.08891)
+    interval: tuple[float, float] = (0.0, 1.0)  # of the run in which it is on (Kynkäänniemi et al. 2024, 2404.07724)
+    threshold: float = 0.0  # dynamic threshold's percentile of the predicted latents (Saharia et al. 2022); 0: none
+    perturbed: float = 0.0  # scale of perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("scale", 0, 1000), ("rescale", 0, 1), ("threshold", 0, 1), ("perturbed", 0, 1000)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise LdmError(f"guidance {name} {value!r}: a number from {low} to {high} is needed")
+        start, end = self.interval
+        if not 0 <= start <= end <= 1:
+            raise LdmError(
+                f"guidance interval {self.interval}: two rising numbers from 0 (noise) to 1 (picture) are needed"
+            )
+
+
+def join(*conds: Conditioning) -> Conditioning:
+    """Conditionings one below the other, in one batch."""
+    columns = ([getattr(cond, field.name) for cond in conds] for field in fields(Conditioning))
+    return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def plain(unet: UNet, cond: Conditioning, extra: Tensor | None = None) -> Denoise:
+    """The U-Net's own prediction; `extra` (B or 1, C, h, w) are more channels that it reads: the mask …"""
+    if extra is None:
+        return lambda x, time: unet(x, time.tensor, cond)
+    channels = extra.expand(len(cond.text), -1, -1, -1)
+    return lambda x, time: unet(torch.cat([x, channels], dim=1), time.tensor, cond)
+
+
+def guided(
+    unet: UNet,
+    cond: Conditioning,
+    negative: Conditioning,
+    guidance: Guidance,
+    schedule: NoiseSchedule,
+    extra: Tensor | None = None,
+) -> Denoise:
+    """The U-Net's prediction for `cond`, pushed away from the one for `negative` as `guidance` says.
+
+    Where guidance is off, the U-Net runs once for each image. `extra` is as for `plain`, with B rows or one.
+    """
+    g = guidance
+    alone = plain(unet, cond, extra)
+    classifier_free = g.scale > 1
+    if not classifier_free and not g.perturbed:
+        return thresholded(alone, g.threshold, schedule) if g.threshold else alone
+    groups = [negative] * classifier_free + [cond] + [cond] * bool(g.perturbed)
+    model = _perturbed_twin(unet, len(groups)) if g.perturbed else unet
+    rows = None if extra is None else torch.cat([extra.expand(len(cond.text), -1, -1, -1)] * len(groups))
+    together = plain(model, join(*groups), rows)
+
+    def denoise(x: Tensor, time: Time) -> Tensor:
+        progress = 1 - time.value / (schedule.train_steps - 1)
+        if not g.interval[0] <= progress <= g.interval[1]:
+            return alone(x, time)
+        predictions = together(torch.cat([x] * len(groups)), time).chunk(len(groups))
+        wanted = predictions[classifier_free]
+        result = wanted
+        if classifier_free:
+            result = predictions[0] + g.scale * (wanted - predictions[0])
+        if g.perturbed:
+            result = result + g.perturbed * (wanted - predictions[-1])
+        if g.rescale:
+            result = rescaled(result, wanted, g.rescale)
+        return result
+
+    return thresholded(denoise, g.threshold, schedule) if g.threshold else denoise
+
+
+def rescaled(guided: Tensor, wanted: Tensor, amount: float) -> Tensor:
+    """`guided` with its spread, image by image, moved by `amount` towards that of `wanted` (Lin et al. 2023)."""
+    axes = list(range(1, wanted.ndim))
+    same_spread = guided * (wanted.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
+    return amount * same_spread + (1 - amount) * guided
+
+
+def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) -> Denoise:
+    """Keep the predicted latents within what their own percentile allows, image by image.
+
+    Saharia et al. 2022 (arXiv 2205.11487), section 2.3, on latents, whose ordinary spread is 1: values above the given
+    percentile of their absolute values, and above 3, are cut.
+    """
+    bars = schedule.alpha_bars().tolist()
+
+    def limited(x: Tensor, time: Time) -> Tensor:
+        prediction = denoise(x, time)
+        a, s = _signal_and_noise(bars, time.value)
+        latents = to_latents(prediction, x, a, s, schedule.prediction_type)
+        sizes = latents.flatten(1).abs().float()
+        limit = torch.quantile(sizes, percentile, dim=1).clamp(min=3.0).to(latents.dtype)[:, None, None, None]
+        return from_latents(latents.clamp(-limit, limit), x, a, s, schedule.prediction_type)
+
+    return limited
+
+
+def _signal_and_noise(bars: list[float], t: float) -> tuple[float, float]:
+    """√ᾱ and √(1 - ᾱ) at a timestep that may lie between two."""
+    low = min(int(t), len(bars) - 1)
+    high = min(low + 1, len(bars) - 1)
+    bar = bars[low] + (bars[high] - bars[low]) * (t - low)
+    return math.sqrt(bar), math.sqrt(1 - bar)
+
+
+def to_latents(prediction: Tensor, x: Tensor, a: float, s: float, prediction_type: str) -> Tensor:
+    """The clean latents that a prediction for x = a · latents + s · noise stands for (a² + s² = 1)."""
+    if prediction_type == "epsilon":
+        return (x - s * prediction) / max(a, 1e-4)
+    return a * x - s * prediction if prediction_type == "v_prediction" else prediction
+
+
+def from_latents(latents: Tensor, x: Tensor, a: float, s: float, prediction_type: str) -> Tensor:
+    """The prediction that stands for clean latents: the inverse of `to_latents`."""
+    if prediction_type == "epsilon":
+        return (x - a * latents) / max(s, 1e-4)
+    return (a * x - latents) / max(s, 1e-4) if prediction_type == "v_prediction" else latents
+
+
+def _perturbed_twin(unet: UNet, groups: int) -> UNet:
+    """A U-Net on the same weights whose middle, for the last of a batch's groups, lets no token see another."""
+    model = twin(unet)
+    for module in model.mid_block.modules():
+        if isinstance(module, TransformerBlock):
+            module.attn1.kernel = _identity_for_last(module.attn1.kernel, groups)
+    return model
+
+
+def _identity_for_last(kernel: Kernel, groups: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def perturbed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = len(q) - len(q) // groups
+        return torch.cat([kernel(q[:keep], k[:keep], v[:keep]), v[keep:]])
+
+    return perturbed
+
+
+def check_finite(latents: Tensor, stage: str, remedy: str) -> None:
+    """Raise unless all numbers are finite.
+
+    Raises:
+        LdmError: with the stage and the remedy.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        raise LdmError(f"the {stage} gave numbers that are not finite; {remedy}")

@@ -1,0 +1,53 @@
+"""The one loop: from noise to latents, a step at a time.
+
+B images, C latent channels, h×w height and width of the latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ldm.sampling.schedulers import Plan
+
+
+@dataclass(frozen=True)
+class Time:
+    """One timestep, as a number for decisions and as a tensor for the model, so that nobody waits for the device."""
+
+    value: float  # 0 … train_steps - 1; a fraction with some spacings
+    tensor: Tensor  # the same on the model's device: ()
+
+
+Denoise = Callable[[Tensor, Time], Tensor]  # noisy latents (B, C, h, w), already scaled -> prediction (B, C, h, w)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known after a step."""
+
+    index: int  # from 0
+    count: int  # of all steps
+    time: Time
+    latents: Tensor  # (B, C, h, w) after the step
+
+
+def sample(
+    denoise: Denoise, plan: Plan, x: Tensor, arguments: Mapping[str, Any]
+) -> Generator[Step, Tensor | None, None]:
+    """Noisy latents `x` (B, C, h, w) through all timesteps of the plan, a `Step` after each.
+
+    A caller that wants to change the latents between steps sends new ones into the generator.
+    """
+    scheduler = plan.scheduler
+    values = [float(t) for t in plan.timesteps]
+    on_device = [t.to(x.device, non_blocking=True) for t in plan.timesteps]
+    for index, t in enumerate(plan.timesteps):
+        time = Time(values[index], on_device[index])
+        prediction = denoise(scheduler.scale_model_input(x, t), time)
+        x = scheduler.step(prediction, t, x, **arguments)[0]
+        changed = yield Step(index, len(values), time, x)
+        x = x if changed is None else changed

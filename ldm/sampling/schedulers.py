@@ -1,0 +1,233 @@
+"""diffusers' schedulers by short name, crossed with how their steps are spaced over the noise levels.
+
+Schedulers keep the state of a run, so each run makes its own. Everything that they compute with stays on the CPU, so
+that no step waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.families import NoiseSchedule
+
+
+class Scheduler(Protocol):
+    """What a scheduler must have: diffusers' interface."""
+
+    order: int
+    timesteps: Tensor
+    init_noise_sigma: Any
+    config: Any
+
+    def set_timesteps(self, num_inference_steps: int, *, device: Any = ...) -> None: ...
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor: ...
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any: ...
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> diffusers' class, options that make it this one
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpm++3m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    "dpm++2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++sde": ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+}
+SPACINGS: dict[str, dict[str, Any]] = {  # name -> options; a scheduler that lacks them cannot be spaced so
+    "default": {},
+    "leading": {"timestep_spacing": "leading"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+}
+# Align Your Steps (Sabour et al. 2024, arXiv 2404.14507): noise levels for 10 steps, to be interpolated for others
+ALIGN_YOUR_STEPS = {
+    False: (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),  # SD 1 and 2
+    True: (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),  # SDXL
+}
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A scheduler set up for one run, and the timesteps that it will be called with."""
+
+    scheduler: Scheduler
+    timesteps: list[Tensor]  # scalars on the CPU, one for each call of the denoiser, from noise to picture
+    begin: int = 0  # calls left out at the start (image to image)
+
+    def tail(self, begin: int) -> Plan:
+        """The same run from call number `begin` on."""
+        set_begin = getattr(self.scheduler, "set_begin_index", None)
+        if set_begin:
+            set_begin(self.begin + begin)
+        return Plan(self.scheduler, self.timesteps[begin:], self.begin + begin)
+
+    def head(self, end: int) -> Plan:
+        """The same run up to call number `end`."""
+        return Plan(self.scheduler, self.timesteps[:end], self.begin)
+
+
+def scheduler_class(name: str) -> type:
+    """diffusers' class of that short name.
+
+    Raises:
+        LdmError: there is none; the nearest names are offered.
+    """
+    import difflib
+
+    import diffusers
+
+    if name not in SCHEDULERS:
+        near = difflib.get_close_matches(name, SCHEDULERS, 3, 0.4) or SCHEDULERS
+        raise LdmError(f"scheduler {name!r} is not known; choose {' or '.join(near)}")
+    return getattr(diffusers, SCHEDULERS[name][0])
+
+
+@cache
+def _options(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+
+
+@cache
+def _custom(kind: type) -> str | None:
+    """How a class takes noise levels or timesteps of the user's own."""
+    names = inspect.signature(kind.set_timesteps).parameters  # type: ignore[attr-defined]
+    if kind.__name__ in ("UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"):
+        return None  # they take them for other purposes
+    return "sigmas" if "sigmas" in names else "timesteps" if "timesteps" in names else None
+
+
+def spacings(name: str) -> list[str]:
+    """The spacings that make sense for a scheduler."""
+    kind = scheduler_class(name)
+    fits = [spacing for spacing, options in SPACINGS.items() if options.keys() <= _options(kind)]
+    return fits + (["ays", "list"] if _custom(kind) else [])
+
+
+def own_name(schedule: NoiseSchedule) -> str:
+    """The short name of the scheduler that a model is published with."""
+    fits = [name for name, (kind, _) in SCHEDULERS.items() if kind == schedule.scheduler]
+    algorithm = schedule.options.get("algorithm_type")
+    exact = [name for name in fits if SCHEDULERS[name][1].get("algorithm_type") == algorithm]
+    return (exact or fits or ["ddim"])[0]
+
+
+def make(
+    schedule: NoiseSchedule,
+    steps: int,
+    name: str | None = None,
+    spacing: str | Sequence[float] = "default",
+    xl: bool = False,
+) -> Plan:
+    """A scheduler for one run of `steps` steps.
+
+    Args:
+        schedule: how noise was added in training.
+        steps: how many, from 1 to 1000 (50 for lcm and tcd).
+        name: short name; by default the one that the model is published with.
+        spacing: a name of `SPACINGS`, "ays", or noise levels sigma of the user's own, falling, one for each step.
+        xl: whether "ays" means SDXL's noise levels.
+
+    Raises:
+        LdmError: a name is not known, a combination makes no sense (those that do are listed), or a number is absurd.
+    """
+    name = name or own_name(schedule)
+    kind = scheduler_class(name)
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MOST_STEPS:
+        raise LdmError(f"{steps!r} steps; choose a whole number from 1 to {MOST_STEPS}")
+    label = spacing if isinstance(spacing, str) else "list"
+    if label not in spacings(name):
+        known = label in SPACINGS or label in ("ays", "list")
+        why = f"does not go with scheduler {name}" if known else "is not known"
+        others = [other for other in SCHEDULERS if known and label in spacings(other)]
+        more = f"; {label} goes with: {', '.join(others)}" if others else ""
+        raise LdmError(f"spacing {label!r} {why}; choose one of: {', '.join(spacings(name))}{more}")
+    options = {
+        **schedule.options,
+        "num_train_timesteps": schedule.train_steps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": schedule.beta_schedule,
+        "prediction_type": schedule.prediction_type,
+        **SCHEDULERS[name][1],
+        **SPACINGS.get(label, {}),
+    }
+    if schedule.zero_terminal_snr:
+        options |= {"rescale_betas_zero_snr": True}
+        if "rescale_betas_zero_snr" not in _options(kind):
+            fits = [other for other in SCHEDULERS if "rescale_betas_zero_snr" in _options(scheduler_class(other))]
+            raise LdmError(
+                f"scheduler {name} cannot start from pure noise, which this model needs; choose {', '.join(fits)}"
+            )
+    scheduler: Any = kind(**{key: value for key, value in options.items() if key in _options(kind)})
+    custom: dict[str, Any] = {}
+    if label in ("ays", "list"):
+        levels = _align_your_steps(steps, xl) if label == "ays" else _checked(spacing, steps)
+        custom = {"sigmas": levels} if _custom(kind) == "sigmas" else {"timesteps": _nearest(levels, scheduler)}
+    try:
+        if custom:
+            scheduler.set_timesteps(**custom, device="cpu")
+        else:
+            scheduler.set_timesteps(steps, device="cpu")
+    except ValueError as error:
+        raise LdmError(f"scheduler {name} cannot do {steps} steps: {' '.join(str(error).split())}") from None
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    return Plan(scheduler, list(scheduler.timesteps))
+
+
+def _align_your_steps(steps: int, xl: bool) -> list[float]:
+    """The published noise levels, interpolated in their logarithm, as its authors do."""
+    levels = np.log(ALIGN_YOUR_STEPS[xl][::-1])
+    points = np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, len(levels)), levels)
+    return np.exp(points)[::-1][:-1].tolist()
+
+
+def _checked(levels: Sequence[float] | str, steps: int) -> list[float]:
+    values = [float(level) for level in levels]
+    if (
+        len(values) != steps
+        or not all(np.isfinite(values))
+        or any(a <= b for a, b in zip(values, [*values[1:], 0], strict=True))
+    ):
+        raise LdmError(f"noise levels {values}: {steps} positive numbers are needed, each smaller than the one before")
+    return values
+
+
+def _nearest(levels: list[float], scheduler: Any) -> list[int]:
+    """The training timesteps with the nearest noise levels, each used once."""
+    trained = (((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5).log().numpy()
+    steps = [int(np.abs(trained - np.log(level)).argmin()) for level in levels]
+    if len(set(steps)) < len(steps):
+        raise LdmError(f"noise levels {levels}: some fall on the same training timestep; choose fewer steps")
+    return steps
+
+
+def step_arguments(scheduler: Scheduler, generator: Any, eta: float) -> dict[str, Any]:
+    """What this scheduler's `step` takes besides: generators of noise, and DDIM's and TCD's eta."""
+    names = inspect.signature(scheduler.step).parameters
+    wanted = {"generator": generator, "eta": eta}
+    return {name: value for name, value in wanted.items() if name in names} | {"return_dict": False}

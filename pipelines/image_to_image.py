@@ -1,0 +1,34 @@
+"""Image to image: from a picture with some noise on it (Meng et al. 2021, arXiv 2108.01073); and refining latents."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipelines.run import Run
+
+
+def first_call(run: Run) -> int:
+    """Calls of the denoiser that `strength` leaves out."""
+    steps = run.request.steps
+    return (steps - min(int(steps * run.request.strength), steps)) * run.plan.scheduler.order
+
+
+def image_to_image(run: Run) -> Tensor:
+    """Latents (B, C, h, w) that keep as much of the request's picture as its strength leaves."""
+    assert run.request.image is not None
+    return renoised(run, run.encode(run.pixels_of(run.request.image)))
+
+
+def renoised(run: Run, latents: Tensor) -> Tensor:
+    """Clean latents (B, C, h, w), noised as strength says, and cleaned again."""
+    plan = run.plan.tail(first_call(run))
+    noise = run.noise.draw(run.shape, run.dtype, run.device)
+    if not plan.timesteps or int(run.request.steps * run.request.strength) == 0:
+        return run.sample(latents, plan.head(0))
+    x = plan.scheduler.add_noise(latents, noise, plan.timesteps[0][None])
+    return run.sample(x, plan)
+
+
+def continued(run: Run, latents: Tensor) -> Tensor:
+    """Noisy latents (B, C, h, w) that another model left at the part `begin` of the run, to the end."""
+    return run.sample(latents.to(run.device, run.dtype), run.plan.tail(run.calls_before(run.request.begin)))

@@ -1,0 +1,351 @@
+"""`Pipeline`: prompts in, pictures out. It picks the task from what it is given and makes the batches.
+
+pipeline = Pipeline("sd_xl_base_1.0.safetensors")
+pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.images import load_image, to_images
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.attention import set_attention
+from ldm.models.prompts import TokenReport
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.schedulers import own_name
+from pipelines.image_to_image import continued, image_to_image, renoised
+from pipelines.inpaint import inpaint, pasted
+from pipelines.request import Request, default_guidance, fitted, seeds, texts
+from pipelines.run import OnStep, Run, decode
+from pipelines.text_to_image import text_to_image
+
+log = logging.getLogger(__name__)
+STEPS = 30
+TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpaint": inpaint}
+
+
+@dataclass
+class Result:
+    """What a call made: pictures, and for each what is needed to make it again."""
+
+    images: list[Image.Image] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)  # one for each picture
+    latents: list[Tensor] = field(default_factory=list)  # (C, h, w) each, scaled
+    reports: list[TokenReport] = field(default_factory=list)  # tokens of every prompt, by text encoder
+
+
+class Pipeline:
+    """A model ready to make pictures, and perhaps a refiner. Several threads may call one pipeline at once."""
+
+    def __init__(
+        self,
+        source: Any = None,
+        *,
+        refiner: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "sdpa",
+        **options: Any,
+    ) -> None:
+        """Load a model, or take one that is loaded.
+
+        Args:
+            source: a folder, file, Hub name, or `LatentDiffusion`.
+            refiner: likewise, a model of the family sdxl-refiner.
+            device: "cuda", "mps", "cpu"; by default the best there is.
+            dtype: by default what the device is good at (`default_dtype`).
+            attention: a name of `ldm.models.attention.KERNELS`.
+            **options: further arguments of `LatentDiffusion.from_pretrained`.
+
+        Raises:
+            LdmError: in one line, what is wrong and what to do.
+        """
+        if source is None:
+            raise LdmError("no model is built in yet; name one: a folder, a file, or a Hub name (source, --model)")
+        device = torch.device(device or default_device())
+        self.model = _loaded(source, device, dtype, attention, options)
+        self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
+        if self.refiner is not None and not self.refiner.family.refiner:
+            raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
+
+    def __call__(self, prompt: str | Sequence[str], **settings: Any) -> Result:
+        """Pictures for a prompt or several, all at once; see `stream` for the settings.
+
+        Raises:
+            LdmError: a setting is out of bounds or does not fit the model.
+        """
+        result = Result()
+        for part in self.stream(prompt, **settings):
+            result.images += part.images
+            result.settings += part.settings
+            result.latents += part.latents
+            result.reports += part.reports
+        return result
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str | None] | None = None,
+        prompt_2: str | Sequence[str | None] | None = None,
+        negative_2: str | Sequence[str | None] | None = None,
+        n: int = 1,
+        batch: int = 1,
+        seed: int | Sequence[int] | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int = STEPS,
+        guidance: float | Guidance | None = None,
+        image: Any = None,
+        mask: Any = None,
+        strength: float | None = None,
+        refiner_at: float | None = None,
+        refiner_strength: float = 0.3,
+        hires: float | None = None,
+        hires_strength: float = 0.55,
+        hires_latents: bool = False,
+        output: str = "images",
+        on_step: OnStep | None = None,
+        **more: Any,
+    ) -> Iterator[Result]:
+        """Pictures as they are finished, a `Result` for each batch.
+
+        Args:
+            prompt: one or several.
+            negative: what should not be seen; one, or one for each prompt.
+            prompt_2: for the second text encoder, if it should read another one.
+            negative_2: likewise.
+            n: pictures of each prompt.
+            batch: pictures made at a time; it changes nothing in them.
+            seed: of the first picture; the others have the numbers after it. Or one for each. By default random.
+            width: pixels; by default what the model was trained on, or the given picture's.
+            height: likewise.
+            steps: of the scheduler.
+            guidance: scale of classifier-free guidance, or a `Guidance` with more.
+            image: a picture (PIL or a path) to start from.
+            mask: which of its pixels (white) to make anew.
+            strength: how much of the picture is made anew, 0 to 1 (default 0.8, with a mask 1).
+            refiner_at: part of the run after which the refiner takes over; without, it refines the finished picture.
+            refiner_strength: of that.
+            hires: factor by which a second pass enlarges the picture.
+            hires_strength: of that pass.
+            hires_latents: enlarge the latents instead of the picture.
+            output: "images" or "latents".
+            on_step: called with a `ldm.sampling.loop.Step` after each step.
+            **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, clip_skip, chunks, weights,
+                original_size, crop, target_size and their negatives, aesthetic_score.
+
+        Raises:
+            LdmError: a setting is out of bounds or does not fit the model.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for name, value in (("n", n), ("batch", batch)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100_000:
+                raise LdmError(f"{name} {value!r}: a whole number from 1 to 100000 is needed")
+        if not prompts:
+            raise LdmError("no prompt: at least one text is needed")
+        if output not in ("images", "latents"):
+            raise LdmError(f"output {output!r} is not known; choose images or latents")
+        count, family = len(prompts), self.model.family
+        picture = None if image is None else load_image(image)
+        side = (family.size, family.size) if picture is None else fitted(picture, family.autoencoder.factor)
+        try:
+            request = Request(
+                prompts=texts(prompts, count, n, "prompt"),
+                negative=texts(negative, count, n, "negative prompt"),
+                prompts_2=None if prompt_2 is None else texts(prompt_2, count, n, "second prompt"),
+                negative_2=None if negative_2 is None else texts(negative_2, count, n, "second negative prompt"),
+                seeds=seeds(seed, count * n),
+                width=side[0] if width is None else width,
+                height=side[1] if height is None else height,
+                steps=steps,
+                guidance=guidance
+                if isinstance(guidance, Guidance)
+                else Guidance(default_guidance(family) if guidance is None else guidance),
+                image=picture,
+                mask=None if mask is None else load_image(mask, "L"),
+                strength=(1.0 if mask is not None else 0.8) if strength is None else strength,
+                end=1.0 if refiner_at is None else refiner_at,
+                **more,
+            )
+        except TypeError as error:
+            raise LdmError(f"settings: {error}") from None
+        passes = Passes(refiner_at, refiner_strength, hires, hires_strength, hires_latents)
+        passes.check(self, request)
+        request.check(family)
+        for start in range(0, count * n, batch):
+            yield self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
+
+    @torch.inference_mode()
+    def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
+        run = Run(self.model, request, on_step)
+        latents = TASKS[request.task](run)
+        if passes.hires:
+            latents = self._enlarged(request, latents, passes, on_step)
+        if self.refiner is not None:
+            latents = self._refined(request, latents, passes, on_step)
+        _, _, reports = run.conditioning
+        for report in reports:
+            if report.cut:
+                log.warning(
+                    "the prompt has %d tokens, of which %s reads %d; cut: %s",
+                    report.tokens,
+                    report.encoder,
+                    report.room,
+                    report.cut,
+                )
+        result = Result(latents=list(latents), settings=self._settings(request, passes), reports=reports)
+        if output == "images":
+            result.images = to_images(decode(self.model, latents))
+            if request.mask is not None and request.image is not None and not passes.hires:
+                result.images = [pasted(made, request.image, request.mask) for made in result.images]
+        return result
+
+    def _enlarged(self, request: Request, latents: Tensor, passes: Passes, on_step: OnStep | None) -> Tensor:
+        """The second pass at a higher resolution: image to image on the enlarged picture or latents."""
+        assert passes.hires
+        factor = self.model.family.autoencoder.factor
+        width, height = (
+            max(1, round(side * passes.hires / factor)) * factor for side in (request.width, request.height)
+        )
+        larger = replace(
+            request, width=width, height=height, strength=passes.hires_strength, image=None, mask=None, end=1.0
+        )
+        run = Run(self.model, larger, on_step)
+        if passes.hires_latents:
+            enlarged = torch.nn.functional.interpolate(latents, size=run.shape[2:], mode="bicubic", antialias=True)
+        else:
+            pictures = to_images(decode(self.model, latents))
+            enlarged = run.encode(torch.cat([run.pixels_of(picture) for picture in pictures]))
+        return renoised(run, enlarged)
+
+    def _refined(self, request: Request, latents: Tensor, passes: Passes, on_step: OnStep | None) -> Tensor:
+        """The refiner's part: the end of the run, or image to image on its result."""
+        assert self.refiner is not None
+        height, width = (side * self.model.family.autoencoder.factor for side in latents.shape[2:])
+        asked = replace(
+            request, width=width, height=height, image=None, mask=None, prompts_2=None, negative_2=None,
+            strength=passes.refiner_strength, begin=passes.refiner_at or 0.0, end=1.0,
+        )  # fmt: skip
+        if request.prompts_2:
+            asked = replace(asked, prompts=request.prompts_2)
+        if request.negative_2:
+            asked = replace(asked, negative=request.negative_2)
+        run = Run(self.refiner, asked, on_step)
+        if passes.refiner_at is not None:
+            return continued(run, latents)
+        return renoised(run, latents.to(run.device, run.dtype))
+
+    def _settings(self, request: Request, passes: Passes) -> list[dict[str, Any]]:
+        """For each picture, all that it was made with, as JSON takes it."""
+        family = self.model.family
+        common: dict[str, Any] = {
+            "task": request.task,
+            "family": family.name,
+            "steps": request.steps,
+            "scheduler": request.scheduler if isinstance(request.scheduler, str) else own_name(family.schedule),
+            "guidance": vars(request.guidance),
+            **{name: getattr(request, name) for name in _RECORDED},
+            **passes.settings(self.refiner is not None),
+        }
+        if not isinstance(request.scheduler, (str, type(None))):
+            common["scheduler"] = type(request.scheduler).__name__
+        if request.task != "text-to-image":
+            common["strength"] = request.strength
+        rows = []
+        for index, prompt in enumerate(request.prompts):
+            row = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index], **common}
+            if request.prompts_2:
+                row["prompt_2"] = request.prompts_2[index]
+            if request.negative_2:
+                row["negative_2"] = request.negative_2[index]
+            rows.append(row)
+        return rows
+
+
+_RECORDED = (
+    "width", "height", "spacing", "eta", "rng", "clip_skip", "chunks", "weights", "original_size", "crop",
+    "target_size", "negative_original_size", "negative_crop", "negative_target_size", "aesthetic_score",
+    "negative_aesthetic_score",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What follows the first pass: a second one at a higher resolution, the refiner."""
+
+    refiner_at: float | None = None
+    refiner_strength: float = 0.3
+    hires: float | None = None
+    hires_strength: float = 0.55
+    hires_latents: bool = False
+
+    def check(self, pipeline: Pipeline, request: Request) -> None:
+        """Raise unless they fit together.
+
+        Raises:
+            LdmError: they do not.
+        """
+        for name, low, high in (
+            ("refiner_at", 0.01, 0.99),
+            ("refiner_strength", 0, 1),
+            ("hires", 1, 8),
+            ("hires_strength", 0, 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or not low <= value <= high):
+                raise LdmError(f"{name} {value!r}: a number from {low} to {high} is needed")
+        if self.refiner_at is not None and pipeline.refiner is None:
+            raise LdmError("refiner_at without a refiner: name one (refiner=, --refiner)")
+        if self.refiner_at is not None and (self.hires or request.task != "text-to-image"):
+            raise LdmError(
+                "the refiner takes over within a run only for text to image in one pass; leave refiner_at out"
+            )
+
+    def settings(self, refined: bool) -> dict[str, Any]:
+        """Those in use, for the record."""
+        used: dict[str, Any] = {}
+        if self.hires:
+            used |= {name: getattr(self, name) for name in ("hires", "hires_strength", "hires_latents")}
+        if refined:
+            used |= {"refiner_at": self.refiner_at} if self.refiner_at else {"refiner_strength": self.refiner_strength}
+        return used
+
+
+def _loaded(
+    source: Any, device: torch.device, dtype: torch.dtype | None, attention: str, options: Mapping[str, Any]
+) -> LatentDiffusion:
+    if isinstance(source, LatentDiffusion):
+        return source
+    model = LatentDiffusion.from_pretrained(source, dtype=dtype or default_dtype(device), device=device, **options)
+    if model.family.autoencoder.force_upcast and next(model.autoencoder.parameters()).dtype == torch.float16:
+        model.autoencoder.float()  # SDXL's own overflows in fp16
+    if attention != "sdpa":
+        set_attention(model.unet, attention)
+    return model
+
+
+def default_device() -> str:
+    """The best device of this machine."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a device is good at: bf16 where it computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32

@@ -1,0 +1,194 @@
+"""What every task needs: conditioning, scheduler, noise, the way into the latents and out. One `Run` is one batch.
+
+B pictures, H×W height and width in pixels, C latent channels, h×w height and width of the latents
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.images import to_tensor
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.prompts import TokenReport, encode_prompts
+from ldm.models.tiling import tiled_decode
+from ldm.models.unet import Conditioning
+from ldm.sampling import schedulers
+from ldm.sampling.guidance import check_finite, guided
+from ldm.sampling.loop import Step, sample
+from ldm.sampling.noise import Noise
+from ldm.sampling.schedulers import Plan
+from pipelines.request import Request
+
+log = logging.getLogger(__name__)
+OnStep = Callable[[Step], None]
+
+
+class Run:
+    """One batch of a request on one model."""
+
+    def __init__(self, model: LatentDiffusion, request: Request, on_step: OnStep | None = None) -> None:
+        request.check(model.family)
+        self.model = model
+        self.request = request
+        self.on_step = on_step
+        self.noise = Noise(request.seeds, request.rng)
+        self.device = next(model.unet.parameters()).device
+        self.dtype = next(model.unet.parameters()).dtype
+        config = model.family.autoencoder
+        side = config.factor
+        self.shape = (len(request.prompts), config.latent_channels, request.height // side, request.width // side)
+
+    # --- what the prompt says ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def conditioning(self) -> tuple[Conditioning, Conditioning, list[TokenReport]]:
+        """For the prompts, for the negative prompts, and the report on their tokens."""
+        request, family = self.request, self.model.family
+        positive = [request.prompts, request.prompts_2 or request.prompts][-len(family.text) :]
+        spoken = [request.negative, request.negative_2 or request.negative][-len(family.text) :]
+        negative = [tuple(text or "" for text in column) for column in spoken]
+        options: dict[str, Any] = {
+            "clip_skip": request.clip_skip, "chunks": request.chunks, "weights": request.weights
+        }  # fmt: skip
+        cond, reports = encode_prompts(self.model.text_encoders, positive, **options)
+        length = cond.text.shape[1] // family.text[0].context
+        uncond, more = encode_prompts(self.model.text_encoders, negative, least=length, **options)
+        if uncond.text.shape[1] > cond.text.shape[1]:  # the negative prompt is the longer one
+            length = uncond.text.shape[1] // family.text[0].context
+            cond, reports = encode_prompts(self.model.text_encoders, positive, least=length, **options)
+        if family.zero_empty_prompt:
+            uncond = _silenced(uncond, [all(row is None for row in rows) for rows in zip(*spoken, strict=True)])
+        size, negative_size = self._size_ids()
+        return replace(cond, size=size), replace(uncond, size=negative_size), reports + more
+
+    def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
+        """The size ids (B, 6 or 5) for the prompts and for the negative prompts."""
+        request, family = self.request, self.model.family
+        if not family.unet.size_ids:
+            return None, None
+        here = (request.height, request.width)
+        original, target = request.original_size or here, request.target_size or here
+        ids: tuple[float, ...] = (*original, *request.crop)
+        negative: tuple[float, ...] = (*(request.negative_original_size or original), *request.negative_crop)
+        if family.refiner:
+            ids, negative = (*ids, request.aesthetic_score), (*negative, request.negative_aesthetic_score)
+        else:
+            ids, negative = (*ids, *target), (*negative, *(request.negative_target_size or target))
+        rows = [torch.tensor([row] * self.shape[0], dtype=torch.float32, device=self.device) for row in (ids, negative)]
+        return rows[0], rows[1]
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The scheduler of this run with all of its timesteps."""
+        request, family = self.request, self.model.family
+        if request.scheduler is None or isinstance(request.scheduler, str):
+            xl = bool(family.unet.pooled_dim)
+            return schedulers.make(family.schedule, request.steps, request.scheduler, request.spacing, xl)
+        request.scheduler.set_timesteps(request.steps, device="cpu")
+        return Plan(request.scheduler, list(request.scheduler.timesteps))
+
+    def calls_before(self, part: float) -> int:
+        """Calls of the denoiser in the first `part` (0 to 1) of the noise levels, whole steps only."""
+        cutoff = round(self.model.family.schedule.train_steps * (1 - part))
+        calls = sum(float(t) >= cutoff for t in self.plan.timesteps)
+        return calls - calls % self.plan.scheduler.order
+
+    def sample(
+        self, x: Tensor, plan: Plan, extra: Tensor | None = None, keep: Callable[[Tensor, Step], Tensor] | None = None
+    ) -> Tensor:
+        """Noisy latents (B, C, h, w) through the plan; `keep` may change the latents after each step.
+
+        Raises:
+            LdmError: there is no step to do, the result is not finite, or memory runs out.
+        """
+        if not plan.timesteps:
+            raise LdmError(
+                "nothing to do: strength times steps is less than one step, or the part of the run is too short"
+            )
+        cond, negative, _ = self.conditioning
+        family = self.model.family
+        denoise = guided(self.model.unet, cond, negative, self.request.guidance, family.schedule, extra)
+        arguments = schedulers.step_arguments(plan.scheduler, self.noise.generator, self.request.eta)
+        steps = sample(denoise, plan, x, arguments)
+        try:
+            step = next(steps)
+            while True:
+                x = step.latents if keep is None else keep(step.latents, step)
+                if self.on_step:
+                    self.on_step(replace(step, latents=x))
+                step = steps.send(x)
+        except StopIteration:
+            pass
+        except torch.OutOfMemoryError:
+            raise LdmError(_too_large(self.request, len(self.request.prompts))) from None
+        check_finite(x, "U-Net", "its weights or this dtype are at fault: try another dtype (bf16, fp32)")
+        return x
+
+    # --- into the latents and out -----------------------------------------------------------------------------------
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pictures (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
+        autoencoder = self.model.autoencoder
+        weight = next(autoencoder.parameters())
+        posterior = autoencoder.encode(pixels.to(weight.device, weight.dtype))
+        latents = posterior.mode()
+        if isinstance(autoencoder, AutoencoderKL):
+            shape = (self.shape[0] if self.noise.rng == "ldm" else len(pixels), *latents.shape[1:])
+            latents = latents + posterior.std * self.noise.draw(shape, weight.dtype, weight.device)  # type: ignore[union-attr]
+        config = autoencoder.config
+        return (
+            ((latents - config.shift_factor) * config.scaling_factor)
+            .to(self.device, self.dtype)
+            .expand(self.shape[0], -1, -1, -1)
+        )
+
+    def pixels_of(self, image: Any) -> Tensor:
+        """A picture at this run's size: (1, 3, H, W) in [-1, 1]."""
+        return to_tensor([image], self.request.width, self.request.height)
+
+
+def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to pictures (B, 3, H, W) in about [-1, 1]; in tiles if memory does not suffice.
+
+    Raises:
+        LdmError: the pictures are not finite, or memory does not suffice for tiles either.
+    """
+    autoencoder = model.autoencoder
+    config = autoencoder.config
+    weight = next(autoencoder.parameters())
+    z = (latents / config.scaling_factor + config.shift_factor).to(weight.device, weight.dtype)
+    try:
+        pixels = autoencoder.decode(z)
+    except torch.OutOfMemoryError:
+        log.warning("the pictures do not fit into memory at once: decoding them in tiles")
+        try:
+            pixels = torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
+        except torch.OutOfMemoryError:
+            raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
+    check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
+    return pixels
+
+
+def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:
+    """Zeros in the place of the given rows: what SDXL takes for an empty negative prompt."""
+    keep = torch.tensor([not row for row in rows], device=cond.text.device)
+    pooled = None if cond.pooled is None else torch.where(keep[:, None], cond.pooled, torch.zeros_like(cond.pooled))
+    return Conditioning(torch.where(keep[:, None, None], cond.text, torch.zeros_like(cond.text)), pooled)
+
+
+def _too_large(request: Request, batch: int) -> str:
+    size = f"{request.width}×{request.height}"
+    smaller = f"{request.width // 2 // 64 * 64 or 64}×{request.height // 2 // 64 * 64 or 64}"
+    what = f"a batch of {batch // 2} would fit better (batch=, --batch)" if batch > 1 else f"try {smaller} (--size)"
+    return f"out of memory with {batch} pictures of {size} at a time; {what}"

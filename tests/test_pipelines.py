@@ -1,0 +1,320 @@
+"""Pipelines against diffusers' own on the same weights and numbers, for every task and scheduler."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from ldm.errors import LdmError
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.schedulers import SCHEDULERS
+from pipelines import Pipeline
+
+PROMPTS = ["a cat on a mat", "a dog"]
+NEGATIVE = ["bad", ""]
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+
+# SDXL at 1,000 training steps of tiny weights is chaotic in no way that matters: differences are rounding alone
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    names = ("sd15", "sd2-v", "sdxl", "sdxl-refiner", "sd15-inpaint", "sdxl-inpaint")
+    for name in names:
+        tiny.model(name).save_pretrained(root / name)
+    return {name: root / name for name in names}
+
+
+def picture(seed: int = 0, size: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
+
+
+def square(size: int = 64) -> Image.Image:
+    """A mask: white in the middle."""
+    mask = np.zeros((size, size), np.uint8)
+    mask[16:40, 24:56] = 255
+    return Image.fromarray(mask)
+
+
+def reference(folder: Path, kind: str, scheduler: str | None = None) -> Any:
+    pipeline = getattr(diffusers, kind).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if scheduler:
+        name, options = SCHEDULERS[scheduler]
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    return pipeline
+
+
+def ours(folder: Path, *prompts: Any, refiner: Path | None = None, **settings: Any) -> torch.Tensor:
+    pipeline = Pipeline(folder, refiner=refiner, dtype=torch.float32, device="cpu")
+    settings = {"rng": "diffusers", "weights": False, "batch": 2, "seed": 3, "output": "latents"} | settings
+    return torch.stack(pipeline(*prompts, **settings).latents)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sd15", "StableDiffusionPipeline"), ("sd2-v", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")],
+)
+def test_text_to_image(folders: dict[str, Path], name: str, kind: str, scheduler: str) -> None:
+    theirs = reference(folders[name], kind, scheduler)(
+        PROMPTS, negative_prompt=NEGATIVE, num_inference_steps=6, guidance_scale=5.0, generator=generator(),
+        output_type="latent", width=64, height=72,
+    ).images  # fmt: skip
+    made = ours(
+        folders[name], PROMPTS, negative=NEGATIVE, steps=6, guidance=5.0, scheduler=scheduler, width=64, height=72
+    )
+    torch.testing.assert_close(made, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_picture_itself(folders: dict[str, Path], name: str) -> None:
+    kind = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[name]
+    theirs = reference(folders[name], kind)("a cat", num_inference_steps=4, generator=generator()).images[0]
+    pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
+    result = pipeline("a cat", steps=4, seed=3, rng="diffusers")
+    difference = np.asarray(result.images[0]).astype(int) - np.asarray(theirs).astype(int)
+    assert result.images[0].size == (64, 64)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sd15", "StableDiffusionImg2ImgPipeline"),
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+        ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline"),
+    ],
+)
+def test_image_to_image(folders: dict[str, Path], name: str, kind: str, scheduler: str) -> None:
+    theirs = reference(folders[name], kind, scheduler)(
+        "a cat", image=picture(), strength=0.6, negative_prompt="bad", num_inference_steps=10, guidance_scale=5.0,
+        generator=generator(), output_type="latent", eta=0.0,
+    ).images  # fmt: skip
+    made = ours(
+        folders[name],
+        "a cat",
+        negative="bad",
+        image=picture(),
+        strength=0.6,
+        steps=10,
+        guidance=5.0,
+        scheduler=scheduler,
+    )
+    torch.testing.assert_close(made, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "euler-a", "dpm++2m", "unipc", "heun"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sd15", "StableDiffusionInpaintPipeline"),
+        ("sd15-inpaint", "StableDiffusionInpaintPipeline"),
+        ("sdxl", "StableDiffusionXLInpaintPipeline"),
+        ("sdxl-inpaint", "StableDiffusionXLInpaintPipeline"),
+    ],
+)
+def test_inpainting(folders: dict[str, Path], name: str, kind: str, scheduler: str, strength: float) -> None:
+    theirs = reference(folders[name], kind, scheduler)(
+        "a cat", image=picture(), mask_image=square(), strength=strength, negative_prompt="bad", num_inference_steps=8,
+        guidance_scale=5.0, generator=generator(), output_type="latent", width=64, height=64,
+    ).images  # fmt: skip
+    made = ours(
+        folders[name], "a cat", negative="bad", image=picture(), mask=square(), strength=strength, steps=8,
+        guidance=5.0, scheduler=scheduler,
+    )  # fmt: skip
+    torch.testing.assert_close(made, theirs, **TOLERANCE)
+
+
+FIRST_ORDER = [name for name in SCHEDULERS if name not in ("heun", "dpm2", "dpm2-a")]
+
+
+@pytest.mark.parametrize("scheduler", FIRST_ORDER)
+def test_base_and_refiner_share_a_run(folders: dict[str, Path], scheduler: str) -> None:
+    """diffusers hands over in the middle of a step of second-order schedulers; see the test below for those."""
+    random = generator()
+    common = {"num_inference_steps": 10, "guidance_scale": 5.0, "negative_prompt": "bad", "output_type": "latent"}
+    base = reference(folders["sdxl"], "StableDiffusionXLPipeline", scheduler)
+    latents = base("a cat", denoising_end=0.7, generator=random, **common).images
+    refiner = reference(folders["sdxl-refiner"], "StableDiffusionXLImg2ImgPipeline", scheduler)
+    theirs = refiner("a cat", image=latents, denoising_start=0.7, generator=generator(), **common).images
+    made = ours(
+        folders["sdxl"], "a cat", refiner=folders["sdxl-refiner"], negative="bad", steps=10, guidance=5.0,
+        scheduler=scheduler, refiner_at=0.7,
+    )  # fmt: skip
+    torch.testing.assert_close(made, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "heun", "dpm2", "ddim"])
+def test_a_hand_over_to_the_same_model_changes_nothing(folders: dict[str, Path], scheduler: str) -> None:
+    """For schedulers without memory, a run in two parts is the run in one."""
+    pipeline = Pipeline(folders["sdxl-refiner"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
+    settings = {"steps": 9, "seed": 1, "scheduler": scheduler, "output": "latents"}
+    alone = Pipeline(folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
+    for part in (0.3, 0.5, 0.77):
+        two = pipeline("a cat", refiner_at=part, **settings).latents[0]
+        torch.testing.assert_close(two, alone("a cat", **settings).latents[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["euler", "euler-a", "ddim", "dpm++2m-sde", "dpm++3m-sde", "dpm++sde", "lcm", "ddpm"]
+)
+def test_a_picture_is_the_same_in_any_batch(folders: dict[str, Path], scheduler: str) -> None:
+    pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
+    settings = {"steps": 5, "scheduler": scheduler, "output": "latents"}
+    together = pipeline(["a cat", "a dog"], n=2, batch=4, seed=10, **settings)
+    assert [row["seed"] for row in together.settings] == [10, 11, 12, 13]
+    pairs = pipeline(["a cat", "a dog"], n=2, batch=3, seed=10, **settings).latents
+    alone = pipeline("a dog", seed=12, **settings).latents[0]
+    for a, b in zip(together.latents, pairs, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    torch.testing.assert_close(together.latents[2], alone, **TOLERANCE)
+    assert (together.latents[2] - together.latents[3]).abs().max() > 0.1
+
+
+def test_unmasked_pixels_are_bit_identical(folders: dict[str, Path]) -> None:
+    for name in ("sd15", "sdxl-inpaint"):
+        pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
+        made = np.asarray(pipeline("a cat", image=picture(), mask=square(), steps=3, seed=0).images[0])
+        black = np.asarray(square()) == 0
+        assert np.array_equal(made[black], np.asarray(picture())[black])
+        assert not np.array_equal(made[~black], np.asarray(picture())[~black])
+
+
+def test_threads_share_a_pipeline(folders: dict[str, Path]) -> None:
+    """Four threads with different settings give the pictures that they give alone, perturbed attention included."""
+    pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
+    jobs = [
+        {"steps": 4, "seed": 1, "scheduler": "euler-a"},
+        {"steps": 5, "seed": 2, "guidance": Guidance(4, perturbed=2)},
+        {"steps": 3, "seed": 3, "image": picture(), "strength": 0.8},
+        {"steps": 6, "seed": 4, "scheduler": "dpm++2m", "spacing": "karras"},
+    ]
+    alone = [pipeline("a cat", output="latents", **job).latents[0] for job in jobs]
+    results: dict[int, torch.Tensor] = {}
+
+    def work(index: int) -> None:
+        results[index] = pipeline("a cat", output="latents", **jobs[index]).latents[0]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, latents in enumerate(alone):
+        torch.testing.assert_close(results[index], latents, **TOLERANCE)
+
+
+def test_two_passes_for_high_resolution(folders: dict[str, Path]) -> None:
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    for latents in (False, True):
+        result = pipeline("a cat", steps=4, seed=1, hires=1.5, hires_latents=latents)
+        assert result.images[0].size == (96, 96)
+        assert result.settings[0]["hires"] == 1.5
+
+
+def test_steps_can_be_watched(folders: dict[str, Path]) -> None:
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    seen = []
+    result = pipeline("a cat", steps=4, seed=1, scheduler="euler", on_step=seen.append, output="latents")
+    assert [(step.index, step.count) for step in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert torch.equal(seen[-1].latents[0], result.latents[0])
+    assert seen[0].time.value > seen[-1].time.value
+
+
+def test_the_second_prompt_goes_to_the_second_encoder(folders: dict[str, Path]) -> None:
+    theirs = reference(folders["sdxl"], "StableDiffusionXLPipeline")(
+        "a cat", prompt_2="in oil", negative_prompt="bad", negative_prompt_2="worse", num_inference_steps=3,
+        generator=generator(), output_type="latent", original_size=(512, 256), crops_coords_top_left=(8, 16),
+        target_size=(64, 64), negative_original_size=(1, 2), negative_target_size=(3, 4),
+        negative_crops_coords_top_left=(5, 6),
+    ).images  # fmt: skip
+    made = ours(
+        folders["sdxl"], "a cat", prompt_2="in oil", negative="bad", negative_2="worse", steps=3,
+        original_size=(512, 256), crop=(8, 16), target_size=(64, 64), negative_original_size=(1, 2),
+        negative_target_size=(3, 4), negative_crop=(5, 6),
+    )  # fmt: skip
+    torch.testing.assert_close(made, theirs, **TOLERANCE)
+
+
+# --- wrong input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 65}, "width 65: a multiple of 8 from 8 to 16384 is needed, such as 64"),
+        ({"height": 0}, "height 0"),
+        ({"width": 10**9}, "such as 16384"),
+        ({"width": "wide"}, "width 'wide'"),
+        ({"steps": 0}, "0 steps; choose a whole number from 1 to 1000"),
+        ({"steps": 10**6}, "1000000 steps"),
+        ({"steps": 5.5}, "5.5 steps"),
+        ({"seed": -1}, "seed -1: a whole number from 0"),
+        ({"seed": 2**70}, "seed 1180591620717411303424"),
+        ({"guidance": float("nan")}, "guidance scale nan"),
+        ({"guidance": -3.0}, "guidance scale -3.0"),
+        ({"strength": 1.5, "image": picture()}, "strength 1.5"),
+        ({"strength": 0.01, "image": picture(), "steps": 10}, "less than one step"),
+        ({"mask": square()}, "a mask without a picture"),
+        ({"image": picture(), "mask": square(32)}, "the mask has 32×32 pixels, its picture 64×64"),
+        ({"image": "/nowhere.png"}, "/nowhere.png does not exist"),
+        ({"scheduler": "eulr"}, "scheduler 'eulr' is not known; choose euler"),
+        (
+            {"scheduler": "ddim", "spacing": "karras"},
+            "does not go with scheduler ddim; .* karras goes with: lms, euler",
+        ),
+        ({"spacing": "wide"}, "spacing 'wide' is not known"),
+        ({"spacing": (1.0, 2.0, 3.0), "steps": 3, "scheduler": "euler"}, "each smaller than the one before"),
+        ({"n": 0}, "n 0"),
+        ({"rng": "dice"}, "rng 'dice'"),
+        ({"prompt_2": "x"}, "one text encoder, and so one prompt"),
+        ({"refiner_at": 0.8}, "refiner_at without a refiner"),
+        ({"hires": 100}, "hires 100"),
+        ({"hiress": 2}, "hiress"),
+        ({"output": "video"}, "output 'video'"),
+        ({"negative": ["a", "b", "c"]}, "one for each of the 1 prompts"),
+        ({"scheduler": "lcm", "steps": 200}, "scheduler lcm cannot do 200 steps"),
+    ],
+)
+def test_wrong_settings_are_named(folders: dict[str, Path], settings: dict[str, Any], message: str) -> None:
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    with pytest.raises(LdmError, match=message) as caught:
+        pipeline("a cat", **({"steps": 2, "seed": 0} | settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_models_are_named(folders: dict[str, Path]) -> None:
+    with pytest.raises(LdmError, match="no model is built in yet; name one"):
+        Pipeline()
+    with pytest.raises(LdmError, match="fills in pictures: give a picture and a mask"):
+        Pipeline(folders["sd15-inpaint"], dtype=torch.float32, device="cpu")("a cat")
+    with pytest.raises(LdmError, match="one of sdxl-refiner is needed"):
+        Pipeline(folders["sdxl"], refiner=folders["sd15"], dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(("part", "stage"), [("unet", "U-Net"), ("autoencoder", "autoencoder")])
+def test_numbers_that_are_not_finite_are_an_error(part: str, stage: str) -> None:
+    model = tiny.model("sd15")
+    getattr(model, part).conv_out.weight.data.fill_(float("nan")) if part == "unet" else (
+        model.autoencoder.decoder.conv_out.weight.data.fill_(float("nan"))
+    )
+    with pytest.raises(LdmError, match=f"the {stage} gave numbers that are not finite; .*bf16"):
+        Pipeline(model)("a cat", steps=2)
