@@ -4,11 +4,21 @@
 class LdmError(ValueError):
     """Bad input, said in one line: the value, where it stands, and what to do about it.
 
-    The command line prints the message and exits with 1; a traceback is only for defects of this program.
+    The command line prints the message and exits with 1; a traceback is only for defects of this program. Whatever a
+    file or a user put into the message, it stays one printable line of at most 1,000 characters.
     """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} … {line[-390:]}")
 
 
 def listing(names: list[str], most: int = 4) -> str:
     """`a, b, c, d and 12 more`: names for an error message that stays one readable line."""
     shown = ", ".join(names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, in its first line; its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

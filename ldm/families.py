@@ -73,9 +73,22 @@ class Family:
     autoencoder: AutoencoderConfig
     text: tuple[TextEncoderConfig, ...]
     schedule: NoiseSchedule
-    zero_empty_prompt: bool = False  # an empty negative prompt is encoded as zeros (SDXL base)
+    zero_empty_prompt: bool = False  # where no negative prompt is given, zeros stand for its encoding (SDXL base)
 
     def __post_init__(self) -> None:
+        towers = [config.component for config in self.text]
+        if towers not in (["text_encoder"], ["text_encoder_2"], ["text_encoder", "text_encoder_2"]):
+            raise LdmError(f"text encoders {towers}: one, or one without and then one with a projection, are needed")
+        if bool(self.text[-1].projection) != bool(self.unet.pooled_dim):
+            raise LdmError(
+                "a text encoder with a projection and a U-Net that reads pooled text go together or not at all"
+            )
+        latents, reads = self.autoencoder.channels_out, self.unet.in_channels
+        if self.unet.out_channels != latents or reads not in (latents, 2 * latents, 2 * latents + 1):
+            raise LdmError(
+                f"the autoencoder has latents of {latents} channels, the U-Net reads {reads} and "
+                f"gives {self.unet.out_channels}; they do not belong together"
+            )
         width = sum(config.width for config in self.text)
         if width != self.unet.text_dim:
             raise LdmError(f"the text encoders give {width} channels, the U-Net reads {self.unet.text_dim}")
@@ -94,7 +107,7 @@ class Family:
     def task(self) -> str:
         """What the U-Net reads beside the noisy latents: "text" (nothing), "inpaint" or "edit"."""
         extra = self.unet.in_channels - self.unet.out_channels
-        latents = self.autoencoder.latent_channels
+        latents = self.autoencoder.channels_out
         return {latents + 1: "inpaint", latents: "edit"}.get(extra, "text")
 
     @property
@@ -144,7 +157,7 @@ SDXL = Family(
         size_ids=6,
         sample_size=128,
     ),
-    autoencoder=AutoencoderConfig(scaling_factor=0.13025, force_upcast=True, sample_size=1024),
+    autoencoder=AutoencoderConfig(scaling_factor=0.13025, sample_size=1024),
     text=(CLIP_L, OPENCLIP_BIGG),
     schedule=NoiseSchedule(scheduler="EulerDiscreteScheduler", options=_EULER),
     zero_empty_prompt=True,

@@ -6,7 +6,9 @@ B prompts, M tokens, T text channels, P channels of the pooled text
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -21,6 +23,8 @@ from ldm.weights.files import Progress, silent
 from ldm.weights.folder import write_folder
 from ldm.weights.single_file import write_single_file
 from ldm.weights.sources import Source, open_source
+
+_INITIALISING = threading.Lock()  # initial weights come from PyTorch's global generator
 
 
 class LatentDiffusion(Components):
@@ -59,16 +63,20 @@ class LatentDiffusion(Components):
             verify=verify,
             progress=progress,
         )
-        parts = opened.load(dtype, device, progress)
+        opened.check_dtype(dtype)
+        return cls.of(opened.load(dtype, device, progress))
+
+    @classmethod
+    def of(cls, parts: Components) -> Self:
+        """The bundle of these parts."""
         return cls(parts.family, parts.unet, parts.autoencoder, parts.text_encoders)
 
     @classmethod
     def from_family(cls, family: str | Family, seed: int = 0) -> Self:
         """A model with random weights (float32, on the CPU) that depend on the seed alone: where training starts."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            parts = build(family_named(family) if isinstance(family, str) else family)
-        return cls(parts.family, parts.unet, parts.autoencoder, parts.text_encoders)
+        with _INITIALISING, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return cls.of(build(family_named(family) if isinstance(family, str) else family))
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -102,7 +110,7 @@ class LatentDiffusion(Components):
             LdmError: the path exists and `overwrite` is not set, or it cannot be written.
         """
         path = Path(path)
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             write_single_file(self, path, dtype, overwrite, progress)
         else:
             write_folder(self, path, dtype, variant, max_shard_size, overwrite, progress)
@@ -120,16 +128,19 @@ class LatentDiffusion(Components):
             LdmError: there are no prompts, or `size` has the wrong length or is for a model that takes none.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise LdmError(f"prompts {prompts!r}: at least one text is needed")
+        if not prompts:
+            raise LdmError("no prompt: at least one text is needed")
         wanted = self.family.unet.size_ids
         if size is None:
             side = self.family.size
             size = [side, side, 0, 0, *([6.0] if self.family.refiner else [side, side])][:wanted]
-        if len(size) != wanted:
-            raise LdmError(f"size {list(size)!r}: a {self.family.name} model takes {wanted} size ids")
+        numbers = [value for value in size if isinstance(value, (int, float)) and math.isfinite(value)]
+        if len(numbers) != wanted or len(size) != wanted:
+            raise LdmError(
+                f"size {list(size)!r}: a {self.family.name} model takes {wanted} size ids, all of them numbers"
+            )
         cond = self.text_encoders(prompts, clip_skip)
         if not wanted:
             return cond
-        ids = torch.tensor([list(size)] * len(prompts), dtype=torch.float32, device=cond.text.device)
+        ids = torch.tensor([numbers] * len(prompts), dtype=torch.float32, device=cond.text.device)
         return Conditioning(cond.text, cond.pooled, ids)

@@ -129,14 +129,19 @@ def test_convert_both_ways(
     ("arguments", "message"),
     [
         (["{model}", "{tmp}/m.ckpt"], "pickles are not written"),
-        (["{model}", "{model}"], "exists; choose another name, or --force"),
+        (["{model}", "{model}"], "exists; choose another name or ask for it to be replaced"),
         (["{model}", "{tmp}/a/b/c"], "does not exist; create it first"),
         (["{model}", "{tmp}/x", "--dtype", "int3"], "--dtype 'int3' is not known; choose fp32, fp16 or bf16"),
         (["{model}", "{tmp}/x", "--shard-size", "-5"], "--shard-size '-5'"),
         (["{model}", "{tmp}/x", "--shard-size", "0GB"], "--shard-size '0GB'"),
+        (["{model}", "{tmp}/x", "--shard-size", "9" * 400], "--shard-size"),
+        (["{model}", "{tmp}/x.safetensors", "--shard-size", "1GB"], "is a single file; --as-variant and --shard-size"),
+        (["{model}", "{tmp}/" + "x" * 300], "cannot be written: File name too long"),
+        (["{model}", "{tmp}/x", "--component", "vae=a", "--component", "vae=b"], "each name once"),
+        (["{model}", "{tmp}/x", "--revision", "main"], "revision='main' means nothing"),
         (["{model}", "{tmp}/x", "--component", "vae"], "write NAME=PATH"),
         (["{model}", "{tmp}/x", "--component", "vea=/x"], "component 'vea' is not one of this model's"),
-        (["{model}", "{tmp}/x", "--component", "vae=/nowhere"], "/nowhere cannot be read"),
+        (["{model}", "{tmp}/x", "--component", "vae=/nowhere"], "/nowhere does not exist"),
         (["{model}", "{tmp}/x", "--as-variant", "../x"], "letters, digits and underscores"),
         (["{model}", "{tmp}/x", "--variant", "fp99"], "no weights of the variant 'fp99'"),
         (["{model}", "{tmp}/x", "--family", "sd2"], "is a folder, whose files say what it is"),
@@ -160,6 +165,37 @@ def test_wrong_arguments_get_one_line_and_leave_nothing(
     assert "\x1b" not in err
     assert re.search(message, err), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_the_output_is_noticed(model: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [COMMAND, "info", str(model)], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert result.returncode == 1
+    assert result.stderr == "ldm: the output cannot be written: No space left on device\n"
+
+
+def test_a_family_has_no_weights_to_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(capsys, monkeypatch, "info", "sdxl", "--verify")
+    assert code == 1
+    assert "sdxl is a family, not a model" in err
+
+
+def test_a_signal_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        process = subprocess.Popen(
+            [COMMAND, "convert", str(model), str(tmp_path / "out.safetensors")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(1.5)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        if process.returncode == 0:
+            (tmp_path / "out.safetensors").unlink()
+        else:
+            assert (process.returncode, err) == (128 + number, "ldm: interrupted\n")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.weights.sources import open_source, verify_source
 
 ROUNDS = 200
-UNET = "diffusion_pytorch_model.safetensors"
+UNET = "diffusion_pytorch_model.fp16.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -200,10 +201,38 @@ def test_the_remedy_for_a_wanted_change_is_said_and_works(tmp_path: Path, writte
 
 
 def test_files_that_came_later_are_noticed(tmp_path: Path, written: dict[str, Path]) -> None:
-    """A file that would be read in the place of the shards."""
     copy = tmp_path / "copy"
     shutil.copytree(written["one"], copy)
-    shards = (written["two"] / "unet").glob("*.safetensors")
-    save_file({k: t for shard in shards for k, t in load_file(shard).items()}, copy / "unet" / UNET)
-    with pytest.raises(LdmError, match=f"unet/{UNET} did not come with this model"):
+    tiny.model("sdxl", 1).save_pretrained(tmp_path / "half", variant="fp16")
+    for file in (tmp_path / "half").rglob("*.safetensors"):
+        shutil.copy(file, copy / file.parent.name)
+    with pytest.raises(LdmError, match=f"{UNET}.* did not come with this model"):
+        LatentDiffusion.from_pretrained(copy, variant="fp16")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../../x.json", "./model_index.json", "unet/../model_index.json", "", "unet//config.json"]
+)
+def test_a_manifest_names_files_of_its_folder_alone(tmp_path: Path, written: dict[str, Path], name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(written["one"], copy)
+    manifest = copy / "ldm_manifest.json"
+    content = json.loads(manifest.read_text())
+    content["sha256"][name] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(LdmError, match="is damaged, or of another format"):
         LatentDiffusion.from_pretrained(copy)
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(LdmError, match="cannot be read"):
+        LatentDiffusion.from_pretrained(copy)
+
+
+def test_verification_reads_the_manifest(tmp_path: Path, written: dict[str, Path]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(written["one"], copy)
+    config = copy / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    opened = open_source(copy, verify=False)
+    with pytest.raises(LdmError, match="vae/config.json has changed"):
+        verify_source(opened)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,7 +169,7 @@ def test_literals_are_what_was_published(name: str) -> None:
     unet_json, vae_json, text_json, schedule_json = PUBLISHED[name]
     family = FAMILIES[name]
     text = tuple(
-        configs.read_text("text", json, "Projection" in json["architectures"][0], END if json is TEXT_L else "!")
+        configs.read_text("text", json, "Projection" in json["architectures"][0], END if json is TEXT_L else "!", 49407)
         for json in text_json
     )
     unet = configs.read_unet("unet", unet_json, text[-1].projection)
@@ -194,7 +195,7 @@ def test_keys_and_shapes_equal_diffusers(name: str) -> None:
         }
         for config in family.text:
             kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel
-            theirs[config.component] = kind(CLIPTextConfig(**configs.write_text(config)))
+            theirs[config.component] = kind(CLIPTextConfig(**configs.write_text(config, 49407)))
     assert ours.keys() == theirs.keys()
     for component, module in theirs.items():
         wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -209,8 +210,31 @@ def test_configurations_survive_being_written_and_read(name: str) -> None:
     assert configs.read_autoencoder("vae", configs.write_autoencoder(family.autoencoder)) == family.autoencoder
     assert configs.read_schedule("scheduler", configs.write_schedule(family.schedule)) == family.schedule
     for config in family.text:
-        json = configs.write_text(config)
-        assert configs.read_text("text", json, bool(config.projection), config.pad_token) == config
+        json = configs.write_text(config, 49407)
+        assert configs.read_text("text", json, bool(config.projection), config.pad_token, 49407) == config
+    configs.check_writable(family)
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    sd15, sdxl = FAMILIES["sd15"], FAMILIES["sdxl"]
+    for wrong, message in (
+        ({"autoencoder": replace(sd15.autoencoder, latent_channels=16)}, "latents of 16 channels, the U-Net reads 4"),
+        ({"text": sd15.text * 2}, "text encoders"),
+        ({"text": sdxl.text[1:]}, "go together or not at all"),
+        ({"unet": replace(sd15.unet, text_dim=1024)}, "the text encoders give 768 channels, the U-Net reads 1024"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            replace(sd15, **wrong)
+
+
+def test_settings_without_a_place_in_files_are_not_written() -> None:
+    sd15 = FAMILIES["sd15"]
+    vq = replace(sd15.autoencoder, codebook=16, shift_factor=0.5)
+    with pytest.raises(LdmError, match="no place"):
+        configs.check_writable(replace(sd15, autoencoder=vq))
+    odd = replace(sd15.schedule, options={"a_strange_option": 1})
+    with pytest.raises(LdmError, match="no place"):
+        configs.check_writable(replace(sd15, schedule=odd))
 
 
 def test_what_families_say_of_themselves() -> None:
@@ -255,9 +279,17 @@ def test_options_of_the_other_components_are_refused_by_name() -> None:
     with pytest.raises(LdmError, match="DownEncoderBlock2D"):
         configs.read_autoencoder("vae", VAE_1 | {"down_block_types": [{}] * 4})
     with pytest.raises(LdmError, match="'gelu_new'"):
-        configs.read_text("text", TEXT_L | {"hidden_act": "gelu_new"}, False, END)
+        configs.read_text("text", TEXT_L | {"hidden_act": "gelu_new"}, False, END, 49407)
     with pytest.raises(LdmError, match="'rope_theta'"):
-        configs.read_text("text", TEXT_L | {"rope_theta": 1}, False, END)
+        configs.read_text("text", TEXT_L | {"rope_theta": 1}, False, END, 49407)
+    with pytest.raises(LdmError, match="'eos_token_id' is 320; the tokenizer ends texts with 49407"):
+        configs.read_text("text", TEXT_L | {"eos_token_id": 320}, False, END, 49407)
+    with pytest.raises(LdmError, match="'architectures'"):
+        configs.read_text("text", TEXT_L | {"architectures": ["T5EncoderModel"]}, False, END, 49407)
+    with pytest.raises(LdmError, match="unet/config.json: option '_class_name' is 'Evil'"):
+        configs.read_unet("unet/config.json", UNET_1 | {"_class_name": "Evil"}, 0)
+    with pytest.raises(LdmError, match="unet/config.json: U-Net: layers is 0"):
+        configs.read_unet("unet/config.json", UNET_1 | {"layers_per_block": 0}, 0)
     with pytest.raises(LdmError, match="FlowMatchEulerDiscreteScheduler"):
         configs.read_schedule("scheduler", PNDM | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
     for change in ({"trained_betas": [0.1]}, {"prediction_type": "flow"}, {"beta_start": 2.0}, {"_class_name": ["x"]}):

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -17,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.text import TextEncoders
+from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
 
@@ -169,6 +173,43 @@ def test_components_from_elsewhere(tmp_path: Path) -> None:
         LatentDiffusion.from_pretrained(
             tmp_path / "base", components={"unet": tmp_path / "other/vae/diffusion_pytorch_model.safetensors"}
         )
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LdmError, match="neither a folder nor a file"):
+        LatentDiffusion.from_pretrained(tmp_path / "base", components={"unet": tmp_path / "pipe"})
+
+
+def test_a_replaced_component_is_what_its_own_configuration_says(tmp_path: Path) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "base")
+    for component, changes, message in (
+        ("unet", {"norm_eps": 1e-3}, "'norm_eps' is 0.001"),
+        ("unet", {"_class_name": "Evil"}, "'_class_name' is 'Evil'"),
+        ("text_encoder", {"layer_norm_eps": 0.1}, "'layer_norm_eps' is 0.1"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "'_class_name' is 'AutoencoderTiny'"),
+        ("vae", {"latent_channels": 16}, "latents of 16 channels, the U-Net reads 4"),
+    ):
+        other = tmp_path / "other"
+        shutil.copytree(tmp_path / "base" / component, other)
+        edit(other / "config.json", **changes)
+        with pytest.raises(LdmError, match=message):
+            LatentDiffusion.from_pretrained(tmp_path / "base", components={component: other})
+        shutil.rmtree(other)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "base" / "unet", other)
+    edit(other / "config.json", attention_head_dim=8)
+    assert LatentDiffusion.from_pretrained(tmp_path / "base", components={"unet": other}).unet.config.heads == (8,) * 4
+
+
+def test_a_larger_embedding_keeps_the_end_of_texts(tmp_path: Path) -> None:
+    """Vocabularies are padded or resized: the end is where the tokenizer says, for transformers too."""
+    real = tiny.family("sdxl")
+    text = (real.text[0], replace(real.text[1], vocab_size=1005))
+    model = LatentDiffusion.from_family(replace(real, text=text))
+    model.text_encoders = TextEncoders(text, LatentDiffusion.from_family(real).text_encoders.tokenizers, pooled=True)
+    model.save_pretrained(tmp_path / "m")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        _, _, pooled, _ = pipeline.encode_prompt("a cat", None, "cpu", 1, False)
+        torch.testing.assert_close(model.encode_prompt("a cat").pooled, pooled)
 
 
 def test_files_have_ordinary_modes_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -209,6 +250,54 @@ def test_saving_over_its_own_source(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "m")
     LatentDiffusion.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "m", overwrite=True)
     assert tiny.same_weights(LatentDiffusion.from_pretrained(tmp_path / "m"), model)
+
+
+def test_an_interrupted_replacement_brings_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = tiny.model("sd15", 1), tiny.model("sd15", 2)
+    one.save_pretrained(tmp_path / "m")
+    for error in (KeyboardInterrupt, OSError):
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.replace", Mock(side_effect=error))
+            with pytest.raises((KeyboardInterrupt, LdmError)):
+                two.save_pretrained(tmp_path / "m", overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+        assert tiny.same_weights(LatentDiffusion.from_pretrained(tmp_path / "m"), one)
+
+
+def test_replacing_follows_links_and_spares_strangers(tmp_path: Path) -> None:
+    one, two = tiny.model("sd15", 1), tiny.model("sd15", 2)
+    one.save_pretrained(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(LdmError, match="exists"):
+        two.save_pretrained(tmp_path / "link")
+    two.save_pretrained(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert tiny.same_weights(LatentDiffusion.from_pretrained(tmp_path / "real"), two)
+    (tmp_path / "real" / "thesis.txt").write_text("precious")
+    with pytest.raises(LdmError, match="holds more than a model .thesis.txt."):
+        one.save_pretrained(tmp_path / "real", overwrite=True)
+    (tmp_path / "dangling").symlink_to("nowhere.safetensors")
+    with pytest.raises(LdmError, match="exists"):
+        one.save_pretrained(tmp_path / "dangling")
+
+
+def test_numbers_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
+    model = tiny.model("sd15")
+    model.unet.conv_in.weight.data[0, 0, 0, 0] = 1e6
+    with pytest.raises(LdmError, match="conv_in.weight has numbers too large for torch.float16"):
+        model.save_pretrained(tmp_path / "m", dtype=torch.float16)
+    for dtype in (torch.int8, torch.complex64):
+        with pytest.raises(LdmError, match="cannot be written as"):
+            model.save_pretrained(tmp_path / "m", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(LdmError, match="cannot be written|cannot be read"):
+        tiny.model("sd15").save_pretrained(tmp_path / name)
+    with pytest.raises(LdmError):
+        open_source(tmp_path / name)
 
 
 @pytest.mark.parametrize("moment", ["unet", "tokenizer", "rename"])
@@ -288,7 +377,7 @@ def test_wrong_configurations_and_weights(folder: Path) -> None:
     refused(folder, "channels is 1000000000000")
     (folder / "unet" / "config.json").write_text(original)
     edit(folder / "vae" / "config.json", _class_name="AutoencoderTiny")
-    refused(folder, "'AutoencoderTiny'")
+    refused(folder, "'AutoencoderTiny'; AutoencoderKL or VQModel is needed here")
     edit(folder / "vae" / "config.json", _class_name="AutoencoderKL")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
@@ -308,6 +397,35 @@ def test_wrong_configurations_and_weights(folder: Path) -> None:
     refused(folder, "unet has no weights")
 
 
+def test_statements_that_contradict_each_other(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    for changes, message in (
+        ({"scheduler": ["diffusers", "DDIMScheduler"]}, "scheduler is 'DDIMScheduler', its own configuration says"),
+        ({"vae": ["diffusers", "VQModel"]}, "vae is 'VQModel'"),
+        ({"_class_name": "StableDiffusionXLPipeline"}, "does not go with a U-Net of this kind"),
+        ({"controlnet": ["a", "b", "c"]}, "a library and a class are needed"),
+        ({"force_zeros_for_empty_prompt": "yes"}, "true or false is needed"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(index | changes))
+        refused(folder, message)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=32)
+    refused(folder, "texts of 77 tokens, but its tokenizer makes 32")
+
+
+def test_shards_agree_with_their_index(tmp_path: Path) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "m", max_shard_size=500_000)
+    folder = unsigned(tmp_path / "m")
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = content["weight_map"]["conv_in.bias"]
+    index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {"more": shard}}))
+    refused(folder, "does not agree with its shards on more")
+    index.write_text(json.dumps(content))
+    shutil.copy(folder / "unet" / shard, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    refused(folder, "take one of them away")
+
+
 @pytest.mark.parametrize(
     "shard", ["../../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7, ["x"], "gone.safetensors"]
 )
@@ -323,9 +441,8 @@ def test_tokenizers_that_do_not_belong(folder: Path) -> None:
     refused(folder, "tokenizer missing")
     (folder / "tokenizer").mkdir()
     refused(folder, "tokenizer")
-    from ldm.models.tokenizer import clip_tokenizer
-
     clip_tokenizer().save_pretrained(folder / "tokenizer")
+    edit(folder / "text_encoder" / "config.json", eos_token_id=2)
     refused(folder, "49408 tokens, the text encoder only 1000")
 
 

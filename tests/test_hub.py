@@ -146,4 +146,9 @@ def test_one_set_of_weights_is_chosen() -> None:
     shards = {f for f in files if "-of-" in f}
     half = {"text_encoder/model.fp16.safetensors"}
     assert set(wanted(files, None)) == common | shards | half | {"unet/diffusion_pytorch_model.safetensors"}
-    assert set(wanted(files, "fp16")) == common | shards | half | {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    of_vae = {file for file in common if "index" in file and "vae" in file}
+    fp16 = half | {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert set(wanted(files, "fp16")) == (common - of_vae) | fp16
+    pickles = ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"]
+    assert wanted(pickles, None) == []
+    assert wanted(pickles, None, allow_pickle=True) == pickles

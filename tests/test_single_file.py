@@ -125,6 +125,11 @@ def test_sd2_does_not_say_what_it_predicts(tmp_path: Path) -> None:
         open_source(path, family="sd7")
     told = sparse(tmp_path / "told.safetensors", "sd2", metadata={"modelspec.prediction_type": "v"})
     assert open_source(told).family.name == "sd2-v"
+    with pytest.raises(LdmError, match="its metadata says v_prediction, the family sd2 says epsilon"):
+        open_source(told, family="sd2")
+    flow = sparse(tmp_path / "flow.safetensors", "sdxl", metadata={"modelspec.prediction_type": "rf"})
+    with pytest.raises(LdmError, match="modelspec.prediction_type 'rf' is not known"):
+        open_source(flow)
 
 
 def test_a_configuration_beside_the_file_is_read_without_its_targets(tmp_path: Path) -> None:
@@ -146,6 +151,11 @@ def test_a_configuration_beside_the_file_is_read_without_its_targets(tmp_path: P
         ("model: {params: {parameterization: w}}", "parameterization 'w'"),
         ("model: {params: {linear_start: much}}", "not a number"),
         ("\x00", "not plain YAML"),
+        ("x: 2020-99-99", "not plain YAML"),
+        ("x: !!int abc", "not plain YAML"),
+        ("x: !!timestamp foo", "not plain YAML"),
+        ("model: {params: {beta_schedule: cosine}}", "beta_schedule is 'cosine'"),
+        ("model: {params: {denoiser_config: {params: {scaling_config: {target: a.EDMScaling}}}}}", "names no scaling"),
     ):
         beside.write_text(content)
         if message is None:
@@ -161,6 +171,15 @@ def test_marks_of_v_prediction_in_sdxl(tmp_path: Path) -> None:
     assert (family.name, family.schedule.prediction_type, family.schedule.zero_terminal_snr) == (
         "custom", "v_prediction", True,
     )  # fmt: skip
+    with pytest.raises(LdmError, match="its tensor v_pred says v_prediction, the family sdxl says epsilon"):
+        open_source(path, family="sdxl")
+    path.with_suffix(".yaml").write_text("model: {params: {parameterization: eps}}")
+    with pytest.raises(LdmError, match="they contradict each other"):
+        open_source(path)
+    path.with_suffix(".yaml").write_text(
+        "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.modules.VScaling}}}}}"
+    )
+    assert open_source(path).family == family
     edm = sparse(tmp_path / "edm.safetensors", "sdxl", edm_mean=("float32", (1, 4, 1, 1)))
     with pytest.raises(LdmError, match="EDM"):
         open_source(edm)
@@ -217,6 +236,12 @@ def test_a_pickle_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": tensors, "hook": Path}, tmp_path / "evil.ckpt")
     with pytest.raises(LdmError, match="restricted unpickler"):
         open_source(tmp_path / "evil.ckpt", allow_pickle=True)
+    torch.save({"state_dict": {"x": torch.eye(2).to_sparse()}}, tmp_path / "sparse.ckpt")
+    with pytest.raises(LdmError, match="tensors without plain numbers: x"):
+        open_source(tmp_path / "sparse.ckpt", allow_pickle=True)
+    torch.save({"state_dict": [1]}, tmp_path / "odd.ckpt")
+    with pytest.raises(LdmError, match="no dictionary of tensors"):
+        open_source(tmp_path / "odd.ckpt", allow_pickle=True)
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(LdmError, match="no dictionary of tensors"):
         open_source(tmp_path / "list.ckpt", allow_pickle=True)
@@ -261,6 +286,25 @@ def test_types_are_told_by_content(tmp_path: Path, content: bytes, message: str)
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(LdmError, match=message):
         open_source(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_says_what_it_is_is_believed(tmp_path: Path) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "m.safetensors")
+    with pytest.raises(LdmError, match="says that it is custom, not sd2"):
+        open_source(tmp_path / "m.safetensors", family="sd2")
+    with pytest.raises(LdmError, match="has no variants"):
+        open_source(tmp_path / "m.safetensors", variant="fp16")
+    with pytest.raises(LdmError, match="revision='x' means nothing"):
+        open_source(tmp_path / "m.safetensors", revision="x")
+
+
+def test_devices_and_types_that_are_not_there(tmp_path: Path) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "m.safetensors")
+    for device in ("banana", "cuda:99"):
+        with pytest.raises(LdmError, match=f"device {device} cannot be used here"):
+            LatentDiffusion.from_pretrained(tmp_path / "m.safetensors", device=device)
+    with pytest.raises(LdmError, match="cannot be loaded as torch.int8"):
+        LatentDiffusion.from_pretrained(tmp_path / "m.safetensors", dtype=torch.int8)
 
 
 def test_a_single_file_cannot_hold_a_strange_tokenizer(tmp_path: Path) -> None:

@@ -111,7 +111,16 @@ def test_clip_skip_leaves_out_the_last_layers(clip_skip: int) -> None:
         torch.testing.assert_close(whole(PROMPTS, clip_skip).text, cut.eval()(PROMPTS).text, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("clip_skip", [-1, 3, 100])
+def test_prompts_that_are_no_text() -> None:
+    model = tiny.model("sdxl")
+    for prompt, message in (("\ud800", "half a character"), ([None], "a text is needed"), ([], "no prompt")):
+        with pytest.raises(LdmError, match=message):
+            model.encode_prompt(prompt)  # type: ignore[arg-type]
+    with pytest.raises(LdmError, match="all of them numbers"):
+        model.encode_prompt("a", size=[float("nan")] * 6)
+
+
+@pytest.mark.parametrize("clip_skip", [-1, 3, 100, "1"])
 def test_absurd_clip_skip_is_refused(clip_skip: int) -> None:
     with pytest.raises(LdmError, match="choose from 0 to 2"):
         tiny.model("sd15").encode_prompt("a", clip_skip=clip_skip)

@@ -47,12 +47,14 @@ def to_components(options: list[str]) -> dict[str, str]:
     for name, equals, path in pairs:
         if not (name and equals and path):
             raise LdmError(f"--component {name + equals + path!r}: write NAME=PATH, such as vae=better-vae.safetensors")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise LdmError(f"--component {' '.join(options)!r}: each name once")
     return {name: path for name, _, path in pairs}
 
 
 def to_bytes(text: str) -> int:
     """`--shard-size`: a number of bytes, or with KB, MB or GB behind it."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * 1000 ** "_KMG".index(match[2].upper() or "_")) if match else 0
     if size < 1:
         raise LdmError(f"--shard-size {text!r}: write a size such as 5GB or 500MB")

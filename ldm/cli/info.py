@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ldm.cli.common import progress, to_components
+from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
 from ldm.weights.components import Opened, build
 from ldm.weights.sources import open_source, verify_source
@@ -30,6 +31,8 @@ def run(
 ) -> None:
     """Print the description of a source or of a family."""
     if source in FAMILIES and not Path(source).exists():
+        if verify or components or family or variant or revision:
+            raise LdmError(f"{source} is a family, not a model: the other options mean nothing for it")
         report = describe_family(FAMILIES[source])
     else:
         with progress() as bar:

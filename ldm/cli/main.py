@@ -80,7 +80,7 @@ def convert(
     dest: Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")],
     dtype: Annotated[str | None, typer.Option(help="Convert the weights: fp32, fp16 or bf16.")] = None,
     as_variant: Annotated[str | None, typer.Option(help="Put a variant into the names of a folder's weights.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Split a folder's larger files, such as 5GB or 500MB.")] = "10GB",
+    shard_size: Annotated[str | None, typer.Option(help="Split a folder's larger files, such as 5GB (10GB).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")] = False,
     family: FamilyOption = None,
     variant: Variant = None,
@@ -210,12 +210,14 @@ def main() -> None:
         interrupted.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     try:
         app()
+        sys.stdout.flush()
     except BaseException as error:
         if interrupted:
-            _fail("interrupted", 130)
+            _fail("interrupted", 128 + interrupted[0])
         if isinstance(error, LdmError):
             _fail(str(error), 1)
         if isinstance(error, MemoryError):
@@ -224,13 +226,13 @@ def main() -> None:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        if isinstance(error, OSError):  # everything else is caught where it happens
+            _fail(f"the output cannot be written: {error.strerror or error}", 1)
         raise
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())
-    printable = "".join(c if c.isprintable() else "?" for c in line)
-    print(f"ldm: {printable}", file=sys.stderr)
+    print(f"ldm: {message}", file=sys.stderr)
     sys.exit(code)
 
 

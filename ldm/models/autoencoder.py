@@ -35,7 +35,7 @@ class AutoencoderConfig:
     groups: int = 32  # of every group norm
     scaling_factor: float = 0.18215  # the diffusion model sees (latents - shift_factor) · scaling_factor
     shift_factor: float = 0.0
-    force_upcast: bool = False  # overflows in fp16 (SDXL's): decode in bf16 or fp32
+    force_upcast: bool = True  # in SDXL: overflows in fp16, decode in bf16 or fp32; diffusers' default too
     sample_size: int = 512  # height and width of the pictures it was trained on; the default tile
     codebook: int = 0  # vectors of the codebook; 0: regularised by KL
     codebook_dim: int = 0  # channels of each; 0: like latent_channels
@@ -63,6 +63,11 @@ class AutoencoderConfig:
                 f"autoencoder: scaling_factor {self.scaling_factor!r} or shift_factor {self.shift_factor!r} "
                 "is out of range"
             )
+
+    @property
+    def channels_out(self) -> int:
+        """Channels of the latents as the diffusion model sees them."""
+        return self.codebook_dim or self.latent_channels if self.codebook else self.latent_channels
 
     @property
     def factor(self) -> int:
@@ -262,7 +267,7 @@ class VQModel(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        dim = config.codebook_dim or config.latent_channels
+        dim = config.channels_out
         self.encoder = Encoder(config, config.latent_channels)
         self.quant_conv = nn.Conv2d(config.latent_channels, dim, 1)
         self.quantize = Codebook(config.codebook, dim)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.errors import LdmError
-from ldm.models.text import TextEncoders
+from ldm.models.text import TextEncoders, check_texts
 from ldm.models.unet import Conditioning
 
 LONGEST = 100_000  # characters of a prompt
@@ -134,6 +134,7 @@ def encode_prompts(
     towers: list[list[list[Chunk]]] = []
     for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True):
         rows = []
+        check_texts(texts)
         for prompt in texts:
             if len(prompt) > LONGEST:
                 raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")

@@ -79,6 +79,23 @@ def build_tower(config: TextEncoderConfig, end_id: int) -> CLIPTextModel | CLIPT
     return CLIPTextModelWithProjection(tower_config) if config.projection else CLIPTextModel(tower_config)
 
 
+def check_texts(prompts: Sequence[str]) -> None:
+    """Raise unless every prompt is a text that tokenizers take.
+
+    Raises:
+        LdmError: one is not.
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise LdmError(f"prompt {prompt!r}: a text is needed")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise LdmError(
+                f"a prompt has half a character at place {error.start}; it was cut or decoded wrongly"
+            ) from None
+
+
 class TextEncoders(nn.Module):
     """One or two towers and their tokenizers.
 
@@ -92,9 +109,10 @@ class TextEncoders(nn.Module):
         self.tokenizers = tuple(tokenizers)
         self.pooled = pooled
         for config, tokenizer in zip(self.configs, self.tokenizers, strict=True):
-            if len(tokenizer) > config.vocab_size:
+            highest = max(tokenizer.get_vocab().values())
+            if highest >= config.vocab_size:
                 raise LdmError(
-                    f"{config.component}: the tokenizer has {len(tokenizer)} tokens, the text encoder only "
+                    f"{config.component}: the tokenizer has {highest + 1} tokens, the text encoder only "
                     f"{config.vocab_size} embeddings; they do not belong together"
                 )
         self.towers = nn.ModuleList(
@@ -103,7 +121,12 @@ class TextEncoders(nn.Module):
         )
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Token ids (B, M) for each tower; what does not fit into M tokens is cut."""
+        """Token ids (B, M) for each tower; what does not fit into M tokens is cut.
+
+        Raises:
+            LdmError: a prompt is no text.
+        """
+        check_texts(prompts)
         return [
             torch.tensor(
                 tokenizer(
@@ -122,8 +145,8 @@ class TextEncoders(nn.Module):
             LdmError: more layers are skipped than a tower has.
         """
         fewest = min(config.layers for config in self.configs)
-        if not 0 <= clip_skip <= fewest - 1 - self.pooled:
-            raise LdmError(f"clip_skip {clip_skip}: choose from 0 to {fewest - 1 - self.pooled} for this model")
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip <= fewest - 1 - self.pooled:
+            raise LdmError(f"clip_skip {clip_skip!r}: choose from 0 to {fewest - 1 - self.pooled} for this model")
         texts, pooled = [], None
         for module, ids in zip(self.towers, tokens, strict=True):
             tower = cast("CLIPTextModel", module)

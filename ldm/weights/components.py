@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from ldm.errors import LdmError, listing
+from ldm.errors import LdmError, first_line, listing
 from ldm.families import Family
 from ldm.models.autoencoder import Autoencoder, build_autoencoder
 from ldm.models.text import TextEncoders
@@ -137,10 +137,25 @@ class Opened:
         infos = self.parts[component].store.infos
         return {link.theirs: infos[link.theirs] for link in self.links[component]}
 
+    def check_dtype(self, dtype: torch.dtype | None) -> None:
+        """Raise if weights are stored in a type that networks cannot compute in, and no other is named."""
+        for name in self.links:
+            stored = {info.dtype for info in self.infos(name).values() if info.dtype.itemsize < 2}
+            if dtype is None and stored:
+                raise LdmError(f"{name} is stored as {stored.pop()}; name a dtype to compute in (dtype=, --dtype)")
+
     def load(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", progress: Progress = silent
     ) -> Components:
         """Map the weights in: floating-point ones as `dtype`, or as they are stored."""
+        if not all(parameter.is_meta for parameter in self.components.unet.parameters()):
+            raise RuntimeError("load() fills this object's own networks, once; open the source again for another copy")
+        if dtype is not None and not dtype.is_floating_point:
+            raise LdmError(f"weights cannot be loaded as {dtype}; choose a floating-point type such as torch.bfloat16")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise LdmError(f"device {device!s} cannot be used here: {first_line(error)}") from None
         total = sum(info.nbytes for name in self.links for info in self.infos(name).values())
         done = 0
         for name, module in self.components.modules().items():
@@ -149,8 +164,6 @@ class Opened:
             state: dict[str, Tensor] = {}
             for theirs, tensor in self.parts[name].store.read(links, dtype, device):
                 done += self.parts[name].store.infos[theirs].nbytes
-                if dtype is None and tensor.dtype.itemsize < 2:
-                    raise LdmError(f"{name} is stored as {tensor.dtype}; name a dtype to compute in (dtype=, --dtype)")
                 link = links[theirs]
                 for ours, value in zip(link.ours, link.to_ours(tensor), strict=True):
                     state[ours] = value.reshape(shapes[ours])

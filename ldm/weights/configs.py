@@ -6,16 +6,19 @@ is refused by name: an unknown option must never be a wrong picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ldm.errors import LdmError
-from ldm.families import NoiseSchedule
+from ldm.families import Family, NoiseSchedule
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
 
 Json = Mapping[str, Any]
+UNET_CLASSES = ("UNet2DConditionModel",)
+AUTOENCODER_CLASSES = ("AutoencoderKL", "VQModel")
 
 # options with the only values that our networks have
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -81,7 +84,6 @@ _TEXT_IGNORED = frozenset(
         "torch_dtype",
         "transformers_version",
         "bos_token_id",
-        "eos_token_id",
         "pad_token_id",
         "sep_token_id",
         "decoder_start_token_id",
@@ -134,8 +136,11 @@ _TEXT_IGNORED = frozenset(
 class Reader:
     """Takes options out of a JSON object one by one, checks them, and at the end refuses what is left."""
 
-    def __init__(self, where: str, json: Json) -> None:
+    def __init__(self, where: str, json: Json, classes: Sequence[str] = ()) -> None:
         self.where = where
+        stated = json.get("_class_name")
+        if classes and stated is not None and stated not in classes:
+            raise self.fail("_class_name", stated, f"{' or '.join(classes)} is needed here")
         self.left = {name: value for name, value in json.items() if not name.startswith("_")}
 
     def fail(self, name: str, value: Any, wanted: str) -> LdmError:
@@ -180,6 +185,15 @@ class Reader:
                 raise self.fail(name, value, f"this program only has {' or '.join(repr(v) for v in fixed[name])}")
 
 
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Put the file in front of what a dataclass says of its values."""
+    try:
+        yield
+    except LdmError as error:
+        raise LdmError(f"{where}: {error}") from None
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -190,7 +204,7 @@ def _short(value: Any) -> str:
 
 def read_unet(where: str, json: Json, pooled_dim: int) -> UNetConfig:
     """The U-Net of a diffusers `config.json`; `pooled_dim` is what the text encoder beside it gives, 0 for nothing."""
-    reader = Reader(where, json)
+    reader = Reader(where, json, UNET_CLASSES)
     channels = tuple(reader.take("block_out_channels", list))
     n = len(channels)
     down, up = reader.take("down_block_types", list), reader.take("up_block_types", list)
@@ -219,22 +233,23 @@ def read_unet(where: str, json: Json, pooled_dim: int) -> UNetConfig:
             joined,
             f"it must be the {pooled_dim} channels of the pooled text and 5 or 6 times {size_dim}",
         )
-    config = UNetConfig(
-        channels=channels,
-        depth=tuple(depth if kinds[kind] else 0 for depth, kind in zip(depths, down, strict=True)),
-        mid_depth=depths[-1],
-        heads=reader.ints("attention_head_dim", n, default=8),  # diffusers' misnomer: it is the number of heads
-        layers=reader.same("layers_per_block", default=2),
-        text_dim=reader.same("cross_attention_dim", default=1280),
-        in_channels=reader.take("in_channels", int, default=4),
-        out_channels=reader.take("out_channels", int, default=4),
-        linear_projection=reader.take("use_linear_projection", bool, default=False),
-        pooled_dim=pooled_dim if embedding else 0,
-        size_ids=size_ids,
-        size_dim=size_dim,
-        groups=reader.take("norm_num_groups", int, default=32),
-        sample_size=reader.take("sample_size", int, default=64),
-    )
+    with _naming(where):
+        config = UNetConfig(
+            channels=channels,
+            depth=tuple(depth if kinds[kind] else 0 for depth, kind in zip(depths, down, strict=True)),
+            mid_depth=depths[-1],
+            heads=reader.ints("attention_head_dim", n, default=8),  # diffusers' misnomer: it is the number of heads
+            layers=reader.same("layers_per_block", default=2),
+            text_dim=reader.same("cross_attention_dim", default=1280),
+            in_channels=reader.take("in_channels", int, default=4),
+            out_channels=reader.take("out_channels", int, default=4),
+            linear_projection=reader.take("use_linear_projection", bool, default=False),
+            pooled_dim=pooled_dim if embedding else 0,
+            size_ids=size_ids,
+            size_dim=size_dim,
+            groups=reader.take("norm_num_groups", int, default=32),
+            sample_size=reader.take("sample_size", int, default=64),
+        )
     reader.done(_UNET_FIXED)
     return config
 
@@ -279,7 +294,7 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
 
 def read_autoencoder(where: str, json: Json) -> AutoencoderConfig:
     """The autoencoder of a diffusers `config.json`: `AutoencoderKL`, or `VQModel` if its class says so."""
-    reader = Reader(where, json)
+    reader = Reader(where, json, AUTOENCODER_CLASSES)
     channels = tuple(reader.take("block_out_channels", list))
     down, up = reader.take("down_block_types", list), reader.take("up_block_types", list)
     kinds = {
@@ -295,24 +310,25 @@ def read_autoencoder(where: str, json: Json) -> AutoencoderConfig:
     if json.get("_class_name") == "VQModel":
         codebook = reader.take("num_vq_embeddings", int, default=256)
         codebook_dim = reader.take("vq_embed_dim", int, default=0)
-    config = AutoencoderConfig(
-        channels=channels,
-        attention=tuple(kinds[kind][1] for kind in down),
-        mid_attention=reader.take("mid_block_add_attention", bool, default=True),
-        layers=reader.take("layers_per_block", int, default=1),
-        in_channels=reader.take("in_channels", int, default=3),
-        out_channels=reader.take("out_channels", int, default=3),
-        latent_channels=reader.take("latent_channels", int, default=4),
-        quant_conv=reader.take("use_quant_conv", bool, default=True),
-        post_quant_conv=reader.take("use_post_quant_conv", bool, default=True),
-        groups=reader.take("norm_num_groups", int, default=32),
-        scaling_factor=reader.take("scaling_factor", (int, float), default=0.18215),
-        shift_factor=reader.take("shift_factor", (int, float), default=0.0),
-        force_upcast=reader.take("force_upcast", bool, default=False),
-        sample_size=reader.take("sample_size", int, default=32),
-        codebook=codebook,
-        codebook_dim=codebook_dim,
-    )
+    with _naming(where):
+        config = AutoencoderConfig(
+            channels=channels,
+            attention=tuple(kinds[kind][1] for kind in down),
+            mid_attention=reader.take("mid_block_add_attention", bool, default=True),
+            layers=reader.take("layers_per_block", int, default=1),
+            in_channels=reader.take("in_channels", int, default=3),
+            out_channels=reader.take("out_channels", int, default=3),
+            latent_channels=reader.take("latent_channels", int, default=3 if codebook else 4),
+            quant_conv=reader.take("use_quant_conv", bool, default=True),
+            post_quant_conv=reader.take("use_post_quant_conv", bool, default=True),
+            groups=reader.take("norm_num_groups", int, default=32),
+            scaling_factor=reader.take("scaling_factor", (int, float), default=0.18215),
+            shift_factor=reader.take("shift_factor", (int, float), default=0.0),
+            force_upcast=reader.take("force_upcast", bool, default=not codebook),
+            sample_size=reader.take("sample_size", int, default=32),
+            codebook=codebook,
+            codebook_dim=codebook_dim,
+        )
     reader.done(_AUTOENCODER_FIXED)
     return config
 
@@ -347,33 +363,43 @@ def write_autoencoder(config: AutoencoderConfig) -> dict[str, Any]:
 # --- text encoders ----------------------------------------------------------------------------------------------------
 
 
-def read_text(where: str, json: Json, projects: bool, pad_token: str) -> TextEncoderConfig:
-    """The tower of a transformers `config.json`; `projects` if its class is `CLIPTextModelWithProjection`."""
+def read_text(where: str, json: Json, projects: bool, pad_token: str, end_id: int) -> TextEncoderConfig:
+    """The tower of a transformers `config.json`; `projects` if its class is `CLIPTextModelWithProjection`.
+
+    `end_id` is the tokenizer's; configurations before 2023 say 2, which means the same.
+    """
     reader = Reader(where, json)
+    wanted = ["CLIPTextModelWithProjection" if projects else "CLIPTextModel"]
+    if json.get("architectures", wanted) != wanted:
+        raise reader.fail("architectures", json["architectures"], f"{wanted} is needed here")
+    eos = reader.take("eos_token_id", int, default=2)
+    if eos not in (2, end_id):
+        raise reader.fail("eos_token_id", eos, f"the tokenizer ends texts with {end_id}")
     activation = reader.take("hidden_act", str, default="quick_gelu")
     projection = reader.take("projection_dim", int, default=512)
-    config = TextEncoderConfig(
-        width=reader.take("hidden_size", int, default=512),
-        layers=reader.take("num_hidden_layers", int, default=12),
-        heads=reader.take("num_attention_heads", int, default=8),
-        hidden=reader.take("intermediate_size", int, default=2048),
-        activation=activation,
-        projection=projection if projects else 0,
-        vocab_size=reader.take("vocab_size", int, default=49408),
-        context=reader.take("max_position_embeddings", int, default=77),
-        pad_token=pad_token,
-    )
+    with _naming(where):
+        config = TextEncoderConfig(
+            width=reader.take("hidden_size", int, default=512),
+            layers=reader.take("num_hidden_layers", int, default=12),
+            heads=reader.take("num_attention_heads", int, default=8),
+            hidden=reader.take("intermediate_size", int, default=2048),
+            activation=activation,
+            projection=projection if projects else 0,
+            vocab_size=reader.take("vocab_size", int, default=49408),
+            context=reader.take("max_position_embeddings", int, default=77),
+            pad_token=pad_token,
+        )
     reader.done(_TEXT_FIXED, _TEXT_IGNORED)
     return config
 
 
-def write_text(config: TextEncoderConfig) -> dict[str, Any]:
-    """transformers' `config.json` of a text tower, token ids as in the published ones of CLIP since 2023."""
+def write_text(config: TextEncoderConfig, end_id: int) -> dict[str, Any]:
+    """transformers' `config.json` of a text tower whose tokenizer ends texts with `end_id`."""
     return {
         "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
         "attention_dropout": 0.0,
-        "bos_token_id": config.vocab_size - 2,
-        "eos_token_id": config.vocab_size - 1,
+        "bos_token_id": end_id - 1,
+        "eos_token_id": end_id,
         "hidden_act": config.activation,
         "hidden_size": config.width,
         "initializer_factor": 1.0,
@@ -468,16 +494,17 @@ def read_schedule(where: str, json: Json) -> NoiseSchedule:
     for name, value in options.items():
         if not isinstance(value, (bool, int, float, str, list, type(None))):
             raise reader.fail(name, value, "it must be a number, a word or a list")
-    schedule = NoiseSchedule(
-        prediction_type=reader.take("prediction_type", str, default="epsilon"),
-        beta_start=reader.take("beta_start", float),
-        beta_end=reader.take("beta_end", float),
-        beta_schedule=reader.take("beta_schedule", str),
-        train_steps=reader.take("num_train_timesteps", int, default=1000),
-        zero_terminal_snr=reader.take("rescale_betas_zero_snr", bool, default=False),
-        scheduler=scheduler,
-        options=options,
-    )
+    with _naming(where):
+        schedule = NoiseSchedule(
+            prediction_type=reader.take("prediction_type", str, default="epsilon"),
+            beta_start=reader.take("beta_start", float),
+            beta_end=reader.take("beta_end", float),
+            beta_schedule=reader.take("beta_schedule", str),
+            train_steps=reader.take("num_train_timesteps", int, default=1000),
+            zero_terminal_snr=reader.take("rescale_betas_zero_snr", bool, default=False),
+            scheduler=scheduler,
+            options=options,
+        )
     reader.done(_SCHEDULE_FIXED)
     return schedule
 
@@ -491,6 +518,28 @@ def write_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
         "beta_start": schedule.beta_start,
         "num_train_timesteps": schedule.train_steps,
         "prediction_type": schedule.prediction_type,
-        **schedule.options,
+        **{name: value for name, value in schedule.options.items() if name in _SAMPLER_OPTIONS},
     }
     return json | ({"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {})
+
+
+# --- what we write must be what we read -------------------------------------------------------------------------------
+
+
+def check_writable(family: Family) -> None:
+    """Raise unless the family's configurations, written, would be read as the same.
+
+    Raises:
+        LdmError: something has no place in them.
+    """
+    end_id = 2
+    ours = (family.unet, family.autoencoder, family.schedule, *family.text)
+    again = (
+        read_unet("U-Net", write_unet(family.unet), family.text[-1].projection),
+        read_autoencoder("autoencoder", write_autoencoder(family.autoencoder)),
+        read_schedule("scheduler", write_schedule(family.schedule)),
+        *(read_text("text", write_text(c, end_id), bool(c.projection), c.pad_token, end_id) for c in family.text),
+    )
+    for config, read in zip(ours, again, strict=True):
+        if config != read:
+            raise LdmError(f"{config} cannot be written: its file has no place for some of it")

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.errors import LdmError, listing
+from ldm.errors import LdmError, first_line, listing
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -125,12 +125,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except KeyError as error:
         raise LdmError(f"{path} holds tensors of type {error.args[0]}, which is not supported") from None
     except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
-        raise LdmError(f"{path} is damaged or cut short ({_first_line(error)}); fetch or write it again") from None
+        raise LdmError(f"{path} is damaged or cut short ({first_line(error)}); fetch or write it again") from None
     return infos, metadata
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- stores: tensors by name, read when asked for ---------------------------------------------------------------------
@@ -187,13 +183,17 @@ class PickleStore(Store):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
         except Exception as error:  # the unpickler meets whatever a damaged or hostile file holds
             raise LdmError(
-                f"{file} cannot be read by the restricted unpickler ({_first_line(error)}); it is damaged, or holds "
+                f"{file} cannot be read by the restricted unpickler ({first_line(error)}); it is damaged, or holds "
                 "more than tensors"
             ) from None
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        content = content if isinstance(content, dict) else {}
         self._tensors = {
             name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, Tensor)
         }
+        strange = [name for name, t in self._tensors.items() if t.layout != torch.strided or t.is_meta]
+        if strange:
+            raise LdmError(f"{file} holds tensors without plain numbers: {listing(strange)}")
         if not self._tensors:
             raise LdmError(f"{file} holds no dictionary of tensors")
         self.infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
@@ -203,7 +203,7 @@ class PickleStore(Store):
     ) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             tensor = self._tensors[name]
-            yield name, tensor.to(device, dtype if tensor.is_floating_point() else None)
+            yield name, tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
 
 
 def _is_zip(path: Path) -> bool:
@@ -317,7 +317,10 @@ def write_safetensors(
             file.write(piece)
             digest.update(piece)
         for output in outputs:
-            tensor = output.make().detach().to("cpu", output.info.dtype).contiguous()
+            made = output.make().detach()
+            tensor = made.to("cpu", output.info.dtype).contiguous()
+            if made.dtype != tensor.dtype and bool(tensor.isinf().any()) and not bool(made.isinf().any()):
+                raise LdmError(f"{output.name} has numbers too large for {tensor.dtype}; choose bf16 or fp32")
             if tuple(tensor.shape) != output.info.shape:
                 raise RuntimeError(f"{output.name}: announced {output.info.shape}, made {tuple(tensor.shape)}")
             data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -343,40 +346,57 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def check_destination(path: Path, folder: bool, overwrite: bool) -> Path:
+    """Where to write for `path`, behind all links.
+
+    Raises:
+        LdmError: `path` exists and `overwrite` is not set, or is of the other kind; or its folder is missing.
+    """
+    try:
+        parent = path.absolute().parent
+        if not parent.is_dir():
+            raise LdmError(f"the folder {parent} does not exist; create it first")
+        if path.is_dir() if not folder else path.is_file():
+            raise LdmError(f"{path} is a {'folder' if path.is_dir() else 'file'}; choose another name")
+        empty = folder and path.is_dir() and not any(path.iterdir())
+        if os.path.lexists(path) and not overwrite and not empty:
+            raise LdmError(f"{path} exists; choose another name or ask for it to be replaced (overwrite=True, --force)")
+        return Path(os.path.realpath(path))
+    except LdmError:
+        raise
+    except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte in it
+        raise LdmError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
 @contextmanager
 def replacing(path: Path, folder: bool, overwrite: bool, need: int) -> Iterator[Path]:
     """A temporary neighbour of `path` to write to, which takes its place at the end, or vanishes on any error.
 
+    A link is followed: what it leads to is replaced.
+
     Raises:
-        LdmError: `path` exists and `overwrite` is not set, or is of the other kind; its folder is missing or not
-            writable; `need` bytes do not fit on the disk, before or while writing.
+        LdmError: as `check_destination`; or the disk is not writable, or too small for `need` bytes or what is written.
     """
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise LdmError(f"the folder {parent} does not exist; create it first")
-    if path.exists() and path.is_dir() != folder:
-        raise LdmError(f"{path} is {'a folder' if path.is_dir() else 'a file'}; choose another name")
-    if path.exists() and not overwrite and not (folder and not any(path.iterdir())):
-        raise LdmError(f"{path} exists; choose another name or ask for it to be replaced (overwrite=True, --force)")
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise LdmError(f"{path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on its disk")
-    temporary = parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    target = check_destination(path, folder, overwrite)
+    temporary = target.parent / f".{secrets.token_hex(6)}.part"
+    old = temporary.with_suffix(".old")
     try:
+        free = shutil.disk_usage(target.parent).free
+        if need > free:
+            raise LdmError(f"{path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on its disk")
         if folder:
             temporary.mkdir()
         yield temporary
-        if folder and path.exists():
-            old = parent / f".{path.name}.{secrets.token_hex(4)}.old"
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        if folder and target.exists():
+            target.rename(old)
+        temporary.replace(target)
     except OSError as error:
         raise LdmError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        if old.exists() and not target.exists():  # interrupted between the two renames
+            old.rename(target)
+        for rest in (temporary, old):
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,24 +19,29 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 import ldm
-from ldm.errors import LdmError, listing
-from ldm.families import Family, recognise
+from ldm.errors import LdmError, first_line, listing
+from ldm.families import Family, NoiseSchedule, recognise
+from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import TextEncoderConfig
 from ldm.models.tokenizer import END, START, VOCAB_SIZE
+from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
 from ldm.weights.components import Components, Opened, Part
 from ldm.weights.files import (
+    NAMES,
     Output,
     Progress,
     Store,
     TensorInfo,
     open_store,
+    read_header,
     read_json,
     replacing,
     silent,
     write_json,
     write_safetensors,
 )
+from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
 
 INDEX = "model_index.json"
@@ -51,6 +56,7 @@ _CLASSES: dict[str, frozenset[str]] = {
     "tokenizer_2": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
     "scheduler": configs.SCHEDULERS,
 }
+COMPONENTS = tuple(_CLASSES)
 _UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})  # no picture depends on them
 _PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline(Legacy)?")
 
@@ -58,7 +64,7 @@ _PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|Instruct
 IGNORED = {
     "unet": re.compile("(?!)"),
     "vae": re.compile(r"(.*\.)?loss\..*"),
-    "text_encoder": re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask|text_projection|visual\..*)"),
+    "text_encoder": re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask|text_projection)"),
 }
 
 
@@ -87,23 +93,33 @@ def open_folder(
     absent = [name for name in needed if name not in components or not (folder / name).is_dir()]
     if absent or not towers:
         raise LdmError(f"{folder}: {listing(absent or ['text_encoder'])} missing; a whole model is needed")
-    files = {name: weight_files(folder / name, variant, allow_pickle) for name in ("unet", "vae", *towers)}
+    files = {name: weight_files(folder / name, name, variant, allow_pickle) for name in ("unet", "vae", *towers)}
     if verify:
         check_manifest(folder, [file for group in files.values() for file in group], progress)
     tokenizers = [read_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
-    text = tuple(read_text_config(folder / name, tokenizer) for name, tokenizer in zip(towers, tokenizers, strict=True))
-    pooled_dim = text[-1].projection
-    unet = configs.read_unet(f"{folder}/unet/config.json", read_json(folder / "unet" / "config.json"), pooled_dim)
-    vae = configs.read_autoencoder(f"{folder}/vae/config.json", _config(folder / "vae"))
-    schedule_file = folder / "scheduler" / "scheduler_config.json"
-    schedule = configs.read_schedule(str(schedule_file), read_json(schedule_file))
+    text = tuple(
+        read_text_config(folder / name, name, tokenizer) for name, tokenizer in zip(towers, tokenizers, strict=True)
+    )
+    unet = read_unet_config(folder / "unet", text[-1].projection)
+    vae = read_autoencoder_config(folder / "vae")
+    schedule = read_schedule_config(folder / "scheduler")
+    for name, kind in (("vae", "VQModel" if vae.codebook else "AutoencoderKL"), ("scheduler", schedule.scheduler)):
+        if _class_of(index[name]) != kind:
+            raise LdmError(
+                f"{folder / INDEX}: {name} is {_class_of(index[name])!r}, its own configuration says {kind!r}"
+            )
+    if ("XL" in index["_class_name"]) != bool(unet.pooled_dim):
+        raise LdmError(f"{folder / INDEX}: {index['_class_name']!r} does not go with a U-Net of this kind")
+    zeros = index.get("force_zeros_for_empty_prompt", unet.size_ids == 6)
+    if not isinstance(zeros, bool):
+        raise LdmError(f"{folder / INDEX}: force_zeros_for_empty_prompt is {zeros!r}; true or false is needed")
     family = Family(
         name=recognise(unet, text, schedule.prediction_type),
         unet=unet,
         autoencoder=vae,
         text=text,
         schedule=schedule,
-        zero_empty_prompt=index.get("force_zeros_for_empty_prompt", unet.size_ids == 6) is True,
+        zero_empty_prompt=zeros,
     )
     parts = {name: component_part(name, _store(group, allow_pickle), family) for name, group in files.items()}
     ignored = [name for name, value in index.items() if name in _UNUSED and _class_of(value)]
@@ -120,7 +136,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(pipeline, str) or not _PIPELINES.fullmatch(pipeline):
         raise LdmError(f"{folder / INDEX}: {pipeline!r} is not a pipeline of Stable Diffusion 1, 2 or XL")
     for name, value in index.items():
-        if not isinstance(value, list) or not _class_of(value) or name in _UNUSED:
+        if isinstance(value, list) and len(value) != 2:
+            raise LdmError(f"{folder / INDEX}: {name!r} is {value!r}; a library and a class are needed")
+        if not _class_of(value) or name in _UNUSED:
             continue
         if name not in _CLASSES or _class_of(value) not in _CLASSES[name]:
             known = f"; {name} must be {' or '.join(sorted(_CLASSES[name]))}" if name in _CLASSES else ""
@@ -134,53 +152,57 @@ def _class_of(value: Any) -> str | None:
     return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """A component's `config.json`, its class checked."""
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name")
-    if folder.name in _CLASSES and name is not None and name not in list(_CLASSES[folder.name]):
-        raise LdmError(f"{folder / 'config.json'}: class {name!r} is not {' or '.join(sorted(_CLASSES[folder.name]))}")
-    return config
+def base_name(component: str) -> str:
+    """What a component's weights are called, without endings: transformers and diffusers differ."""
+    return TEXT_FILE if component.startswith("text_encoder") else UNET_FILE
 
 
-def weight_files(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> list[Path]:
+def weight_names(names: Collection[str], base: str, variant: str | None, allow_pickle: bool) -> list[str]:
+    """Which of a folder's file names are the weights to read: one file, or an index and its shards. Empty if none are.
+
+    Without `variant`, those without one, or the only variant there is (except "non_ema").
+
+    Raises:
+        LdmError: there are both a single file and shards.
+    """
+    ending = re.compile(rf"{base}(?:\.(\w+))?\.safetensors|{base}\.safetensors\.index(?:\.(\w+))?\.json")
+    found = {match[1] or match[2] or "" for name in names if (match := ending.fullmatch(name))}
+    others = found - {"", "non_ema"}
+    chosen = variant or ("" if "" in found or len(others) != 1 else others.pop())
+    dot = f".{chosen}" if chosen else ""
+    single, index = f"{base}{dot}.safetensors", f"{base}.safetensors.index{dot}.json"
+    if single in names and index in names:
+        raise LdmError(f"both {single} and {index} are there; take one of them away")
+    if single in names:
+        return [single]
+    if index in names:
+        shard = re.compile(rf"{base}(?:{re.escape(dot)}-\d+-of-\d+|-\d+-of-\d+{re.escape(dot)})\.safetensors")
+        return [index, *sorted(name for name in names if shard.fullmatch(name))]
+    pickle = "pytorch_model.bin" if base == TEXT_FILE else f"{base}.bin"
+    return [pickle] if allow_pickle and not variant and pickle in names else []
+
+
+def weight_files(folder: Path, component: str, variant: str | None = None, allow_pickle: bool = False) -> list[Path]:
     """The files that hold a component's weights: one, or all its shards.
 
     Raises:
         LdmError: there are none, or only pickles without `allow_pickle`, or a shard's name leads out of the folder.
     """
-    wanted = [variant] if variant else ["", *_variants(folder)]
-    for name in wanted:
-        for base in (UNET_FILE, TEXT_FILE):
-            dot = f".{name}" if name else ""
-            single = folder / f"{base}{dot}.safetensors"
-            index = folder / f"{base}.safetensors.index{dot}.json"
-            if single.is_file():
-                return [single]
-            if index.is_file():
-                return _shards(index)
+    names = sorted(path.name for path in folder.iterdir())
+    base = base_name(component)
+    try:
+        chosen = weight_names(names, base, variant, allow_pickle)
+    except LdmError as error:
+        raise LdmError(f"{folder}: {error}") from None
+    if chosen and chosen[0].endswith(".json"):
+        return _shards(folder / chosen[0])
+    if chosen:
+        return [folder / chosen[0]]
     if variant:
-        raise LdmError(f"{folder} has no weights of the variant {variant!r}; it has {listing(_names(folder))}")
-    pickles = [
-        path for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin") if (path := folder / name).is_file()
-    ]
-    if pickles and allow_pickle:
-        return pickles[:1]
-    if pickles:
-        open_store(pickles[0], allow_pickle=False)
-    raise LdmError(f"{folder} has no weights ({UNET_FILE}.safetensors or {TEXT_FILE}.safetensors)")
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def _variants(folder: Path) -> list[str]:
-    """Variants that a folder has weights of: one at the most is taken without being asked for."""
-    pattern = rf"(?:{UNET_FILE}|{TEXT_FILE})(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)"
-    found = {match[1] or match[2] for name in _names(folder) if (match := re.fullmatch(pattern, name))}
-    found = {name for name in found if name != "non_ema"}
-    return list(found) if len(found) == 1 else []
+        raise LdmError(f"{folder} has no weights of the variant {variant!r}; it has {listing(names)}")
+    if pickles := weight_names(names, base, None, allow_pickle=True):
+        open_store(folder / pickles[0], allow_pickle=False)  # says what a pickle is, and what to do
+    raise LdmError(f"{folder} has no weights ({base}.safetensors); it has {listing(names)}")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -193,7 +215,13 @@ def _shards(index: Path) -> list[Path]:
             raise LdmError(f"{index}: the shard {name!r} is not a plain name of a safetensors file")
         if not (index.parent / name).is_file():
             raise LdmError(f"{index}: the shard {name} is missing")
-    return [index.parent / name for name in sorted(set(names))]
+    files = [index.parent / name for name in sorted(set(names))]
+    stated = {(name, tensor) for tensor, name in weight_map.items()}
+    there = {(file.name, tensor) for file in files for tensor in read_header(file)[0]}
+    if stated != there:
+        wrong = sorted(tensor for _, tensor in stated ^ there)
+        raise LdmError(f"{index} does not agree with its shards on {listing(wrong)}")
+    return files
 
 
 def _store(files: list[Path], allow_pickle: bool) -> Store:
@@ -214,7 +242,8 @@ def component_part(name: str, store: Store, family: Family) -> Part:
     names = [("", layouts.transformers), ("", layouts.transformers_flat), ("", layouts.open_clip(""))]
     prefix = layouts.tower_prefix(family, index)
     names.append((prefix, layouts.original_tower(family.text[index], prefix)))
-    return Part(store, names, tower_ignored(family.text[index]))
+    vision = r"|visual\..*"  # a whole CLIP model as open_clip saves it
+    return Part(store, names, re.compile(tower_ignored(family.text[index]).pattern + vision))
 
 
 def tower_ignored(config: TextEncoderConfig) -> re.Pattern[str]:
@@ -223,14 +252,34 @@ def tower_ignored(config: TextEncoderConfig) -> re.Pattern[str]:
     return re.compile(IGNORED["text_encoder"].pattern + last)
 
 
-def read_text_config(folder: Path, tokenizer: CLIPTokenizer) -> TextEncoderConfig:
-    """The tower in a folder `text_encoder` or `text_encoder_2`."""
-    projects = folder.name == "text_encoder_2"
-    config = read_json(folder / "config.json")
-    wanted = "CLIPTextModelWithProjection" if projects else "CLIPTextModel"
-    if config.get("architectures", [wanted]) != [wanted]:
-        raise LdmError(f"{folder / 'config.json'}: {config['architectures']!r} is not [{wanted!r}]")
-    return configs.read_text(f"{folder}/config.json", config, projects, str(tokenizer.pad_token))
+def read_unet_config(folder: Path, pooled_dim: int) -> UNetConfig:
+    """The U-Net described in a folder; `pooled_dim` is what the text encoder beside it gives."""
+    return configs.read_unet(f"{folder}/config.json", read_json(folder / "config.json"), pooled_dim)
+
+
+def read_autoencoder_config(folder: Path) -> AutoencoderConfig:
+    """The autoencoder described in a folder."""
+    return configs.read_autoencoder(f"{folder}/config.json", read_json(folder / "config.json"))
+
+
+def read_schedule_config(folder: Path) -> NoiseSchedule:
+    """The noise schedule described in a folder."""
+    file = folder / "scheduler_config.json"
+    return configs.read_schedule(str(file), read_json(file))
+
+
+def read_text_config(folder: Path, component: str, tokenizer: CLIPTokenizer) -> TextEncoderConfig:
+    """The tower described in a folder, for the component `text_encoder` or `text_encoder_2`."""
+    where = f"{folder}/config.json"
+    projects = component == "text_encoder_2"
+    config = configs.read_text(
+        where, read_json(folder / "config.json"), projects, str(tokenizer.pad_token), tokenizer.eos_token_id
+    )
+    if tokenizer.model_max_length < 10**6 and tokenizer.model_max_length != config.context:
+        raise LdmError(
+            f"{where}: texts of {config.context} tokens, but its tokenizer makes {tokenizer.model_max_length}"
+        )
+    return config
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -248,7 +297,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         size = len(tokenizer)
         cat = tokenizer("a photo of a cat").input_ids
     except Exception as error:  # the tokenizers library raises bare exceptions for damaged files
-        raise LdmError(f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+        raise LdmError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from None
     known = [ends[0], 320, 1125, 539, 320, 2368, ends[1]]
     if (
         size < 514
@@ -279,8 +328,10 @@ def write_folder(
     Raises:
         LdmError: the folder exists, without `overwrite` or as no model; it cannot be written; the disk is full.
     """
-    if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise LdmError(f"{folder} is not a model folder, so it is not replaced; choose another name")
+    if overwrite and folder.is_dir():
+        _check_replaceable(folder)
+    check_float(dtype)
+    configs.check_writable(model.family)
     if variant and not re.fullmatch(r"\w+", variant):
         raise LdmError(f"variant {variant!r}: letters, digits and underscores only")
     outputs = {name: _outputs(name, module, dtype) for name, module in model.modules().items()}
@@ -290,7 +341,7 @@ def write_folder(
         done = 0
         for name, group in outputs.items():
             (temporary / name).mkdir()
-            base = TEXT_FILE if name.startswith("text_encoder") else UNET_FILE
+            base = base_name(name)
             shards = _split(group, max_shard_size)
             for number, shard in enumerate(shards, 1):
                 file = _shard_name(base, variant, number, len(shards))
@@ -306,6 +357,26 @@ def write_folder(
                 write_json(temporary / name / f"{base}.safetensors.index{dot}.json", _index(base, variant, shards))
         _write_configs(model, temporary)
         write_manifest(temporary, digests)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise unless a folder is empty, or a model and nothing else: what is replaced is gone."""
+    inside = {path.name for path in folder.iterdir()}
+    if inside and INDEX not in inside:
+        raise LdmError(f"{folder} is not a model folder, so it is not replaced; choose another name")
+    strange = sorted(inside - {INDEX, MANIFEST, "README.md", ".gitattributes", *_CLASSES, *_UNUSED})
+    if strange:
+        raise LdmError(f"{folder} holds more than a model ({listing(strange)}), so it is not replaced; move that away")
+
+
+def check_float(dtype: torch.dtype | None) -> None:
+    """Raise unless weights can be written in that type.
+
+    Raises:
+        LdmError: it is no floating-point type that safetensors files hold.
+    """
+    if dtype is not None and (not dtype.is_floating_point or dtype not in NAMES):
+        raise LdmError(f"weights cannot be written as {dtype}; choose torch.float32, float16 or bfloat16")
 
 
 def _outputs(name: str, module: nn.Module, dtype: torch.dtype | None) -> list[Output]:
@@ -366,7 +437,7 @@ def _write_configs(model: Components, folder: Path) -> None:
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", configs.write_schedule(family.schedule))
     for config, tokenizer in zip(family.text, model.text_encoders.tokenizers, strict=True):
-        write_json(folder / config.component / "config.json", configs.write_text(config))
+        write_json(folder / config.component / "config.json", configs.write_text(config, tokenizer.eos_token_id))
         write_tokenizer(tokenizer, folder / config.component.replace("text_encoder", "tokenizer"))
 
 
@@ -398,7 +469,10 @@ def _model_index(family: Family) -> dict[str, Any]:
 
 def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """`vocab.json` and `merges.txt`, as published models have them, and transformers 5's `tokenizer.json`."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare exceptions, for a full disk too
+        raise LdmError(f"the tokenizer cannot be written: {first_line(error)}") from None
     model = read_json(folder / "tokenizer.json")["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

@@ -6,18 +6,16 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, first_line
+from ldm.weights.folder import COMPONENTS, INDEX, base_name, weight_names
+from ldm.weights.manifest import NAME as MANIFEST
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|model)(?P<variant>\.(?!safetensors)\w+)?(-\d+-of-\d+)?(?P<after>\.(?!safetensors)\w+)?\.safetensors"
-)
-_FOLDERS = {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
 
 
-def fetch(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+def fetch(name: str, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False) -> Path:
     """The local folder of the model `name` (owner/name), fetched unless it is in the cache already.
 
     Raises:
@@ -25,18 +23,22 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None) ->
     """
     try:
         files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or []]
+    except RevisionNotFoundError:
+        raise LdmError(f"{name!r} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise LdmError(
             f"{name!r} is neither a path here nor a model on the Hub (or it needs a login: hf auth login)"
         ) from None
     except HFValidationError as error:
-        raise LdmError(f"{name!r} is not a model's name: {error}") from None
+        raise LdmError(f"{name!r} is not a model's name: {first_line(error)}") from None
     except Exception:  # no network, offline mode, time-outs: each HTTP library has its own exceptions
         return _cached(name, revision)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted(files, variant)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise LdmError(f"{name!r} could not be fetched: {str(error).splitlines()[0]}") from None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted(files, variant, allow_pickle)))
+    except LdmError:
+        raise
+    except Exception as error:  # likewise
+        raise LdmError(f"{name!r} could not be fetched: {first_line(error)}") from None
 
 
 def _cached(name: str, revision: str | None) -> Path:
@@ -49,23 +51,12 @@ def _cached(name: str, revision: str | None) -> Path:
     return Path(index).parent
 
 
-def wanted(files: list[str], variant: str | None) -> list[str]:
+def wanted(files: list[str], variant: str | None, allow_pickle: bool = False) -> list[str]:
     """Those of a repository's files that a model is read from: configurations, tokenizers, and one set of weights."""
-    chosen = []
-    for folder in _FOLDERS:
-        inside = [file.split("/", 1)[1] for file in files if file.startswith(f"{folder}/") and file.count("/") == 1]
-        weights = {
-            file: (match["variant"] or match["after"] or "")[1:]
-            for file in inside
-            if (match := _WEIGHTS.fullmatch(file))
-        }
-        take = (
-            variant
-            if variant in weights.values()
-            else ""
-            if "" in weights.values()
-            else next(iter(weights.values()), "")
-        )
-        chosen += [f"{folder}/{file}" for file, of in weights.items() if of == take]
-        chosen += [f"{folder}/{file}" for file in inside if file.endswith((".json", "merges.txt"))]
-    return [*chosen, *(file for file in files if file in ("model_index.json", "ldm_manifest.json"))]
+    chosen = [file for file in files if file in (INDEX, MANIFEST)]
+    for component in COMPONENTS:
+        inside = [file.split("/", 1)[1] for file in files if file.startswith(f"{component}/") and file.count("/") == 1]
+        weights = weight_names(inside, base_name(component), variant, allow_pickle)
+        texts = [name for name in inside if name.endswith((".json", "merges.txt")) and ".safetensors.index" not in name]
+        chosen += [f"{component}/{name}" for name in (*weights, *texts)]
+    return chosen

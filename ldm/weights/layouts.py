@@ -303,7 +303,9 @@ def original_extras(family: Family) -> dict[str, Callable[[], Tensor]]:
 
 def extra_infos(family: Family) -> dict[str, TensorInfo]:
     """Types and shapes of `original_extras`."""
-    return {name: TensorInfo((t := make()).dtype, tuple(t.shape)) for name, make in original_extras(family).items()}
+    with torch.device("meta"):
+        tensors = {name: make() for name, make in original_extras(family).items()}
+    return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _positions(count: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ldm.errors import LdmError, listing
 from ldm.weights.files import Progress, check_digest, file_digest, read_json, silent, write_json
@@ -26,11 +26,12 @@ def check_manifest(folder: Path, files: Iterable[Path], progress: Progress = sil
         LdmError: a file differs from the manifest, is missing, or is not in it.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists():
         return False
-    digests = read_json(path).get("sha256")
-    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
-        raise LdmError(f"{path} is damaged: its list of digests is missing")
+    content = read_json(path)
+    digests = content.get("sha256")
+    if content.get("format") != 1 or not isinstance(digests, dict) or not all(map(_plain, digests, digests.values())):
+        raise LdmError(f"{path} is damaged, or of another format; fetch or write it again, or delete it")
     missing = sorted(name for name in digests if not (folder / name).is_file())
     if missing:
         raise LdmError(f"{folder} is incomplete: {listing(missing)} missing; fetch or write it again")
@@ -51,3 +52,10 @@ def check_manifest(folder: Path, files: Iterable[Path], progress: Progress = sil
     except LdmError as error:
         raise LdmError(f"{error}; or, if the change is wanted, delete {path}") from None
     return True
+
+
+def _plain(name: str, digest: object) -> bool:
+    """Whether an entry is a path within the folder, written plainly, and a digest."""
+    parts = PurePosixPath(name).parts
+    inside = bool(parts) and ".." not in parts and not PurePosixPath(name).is_absolute()
+    return inside and PurePosixPath(name).as_posix() == name and isinstance(digest, str)

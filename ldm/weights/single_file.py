@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.errors import LdmError, listing
+from ldm.errors import LdmError, first_line, listing
 from ldm.families import FAMILIES, Family, family_named, recognise
 from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights import configs, layouts
@@ -32,7 +32,7 @@ from ldm.weights.files import (
     silent,
     write_safetensors,
 )
-from ldm.weights.folder import IGNORED, link_outputs, tower_ignored
+from ldm.weights.folder import IGNORED, check_float, link_outputs, tower_ignored
 
 CONFIG = "ldm.config"
 _PREDICTION = {
@@ -54,10 +54,17 @@ _ARCHITECTURES = {
     "sdxl-edit": "stable-diffusion-xl-v1-edit",
     "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
 }
+_YAML_NUMBERS = {
+    "linear_start": "beta_start",
+    "linear_end": "beta_end",
+    "timesteps": "train_steps",
+    "scale_factor": "scaling_factor",
+}
 # what checkpoints hold beside the three networks, and what no picture depends on
 _LEFTOVERS = re.compile(
-    r"model_ema\..*|embedding_manager\..*|denoiser\..*|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod(_prev)?"
-    r"|betas|posterior_\w+|lvlb_weights|logvar|scale_factor|global_step|v_pred|ztsnr"
+    r"model_ema\..*|embedding_manager\..*|denoiser\.sigmas|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod"
+    r"(_prev)?|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|global_step"
+    r"|v_pred|ztsnr"
 )
 
 log = logging.getLogger(__name__)
@@ -87,12 +94,12 @@ def open_single_file(
     names = store.infos
     if not any(name.startswith(layouts.UNET_PREFIX) for name in names):
         raise LdmError(f"{path} is not a checkpoint of a whole model: {_what(names)}")
-    if family:
-        found = family_named(family)
-    elif CONFIG in store.metadata:
+    if CONFIG in store.metadata:
         found = _read_config(f"{path} ({CONFIG})", store.metadata[CONFIG])
+        if family and family_named(family).name != found.name:
+            raise LdmError(f"{path} says that it is {found.name}, not {family}; leave the family out")
     else:
-        found = _recognise(path, store)
+        found = _recognise(path, store, family)
     parts = {
         "unet": Part(store, [(layouts.UNET_PREFIX, layouts.original_unet(found.unet, layouts.UNET_PREFIX))]),
         "vae": Part(
@@ -135,21 +142,23 @@ def _what(names: Iterable[str]) -> str:
     return f"its tensors are called {listing(names)}" if names else "it holds no tensors"
 
 
-def _recognise(path: Path, store: Store) -> Family:
-    """The family whose U-Net has these shapes; its prediction type as far as it can be told."""
+def _recognise(path: Path, store: Store, named: str | None) -> Family:
+    """The family whose U-Net has these shapes, or that the user named; with all that the file says of itself."""
     shapes = {name: info.shape for name, info in store.infos.items()}
     for name in ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"):
         if name in shapes:
             raise LdmError(f"{path} holds {name!r}: a model in EDM's parametrisation, which is not supported")
     signature = _signature(shapes)
-    matches = [family for family in FAMILIES.values() if _signature_of(family) == signature]
+    matches = [family_named(named)] if named else [f for f in FAMILIES.values() if _signature_of(f) == signature]
     if not matches:
         raise LdmError(
             f"{path} belongs to no known family: its U-Net has {signature[0]} channels, reads {signature[1]} latent "
             f"and {signature[2]} text channels and {signature[3]} of pooled text and size"
         )
     told = _told(path, store)
-    prediction = told.get("prediction_type")
+    if named:
+        told.append((f"the family {named}", {"prediction_type": matches[0].schedule.prediction_type}))
+    prediction = _agreed(path, told)
     if len(matches) > 1 and not prediction:
         raise LdmError(
             f"{path} may be {' or '.join(family.name for family in matches)}: both have the same tensors, and nothing "
@@ -157,17 +166,28 @@ def _recognise(path: Path, store: Store) -> Family:
         )
     prediction = prediction or matches[0].schedule.prediction_type
     family = next((match for match in matches if match.schedule.prediction_type == prediction), matches[0])
-    schedule = replace(
-        family.schedule,
-        prediction_type=prediction,
-        zero_terminal_snr="ztsnr" in shapes,
-        **{name: told[name] for name in ("beta_start", "beta_end", "train_steps") if name in told},
+    numbers = {name: value for _, facts in told for name, value in facts.items() if name != "prediction_type"}
+    scale = numbers.pop("scaling_factor", family.autoencoder.scaling_factor)
+    schedule = replace(family.schedule, prediction_type=prediction, zero_terminal_snr="ztsnr" in shapes, **numbers)
+    return replace(
+        family,
+        name=recognise(family.unet, family.text, prediction),
+        schedule=schedule,
+        autoencoder=replace(family.autoencoder, scaling_factor=scale),
     )
-    autoencoder = replace(
-        family.autoencoder, scaling_factor=told.get("scaling_factor", family.autoencoder.scaling_factor)
-    )
-    name = recognise(family.unet, family.text, prediction)
-    return replace(family, name=name, schedule=schedule, autoencoder=autoencoder)
+
+
+def _agreed(path: Path, told: list[tuple[str, dict[str, Any]]]) -> str | None:
+    """The prediction type that all statements name, or None if none does.
+
+    Raises:
+        LdmError: they contradict each other.
+    """
+    stated = [(origin, facts["prediction_type"]) for origin, facts in told if "prediction_type" in facts]
+    if len({value for _, value in stated}) > 1:
+        said = ", ".join(f"{origin} says {value}" for origin, value in stated)
+        raise LdmError(f"{path}: {said}; they contradict each other")
+    return stated[0][1] if stated else None
 
 
 def _signature(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -188,22 +208,29 @@ def _signature_of(family: Family) -> tuple[int, ...]:
     return (unet.channels[0], unet.in_channels, unet.text_dim, size)
 
 
-def _told(path: Path, store: Store) -> dict[str, Any]:
-    """What metadata, marker tensors and a configuration file beside the checkpoint say of it."""
-    told: dict[str, Any] = {}
+def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
+    """What metadata, marker tensors and a configuration beside the checkpoint say of it, and where they say it."""
+    told: list[tuple[str, dict[str, Any]]] = []
     stated = store.metadata.get("modelspec.prediction_type")
-    if stated in _PREDICTION:
-        told["prediction_type"] = _PREDICTION[stated]
+    if stated is not None:
+        told.append(("its metadata", {"prediction_type": _prediction(f"{path}: modelspec.prediction_type", stated)}))
     if "v_pred" in store.infos:
-        told["prediction_type"] = "v_prediction"
-    yaml_file = path.with_suffix(".yaml")
-    if yaml_file.is_file():
-        told |= _read_yaml(yaml_file)
+        told.append(("its tensor v_pred", {"prediction_type": "v_prediction"}))
+    beside = path.with_suffix(".yaml")
+    if beside.is_file():
+        told.append((str(beside), _read_yaml(beside)))
+        log.info("read %s beside the checkpoint", beside)
     return told
 
 
+def _prediction(where: str, stated: Any) -> str:
+    if not isinstance(stated, str) or stated not in _PREDICTION:
+        raise LdmError(f"{where} {stated!r} is not known; {', '.join(_PREDICTION)} are")
+    return _PREDICTION[stated]
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """Prediction type, betas and latent scale of an original configuration. Its `target`s, naming code, are ignored."""
+    """Prediction type, betas and latent scale of an original configuration. No `target`, naming code, is imported."""
     try:
         if path.stat().st_size > 2**20:
             raise LdmError(f"{path} has {path.stat().st_size} bytes; that is no model configuration")
@@ -211,28 +238,31 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         params = content["model"]["params"]
         if not isinstance(params, dict):
             raise TypeError
+    except LdmError:
+        raise
     except OSError as error:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise LdmError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from None
     except (KeyError, TypeError):
         raise LdmError(f"{path} is not a model configuration: it has no model.params") from None
-    names = {
-        "linear_start": "beta_start",
-        "linear_end": "beta_end",
-        "timesteps": "train_steps",
-        "scale_factor": "scaling_factor",
-    }
-    told = {ours: params[theirs] for theirs, ours in names.items() if theirs in params}
-    for name, value in told.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise LdmError(f"{path}: {name} is {value!r}, not a number")
+    except Exception as error:  # the parser has its own, and raises others for odd dates and numbers
+        raise LdmError(f"{path} is not plain YAML: {first_line(error)}") from None
+    told: dict[str, Any] = {}
+    for theirs, ours in _YAML_NUMBERS.items():
+        value = params.get(theirs)
+        if value is not None:
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise LdmError(f"{path}: {theirs} is {value!r}, not a number")
+            told[ours] = value
+    for name, only in (("beta_schedule", "linear"), ("given_betas", None), ("rescale_betas_zero_snr", False)):
+        if params.get(name, only) != only:
+            raise LdmError(f"{path}: {name} is {params[name]!r}; this program only reads {only!r}")
     if "parameterization" in params or "linear_start" in params:  # a LatentDiffusion, whose default is eps
-        stated = params.get("parameterization", "eps")
-        if str(stated) not in _PREDICTION:
-            raise LdmError(f"{path}: parameterization {stated!r} is not known; eps, v or x0 is needed")
-        told["prediction_type"] = _PREDICTION[stated]
-    log.info("read %s beside the checkpoint", path)
+        told["prediction_type"] = _prediction(f"{path}: parameterization", params.get("parameterization", "eps"))
+    elif "denoiser_config" in params:  # a DiffusionEngine, which names its scaling by a class
+        found = re.search(r"'target': '[\w.]*\.(Eps|V)Scaling'", str(params["denoiser_config"]))
+        if not found:
+            raise LdmError(f"{path}: denoiser_config names no scaling that is known (EpsScaling, VScaling)")
+        told["prediction_type"] = {"Eps": "epsilon", "V": "v_prediction"}[found[1]]
     return told
 
 
@@ -245,7 +275,10 @@ def _write_config(family: Family) -> str:
             "name": family.name,
             "unet": configs.write_unet(family.unet),
             "vae": configs.write_autoencoder(family.autoencoder),
-            "text": [{**configs.write_text(config), "_pad_token": config.pad_token} for config in family.text],
+            "text": [
+                {**configs.write_text(config, config.vocab_size - 1), "_pad_token": config.pad_token}
+                for config in family.text
+            ],
             "scheduler": configs.write_schedule(family.schedule),
             "zero_empty_prompt": family.zero_empty_prompt,
         },
@@ -262,6 +295,7 @@ def _read_config(where: str, text: str) -> Family:
                 tower,
                 tower["architectures"] == ["CLIPTextModelWithProjection"],
                 str(tower["_pad_token"]),
+                tower["eos_token_id"],
             )
             for tower in content["text"]
         ]
@@ -273,7 +307,7 @@ def _read_config(where: str, text: str) -> Family:
             autoencoder=configs.read_autoencoder(f"{where}: vae", content["vae"]),
             text=tuple(towers),
             schedule=schedule,
-            zero_empty_prompt=content["zero_empty_prompt"] is True,
+            zero_empty_prompt=bool(content["zero_empty_prompt"]),
         )
     except LdmError:
         raise
@@ -298,6 +332,8 @@ def write_single_file(
             is not CLIP's own, which this layout has no place for.
     """
     family = model.family
+    check_float(dtype)
+    configs.check_writable(family)
     modules = model.modules()
     for config, tokenizer in zip(family.text, model.text_encoders.tokenizers, strict=True):
         if tokenizer.get_vocab() != clip_tokenizer(config.pad_token, config.context, config.vocab_size).get_vocab():
@@ -319,8 +355,9 @@ def write_single_file(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.architecture": _ARCHITECTURES.get(family.name, "stable-diffusion"),
-        "modelspec.prediction_type": "v" if family.schedule.prediction_type == "v_prediction" else "epsilon",
     }
+    if family.schedule.prediction_type != "sample":  # which the specification does not know
+        metadata["modelspec.prediction_type"] = "v" if family.schedule.prediction_type == "v_prediction" else "epsilon"
     total = sum(output.info.nbytes for output in outputs)
     with replacing(path, folder=False, overwrite=overwrite, need=total) as temporary:
         write_safetensors(temporary, outputs, metadata, progress)

@@ -7,13 +7,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import CLIPTokenizer
+
 from ldm.errors import LdmError
-from ldm.weights import configs
+from ldm.families import Family
 from ldm.weights.components import Opened
-from ldm.weights.files import Progress, Store, check_digest, open_store, read_json, silent
-from ldm.weights.folder import component_part, open_folder, weight_files
+from ldm.weights.files import Progress, Store, check_digest, open_store, silent
+from ldm.weights.folder import (
+    component_part,
+    open_folder,
+    read_autoencoder_config,
+    read_text_config,
+    read_unet_config,
+    weight_files,
+)
 from ldm.weights.hub import HUB_ID, fetch
-from ldm.weights.manifest import NAME as MANIFEST
+from ldm.weights.manifest import check_manifest
 from ldm.weights.single_file import open_single_file
 
 Source = str | os.PathLike[str]
@@ -48,21 +57,27 @@ def open_source(
     path = Path(source)
     try:
         if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
-            path = fetch(str(source), revision, variant)
+            path = fetch(str(source), revision, variant, allow_pickle)
+        elif revision:
+            raise LdmError(f"{path} is here, so revision={revision!r} means nothing; leave it out")
         if path.is_dir():
             if family:
                 raise LdmError(f"{path} is a folder, whose files say what it is; family={family!r} is for single files")
             opened = open_folder(path, variant, allow_pickle, verify, progress)
         elif path.is_file():
+            if variant:
+                raise LdmError(f"{path} is a single file, which has no variants; leave out variant={variant!r}")
             opened = open_single_file(path, family, allow_pickle, verify, progress)
         else:
             what = "is not a regular file" if path.exists() else "does not exist"
             raise LdmError(f"{path} {what}; give a model folder, a checkpoint file or a Hub name (owner/name)")
         return _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
+    except LdmError:
+        raise
     except PermissionError as error:
         raise LdmError(f"{error.filename or path} cannot be read: permission denied") from None
-    except OSError as error:
-        raise LdmError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise LdmError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _replaced(
@@ -82,17 +97,30 @@ def _replaced(
             raise LdmError(f"component {name!r} is not one of this model's: {', '.join(parts)}")
         path = Path(source)
         if path.is_dir():
-            store: Store = Store(weight_files(path, variant, allow_pickle))
-            if name == "vae":
-                where = path / "config.json"
-                family = replace(family, autoencoder=configs.read_autoencoder(str(where), read_json(where)))
-        else:
+            family = _described(name, path, family, opened.tokenizers)
+            files = weight_files(path, name, variant, allow_pickle)
+            store = open_store(files[0], allow_pickle) if len(files) == 1 else Store(files)
+        elif path.is_file():
             store = open_store(path, allow_pickle)
-        if verify:
+        else:
+            raise LdmError(f"component {name!r}: {path} does not exist, or is neither a folder nor a file")
+        if verify and not (path.is_dir() and check_manifest(path.absolute().parent, store.files, progress)):
             for file in store.files:
                 check_digest(file, progress=progress)
         parts[name] = component_part(name, store, family)
     return Opened(opened.source, opened.layout, family, opened.tokenizers, parts, opened.ignored)
+
+
+def _described(name: str, folder: Path, family: Family, tokenizers: list[CLIPTokenizer]) -> Family:
+    """The family with one component as the `config.json` in its folder says."""
+    if name == "unet":
+        return replace(family, unet=read_unet_config(folder, family.text[-1].projection))
+    if name == "vae":
+        return replace(family, autoencoder=read_autoencoder_config(folder))
+    index = [config.component for config in family.text].index(name)
+    text = list(family.text)
+    text[index] = read_text_config(folder, name, tokenizers[index])
+    return replace(family, text=tuple(text))
 
 
 def verify_source(opened: Opened, progress: Progress = silent) -> list[str]:
@@ -104,7 +132,9 @@ def verify_source(opened: Opened, progress: Progress = silent) -> list[str]:
     files = sorted({file for part in opened.parts.values() for file in part.store.files})
     with_digest = [file for file in files if check_digest(file, progress=progress)]
     lines = [f"{len(with_digest)} of {len(files)} weight files carry a digest, and agree with it"]
-    if Path(opened.source).is_dir() and (Path(opened.source) / MANIFEST).is_file():
+    folder = Path(opened.source)
+    own = [file for file in files if folder in file.parents]
+    if folder.is_dir() and check_manifest(folder, own, progress):
         lines.append("all files agree with the folder's manifest")
     total = sum(info.nbytes for name in opened.parts for info in opened.infos(name).values())
     done = 0
