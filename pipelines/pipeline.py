@@ -327,7 +327,8 @@ def _loaded(
     if isinstance(source, LatentDiffusion):
         return source
     model = LatentDiffusion.from_pretrained(source, dtype=dtype or default_dtype(device), device=device, **options)
-    if model.family.autoencoder.force_upcast and next(model.autoencoder.parameters()).dtype == torch.float16:
+    half = next(model.autoencoder.parameters()).dtype == torch.float16
+    if half and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
         model.autoencoder.float()  # SDXL's own overflows in fp16
     if attention != "sdpa":
         set_attention(model.unet, attention)

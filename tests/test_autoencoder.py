@@ -52,6 +52,19 @@ def test_kl_equals_diffusers(config: AutoencoderConfig) -> None:
         torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, atol=1e-5, rtol=0)
 
 
+def test_bf16_is_no_further_from_fp32_than_diffusers() -> None:
+    ours, theirs = both(SMALL)
+    z, x = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        exact = ours.decode(z), ours.encode(x).mode()
+        ours, theirs = ours.to(torch.bfloat16), theirs.to(torch.bfloat16)
+        half_z, half_x = z.to(torch.bfloat16), x.to(torch.bfloat16)
+        mine = ours.decode(half_z), ours.encode(half_x).mode()
+        reference = theirs.decode(half_z).sample, theirs.encode(half_x).latent_dist.mean
+    for truth, a, b in zip(exact, mine, reference, strict=True):
+        assert (a.float() - truth).abs().mean() <= 1.1 * (b.float() - truth).abs().mean()
+
+
 @pytest.mark.parametrize("config", [VQ, replace(VQ, codebook_dim=0), replace(VQ, attention=(False, True, True, True))])
 def test_vq_equals_diffusers(config: AutoencoderConfig) -> None:
     ours, theirs = both(config)

@@ -86,3 +86,10 @@ def test_names_of_the_package() -> None:
     assert ldm.LatentDiffusion.__name__ == "LatentDiffusion"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = ldm.nonsense
+
+
+def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
+    command = 'pip install -c constraints.txt ".[test]" && pytest'
+    assert f"\n    {command}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert command.replace("pip install", "pip install -q") in script

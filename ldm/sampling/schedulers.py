@@ -68,6 +68,7 @@ ALIGN_YOUR_STEPS = {
     True: (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),  # SDXL
 }
 MOST_STEPS = 1000
+NO_SAMPLE_PREDICTION = {"pndm", "euler-a", "dpm2", "dpm2-a"}  # diffusers has not written it for these
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,9 @@ def make(
         others = [other for other in SCHEDULERS if known and label in spacings(other)]
         more = f"; {label} goes with: {', '.join(others)}" if others else ""
         raise LdmError(f"spacing {label!r} {why}; choose one of: {', '.join(spacings(name))}{more}")
+    if schedule.prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
+        fits = [other for other in SCHEDULERS if other not in NO_SAMPLE_PREDICTION]
+        raise LdmError(f"scheduler {name} cannot use a model that predicts the picture; choose {', '.join(fits)}")
     options = {
         **schedule.options,
         "num_train_timesteps": schedule.train_steps,
