@@ -71,7 +71,7 @@ class Pipeline:
         """
         if source is None:
             raise LdmError("no model is built in yet; name one: a folder, a file, or a Hub name (source, --model)")
-        device = torch.device(device or default_device())
+        device = _device(device or default_device())
         self.model = _loaded(source, device, dtype, attention, options)
         self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
         if self.refiner is not None and not self.refiner.family.refiner:
@@ -333,6 +333,13 @@ def _loaded(
     if attention != "sdpa":
         set_attention(model.unet, attention)
     return model
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise LdmError(f"device {name!r} is not known; choose cuda, mps or cpu") from None
 
 
 def default_device() -> str:
