@@ -127,13 +127,14 @@ class LatentDiffusion(Components):
         Raises:
             LdmError: there are no prompts, or `size` has the wrong length or is for a model that takes none.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise LdmError("no prompt: at least one text is needed")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not prompts:
+            raise LdmError(f"prompts {prompts!r}: at least one text is needed")
         wanted = self.family.unet.size_ids
         if size is None:
             side = self.family.size
             size = [side, side, 0, 0, *([6.0] if self.family.refiner else [side, side])][:wanted]
+        size = size if isinstance(size, Sequence) else [size]
         numbers = [value for value in size if isinstance(value, (int, float)) and math.isfinite(value)]
         if len(numbers) != wanted or len(size) != wanted:
             raise LdmError(

@@ -176,6 +176,8 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
             pixels = torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
         except torch.OutOfMemoryError:
             raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
+    if bool((pixels.amax(dim=(1, 2, 3)) <= -1).any()):
+        raise LdmError("the autoencoder gave a picture that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
     check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
     return pixels
 

@@ -303,6 +303,11 @@ def test_devices_and_types_that_are_not_there(tmp_path: Path) -> None:
     for device in ("banana", "cuda:99"):
         with pytest.raises(LdmError, match=f"device {device} cannot be used here"):
             LatentDiffusion.from_pretrained(tmp_path / "m.safetensors", device=device)
+    opened = open_source(tmp_path / "m.safetensors")
+    (tmp_path / "m.safetensors").rename(tmp_path / "gone.safetensors")
+    with pytest.raises(LdmError, match="could be opened, but not read"):
+        opened.load()
+    (tmp_path / "gone.safetensors").rename(tmp_path / "m.safetensors")
     with pytest.raises(LdmError, match="cannot be loaded as torch.int8"):
         LatentDiffusion.from_pretrained(tmp_path / "m.safetensors", dtype=torch.int8)
 

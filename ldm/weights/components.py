@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -156,6 +157,13 @@ class Opened:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise LdmError(f"device {device!s} cannot be used here: {first_line(error)}") from None
+        try:
+            self._fill(dtype, device, progress)
+        except (OSError, SafetensorError) as error:
+            raise LdmError(f"{self.source} could be opened, but not read: {first_line(error)}") from None
+        return self.components
+
+    def _fill(self, dtype: torch.dtype | None, device: torch.device | str, progress: Progress) -> None:
         total = sum(info.nbytes for name in self.links for info in self.infos(name).values())
         done = 0
         for name, module in self.components.modules().items():
@@ -171,7 +179,6 @@ class Opened:
             module.load_state_dict(state, assign=True)
             _materialise(module, device)
             module.eval()
-        return self.components
 
 
 def _materialise(module: nn.Module, device: torch.device | str) -> None:
