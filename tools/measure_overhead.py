@@ -1,0 +1,108 @@
+"""Measure the time of a sampling step outside the U-Net, for every scheduler, beside diffusers' on the same weights.
+
+The calls of each pipeline's own tiny U-Net are timed and taken out; what is left is scheduler, guidance and loop. Runs
+alternate between the two; medians over all runs are printed.
+
+    python tools/measure_overhead.py --steps 30 --runs 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import tiny
+
+from ldm.sampling.schedulers import SCHEDULERS
+from pipelines import Pipeline
+
+
+class Timed:
+    """A module's forward with its time added up."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.seconds = 0.0
+        self.calls = 0
+        forward = module.forward
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = forward(*arguments, **options)
+            self.seconds += time.perf_counter() - start
+            self.calls += 1
+            return result
+
+        module.forward = timed  # type: ignore[method-assign]
+
+
+def ours(pipeline: Pipeline, timer: Timed, name: str, steps: int) -> float:
+    """Milliseconds a step outside the U-Net, from the first call of it to the end of the last step."""
+    marks: list[float] = []
+    timer.seconds, timer.calls = 0.0, 0
+    pipeline(
+        "a cat",
+        steps=steps,
+        scheduler=name,
+        seed=0,
+        output="latents",
+        on_step=lambda _: marks.append(time.perf_counter()),
+    )
+    per_call = timer.seconds / timer.calls
+    return ((marks[-1] - marks[0]) / (len(marks) - 1) - per_call) * 1000
+
+
+def theirs(pipeline: Any, timer: Timed, name: str, steps: int, config: Any) -> float:
+    """The same of diffusers."""
+    kind, options = SCHEDULERS[name]
+    pipeline.scheduler = getattr(diffusers, kind).from_config(config, **options)
+    marks: list[float] = []
+    timer.seconds, timer.calls = 0.0, 0
+
+    def mark(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
+        marks.append(time.perf_counter())
+        return values
+
+    pipeline("a cat", num_inference_steps=steps, output_type="latent", callback_on_step_end=mark)
+    per_call = timer.seconds / timer.calls
+    return ((marks[-1] - marks[0]) / (len(marks) - 1) - per_call) * 1000
+
+
+def main() -> None:
+    """Print a line for each scheduler, and all of it as JSON at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=7)
+    options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.model("sd15").save_pretrained(Path(folder) / "model")
+        pipeline = Pipeline(Path(folder) / "model", device="cpu", dtype=torch.float32)
+        reference = diffusers.StableDiffusionPipeline.from_pretrained(Path(folder) / "model")
+    reference.set_progress_bar_config(disable=True)
+    config = reference.scheduler.config
+    timers = Timed(pipeline.model.unet), Timed(reference.unet)
+    rows = {}
+    for name in SCHEDULERS:
+        pairs = [
+            (ours(pipeline, timers[0], name, options.steps), theirs(reference, timers[1], name, options.steps, config))
+            for _ in range(options.runs + 1)
+        ][1:]
+        mine, other = (median(column) for column in zip(*pairs, strict=True))
+        rows[name] = {"ours_ms": round(mine, 3), "diffusers_ms": round(other, 3), "ratio": round(other / mine, 2)}
+        print(f"{name:12s} ours {mine:.3f} ms   diffusers {other:.3f} ms   ratio {other / mine:.2f}", flush=True)
+    print(json.dumps({"torch": torch.__version__, "diffusers": diffusers.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
