@@ -23,6 +23,8 @@ NEGATIVE = ["bad", ""]
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
+# diffusers' third-order SDE step has a wrong sign; ours is compared with the exact solution in test_schedulers.py
+COMPARED = [name for name in SCHEDULERS if name != "dpm++3m-sde"]
 # SDXL at 1,000 training steps of tiny weights is chaotic in no way that matters: differences are rounding alone
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
@@ -66,7 +68,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", COMPARED)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("sd15", "StableDiffusionPipeline"), ("sd2-v", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")],
@@ -93,7 +95,7 @@ def test_the_picture_itself(folders: dict[str, Path], name: str) -> None:
     assert np.abs(difference).max() <= 1
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", COMPARED)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -143,7 +145,7 @@ def test_inpainting(folders: dict[str, Path], name: str, kind: str, scheduler: s
     torch.testing.assert_close(made, theirs, **TOLERANCE)
 
 
-FIRST_ORDER = [name for name in SCHEDULERS if name not in ("heun", "dpm2", "dpm2-a")]
+FIRST_ORDER = [name for name in COMPARED if name not in ("heun", "dpm2", "dpm2-a")]
 
 
 @pytest.mark.parametrize("scheduler", FIRST_ORDER)

@@ -82,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--scheduler", action="append", choices=list(SCHEDULERS), help="only this one (repeatable)")
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -93,7 +94,7 @@ def main() -> None:
     config = reference.scheduler.config
     timers = Timed(pipeline.model.unet), Timed(reference.unet)
     rows = {}
-    for name in SCHEDULERS:
+    for name in options.scheduler or SCHEDULERS:
         pairs = [
             (ours(pipeline, timers[0], name, options.steps), theirs(reference, timers[1], name, options.steps, config))
             for _ in range(options.runs + 1)

@@ -6,13 +6,17 @@ that no step waits for the GPU.
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
+import diffusers
 import numpy as np
+import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -97,14 +101,34 @@ def scheduler_class(name: str) -> type:
     Raises:
         LdmError: there is none; the nearest names are offered.
     """
-    import difflib
-
-    import diffusers
-
     if name not in SCHEDULERS:
         near = difflib.get_close_matches(name, SCHEDULERS, 3, 0.4) or SCHEDULERS
         raise LdmError(f"scheduler {name!r} is not known; choose {' or '.join(near)}")
-    return getattr(diffusers, SCHEDULERS[name][0])
+    return _third_order_sde() if name == "dpm++3m-sde" else getattr(diffusers, SCHEDULERS[name][0])
+
+
+@cache
+def _third_order_sde() -> type:
+    """diffusers' multistep solver with the third-order SDE step as k-diffusion has it.
+
+    In diffusers the weight of the second difference D2 lacks 1: it does not vanish with the step size, and the error
+    grows with the number of steps.
+    """
+
+    class DPMSolver3MSDEScheduler(diffusers.DPMSolverMultistepScheduler):
+        def multistep_dpm_solver_third_order_update(
+            self, model_output_list: list[Tensor], *arguments: Any, **options: Any
+        ) -> Tensor:
+            result = super().multistep_dpm_solver_third_order_update(model_output_list, *arguments, **options)
+            around = [self.sigmas[self.step_index + offset] for offset in (1, 0, -1, -2)]
+            scales = [self._sigma_to_alpha_sigma_t(sigma) for sigma in around]
+            now, start, one, two = (torch.log(alpha) - torch.log(sigma) for alpha, sigma in scales)
+            r0, r1 = (start - one) / (now - start), (one - two) / (now - start)
+            m0, m1, m2 = model_output_list[-1], model_output_list[-2], model_output_list[-3]
+            second = ((m0 - m1) / r0 - (m1 - m2) / r1) / (r0 + r1)
+            return result + scales[0][0] * second
+
+    return DPMSolver3MSDEScheduler
 
 
 @cache
@@ -198,9 +222,31 @@ def make(
             scheduler.set_timesteps(steps, device="cpu")
     except ValueError as error:
         raise LdmError(f"scheduler {name} cannot do {steps} steps: {' '.join(str(error).split())}") from None
+    if name == "lms":
+        scheduler.get_lms_coefficient = _lms_coefficients(scheduler.sigmas.tolist())
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return Plan(scheduler, list(scheduler.timesteps))
+
+
+def _lms_coefficients(levels: list[float]) -> Callable[[int, int, int], float]:
+    """The integrals that diffusers' LMS scheduler finds by general quadrature, in 2 ms a step.
+
+    They are of polynomials of degree 3 at the most, for which two Gauss points are exact.
+    """
+
+    def coefficient(order: int, t: int, current: int) -> float:
+        middle, half = (levels[t + 1] + levels[t]) / 2, (levels[t + 1] - levels[t]) / 2
+        total = 0.0
+        for point in (middle - half / math.sqrt(3), middle + half / math.sqrt(3)):
+            product = 1.0
+            for k in range(order):
+                if k != current:
+                    product *= (point - levels[t - k]) / (levels[t - current] - levels[t - k])
+            total += product
+        return total * half
+
+    return coefficient
 
 
 def _align_your_steps(steps: int, xl: bool) -> list[float]:
