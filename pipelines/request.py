@@ -46,7 +46,7 @@ class Request:
     crop: tuple[int, int] = (0, 0)  # top, left
     target_size: tuple[int, int] | None = None  # height, width
     negative_original_size: tuple[int, int] | None = None  # the same for the negative prompt; None: like the others
-    negative_crop: tuple[int, int] = (0, 0)
+    negative_crop: tuple[int, int] | None = None
     negative_target_size: tuple[int, int] | None = None
     aesthetic_score: float = 6.0  # of the refiner, 1 to 10
     negative_aesthetic_score: float = 2.5

@@ -77,8 +77,9 @@ class Run:
             return None, None
         here = (request.height, request.width)
         original, target = request.original_size or here, request.target_size or here
+        negative_crop = request.negative_crop or ((0, 0) if family.refiner else request.crop)
         ids: tuple[float, ...] = (*original, *request.crop)
-        negative: tuple[float, ...] = (*(request.negative_original_size or original), *request.negative_crop)
+        negative: tuple[float, ...] = (*(request.negative_original_size or original), *negative_crop)
         if family.refiner:
             ids, negative = (*ids, request.aesthetic_score), (*negative, request.negative_aesthetic_score)
         else:

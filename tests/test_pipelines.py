@@ -256,6 +256,13 @@ def test_the_second_prompt_goes_to_the_second_encoder(folders: dict[str, Path]) 
     torch.testing.assert_close(made, theirs, **TOLERANCE)
 
 
+def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> None:
+    theirs = reference(folders["sdxl"], "StableDiffusionXLPipeline")(
+        "a cat", num_inference_steps=3, generator=generator(), output_type="latent", crops_coords_top_left=(8, 16)
+    ).images
+    torch.testing.assert_close(ours(folders["sdxl"], "a cat", steps=3, crop=(8, 16)), theirs, **TOLERANCE)
+
+
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
