@@ -13,6 +13,16 @@ class LdmError(ValueError):
         super().__init__(line if len(line) <= 1000 else f"{line[:600]} … {line[-390:]}")
 
 
+def check_whole(what: str, name: str, value: object, low: int, high: int) -> None:
+    """Raise unless `value` is a whole number within the bounds.
+
+    Raises:
+        LdmError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise LdmError(f"{what}: {name} is {value!r}; it must be a whole number from {low} to {high}")
+
+
 def listing(names: list[str], most: int = 4) -> str:
     """`a, b, c, d and 12 more`: names for an error message that stays one readable line."""
     shown = ", ".join(names[:most])

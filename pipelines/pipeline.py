@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.families import Family
 from ldm.images import load_image, to_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import set_attention
@@ -69,8 +70,7 @@ class Pipeline:
         Raises:
             LdmError: in one line, what is wrong and what to do.
         """
-        if source is None:
-            raise LdmError("no model is built in yet; name one: a folder, a file, or a Hub name (source, --model)")
+        source = named(source)
         device = _device(device or default_device())
         self.model = _loaded(source, device, dtype, attention, options)
         self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
@@ -252,13 +252,11 @@ class Pipeline:
             "task": request.task,
             "family": family.name,
             "steps": request.steps,
-            "scheduler": request.scheduler if isinstance(request.scheduler, str) else own_name(family.schedule),
+            "scheduler": _name_of(request.scheduler, family),
             "guidance": vars(request.guidance),
             **{name: getattr(request, name) for name in _RECORDED},
             **passes.settings(self.refiner is not None),
         }
-        if not isinstance(request.scheduler, (str, type(None))):
-            common["scheduler"] = type(request.scheduler).__name__
         if request.task != "text-to-image":
             common["strength"] = request.strength
         rows = []
@@ -270,6 +268,13 @@ class Pipeline:
                 row["negative_2"] = request.negative_2[index]
             rows.append(row)
         return rows
+
+
+def _name_of(scheduler: Any, family: Family) -> str:
+    """A scheduler's name for the record: short, or the class of an object of the user's own."""
+    if scheduler is None:
+        return own_name(family.schedule)
+    return scheduler if isinstance(scheduler, str) else type(scheduler).__name__
 
 
 _RECORDED = (
@@ -333,6 +338,17 @@ def _loaded(
     if attention != "sdpa":
         set_attention(model.unet, attention)
     return model
+
+
+def named(source: Any) -> Any:
+    """The source, if there is one.
+
+    Raises:
+        LdmError: there is none.
+    """
+    if source is None:
+        raise LdmError("no model is built in yet; name one: a folder, a file, or a Hub name (source, --model)")
+    return source
 
 
 def _device(name: torch.device | str) -> torch.device:

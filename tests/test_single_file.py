@@ -40,16 +40,10 @@ def written(family: Family) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes of the single file that we would write of a real family."""
     with torch.device("meta"):
         modules = build(family).modules()
-    layout_of = {
-        "unet": layouts.original_unet(family.unet, layouts.UNET_PREFIX),
-        "vae": layouts.original_autoencoder(family.autoencoder, layouts.AUTOENCODER_PREFIX),
-    }
-    for index, config in enumerate(family.text):
-        layout_of[config.component] = layouts.original_tower(config, layouts.tower_prefix(family, index))
     result = {}
-    for name, module in modules.items():
-        shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
-        result |= {link.theirs: ("float32", link.shape(shapes)) for link in layout_of[name](shapes)}
+    for name, (_, layout) in layouts.original(family).items():
+        shapes = {key: tuple(parameter.shape) for key, parameter in modules[name].named_parameters()}
+        result |= {link.theirs: ("float32", link.shape(shapes)) for link in layout(shapes)}
     for name, info in layouts.extra_infos(family).items():
         result[name] = (str(info.dtype).removeprefix("torch."), info.shape)
     return result

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -21,8 +22,10 @@ from rich.progress import (
 )
 
 from ldm.errors import LdmError
+from ldm.weights.components import Opened
 from ldm.weights.files import Progress as Report
 from ldm.weights.files import silent
+from ldm.weights.sources import open_source
 
 DTYPES = {
     "fp32": torch.float32,
@@ -34,6 +37,30 @@ DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class SourceOptions:
+    """What `info` and `convert` may say of their source."""
+
+    family: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    components: tuple[str, ...] = ()  # NAME=PATH, each
+    allow_pickle: bool = False
+
+    def open(self, source: str, verify: bool, report: Report) -> Opened:
+        """Find out what the source is."""
+        return open_source(
+            source,
+            family=self.family,
+            variant=self.variant,
+            revision=self.revision,
+            components=to_components(self.components),
+            allow_pickle=self.allow_pickle,
+            verify=verify,
+            progress=report,
+        )
+
+
 def to_dtype(name: str | None) -> torch.dtype | None:
     """`--dtype`: a short or long name, or nothing for weights as they are stored."""
     if name is not None and name not in DTYPES:
@@ -41,7 +68,7 @@ def to_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
 
-def to_components(options: list[str]) -> dict[str, str]:
+def to_components(options: Sequence[str]) -> dict[str, str]:
     """`--component NAME=PATH`, each."""
     pairs = [option.partition("=") for option in options]
     for name, equals, path in pairs:

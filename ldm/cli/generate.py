@@ -27,7 +27,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.schedulers import make
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
-from pipelines.pipeline import STEPS
+from pipelines.pipeline import STEPS, named
 from pipelines.request import default_guidance
 
 LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
@@ -262,10 +262,8 @@ def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) 
 
 def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: int) -> dict[str, Any]:
     """What `--dry-run` prints: nothing is loaded for it but the description of the model."""
-    if options.model is None:
-        Pipeline(None)
     opened = open_source(
-        str(options.model),
+        named(options.model),
         family=options.family,
         variant=options.variant,
         allow_pickle=options.allow_pickle,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldm.cli.common import progress, to_components
+from ldm.cli.common import SourceOptions, progress
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
 from ldm.weights.components import Opened, build
-from ldm.weights.sources import open_source, verify_source
+from ldm.weights.sources import verify_source
 
 
-def run(
-    source: str,
-    as_json: bool,
-    verify: bool,
-    family: str | None,
-    variant: str | None,
-    revision: str | None,
-    components: list[str],
-    allow_pickle: bool,
-) -> None:
+def run(source: str, as_json: bool, verify: bool, options: SourceOptions) -> None:
     """Print the description of a source or of a family."""
     if source in FAMILIES and not Path(source).exists():
-        if verify or components or family or variant or revision:
+        if verify or replace(options, allow_pickle=False) != SourceOptions():
             raise LdmError(f"{source} is a family, not a model: the other options mean nothing for it")
         report = describe_family(FAMILIES[source])
     else:
         with progress() as bar:
-            opened = open_source(
-                source,
-                family=family,
-                variant=variant,
-                revision=revision,
-                components=to_components(components),
-                allow_pickle=allow_pickle,
-                verify=False,
-                progress=bar,
-            )
+            opened = options.open(source, verify=False, report=bar)
             report = describe(opened)
             if verify:
                 report["verified"] = verify_source(opened, bar)

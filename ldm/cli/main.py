@@ -70,8 +70,10 @@ def info(
     A family's name (sd15, sdxl ...) in place of a source describes the released models of that family.
     """
     from ldm.cli import info as command
+    from ldm.cli.common import SourceOptions
 
-    command.run(source, json, verify, family, variant, revision, component or [], allow_pickle)
+    options = SourceOptions(family, variant, revision, tuple(component or ()), allow_pickle)
+    command.run(source, json, verify, options)
 
 
 @app.command()
@@ -90,10 +92,10 @@ def convert(
 ) -> None:
     """Write a model in another layout or type: folder to single file, single file to folder, fp32 to fp16."""
     from ldm.cli import convert as command
+    from ldm.cli.common import SourceOptions
 
-    command.run(
-        source, dest, dtype, as_variant, shard_size, force, family, variant, revision, component or [], allow_pickle
-    )
+    options = SourceOptions(family, variant, revision, tuple(component or ()), allow_pickle)
+    command.run(source, dest, dtype, as_variant, shard_size, force, options)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, check_whole
 from ldm.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 
 EPS = 1e-6  # of every group norm here; the U-Net's residual blocks have 1e-5
@@ -53,8 +53,7 @@ class AutoencoderConfig:
             ("groups", self.groups, 1, 1024), ("sample_size", self.sample_size, 1, 65536),
             ("codebook", self.codebook, 0, 2**24), ("codebook_dim", self.codebook_dim, 0, 65536),
         ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise LdmError(f"autoencoder: {name} is {value!r}; it must be a whole number from {low} to {high}")
+            check_whole("autoencoder", name, value, low, high)
         for width in self.channels:
             if width % self.groups:
                 raise LdmError(f"autoencoder: {width} channels do not divide into {self.groups} groups")

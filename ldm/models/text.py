@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, check_whole
 from ldm.models.tokenizer import END, VOCAB_SIZE
 from ldm.models.unet import Conditioning
 
@@ -41,9 +41,7 @@ class TextEncoderConfig:
             ("width", 16384), ("layers", 256), ("heads", 1024), ("hidden", 65536), ("vocab_size", 2**24),
             ("context", 4096),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-                raise LdmError(f"text encoder: {name} is {value!r}; it must be a whole number from 1 to {high}")
+            check_whole("text encoder", name, getattr(self, name), 1, high)
         if self.width % self.heads:
             raise LdmError(f"text encoder: {self.width} channels do not divide into {self.heads} heads")
         if self.activation not in ("quick_gelu", "gelu"):

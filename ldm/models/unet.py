@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, check_whole
 from ldm.models.layers import Downsample, NoAttention, ResnetBlock, Transformer, Upsample
 
 
@@ -49,11 +49,11 @@ class UNetConfig:
             ("out_channels", 1, 1024), ("pooled_dim", 0, 65536), ("size_ids", 0, 64), ("size_dim", 2, 4096),
             ("groups", 1, 1024), ("sample_size", 1, 65536),
         ):  # fmt: skip
-            _within("U-Net", name, getattr(self, name), low, high)
+            check_whole("U-Net", name, getattr(self, name), low, high)
         for channels, depth, heads in zip(self.channels, self.depth, self.heads, strict=True):
-            _within("U-Net", "channels", channels, 2, 16384)
-            _within("U-Net", "depth", depth, 0, 64)
-            _within("U-Net", "heads", heads, 1, channels)
+            check_whole("U-Net", "channels", channels, 2, 16384)
+            check_whole("U-Net", "depth", depth, 0, 64)
+            check_whole("U-Net", "heads", heads, 1, channels)
             if channels % self.groups or channels % heads:
                 raise LdmError(f"U-Net: {channels} channels do not divide into {self.groups} groups and {heads} heads")
         if bool(self.pooled_dim) != bool(self.size_ids):
@@ -62,11 +62,6 @@ class UNetConfig:
             )
         if self.channels[0] % 2 or self.size_dim % 2:
             raise LdmError(f"U-Net: sinusoids need even widths, not {self.channels[0]} and {self.size_dim}")
-
-
-def _within(what: str, name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise LdmError(f"{what}: {name} is {value!r}; it must be a whole number from {low} to {high}")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ldm.weights.files import Progress, Store, TensorInfo, silent
 from ldm.weights.layouts import Layout, Link
 
 Shape = tuple[int, ...]
+NOTHING = re.compile("(?!)")  # matches no name
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Part:
 
     store: Store
     layouts: list[tuple[str, Layout]]  # with the prefix of their names; the one of which most is found is taken
-    ignored: re.Pattern[str] = re.compile("(?!)")  # names that may be there and are not needed
+    ignored: re.Pattern[str] = NOTHING  # names that may be there and are not needed
 
     def links(self, module: nn.Module) -> list[Link]:
         """Links for every parameter of the module, all checked against names, shapes and types in the store.

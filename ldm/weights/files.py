@@ -262,19 +262,25 @@ def file_digest(path: Path, progress: Progress = silent) -> str:
     return digest.hexdigest()
 
 
+def stated_digest(path: Path) -> str:
+    """The digest that a file's own header states, "" if it states none."""
+    return _split_header(path)[1]
+
+
 def check_digest(path: Path, expected: str | None = None, progress: Progress = silent) -> bool:
-    """Compare a file with `expected`, or with the digest in its own header; whether there was one to compare with.
+    """Compare a file with `expected` and with the digest in its own header; whether there was one to compare with.
 
     Raises:
         LdmError: they differ.
     """
-    expected = expected or _split_header(path)[1]
-    if not expected:
+    wanted = {value for value in (expected, stated_digest(path)) if value}
+    if not wanted:
         return False
     digest = file_digest(path, progress)
-    if digest != expected:
+    if wanted != {digest}:
+        other = sorted(wanted - {digest})[0]
         raise LdmError(
-            f"{path} has changed since it was written (SHA-256 {digest[:12]}…, expected {expected[:12]}…); "
+            f"{path} has changed since it was written (SHA-256 {digest[:12]}…, expected {other[:12]}…); "
             "fetch or write it again"
         )
     return True

@@ -48,8 +48,8 @@ INDEX = "model_index.json"
 UNET_FILE, TEXT_FILE = "diffusion_pytorch_model", "model"  # the names of weights, without their endings
 
 _CLASSES: dict[str, frozenset[str]] = {
-    "unet": frozenset({"UNet2DConditionModel"}),
-    "vae": frozenset({"AutoencoderKL", "VQModel"}),
+    "unet": frozenset(configs.UNET_CLASSES),
+    "vae": frozenset(configs.AUTOENCODER_CLASSES),
     "text_encoder": frozenset({"CLIPTextModel"}),
     "text_encoder_2": frozenset({"CLIPTextModelWithProjection"}),
     "tokenizer": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
@@ -62,7 +62,6 @@ _PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|Instruct
 
 # names beside a component's own that files of some age hold
 IGNORED = {
-    "unet": re.compile("(?!)"),
     "vae": re.compile(r"(.*\.)?loss\..*"),
     "text_encoder": re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask|text_projection)"),
 }
@@ -121,7 +120,7 @@ def open_folder(
         schedule=schedule,
         zero_empty_prompt=zeros,
     )
-    parts = {name: component_part(name, _store(group, allow_pickle), family) for name, group in files.items()}
+    parts = {name: component_part(name, store_of(group, allow_pickle), family) for name, group in files.items()}
     ignored = [name for name, value in index.items() if name in _UNUSED and _class_of(value)]
     return Opened(str(folder), "diffusers folder", family, tokenizers, parts, ignored)
 
@@ -224,7 +223,8 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _store(files: list[Path], allow_pickle: bool) -> Store:
+def store_of(files: list[Path], allow_pickle: bool) -> Store:
+    """The tensors of a component's files, as `weight_files` gives them."""
     return open_store(files[0], allow_pickle) if len(files) == 1 else Store(files)
 
 

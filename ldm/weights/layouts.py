@@ -275,6 +275,18 @@ def original_tower(config: TextEncoderConfig, prefix: str) -> Layout:
     return open_clip(prefix) if config.open_clip else prefixed(transformers, prefix)
 
 
+def original(family: Family) -> dict[str, tuple[str, Layout]]:
+    """Where an original checkpoint keeps each component of a model, and in which layout."""
+    result = {
+        "unet": (UNET_PREFIX, original_unet(family.unet, UNET_PREFIX)),
+        "vae": (AUTOENCODER_PREFIX, original_autoencoder(family.autoencoder, AUTOENCODER_PREFIX)),
+    }
+    for index, config in enumerate(family.text):
+        prefix = tower_prefix(family, index)
+        result[config.component] = (prefix, original_tower(config, prefix))
+    return result
+
+
 # --- what original checkpoints hold besides ---------------------------------------------------------------------------
 
 

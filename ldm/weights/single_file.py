@@ -21,7 +21,7 @@ from ldm.errors import LdmError, first_line, listing
 from ldm.families import FAMILIES, Family, family_named, recognise
 from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights import configs, layouts
-from ldm.weights.components import Components, Opened, Part, is_adapter
+from ldm.weights.components import NOTHING, Components, Opened, Part, is_adapter
 from ldm.weights.files import (
     Output,
     Progress,
@@ -100,20 +100,13 @@ def open_single_file(
             raise LdmError(f"{path} says that it is {found.name}, not {family}; leave the family out")
     else:
         found = _recognise(path, store, family)
-    parts = {
-        "unet": Part(store, [(layouts.UNET_PREFIX, layouts.original_unet(found.unet, layouts.UNET_PREFIX))]),
-        "vae": Part(
-            store,
-            [(layouts.AUTOENCODER_PREFIX, layouts.original_autoencoder(found.autoencoder, layouts.AUTOENCODER_PREFIX))],
-            IGNORED["vae"],
-        ),
-    }
-    for index, config in enumerate(found.text):
-        prefix = layouts.tower_prefix(found, index)
-        ways = [layouts.original_tower(config, prefix)]
+    parts = {name: Part(store, [way], IGNORED.get(name, NOTHING)) for name, way in layouts.original(found).items()}
+    for config in found.text:
+        part = parts[config.component]
+        part.ignored = tower_ignored(config)
         if not config.open_clip:
-            ways.append(layouts.prefixed(layouts.transformers_flat, prefix))
-        parts[config.component] = Part(store, [(prefix, way) for way in ways], tower_ignored(config))
+            prefix, _ = part.layouts[0]
+            part.layouts.append((prefix, layouts.prefixed(layouts.transformers_flat, prefix)))
     prefixes = tuple(prefix for part in parts.values() for prefix, _ in part.layouts)
     rest = [name for name in names if not name.startswith(prefixes)]
     strange = [name for name in rest if not _LEFTOVERS.fullmatch(name)]
@@ -338,16 +331,9 @@ def write_single_file(
     for config, tokenizer in zip(family.text, model.text_encoders.tokenizers, strict=True):
         if tokenizer.get_vocab() != clip_tokenizer(config.pad_token, config.context, config.vocab_size).get_vocab():
             raise LdmError("the tokenizer is not CLIP's own, and a single file cannot hold it: write a folder instead")
-    layout_of = {
-        "unet": layouts.original_unet(family.unet, layouts.UNET_PREFIX),
-        "vae": layouts.original_autoencoder(family.autoencoder, layouts.AUTOENCODER_PREFIX),
-    }
-    for index, config in enumerate(family.text):
-        layout_of[config.component] = layouts.original_tower(config, layouts.tower_prefix(family, index))
     outputs: list[Output] = []
-    for name, module in modules.items():
-        links = layout_of[name](dict(module.named_parameters()))
-        outputs += link_outputs(links, module, dtype)
+    for name, (_, layout) in layouts.original(family).items():
+        outputs += link_outputs(layout(dict(modules[name].named_parameters())), modules[name], dtype)
     infos = layouts.extra_infos(family)
     outputs += [Output(name, infos[name], make) for name, make in layouts.original_extras(family).items()]
     metadata = {

@@ -12,13 +12,14 @@ from transformers import CLIPTokenizer
 from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.weights.components import Opened
-from ldm.weights.files import Progress, Store, check_digest, open_store, silent
+from ldm.weights.files import Progress, check_digest, open_store, silent, stated_digest
 from ldm.weights.folder import (
     component_part,
     open_folder,
     read_autoencoder_config,
     read_text_config,
     read_unet_config,
+    store_of,
     weight_files,
 )
 from ldm.weights.hub import HUB_ID, fetch
@@ -98,8 +99,7 @@ def _replaced(
         path = Path(source)
         if path.is_dir():
             family = _described(name, path, family, opened.tokenizers)
-            files = weight_files(path, name, variant, allow_pickle)
-            store = open_store(files[0], allow_pickle) if len(files) == 1 else Store(files)
+            store = store_of(weight_files(path, name, variant, allow_pickle), allow_pickle)
         elif path.is_file():
             store = open_store(path, allow_pickle)
         else:
@@ -130,11 +130,13 @@ def verify_source(opened: Opened, progress: Progress = silent) -> list[str]:
         LdmError: a digest differs, or weights are not finite numbers.
     """
     files = sorted({file for part in opened.parts.values() for file in part.store.files})
-    with_digest = [file for file in files if check_digest(file, progress=progress)]
-    lines = [f"{len(with_digest)} of {len(files)} weight files carry a digest, and agree with it"]
     folder = Path(opened.source)
     own = [file for file in files if folder in file.parents]
-    if folder.is_dir() and check_manifest(folder, own, progress):
+    listed = folder.is_dir() and check_manifest(folder, own, progress)
+    hashed = own if listed else []
+    with_digest = [f for f in files if (stated_digest(f) if f in hashed else check_digest(f, progress=progress))]
+    lines = [f"{len(with_digest)} of {len(files)} weight files carry a digest, and agree with it"]
+    if listed:
         lines.append("all files agree with the folder's manifest")
     total = sum(info.nbytes for name in opened.parts for info in opened.infos(name).values())
     done = 0
