@@ -51,24 +51,22 @@ class Run:
 
     @cached_property
     def conditioning(self) -> tuple[Conditioning, Conditioning, list[TokenReport]]:
-        """For the prompts, for the negative prompts, and the report on their tokens."""
+        """For the prompts, for the negative prompts where guidance looks at them, and the report on their tokens."""
         request, family = self.request, self.model.family
         positive = [request.prompts, request.prompts_2 or request.prompts][-len(family.text) :]
         spoken = [request.negative, request.negative_2 or request.negative][-len(family.text) :]
         negative = [tuple(text or "" for text in column) for column in spoken]
-        options: dict[str, Any] = {
-            "clip_skip": request.clip_skip, "chunks": request.chunks, "weights": request.weights
-        }  # fmt: skip
-        cond, reports = encode_prompts(self.model.text_encoders, positive, **options)
-        length = cond.text.shape[1] // family.text[0].context
-        uncond, more = encode_prompts(self.model.text_encoders, negative, least=length, **options)
-        if uncond.text.shape[1] > cond.text.shape[1]:  # the negative prompt is the longer one
-            length = uncond.text.shape[1] // family.text[0].context
-            cond, reports = encode_prompts(self.model.text_encoders, positive, least=length, **options)
+        if not request.guidance.classifier_free:
+            negative = [() for _ in negative]
+        both = [[*first, *second] for first, second in zip(positive, negative, strict=True)]
+        encoded, reports = encode_prompts(
+            self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, weights=request.weights
+        )
+        size, negative_size = self._size_ids()
+        cond, uncond = (encoded.rows(part) for part in (slice(self.shape[0]), slice(-self.shape[0], None)))
         if family.zero_empty_prompt:
             uncond = _silenced(uncond, [all(row is None for row in rows) for rows in zip(*spoken, strict=True)])
-        size, negative_size = self._size_ids()
-        return replace(cond, size=size), replace(uncond, size=negative_size), reports + more
+        return replace(cond, size=size), replace(uncond, size=negative_size), reports
 
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
         """The size ids (B, 6 or 5) for the prompts and for the negative prompts."""

@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 
 from ldm.errors import LdmError
+from ldm.models.autoencoder import AutoencoderConfig, Point
+from ldm.sampling import preview
 from ldm.sampling.guidance import Guidance
+from ldm.sampling.loop import Step
 from ldm.sampling.schedulers import SCHEDULERS
 from pipelines import Pipeline
 
@@ -239,6 +242,36 @@ def test_steps_can_be_watched(folders: dict[str, Path]) -> None:
     assert [(step.index, step.count) for step in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert torch.equal(seen[-1].latents[0], result.latents[0])
     assert seen[0].time.value > seen[-1].time.value
+
+
+def test_previews_show_what_the_model_expects(folders: dict[str, Path]) -> None:
+    for name, scheduler in (("sd15", "euler"), ("sd2-v", "ddim")):
+        pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
+        seen: list[Step] = []
+        result = pipeline("a cat", steps=4, seed=1, scheduler=scheduler, on_step=seen.append, output="latents")
+        clean = preview.clean(seen[-1], pipeline.model.family.schedule)
+        assert torch.allclose(clean[0], result.latents[0], rtol=0.05, atol=0.05 * float(clean.abs().max()))
+        assert pipeline.preview(seen[0])[0].size == (8, 8)
+
+
+def test_previews_are_fitted_to_the_autoencoder() -> None:
+    class Linear(torch.nn.Module):
+        """Latents that are linear in the pixels of a picture four times larger."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = AutoencoderConfig(channels=(32, 32, 32), attention=(False,) * 3, scaling_factor=0.5)
+            self.mix = torch.nn.Linear(3, 4)
+
+        def encode(self, pixels: torch.Tensor) -> Point:
+            small = torch.nn.functional.avg_pool2d(pixels, 4)
+            return Point(self.mix(small.movedim(1, -1)).movedim(-1, 1))
+
+    autoencoder: Any = Linear()
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    latents = autoencoder.encode(pixels).mode() * 0.5
+    seen = preview.to_pixels(latents, preview.fit(autoencoder))
+    assert torch.allclose(seen, torch.nn.functional.avg_pool2d(pixels, 4), atol=1e-3)
 
 
 def test_the_second_prompt_goes_to_the_second_encoder(folders: dict[str, Path]) -> None:
