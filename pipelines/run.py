@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import Autoencoder, AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import tiled_decode
 from ldm.models.unet import Conditioning
@@ -129,7 +129,9 @@ class Run:
                 step = steps.send(x)
         except StopIteration:
             pass
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             raise LdmError(_too_large(self.request, len(self.request.prompts))) from None
         check_finite(x, "U-Net", "its weights or this dtype are at fault: try another dtype (bf16, fp32)")
         return x
@@ -167,18 +169,34 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     config = autoencoder.config
     weight = next(autoencoder.parameters())
     z = (latents / config.scaling_factor + config.shift_factor).to(weight.device, weight.dtype)
+    pixels: Tensor | None
     try:
         pixels = autoencoder.decode(z)
-    except torch.OutOfMemoryError:
-        log.warning("the pictures do not fit into memory at once: decoding them in tiles")
-        try:
-            pixels = torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
-        except torch.OutOfMemoryError:
-            raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        pixels = None
+    if pixels is None:  # outside of the handler, which would keep the failed attempt's tensors alive
+        pixels = _decode_in_tiles(autoencoder, z)
     if bool((pixels.amax(dim=(1, 2, 3)) <= -1).any()):
         raise LdmError("the autoencoder gave a picture that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
     check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
     return pixels
+
+
+def _decode_in_tiles(autoencoder: Autoencoder, z: Tensor) -> Tensor:
+    log.warning("the pictures do not fit into memory at once: decoding them in tiles")
+    try:
+        return torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is about memory: only CUDA has an exception of its own for that."""
+    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:

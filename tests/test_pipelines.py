@@ -20,6 +20,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.loop import Step
 from ldm.sampling.schedulers import SCHEDULERS
 from pipelines import Pipeline
+from pipelines.run import decode
 
 PROMPTS = ["a cat on a mat", "a dog"]
 NEGATIVE = ["bad", ""]
@@ -360,3 +361,47 @@ def test_numbers_that_are_not_finite_are_an_error(part: str, stage: str) -> None
     )
     with pytest.raises(LdmError, match=f"the {stage} gave numbers that are not finite; .*bf16"):
         Pipeline(model)("a cat", steps=2)
+
+
+def test_without_memory_for_the_whole_it_decodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("sd15")
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = decode(model, latents)
+        original = model.autoencoder.decode
+
+        def small_only(z: torch.Tensor) -> torch.Tensor:
+            if len(z) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(z)
+
+        monkeypatch.setattr(model.autoencoder, "decode", small_only)
+        assert (decode(model, latents) - whole).abs().mean() < 0.1 * whole.std()
+
+
+def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("sd15")
+    pipeline = Pipeline(model, device="cpu")
+
+    def forward(*_: Any) -> torch.Tensor:
+        raise RuntimeError("MPS backend out of memory")
+
+    monkeypatch.setattr(model.unet, "forward", forward)
+    with pytest.raises(LdmError, match="out of memory with 1 pictures of 512×512 at a time; try 256×256"):
+        pipeline("a cat", width=512, height=512)
+    with pytest.raises(LdmError, match="a batch of 2 would fit better"):
+        pipeline("a cat", n=4, batch=4)
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_any_scheduler_object_can_be_passed(folders: dict[str, Path], kind: str) -> None:
+    """Also a second time: each call sets it up anew."""
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    reference_ = reference(folders["sd15"], "StableDiffusionPipeline")
+    scheduler = getattr(diffusers, kind).from_config(reference_.scheduler.config)
+    reference_.scheduler = getattr(diffusers, kind).from_config(reference_.scheduler.config)
+    theirs = reference_("a cat", num_inference_steps=4, generator=generator(), output_type="latent").images
+    for _ in range(2):
+        result = pipeline("a cat", scheduler=scheduler, steps=4, seed=3, rng="diffusers", output="latents")
+        torch.testing.assert_close(result.latents[0], theirs[0], **TOLERANCE)
+        assert result.settings[0]["scheduler"] == kind
