@@ -8,47 +8,86 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from ldm.errors import LdmError
 
 MOST_PIXELS = 100_000_000  # of a picture that is read: larger ones are mistakes or attacks
 KEY = "ldm"  # of our own JSON in a PNG; "parameters" is the text that AUTOMATIC1111's programs read
+ImageFile = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
-def load_image(source: str | os.PathLike[str] | Image.Image, mode: str = "RGB") -> Image.Image:
-    """A picture from a file, upright, its transparency on white.
+def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, least: int = 0) -> Image.Image:
+    """A picture from a file, upright, its first frame, its transparency on white.
+
+    Args:
+        source: a path, a file open for reading, or a picture.
+        mode: PIL's name of what to make of it.
+        name: what to call it in errors, if not `source`.
+        least: decode a JPEG at 1/2, 1/4 or 1/8 of its size if its shorter side keeps this many pixels; 0: never.
 
     Raises:
         LdmError: the file cannot be read, is no picture, is damaged, or has over 100 million pixels.
     """
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.width * image.height > MOST_PIXELS:
-            raise LdmError(f"{source} has {image.width}×{image.height} pixels; at most {MOST_PIXELS:,} are read")
+    with _reading(source, name):
+        image = _open(source, name)
+        if least:
+            image.draft(None, (least, least))
         image = ImageOps.exif_transpose(image)
-        if mode == "RGB" and ("A" in image.getbands() or "transparency" in image.info):
+        if image.mode.startswith("I"):  # PIL would clip 16 bits to white
+            image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+        if mode == "RGB" and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert(mode)
-    except LdmError:
+        return image if image.mode == mode else image.convert(mode)
+
+
+def image_size(source: ImageFile, name: str | None = None) -> tuple[int, int]:
+    """Width and height of a picture, upright, from its header alone.
+
+    Raises:
+        LdmError: as `load_image`, as far as the header tells.
+    """
+    with _reading(source, name):
+        image = _open(source, name)
+        # looking for the EXIF data behind a PNG's pixels would decode them
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
+        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
+
+
+def _open(source: ImageFile, name: str | None) -> Image.Image:
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    if image.width * image.height > MOST_PIXELS:
+        raise LdmError(f"{name or source} has {image.width}×{image.height} pixels; at most {MOST_PIXELS:,} are read")
+    if image.mode.startswith("F"):
+        raise LdmError(f"{name or source} holds floating-point numbers, whose range is unknown; save it with 8 bits")
+    return image
+
+
+@contextmanager
+def _reading(source: ImageFile, name: str | None) -> Iterator[None]:
+    """Whatever a damaged file makes a decoder raise, as one line."""
+    name = name or str(source)
+    try:
+        yield
+    except (LdmError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise LdmError(f"{source}: {error}") from None
+        raise LdmError(f"{name}: {error}") from None
     except FileNotFoundError:
-        raise LdmError(f"{source} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise LdmError(f"{name} does not exist") from None
+    except Exception as error:  # decoders of damaged files raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no picture, or damaged"
-        raise LdmError(f"{source} cannot be read as a picture: {reason}") from None
+        raise LdmError(f"{name} cannot be read as a picture: {reason}") from None
 
 
 def to_tensor(images: Sequence[Image.Image], width: int, height: int) -> Tensor:

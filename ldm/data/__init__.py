@@ -1,0 +1,1 @@
+"""Captioned images on disk to batches for training, and caches of latents and texts."""

@@ -1,0 +1,117 @@
+"""Datasets of Hugging Face's `datasets` with random access: saved folders, parquet files, names on the Hub.
+
+The first column of images is taken, and captions from `text`, `caption`, `captions` or `prompt` unless a column is
+named; keys from `key` or `__key__`, or the rows' numbers; scores from `score` or `aesthetic_score`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldm.data.image_set import Captions, Entry, Part, to_captions
+from ldm.errors import LdmError, first_line
+
+
+def load(name: str, split: str = "train", streaming: bool = False) -> Any:
+    """A split of a dataset: of a folder that `save_to_disk` wrote, of parquet files (a pattern), or of the Hub.
+
+    Raises:
+        LdmError: it cannot be loaded, or has no such split.
+    """
+    import datasets
+
+    try:
+        if Path(name).is_dir():
+            dataset = datasets.load_from_disk(name)
+            if isinstance(dataset, datasets.DatasetDict):
+                dataset = dataset[split]
+            return dataset.to_iterable_dataset() if streaming else dataset
+        if name.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
+        return datasets.load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # the library raises whatever its file systems do
+        raise LdmError(f"the dataset {name} (split {split}) cannot be loaded: {first_line(error)}") from None
+
+
+class Columns:
+    """Which columns of a dataset hold what.
+
+    Raises:
+        LdmError: there is no column of images, or not the column asked for.
+    """
+
+    def __init__(self, name: str, dataset: Any, caption: str | None) -> None:
+        import datasets
+
+        features = dataset.features or {}
+        images = [
+            column
+            for column, feature in features.items()
+            if isinstance(feature, datasets.Image)
+            or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
+        ]
+        if not images or (caption and caption not in features):
+            what = f"column {caption!r}" if images else "column of images"
+            raise LdmError(f"the dataset {name} has no {what}; it has: {', '.join(features)}")
+        self.image = images[0]
+        self.caption = caption or _first(features, "text", "caption", "captions", "prompt")
+        self.key = _first(features, "key", "__key__")
+        self.score = _first(features, "score", "aesthetic_score")
+
+    def undecoded(self, dataset: Any) -> Any:
+        """The dataset with its images as files."""
+        import datasets
+
+        return dataset.cast_column(self.image, datasets.Image(decode=False))
+
+    def captions(self, row: Mapping[str, Any]) -> Captions:
+        """What a row says about its image."""
+        return to_captions(row.get(self.caption or ""), row.get(self.score or ""))
+
+
+class Dataset:
+    """Images in a dataset."""
+
+    def __init__(self, name: str, split: str = "train", caption: str | None = None) -> None:
+        self.name = name
+        dataset = load(name, split)
+        self.columns = Columns(name, dataset, caption)
+        self.rows = self.columns.undecoded(dataset)
+        self.part = f"{name}\t{split}\t{self.columns.caption}"
+        self.stamp = dataset._fingerprint  # of the library: changes with the content
+
+    def parts(self) -> list[Part]:
+        """One part, known by the library's fingerprint."""
+        return [Part(self.part, self.stamp, self._entries)]
+
+    def open(self, where: str) -> BinaryIO:
+        """The file in a row."""
+        return open_image(self.rows[int(where)][self.columns.image])
+
+    def _entries(self) -> Iterator[Entry]:
+        for number in range(len(self.rows)):
+            row = self.rows[number]
+            cell = row.pop(self.columns.image)
+            try:
+                with open_image(cell) as file:
+                    stamp = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+            except OSError:
+                stamp = ""  # the index says why
+            key = f"{number:09}" if self.columns.key is None else str(row[self.columns.key])
+            yield Entry(key, str(number), stamp, "", partial(self.columns.captions, row))
+
+
+def open_image(cell: Mapping[str, Any] | None) -> BinaryIO:
+    """The file that a cell of an undecoded column of images holds or names; an empty one if it holds none."""
+    if cell and cell["bytes"] is None and cell["path"]:
+        return Path(cell["path"]).open("rb")
+    return io.BytesIO(cell["bytes"] if cell else b"")
+
+
+def _first(features: Mapping[str, Any], *names: str) -> str | None:
+    return next((name for name in names if name in features), None)

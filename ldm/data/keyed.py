@@ -1,0 +1,26 @@
+"""Random numbers that are functions of what they are for, not of when or where they are drawn.
+
+A crop, a caption, the noise of a sample depend on (seed, purpose, key) alone: never on the number of processes or
+workers, the place in a batch, or the state of any global generator. So a run can be resumed, or laid out anew, exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def _number(seed: int, purpose: str, key: tuple[int | str, ...]) -> int:
+    """64 bits of a digest. `ascii` keeps 1 and "1" apart, and ("a", "b") from ("ab",), whatever the strings hold."""
+    return int.from_bytes(hashlib.blake2b(ascii((seed, purpose, *key)).encode(), digest_size=8).digest(), "little")
+
+
+def generator(seed: int, purpose: str, *key: int | str) -> torch.Generator:
+    """A generator on the CPU that depends on the arguments alone."""
+    return torch.Generator().manual_seed(_number(seed, purpose, key) >> 1)  # 63 bits: what a seed may have
+
+
+def uniform(seed: int, purpose: str, *key: int | str) -> float:
+    """A number in [0, 1) with 53 bits that depends on the arguments alone."""
+    return (_number(seed, purpose, key) >> 11) / 2**53

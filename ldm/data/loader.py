@@ -1,0 +1,189 @@
+"""A plan's batches, loaded in worker processes and handed out on the device.
+
+Images stay 8-bit until they are there. Every process takes its rows of each batch: with `world` processes and
+`micro_batches` parts, together they see the rows of one process with one part, and the sample alone decides what each
+row shows.
+
+B rows of this process, C latent channels, H×W height and width of the bucket, h×w those of the latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.cache import Latents
+from ldm.data.framing import choose, decoded_side, render, visit_frame
+from ldm.data.keyed import uniform
+from ldm.data.plan import Item, Plan, Visit
+from ldm.data.skipped import Skipped
+from ldm.data.streams import StreamPlan
+from ldm.errors import LdmError, check_whole
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on at once. It has pixels, or moments where latents are cached."""
+
+    keys: list[str]  # of the images
+    epochs: list[int]  # which visit of each image this is
+    captions: list[str]
+    pixels: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]
+    moments: Tensor | None  # (B, 2C, h, w) float32: mean and standard deviation of the latents, not scaled
+    size: Tensor  # (B, 6) float32: original height, width; top, left of the crop; target height, width (SDXL's order)
+    scores: Tensor  # (B,) float32: aesthetic scores, NaN where there is none
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        pixels, moments = (None if one is None else change(one) for one in (self.pixels, self.moments))
+        return replace(self, pixels=pixels, moments=moments, size=change(self.size), scores=change(self.scores))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch where a GPU can fetch it; the data loader asks for it."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
+class Loader:
+    """The batches of one process, from a step on, without end: `micro_batches` of them for each step.
+
+    An image that turns out to be damaged is replaced by another one of its bucket, counted in `skipped` and listed.
+
+    Args:
+        plan: what the batches hold.
+        start: the first step.
+        rank: of this process.
+        world: number of processes.
+        micro_batches: parts that a step's rows of one process come in.
+        workers: processes that load; 0: this one does.
+        device: where the batches are wanted.
+        latents: the plan's cache; batches then have moments and no pixels.
+
+    Raises:
+        LdmError: the plan's batch does not divide; while iterating: too many images are damaged.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | StreamPlan,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        micro_batches: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        latents: Latents | None = None,
+    ) -> None:
+        check_whole("loader", "start", start, 0, 2**62)
+        check_whole("loader", "workers", workers, 0, 1024)
+        if plan.batch % (world * micro_batches):
+            raise LdmError(
+                f"a batch of {plan.batch} does not divide among {world} processes and {micro_batches} micro-batches; "
+                "choose a multiple of their product"
+            )
+        self.plan, self.start, self.rank, self.world, self.micro_batches = plan, start, rank, world, micro_batches
+        self.workers, self.device, self.latents = workers, torch.device(device), latents
+        self.skipped = Skipped(plan.name, plan.folder / f"skipped-{rank}.txt")
+
+    def __iter__(self) -> Iterator[Batch]:
+        loading = DataLoader(
+            _Loading(self.plan, self.latents),
+            sampler=_Steps(self._items),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise it draws from the global one
+        )
+        seen = 0
+        for batch, damaged in loading:
+            for key, reason in damaged:
+                self.skipped.add(key, reason)
+            if batch is None:
+                key, reason = damaged[-1]
+                raise LdmError(
+                    f"{self.plan.name}: neither an image nor any that replaces it can be read: {key}: {reason}"
+                )
+            seen += len(batch.keys)
+            self.skipped.check(seen)
+            batch = batch.to(self.device)
+            if batch.pixels is not None:
+                pixels = batch.pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+                batch = replace(batch, pixels=pixels.div_(127.5).sub_(1))
+            yield batch
+
+    def _items(self) -> Iterator[Item]:
+        """This process's rows of each micro-batch."""
+        rows = self.plan.batch // (self.world * self.micro_batches)
+        for item in self.plan.items(self.start):
+            for part in range(self.micro_batches):
+                first = (part * self.world + self.rank) * rows
+                yield replace(item, visits=item.visits[first : first + rows])
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What a data loader takes for a sampler."""
+
+    items: Callable[[], Iterator[Item]]
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.items()
+
+
+class _Loading(Dataset):
+    """From what a batch is to hold to the batch, its pixels (B, H, W, 3) uint8; and the images that are damaged."""
+
+    def __init__(self, plan: Plan | StreamPlan, latents: Latents | None) -> None:
+        self.plan = plan
+        self.latents = latents
+
+    def __getitem__(self, item: Item) -> tuple[Batch | None, list[tuple[str, str]]]:
+        damaged: list[tuple[str, str]] = []
+        rows = []
+        for visit in item.visits:
+            for candidate in self._candidates(visit, item.spares):
+                example = self.plan.example(candidate.image)
+                try:
+                    rows.append(self._row(candidate, item.sides))
+                    break
+                except LdmError as error:
+                    damaged.append((example.key, str(error)))
+            else:
+                return None, damaged
+        keys, epochs, captions, scores, numbers, shown = (list(column) for column in zip(*rows, strict=True))
+        pixels, moments = (None, torch.stack(shown)) if self.latents else (torch.stack(shown), None)
+        size, score = torch.tensor(numbers, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32)
+        return Batch(keys, epochs, captions, pixels, moments, size, score), damaged
+
+    def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
+        """The visit, and what replaces it if it is damaged, in an order of its own."""
+        yield visit
+        first = int(
+            uniform(self.plan.seed, "replacement", self.plan.example(visit.image).key, visit.epoch) * len(spares)
+        )
+        yield from (spares[(first + number) % len(spares)] for number in range(len(spares)))
+
+    def _row(self, visit: Visit, sides: tuple[int, int]) -> tuple[Any, ...]:
+        """For one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments."""
+        plan, example = self.plan, self.plan.example(visit.image)
+        choice = int(uniform(plan.seed, "caption", example.key, visit.epoch) * len(example.captions))
+        caption = example.captions[choice] if example.captions else ""
+        known = example.key, visit.epoch, caption, float("nan") if example.score is None else example.score
+        if self.latents:
+            moments, numbers = self.latents.read(
+                visit.image, *choose(plan.framing, plan.seed, example.key, visit.epoch)
+            )
+            return *known, numbers, moments
+        original = example.width, example.height
+        frame = visit_frame(plan.framing, plan.seed, example.key, visit.epoch, original, sides)
+        pixels = render(plan.read(visit.image, decoded_side(frame)), frame)
+        return *known, frame.numbers, torch.from_numpy(pixels)

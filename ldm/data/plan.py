@@ -1,0 +1,150 @@
+"""The order of batches, as a pure function of the step: no state, nothing to replay.
+
+Every bucket is an endless sequence: its images in the shuffled order of epoch 0, then in that of epoch 1, and so on,
+cut into batches of B. Of a bucket with n images, epoch e holds the batches from floor(e·n / B) to floor((e+1)·n / B);
+it shuffles all its batches. So nothing is dropped, nothing is repeated within an epoch, and a bucket with fewer images
+than a batch takes part every few epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.framing import Framing, choose_buckets
+from ldm.data.image_set import Example, ImageSet
+from ldm.data.keyed import generator, uniform
+from ldm.errors import LdmError, check_whole
+
+SPARES = 4  # images that stand by for those of a batch that cannot be decoded
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One image in one epoch."""
+
+    image: Any  # an index into the image set; of a stream, the image itself
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a batch is to hold."""
+
+    sides: tuple[int, int]  # width and height of its bucket
+    visits: list[Visit]
+    spares: list[Visit]  # of the same bucket
+
+
+class Plan:
+    """The batches of a run over an image set.
+
+    Args:
+        images: the image set; several plans can share it.
+        framing: buckets and crops.
+        batch: images of a step, of all processes and micro-batches together.
+        seed: of the run.
+        samples: indices of the images to use; all by default.
+
+    Raises:
+        LdmError: no image is large enough.
+    """
+
+    def __init__(
+        self, images: ImageSet, framing: Framing, batch: int, seed: int, samples: np.ndarray | None = None
+    ) -> None:
+        check_whole("plan", "batch", batch, 1, 2**24)
+        self.images, self.framing, self.batch, self.seed = images, framing, batch, seed
+        self.name, self.folder = images.source.name, images.folder
+        samples = np.arange(len(images)) if samples is None else np.sort(samples)
+        widths, heights = (lengths[samples] for lengths in images.sizes())
+        bucket, enlarged = choose_buckets(framing, widths, heights)
+        small = enlarged > framing.upscale
+        self.left_out = samples[small]  # indices of images that would be enlarged too much
+        buckets = [samples[(bucket == number) & ~small] for number in range(len(framing.sides()))]
+        if small.all():
+            raise LdmError(
+                f"{self.name}: all {len(samples)} images are too small for size {framing.size}; choose a smaller size, "
+                f"or an upscale above {framing.upscale}"
+            )
+        self.buckets = {sides: some for sides, some in zip(framing.sides(), buckets, strict=True) if len(some)}
+
+    def __len__(self) -> int:
+        """How many images take part."""
+        return sum(map(len, self.buckets.values()))
+
+    def __str__(self) -> str:
+        text = f"{len(self)} images in {len(self.buckets)} buckets"
+        small = len(self.left_out)
+        return text + (f"; {small} are too small (upscale {self.framing.upscale}) and left out" if small else "")
+
+    def first_step(self, epoch: int) -> int:
+        """The step an epoch begins with."""
+        return sum(epoch * len(some) // self.batch for some in self.buckets.values())
+
+    def epoch(self, step: int) -> int:
+        """The epoch a step belongs to."""
+        epoch = step * self.batch // len(self)  # the fractions that epochs owe can only put it later
+        while self.first_step(epoch + 1) <= step:
+            epoch += 1
+        return epoch
+
+    def item(self, step: int) -> Item:
+        """What the batch of a step holds."""
+        epoch = self.epoch(step)
+        counts = np.array([len(some) for some in self.buckets.values()])
+        owed = np.repeat(np.arange(len(counts)), (epoch + 1) * counts // self.batch - epoch * counts // self.batch)
+        order = owed[_shuffled(self.seed, "batches", epoch, len(owed))]
+        place = step - self.first_step(epoch)
+        sides, members = list(self.buckets.items())[order[place]]
+        size = len(members)
+        start = (epoch * size // self.batch + int((order[:place] == order[place]).sum())) * self.batch
+        name = f"{sides[0]}x{sides[1]}"
+        visits = []
+        for position in range(start, start + self.batch):
+            turn, index = divmod(position, size)
+            visits.append(Visit(int(members[_shuffled(self.seed, name, turn, size)[index]]), turn))
+        chosen = [int(uniform(self.seed, "spare", name, start, number) * size) for number in range(SPARES)]
+        return Item(sides, visits, [Visit(int(members[index]), visits[0].epoch) for index in chosen])
+
+    def items(self, start: int) -> Iterator[Item]:
+        """The batches from a step on, without end."""
+        return map(self.item, count(start))
+
+    def example(self, image: int) -> Example:
+        """What is known about an image of the plan."""
+        return self.images.example(image)
+
+    def read(self, image: int, least: int) -> Image.Image:
+        """An image of the plan; `least` as in `load_image`. Raises LdmError if it cannot be decoded."""
+        return self.images.read(image, least)
+
+
+def split(images: ImageSet, held_out: int | float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train with and to validate with: a number of images, or, below 1, a fraction.
+
+    The choice is a function of each image's key: it stays as it is when other images come or go (of a number, nearly).
+
+    Raises:
+        LdmError: nothing would be left to train with.
+    """
+    places = np.array([uniform(0, "held out", images.key(index)) for index in range(len(images))])
+    held = places < held_out if held_out < 1 else np.argsort(np.argsort(places)) < held_out
+    if held_out < 0 or held.all():
+        raise LdmError(
+            f"{images.source.name}: holding out {held_out} of {len(images)} images leaves none to train with"
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+@lru_cache(maxsize=256)  # a few epochs of every bucket
+def _shuffled(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
+    order = torch.randperm(count, generator=generator(seed, "order", purpose, epoch), dtype=torch.int32)
+    return order.numpy()

@@ -1,0 +1,198 @@
+"""Captioned images that can only be read from the beginning: remote or piped shards, streamed datasets.
+
+The order is a function of the seed and the epoch: shards in shuffled order, and images through a buffer that shuffles
+them. Every process reads the whole stream and decodes its own rows, so that the batches do not depend on their number;
+and resuming reads again, without decoding, what was consumed. Copy what is trained on for long to a disk.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data import hugging_face
+from ldm.data.framing import Framing, choose_buckets
+from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Example, check_size, read_image
+from ldm.data.keyed import generator, uniform
+from ldm.data.plan import SPARES, Item, Visit
+from ldm.data.skipped import Skipped
+from ldm.data.tar import captions_of
+from ldm.errors import LdmError, check_whole, first_line
+from ldm.images import image_size
+
+Arrival = tuple[str, bytes, Callable[[], Captions]]  # key, file, captions
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One image of a stream."""
+
+    example: Example
+    data: bytes
+
+
+class Stream(Protocol):
+    """Where images come from, one after the other."""
+
+    name: str
+
+    def arrivals(self, seed: int, epoch: int) -> Iterator[Arrival]:
+        """All images once."""
+
+
+class TarStream:
+    """WebDataset shards by address: anything that the `webdataset` library opens (https:, pipe:, files)."""
+
+    def __init__(self, name: str, addresses: list[str]) -> None:
+        self.name = name
+        self.addresses = addresses
+
+    def arrivals(self, seed: int, epoch: int) -> Iterator[Arrival]:
+        """All images once."""
+        from webdataset.tariterators import tarfile_samples
+
+        order = torch.randperm(len(self.addresses), generator=generator(seed, "shards", epoch)).tolist()
+        for sample in tarfile_samples({"url": self.addresses[index]} for index in order):
+            texts = {suffix: sample[suffix] for suffix in ("txt", "json") if suffix in sample}
+            for suffix in sample.keys() & IMAGE_SUFFIXES:
+                yield f"{sample['__key__']}.{suffix}", sample[suffix], partial(captions_of, texts)
+
+
+class DatasetStream:
+    """A dataset of Hugging Face's `datasets`, streamed."""
+
+    def __init__(self, name: str, split: str = "train", caption: str | None = None) -> None:
+        self.name = name
+        dataset = hugging_face.load(name, split, streaming=True)
+        self.columns = hugging_face.Columns(name, dataset, caption)
+        self.rows = self.columns.undecoded(dataset)
+
+    def arrivals(self, seed: int, epoch: int) -> Iterator[Arrival]:
+        """All images once."""
+        rows = self.rows.shuffle(seed=seed % 2**32, buffer_size=1)  # shuffles the order of the dataset's files
+        rows.set_epoch(epoch)
+        for number, row in enumerate(rows):
+            with hugging_face.open_image(row[self.columns.image]) as file:
+                data = file.read()
+            key = f"{number:09}" if self.columns.key is None else str(row[self.columns.key])
+            yield key, data, partial(self.columns.captions, row)
+
+
+class StreamPlan:
+    """The batches of a run over a stream, in the form of a `Plan`.
+
+    Args:
+        stream: where the images come from.
+        framing: buckets and crops.
+        batch: images of a step, of all processes and micro-batches together.
+        seed: of the run.
+        folder: for the list of images that cannot be used.
+        captions: "required", where images without are skipped and counted, or "optional".
+        buffer: images that wait in memory to be shuffled; up to a batch for each bucket wait besides.
+        rank: of this process, which has a list of its own.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        framing: Framing,
+        batch: int,
+        seed: int,
+        folder: Path,
+        captions: str = "required",
+        buffer: int = 1000,
+        rank: int = 0,
+    ) -> None:
+        check_whole("stream", "batch", batch, 1, 2**24)
+        check_whole("stream", "buffer", buffer, 1, 2**24)
+        self.stream, self.framing, self.batch, self.seed = stream, framing, batch, seed
+        self.name, self.folder, self.captions, self.buffer = stream.name, folder, captions, buffer
+        self.seen = 0  # images, so far
+        self.left_out = 0  # images that would be enlarged too much, so far
+        self.list = folder / f"skipped-stream-{rank}.txt"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def items(self, start: int) -> Iterator[Item]:
+        """The batches from a step on, without end; those before it are read, not returned.
+
+        Raises:
+            LdmError: the stream fails, holds no usable image, or too many cannot be used.
+        """
+        waiting: defaultdict[int, list[Visit]] = defaultdict(list)
+        spares: dict[int, list[Visit]] = {}
+        skipped = Skipped(self.name, self.list, fresh=True)
+        sides, step = self.framing.sides(), 0
+        for epoch in count():
+            usable = 0
+            for streamed in self._shuffled(epoch, skipped):
+                bucket, enlarged = choose_buckets(
+                    self.framing, np.array([streamed.example.width]), np.array([streamed.example.height])
+                )
+                if enlarged[0] > self.framing.upscale:
+                    self.left_out += 1
+                    continue
+                usable += 1
+                number = int(bucket[0])
+                waiting[number].append(Visit(streamed, epoch))
+                if len(waiting[number]) == self.batch:
+                    visits = waiting.pop(number)
+                    if step >= start:
+                        yield Item(sides[number], visits, spares.get(number, visits[:SPARES]))
+                    spares[number] = visits[:SPARES]
+                    step += 1
+            if not usable:
+                raise LdmError(f"{self.name} holds no image that can be used; {self.left_out} are too small")
+
+    def example(self, image: Streamed) -> Example:
+        """What is known about an image of the plan."""
+        return image.example
+
+    def read(self, image: Streamed, least: int) -> Image.Image:
+        """An image of the plan; `least` as in `load_image`. Raises LdmError if it cannot be decoded."""
+        return read_image(io.BytesIO(image.data), (image.example.width, image.example.height), least)
+
+    def _shuffled(self, epoch: int, skipped: Skipped) -> Iterator[Streamed]:
+        """The images of an epoch, through the buffer."""
+        buffer: list[Streamed] = []
+        for number, streamed in enumerate(self._usable(epoch, skipped)):
+            if len(buffer) < self.buffer:
+                buffer.append(streamed)
+                continue
+            index = int(uniform(self.seed, "buffer", epoch, number) * len(buffer))
+            yield buffer[index]
+            buffer[index] = streamed
+        for index in torch.randperm(len(buffer), generator=generator(self.seed, "rest", epoch)).tolist():
+            yield buffer[index]
+
+    def _usable(self, epoch: int, skipped: Skipped) -> Iterator[Streamed]:
+        """The images of an epoch whose headers and captions are good, in the stream's order."""
+        arrivals = self.stream.arrivals(self.seed, epoch)
+        while True:
+            try:
+                key, data, captions = next(arrivals)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever a library's file systems raise
+                raise LdmError(f"{self.name}: the stream broke off: {first_line(error)}") from None
+            self.seen += 1
+            try:
+                width, height = image_size(io.BytesIO(data), "the file")
+                check_size(width, height)
+                said = captions()
+                if not said.texts and self.captions == "required":
+                    raise LdmError("it has no caption")
+            except LdmError as error:
+                skipped.add(key, str(error))
+                skipped.check(self.seen)
+                continue
+            yield Streamed(Example(key, said.texts, width, height, said.score, ""), data)

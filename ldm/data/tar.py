@@ -1,0 +1,109 @@
+"""WebDataset shards on disk: tar files in which the files of a sample stand side by side and share a name.
+
+A shard is read through once, to learn where its images are; then they are read in any order. Captions are `NAME.txt`, a
+line each, or `caption` or `text` in `NAME.json` (a text or a list; `score` or `aesthetic_score` beside it).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Entry, Part, decode_caption, to_captions
+from ldm.errors import LdmError
+
+_BLOCK = 512
+
+
+class Tar:
+    """Images in tar files. Keys are the members' names."""
+
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        self.name = name
+        self.files = files
+
+    def parts(self) -> Iterator[Part]:
+        """A part for each shard."""
+        for file in self.files:
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise LdmError(f"the shard {file} cannot be read: {error.strerror}") from None
+            stamp = f"{status.st_size}:{status.st_mtime_ns}"
+            yield Part(str(file.resolve()), stamp, partial(_entries, file, stamp))
+
+    def open(self, where: str) -> BinaryIO:
+        """The bytes of a member."""
+        path, offset, size = where.rsplit(":", 2)
+        with Path(path).open("rb") as file:
+            file.seek(int(offset))
+            return io.BytesIO(file.read(int(size)))
+
+
+def captions_of(texts: Mapping[str, bytes]) -> Captions:
+    """Captions of a sample from its files, by the ends of their names.
+
+    Raises:
+        LdmError: they cannot be read.
+    """
+    record = {}
+    if "json" in texts:
+        try:
+            record = json.loads(decode_caption(texts["json"]))
+        except (ValueError, RecursionError) as error:
+            raise error if isinstance(error, LdmError) else LdmError("its .json is not valid JSON") from None
+        if not isinstance(record, dict):
+            raise LdmError("its .json holds no object")
+    score = record.get("score", record.get("aesthetic_score"))
+    if "txt" in texts:
+        return to_captions(decode_caption(texts["txt"]).splitlines(), score)
+    return to_captions(record.get("caption", record.get("text")), score)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name as WebDataset reads it: the sample, up to the first dot of the last part, and the rest."""
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = last.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _entries(path: Path, stamp: str) -> Iterator[Entry]:
+    """The images of a shard."""
+    current, images, texts = "", list[tarfile.TarInfo](), dict[str, bytes]()
+
+    def sample() -> Iterator[Entry]:
+        for image in images:
+            where = f"{path}:{image.offset_data}:{image.size}"
+            yield Entry(
+                image.name.removeprefix("./"), where, f"{stamp}:{image.offset_data}", "", partial(captions_of, texts)
+            )
+
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # which would grow with the shard
+                name, suffix = split_name(member.name)
+                if not member.isreg() or name.rpartition("/")[2] == "":  # not a file, or a hidden one
+                    continue
+                if name != current:
+                    yield from sample()
+                    current, images, texts = name, [], {}
+                if suffix in IMAGE_SUFFIXES:
+                    images.append(member)
+                elif suffix in ("txt", "json"):
+                    texts[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
+            yield from sample()
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(_BLOCK) != bytes(_BLOCK):
+                raise LdmError(f"the shard {path} is cut short or damaged; fetch or write it again")
+    except (tarfile.TarError, EOFError) as error:
+        raise LdmError(
+            f"the shard {path} is damaged, or compressed, which forbids reading in any order ({error}); write it again"
+        ) from None
+    except OSError as error:
+        raise LdmError(f"the shard {path} cannot be read: {error.strerror or error}") from None
