@@ -95,6 +95,16 @@ def test_dead_vectors_become_random_latents() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_overflow_leaves_the_vectors_alone() -> None:
+    book = codebook([[0.0], [10.0]])
+    moving = MovingCodebook(book)
+    step(moving, book, latents([1.0], [9.0]))
+    step(moving, book, latents([float("inf")], [9.0]))
+    assert book.embedding.weight.tolist() == [[1.0], [9.0]]
+    step(moving, book, latents([1.0], [9.0]))
+    torch.testing.assert_close(book.embedding.weight, torch.tensor([[1.0], [9.0]]))
+
+
 def test_micro_batches_and_ranks_give_the_same_vectors() -> None:
     z = torch.randn(4, 3, 2, 2)
     books = [codebook(torch.linspace(-1, 1, 24).view(8, 3).tolist()) for _ in range(4)]

@@ -162,7 +162,7 @@ def test_micro_batches_and_ranks_give_the_same_weight() -> None:
         fixed.pictures, fixed.noise = pictures.chunk(2)[rank], noise.chunk(2)[rank]
         fixed.forward_backward(adaptive)
     ranks[0].update(lambda tensor: handed_in.append(tensor) or tensor)
-    ranks[1].update(lambda tensor: (tensor + handed_in[0]) / 2)
+    ranks[1].update(lambda tensor: tensor + handed_in[0])
     torch.testing.assert_close(ranks[1].value, whole.value, rtol=1e-4, atol=0)
     assert not torch.isclose(ranks[0].value, whole.value, rtol=1e-3)  # so that it matters
 
@@ -176,6 +176,24 @@ def test_the_weight_in_half_precision(dtype: torch.dtype, tolerance: float) -> N
             fixed.forward_backward(adaptive, scale=scale)
         adaptive.update()
         assert adaptive.value.item() == pytest.approx(ratio, rel=tolerance)
+
+
+def test_the_weight_of_gradients_that_vanish_in_half_precision() -> None:
+    """Those for the pictures are 1e-8 here, where fp16 ends at 6e-8."""
+
+    class Faint(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.01 * x.mean(dim=(1, 2, 3))
+
+    z, adaptive = torch.rand(8, 4, 128, 128), AdaptiveWeight()
+    last = nn.Parameter(torch.rand(3, 4, 1, 1))
+    with torch.autocast("cpu", torch.float16):
+        reconstruction = F.conv2d(z, last)
+        loss = reconstruction_loss(reconstruction, torch.zeros(8, 3, 128, 128)).total
+        adaptive.join(loss, reconstruction, last, Faint(), FACTOR)
+    adaptive.update()
+    assert reconstruction.dtype == torch.float16
+    assert adaptive.value.item() == pytest.approx(100, rel=0.01)  # all reconstructions are positive
 
 
 def test_the_weight_is_limited_and_survives_overflow() -> None:

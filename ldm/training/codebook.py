@@ -94,6 +94,11 @@ class MovingCodebook(nn.Module):
         turn = (torch.arange(size, device=self.counts.device) % ranks == rank).unsqueeze(1)
         offered = torch.where(turn, self._latents[chosen], 0)
         step, offered = reduce(torch.cat([self._step, offered], dim=1)).split([1 + dim, dim], dim=1)
+        self._step, self._latents = None, torch.empty(0)
+        if (
+            not step.isfinite().all()
+        ):  # fp16 overflows now and then, and the optimiser skips the step: so do the vectors
+            return
         used = step[:, 0] > 0
         self.counts.lerp_(step[:, 0], 1 - self.decay)
         self.sums.lerp_(step[:, 1:], 1 - self.decay)
@@ -105,7 +110,6 @@ class MovingCodebook(nn.Module):
         # A vector out of use stays where it is. One without a past takes the mean of its first latents.
         moved = torch.where(used.unsqueeze(1), self.sums / self.counts.unsqueeze(1), vectors.float())
         vectors.copy_(torch.where(dead.unsqueeze(1), offered, moved))
-        self._step, self._latents = None, torch.empty(0)
 
     def usage(self) -> float:
         """Share of the vectors that were used in the last `patience` steps."""

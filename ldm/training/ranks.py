@@ -1,4 +1,4 @@
-"""Sums and means over the ranks of a run, as functions handed in, so that nothing here knows how ranks are launched."""
+"""Sums over the ranks of a run, as functions handed in, so that nothing here knows how ranks are launched."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Reduce = Callable[[Tensor], Tensor]  # a tensor of this rank to the sum, or the mean, of those of all ranks
+Reduce = Callable[[Tensor], Tensor]  # a tensor of this rank to the sum of those of all ranks, the same on each
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """The sum and the mean where there is one rank."""
+    """The sum where there is one rank."""
     return tensor

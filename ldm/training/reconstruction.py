@@ -91,8 +91,8 @@ class AdaptiveWeight(nn.Module):
     """Makes the adversary pull the decoder's last layer as hard as the reconstruction does (Esser et al. 2021, eq. 7).
 
     The weight is ‖∇ reconstruction‖ / (‖∇ adversarial‖ + EPS), at most `LARGEST`, with the gradients of a whole step:
-    means over its micro-batches and over the ranks, and norms of these. It takes effect in the next step, and is 0 in
-    the first. A ratio for each micro-batch and each rank, as others have it, would make 1×8 and 2×4 pictures train
+    added up over its micro-batches and the ranks before their norms are taken. It takes effect in the next step, and is
+    0 in the first. A ratio for each micro-batch and each rank, as others have it, would make 1×8 and 2×4 pictures train
     different networks; one for the whole step is known only when its last micro-batch has been seen.
 
     `value` () is the weight, and all that a checkpoint between two steps needs.
@@ -104,7 +104,6 @@ class AdaptiveWeight(nn.Module):
         super().__init__()
         self.register_buffer("value", torch.zeros(()))
         self._gradients: Tensor | None = None  # (2, N): sums over the step's micro-batches so far
-        self._count = 0
 
     def join(
         self,
@@ -131,7 +130,6 @@ class AdaptiveWeight(nn.Module):
             [_at_layer(gradient, reconstruction, last_layer) for gradient in (toward_target, toward_real)]
         )
         self._gradients = gradients if self._gradients is None else self._gradients + gradients
-        self._count += 1
         weight = factor * self.value
         gradient = toward_target + weight * toward_real
         zero = (gradient * (reconstruction.float() - reconstruction.detach().float())).sum()  # but for its gradient
@@ -141,16 +139,16 @@ class AdaptiveWeight(nn.Module):
         """End a step: make the weight from what its micro-batches have measured.
 
         Args:
-            reduce: gives the mean over all ranks, each of which must call this.
+            reduce: gives the sum over all ranks, each of which must call this.
         """
         if self._gradients is None:
             return
-        gradients = reduce(self._gradients / self._count)
+        gradients = reduce(self._gradients)
         towards, against = torch.linalg.vector_norm(gradients, dim=1)
         ratio = (towards / (against + EPS)).clamp(max=LARGEST)
         # fp16 overflows now and then, and the step is skipped: the weight stays as well
         self.value.copy_(torch.where(gradients.isfinite().all(), ratio, self.value))
-        self._gradients, self._count = None, 0
+        self._gradients = None
 
 
 def _gradient(loss: Tensor, reconstruction: Tensor) -> Tensor:
