@@ -97,7 +97,7 @@ class MovingCodebook(nn.Module):
         self._step, self._latents = None, torch.empty(0)
         if (
             not step.isfinite().all()
-        ):  # fp16 overflows now and then, and the optimiser skips the step: so do the vectors
+        ):  # fp16 overflows now and then; the optimiser skips the step, and so do the vectors
             return
         used = step[:, 0] > 0
         self.counts.lerp_(step[:, 0], 1 - self.decay)
