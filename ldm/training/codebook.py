@@ -95,9 +95,8 @@ class MovingCodebook(nn.Module):
         offered = torch.where(turn, self._latents[chosen], 0)
         step, offered = reduce(torch.cat([self._step, offered], dim=1)).split([1 + dim, dim], dim=1)
         self._step, self._latents = None, torch.empty(0)
-        if (
-            not step.isfinite().all()
-        ):  # fp16 overflows now and then; the optimiser skips the step, and so do the vectors
+        # fp16 overflows now and then, and the optimiser skips the step: so do the vectors
+        if not step.isfinite().all():
             return
         used = step[:, 0] > 0
         self.counts.lerp_(step[:, 0], 1 - self.decay)
