@@ -114,11 +114,7 @@ class Loader:
                 )
             seen += len(batch.keys)
             self.skipped.check(seen)
-            batch = batch.to(self.device)
-            if batch.pixels is not None:
-                pixels = batch.pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-                batch = replace(batch, pixels=pixels.div_(127.5).sub_(1))
-            yield batch
+            yield _ready(batch, self.device)
 
     def _items(self) -> Iterator[Item]:
         """This process's rows of each micro-batch."""
@@ -127,6 +123,42 @@ class Loader:
             for part in range(self.micro_batches):
                 first = (part * self.world + self.rank) * rows
                 yield replace(item, visits=item.visits[first : first + rows])
+
+
+def once(plan: Plan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
+    """Every image of a plan once, as it is seen at its first visit: up to `rows` of one bucket at a time, in an order
+    that is always the same, this process's share of them. Images that cannot be decoded are left out."""
+    loading = _Loading(plan, None)
+    pieces = [
+        Item(sides, [Visit(int(index), 0) for index in members[start : start + rows]], [])
+        for sides, members in plan.buckets.items()
+        for start in range(0, len(members), rows)
+    ]
+    for item in pieces[rank::world]:
+        found = [loading[replace(item, visits=[visit])][0] for visit in item.visits]
+        readable = [batch for batch in found if batch is not None]
+        if readable:
+            yield _ready(_joined(readable), device)
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    """Batches with pixels as one."""
+    pixels, size, scores = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("pixels", "size", "scores")
+    )
+    keys, epochs, captions = (
+        [value for batch in batches for value in getattr(batch, name)] for name in ("keys", "epochs", "captions")
+    )
+    return Batch(keys, epochs, captions, pixels, None, size, scores)
+
+
+def _ready(batch: Batch, device: torch.device | str) -> Batch:
+    """A loaded batch on the device, its pixels (B, 3, H, W) in [-1, 1]."""
+    batch = batch.to(device)
+    if batch.pixels is None:
+        return batch
+    pixels = batch.pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return replace(batch, pixels=pixels.div_(127.5).sub_(1))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Checkpoints: written under a temporary name, flushed, renamed; the newest whole one is found by itself.
 
-A checkpoint is a folder `step-…` with what accelerate saves and a manifest, written last, with the digest of every file.
+A checkpoint is a folder `step-…`: what accelerate saves, and a manifest, written last, with the digest of every file.
 """
 
 from __future__ import annotations

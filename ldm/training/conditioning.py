@@ -32,7 +32,10 @@ class DropOut:
         """Whose caption is left out of which text encoder: (B, K)."""
         rates = self.caption if len(self.caption) == encoders else self.caption[:1] * encoders
         rows = [
-            [uniform(seed, "drop caption", key, epoch, 0 if self.together else k) < rate for k, rate in enumerate(rates)]
+            [
+                uniform(seed, "drop caption", key, epoch, 0 if self.together else k) < rate
+                for k, rate in enumerate(rates)
+            ]
             for key, epoch in zip(keys, epochs, strict=True)
         ]
         return torch.tensor(rows, dtype=torch.bool).view(len(rows), encoders)
@@ -60,7 +63,10 @@ def prompt(batch: Batch, family: Family, drop: DropOut, seed: int, default_score
     """
     dropped = drop.captions(seed, batch.keys, batch.epochs, len(family.text))
     texts = [
-        ["" if gone and not family.zero_empty_prompt else text for text, gone in zip(batch.captions, column, strict=True)]
+        [
+            "" if gone and not family.zero_empty_prompt else text
+            for text, gone in zip(batch.captions, column, strict=True)
+        ]
         for column in dropped.T.tolist()
     ]
     return Prompt(texts, dropped, size_ids(batch, drop.sizes(seed, batch.keys, batch.epochs), family, default_score))

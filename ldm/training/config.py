@@ -146,13 +146,18 @@ class DataSection(Section):
 
     source: str = Field("", description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub")
     captions: Literal["required", "optional"] = Field("required", description="what to do about pictures without")
-    holdout: float = Field(64, ge=0, description="pictures kept out of training for validation; below 1: a part of them")
+    holdout: float = Field(
+        64, ge=0, description="pictures kept out of training for validation; below 1: a part of them"
+    )
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
     bucket_step: int = Field(64, ge=8, description="sides of the buckets are multiples of it, in pixels")
     aspect: float = Field(4.0, ge=1, description="width / height of the widest bucket")
     crop: Literal["random", "center"] = Field("random", description="where to crop")
-    flip: bool = Field(False, description="mirror half of the pictures: only where neither they nor captions have a side")
+    flip: bool = Field(
+        False, description="mirror half of the pictures: only where neither they nor captions have a side"
+    )
     upscale: float = Field(1.25, ge=1, description="pictures that would be enlarged more are left out, and counted")
+    stream: bool = Field(False, description="read shards or a dataset from the beginning, without a copy on disk")
     workers: int = Field(2, ge=0, description="processes that load pictures")
     cache: bool = Field(False, description="encode pictures and captions once, and keep them in the run's folder")
     crops: int = Field(1, ge=1, description="crops of each picture in the cache")

@@ -89,8 +89,8 @@ class DenoiserStage:
     def _player(self) -> Player:
         section, model = self.section, self.model
         rate = section.optimizer.learning_rate
-        for module in model.modules().values():
-            module.requires_grad_(False)
+        for network in model.modules().values():
+            network.requires_grad_(False)
         model.unet.requires_grad_(True).train()
         groups: list[Group] = [(list(model.unet.parameters()), rate)]
         module: nn.Module = model.unet

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]  # step, figures
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  (no error)
     """The run was asked to stop, and has saved where it is."""
 
 
@@ -136,7 +136,7 @@ class Training:
             Stopped: see `run`.
         """
         players = self.stage.players
-        part = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
+        rate = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
         sums: dict[str, Tensor] = {}
         bad: list[tuple[list[str], Tensor]] = []  # keys, and which of them have a loss that is not finite
         for index, batch in enumerate(micro_batches):
@@ -145,10 +145,10 @@ class Training:
                     mean = loss.values.mean() / len(micro_batches)
                     self.accelerator.backward(mean)
                     bad.append((batch.keys, ~torch.isfinite(loss.values.detach()).expand(len(batch.keys))))
-                    for name, value in {f"loss/{loss.player}": loss.values.detach().mean(), **loss.report}.items():
-                        sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
+                    for name, part in {f"loss/{loss.player}": loss.values.detach().mean(), **loss.report}.items():
+                        sums[name] = sums.get(name, 0) + part.float() / len(micro_batches)
         for name, player in players.items():
-            set_learning_rate(player.optimizer, part)
+            set_learning_rate(player.optimizer, rate)
             limit = player.clip or float("inf")
             norm = self.accelerator.clip_grad_norm_(player.module.parameters(), limit)
             sums[f"gradient/{name}"] = torch.as_tensor(norm, device=self.accelerator.device).detach().float()
@@ -193,8 +193,8 @@ class Training:
         saved = checkpoint.checkpoints(self.folder / "checkpoints")
         return (
             f"{what} of step {self.step + 1} is not finite (samples here: {listing(sorted(found), 8)}); nothing was "
-            f"updated, the last checkpoint is {saved[-1].name if saved else 'none yet'}. A lower learning rate, bf16 in "
-            "place of fp16, or leaving these pictures out may help"
+            f"updated, the last checkpoint is {saved[-1].name if saved else 'none yet'}. A lower learning rate, bf16 "
+            "in place of fp16, or leaving these pictures out may help"
         )
 
     @contextmanager
@@ -210,7 +210,9 @@ class Training:
 
     def write_log(self) -> None:
         """The means since the last line."""
-        since = self.section.log_every if self.step % self.section.log_every == 0 else self.step % self.section.log_every
+        since = (
+            self.section.log_every if self.step % self.section.log_every == 0 else self.step % self.section.log_every
+        )
         figures = {name: value / since for name, value in self.sums.items()}
         rate = learning_rate(self.section.optimizer, self.step, self.section.steps)
         figures |= {"learning_rate": rate * self.section.optimizer.learning_rate, **self.clock.figures()}

@@ -42,10 +42,14 @@ class Stage(Protocol):
     """One kind of training."""
 
     name: str
-    section: StageSection
     model: LatentDiffusion  # what is trained, with everything that it needs
     players: dict[str, Player]
     extra: dict[str, nn.Module]  # whose state belongs into a checkpoint, though no optimiser changes them
+
+    @property
+    def section(self) -> StageSection:
+        """Its part of the configuration."""
+        ...
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
         """The losses of a micro-batch. Each is propagated backwards before the next is asked for."""
