@@ -33,11 +33,15 @@ from ldm.training.optimizers import learning_rate, set_learning_rate
 from ldm.training.stage import Stage
 
 log = logging.getLogger(__name__)
-Report = Callable[[int, dict[str, float]], None]  # step, figures
+Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
 
 
 class Stopped(Exception):  # noqa: N818  (no error)
     """The run was asked to stop, and has saved where it is."""
+
+    def __init__(self, stage: str, step: int, signal: int) -> None:
+        super().__init__(f"stage {stage} stopped after {step} updates, and saved them")
+        self.signal = signal
 
 
 @dataclass
@@ -93,7 +97,7 @@ class Training:
             accelerator.register_for_checkpointing(kept)
         self.sums: dict[str, float] = {}  # of the figures since the last line of the log
         self.clock = Clock()
-        self.stop = threading.Event()
+        self.asked = 0  # the signal that asked for the end
 
     def run(self) -> dict[str, Any]:
         """From the newest checkpoint, if there is one, to the last step; the result's record.
@@ -170,7 +174,7 @@ class Training:
             Stopped: some rank was asked to stop.
         """
         wrong = torch.stack([rows.any() for _, rows in bad]).any().float()
-        stop = torch.tensor(float(self.stop.is_set()), device=wrong.device)
+        stop = torch.tensor(float(bool(self.asked)), device=wrong.device)
         any_wrong, any_stop, *means = self.accelerator.reduce(
             torch.stack([wrong, stop, *figures.values()]), "mean"
         ).tolist()
@@ -183,7 +187,7 @@ class Training:
             for player in self.stage.players.values():
                 player.optimizer.zero_grad(set_to_none=True)
             self.save()
-            raise Stopped
+            raise Stopped(self.stage.name, self.step, self.asked or signal.SIGTERM)
         return result
 
     def lost(self, what: str, bad: list[tuple[list[str], Tensor]]) -> str:
@@ -225,7 +229,7 @@ class Training:
         if self.accelerator.is_main_process:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **figures}) + "\n")
-            self.report(self.step, figures)
+            self.report(self.stage.name, self.step, self.section.steps, figures)
 
     def validate(self) -> None:
         """Figures over the held-out pictures, with the averages in place."""
@@ -293,9 +297,9 @@ class Training:
             return
 
         def ask(number: int, _: object) -> None:
-            if self.stop.is_set():
+            if self.asked:
                 raise KeyboardInterrupt
-            self.stop.set()
+            self.asked = number
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

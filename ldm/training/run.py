@@ -31,7 +31,7 @@ from ldm.data.loader import Batch, Loader, once
 from ldm.data.plan import Plan, split
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
-from ldm.errors import LdmError
+from ldm.errors import LdmError, first_line
 from ldm.latent_diffusion import LatentDiffusion, fingerprint
 from ldm.models.unet import Conditioning
 from ldm.training.checkpointing import checkpointed
@@ -135,13 +135,25 @@ class Run:
         self.preview = preview
         self.report = report
         self.folder = Path(config.output)
-        self.accelerator = self.new_accelerator()
+        self.accelerator = Accelerator(mixed_precision=config.precision)
         self._write_config()
         self.pictures = self._open_pictures()
 
-    def new_accelerator(self) -> Accelerator:
-        """One for each stage: what is prepared with it is what its checkpoints hold."""
-        return Accelerator(mixed_precision=self.config.precision, project_dir=str(self.folder))
+    def _tracked(self, folder: Path) -> Accelerator:
+        """An accelerator for one stage: what is prepared with it is what checkpoints hold; its log goes to trackers."""
+        wanted = self.config.trackers
+        try:
+            accelerator = Accelerator(
+                mixed_precision=self.config.precision, log_with=list(wanted) or None, project_dir=str(folder)
+            )
+        except ValueError as error:
+            raise LdmError(f"trackers: {first_line(error)}") from None
+        found = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
+        for name in wanted:
+            if name not in found:
+                raise LdmError(f"tracker {name} is not installed: pip install {name}, or leave it out (trackers=[])")
+        accelerator.init_trackers("log")
+        return accelerator
 
     def _write_config(self) -> None:
         path = self.folder / "config.yaml"
@@ -199,8 +211,8 @@ class Run:
             LdmError: see `Training.run`.
         """
         section: StageSection = getattr(self.config, name)
-        accelerator = self.new_accelerator()
         folder.mkdir(parents=True, exist_ok=True)
+        accelerator = self._tracked(folder)
         for module in model.modules().values():
             _own(module, accelerator.device)
         caches = self._caches(accelerator, section, model) if name in ("base", "refiner") else Caches()
@@ -210,17 +222,23 @@ class Run:
                 checkpointed(player.module)
             if section.compile:
                 player.module.compile()
+
+        def report(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+            accelerator.log(figures, step)
+            self.report(stage, step, steps, figures)
+
         training = Training(
             accelerator, stage, folder,
             partial(self._batches, accelerator, section, caches),
             partial(self._held_out, accelerator, section),
-            self.report,
+            report,
         )  # fmt: skip
         record = training.run()
         for player in stage.players.values():
             accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
         with training.averaged():
             self._write_result(accelerator, stage, folder, record)
+        accelerator.end_training()
         accelerator.free_memory()
         return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
 
@@ -380,7 +398,9 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, A
         yield name, before, now
 
 
-def train(config: Config, preview: Preview | None = None, report: Report = lambda step, figures: None) -> None:
+def train(
+    config: Config, preview: Preview | None = None, report: Report = lambda stage, step, steps, figures: None
+) -> None:
     """Train what a configuration says; the same call again goes on where it stopped.
 
     Args:
