@@ -181,7 +181,7 @@ def steps_of(kind: Any, steps: int, options: dict[str, Any]) -> Tensor:
 def test_weights_are_those_of_diffusers(name: str, options: dict[str, Any]) -> None:
     for steps in (4, 18):
         made, expected = (steps_of(getattr(home, name), steps, options) for home in (solvers, diffusers))
-        torch.testing.assert_close(made, expected, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(made, expected, atol=1e-6, rtol=1e-6)  # the noise is in single precision
 
 
 @pytest.mark.parametrize("name", DISTILLED)

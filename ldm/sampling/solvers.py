@@ -14,7 +14,6 @@ from fractions import Fraction
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,18 +68,18 @@ class DPMSolverMultistepScheduler(_Levels, diffusers.DPMSolverMultistepScheduler
         h = _span(start, end)
         k = h if noise is None else 2 * h  # with noise of its own, the old one decays twice as fast
         gain = -math.expm1(-k)
-        x = signal(end) / signal(start) * math.exp(-k) * sample + signal(end) * gain * m[-1]
+        x = (signal(end) / signal(start) * math.exp(-k) * sample).add(m[-1], alpha=signal(end) * gain)
         if len(m) > 1:
             h1 = _span(self.levels[i - 1], start)
             slope = (m[-1] - m[-2]) * (h / h1)
             if len(m) > 2:
                 h2 = _span(self.levels[i - 2], self.levels[i - 1])
-                bend = (slope - (m[-2] - m[-3]) * (h / h2)) * (h / (h1 + h2))
-                slope = slope + bend * (h1 / h)
-                x = x + signal(end) * ((gain - k) / k**2 + 0.5) * bend
+                bend = slope.sub(m[-2] - m[-3], alpha=h / h2) * (h / (h1 + h2))
+                slope = slope.add(bend, alpha=h1 / h)
+                x = x.add(bend, alpha=signal(end) * ((gain - k) / k**2 + 0.5))
             midpoint = len(m) == 2 and self.config.solver_type == "midpoint"
-            x = x + signal(end) * (gain / 2 if midpoint else 1 - gain / k) * slope
-        return x if noise is None else x + end * signal(end) * math.sqrt(gain) * noise
+            x = x.add(slope, alpha=signal(end) * (gain / 2 if midpoint else 1 - gain / k))
+        return x if noise is None else x.add(noise, alpha=end * signal(end) * math.sqrt(gain))
 
 
 class DPMSolverSinglestepScheduler(_Levels, diffusers.DPMSolverSinglestepScheduler):
@@ -130,29 +129,41 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
         if start == end:
             return sample
         h = _span(start, end)
-        m = self.model_outputs
         points = [-_span(self.levels[i - j], start) / h for j in range(1, order)]
-        differences = [(m[-1 - j] - m[-1]) / point for j, point in enumerate(points, 1)]
+        others = self.model_outputs[-2 : -1 - order : -1]  # the predictions there
         if new is not None:
-            points, differences = [*points, 1.0], [*differences, new - m[-1]]
+            points, others = [*points, 1.0], [*others, new]
         change = math.expm1(-h)
         scale = -h if self.config.solver_type == "bh1" else change
-        x = end * signal(end) / (start * signal(start)) * sample - signal(end) * change * m[-1]
-        for weight, difference in zip(_unipc_weights(points, h, scale), differences, strict=True):
-            x = x - signal(end) * scale * weight * difference
+        shares = _unipc_shares(points, h, scale)
+        weights = [-signal(end) * scale * share / point for share, point in zip(shares, points, strict=True)]
+        x = end * signal(end) / (start * signal(start)) * sample
+        x = x.add(self.model_outputs[-1], alpha=-signal(end) * change - sum(weights))
+        for other, weight in zip(others, weights, strict=True):
+            x = x.add(other, alpha=weight)
         return x.to(sample.dtype)
 
 
-def _unipc_weights(points: list[float], h: float, scale: float) -> list[float]:
-    """What the differences to the predictions at `points`, in steps h from the start, count for."""
+def _unipc_shares(points: list[float], h: float, scale: float) -> list[float]:
+    """What the slopes to the predictions at `points`, in steps h from the start, count for."""
     if len(points) < 2:
         return [0.5] * len(points)  # the paper's choice, which keeps the order
-    moments, phi, factorial = [], math.expm1(-h) / -h - 1, 1
+    shares, phi, factorial = [], math.expm1(-h) / -h - 1, 1
     for n in range(1, len(points) + 1):
-        moments.append(phi * factorial / scale)
+        shares.append(phi * factorial / scale)
         factorial *= n + 1
         phi = phi / -h - 1 / factorial
-    return np.linalg.solve(np.vander(points, increasing=True).T, moments).tolist()
+    # they solve a system of the points' powers (Björck and Pereyra 1970)
+    last = len(points) - 1
+    for k in range(last):
+        for j in range(last, k, -1):
+            shares[j] -= points[k] * shares[j - 1]
+    for k in range(last - 1, -1, -1):
+        for j in range(k + 1, last + 1):
+            shares[j] /= points[j] - points[j - k - 1]
+        for j in range(k, last):
+            shares[j] -= shares[j + 1]
+    return shares
 
 
 class DEISMultistepScheduler(_Levels, diffusers.DEISMultistepScheduler):
