@@ -126,7 +126,7 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
     def _update(self, i: int, sample: Tensor, order: int, new: Tensor | None) -> Tensor:
         """From level i to the next; once more, corrected, when `new`, the prediction there, is known."""
         start, end = self.levels[i], self.levels[i + 1]
-        if start == end:
+        if start == end:  # as above
             return sample
         h = _span(start, end)
         points = [-_span(self.levels[i - j], start) / h for j in range(1, order)]
