@@ -112,11 +112,13 @@ def test_spacings_that_make_no_sense_are_refused_with_the_reason(name: str) -> N
         make(schedule(), 3, "euler", "list")
 
 
-def test_each_timestep_is_used_once() -> None:
-    timesteps = [int(t) for t in make(schedule(), 200, "ddim", "ays").timesteps]
+@pytest.mark.parametrize("spacing", ["ays", "beta"])  # close together at the lower end, at both ends
+def test_each_timestep_is_used_once(spacing: str) -> None:
+    timesteps = [int(t) for t in make(schedule(), 200, "ddim", spacing).timesteps]
     assert timesteps == sorted(set(timesteps), reverse=True)
-    with pytest.raises(LdmError, match="some fall on the same training timestep; choose fewer steps"):
-        make(schedule(), 40, "ddim", tuple(20.0 - 0.01 * i for i in range(40)))
+    assert 0 <= timesteps[-1] < timesteps[0] <= 999
+    with pytest.raises(LdmError, match="40 noise levels, but 20 training timesteps; choose fewer steps"):
+        make(NoiseSchedule(train_steps=20), 40, "ddim", "ays")
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])

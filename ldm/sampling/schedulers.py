@@ -270,14 +270,14 @@ def _trained(scheduler: Any) -> np.ndarray:
 
 
 def _nearest(levels: list[float], scheduler: Any) -> list[int]:
-    """The training timesteps with the nearest noise levels, or the next one up where it is taken: each is used once."""
+    """The training timesteps with the nearest noise levels, or ones beside them where these are taken: each once."""
     trained = _trained(scheduler)
+    if len(levels) > len(trained):
+        raise LdmError(f"{len(levels)} noise levels, but {len(trained)} training timesteps; choose fewer steps")
     steps = [-1]
     for level in reversed(levels):
         steps.append(max(int(np.abs(trained - np.log(level)).argmin()), steps[-1] + 1))
-    if steps[-1] >= len(trained):
-        raise LdmError(f"noise levels {levels}: some fall on the same training timestep; choose fewer steps")
-    return steps[:0:-1]
+    return [min(step, len(trained) - 1 - place) for place, step in enumerate(steps[:0:-1])]
 
 
 def step_arguments(scheduler: Scheduler, generator: Any, eta: float) -> dict[str, Any]:
