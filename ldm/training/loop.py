@@ -279,15 +279,14 @@ class Training:
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; the log is cut back to it."""
         found = checkpoint.newest(self.folder / "checkpoints")
-        if found is None:
-            return
-        path, manifest = found
-        self.accelerator.load_state(str(path))
-        self.step = int(manifest["step"])
-        self.sums = manifest["state"]["sums"]
+        if found:
+            path, manifest = found
+            self.accelerator.load_state(str(path))
+            self.step = int(manifest["step"])
+            self.sums = manifest["state"]["sums"]
+            log.info("going on from %s", path)
         if self.accelerator.is_main_process:
             _cut(self.folder / "metrics.jsonl", self.step)
-        log.info("going on from %s", path)
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -260,7 +260,7 @@ class Run:
                 "data": {"source": self.config.data.source, "digest": self.pictures.digest()},
                 "parents": [str(self.config.model.source or self.config.model.family)],
                 "metrics": record,
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.model_dump(mode="json", exclude={"output"}),
             }
             text = json.dumps(lineage)
             stage.model.save_pretrained(folder / "model", overwrite=True, lineage=text)
@@ -278,6 +278,7 @@ class Run:
         pictures, config = self.pictures, self.config
         framing = pictures.framing(phase.size)
         if pictures.images is None:
+            assert config.data.source
             stream = open_stream(config.data.source)
             rank = self.accelerator.process_index
             return StreamPlan(
