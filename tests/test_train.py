@@ -184,7 +184,7 @@ def test_a_refiner_follows_its_base(shapes: Path, tmp_path: Path) -> None:
 
 def test_text_encoders_learn_with_the_unet(shapes: Path, tmp_path: Path) -> None:
     settings = config(shapes, tmp_path / "r", "base.train_text=true", "base.text_learning_rate=[1e-3]", "base.steps=3")
-    before = Run(settings, None, lambda *_: None)._start("base", None).text_encoders.state_dict()
+    before = Run(settings, None, lambda *_: None).start("base", None).text_encoders.state_dict()
     train(settings)
     after = LatentDiffusion.from_pretrained(tmp_path / "r" / "base" / "model").text_encoders.state_dict()
     moved = [name for name in after if not torch.equal(before[name].float(), after[name])]

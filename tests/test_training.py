@@ -23,7 +23,7 @@ from ldm.training.config import EmaSection, ModelSection, OptimizerSection, desc
 from ldm.training.diffusion import DiffusionLoss, Draw, Timesteps
 from ldm.training.ema import Averages, coefficients, exponent, recombine
 from ldm.training.optimizers import learning_rate, make_optimizer
-from ldm.training.run import phases
+from ldm.training.phases import phases
 from ldm.training.start import starting_model
 
 # --- configuration ----------------------------------------------------------------------------------------------------

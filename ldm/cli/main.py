@@ -229,6 +229,23 @@ def train(
     command.run(config, overrides or [])
 
 
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as for `ldm train`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="On top of it.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="On how many devices.")] = 1,
+    measure: Annotated[int, typer.Option(min=0, help="Do so many real steps, and say how long all will take.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what training will need: parameters, memory (weights + gradients + optimiser + averages + activations), work.
+
+    Memory is predicted; PFLOP are counted.
+    """
+    from ldm.cli import plan as command
+
+    command.run(config, overrides or [], processes, measure, json)
+
+
 def main() -> None:
     """Run the command line; the only place where errors become messages."""
     interrupted: list[int] = []  # remembered, because a library may turn the exception into another one

@@ -44,6 +44,14 @@ class Stopped(Exception):  # noqa: N818  (no error)
         self.signal = signal
 
 
+@dataclass(frozen=True)
+class Work:
+    """What training costs."""
+
+    tflop: float  # of an image, forward and backward
+    peak: float | None  # TFLOP/s of a device at the most, where that is known
+
+
 @dataclass
 class Clock:
     """Where the time goes, since the last line of the log."""
@@ -69,6 +77,7 @@ class Training:
         steps_per_batch: Callable[[int], Iterator[list[Batch]]],
         held_out: Callable[[], Iterable[Batch]],
         report: Report,
+        work: Callable[[int], Work | None] = lambda step: None,
     ) -> None:
         """Args:
         accelerator: launches and shards; what must be saved is registered with it here.
@@ -77,6 +86,7 @@ class Training:
         steps_per_batch: from a step on, the micro-batches of each step.
         held_out: the batches to validate on, those of this rank.
         report: takes every line of the log, on the main process.
+        work: what an image costs at a step, for the log.
         """
         self.accelerator = accelerator
         self.stage = stage
@@ -84,6 +94,7 @@ class Training:
         self.batches = steps_per_batch
         self.held_out = held_out
         self.report = report
+        self.work = work
         self.section = stage.section
         self.step = 0  # updates done
         for player in stage.players.values():
@@ -220,6 +231,9 @@ class Training:
         figures = {name: value / since for name, value in self.sums.items()}
         rate = learning_rate(self.section.optimizer, self.step, self.section.steps)
         figures |= {"learning_rate": rate * self.section.optimizer.learning_rate, **self.clock.figures()}
+        if work := self.work(self.step - 1):
+            figures["tflops"] = figures["images_per_s"] / self.accelerator.num_processes * work.tflop
+            figures |= {"model_flops_use": figures["tflops"] / work.peak} if work.peak else {}
         self.write(figures)
         self.sums = {}
         self.clock = Clock()

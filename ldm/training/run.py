@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,9 +37,11 @@ from ldm.latent_diffusion import LatentDiffusion, fingerprint
 from ldm.models.unet import Conditioning
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
-from ldm.training.config import Config, DataSection, SizeSection, StageName, StageSection, dump
+from ldm.training.config import Config, DataSection, StageName, StageSection, dump
 from ldm.training.denoiser import DenoiserStage
-from ldm.training.loop import Report, Training, in_parts
+from ldm.training.forecast import forecast, peak_tflops
+from ldm.training.loop import Report, Training, Work, in_parts
+from ldm.training.phases import Phase, phases
 from ldm.training.stage import Preview, Stage
 from ldm.training.start import starting_model
 from ldm.weights.files import replacing, write_json
@@ -69,54 +72,6 @@ class Pictures:
             size, data.buckets, data.bucket_step, data.aspect, data.crop, data.crops if data.cache else 0, data.flip,
             data.upscale,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The part of a stage at one resolution."""
-
-    first: int  # its first step
-    end: int  # the step after its last
-    size: int
-    batch: int
-    micro_batch: int | None
-
-    def parts(self, processes: int) -> int:
-        """Micro-batches of each step.
-
-        Raises:
-            LdmError: the batch does not divide.
-        """
-        micro = self.micro_batch or max(self.batch // processes, 1)
-        if self.batch % (micro * processes):
-            raise LdmError(
-                f"a batch of {self.batch} does not divide into micro-batches of {micro} on {processes} processes; "
-                f"choose a multiple of {micro * processes}"
-            )
-        return self.batch // (micro * processes)
-
-
-def phases(section: StageSection) -> list[Phase]:
-    """The resolutions of a stage, one after the other.
-
-    Raises:
-        LdmError: they take more steps than there are, or fewer.
-    """
-    found: list[Phase] = []
-    for number, part in enumerate(section.sizes):
-        first = found[-1].end if found else 0
-        last = number == len(section.sizes) - 1
-        end = section.steps if part.steps is None or last else first + part.steps
-        if not first < end <= section.steps or (part.steps is None and not last):
-            raise LdmError(
-                f"sizes: the steps of each but the last must be given, and add up to less than {section.steps}"
-            )
-        found.append(_phase(section, part, first, end))
-    return found
-
-
-def _phase(section: StageSection, part: SizeSection, first: int, end: int) -> Phase:
-    return Phase(first, end, part.size, part.batch or section.batch, part.micro_batch or section.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -195,9 +150,9 @@ class Run:
                 log.info("stage %s is done: %s", name, folder / "model")
                 model = LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
                 continue
-            model = self.stage(name, self._start(name, model), folder)
+            model = self.stage(name, self.start(name, model), folder)
 
-    def _start(self, name: StageName, model: LatentDiffusion | None) -> LatentDiffusion:
+    def start(self, name: StageName, model: LatentDiffusion | None) -> LatentDiffusion:
         """What a stage starts from: the stage before, or what the configuration names."""
         config = self.config
         if name == "refiner":
@@ -210,6 +165,19 @@ class Run:
         Raises:
             LdmError: see `Training.run`.
         """
+        training = self.training(name, model, folder)
+        record = training.run()
+        accelerator, stage = training.accelerator, training.stage
+        for player in stage.players.values():
+            accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
+        with training.averaged():
+            self._write_result(accelerator, stage, folder, record)
+        accelerator.end_training()
+        accelerator.free_memory()
+        return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
+
+    def training(self, name: StageName, model: LatentDiffusion, folder: Path) -> Training:
+        """A stage, ready to train."""
         section: StageSection = getattr(self.config, name)
         folder.mkdir(parents=True, exist_ok=True)
         accelerator = self._tracked(folder)
@@ -227,20 +195,20 @@ class Run:
             accelerator.log(figures, step)
             self.report(stage, step, steps, figures)
 
-        training = Training(
+        return Training(
             accelerator, stage, folder,
             partial(self._batches, accelerator, section, caches),
             partial(self._held_out, accelerator, section),
             report,
+            self._work(name, accelerator),
         )  # fmt: skip
-        record = training.run()
-        for player in stage.players.values():
-            accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
-        with training.averaged():
-            self._write_result(accelerator, stage, folder, record)
-        accelerator.end_training()
-        accelerator.free_memory()
-        return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
+
+    def _work(self, name: StageName, accelerator: Accelerator) -> Callable[[int], Work]:
+        """What an image costs at each step of a stage."""
+        rows = [row for row in forecast(self.config, accelerator.num_processes) if row.stage == name]
+        peak = peak_tflops(accelerator.device, self.config.precision)
+        starts = [phase.end for phase in phases(getattr(self.config, name))]
+        return lambda step: Work(rows[bisect_right(starts, step)].flops_per_image / 1e12, peak)
 
     def _make(
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches

@@ -13,6 +13,7 @@ from ldm.errors import LdmError
 from ldm.families import Family, family_named
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import ModelSection
+from ldm.weights.sources import open_source
 
 T = TypeVar("T")
 
@@ -28,24 +29,33 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
     Raises:
         LdmError: neither is named, a field is not known, or the parts do not fit together.
     """
+    family = starting_family(section, place)
+    if section.source is None:
+        return LatentDiffusion.from_family(family, seed)
+    model = LatentDiffusion.from_pretrained(
+        section.source, family=section.family, components=section.components, dtype=torch.float32
+    )
+    model.family = family
+    return model
+
+
+def starting_family(section: ModelSection, place: str = "model") -> Family:
+    """What that model is, without its weights. Raises as `starting_model`."""
     if section.source is None and section.family is None:
         raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
     if section.source is None:
         if section.components:
             raise LdmError(f"{place}.components: parts from elsewhere need a source for the rest")
         assert section.family
-        return LatentDiffusion.from_family(changed(family_named(section.family), section, place), seed)
+        return _changed(family_named(section.family), section, place)
     shapes = [name for name in ("unet", "autoencoder", "text") if getattr(section, name)]
     if shapes:
         raise LdmError(f"{place}.{shapes[0]}: the networks of {section.source} are what they are; leave it out")
-    model = LatentDiffusion.from_pretrained(
-        section.source, family=section.family, components=section.components, dtype=torch.float32
-    )
-    model.family = changed(model.family, section, place)
-    return model
+    opened = open_source(section.source, family=section.family, components=section.components, verify=False)
+    return _changed(opened.family, section, place)
 
 
-def changed(family: Family, section: ModelSection, place: str) -> Family:
+def _changed(family: Family, section: ModelSection, place: str) -> Family:
     """A family with the fields that a section names; "custom" if its networks differ."""
     texts = section.text or [{} for _ in family.text]
     if len(texts) != len(family.text):
