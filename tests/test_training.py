@@ -87,7 +87,10 @@ def test_a_model_is_built_with_changes() -> None:
         ({"family": None}, "name a source to start from, or a family"),
         ({"text": [{}, {}]}, "model.text: 2 entries"),
         ({"schedule": {"zero_terminal_snr": True}}, "cannot predict it; prediction_type v_prediction"),
-        ({"source": "somewhere", "unet": {"layers": 1}}, "are what they are"),
+        (
+            {"source": "somewhere", "unet": {"layers": 1}},
+            "is what it is; leave it out, or begin anew: model.fresh=[unet]",
+        ),
     ):
         with pytest.raises(LdmError) as caught:
             starting_model(ModelSection(**{"family": "sd15", **change}), seed=1)

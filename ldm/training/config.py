@@ -29,6 +29,7 @@ class ModelSection(Section):
     source: str | None = Field(None, description="a model folder, checkpoint file or Hub name; without: random weights")
     family: str | None = Field(None, description="sd15, sdxl, …: what to build, or what a single file is")
     components: dict[str, str] = Field({}, description="parts from elsewhere: vae, unet, text_encoder[_2]: path")
+    fresh: list[Literal["unet", "autoencoder", "text"]] = Field([], description="parts of a source to begin anew")
     unet: dict[str, Any] = Field({}, description="fields of UNetConfig that differ from the family's")
     autoencoder: dict[str, Any] = Field({}, description="fields of AutoencoderConfig that differ")
     text: list[dict[str, Any]] = Field([], description="fields of TextEncoderConfig that differ, for each text encoder")
