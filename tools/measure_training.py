@@ -1,7 +1,7 @@
 """Measure a training step of the U-Net beside that of diffusers' own example scripts, on the same weights and batch.
 
-Each side runs in a process of its own, alternating; medians over all steps but each process's first. Both train on cached
-latents and encoded captions with AdamW, clipping and the same precision, without averages. Theirs is what
+Each side runs in a process of its own, alternating; medians over all steps but each process's first. Both train on
+cached latents and encoded captions with AdamW, clipping and the same precision, without averages. Theirs is what
 `train_text_to_image.py` and `train_text_to_image_sdxl.py` do in a step, on `UNet2DConditionModel`.
 
     python tools/measure_training.py --family sd15 --size 512 --batch 1 --steps 3 --rounds 2

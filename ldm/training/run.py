@@ -47,6 +47,7 @@ from ldm.training.start import starting_model
 from ldm.weights.files import replacing, write_json
 
 log = logging.getLogger(__name__)
+LOOKED_AT = 10_000  # captions, to see whether they are too long
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class Run:
         accelerator = self._tracked(folder)
         for module in model.modules().values():
             _own(module, accelerator.device)
+        if name != "autoencoder":
+            self._warn_of_long_captions(model)
         caches = self._caches(accelerator, section, model) if name in ("base", "refiner") else Caches()
         stage = self._make(name, section, model, accelerator, caches)
         for player in stage.players.values():
@@ -202,6 +205,15 @@ class Run:
             report,
             self._work(name, accelerator),
         )  # fmt: skip
+
+    def _warn_of_long_captions(self, model: LatentDiffusion) -> None:
+        """Say how many captions are longer than the text encoders read, judged by some of them."""
+        some = self.pictures.images.captions()[:LOOKED_AT] if self.pictures.images else []
+        room = min(config.context for config in model.family.text)
+        tokens = model.text_encoders.tokenizers[0](some, verbose=False).input_ids if some else []
+        long = sum(len(ids) > room for ids in tokens)
+        if long:
+            log.warning("%d of %d captions have over %d tokens; what is beyond is not read", long, len(some), room - 2)
 
     def _work(self, name: StageName, accelerator: Accelerator) -> Callable[[int], Work]:
         """What an image costs at each step of a stage."""
