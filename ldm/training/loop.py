@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.loader import Batch
-from ldm.errors import LdmError, listing
+from ldm.errors import LdmError, listing, out_of_memory
 from ldm.images import grid, save_png
 from ldm.training import checkpoint
 from ldm.training.ema import Averages
@@ -125,7 +125,12 @@ class Training:
                 started = time.monotonic()
                 micro_batches = next(batches)
                 self.clock.waiting += time.monotonic() - started
-                self.train_step(micro_batches)
+                try:
+                    self.train_step(micro_batches)
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise LdmError(_too_large(self.stage.name, micro_batches[0])) from None
                 self.step += 1
                 last = self.step == section.steps
                 if self.step % section.log_every == 0 or last:
@@ -330,6 +335,14 @@ def _cut(path: Path, step: int) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
+
+
+def _too_large(stage: str, batch: Batch) -> str:
+    height, width = batch.size[0, 4:6].int().tolist()
+    return (
+        f"out of memory with {len(batch.keys)} pictures of {width}×{height} at a time; set {stage}.micro_batch to "
+        f"{max(len(batch.keys) // 2, 1)}, {stage}.checkpointing=true, or a smaller size"
+    )
 
 
 def _step(line: str) -> float:
