@@ -296,7 +296,7 @@ def _cache(folder: Path, kind: str, settings: dict[str, object], create: bool) -
     if not create:
         others = [read_json(other) for other in sorted(folder.glob(f"{kind}-*/settings.json"))]
         differ = [name for name in settings if all(other.get(name) != settings[name] for other in others)]
-        why = f" (those that are there have another {' and '.join(differ)})" if others and differ else ""
+        why = f" (what is there differs in its {' and '.join(differ)})" if others and differ else ""
         raise LdmError(f"{folder} holds no {kind} of these settings{why}; build the cache first")
     try:
         path.mkdir(parents=True, exist_ok=True)
