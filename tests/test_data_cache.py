@@ -106,7 +106,7 @@ def test_another_autoencoder_or_size_is_refused(tmp_path: Path) -> None:
         build_latents(tmp_path / "cache", plan(tmp_path, framing=replace(FIXED, crops=0)), "vae", identity)
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Something that stops a build."""
 
 
@@ -116,7 +116,7 @@ def failing(calls: int) -> cache.Encode:
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         if next(left, None) is None:
-            raise Stop
+            raise StopError
         return identity(pixels)
 
     return encode
@@ -124,7 +124,7 @@ def failing(calls: int) -> cache.Encode:
 
 def test_a_build_that_stops_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD", 3 * 2 * 64 * 64 * 3 * 4)  # three or so rows
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         build_latents(tmp_path / "cache", plan(tmp_path), "vae", failing(5), batch=3)
     assert shards(tmp_path)
     built = sum(len(safe_open(shard, "pt").get_tensor("names")) for shard in shards(tmp_path))
@@ -250,10 +250,10 @@ def test_texts_stop_and_go_on_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
 
     def failing_texts(captions: list[str]) -> dict[str, Tensor]:
         if next(left, None) is None:
-            raise Stop
+            raise StopError
         return encode_texts(captions)
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         build_texts(tmp_path, captions, "clip", failing_texts, batch=3)
     assert sum(some()) == 41 - 12
     assert Texts(tmp_path, "clip").read(captions)["text"].shape == (40, 4, 3)

@@ -147,5 +147,5 @@ def render(image: Image.Image, frame: Frame) -> np.ndarray:
         across, down = (frame.original[axis] / part / frame.resized[axis] for axis in (0, 1))
         right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
         shown = (left * across, top * down, right, bottom)
-        image = image.resize(frame.sides, Image.Resampling.LANCZOS, box=shown)
+        image = image.resize(frame.sides, Image.Resampling.BICUBIC, box=shown)
     return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if frame.flip else image)
