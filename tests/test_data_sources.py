@@ -95,6 +95,16 @@ def test_captions_in_a_metadata_file(tmp_path: Path, kind: str) -> None:
         open_images(str(tmp_path / "a"), tmp_path / "cache")
 
 
+def test_scores_in_a_metadata_file_and_captions_beside_the_images(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", 2)
+    (root / "metadata.csv").write_text("file_name,aesthetic_score\n000.png,4.5\n", encoding="utf-8")
+    images = open_images(str(root), tmp_path / "cache")
+    assert [images.example(index).score for index in (0, 1)] == [4.5, None]
+    assert images.example(0).captions == ("picture 0", "the same, number 0")
+    (root / "000.txt").write_text("changed", encoding="utf-8")
+    assert open_images(str(root), tmp_path / "cache").example(0).captions == ("changed",)
+
+
 def test_captions_in_json_beside_an_image_in_a_shard(tmp_path: Path) -> None:
     image = png(place_picture(16, 16))
     files = {"./x/1.png": image, "./x/1.json": b'{"caption": ["a", "b"], "aesthetic_score": 6}'}

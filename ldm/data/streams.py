@@ -7,6 +7,7 @@ and resuming reads again, without decoding, what was consumed. Copy what is trai
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ class TarStream:
 
 
 class DatasetStream:
-    """A dataset of Hugging Face's `datasets`, streamed."""
+    """A dataset of Hugging Face's `datasets`, streamed. Without a column of keys, images are named by their content."""
 
     def __init__(self, name: str, split: str = "train", caption: str | None = None) -> None:
         self.name = name
@@ -81,10 +82,11 @@ class DatasetStream:
         """All images once."""
         rows = self.rows.shuffle(seed=seed % 2**32, buffer_size=1)  # shuffles the order of the dataset's files
         rows.set_epoch(epoch)
-        for number, row in enumerate(rows):
+        for row in rows:
             with hugging_face.open_image(row[self.columns.image]) as file:
                 data = file.read()
-            key = f"{number:09}" if self.columns.key is None else str(row[self.columns.key])
+            name = self.columns.key and row[self.columns.key]
+            key = hashlib.blake2b(data, digest_size=8).hexdigest() if name is None else str(name)
             yield key, data, partial(self.columns.captions, row)
 
 
