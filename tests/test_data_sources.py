@@ -142,7 +142,10 @@ def test_the_index_opens_what_has_changed_and_nothing_else(tmp_path: Path, monke
     assert start() == ["001.png", "004.png"]
     images = open_images(str(root), tmp_path / "cache")
     assert images.example(1).captions == ("changed",) and images.example(4).width == 32
-    for index in (tmp_path / "cache").glob("index-*"):
+    shard = tmp_path / "tar" / "0001.tar"
+    shard.write_bytes(shard.read_bytes())
+    assert start() == [f"{number:03}.png" for number in range(2, 6)]
+    for index in (tmp_path / "cache").glob("index-*.arrow"):
         index.write_bytes(index.read_bytes()[:-9])
     assert len(start()) == 12  # a damaged index is made anew
 

@@ -58,7 +58,7 @@ class Folder:
             found = [to_captions(record.get("text"), _score(record)) for record in records]
             texts = tuple(text for one in found for text in one.texts)
             if not texts and beside in stamps:
-                texts = to_captions(decode_caption((self.root / beside).read_bytes()).splitlines()).texts
+                texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n")).texts
             return Captions(texts, found[0].score if found else None)
 
         listed = hashlib.blake2b(repr(records).encode(errors="replace"), digest_size=8).hexdigest() if records else ""

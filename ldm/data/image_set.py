@@ -38,6 +38,7 @@ _AT_ONCE = 4096  # entries in memory while the index is made
 _SAME = ("key", "where", "stamp", "caption_stamp")
 _SCHEMA = pa.schema(
     [
+        ("part", pa.binary(16)),  # a digest of its name and stamp
         *((name, pa.binary()) for name in _SAME),
         ("captions", pa.list_(pa.string())),
         ("width", pa.int32()),
@@ -84,7 +85,7 @@ class Part:
     """What is indexed together. A part with a stamp is not even listed again while that stays the same."""
 
     name: str
-    stamp: str
+    stamp: str  # "" if there is none
     entries: Callable[[], Iterator[Entry]]
 
 
@@ -123,13 +124,13 @@ class ImageSet:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LdmError(f"the cache folder {folder} cannot be made: {error.strerror}") from None
-        self._files = [_index(source, part, folder) for part in source.parts()]
+        self._index = _index(source, folder)
         self._table: pa.Table | None = None
         table = self.table
         order = pc.sort_indices(table, [("key", "ascending"), ("where", "ascending")]).to_numpy()
-        self.skipped = Skipped(source.name, folder / f"skipped-{_digest(source.name)}.txt")
+        self.skipped = Skipped(source.name, self._index.with_suffix(".skipped.txt"))
         bad = table.filter(pc.not_equal(table["reason"], ""))
-        self.skipped.add_all(zip(map(_text, bad["key"]), bad["reason"].to_pylist(), strict=True))
+        self.skipped.add_all(zip(map(_text, bad["where"]), bad["reason"].to_pylist(), strict=True))
         self.skipped.check(len(table))
         self._rows = order[pc.equal(table["reason"], "").to_numpy()[order]]
         if not len(self._rows):
@@ -154,8 +155,7 @@ class ImageSet:
     def table(self) -> pa.Table:
         """The index, mapped."""
         if self._table is None:
-            maps = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in self._files]
-            self._table = pa.concat_tables([_SCHEMA.empty_table(), *maps])
+            self._table = pa.ipc.open_file(pa.memory_map(str(self._index))).read_all()
         return self._table
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -257,9 +257,10 @@ def to_captions(texts: object, score: object = None) -> Captions:
     return Captions(tuple(text.strip().encode(errors="replace").decode() for text in texts if text.strip()), number)
 
 
-def _index(source: Source, part: Part, folder: Path) -> Path:
-    """The index file of a part, brought up to date."""
-    path = folder / f"index-{_digest(part.name)}.arrow"
+def _index(source: Source, folder: Path) -> Path:
+    """The index file of a source, brought up to date."""
+    parts = [(part, _tag(f"{part.name}\t{part.stamp}")) for part in source.parts()]
+    path = folder / f"index-{_tag(chr(10).join(part.name for part, _ in parts)).hex()}.arrow"
     old = _SCHEMA.empty_table()
     if path.exists():
         try:
@@ -267,27 +268,33 @@ def _index(source: Source, part: Part, folder: Path) -> Path:
             old = found if found.schema.equals(_SCHEMA) else old
         except (pa.ArrowInvalid, OSError):
             pass  # damaged: made anew
-    if part.stamp and (old.schema.metadata or {}).get(b"stamp") == part.stamp.encode():
+    runs = pc.run_end_encode(old["part"].combine_chunks())
+    tags, ends = runs.values.to_pylist(), runs.run_ends.to_pylist()
+    if parts and [tag for _, tag in parts] == tags and all(part.stamp for part, _ in parts):
         return path
+    rows_of = dict(zip(tags, zip([0, *ends], ends, strict=False), strict=True))
     row_of = {where: row for row, where in enumerate(old["where"].to_pylist())}
-    entries = iter(part.entries())
-    schema = _SCHEMA.with_metadata({"stamp": part.stamp})
     with (
         replacing(path, folder=False, overwrite=True, need=0) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
-        pa.ipc.new_file(file, schema) as writer,
+        pa.ipc.new_file(file, _SCHEMA) as writer,
         ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool,  # waiting for disks takes most of the time
     ):
-        while some := list(islice(entries, _AT_ONCE)):
-            rows = [row_of[where] for entry in some if (where := _bytes(entry.where)) in row_of]
-            known = {
-                tuple(row[name] for name in _SAME): row for row in old.take(pa.array(rows, pa.int64())).to_pylist()
-            }
-            found = [known.get(_identity(entry)) for entry in some]
-            looked = pool.map(
-                lambda entry: _look(source, entry), [e for e, row in zip(some, found, strict=True) if not row]
-            )
-            writer.write_batch(pa.RecordBatch.from_pylist([row or next(looked) for row in found], schema))
+        for part, tag in parts:
+            if part.stamp and tag in rows_of:
+                start, end = rows_of[tag]
+                writer.write_table(old.slice(start, end - start))
+                continue
+            entries = iter(part.entries())
+            while some := list(islice(entries, _AT_ONCE)):
+                rows = [row_of[where] for entry in some if (where := _bytes(entry.where)) in row_of]
+                before = old.take(pa.array(rows, pa.int64())).to_pylist()
+                known = {tuple(row[name] for name in _SAME): row for row in before}
+                found = [known.get(_identity(entry)) for entry in some]
+                unknown = [entry for entry, row in zip(some, found, strict=True) if not row]
+                looked = pool.map(lambda entry: _look(source, entry), unknown)
+                now = [(row or next(looked)) | {"part": tag} for row in found]
+                writer.write_batch(pa.RecordBatch.from_pylist(now, _SCHEMA))
     return path
 
 
@@ -312,8 +319,8 @@ def _look(source: Source, entry: Entry) -> dict[str, object]:
         return found | {"reason": f"it cannot be read: {error.strerror or error}"}
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(_bytes(text), digest_size=8).hexdigest()
+def _tag(text: str) -> bytes:
+    return hashlib.blake2b(_bytes(text), digest_size=16).digest()
 
 
 def _bytes(text: str) -> bytes:
