@@ -206,6 +206,8 @@ def test_an_image_that_changed_its_size_meanwhile_is_damaged(tmp_path: Path) -> 
 def test_a_batch_that_does_not_divide(images: ImageSet) -> None:
     with pytest.raises(LdmError, match="a batch of 4 does not divide among 3 processes and 1 micro-batches"):
         Loader(Plan(images, SMALL, 4, seed=0), world=3)
+    with pytest.raises(LdmError, match="rank is 2; it must be a whole number from 0 to 1"):
+        Loader(Plan(images, SMALL, 4, seed=0), world=2, rank=2)
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

@@ -164,8 +164,15 @@ class ImageSet:
 
     def key(self, index: int) -> str:
         """The name of an image."""
-        row = int(self._rows[index])
-        return self._twice.get(row) or _text(self.table["key"][row])
+        return self._twice.get(index) or _text(self.table["key"][self._rows[index]])
+
+    def all_keys(self) -> list[str]:
+        """The names of all images."""
+        return [self._twice.get(index) or _text(key) for index, key in enumerate(self._column("key"))]
+
+    def all_stamps(self) -> list[str]:
+        """Of all images, what changes with them."""
+        return [_text(stamp) for stamp in self._column("stamp")]
 
     def example(self, index: int) -> Example:
         """What is known about an image."""
@@ -196,19 +203,23 @@ class ImageSet:
 
     def captions(self) -> list[str]:
         """All distinct captions, sorted; the empty one too if there are images without any."""
-        lists = self.table["captions"].take(pa.array(self._rows))
+        lists = self._column("captions")
         bare = pc.any(pc.equal(pc.list_value_length(lists), 0)).as_py()
         return sorted({*pc.unique(pc.list_flatten(lists)).to_pylist(), *([""] if bare else [])})
 
+    def _column(self, name: str) -> pa.ChunkedArray:
+        """A column of the index for the usable images in their order."""
+        return self.table[name].take(pa.array(self._rows))
+
     def _number_twins(self) -> dict[int, str]:
-        """Keys with a number, by row, of images whose key an earlier one has."""
-        keys = self.table["key"].take(self._rows).combine_chunks()
+        """Keys with a number, by index, of images whose key an earlier one has."""
+        keys = self._column("key").combine_chunks()
         same = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
         found: dict[int, str] = {}
         count = 1
-        for index in np.flatnonzero(same) + 1:
-            count = count + 1 if int(self._rows[index - 1]) in found else 2
-            found[int(self._rows[index])] = f"{_text(keys[index])}#{count}"
+        for index in (np.flatnonzero(same) + 1).tolist():
+            count = count + 1 if index - 1 in found else 2
+            found[index] = f"{_text(keys[index])}#{count}"
         return found
 
 

@@ -45,7 +45,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        pinned = torch.device(device).type == "cuda"  # other ways, numbers might be read before they are there
+        return self.map(lambda tensor: tensor.to(device, non_blocking=pinned))
 
     def pin_memory(self) -> Batch:
         """The same batch where a GPU can fetch it; the data loader asks for it."""
@@ -68,7 +69,7 @@ class Loader:
         latents: the plan's cache; batches then have moments and no pixels.
 
     Raises:
-        LdmError: the plan's batch does not divide; while iterating: too many images are damaged.
+        LdmError: the batch does not divide, or a number makes no sense; while iterating: too many images are damaged.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Loader:
     ) -> None:
         check_whole("loader", "start", start, 0, 2**62)
         check_whole("loader", "workers", workers, 0, 1024)
+        check_whole("loader", "rank", rank, 0, world - 1)
+        check_whole("loader", "micro_batches", micro_batches, 1, plan.batch)
         if plan.batch % (world * micro_batches):
             raise LdmError(
                 f"a batch of {plan.batch} does not divide among {world} processes and {micro_batches} micro-batches; "
@@ -97,7 +100,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         loading = DataLoader(
             _Loading(self.plan, self.latents),
-            sampler=_Steps(self._items),
+            sampler=self._items(),
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -129,16 +132,6 @@ class Loader:
                 yield replace(item, visits=item.visits[first : first + rows])
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """What a data loader takes for a sampler."""
-
-    items: Callable[[], Iterator[Item]]
-
-    def __iter__(self) -> Iterator[Item]:
-        return self.items()
-
-
 class _Loading(Dataset):
     """From what a batch is to hold to the batch, its pixels (B, H, W, 3) uint8; and the images that are damaged."""
 
@@ -151,12 +144,11 @@ class _Loading(Dataset):
         rows = []
         for visit in item.visits:
             for candidate in self._candidates(visit, item.spares):
-                example = self.plan.example(candidate.image)
                 try:
                     rows.append(self._row(candidate, item.sides))
                     break
                 except LdmError as error:
-                    damaged.append((example.key, str(error)))
+                    damaged.append((self.plan.example(candidate.image).key, str(error)))
             else:
                 return None, damaged
         keys, epochs, captions, scores, numbers, shown = (list(column) for column in zip(*rows, strict=True))
@@ -167,10 +159,9 @@ class _Loading(Dataset):
     def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
         """The visit, and what replaces it if it is damaged, in an order of its own."""
         yield visit
-        first = int(
-            uniform(self.plan.seed, "replacement", self.plan.example(visit.image).key, visit.epoch) * len(spares)
-        )
-        yield from (spares[(first + number) % len(spares)] for number in range(len(spares)))
+        key = self.plan.example(visit.image).key
+        first = int(uniform(self.plan.seed, "replacement", key, visit.epoch) * len(spares))
+        yield from [*spares[first:], *spares[:first]]
 
     def _row(self, visit: Visit, sides: tuple[int, int]) -> tuple[Any, ...]:
         """For one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments."""
@@ -179,9 +170,8 @@ class _Loading(Dataset):
         caption = example.captions[choice] if example.captions else ""
         known = example.key, visit.epoch, caption, float("nan") if example.score is None else example.score
         if self.latents:
-            moments, numbers = self.latents.read(
-                visit.image, *choose(plan.framing, plan.seed, example.key, visit.epoch)
-            )
+            crop = choose(plan.framing, plan.seed, example.key, visit.epoch)
+            moments, numbers = self.latents.read(visit.image, *crop)
             return *known, numbers, moments
         original = example.width, example.height
         frame = visit_frame(plan.framing, plan.seed, example.key, visit.epoch, original, sides)
