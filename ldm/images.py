@@ -65,6 +65,8 @@ def _open(source: ImageFile, name: str | None) -> Image.Image:
     image = source if isinstance(source, Image.Image) else Image.open(source)
     if image.width * image.height > MOST_PIXELS:
         raise LdmError(f"{name or source} has {image.width}×{image.height} pixels; at most {MOST_PIXELS:,} are read")
+    if image.format == "EPS":
+        raise LdmError(f"{name or source} is PostScript, a program that would be run; save it as a PNG")
     if image.mode.startswith("F"):
         raise LdmError(f"{name or source} holds floating-point numbers, whose range is unknown; save it with 8 bits")
     return image

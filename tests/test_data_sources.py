@@ -231,6 +231,7 @@ BAD = {
     "text.png": (b"hello", "it is no picture, or damaged"),
     "tiny.png": (png(place_picture(7, 40)), "7×40 pixels: sides from 8 pixels"),
     "long.png": (png(place_picture(161, 10)), "161×10 pixels: sides from 8 pixels and up to 16 times"),
+    "program.png": (encoded(Image.new("RGB", (16, 16)), "EPS"), "is PostScript, a program that would be run"),
     "hdr.tif": (encoded(Image.new("F", (16, 16)), "TIFF"), "floating-point numbers"),
 }
 
@@ -341,6 +342,14 @@ def test_a_dataset_without_images_or_captions(tmp_path: Path) -> None:
     assert open_images(saved, tmp_path / "cache", caption_column="alt").example(0).captions[0] == "picture 0"
     with pytest.raises(LdmError, match=r"has no column 'alto'; it has: image, alt, key"):
         open_images(saved, tmp_path / "cache", caption_column="alto")
+
+
+def test_folders_and_settings_that_cannot_be_used(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", 1)
+    with pytest.raises(LdmError, match=r"the folder .*000.txt/cache cannot be made: Not a directory"):
+        open_images(str(root), root / "000.txt" / "cache")
+    with pytest.raises(LdmError, match="captions: 'maybe' is not known; choose required or optional"):
+        open_images(str(root), tmp_path / "cache", captions="maybe")
 
 
 def test_what_cannot_be_streamed(tmp_path: Path) -> None:

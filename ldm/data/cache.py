@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.framing import decoded_side, fixed_frame, render
+from ldm.data.image_set import made
 from ldm.data.plan import Plan
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError
@@ -300,11 +301,7 @@ def _cache(folder: Path, kind: str, settings: dict[str, object], create: bool) -
         differ = [name for name in settings if all(other.get(name) != settings[name] for other in others)]
         why = f" (what is there differs in its {' and '.join(differ)})" if others and differ else ""
         raise LdmError(f"{folder} holds no {kind} of these settings{why}; build the cache first")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LdmError(f"the cache folder {path} cannot be made: {error.strerror}") from None
-    with replacing(path / "settings.json", folder=False, overwrite=True, need=0) as temporary:
+    with replacing(made(path) / "settings.json", folder=False, overwrite=True, need=0) as temporary:
         write_json(temporary, settings)
     return path
 

@@ -116,14 +116,9 @@ class ImageSet:
     """
 
     def __init__(self, source: Source, folder: Path, captions: str = "required") -> None:
-        if captions not in ("required", "optional"):
-            raise LdmError(f"captions: {captions!r} is not known; choose required or optional")
+        check_captions(captions)
         self.source = source
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LdmError(f"the cache folder {folder} cannot be made: {error.strerror}") from None
+        self.folder = made(folder)
         self._index = _index(source, folder)
         self._table: pa.Table | None = None
         table = self.table
@@ -230,6 +225,25 @@ def read_image(file: BinaryIO, size: tuple[int, int], least: int) -> Image.Image
     if image.size not in [tuple(-(-side // n) for side in size) for n in (1, 2, 4, 8)]:
         raise LdmError(f"it has {image.width}×{image.height} pixels, not {size[0]}×{size[1]} as its header said")
     return image
+
+
+def made(folder: Path) -> Path:
+    """The folder, which is there now.
+
+    Raises:
+        LdmError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LdmError(f"the folder {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+def check_captions(captions: str) -> None:
+    """Raise LdmError for a setting that is not known."""
+    if captions not in ("required", "optional"):
+        raise LdmError(f"captions: {captions!r} is not known; choose required or optional")
 
 
 def check_size(width: int, height: int) -> None:
