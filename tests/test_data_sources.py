@@ -62,6 +62,19 @@ def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert contents(images) == contents(open_images(str(make_folder(tmp_path / "images", 6)), tmp_path / "cache"))
 
 
+def test_parquet_files_that_do_not_say_what_is_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    rows = [{"photo": {"bytes": image, "path": None}, "prompt": "x"} for image, _ in samples(3).values()]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    images = open_images(str(tmp_path / "a.parquet"), tmp_path / "cache")
+    assert [images.example(i).key for i in range(3)] == ["000000000", "000000001", "000000002"]
+    assert images.read(1).size == (96, 64) and images.example(1).captions == ("x",)
+
+
 def test_an_image_set_can_be_sent_to_another_process(tmp_path: Path) -> None:
     images = open_images(make_shards(tmp_path / "tar", 5), tmp_path / "cache")
     sent = pickle.dumps(images)

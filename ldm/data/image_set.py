@@ -66,7 +66,6 @@ class Example:
     width: int  # upright
     height: int
     score: float | None  # aesthetic
-    stamp: str  # changes when the image changes
 
 
 @dataclass(frozen=True)
@@ -172,15 +171,8 @@ class ImageSet:
     def example(self, index: int) -> Example:
         """What is known about an image."""
         row = self._rows[index]
-        get = {name: self.table[name][row] for name in ("captions", "width", "height", "score", "stamp")}
-        return Example(
-            self.key(index),
-            tuple(get["captions"].as_py()),
-            get["width"].as_py(),
-            get["height"].as_py(),
-            get["score"].as_py(),
-            _text(get["stamp"]),
-        )
+        captions, *others = (self.table[name][row].as_py() for name in ("captions", "width", "height", "score"))
+        return Example(self.key(index), tuple(captions), *others)
 
     def read(self, index: int, least: int = 0) -> Image.Image:
         """An image, upright, in RGB; `least` as in `load_image`.

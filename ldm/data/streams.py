@@ -197,4 +197,4 @@ class StreamPlan:
                 skipped.add(key, str(error))
                 skipped.check(self.seen)
                 continue
-            yield Streamed(Example(key, said.texts, width, height, said.score, ""), data)
+            yield Streamed(Example(key, said.texts, width, height, said.score), data)
