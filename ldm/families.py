@@ -74,6 +74,9 @@ class Family:
     text: tuple[TextEncoderConfig, ...]
     schedule: NoiseSchedule
     zero_empty_prompt: bool = False  # where no negative prompt is given, zeros stand for its encoding (SDXL base)
+    preview: tuple[
+        tuple[float, float, float], ...
+    ] = ()  # colour of each latent channel, and one to add; (): to be fitted
 
     def __post_init__(self) -> None:
         towers = [config.component for config in self.text]
@@ -130,12 +133,22 @@ OPENCLIP_BIGG = TextEncoderConfig(
     width=1280, layers=32, heads=20, hidden=5120, activation="gelu", projection=1280, pad_token="!"
 )
 
+# least-squares fits to the released autoencoders (ldm.sampling.preview), as published for SD 1.4 and for SDXL
+PREVIEW = (
+    (0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473), (0.0, 0.0, 0.0)
+)  # fmt: skip
+PREVIEW_XL = (
+    (0.3448, 0.4168, 0.4395), (-0.1953, -0.0290, 0.0250), (0.1074, 0.0886, -0.0163), (-0.3730, -0.2499, -0.2088),
+    (0.0, 0.0, 0.0),
+)  # fmt: skip
+
 SD15 = Family(
     name="sd15",
     unet=UNetConfig(),
     autoencoder=AutoencoderConfig(),
     text=(CLIP_L,),
     schedule=NoiseSchedule(options=_LEADING),
+    preview=PREVIEW,
 )
 SD2 = Family(
     name="sd2",
@@ -143,6 +156,7 @@ SD2 = Family(
     autoencoder=AutoencoderConfig(),
     text=(OPENCLIP_H,),
     schedule=NoiseSchedule(options=_LEADING),
+    preview=PREVIEW,
 )
 SDXL = Family(
     name="sdxl",
@@ -161,6 +175,7 @@ SDXL = Family(
     text=(CLIP_L, OPENCLIP_BIGG),
     schedule=NoiseSchedule(scheduler="EulerDiscreteScheduler", options=_EULER),
     zero_empty_prompt=True,
+    preview=PREVIEW_XL,
 )
 SDXL_REFINER = Family(
     name="sdxl-refiner",
@@ -178,6 +193,7 @@ SDXL_REFINER = Family(
     autoencoder=SDXL.autoencoder,
     text=(OPENCLIP_BIGG,),
     schedule=SDXL.schedule,
+    preview=PREVIEW_XL,
 )
 
 

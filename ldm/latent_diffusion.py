@@ -27,6 +27,16 @@ from ldm.weights.sources import Source, open_source
 _INITIALISING = threading.Lock()  # initial weights come from PyTorch's global generator
 
 
+def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
+    """Ten hexadecimal digits that tell the weights of these networks from others."""
+    digest = hashlib.sha256()
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            sample = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16)
+            digest.update(f"{name}.{key}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
 class LatentDiffusion(Components):
     """A latent diffusion model: `family`, `unet`, `autoencoder`, `text_encoders`. It holds nothing of a single call."""
 
@@ -85,12 +95,7 @@ class LatentDiffusion(Components):
 
     def fingerprint(self) -> str:
         """Ten hexadecimal digits that tell these weights from others, whatever file they came from."""
-        digest = hashlib.sha256()
-        for name, module in self.modules().items():
-            for key, parameter in module.named_parameters():
-                sample = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16)
-                digest.update(f"{name}.{key}".encode() + sample.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:10]
+        return fingerprint(self.modules())
 
     def save_pretrained(
         self,
@@ -101,19 +106,21 @@ class LatentDiffusion(Components):
         max_shard_size: int = 10 * 10**9,
         overwrite: bool = False,
         progress: Progress = silent,
+        lineage: str = "",
     ) -> None:
         """Write a folder that diffusers opens, or, if the path ends in `.safetensors`, an original single file.
 
-        It is written whole or not at all, and carries digests that are checked when it is loaded.
+        It is written whole or not at all, and carries digests that are checked when it is loaded. `lineage`, JSON that
+        says how the model was made, goes into the headers.
 
         Raises:
             LdmError: the path exists and `overwrite` is not set, or it cannot be written.
         """
         path = Path(path)
         if path.suffix.lower() == ".safetensors":
-            write_single_file(self, path, dtype, overwrite, progress)
+            write_single_file(self, path, dtype, overwrite, progress, lineage)
         else:
-            write_folder(self, path, dtype, variant, max_shard_size, overwrite, progress)
+            write_folder(self, path, dtype, variant, max_shard_size, overwrite, progress, lineage)
 
     def encode_prompt(
         self, prompts: str | Sequence[str], *, clip_skip: int = 0, size: Sequence[float] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import set_attention
 from ldm.models.prompts import TokenReport
 from ldm.sampling.guidance import Guidance
+from ldm.sampling.loop import Step
+from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.sampling.schedulers import own_name
 from pipelines.image_to_image import continued, image_to_image, renoised
 from pipelines.inpaint import inpaint, pasted
@@ -140,7 +143,7 @@ class Pipeline:
             hires_strength: of that pass.
             hires_latents: enlarge the latents instead of the picture.
             output: "images" or "latents".
-            on_step: called with a `ldm.sampling.loop.Step` after each step.
+            on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small picture of it.
             **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, clip_skip, chunks, weights,
                 original_size, crop, target_size and their negatives, aesthetic_score.
 
@@ -184,6 +187,15 @@ class Pipeline:
         request.check(family)
         for start in range(0, count * n, batch):
             yield self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
+
+    def preview(self, step: Step) -> list[Image.Image]:
+        """What the pictures of a batch look like after a step (`on_step`), small: a pixel for each latent."""
+        latents = clean(step, self.model.family.schedule)
+        return to_images(to_pixels(latents, self._preview_factors))
+
+    @cached_property
+    def _preview_factors(self) -> Factors:
+        return self.model.family.preview or fit(self.model.autoencoder)
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import Autoencoder, AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import tiled_decode
 from ldm.models.unet import Conditioning
@@ -51,24 +51,22 @@ class Run:
 
     @cached_property
     def conditioning(self) -> tuple[Conditioning, Conditioning, list[TokenReport]]:
-        """For the prompts, for the negative prompts, and the report on their tokens."""
+        """For the prompts, for the negative prompts where guidance looks at them, and the report on their tokens."""
         request, family = self.request, self.model.family
         positive = [request.prompts, request.prompts_2 or request.prompts][-len(family.text) :]
         spoken = [request.negative, request.negative_2 or request.negative][-len(family.text) :]
         negative = [tuple(text or "" for text in column) for column in spoken]
-        options: dict[str, Any] = {
-            "clip_skip": request.clip_skip, "chunks": request.chunks, "weights": request.weights
-        }  # fmt: skip
-        cond, reports = encode_prompts(self.model.text_encoders, positive, **options)
-        length = cond.text.shape[1] // family.text[0].context
-        uncond, more = encode_prompts(self.model.text_encoders, negative, least=length, **options)
-        if uncond.text.shape[1] > cond.text.shape[1]:  # the negative prompt is the longer one
-            length = uncond.text.shape[1] // family.text[0].context
-            cond, reports = encode_prompts(self.model.text_encoders, positive, least=length, **options)
+        if not request.guidance.classifier_free:
+            negative = [() for _ in negative]
+        both = [[*first, *second] for first, second in zip(positive, negative, strict=True)]
+        encoded, reports = encode_prompts(
+            self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, weights=request.weights
+        )
+        size, negative_size = self._size_ids()
+        cond, uncond = (encoded.rows(part) for part in (slice(self.shape[0]), slice(-self.shape[0], None)))
         if family.zero_empty_prompt:
             uncond = _silenced(uncond, [all(row is None for row in rows) for rows in zip(*spoken, strict=True)])
-        size, negative_size = self._size_ids()
-        return replace(cond, size=size), replace(uncond, size=negative_size), reports + more
+        return replace(cond, size=size), replace(uncond, size=negative_size), reports
 
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
         """The size ids (B, 6 or 5) for the prompts and for the negative prompts."""
@@ -131,7 +129,9 @@ class Run:
                 step = steps.send(x)
         except StopIteration:
             pass
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             raise LdmError(_too_large(self.request, len(self.request.prompts))) from None
         check_finite(x, "U-Net", "its weights or this dtype are at fault: try another dtype (bf16, fp32)")
         return x
@@ -169,18 +169,34 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     config = autoencoder.config
     weight = next(autoencoder.parameters())
     z = (latents / config.scaling_factor + config.shift_factor).to(weight.device, weight.dtype)
+    pixels: Tensor | None
     try:
         pixels = autoencoder.decode(z)
-    except torch.OutOfMemoryError:
-        log.warning("the pictures do not fit into memory at once: decoding them in tiles")
-        try:
-            pixels = torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
-        except torch.OutOfMemoryError:
-            raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        pixels = None
+    if pixels is None:  # outside of the handler, which would keep the failed attempt's tensors alive
+        pixels = _decode_in_tiles(autoencoder, z)
     if bool((pixels.amax(dim=(1, 2, 3)) <= -1).any()):
         raise LdmError("the autoencoder gave a picture that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
     check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
     return pixels
+
+
+def _decode_in_tiles(autoencoder: Autoencoder, z: Tensor) -> Tensor:
+    log.warning("the pictures do not fit into memory at once: decoding them in tiles")
+    try:
+        return torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is about memory: only CUDA has an exception of its own for that."""
+    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:

@@ -16,7 +16,7 @@ from test_data_sources import saved_dataset
 
 from ldm.data.framing import Framing
 from ldm.data.image_set import ImageSet
-from ldm.data.loader import Batch, Loader
+from ldm.data.loader import Batch, Loader, once
 from ldm.data.plan import Plan
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
@@ -208,6 +208,22 @@ def test_a_batch_that_does_not_divide(images: ImageSet) -> None:
         Loader(Plan(images, SMALL, 4, seed=0), world=3)
     with pytest.raises(LdmError, match="rank is 2; it must be a whole number from 0 to 1"):
         Loader(Plan(images, SMALL, 4, seed=0), world=2, rank=2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_image_once(tmp_path: Path, world: int) -> None:
+    """For validation: the last batch of a bucket is as small as it comes."""
+    root = make_folder(tmp_path / "images", 23)
+    damage(root, ["004.png"])
+    plan = Plan(open_images(str(root), tmp_path / "cache"), SMALL, 64, seed=0)
+    batches = [batch for rank in range(world) for batch in once(plan, 3, rank, world, "cpu")]
+    assert max(len(batch.keys) for batch in batches) == 3
+    seen = rows(batches)
+    assert sorted(str(row[0]) for row in seen) == [f"{n:03}.png" for n in range(23) if n != 4]
+    first = {row[0]: row for row in rows(islice(Loader(Plan(plan.images, SMALL, 1, seed=0)), 23)) if row[1] == 0}
+    assert all(first[row[0]] == row for row in seen if row[0] in first) and len(first) > 15
+    listed = [line for file in (tmp_path / "cache").glob("skipped-*.txt") for line in file.read_text().splitlines()]
+    assert {line.split("\t")[0] for line in listed} == {"004.png"}
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

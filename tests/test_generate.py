@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from test_cli import run
+from test_cli import COMMAND, run
 
 from ldm.cli.record import from_parameters, to_parameters
 from ldm.errors import LdmError
@@ -130,6 +133,53 @@ def test_processes_share_a_list(ldm: Any, tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv("WORLD_SIZE", "2")
         made += ldm("generate", "--prompts", "p.txt", "--steps", 1, "--out", "o")[1].split()
     assert len(made) == len(set(made)) == 5
+
+
+@pytest.fixture
+def listed(models: Path, tmp_path: Path) -> list[str]:
+    """Arguments of the installed command for a list of eight prompts."""
+    (tmp_path / "p.txt").write_text("\n".join(f"prompt {number}" for number in range(8)))
+    return [
+        "generate", "--model", str(models / "sd15"), "--dtype", "fp32", "--device", "cpu", "--steps", "4",
+        "--scheduler", "euler-a", "--prompts", str(tmp_path / "p.txt"), "--out",
+    ]  # fmt: skip
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    """Every picture of a folder, whole: the pixels by name."""
+    return {path.name: Image.open(path).tobytes() for path in folder.glob("*.png")}
+
+
+def test_a_killed_list_goes_on(listed: list[str], tmp_path: Path) -> None:
+    subprocess.run([COMMAND, *listed, str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
+    folder = tmp_path / "killed"
+    for count in (1, 4):
+        process = subprocess.Popen([COMMAND, *listed, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while len(list(folder.glob("*.png"))) < count and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        process.communicate(timeout=60)
+        assert pictures(folder).items() <= pictures(tmp_path / "whole").items()
+    process = subprocess.Popen([COMMAND, *listed, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len(list(folder.glob("*.png"))) < 6 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert b"Traceback" not in process.communicate(timeout=60)[1]
+    assert len(pictures(folder)) >= 6
+    subprocess.run([COMMAND, *listed, str(folder)], check=True, capture_output=True, timeout=120)
+    assert pictures(folder) == pictures(tmp_path / "whole")
+
+
+def test_launched_processes_share_a_list(listed: list[str], tmp_path: Path) -> None:
+    """What the README shows, with two real processes: together they make what one makes alone."""
+    launch = [str(Path(COMMAND).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2", "-m", "ldm"]
+    result = subprocess.run(
+        [*launch, *listed, str(tmp_path / "two")], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(set(result.stdout.split())) == 8
+    subprocess.run([COMMAND, *listed, str(tmp_path / "one")], check=True, capture_output=True, timeout=120)
+    assert pictures(tmp_path / "two") == pictures(tmp_path / "one")
 
 
 def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,9 @@ from ldm.data.plan import Item, Plan, Visit
 from ldm.data.skipped import Skipped
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, check_whole
+
+# of one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments (2C, h, w)
+Row = tuple[str, int, str, float, tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,7 @@ class Loader:
                 )
             seen += len(batch.keys)
             self.skipped.check(seen)
-            batch = batch.to(self.device)
-            if batch.pixels is not None:
-                pixels = batch.pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-                batch = replace(batch, pixels=pixels.div_(127.5).sub_(1))
-            yield batch
+            yield _ready(batch, self.device)
 
     def _items(self) -> Iterator[Item]:
         """This process's rows of each micro-batch."""
@@ -132,6 +130,34 @@ class Loader:
                 yield replace(item, visits=item.visits[first : first + rows])
 
 
+def once(plan: Plan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
+    """This process's share of all images of a plan, each once, as its first visit shows it, in an order that stays.
+
+    A batch has up to `rows` images of one bucket. Images that cannot be decoded are left out, and listed.
+    """
+    loading, skipped = _Loading(plan, None), Skipped(plan.name, plan.folder / f"skipped-{rank}.txt")
+    pieces = [
+        Item(sides, [Visit(int(index), 0) for index in members[start : start + rows]], [])
+        for sides, members in plan.buckets.items()
+        for start in range(0, len(members), rows)
+    ]
+    for item in pieces[rank::world]:
+        found, damaged = loading.rows(item)
+        for key, reason in damaged:
+            skipped.add(key, reason)
+        if found:
+            yield _ready(loading.batch(found), device)
+
+
+def _ready(batch: Batch, device: torch.device | str) -> Batch:
+    """A loaded batch on the device, its pixels (B, 3, H, W) in [-1, 1]."""
+    batch = batch.to(device)
+    if batch.pixels is None:
+        return batch
+    pixels = batch.pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return replace(batch, pixels=pixels.div_(127.5).sub_(1))
+
+
 class _Loading(Dataset):
     """From what a batch is to hold to the batch, its pixels (B, H, W, 3) uint8; and the images that are damaged."""
 
@@ -140,8 +166,13 @@ class _Loading(Dataset):
         self.latents = latents
 
     def __getitem__(self, item: Item) -> tuple[Batch | None, list[tuple[str, str]]]:
+        rows, damaged = self.rows(item)
+        return self.batch(rows) if len(rows) == len(item.visits) else None, damaged
+
+    def rows(self, item: Item) -> tuple[list[Row], list[tuple[str, str]]]:
+        """What of it can be read, and the keys of damaged images with reasons."""
+        rows: list[Row] = []
         damaged: list[tuple[str, str]] = []
-        rows = []
         for visit in item.visits:
             for candidate in self._candidates(visit, item.spares):
                 try:
@@ -149,12 +180,14 @@ class _Loading(Dataset):
                     break
                 except LdmError as error:
                     damaged.append((self.plan.example(candidate.image).key, str(error)))
-            else:
-                return None, damaged
+        return rows, damaged
+
+    def batch(self, rows: list[Row]) -> Batch:
+        """Rows as a batch."""
         keys, epochs, captions, scores, numbers, shown = (list(column) for column in zip(*rows, strict=True))
         pixels, moments = (None, torch.stack(shown)) if self.latents else (torch.stack(shown), None)
         size, score = torch.tensor(numbers, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32)
-        return Batch(keys, epochs, captions, pixels, moments, size, score), damaged
+        return Batch(keys, epochs, captions, pixels, moments, size, score)
 
     def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
         """The visit, and what replaces it if it is damaged, in an order of its own."""
@@ -163,8 +196,7 @@ class _Loading(Dataset):
         first = int(uniform(self.plan.seed, "replacement", key, visit.epoch) * len(spares))
         yield from [*spares[first:], *spares[:first]]
 
-    def _row(self, visit: Visit, sides: tuple[int, int]) -> tuple[Any, ...]:
-        """For one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments."""
+    def _row(self, visit: Visit, sides: tuple[int, int]) -> Row:
         plan, example = self.plan, self.plan.example(visit.image)
         choice = int(uniform(plan.seed, "caption", example.key, visit.epoch) * len(example.captions))
         caption = example.captions[choice] if example.captions else ""

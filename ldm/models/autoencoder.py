@@ -285,10 +285,12 @@ class VQModel(nn.Module):
         """Latents (B, codebook_dim, h, w), quantised first, to pictures (B, 3, h · factor, w · factor)."""
         return self.decoder(self.post_quant_conv(self.quantize(z)[0]))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode, quantise, decode: the reconstruction and the codebook numbers (B, h, w)."""
-        quantised, index = self.quantize(self.encode(x).value)
-        return self.decoder(self.post_quant_conv(quantised)), index
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode, quantise, decode: the reconstruction, the latents before they were quantised, and the codebook
+        numbers (B, h, w)."""
+        z = self.encode(x).value
+        quantised, index = self.quantize(z)
+        return self.decoder(self.post_quant_conv(quantised)), z, index
 
 
 Autoencoder = AutoencoderKL | VQModel

@@ -115,7 +115,6 @@ def encode_prompts(
     clip_skip: int = 0,
     chunks: bool = True,
     weights: bool = True,
-    least: int = 1,
 ) -> tuple[Conditioning, list[TokenReport]]:
     """Prompts to text (B, K·M, T), pooled text (B, P) of the first chunk, and a report for each prompt and encoder.
 
@@ -125,7 +124,6 @@ def encode_prompts(
         clip_skip: layers left out, as in `TextEncoders.encode`.
         chunks: split long prompts; without, what does not fit is cut, and the report says what.
         weights: read brackets as weights; without, they are text.
-        least: chunks to fill up to, so that a negative prompt matches its positive one.
 
     Raises:
         LdmError: a prompt is longer than 100,000 characters, or `clip_skip` is out of range.
@@ -146,7 +144,7 @@ def encode_prompts(
             reports.append(TokenReport(prompt, config.component, count, len(kept) * (config.context - 2), cut))
             rows.append(kept)
         towers.append(rows)
-    number = max(least, *(len(row) for rows in towers for row in rows))
+    number = max(len(row) for rows in towers for row in rows)
     encoded = []
     for index in range(number):
         here = [[row[index] if index < len(row) else Chunk([], []) for row in rows] for rows in towers]

@@ -8,7 +8,7 @@ B batch, C channels, H×W height and width of the latents, M text tokens, T text
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,11 @@ class Conditioning:
     size: Tensor | None = (
         None  # (B, size_ids) original height, width, crop top, left, then target height, width or score
     )
+
+    def rows(self, part: slice) -> Conditioning:
+        """The same for some of the batch."""
+        columns = (getattr(self, field.name) for field in fields(self))
+        return Conditioning(*(None if column is None else column[part] for column in columns))  # type: ignore[arg-type]
 
 
 def sinusoids(values: Tensor, dim: int) -> Tensor:

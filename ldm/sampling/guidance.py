@@ -30,6 +30,11 @@ class Guidance:
     threshold: float = 0.0  # dynamic threshold's percentile of the predicted latents (Saharia et al. 2022); 0: none
     perturbed: float = 0.0  # scale of perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377)
 
+    @property
+    def classifier_free(self) -> bool:
+        """Whether the negative prompt is looked at."""
+        return self.scale > 1
+
     def __post_init__(self) -> None:
         for name, low, high in (("scale", 0, 1000), ("rescale", 0, 1), ("threshold", 0, 1), ("perturbed", 0, 1000)):
             value = getattr(self, name)
@@ -70,7 +75,7 @@ def guided(
     """
     g = guidance
     alone = plain(unet, cond, extra)
-    classifier_free = g.scale > 1
+    classifier_free = g.classifier_free
     if not classifier_free and not g.perturbed:
         return thresholded(alone, g.threshold, schedule) if g.threshold else alone
     groups = [negative] * classifier_free + [cond] + [cond] * bool(g.perturbed)
@@ -113,7 +118,7 @@ def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) ->
 
     def limited(x: Tensor, time: Time) -> Tensor:
         prediction = denoise(x, time)
-        a, s = _signal_and_noise(bars, time.value)
+        a, s = signal_and_noise(bars, time.value)
         latents = to_latents(prediction, x, a, s, schedule.prediction_type)
         sizes = latents.flatten(1).abs().float()
         limit = torch.quantile(sizes, percentile, dim=1).clamp(min=3.0).to(latents.dtype)[:, None, None, None]
@@ -122,7 +127,7 @@ def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) ->
     return limited
 
 
-def _signal_and_noise(bars: list[float], t: float) -> tuple[float, float]:
+def signal_and_noise(bars: list[float], t: float) -> tuple[float, float]:
     """√ᾱ and √(1 - ᾱ) at a timestep that may lie between two."""
     low = min(int(t), len(bars) - 1)
     high = min(low + 1, len(bars) - 1)

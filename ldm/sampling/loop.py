@@ -33,6 +33,8 @@ class Step:
     count: int  # of all steps
     time: Time
     latents: Tensor  # (B, C, h, w) after the step
+    model_input: Tensor  # (B, C, h, w) that the model was given, scaled
+    prediction: Tensor  # (B, C, h, w) that it gave
 
 
 def sample(
@@ -47,7 +49,8 @@ def sample(
     on_device = [t.to(x.device, non_blocking=True) for t in plan.timesteps]
     for index, t in enumerate(plan.timesteps):
         time = Time(values[index], on_device[index])
-        prediction = denoise(scheduler.scale_model_input(x, t), time)
+        model_input = scheduler.scale_model_input(x, t)
+        prediction = denoise(model_input, time)
         x = scheduler.step(prediction, t, x, **arguments)[0]
-        changed = yield Step(index, len(values), time, x)
+        changed = yield Step(index, len(values), time, x, model_input, prediction)
         x = x if changed is None else changed

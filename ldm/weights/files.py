@@ -33,6 +33,7 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DIGEST = "ldm.sha256"
+LINEAGE = "ldm.lineage"  # JSON in a header: how the weights were made
 PIECE = 512 * 2**20  # bytes: how much is mapped at a time when tensors change their dtype, and hashed between reports
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all

@@ -28,6 +28,7 @@ from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
 from ldm.weights.components import Components, Opened, Part
 from ldm.weights.files import (
+    LINEAGE,
     NAMES,
     Output,
     Progress,
@@ -319,11 +320,12 @@ def write_folder(
     max_shard_size: int = 10 * 10**9,
     overwrite: bool = False,
     progress: Progress = silent,
+    lineage: str = "",
 ) -> None:
     """Write a model as a folder that diffusers opens, with a manifest of digests; whole or not at all.
 
     `dtype` converts floating-point weights, `variant` goes into file names (diffusers: "fp16"), files larger than
-    `max_shard_size` bytes are split.
+    `max_shard_size` bytes are split. `lineage`, if it is not empty, goes into the header of each file.
 
     Raises:
         LdmError: the folder exists, without `overwrite` or as no model; it cannot be written; the disk is full.
@@ -336,6 +338,7 @@ def write_folder(
         raise LdmError(f"variant {variant!r}: letters, digits and underscores only")
     outputs = {name: _outputs(name, module, dtype) for name, module in model.modules().items()}
     total = sum(output.info.nbytes for group in outputs.values() for output in group)
+    header = {LINEAGE: lineage} if lineage else {}
     with replacing(folder, folder=True, overwrite=overwrite, need=total) as temporary:
         digests: dict[str, str] = {}
         done = 0
@@ -350,7 +353,7 @@ def write_folder(
                 def report(what: str, part: int, _: int, start: int = start) -> None:
                     progress(what, start + part, total)
 
-                digests[f"{name}/{file}"] = write_safetensors(temporary / name / file, shard, {}, report)
+                digests[f"{name}/{file}"] = write_safetensors(temporary / name / file, shard, header, report)
                 done += sum(output.info.nbytes for output in shard)
             if len(shards) > 1:
                 dot = f".{variant}" if variant else ""

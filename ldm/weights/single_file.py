@@ -23,6 +23,7 @@ from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights import configs, layouts
 from ldm.weights.components import NOTHING, Components, Opened, Part, is_adapter
 from ldm.weights.files import (
+    LINEAGE,
     Output,
     Progress,
     Store,
@@ -317,8 +318,11 @@ def write_single_file(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
+    lineage: str = "",
 ) -> None:
     """Write a model as one safetensors file with the names of the original repositories; whole or not at all.
+
+    `lineage`, if it is not empty, goes into the header: JSON that says how the model was made.
 
     Raises:
         LdmError: the file exists and `overwrite` is not set; it cannot be written; the disk is full; or the tokenizer
@@ -342,6 +346,7 @@ def write_single_file(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.architecture": _ARCHITECTURES.get(family.name, "stable-diffusion"),
     }
+    metadata |= {LINEAGE: lineage} if lineage else {}
     if family.schedule.prediction_type != "sample":  # which the specification does not know
         metadata["modelspec.prediction_type"] = "v" if family.schedule.prediction_type == "v_prediction" else "epsilon"
     total = sum(output.info.nbytes for output in outputs)

@@ -1,0 +1,1 @@
+"""Training: losses, their parts, and the measures of how well an autoencoder reconstructs."""

@@ -1,0 +1,108 @@
+"""Checkpoints: written under a temporary name, flushed, renamed; the newest whole one is found by itself.
+
+A checkpoint is a folder `step-…`: what accelerate saves, and a manifest, written last, with the digest of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ldm.errors import LdmError
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+def save(accelerator: Accelerator, folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint, called by all ranks; then remove all but the newest `keep`.
+
+    Args:
+        accelerator: knows the networks, optimisers and what else is registered with it.
+        folder: of the checkpoints.
+        step: updates done.
+        state: what must be known besides, as JSON.
+        keep: how many checkpoints stay.
+
+    Raises:
+        LdmError: it cannot be written; what was there before is still there.
+    """
+    path = folder / f"step-{step:08d}"
+    temporary = folder / f".{path.name}.part"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _seal(temporary, step, state)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            _flush(folder)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free / 1e9
+        raise LdmError(
+            f"checkpoint {path} cannot be written: {error.strerror or error}; {free:.2f} GB are free; "
+            "earlier checkpoints are whole: run the same command again when there is room"
+        ) from None
+    accelerator.wait_for_everyone()
+    return path
+
+
+def _seal(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Flush every file to the disk, and write the manifest last."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _flush(path)
+            files[str(path.relative_to(folder))] = _digest(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"step": step, "state": dict(state), "files": files}, indent=1), encoding="utf-8")
+    _flush(manifest)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, oldest first."""
+    found = [(int(m[1]), path) for path in folder.glob("step-*") if (m := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its manifest. Damaged ones are named in a warning and passed over."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            wrong = [name for name, digest in manifest["files"].items() if _digest(path / name) != digest]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            wrong = [MANIFEST]
+        if not wrong:
+            return path, manifest
+        log.warning("checkpoint %s is damaged (%s); the one before is taken", path, wrong[0])
+    return None

@@ -1,0 +1,20 @@
+"""Activations that are computed again in the backward pass instead of being kept, added to networks from outside.
+
+Chen et al. 2016 (arXiv 1604.06174).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.models.layers import ResnetBlock, SpatialAttention, TransformerBlock
+
+
+def checkpointed(module: nn.Module) -> None:
+    """Make every residual block and transformer block of a network forget its activations until they are needed."""
+    for part in module.modules():
+        if isinstance(part, (ResnetBlock, SpatialAttention, TransformerBlock)):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]

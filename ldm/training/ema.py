@@ -1,0 +1,157 @@
+"""Averages of the weights over a run: an exponential one, and power-function ones that can be recombined afterwards.
+
+Karras et al. 2024 (arXiv 2312.02696), section 3: an average with profile (γ + 1) τ^γ / t^(γ + 1) over the updates τ up
+to t has a width relative to the length of the run, σ² = (γ + 1) / ((γ + 2)² (γ + 3)). From snapshots of two such
+averages the one of any other width follows by least squares, after training.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ldm.errors import LdmError
+from ldm.training.config import EmaSection
+from ldm.weights.files import Output, TensorInfo, replacing, write_safetensors
+
+SNAPSHOT = re.compile(r"(\d+)-([\d.]+)\.safetensors")
+
+
+class Averages:
+    """The averages of a module's trained parameters. `update` after each update of the weights."""
+
+    def __init__(self, module: nn.Module, section: EmaSection) -> None:
+        self.section = section
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.profiles = [0.0] * bool(section.decay) + [exponent(width) for width in section.widths]
+        self.averages = [[p.detach().clone() for p in self.parameters.values()] for _ in self.profiles]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after update number `step` (from 1)."""
+        weights = [p.detach() for p in self.parameters.values()]
+        decays = [self._decay(step)] * bool(self.section.decay)
+        decays += [(1 - 1 / step) ** (gamma + 1) for gamma in self.profiles[len(decays) :]]
+        for average, decay in zip(self.averages, decays, strict=True):
+            torch._foreach_lerp_(average, weights, 1 - decay)
+
+    def _decay(self, step: int) -> float:
+        return min(self.section.decay, (1 + step) / (10 + step)) if self.section.ramp else self.section.decay
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The module with the average in the place of its weights: the first one, or none if there is none."""
+        if not self.averages:
+            yield
+            return
+        weights = [p.data for p in self.parameters.values()]
+        for p, average in zip(self.parameters.values(), self.averages[0], strict=True):
+            p.data = average
+        try:
+            yield
+        finally:
+            for p, weight in zip(self.parameters.values(), weights, strict=True):
+                p.data = weight
+
+    def save_snapshots(self, folder: Path, step: int) -> None:
+        """Write the power-function averages, in fp16 as their authors do, for `recombine`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for width, average in zip(self.section.widths, self.averages[bool(self.section.decay) :], strict=True):
+            outputs = [
+                Output(name, TensorInfo(torch.float16, tuple(tensor.shape)), partial(Tensor.detach, tensor))
+                for name, tensor in zip(self.parameters, average, strict=True)
+            ]
+            size = sum(output.info.nbytes for output in outputs)
+            path = folder / f"{step:08d}-{width:g}.safetensors"
+            with replacing(path, folder=False, overwrite=True, need=size) as temporary:
+                write_safetensors(temporary, outputs, {"step": str(step), "width": f"{width:g}"})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a checkpoint must hold."""
+        return {"averages": self.averages}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            LdmError: the checkpoint has other averages.
+        """
+        if len(state["averages"]) != len(self.averages):
+            raise LdmError(
+                f"the checkpoint has {len(state['averages'])} averages, the configuration {len(self.averages)} (ema)"
+            )
+        with torch.no_grad():
+            for average, saved in zip(self.averages, state["averages"], strict=True):
+                torch._foreach_copy_(average, saved)
+
+
+def exponent(width: float) -> float:
+    """γ of the profile with this relative width σ.
+
+    Raises:
+        LdmError: there is none: widths lie between 0 and 0.288, that of a plain mean.
+    """
+    if not 0 < width < math.sqrt(1 / 12):
+        raise LdmError(f"width {width!r} of an average: a number above 0 and below 0.288 is needed (ema.widths)")
+    roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])  # (γ + 2)² (γ + 3) σ² = γ + 1
+    return float(roots.real.max())
+
+
+def overlap(t1: np.ndarray, gamma1: np.ndarray, t2: np.ndarray, gamma2: np.ndarray) -> np.ndarray:
+    """∫ p1 p2 dτ of profiles that end at t1 and t2."""
+    first = t1 <= t2
+    later, ratio = np.where(first, t2, t1), np.where(first, t1 / t2, t2 / t1)
+    beyond = np.where(first, gamma2, gamma1)  # exponent of the profile that goes on longer
+    return (gamma1 + 1) * (gamma2 + 1) / (gamma1 + gamma2 + 1) * ratio**beyond / later
+
+
+def coefficients(steps: Sequence[int], widths: Sequence[float], step: int, width: float) -> np.ndarray:
+    """Weights of snapshots, taken at `steps` of averages of `widths`, whose sum comes nearest to another average."""
+    t, gamma = np.array(steps, float), np.array([exponent(value) for value in widths])
+    wanted = np.array([float(step)]), np.array([exponent(width)])
+    a = overlap(t[:, None], gamma[:, None], t[None, :], gamma[None, :])
+    b = overlap(t, gamma, *wanted)
+    return np.linalg.lstsq(a, b, rcond=None)[0]
+
+
+def recombine(folder: Path, width: float, step: int | None = None) -> dict[str, Tensor]:
+    """Weights averaged with another width, from the snapshots of a run (`Averages.save_snapshots`): fp32 by name.
+
+    Args:
+        folder: of the snapshots.
+        width: relative, as in `EmaSection.widths`.
+        step: the update at which the average ends; by default the last one.
+
+    Raises:
+        LdmError: there are no snapshots, one is damaged, or the width is impossible.
+    """
+    found = [
+        (int(m[1]), float(m[2]), path) for path in sorted(folder.glob("*")) if (m := SNAPSHOT.fullmatch(path.name))
+    ]
+    if not found:
+        raise LdmError(f"{folder} has no snapshots of averages; train with ema.widths=[0.05,0.1]")
+    end = max(row[0] for row in found) if step is None else step
+    found = [row for row in found if row[0] <= end]
+    if not found:
+        raise LdmError(f"{folder} has no snapshots up to update {end}")
+    weights = coefficients([row[0] for row in found], [row[1] for row in found], end, width)
+    total: dict[str, Tensor] = {}
+    for (_, _, path), weight in zip(found, weights, strict=True):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    value = file.get_tensor(name).float() * weight
+                    total[name] = total[name] + value if name in total else value
+        except (OSError, SafetensorError):
+            raise LdmError(f"{path} cannot be read; it is damaged") from None
+    return total

@@ -1,0 +1,69 @@
+"""The mean and the spread of latents, measured as they stream by: what their scale and shift are set to.
+
+Chan, Golub and LeVeque 1983: count, mean and squared deviations of two parts give those of the whole, without the loss
+of digits of a sum of squares. Memory is the same for any number of latents.
+
+B batch, C channels of the latents, h×w their height and width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.training.ranks import Reduce
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the latents seen so far; float64, on the CPU."""
+
+    count: Tensor  # (): numbers of each channel
+    mean: Tensor  # (C,)
+    squares: Tensor  # (C,): sums of squared differences from the mean
+
+    @property
+    def channel_std(self) -> Tensor:
+        """Standard deviation of each channel: (C,)."""
+        return (self.squares / self.count).sqrt()
+
+    @property
+    def shift(self) -> float:
+        """The mean of all channels together: `shift_factor`, if the autoencoder is to have one."""
+        return float(self.mean.mean())
+
+    @property
+    def scale(self) -> float:
+        """1 / the standard deviation of all channels together: `scaling_factor` (Rombach et al. 2022, appendix G)."""
+        variance = (self.squares / self.count + (self.mean - self.mean.mean()).square()).mean()
+        return float(variance.rsqrt())
+
+
+def measure(latents: Tensor) -> Moments:
+    """The moments of unscaled latents (B, C, h, w), as sampled from the posterior."""
+    values = latents.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)  # (C, B · h · w)
+    mean = values.mean(dim=1)
+    count = torch.tensor(values.shape[1], dtype=torch.float64)
+    return Moments(count, mean, (values - mean.unsqueeze(1)).square().sum(dim=1))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of both together."""
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    mean = a.mean + delta * (b.count / count)
+    return Moments(count, mean, a.squares + b.squares + delta.square() * (a.count * b.count / count))
+
+
+def over_ranks(moments: Moments, reduce: Reduce) -> Moments:
+    """The moments of all ranks together, the same on each.
+
+    Args:
+        reduce: gives the sum over all ranks of a float64 tensor on the CPU.
+    """
+    counted = reduce(torch.cat([moments.count.view(1), moments.count * moments.mean]))
+    mean = counted[1:] / counted[0]
+    squares = reduce(moments.squares + moments.count * (moments.mean - mean).square())
+    return Moments(counted[0], mean, squares)

@@ -1,0 +1,345 @@
+"""The training loop: batches -> losses -> gradients -> an update of the weights and of their averages.
+
+Everything that is random in a step is a function of the seed and of the samples' keys. So a run that is stopped and
+started again, or laid out over another number of processes, is the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.loader import Batch
+from ldm.errors import LdmError, listing
+from ldm.images import grid, save_png
+from ldm.training import checkpoint
+from ldm.training.ema import Averages
+from ldm.training.optimizers import learning_rate, set_learning_rate
+from ldm.training.stage import Stage
+
+log = logging.getLogger(__name__)
+Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
+
+
+class Stopped(Exception):  # noqa: N818  (no error)
+    """The run was asked to stop, and has saved where it is."""
+
+    def __init__(self, stage: str, step: int, signal: int) -> None:
+        super().__init__(f"stage {stage} stopped after {step} updates, and saved them")
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training costs."""
+
+    tflop: float  # of an image, forward and backward
+    peak: float | None  # TFLOP/s of a device at the most, where that is known
+
+
+@dataclass
+class Clock:
+    """Where the time goes, since the last line of the log."""
+
+    since: float = field(default_factory=time.monotonic)
+    waiting: float = 0.0  # seconds for data
+    pictures: int = 0
+
+    def figures(self) -> dict[str, float]:
+        """Pictures a second over all ranks, and the part of the time spent waiting for data."""
+        seconds = time.monotonic() - self.since
+        return {"images_per_s": self.pictures / seconds, "waiting": self.waiting / seconds}
+
+
+class Training:
+    """One stage's run: the state, and the verbs."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        stage: Stage,
+        folder: Path,
+        steps_per_batch: Callable[[int], Iterator[list[Batch]]],
+        held_out: Callable[[], Iterable[Batch]],
+        report: Report,
+        work: Callable[[int], Work | None] = lambda step: None,
+    ) -> None:
+        """Args:
+        accelerator: launches and shards; what must be saved is registered with it here.
+        stage: its players' networks and optimisers are prepared here.
+        folder: of the stage's checkpoints, log and previews.
+        steps_per_batch: from a step on, the micro-batches of each step.
+        held_out: the batches to validate on, those of this rank.
+        report: takes every line of the log, on the main process.
+        work: what an image costs at a step, for the log.
+        """
+        self.accelerator = accelerator
+        self.stage = stage
+        self.folder = folder
+        self.batches = steps_per_batch
+        self.held_out = held_out
+        self.report = report
+        self.work = work
+        self.section = stage.section
+        self.step = 0  # updates done
+        for player in stage.players.values():
+            player.module, player.optimizer = accelerator.prepare(player.module, player.optimizer)
+        self.averages = {
+            name: Averages(accelerator.unwrap_model(player.module), self.section.ema)
+            for name, player in stage.players.items()
+            if player.averaged
+        }
+        for kept in (*self.averages.values(), *stage.extra.values()):
+            accelerator.register_for_checkpointing(kept)
+        self.sums: dict[str, float] = {}  # of the figures since the last line of the log
+        self.clock = Clock()
+        self.asked = 0  # the signal that asked for the end
+
+    def run(self) -> dict[str, Any]:
+        """From the newest checkpoint, if there is one, to the last step; the result's record.
+
+        Raises:
+            LdmError: a loss is not finite, or the disk is full. The last checkpoint is whole.
+            Stopped: a signal asked for it; a checkpoint was written.
+        """
+        self.restore()
+        section = self.section
+        with self.signals():
+            batches = self.batches(self.step)
+            while self.step < section.steps:
+                started = time.monotonic()
+                micro_batches = next(batches)
+                self.clock.waiting += time.monotonic() - started
+                self.train_step(micro_batches)
+                self.step += 1
+                last = self.step == section.steps
+                if self.step % section.log_every == 0 or last:
+                    self.write_log()
+                if self.step % section.ema.every == 0 and section.ema.widths:
+                    self.save_snapshots()
+                if self.step % section.validate_every == 0 or last:
+                    self.validate()
+                if self.step % section.preview_every == 0 or last:
+                    self.preview(micro_batches[0])
+                if self.step % section.save_every == 0 or last:
+                    self.save()
+        with self.averaged():
+            return self.stage.finish(self.held_out())
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Gradients of all micro-batches, then one update of every player.
+
+        Raises:
+            LdmError: a loss or gradient is not finite; nothing has been updated.
+            Stopped: see `run`.
+        """
+        players = self.stage.players
+        rate = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
+        sums: dict[str, Tensor] = {}
+        bad: list[tuple[list[str], Tensor]] = []  # keys, and which of them have a loss that is not finite
+        for index, batch in enumerate(micro_batches):
+            with self.gradients_stay_here(index < len(micro_batches) - 1):
+                for loss in self.stage.losses(batch, self.step):
+                    mean = loss.values.mean() / len(micro_batches)
+                    self.accelerator.backward(mean)
+                    bad.append((batch.keys, ~torch.isfinite(loss.values.detach()).expand(len(batch.keys))))
+                    for name, part in {f"loss/{loss.player}": loss.values.detach().mean(), **loss.report}.items():
+                        sums[name] = sums.get(name, 0) + part.float() / len(micro_batches)
+        for name, player in players.items():
+            set_learning_rate(player.optimizer, rate)
+            limit = player.clip or float("inf")
+            norm = self.accelerator.clip_grad_norm_(player.module.parameters(), limit)
+            sums[f"gradient/{name}"] = torch.as_tensor(norm, device=self.accelerator.device).detach().float()
+        figures = self.agree(sums, bad)
+        for player in players.values():
+            player.optimizer.step()
+            player.optimizer.zero_grad(set_to_none=True)
+        for average in self.averages.values():
+            average.update(self.step + 1)
+        for name, value in {**figures, **self.stage.updated(self.step + 1)}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.clock.pictures += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
+
+    def agree(self, figures: dict[str, Tensor], bad: list[tuple[list[str], Tensor]]) -> dict[str, float]:
+        """The means over all ranks of a step's figures, in one exchange that also tells of bad numbers and of signals.
+
+        Raises:
+            LdmError: a number is not finite, on whatever rank.
+            Stopped: some rank was asked to stop.
+        """
+        wrong = torch.stack([rows.any() for _, rows in bad]).any().float()
+        stop = torch.tensor(float(bool(self.asked)), device=wrong.device)
+        any_wrong, any_stop, *means = self.accelerator.reduce(
+            torch.stack([wrong, stop, *figures.values()]), "mean"
+        ).tolist()
+        result = dict(zip(figures, means, strict=True))
+        overflows = self.accelerator.scaler is not None  # fp16's gradients do now and then, and are not used then
+        lost = [n for n, value in result.items() if n.startswith("gradient/") and not math.isfinite(value)]
+        if any_wrong or (lost and not overflows):
+            raise LdmError(self.lost("the loss" if any_wrong else f"the {lost[0]}", bad))
+        if any_stop:
+            for player in self.stage.players.values():
+                player.optimizer.zero_grad(set_to_none=True)
+            self.save()
+            raise Stopped(self.stage.name, self.step, self.asked or signal.SIGTERM)
+        return result
+
+    def lost(self, what: str, bad: list[tuple[list[str], Tensor]]) -> str:
+        """Why the run ends here, and with which samples."""
+        found = {key for keys, rows in bad for key, row in zip(keys, rows.tolist(), strict=True) if row}
+        found = found or {key for keys, _ in bad for key in keys}
+        saved = checkpoint.checkpoints(self.folder / "checkpoints")
+        return (
+            f"{what} of step {self.step + 1} is not finite (samples here: {listing(sorted(found), 8)}); nothing was "
+            f"updated, the last checkpoint is {saved[-1].name if saved else 'none yet'}. A lower learning rate, bf16 "
+            "in place of fp16, or leaving these pictures out may help"
+        )
+
+    @contextmanager
+    def gradients_stay_here(self, more_to_come: bool) -> Iterator[None]:
+        """Ranks exchange gradients with the last micro-batch of a step alone."""
+        with ExitStack() as stack:
+            if more_to_come:
+                for player in self.stage.players.values():
+                    stack.enter_context(self.accelerator.no_sync(player.module))
+            yield
+
+    # --- now and then -----------------------------------------------------------------------------------------------
+
+    def write_log(self) -> None:
+        """The means since the last line."""
+        since = (
+            self.section.log_every if self.step % self.section.log_every == 0 else self.step % self.section.log_every
+        )
+        figures = {name: value / since for name, value in self.sums.items()}
+        rate = learning_rate(self.section.optimizer, self.step, self.section.steps)
+        figures |= {"learning_rate": rate * self.section.optimizer.learning_rate, **self.clock.figures()}
+        if work := self.work(self.step - 1):
+            figures["tflops"] = figures["images_per_s"] / self.accelerator.num_processes * work.tflop
+            figures |= {"model_flops_use": figures["tflops"] / work.peak} if work.peak else {}
+        self.write(figures)
+        self.sums = {}
+        self.clock = Clock()
+
+    def write(self, figures: dict[str, float]) -> None:
+        """One line of the log, on the main process: into metrics.jsonl, and to whoever listens."""
+        if self.accelerator.is_main_process:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **figures}) + "\n")
+            self.report(self.stage.name, self.step, self.section.steps, figures)
+
+    def validate(self) -> None:
+        """Figures over the held-out pictures, with the averages in place."""
+        with self.averaged():
+            figures = self.stage.validate(self.held_out())
+        if figures:
+            self.write({f"validation/{name}": value for name, value in figures.items()})
+        self.clock = Clock()
+
+    def preview(self, batch: Batch) -> None:
+        """Pictures to look at, on the main process."""
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                pictures = self.stage.preview(batch, self.step)
+            self.show(pictures)
+        self.accelerator.wait_for_everyone()
+        self.clock = Clock()
+
+    def show(self, pictures: list[Image.Image]) -> None:
+        """Keep them as one file."""
+        if pictures:
+            (self.folder / "previews").mkdir(exist_ok=True)
+            save_png(grid(pictures), self.folder / "previews" / f"step-{self.step:08d}.png")
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """The networks with their averages in the place of their weights."""
+        stack = ExitStack()
+        for average in self.averages.values():
+            stack.enter_context(average.in_place())
+        return stack
+
+    def save_snapshots(self) -> None:
+        """The power-function averages as they are now."""
+        if self.accelerator.is_main_process:
+            for name, average in self.averages.items():
+                average.save_snapshots(self.folder / "averages" / name, self.step)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of everything that the rest of the run depends on."""
+        checkpoint.save(
+            self.accelerator, self.folder / "checkpoints", self.step, {"sums": self.sums}, self.section.keep
+        )
+        self.clock = Clock()
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that is whole; the log is cut back to it."""
+        found = checkpoint.newest(self.folder / "checkpoints")
+        if found:
+            path, manifest = found
+            self.accelerator.load_state(str(path))
+            self.step = int(manifest["step"])
+            self.sums = manifest["state"]["sums"]
+            log.info("going on from %s", path)
+        if self.accelerator.is_main_process:
+            _cut(self.folder / "metrics.jsonl", self.step)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """While training, SIGTERM and SIGINT ask for a checkpoint and the end; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _: object) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = number
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Lines of a log up to a step."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+    temporary = path.with_suffix(".part")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+        return float("inf")
+
+
+def in_parts(batches: Iterator[Batch], parts: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step."""
+    while some := list(islice(batches, parts)):
+        yield some

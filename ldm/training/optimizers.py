@@ -1,0 +1,60 @@
+"""Optimisers by name, and learning rates as functions of the update's number alone."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.errors import LdmError
+from ldm.training.config import OptimizerSection
+
+Group = tuple[list[nn.Parameter], float]  # parameters and their highest learning rate
+
+
+def make_optimizer(section: OptimizerSection, groups: Iterable[Group]) -> torch.optim.Optimizer:
+    """The optimiser that a section names, for groups of parameters with a learning rate each.
+
+    Each group keeps its highest learning rate as "highest", for `set_learning_rate`.
+
+    Raises:
+        LdmError: the method's package is not installed.
+    """
+    rows: list[dict[str, Any]] = [{"params": ps, "lr": rate, "highest": rate} for ps, rate in groups if ps]
+    common: dict[str, Any] = {"betas": section.betas, "weight_decay": section.weight_decay}
+    if section.name == "adamw":
+        fused = all(p.device.type == "cuda" for row in rows for p in row["params"])
+        return torch.optim.AdamW(rows, eps=section.epsilon, fused=fused or None, **common)
+    if section.name == "adafactor":
+        return torch.optim.Adafactor(rows, weight_decay=section.weight_decay)
+    package, name = {"adamw-8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}[
+        section.name
+    ]
+    try:
+        kind = getattr(importlib.import_module(package), name)
+    except ImportError:
+        raise LdmError(
+            f"optimizer {section.name} needs one more package: pip install {package.split('.')[0]}"
+        ) from None
+    return kind(rows, **common)
+
+
+def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
+    """The part of the highest learning rate at update `step` (from 1) of `steps`."""
+    if step <= section.warmup:
+        return step / section.warmup
+    if section.schedule == "constant":
+        return 1.0
+    done = min((step - section.warmup) / max(steps - section.warmup, 1), 1.0)
+    left = 1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return section.final + (1 - section.final) * left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, part: float) -> None:
+    """Set each group's learning rate to that part of its highest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["highest"] * part

@@ -1,0 +1,384 @@
+"""A run: the stages of a configuration one after the other, each from where it stopped, each ending in a model folder.
+
+runs/x/config.yaml        the whole configuration, defaults included
+runs/x/data/              index of the pictures, list of those that cannot be used, caches
+runs/x/base/              of each stage: checkpoints/, previews/, averages/, metrics.jsonl
+runs/x/base/model/        its result, a folder that diffusers opens; model.safetensors, the same as a single file
+runs/x/base/done.json     written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+import ldm
+from ldm.data.cache import Latents, Texts, build_latents, build_texts
+from ldm.data.framing import Framing
+from ldm.data.image_set import ImageSet
+from ldm.data.loader import Batch, Loader, once
+from ldm.data.plan import Plan, split
+from ldm.data.sources import open_images, open_stream
+from ldm.data.streams import StreamPlan
+from ldm.errors import LdmError, first_line
+from ldm.latent_diffusion import LatentDiffusion, fingerprint
+from ldm.models.unet import Conditioning
+from ldm.training.checkpointing import checkpointed
+from ldm.training.conditioning import encode
+from ldm.training.config import Config, DataSection, StageName, StageSection, dump
+from ldm.training.denoiser import DenoiserStage
+from ldm.training.forecast import forecast, peak_tflops
+from ldm.training.loop import Report, Training, Work, in_parts
+from ldm.training.phases import Phase, phases
+from ldm.training.stage import Preview, Stage
+from ldm.training.start import starting_model
+from ldm.weights.files import replacing, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a run trains on: pictures with random access, or a stream."""
+
+    section: DataSection
+    folder: Path  # of indexes and caches
+    images: ImageSet | None = None
+
+    def digest(self) -> str:
+        """Names the set of pictures and captions, wherever it lies."""
+        digest = hashlib.sha256()
+        for index in range(len(self.images) if self.images else 0):
+            example = self.images.example(index)  # type: ignore[union-attr]
+            digest.update(ascii((example.key, example.captions, example.width, example.height)).encode())
+        return digest.hexdigest()[:16]
+
+    def framing(self, size: int) -> Framing:
+        """Buckets and crops at a size."""
+        data = self.section
+        return Framing(
+            size, data.buckets, data.bucket_step, data.aspect, data.crop, data.crops if data.cache else 0, data.flip,
+            data.upscale,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What has been encoded before."""
+
+    latents: list[Latents] | None = None  # of each resolution
+    texts: Callable[[list[list[str]]], Conditioning] | None = None
+
+
+class Run:
+    """Everything that the stages of a run share."""
+
+    def __init__(self, config: Config, preview: Preview | None, report: Report) -> None:
+        self.config = config
+        self.preview = preview
+        self.report = report
+        self.folder = Path(config.output)
+        self.accelerator = Accelerator(mixed_precision=config.precision)
+        self._write_config()
+        self.pictures = self._open_pictures()
+
+    def _tracked(self, folder: Path) -> Accelerator:
+        """An accelerator for one stage: what is prepared with it is what checkpoints hold; its log goes to trackers."""
+        wanted = self.config.trackers
+        try:
+            accelerator = Accelerator(
+                mixed_precision=self.config.precision, log_with=list(wanted) or None, project_dir=str(folder)
+            )
+        except ValueError as error:
+            raise LdmError(f"trackers: {first_line(error)}") from None
+        found = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
+        for name in wanted:
+            if name not in found:
+                raise LdmError(f"tracker {name} is not installed: pip install {name}, or leave it out (trackers=[])")
+        accelerator.init_trackers("log")
+        return accelerator
+
+    def _write_config(self) -> None:
+        path = self.folder / "config.yaml"
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        except OSError as error:
+            raise LdmError(f"output {self.folder} cannot be used: {error.strerror}") from None
+        except yaml.YAMLError:
+            before = None
+        now = self.config.model_dump(mode="json")
+        for name, old, new in _differences(before, now) if isinstance(before, dict) else ():
+            log.warning("%s was %r when this run began, and is %r now", name, old, new)
+        with replacing(path, folder=False, overwrite=True, need=0) as temporary:
+            temporary.write_text(dump(self.config), encoding="utf-8")
+
+    def _open_pictures(self) -> Pictures:
+        data = self.config.data
+        if not data.source:
+            raise LdmError("data.source is not set: name a folder of pictures, shards, or a dataset")
+        folder = self.folder / "data"
+        if data.stream:
+            if data.cache:
+                raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
+            return Pictures(data, folder)
+        with self.accelerator.main_process_first():  # the first one makes the index, the others read it
+            return Pictures(data, folder, open_images(data.source, folder, captions=data.captions))
+
+    # --- stages -----------------------------------------------------------------------------------------------------
+
+    def all(self) -> None:
+        """Every stage, in order; one that is done is loaded."""
+        model: LatentDiffusion | None = None
+        for name in self.config.stages:
+            folder = self.folder / name
+            if (folder / "done.json").exists():
+                log.info("stage %s is done: %s", name, folder / "model")
+                model = LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
+                continue
+            model = self.stage(name, self.start(name, model), folder)
+
+    def start(self, name: StageName, model: LatentDiffusion | None) -> LatentDiffusion:
+        """What a stage starts from: the stage before, or what the configuration names."""
+        config = self.config
+        if name == "refiner":
+            return _refiner(starting_model(config.refiner.model, config.seed, "refiner.model"), config, model)
+        return model or starting_model(config.model, config.seed)
+
+    def stage(self, name: StageName, model: LatentDiffusion, folder: Path) -> LatentDiffusion:
+        """Train one stage to its end, and write its result.
+
+        Raises:
+            LdmError: see `Training.run`.
+        """
+        training = self.training(name, model, folder)
+        record = training.run()
+        accelerator, stage = training.accelerator, training.stage
+        for player in stage.players.values():
+            accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
+        with training.averaged():
+            self._write_result(accelerator, stage, folder, record)
+        accelerator.end_training()
+        accelerator.free_memory()
+        return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
+
+    def training(self, name: StageName, model: LatentDiffusion, folder: Path) -> Training:
+        """A stage, ready to train."""
+        section: StageSection = getattr(self.config, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator = self._tracked(folder)
+        for module in model.modules().values():
+            _own(module, accelerator.device)
+        caches = self._caches(accelerator, section, model) if name in ("base", "refiner") else Caches()
+        stage = self._make(name, section, model, accelerator, caches)
+        for player in stage.players.values():
+            if section.checkpointing:
+                checkpointed(player.module)
+            if section.compile:
+                player.module.compile()
+
+        def report(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+            accelerator.log(figures, step)
+            self.report(stage, step, steps, figures)
+
+        return Training(
+            accelerator, stage, folder,
+            partial(self._batches, accelerator, section, caches),
+            partial(self._held_out, accelerator, section),
+            report,
+            self._work(name, accelerator),
+        )  # fmt: skip
+
+    def _work(self, name: StageName, accelerator: Accelerator) -> Callable[[int], Work]:
+        """What an image costs at each step of a stage."""
+        rows = [row for row in forecast(self.config, accelerator.num_processes) if row.stage == name]
+        peak = peak_tflops(accelerator.device, self.config.precision)
+        starts = [phase.end for phase in phases(getattr(self.config, name))]
+        return lambda step: Work(rows[bisect_right(starts, step)].flops_per_image / 1e12, peak)
+
+    def _make(
+        self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
+    ) -> Stage:
+        seed, preview = self.config.seed, self.preview
+        if name in ("base", "refiner"):
+            return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
+        raise LdmError(f"stage {name} is not there yet")
+
+    def _write_result(self, accelerator: Accelerator, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
+        """The model folder, the single file where there is such a layout, and the mark that the stage is done."""
+        if accelerator.is_main_process:
+            lineage = {
+                "code": f"ldm {ldm.__version__}",
+                "stage": stage.name,
+                "steps": stage.section.steps,
+                "data": {"source": self.config.data.source, "digest": self.pictures.digest()},
+                "parents": [str(self.config.model.source or self.config.model.family)],
+                "metrics": record,
+                "config": self.config.model_dump(mode="json", exclude={"output"}),
+            }
+            text = json.dumps(lineage)
+            stage.model.save_pretrained(folder / "model", overwrite=True, lineage=text)
+            try:
+                stage.model.save_pretrained(folder / "model.safetensors", overwrite=True, lineage=text)
+            except LdmError as error:
+                log.warning("no single file: %s", error)
+            with replacing(folder / "done.json", folder=False, overwrite=True, need=0) as temporary:
+                write_json(temporary, {"steps": stage.section.steps, "metrics": record})
+        accelerator.wait_for_everyone()
+
+    # --- batches ----------------------------------------------------------------------------------------------------
+
+    def _plan(self, phase: Phase, held_out: bool = False) -> Plan | StreamPlan:
+        pictures, config = self.pictures, self.config
+        framing = pictures.framing(phase.size)
+        if pictures.images is None:
+            assert config.data.source
+            stream = open_stream(config.data.source)
+            rank = self.accelerator.process_index
+            return StreamPlan(
+                stream, framing, phase.batch, config.seed, pictures.folder, config.data.captions, rank=rank
+            )
+        rows = split(pictures.images, config.data.holdout)[held_out]
+        if held_out:
+            framing = replace(framing, crop="center", crops=0, flip=False)
+        return Plan(pictures.images, framing, phase.batch, config.seed, rows)
+
+    def _batches(
+        self, accelerator: Accelerator, section: StageSection, caches: Caches, start: int
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from `start` on, through all resolutions."""
+        for number, phase in enumerate(phases(section)):
+            if phase.end <= start:
+                continue
+            parts = phase.parts(accelerator.num_processes)
+            loader = Loader(
+                self._plan(phase), start=max(start, phase.first) - phase.first, rank=accelerator.process_index,
+                world=accelerator.num_processes, micro_batches=parts, workers=self.config.data.workers,
+                device=accelerator.device, latents=caches.latents[number] if caches.latents else None,
+            )  # fmt: skip
+            steps = in_parts(iter(loader), parts)
+            for _ in range(max(start, phase.first), phase.end):
+                yield next(steps)
+
+    def _held_out(self, accelerator: Accelerator, section: StageSection) -> Iterable[Batch]:
+        """This rank's share of the held-out pictures, at the last resolution."""
+        if self.pictures.images is None or not self.config.data.holdout:
+            return ()
+        phase = phases(section)[-1]
+        plan = self._plan(phase, held_out=True)
+        assert isinstance(plan, Plan)
+        rows = phase.micro_batch or max(phase.batch // accelerator.num_processes, 1)
+        return once(plan, rows, accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+    def _caches(self, accelerator: Accelerator, section: StageSection, model: LatentDiffusion) -> Caches:
+        """Latents at every resolution and texts, encoded where they are not yet."""
+        if not self.config.data.cache:
+            return Caches()
+        folder, images = self.pictures.folder, self.pictures.images
+        assert images is not None
+        rank, world = accelerator.process_index, accelerator.num_processes
+        pictures, texts = fingerprint({"vae": model.autoencoder}), fingerprint({"text": model.text_encoders})
+
+        @torch.no_grad()
+        def encode_pictures(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with accelerator.autocast():
+                posterior = model.autoencoder.encode(pixels.to(accelerator.device))
+            mean = posterior.mode().float()
+            return mean, getattr(posterior, "std", torch.zeros_like(mean)).float()
+
+        @torch.no_grad()
+        def encode_captions(captions: list[str]) -> dict[str, torch.Tensor]:
+            with accelerator.autocast():
+                cond = encode(model.text_encoders, [captions] * len(model.family.text))
+            return {"text": cond.text} | ({} if cond.pooled is None else {"pooled": cond.pooled})
+
+        plans = [self._plan(phase) for phase in phases(section)]
+        for plan in plans:
+            assert isinstance(plan, Plan)
+            build_latents(
+                folder, plan, pictures, encode_pictures, workers=self.config.data.workers, rank=rank, world=world
+            )
+        train_text = getattr(section, "train_text", False)
+        if not train_text:
+            build_texts(folder, images.captions(), texts, encode_captions, rank=rank, world=world)
+        accelerator.wait_for_everyone()
+        found = [Latents(folder, plan, pictures) for plan in plans if isinstance(plan, Plan)]
+        if train_text:
+            return Caches(found)
+        return Caches(found, _cached_encode(Texts(folder, texts), model, accelerator.device))
+
+
+def _cached_encode(
+    cache: Texts, model: LatentDiffusion, device: torch.device
+) -> Callable[[list[list[str]]], Conditioning]:
+    """As `conditioning.encode`, from the cache; each text encoder's channels from its own text."""
+    widths = [config.width for config in model.family.text]
+
+    def read(texts: list[list[str]]) -> Conditioning:
+        columns = [cache.read(column) for column in texts]
+        parts = [column["text"].split(widths, dim=-1)[k] for k, column in enumerate(columns)]
+        pooled = columns[-1].get("pooled")
+        return Conditioning(torch.cat(parts, dim=-1).to(device), None if pooled is None else pooled.to(device))
+
+    return read
+
+
+def _own(module: torch.nn.Module, device: torch.device) -> None:
+    """Weights on the device, in memory of their own: those that are mapped from a file cannot be updated."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device, torch.float32, copy=True)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _refiner(model: LatentDiffusion, config: Config, base: LatentDiffusion | None) -> LatentDiffusion:
+    """A refiner that is built anew takes the base's autoencoder, and its last text encoder where it has the same."""
+    if base is None or config.refiner.model.source is not None:
+        return model
+    model.family = replace(model.family, autoencoder=base.family.autoencoder, preview=base.family.preview)
+    model.autoencoder = base.autoencoder
+    if model.family.text[-1] == base.family.text[-1]:
+        model.text_encoders.towers[-1] = base.text_encoders.towers[-1]
+        model.text_encoders.tokenizers = base.text_encoders.tokenizers[-1:]
+    return model
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Keys that differ between two configurations, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = chain(before, (key for key in now if key not in before))
+        for key in names:
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, before, now
+
+
+def train(
+    config: Config, preview: Preview | None = None, report: Report = lambda stage, step, steps, figures: None
+) -> None:
+    """Train what a configuration says; the same call again goes on where it stopped.
+
+    Args:
+        config: the run.
+        preview: makes pictures with a model, for the eye.
+        report: takes the lines of the log, on the main process.
+
+    Raises:
+        LdmError: in one line, what is wrong and what to do.
+        Stopped: a signal asked for it; a checkpoint was written.
+    """
+    Run(config, preview, report).all()

@@ -1,0 +1,102 @@
+"""The model that training starts from: read from disk, or built with random weights, and changed as the run says."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from ldm.errors import LdmError
+from ldm.families import Family, family_named
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.config import ModelSection
+from ldm.weights.sources import open_source
+
+T = TypeVar("T")
+
+
+def starting_model(section: ModelSection, seed: int, place: str = "model") -> LatentDiffusion:
+    """The model that a section of the configuration describes, in fp32 on the CPU.
+
+    Args:
+        section: `source` is loaded, if there is one; else `family` is built with random weights.
+        seed: of random weights.
+        place: the section's name, for messages.
+
+    Raises:
+        LdmError: neither is named, a field is not known, or the parts do not fit together.
+    """
+    family = starting_family(section, place)
+    if section.source is None:
+        return LatentDiffusion.from_family(family, seed)
+    model = LatentDiffusion.from_pretrained(
+        section.source, family=section.family, components=section.components, dtype=torch.float32
+    )
+    model.family = family
+    return model
+
+
+def starting_family(section: ModelSection, place: str = "model") -> Family:
+    """What that model is, without its weights. Raises as `starting_model`."""
+    if section.source is None and section.family is None:
+        raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
+    if section.source is None:
+        if section.components:
+            raise LdmError(f"{place}.components: parts from elsewhere need a source for the rest")
+        assert section.family
+        return _changed(family_named(section.family), section, place)
+    shapes = [name for name in ("unet", "autoencoder", "text") if getattr(section, name)]
+    if shapes:
+        raise LdmError(f"{place}.{shapes[0]}: the networks of {section.source} are what they are; leave it out")
+    opened = open_source(section.source, family=section.family, components=section.components, verify=False)
+    return _changed(opened.family, section, place)
+
+
+def _changed(family: Family, section: ModelSection, place: str) -> Family:
+    """A family with the fields that a section names; "custom" if its networks differ."""
+    texts = section.text or [{} for _ in family.text]
+    if len(texts) != len(family.text):
+        raise LdmError(f"{place}.text: {len(texts)} entries, but {family.name} has {len(family.text)} text encoders")
+    schedule = _with(family.schedule, section.schedule, f"{place}.schedule")
+    if schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
+        raise LdmError(
+            f"{place}.schedule: a model that starts from pure noise cannot predict it; prediction_type v_prediction"
+        )
+    different = bool(section.unet or section.autoencoder or any(texts))
+    silent = family.zero_empty_prompt if section.zero_empty_prompt is None else section.zero_empty_prompt
+    return replace(
+        family,
+        name="custom" if different else family.name,
+        unet=_with(family.unet, section.unet, f"{place}.unet"),
+        autoencoder=_with(family.autoencoder, section.autoencoder, f"{place}.autoencoder"),
+        text=tuple(_with(config, change, f"{place}.text") for config, change in zip(family.text, texts, strict=True)),
+        schedule=schedule,
+        zero_empty_prompt=silent,
+        preview=() if section.autoencoder else family.preview,
+    )
+
+
+def _with(config: T, changes: dict[str, Any], place: str) -> T:
+    """A configuration with some fields changed, all of them checked.
+
+    Raises:
+        LdmError: a field is not known, has another type, or a value that the configuration refuses.
+    """
+    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.4)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise LdmError(f"{place}.{name} is not known; {hint}")
+    merged = {name: getattr(config, name) for name in known} | changes
+    try:
+        return TypeAdapter(type(config)).validate_python(merged)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] == "value_error":  # the configuration's own refusal
+            raise LdmError(f"{place}: {problem['ctx']['error']}") from None
+        where = ".".join(str(part) for part in (place, *problem["loc"]))
+        raise LdmError(f"{where} is {problem['input']!r}: {problem['msg']}") from None
