@@ -232,7 +232,7 @@ class AutoencoderStage:
                 spread.add(self._latents(posterior, batch))
                 if spread.full:
                     break
-        moments = over_ranks(spread.moments, self._sum)
+        moments, count = over_ranks(spread.moments, self._sum), int(self._sum(torch.tensor(spread.pictures)))
         config = replace(self.model.autoencoder.config, scaling_factor=moments.scale)
         if self.section.measure_shift:
             config = replace(config, shift_factor=moments.shift)
@@ -243,8 +243,7 @@ class AutoencoderStage:
             "shift_factor": config.shift_factor,
             "latent_mean": moments.mean.tolist(),
             "latent_std": moments.channel_std.tolist(),
-            "measured_on": "held-out pictures" if figures else "training pictures",
-            "pictures": int(self._sum(torch.tensor(spread.pictures))),
+            "measured_on": f"{count} held-out pictures" if figures else f"{count} views of training pictures",
             **figures,
         }
 
