@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.autoencoder import HIGHEST, AutoencoderStage
 from ldm.training.checkpointing import checkpointed
-from ldm.training.config import AutoencoderSection, Config, ModelSection
+from ldm.training.config import AutoencoderSection, Config, ModelSection, dump
 from ldm.training.perceptual import LPIPS, save_lpips
 from ldm.training.run import train
 from ldm.training.start import starting_model
@@ -219,6 +222,32 @@ def test_micro_batches_make_the_same_step(lpips: str, regularised: dict[str, int
         figures = whole.updated(step + 1), parts.updated(step + 1)
         assert figures[0] == pytest.approx(figures[1])
     assert whole.adaptive.value > 0
+
+
+def test_two_processes_take_the_path_of_one(tmp_path: Path, pictures: Path, lpips: str) -> None:
+    """2×2×2 pictures and 1×8, in fp32: gradients, the discriminator's weight, codebook, figures, measures."""
+    stage = {"steps": 3, "perceptual": lpips, "perceptual_weight": 1, "optimizer": {"learning_rate": 1e-4}} | ADVERSARY
+    alone, together = (
+        configured(tmp_path / name, pictures, stage | size, SMALLER | CODEBOOK)
+        for name, size in (("alone", {}), ("together", {"micro_batch": 2}))
+    )
+    train(alone)
+    (tmp_path / "run.yaml").write_text(dump(together))
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom ldm.training.config import load\nfrom ldm.training.run import train\ntrain(load(sys.argv[1]))"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", script, tmp_path / "run.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(lines(tmp_path / "alone"), lines(tmp_path / "together"), strict=True):
+        assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-5)
+    ours, theirs = record(tmp_path / "alone"), record(tmp_path / "together")
+    assert theirs["measured_on"] == ours["measured_on"] == "16 held-out pictures"
+    assert theirs["scaling_factor"] == pytest.approx(ours["scaling_factor"], rel=1e-3)
+    assert theirs["latent_std"] == pytest.approx(ours["latent_std"], rel=1e-3)
 
 
 @pytest.mark.parametrize("regularised", [{}, CODEBOOK], ids=["kl", "vq"])
