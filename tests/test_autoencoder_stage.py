@@ -26,11 +26,12 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.autoencoder import HIGHEST, AutoencoderStage
 from ldm.training.checkpointing import checkpointed
-from ldm.training.config import AutoencoderSection, Config, ModelSection, dump
+from ldm.training.config import AutoencoderSection, Config, ModelSection, dump, load
 from ldm.training.perceptual import LPIPS, save_lpips
 from ldm.training.run import train
 from ldm.training.start import starting_model
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 SIDE = 32
 MODEL = {
     "family": "sd15",
@@ -167,13 +168,16 @@ def test_it_learns(tmp_path: Path, pictures: Path, codebook: dict[str, int], lea
 
 
 def test_averages_are_what_is_saved(tmp_path: Path, pictures: Path) -> None:
-    train(configured(tmp_path, pictures, {"steps": 3, "ema": {"decay": 0.9}}, SMALLER))
+    """Those of the autoencoder; the discriminator has none."""
+    train(configured(tmp_path, pictures, {"steps": 3} | ADVERSARY, SMALLER))
     saved = load_file(vae_files(tmp_path) / "diffusion_pytorch_model.safetensors")["decoder.conv_out.weight"]
     checkpoint = tmp_path / "autoencoder" / "checkpoints" / "step-00000003"
     last = load_file(checkpoint / "model.safetensors")["autoencoder.decoder.conv_out.weight"]
-    average = torch.load(checkpoint / "custom_checkpoint_0.pkl")["averages"][0]
+    states = [torch.load(path) for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl"))]
+    averages = [state["averages"][0] for state in states if "averages" in state]
     assert not torch.equal(saved, last)
-    assert any(torch.equal(saved, tensor) for tensor in average if tensor.shape == saved.shape)
+    assert len(averages) == 1
+    assert any(torch.equal(saved, tensor) for tensor in averages[0] if tensor.shape == saved.shape)
 
 
 # --- the same run -----------------------------------------------------------------------------------------------------
@@ -452,3 +456,22 @@ def test_one_picture_is_enough(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), "teal").save(tmp_path / "one" / "a.png")
     train(configured(tmp_path / "run", tmp_path / "one", {"steps": 2}, SMALLER, holdout=0))
     assert record(tmp_path / "run")["measured_on"] == "16 views of training pictures"
+
+
+def test_the_configuration_runs(tmp_path: Path, pictures: Path, lpips: str) -> None:
+    """That of Stable Diffusion's autoencoder, with small networks and pictures, for two steps."""
+    stage = {
+        "steps": 2, "batch": 4, "micro_batch": 2, "sizes": [{"size": 64}], "perceptual": lpips, "adversarial_start": 1,
+        "log_every": 1, "optimizer.warmup": 1,
+    }  # fmt: skip
+    small = {"channels": [8] * 4, "layers": 1, "groups": 4}
+    changes = {
+        "output": str(tmp_path), "data.source": str(pictures), "data.holdout": 4, "data.upscale": 2, "data.workers": 0,
+        "trackers": [], "model.unet": MODEL["unet"], "model.text": MODEL["text"], "model.autoencoder": small,
+    }  # fmt: skip
+    changes |= {f"autoencoder.{name}": value for name, value in stage.items()}
+    config = load(CONFIGS / "autoencoder-f8.yaml", [f"{name}={json.dumps(value)}" for name, value in changes.items()])
+    train(config)
+    second, last = lines(tmp_path)[1:]
+    assert {"kl", "perceptual", "adversarial", "loss/discriminator"} <= second.keys()
+    assert last.keys() >= {"validation/psnr", "validation/lpips"}
