@@ -102,13 +102,14 @@ class AutoencoderStage:
             section, model, accelerator, seed, pictures,
         )  # fmt: skip
         shape = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
-        self.perceptual = load_lpips(Path(section.perceptual), accelerator.device) if section.perceptual else None
         _check(section, model, accelerator.mixed_precision)
+        self.perceptual = load_lpips(Path(section.perceptual), accelerator.device) if section.perceptual else None
         _check_sizes(sides, model, self.perceptual, shape if section.adversarial_weight else None)
         for network in model.modules().values():
             network.requires_grad_(False)
         autoencoder = model.autoencoder.requires_grad_(True).train()
-        self.extra: dict[str, nn.Module] = {}
+        self.adaptive = AdaptiveWeight().to(accelerator.device)
+        self.extra: dict[str, nn.Module] = {"adaptive": self.adaptive}
         self.moving: MovingCodebook | None = None
         module: nn.Module = autoencoder
         if isinstance(autoencoder, AutoencoderKL):
@@ -123,8 +124,6 @@ class AutoencoderStage:
                 discriminator = Discriminator(shape).to(accelerator.device)
             rate = section.discriminator_learning_rate or section.optimizer.learning_rate
             self.players["discriminator"] = self._player(discriminator, rate, averaged=False)
-            self.adaptive = AdaptiveWeight().to(accelerator.device)
-            self.extra["adaptive"] = self.adaptive
 
     def _player(self, module: nn.Module, rate: float, averaged: bool = True) -> Player:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -186,8 +185,7 @@ class AutoencoderStage:
 
     def updated(self, step: int) -> dict[str, float]:
         """The adversary's weight and the codebook follow the update."""
-        if "adaptive" in self.extra:
-            self.adaptive.update(self._sum)
+        self.adaptive.update(self._sum)
         if not self.moving:
             return {}
         autoencoder, accelerator = self.model.autoencoder, self.accelerator
