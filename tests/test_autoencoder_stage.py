@@ -47,7 +47,7 @@ ADVERSARY = {
     "adversarial_weight": 0.5, "adversarial_start": 0, "discriminator": {"channels": 8, "layers": 2, "groups": 4},
 }  # fmt: skip
 PLAIN = {"perceptual_weight": 0, "adversarial_weight": 0}
-CLOCK = {"images_per_s", "waiting"}
+CLOCK = {"images_per_s", "waiting", "tflops"}
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_goes_on_exactly(tmp_path: Path, pictures: Path) ->
     stage = {"steps": 6, "save_every": 3, "validate_every": 2, "codebook_patience": 2} | ADVERSARY
     for name in ("whole", "killed"):
 
-        def kill(step: int, figures: dict[str, float], name: str = name) -> None:
+        def kill(_: str, step: int, __: int, figures: dict[str, float], name: str = name) -> None:
             if name == "killed" and step == 5:
                 raise KeyboardInterrupt
 
