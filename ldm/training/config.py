@@ -155,6 +155,8 @@ class DataSection(Section):
     source: str | None = Field(
         None, description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub"
     )
+    split: str = Field("train", description="of a dataset")
+    caption_column: str | None = Field(None, description="of a dataset; without: text, caption, captions or prompt")
     captions: Literal["required", "optional"] = Field("required", description="what to do about pictures without")
     holdout: float = Field(
         64, ge=0, description="pictures kept out of training for validation; below 1: a part of them"

@@ -139,7 +139,13 @@ class Run:
                 raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
             return Pictures(data, folder)
         with self.accelerator.main_process_first():  # the first one makes the index, the others read it
-            return Pictures(data, folder, open_images(data.source, folder, captions=data.captions))
+            return Pictures(
+                data,
+                folder,
+                open_images(
+                    data.source, folder, captions=data.captions, split=data.split, caption_column=data.caption_column
+                ),
+            )
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
@@ -264,7 +270,7 @@ class Run:
         framing = pictures.framing(phase.size)
         if pictures.images is None:
             assert config.data.source
-            stream = open_stream(config.data.source)
+            stream = open_stream(config.data.source, split=config.data.split, caption_column=config.data.caption_column)
             rank = self.accelerator.process_index
             return StreamPlan(
                 stream, framing, phase.batch, config.seed, pictures.folder, config.data.captions, rank=rank
