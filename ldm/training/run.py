@@ -4,6 +4,7 @@ runs/x/config.yaml        the whole configuration, defaults included
 runs/x/data/              index of the pictures, list of those that cannot be used, caches
 runs/x/base/              of each stage: checkpoints/, previews/, averages/, metrics.jsonl
 runs/x/base/model/        its result, a folder that diffusers opens; model.safetensors, the same as a single file
+runs/x/text/clip/         besides, of the stage text: the image encoder (`ldm.weights.contrastive.load_clip`)
 runs/x/base/done.json     written last
 """
 
@@ -32,15 +33,17 @@ from ldm.data.plan import Plan, split
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError
-from ldm.latent_diffusion import LatentDiffusion, fingerprint
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
 from ldm.training.config import Config, DataSection, SizeSection, StageName, StageSection, dump
+from ldm.training.contrastive import ContrastiveStage, check_differ
 from ldm.training.denoiser import DenoiserStage
 from ldm.training.loop import Report, Training, in_parts
 from ldm.training.stage import Preview, Stage
 from ldm.training.start import starting_model
+from ldm.weights.components import fingerprint
 from ldm.weights.files import replacing, write_json
 
 log = logging.getLogger(__name__)
@@ -230,6 +233,12 @@ class Run:
         seed, preview = self.config.seed, self.preview
         if name in ("base", "refiner"):
             return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
+        if name == "text":
+            sizes = {phase.size for phase in phases(section)}
+            sides = {side for size in sizes for pair in self.pictures.framing(size).sides() for side in pair}
+            if self.pictures.images is not None:
+                check_differ(self.pictures.images, split(self.pictures.images, self.config.data.holdout)[0])
+            return ContrastiveStage(section, model, accelerator, seed, sides, self.folder / name)
         raise LdmError(f"stage {name} is not there yet")
 
     def _write_result(self, accelerator: Accelerator, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
