@@ -45,10 +45,14 @@ SETTINGS = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def on_the_cpu() -> Any:
+def on_one_core() -> Any:
+    """More threads only hinder networks as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
