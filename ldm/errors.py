@@ -29,6 +29,11 @@ def listing(names: list[str], most: int = 4) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch's error is about memory: only CUDA has an exception of its own for that."""
+    return "out of memory" in str(error) or "allocate memory" in str(error)
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, in its first line; its class if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

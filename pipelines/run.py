@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, out_of_memory
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import Autoencoder, AutoencoderKL
@@ -130,7 +130,7 @@ class Run:
         except StopIteration:
             pass
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise LdmError(_too_large(self.request, len(self.request.prompts))) from None
         check_finite(x, "U-Net", "its weights or this dtype are at fault: try another dtype (bf16, fp32)")
@@ -173,7 +173,7 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     try:
         pixels = autoencoder.decode(z)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         pixels = None
     if pixels is None:  # outside of the handler, which would keep the failed attempt's tensors alive
@@ -189,14 +189,9 @@ def _decode_in_tiles(autoencoder: Autoencoder, z: Tensor) -> Tensor:
     try:
         return torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is about memory: only CUDA has an exception of its own for that."""
-    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:

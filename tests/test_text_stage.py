@@ -31,6 +31,7 @@ from ldm.images import to_tensor
 from ldm.training.checkpointing import checkpointed
 from ldm.training.config import load
 from ldm.training.contrastive import ContrastiveStage, compare, retrieval
+from ldm.training.forecast import forecast
 from ldm.training.run import train
 from ldm.weights.contrastive import load_clip
 
@@ -93,7 +94,7 @@ def run(model: Path, pictures: Path, output: Path, *more: str) -> dict[int, dict
     log: dict[int, dict[str, float]] = {}
     train(
         load(None, settings(model, pictures, output, *more)),
-        report=lambda step, figures: log.setdefault(step, {}).update(figures),
+        report=lambda stage, step, steps, figures: log.setdefault(step, {}).update(figures),
     )
     return log
 
@@ -197,6 +198,21 @@ def test_only_the_pair_is_trained_and_matrices_alone_decay(models: Callable[[str
     assert sum(len(group["params"]) for group in groups) == len(list(player.module.parameters()))
 
 
+def test_the_forecast_counts_what_is_trained(models: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:
+    (row,) = forecast(load(None, settings(models("sdxl"), pictures, tmp_path)))
+    stage = make(models("sdxl"), tmp_path)
+    assert row.trained == sum(p.numel() for p in stage.players["pair"].module.parameters())
+    parts = (stage.model.unet, stage.model.autoencoder)
+    assert row.frozen == sum(p.numel() for part in parts for p in part.parameters())
+    tokens, patches = 77, 16  # every matrix of the encoders' layers meets every token: at least so many multiplications
+    encoders = stage.players["pair"].module
+    texts, images = (
+        sum(p.numel() for name, p in part.named_parameters() if "layers" in name and p.ndim > 1)
+        for part in (encoders.text_encoders, encoders.image_encoder)
+    )
+    assert 1 < row.flops_per_image / (6 * (tokens * texts + patches * images)) < 1.5
+
+
 def test_the_scale_stays_below_100(models: Callable[[str], Path], tmp_path: Path) -> None:
     stage = make(models("sd15"), tmp_path)
     scales = stage.players["pair"].module.heads.log_scales
@@ -244,7 +260,7 @@ def test_two_processes_are_one_with_the_same_batch(
         for rank in ranks:
             rank.kill()
     two = read_log(tmp_path / "two")
-    timing = {"images_per_s", "waiting"}
+    timing = {"images_per_s", "waiting", "tflops"}
     for step in range(1, 5):
         assert one[step].keys() == two[step].keys()
         for name in one[step].keys() - timing:
@@ -269,7 +285,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(
     more = ["text.steps=6", "text.save_every=3", "text.log_every=1", "text.batch=4"]
     given = settings(models("sd15"), pictures, Path("run"), *more)
 
-    def cut(step: int, figures: dict[str, float]) -> None:
+    def cut(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
         if step == 4:
             raise KeyboardInterrupt
 
@@ -305,10 +321,10 @@ def test_pictures_of_all_shapes_at_growing_sizes(models: Callable[[str], Path], 
 @pytest.mark.parametrize(
     ("family", "setting", "message"),
     [
-        ("sdxl", "text.embed_dim=64", "text: embed_dim is 64, but text_encoder_2 projects to 40 channels"),
+        ("sdxl", "text.embed_dim=64", "embed_dim is 64, but text_encoder_2 projects to 40 channels"),
         ("sd15", "text.patch=64", "a side of 32 pixels does not divide into patches of 64; choose a patch"),
         ("sd15", "text.patch=12", "a side of 32 pixels does not divide into patches of 12"),
-        ("sd15", "text.image_heads=5", "text: image encoder: 64 channels do not divide into 5 heads"),
+        ("sd15", "text.image_heads=5", "image encoder: 64 channels do not divide into 5 heads"),
         ("sd15", "text.micro_batch=4", "text.micro_batch is 4: a batch of 16 is compared as a whole"),
         ("sd15", "text.sizes=[{size: 32, micro_batch: 8}]", "text.micro_batch is 8: a batch of 16"),
         ("sd15", "text.batch=1", "text.batch is 1: a pair is compared with the others of its batch"),

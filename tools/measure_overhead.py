@@ -1,7 +1,7 @@
 """Measure the time of a sampling step outside the U-Net, for every scheduler, beside diffusers' on the same weights.
 
 The calls of each pipeline's own tiny U-Net are timed and taken out; what is left is scheduler, guidance and loop. Runs
-alternate between the two; medians over all runs are printed.
+alternate between the two; each gives its median step, and medians over all runs are printed.
 
     python tools/measure_overhead.py --steps 30 --runs 7
 """
@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,27 +29,31 @@ from pipelines import Pipeline
 
 
 class Timed:
-    """A module's forward with its time added up."""
+    """A module's forward, with the time of each call."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.seconds = 0.0
-        self.calls = 0
+        self.seconds: list[float] = []
         forward = module.forward
 
         def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
             result = forward(*arguments, **options)
-            self.seconds += time.perf_counter() - start
-            self.calls += 1
+            self.seconds.append(time.perf_counter() - start)
             return result
 
         module.forward = timed  # type: ignore[method-assign]
 
 
+def outside(marks: list[float], timer: Timed) -> float:
+    """Milliseconds of the median step, from the end of one to the end of the next, without its call of the U-Net."""
+    steps = [after - before for before, after in pairwise(marks)]
+    return median(step - call for step, call in zip(steps, timer.seconds[1:], strict=True)) * 1000
+
+
 def ours(pipeline: Pipeline, timer: Timed, name: str, steps: int) -> float:
-    """Milliseconds a step outside the U-Net, from the first call of it to the end of the last step."""
+    """Milliseconds a step outside the U-Net."""
     marks: list[float] = []
-    timer.seconds, timer.calls = 0.0, 0
+    timer.seconds = []
     pipeline(
         "a cat",
         steps=steps,
@@ -57,8 +62,7 @@ def ours(pipeline: Pipeline, timer: Timed, name: str, steps: int) -> float:
         output="latents",
         on_step=lambda _: marks.append(time.perf_counter()),
     )
-    per_call = timer.seconds / timer.calls
-    return ((marks[-1] - marks[0]) / (len(marks) - 1) - per_call) * 1000
+    return outside(marks, timer)
 
 
 def theirs(pipeline: Any, timer: Timed, name: str, steps: int, config: Any) -> float:
@@ -66,15 +70,14 @@ def theirs(pipeline: Any, timer: Timed, name: str, steps: int, config: Any) -> f
     kind, options = SCHEDULERS[name]
     pipeline.scheduler = getattr(diffusers, kind).from_config(config, **options)
     marks: list[float] = []
-    timer.seconds, timer.calls = 0.0, 0
+    timer.seconds = []
 
     def mark(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
         marks.append(time.perf_counter())
         return values
 
     pipeline("a cat", num_inference_steps=steps, output_type="latent", callback_on_step_end=mark)
-    per_call = timer.seconds / timer.calls
-    return ((marks[-1] - marks[0]) / (len(marks) - 1) - per_call) * 1000
+    return outside(marks, timer)
 
 
 def main() -> None:

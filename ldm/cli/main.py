@@ -204,6 +204,48 @@ def schedulers(json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     command.run(json)
 
 
+def _fields(wanted: bool) -> None:
+    if wanted:
+        from ldm.cli.train import fields
+
+        typer.echo(f"{train.__doc__}\n\nEvery key, its default and what it means:\n\n{fields()}")
+        raise typer.Exit
+
+
+@app.command(context_settings={"help_option_names": []})
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="On top of it.")] = None,
+    _: Annotated[
+        bool, typer.Option("--help", "-h", callback=_fields, is_eager=True, help="Describe every key.")
+    ] = False,
+) -> None:
+    """Train models: ldm train CONFIG.yaml KEY=VALUE ... The same command again goes on where it stopped.
+
+    On several GPUs or machines: accelerate launch train_ldm.py CONFIG.yaml KEY=VALUE ...
+    """
+    from ldm.cli import train as command
+
+    command.run(config, overrides or [])
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as for `ldm train`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="On top of it.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="On how many devices.")] = 1,
+    measure: Annotated[int, typer.Option(min=0, help="Do so many real steps, and say how long all will take.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what training will need: parameters, memory (weights + gradients + optimiser + averages + activations), work.
+
+    Memory is predicted; PFLOP are counted.
+    """
+    from ldm.cli import plan as command
+
+    command.run(config, overrides or [], processes, measure, json)
+
+
 def main() -> None:
     """Run the command line; the only place where errors become messages."""
     interrupted: list[int] = []  # remembered, because a library may turn the exception into another one

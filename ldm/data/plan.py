@@ -139,7 +139,8 @@ def split(images: ImageSet, held_out: int | float) -> tuple[np.ndarray, np.ndarr
     held = places < held_out if held_out < 1 else np.argsort(np.argsort(places)) < held_out
     if held_out < 0 or held.all():
         raise LdmError(
-            f"{images.source.name}: holding out {held_out} of {len(images)} images leaves none to train with"
+            f"{images.source.name}: holding out {held_out:g} of {len(images)} images leaves none to train with; hold "
+            "out fewer"
         )
     return np.flatnonzero(~held), np.flatnonzero(held)
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.families import NoiseSchedule
+from ldm.sampling import solvers
 
 
 class Scheduler(Protocol):
@@ -50,14 +50,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> diffusers' clas
     "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "dpm++3m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
-    "dpm++2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "dpm++sde": ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpm++2s": (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
+    ),
+    "dpm++sde": (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "lower_order_final": True},
+    ),
     "unipc": ("UniPCMultistepScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-SPACINGS: dict[str, dict[str, Any]] = {  # name -> options; a scheduler that lacks them cannot be spaced so
+SPACINGS: dict[str, dict[str, Any]] = {  # name -> options; a scheduler that lacks them takes Euler's noise levels
     "default": {},
     "leading": {"timestep_spacing": "leading"},
     "linspace": {"timestep_spacing": "linspace"},
@@ -72,7 +78,19 @@ ALIGN_YOUR_STEPS = {
     True: (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),  # SDXL
 }
 MOST_STEPS = 1000
-NO_SAMPLE_PREDICTION = {"pndm", "euler-a", "dpm2", "dpm2-a"}  # diffusers has not written it for these
+LEVELS = ("ays", "list")  # spacings that are noise levels, not options
+OWN_SPACING = {  # scheduler -> why it can be spaced by its own options only
+    "pndm": "its weights hold for steps of equal length",
+    "lcm": "it is for models distilled at certain timesteps",
+    "tcd": "it is for models distilled at certain timesteps",
+}
+_NOT_SPACED = {  # what a model may be published with
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+}
+NO_SAMPLE_PREDICTION = {"euler-a", "dpm2", "dpm2-a"}  # diffusers has not written it for these
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,7 @@ class Plan:
 
 
 def scheduler_class(name: str) -> type:
-    """diffusers' class of that short name.
+    """The class of that short name: diffusers', or ours in its stead.
 
     Raises:
         LdmError: there is none; the nearest names are offered.
@@ -104,31 +122,8 @@ def scheduler_class(name: str) -> type:
     if name not in SCHEDULERS:
         near = difflib.get_close_matches(name, SCHEDULERS, 3, 0.4) or SCHEDULERS
         raise LdmError(f"scheduler {name!r} is not known; choose {' or '.join(near)}")
-    return _third_order_sde() if name == "dpm++3m-sde" else getattr(diffusers, SCHEDULERS[name][0])
-
-
-@cache
-def _third_order_sde() -> type:
-    """diffusers' multistep solver with the third-order SDE step as k-diffusion has it.
-
-    In diffusers the weight of the second difference D2 lacks 1: it does not vanish with the step size, and the error
-    grows with the number of steps.
-    """
-
-    class DPMSolver3MSDEScheduler(diffusers.DPMSolverMultistepScheduler):
-        def multistep_dpm_solver_third_order_update(
-            self, model_output_list: list[Tensor], *arguments: Any, **options: Any
-        ) -> Tensor:
-            result = super().multistep_dpm_solver_third_order_update(model_output_list, *arguments, **options)
-            around = [self.sigmas[self.step_index + offset] for offset in (1, 0, -1, -2)]
-            scales = [self._sigma_to_alpha_sigma_t(sigma) for sigma in around]
-            now, start, one, two = (torch.log(alpha) - torch.log(sigma) for alpha, sigma in scales)
-            r0, r1 = (start - one) / (now - start), (one - two) / (now - start)
-            m0, m1, m2 = model_output_list[-1], model_output_list[-2], model_output_list[-3]
-            second = ((m0 - m1) / r0 - (m1 - m2) / r1) / (r0 + r1)
-            return result + scales[0][0] * second
-
-    return DPMSolver3MSDEScheduler
+    kind = SCHEDULERS[name][0]
+    return getattr(solvers, kind, None) or getattr(diffusers, kind)
 
 
 @cache
@@ -136,20 +131,12 @@ def _options(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
 
 
-@cache
-def _custom(kind: type) -> str | None:
-    """How a class takes noise levels or timesteps of the user's own."""
-    names = inspect.signature(kind.set_timesteps).parameters  # type: ignore[attr-defined]
-    if kind.__name__ in ("UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"):
-        return None  # they take them for other purposes
-    return "sigmas" if "sigmas" in names else "timesteps" if "timesteps" in names else None
-
-
 def spacings(name: str) -> list[str]:
     """The spacings that make sense for a scheduler."""
-    kind = scheduler_class(name)
-    fits = [spacing for spacing, options in SPACINGS.items() if options.keys() <= _options(kind)]
-    return fits + (["ays", "list"] if _custom(kind) else [])
+    if name not in OWN_SPACING:
+        return [*SPACINGS, *LEVELS]
+    known = _options(scheduler_class(name))
+    return [spacing for spacing, options in SPACINGS.items() if options.keys() <= known]
 
 
 def own_name(schedule: NoiseSchedule) -> str:
@@ -185,8 +172,8 @@ def make(
         raise LdmError(f"{steps!r} steps; choose a whole number from 1 to {MOST_STEPS}")
     label = spacing if isinstance(spacing, str) else "list"
     if label not in spacings(name):
-        known = label in SPACINGS or label in ("ays", "list")
-        why = f"does not go with scheduler {name}" if known else "is not known"
+        known = label in SPACINGS or label in LEVELS
+        why = f"does not go with scheduler {name}: {OWN_SPACING[name]}" if known else "is not known"
         others = [other for other in SCHEDULERS if known and label in spacings(other)]
         more = f"; {label} goes with: {', '.join(others)}" if others else ""
         raise LdmError(f"spacing {label!r} {why}; choose one of: {', '.join(spacings(name))}{more}")
@@ -201,8 +188,13 @@ def make(
         "beta_schedule": schedule.beta_schedule,
         "prediction_type": schedule.prediction_type,
         **SCHEDULERS[name][1],
-        **SPACINGS.get(label, {}),
     }
+    if label != "default":
+        options |= _NOT_SPACED | SPACINGS.get(label, {})
+    levels = _levels(schedule, steps, kind, spacing, xl)
+    if levels:
+        # the last of them may be the lowest that was trained: only the clean latents are left to step to
+        options |= {"use_exponential_sigmas": True, "set_alpha_to_one": True, "final_sigmas_type": "zero"}
     if schedule.zero_terminal_snr:
         options |= {"rescale_betas_zero_snr": True}
         if "rescale_betas_zero_snr" not in _options(kind):
@@ -211,42 +203,31 @@ def make(
                 f"scheduler {name} cannot start from pure noise, which this model needs; choose {', '.join(fits)}"
             )
     scheduler: Any = kind(**{key: value for key, value in options.items() if key in _options(kind)})
-    custom: dict[str, Any] = {}
-    if label in ("ays", "list"):
-        levels = _align_your_steps(steps, xl) if label == "ays" else _checked(spacing, steps)
-        custom = {"sigmas": levels} if _custom(kind) == "sigmas" else {"timesteps": _nearest(levels, scheduler)}
     try:
-        if custom:
-            scheduler.set_timesteps(**custom, device="cpu")
+        if levels:
+            _set_levels(scheduler, levels)
         else:
             scheduler.set_timesteps(steps, device="cpu")
     except ValueError as error:
         raise LdmError(f"scheduler {name} cannot do {steps} steps: {' '.join(str(error).split())}") from None
-    if name == "lms":
-        scheduler.get_lms_coefficient = _lms_coefficients(scheduler.sigmas.tolist())
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return Plan(scheduler, list(scheduler.timesteps))
 
 
-def _lms_coefficients(levels: list[float]) -> Callable[[int, int, int], float]:
-    """The integrals that diffusers' LMS scheduler finds by general quadrature, in 2 ms a step.
-
-    They are of polynomials of degree 3 at the most, for which two Gauss points are exact.
-    """
-
-    def coefficient(order: int, t: int, current: int) -> float:
-        middle, half = (levels[t + 1] + levels[t]) / 2, (levels[t + 1] - levels[t]) / 2
-        total = 0.0
-        for point in (middle - half / math.sqrt(3), middle + half / math.sqrt(3)):
-            product = 1.0
-            for k in range(order):
-                if k != current:
-                    product *= (point - levels[t - k]) / (levels[t - current] - levels[t - k])
-            total += product
-        return total * half
-
-    return coefficient
+def _levels(
+    schedule: NoiseSchedule, steps: int, kind: type, spacing: str | Sequence[float], xl: bool
+) -> list[float] | None:
+    """Noise levels that a scheduler must be given; none if it has options for that spacing."""
+    if spacing == "list":
+        raise LdmError("spacing 'list' means noise levels of your own; give falling numbers, one for each step")
+    if not isinstance(spacing, str):
+        return _checked(spacing, steps)
+    if spacing == "ays":
+        return _align_your_steps(steps, xl)
+    if SPACINGS[spacing].keys() <= _options(kind):
+        return None
+    return make(schedule, steps, "euler", spacing).scheduler.sigmas[:-1].tolist()  # type: ignore[attr-defined]
 
 
 def _align_your_steps(steps: int, xl: bool) -> list[float]:
@@ -256,7 +237,7 @@ def _align_your_steps(steps: int, xl: bool) -> list[float]:
     return np.exp(points)[::-1][:-1].tolist()
 
 
-def _checked(levels: Sequence[float] | str, steps: int) -> list[float]:
+def _checked(levels: Sequence[float], steps: int) -> list[float]:
     values = [float(level) for level in levels]
     if (
         len(values) != steps
@@ -267,13 +248,36 @@ def _checked(levels: Sequence[float] | str, steps: int) -> list[float]:
     return values
 
 
+def _set_levels(scheduler: Any, levels: list[float]) -> None:
+    """Set a scheduler up for these noise levels; those that step from timestep to timestep get the nearest ones."""
+    if isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
+        scheduler.set_timesteps(timesteps=_nearest(levels, scheduler), device="cpu")
+        return
+    if hasattr(scheduler, "_convert_to_exponential"):  # where diffusers gets levels from, and timesteps from these
+        scheduler._convert_to_exponential = lambda **_: np.array(levels)
+    scheduler.set_timesteps(len(levels), device="cpu")
+    if len(scheduler.timesteps) == len(levels):  # one call for each: there, some would cut the fraction off
+        trained = _trained(scheduler)
+        scheduler.timesteps = torch.from_numpy(np.interp(np.log(levels), trained, np.arange(len(trained)))).float()
+    if isinstance(scheduler, diffusers.EulerAncestralDiscreteScheduler):
+        scheduler.sigmas = torch.tensor([*levels, 0.0])
+
+
+def _trained(scheduler: Any) -> np.ndarray:
+    """The logarithm of the noise level at each training timestep: (train_steps,)."""
+    bars = scheduler.alphas_cumprod.clamp(min=2**-24)  # what diffusers takes for pure noise
+    return (((1 - bars) / bars) ** 0.5).log().numpy()
+
+
 def _nearest(levels: list[float], scheduler: Any) -> list[int]:
-    """The training timesteps with the nearest noise levels, each used once."""
-    trained = (((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5).log().numpy()
-    steps = [int(np.abs(trained - np.log(level)).argmin()) for level in levels]
-    if len(set(steps)) < len(steps):
-        raise LdmError(f"noise levels {levels}: some fall on the same training timestep; choose fewer steps")
-    return steps
+    """The training timesteps with the nearest noise levels, or ones beside them where these are taken: each once."""
+    trained = _trained(scheduler)
+    if len(levels) > len(trained):
+        raise LdmError(f"{len(levels)} noise levels, but {len(trained)} training timesteps; choose fewer steps")
+    steps = [-1]
+    for level in reversed(levels):
+        steps.append(max(int(np.abs(trained - np.log(level)).argmin()), steps[-1] + 1))
+    return [min(step, len(trained) - 1 - place) for place, step in enumerate(steps[:0:-1])]
 
 
 def step_arguments(scheduler: Scheduler, generator: Any, eta: float) -> dict[str, Any]:

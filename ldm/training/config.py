@@ -29,6 +29,7 @@ class ModelSection(Section):
     source: str | None = Field(None, description="a model folder, checkpoint file or Hub name; without: random weights")
     family: str | None = Field(None, description="sd15, sdxl, …: what to build, or what a single file is")
     components: dict[str, str] = Field({}, description="parts from elsewhere: vae, unet, text_encoder[_2]: path")
+    fresh: list[Literal["unet", "autoencoder", "text"]] = Field([], description="parts of a source to begin anew")
     unet: dict[str, Any] = Field({}, description="fields of UNetConfig that differ from the family's")
     autoencoder: dict[str, Any] = Field({}, description="fields of AutoencoderConfig that differ")
     text: list[dict[str, Any]] = Field([], description="fields of TextEncoderConfig that differ, for each text encoder")
@@ -136,17 +137,25 @@ class DenoiserSection(StageSection):
     prompts: list[str] = Field([], description="of the previews; without: held-out captions")
 
 
+class RefinerModelSection(ModelSection):
+    """Which refiner to start from; one that is built takes over the base's autoencoder and last text encoder."""
+
+    family: str | None = Field("sdxl-refiner", description="what to build, or what a single file is")
+
+
 class RefinerSection(DenoiserSection):
     """The refiner: the last 200 timesteps, with its own text encoder and an aesthetic score."""
 
-    model: ModelSection = ModelSection(family="sdxl-refiner")
+    model: RefinerModelSection = RefinerModelSection()
     default_score: float = Field(6.0, ge=0, le=10, description="aesthetic score of pictures that have none")
 
 
 class DataSection(Section):
     """The pictures and their captions."""
 
-    source: str = Field("", description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub")
+    source: str | None = Field(
+        None, description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub"
+    )
     captions: Literal["required", "optional"] = Field("required", description="what to do about pictures without")
     holdout: float = Field(
         64, ge=0, description="pictures kept out of training for validation; below 1: a part of them"

@@ -29,6 +29,7 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.contrastive import LARGEST_SCALE, ContrastivePair, ImageEncoderConfig
+from ldm.models.text import TextEncoders
 from ldm.training.config import TextSection
 from ldm.training.optimizers import make_optimizer
 from ldm.training.stage import Loss, Player
@@ -122,7 +123,11 @@ class ContrastiveStage:
         self.names = [config.component for config in model.text_encoders.configs]
         for network in model.modules().values():
             network.requires_grad_(False)
-        pair = _pair(section, model, seed, sides).to(accelerator.device).requires_grad_(True).train()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(generator(seed, "image encoder").initial_seed())
+            pair = contrastive_pair(section, model.text_encoders)
+        pair.config.check_sides(*sides)
+        pair.to(accelerator.device).requires_grad_(True).train()
         parameters, rate = list(pair.parameters()), section.optimizer.learning_rate
         optimizer = make_optimizer(
             section.optimizer,
@@ -247,24 +252,22 @@ def _check_batches(section: TextSection, processes: int) -> None:
             )
 
 
-def _pair(section: TextSection, model: LatentDiffusion, seed: int, sides: Collection[int]) -> ContrastivePair:
-    """The model's text encoders, and an image encoder with random weights that depend on the seed alone."""
-    projections = [config.projection for config in model.text_encoders.configs if config.projection]
-    try:
-        config = ImageEncoderConfig(
-            width=section.image_width,
-            layers=section.image_layers,
-            heads=section.image_heads,
-            patch=section.patch,
-            size=section.sizes[-1].size,
-            embed_dim=section.embed_dim or (projections or [EMBED_DIM])[0],
-        )
-        config.check_sides(*sides)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator(seed, "image encoder").initial_seed())
-            return ContrastivePair(config, model.text_encoders)
-    except LdmError as error:
-        raise LdmError(f"text: {error}") from None
+def contrastive_pair(section: TextSection, text_encoders: TextEncoders) -> ContrastivePair:
+    """Text encoders, and an image encoder as the section says, with PyTorch's random initial weights.
+
+    Raises:
+        LdmError: they do not fit together.
+    """
+    projections = [config.projection for config in text_encoders.configs if config.projection]
+    config = ImageEncoderConfig(
+        width=section.image_width,
+        layers=section.image_layers,
+        heads=section.image_heads,
+        patch=section.patch,
+        size=section.sizes[-1].size,
+        embed_dim=section.embed_dim or (projections or [EMBED_DIM])[0],
+    )
+    return ContrastivePair(config, text_encoders)
 
 
 def _same(numbers: Tensor, all_numbers: Tensor, k: int) -> Tensor:

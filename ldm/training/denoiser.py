@@ -26,7 +26,7 @@ from ldm.training.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group, make_optimizer
 from ldm.training.stage import Loss, Player, Preview
 
-REFINED = (0, 199)  # timesteps of SDXL's refiner (Podell et al. 2023, section 2.5)
+REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
 LOOKS = 4  # noise levels at which each held-out picture is looked at
 Encode = Callable[[list[list[str]]], Conditioning]  # texts of each text encoder to what they say
 
@@ -75,10 +75,11 @@ class DenoiserStage:
         self.make_preview = preview
         family = model.family
         last = family.schedule.train_steps - 1
-        low, high = section.timestep_range or (REFINED if isinstance(section, RefinerSection) else (0, last))
-        timesteps = Timesteps(low, min(high, last), section.timesteps, section.logit_mean, section.logit_std)
+        usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
+        low, high = section.timestep_range or usual
+        timesteps = Timesteps(low, high, section.timesteps, section.logit_mean, section.logit_std)
         self.loss = DiffusionLoss(family.schedule, timesteps, section.min_snr, section.noise_offset)
-        self.plain_loss = DiffusionLoss(family.schedule, Timesteps(low, min(high, last)))
+        self.plain_loss = DiffusionLoss(family.schedule, Timesteps(low, high))
         self.drop = DropOut(tuple(section.drop_caption), section.drop_together, section.drop_size)
         self.no_drop = DropOut((0.0,))
         self.score = section.default_score if isinstance(section, RefinerSection) else 6.0

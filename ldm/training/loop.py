@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.loader import Batch
-from ldm.errors import LdmError, listing
+from ldm.errors import LdmError, listing, out_of_memory
 from ldm.images import grid, save_png
 from ldm.training import checkpoint
 from ldm.training.ema import Averages
@@ -33,11 +33,23 @@ from ldm.training.optimizers import learning_rate, set_learning_rate
 from ldm.training.stage import Stage
 
 log = logging.getLogger(__name__)
-Report = Callable[[int, dict[str, float]], None]  # step, figures
+Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
 
 
 class Stopped(Exception):  # noqa: N818  (no error)
     """The run was asked to stop, and has saved where it is."""
+
+    def __init__(self, stage: str, step: int, signal: int) -> None:
+        super().__init__(f"stage {stage} stopped after {step} updates, and saved them")
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training costs."""
+
+    tflop: float  # of an image, forward and backward
+    peak: float | None  # TFLOP/s of a device at the most, where that is known
 
 
 @dataclass
@@ -65,6 +77,7 @@ class Training:
         steps_per_batch: Callable[[int], Iterator[list[Batch]]],
         held_out: Callable[[], Iterable[Batch]],
         report: Report,
+        work: Callable[[int], Work | None] = lambda step: None,
     ) -> None:
         """Args:
         accelerator: launches and shards; what must be saved is registered with it here.
@@ -73,6 +86,7 @@ class Training:
         steps_per_batch: from a step on, the micro-batches of each step.
         held_out: the batches to validate on, those of this rank.
         report: takes every line of the log, on the main process.
+        work: what an image costs at a step, for the log.
         """
         self.accelerator = accelerator
         self.stage = stage
@@ -80,6 +94,7 @@ class Training:
         self.batches = steps_per_batch
         self.held_out = held_out
         self.report = report
+        self.work = work
         self.section = stage.section
         self.step = 0  # updates done
         for player in stage.players.values():
@@ -93,7 +108,7 @@ class Training:
             accelerator.register_for_checkpointing(kept)
         self.sums: dict[str, float] = {}  # of the figures since the last line of the log
         self.clock = Clock()
-        self.stop = threading.Event()
+        self.asked = 0  # the signal that asked for the end
 
     def run(self) -> dict[str, Any]:
         """From the newest checkpoint, if there is one, to the last step; the result's record.
@@ -110,7 +125,12 @@ class Training:
                 started = time.monotonic()
                 micro_batches = next(batches)
                 self.clock.waiting += time.monotonic() - started
-                self.train_step(micro_batches)
+                try:
+                    self.train_step(micro_batches)
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise LdmError(_too_large(self.stage.name, micro_batches[0])) from None
                 self.step += 1
                 last = self.step == section.steps
                 if self.step % section.log_every == 0 or last:
@@ -170,7 +190,7 @@ class Training:
             Stopped: some rank was asked to stop.
         """
         wrong = torch.stack([rows.any() for _, rows in bad]).any().float()
-        stop = torch.tensor(float(self.stop.is_set()), device=wrong.device)
+        stop = torch.tensor(float(bool(self.asked)), device=wrong.device)
         any_wrong, any_stop, *means = self.accelerator.reduce(
             torch.stack([wrong, stop, *figures.values()]), "mean"
         ).tolist()
@@ -183,7 +203,7 @@ class Training:
             for player in self.stage.players.values():
                 player.optimizer.zero_grad(set_to_none=True)
             self.save()
-            raise Stopped
+            raise Stopped(self.stage.name, self.step, self.asked or signal.SIGTERM)
         return result
 
     def lost(self, what: str, bad: list[tuple[list[str], Tensor]]) -> str:
@@ -216,6 +236,9 @@ class Training:
         figures = {name: value / since for name, value in self.sums.items()}
         rate = learning_rate(self.section.optimizer, self.step, self.section.steps)
         figures |= {"learning_rate": rate * self.section.optimizer.learning_rate, **self.clock.figures()}
+        if work := self.work(self.step - 1):
+            figures["tflops"] = figures["images_per_s"] / self.accelerator.num_processes * work.tflop
+            figures |= {"model_flops_use": figures["tflops"] / work.peak} if work.peak else {}
         self.write(figures)
         self.sums = {}
         self.clock = Clock()
@@ -225,7 +248,7 @@ class Training:
         if self.accelerator.is_main_process:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **figures}) + "\n")
-            self.report(self.step, figures)
+            self.report(self.stage.name, self.step, self.section.steps, figures)
 
     def validate(self) -> None:
         """Figures over the held-out pictures, with the averages in place."""
@@ -275,15 +298,14 @@ class Training:
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; the log is cut back to it."""
         found = checkpoint.newest(self.folder / "checkpoints")
-        if found is None:
-            return
-        path, manifest = found
-        self.accelerator.load_state(str(path))
-        self.step = int(manifest["step"])
-        self.sums = manifest["state"]["sums"]
+        if found:
+            path, manifest = found
+            self.accelerator.load_state(str(path))
+            self.step = int(manifest["step"])
+            self.sums = manifest["state"]["sums"]
+            log.info("going on from %s", path)
         if self.accelerator.is_main_process:
             _cut(self.folder / "metrics.jsonl", self.step)
-        log.info("going on from %s", path)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -293,9 +315,9 @@ class Training:
             return
 
         def ask(number: int, _: object) -> None:
-            if self.stop.is_set():
+            if self.asked:
                 raise KeyboardInterrupt
-            self.stop.set()
+            self.asked = number
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -313,6 +335,14 @@ def _cut(path: Path, step: int) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
+
+
+def _too_large(stage: str, batch: Batch) -> str:
+    height, width = batch.size[0, 4:6].int().tolist()
+    return (
+        f"out of memory with {len(batch.keys)} pictures of {width}×{height} at a time; set {stage}.micro_batch to "
+        f"{max(len(batch.keys) // 2, 1)}, {stage}.checkpointing=true, or a smaller size"
+    )
 
 
 def _step(line: str) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,21 +33,24 @@ from ldm.data.loader import Batch, Loader, once
 from ldm.data.plan import Plan, split
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
-from ldm.errors import LdmError
+from ldm.errors import LdmError, first_line
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
-from ldm.training.config import Config, DataSection, SizeSection, StageName, StageSection, dump
+from ldm.training.config import Config, DataSection, StageName, StageSection, dump
 from ldm.training.contrastive import ContrastiveStage, check_differ
 from ldm.training.denoiser import DenoiserStage
-from ldm.training.loop import Report, Training, in_parts
+from ldm.training.forecast import forecast, peak_tflops
+from ldm.training.loop import Report, Training, Work, in_parts
+from ldm.training.phases import Phase, phases
 from ldm.training.stage import Preview, Stage
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
 from ldm.weights.files import replacing, write_json
 
 log = logging.getLogger(__name__)
+LOOKED_AT = 10_000  # captions, to see whether they are too long
 
 
 @dataclass(frozen=True)
@@ -75,54 +79,6 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """The part of a stage at one resolution."""
-
-    first: int  # its first step
-    end: int  # the step after its last
-    size: int
-    batch: int
-    micro_batch: int | None
-
-    def parts(self, processes: int) -> int:
-        """Micro-batches of each step.
-
-        Raises:
-            LdmError: the batch does not divide.
-        """
-        micro = self.micro_batch or max(self.batch // processes, 1)
-        if self.batch % (micro * processes):
-            raise LdmError(
-                f"a batch of {self.batch} does not divide into micro-batches of {micro} on {processes} processes; "
-                f"choose a multiple of {micro * processes}"
-            )
-        return self.batch // (micro * processes)
-
-
-def phases(section: StageSection) -> list[Phase]:
-    """The resolutions of a stage, one after the other.
-
-    Raises:
-        LdmError: they take more steps than there are, or fewer.
-    """
-    found: list[Phase] = []
-    for number, part in enumerate(section.sizes):
-        first = found[-1].end if found else 0
-        last = number == len(section.sizes) - 1
-        end = section.steps if part.steps is None or last else first + part.steps
-        if not first < end <= section.steps or (part.steps is None and not last):
-            raise LdmError(
-                f"sizes: the steps of each but the last must be given, and add up to less than {section.steps}"
-            )
-        found.append(_phase(section, part, first, end))
-    return found
-
-
-def _phase(section: StageSection, part: SizeSection, first: int, end: int) -> Phase:
-    return Phase(first, end, part.size, part.batch or section.batch, part.micro_batch or section.micro_batch)
-
-
-@dataclass(frozen=True)
 class Caches:
     """What has been encoded before."""
 
@@ -138,13 +94,25 @@ class Run:
         self.preview = preview
         self.report = report
         self.folder = Path(config.output)
-        self.accelerator = self.new_accelerator()
+        self.accelerator = Accelerator(mixed_precision=config.precision)
         self._write_config()
         self.pictures = self._open_pictures()
 
-    def new_accelerator(self) -> Accelerator:
-        """One for each stage: what is prepared with it is what its checkpoints hold."""
-        return Accelerator(mixed_precision=self.config.precision, project_dir=str(self.folder))
+    def _tracked(self, folder: Path) -> Accelerator:
+        """An accelerator for one stage: what is prepared with it is what checkpoints hold; its log goes to trackers."""
+        wanted = self.config.trackers
+        try:
+            accelerator = Accelerator(
+                mixed_precision=self.config.precision, log_with=list(wanted) or None, project_dir=str(folder)
+            )
+        except ValueError as error:
+            raise LdmError(f"trackers: {first_line(error)}") from None
+        found = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
+        for name in wanted:
+            if name not in found:
+                raise LdmError(f"tracker {name} is not installed: pip install {name}, or leave it out (trackers=[])")
+        accelerator.init_trackers("log")
+        return accelerator
 
     def _write_config(self) -> None:
         path = self.folder / "config.yaml"
@@ -186,9 +154,9 @@ class Run:
                 log.info("stage %s is done: %s", name, folder / "model")
                 model = LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
                 continue
-            model = self.stage(name, self._start(name, model), folder)
+            model = self.stage(name, self.start(name, model), folder)
 
-    def _start(self, name: StageName, model: LatentDiffusion | None) -> LatentDiffusion:
+    def start(self, name: StageName, model: LatentDiffusion | None) -> LatentDiffusion:
         """What a stage starts from: the stage before, or what the configuration names."""
         config = self.config
         if name == "refiner":
@@ -201,11 +169,26 @@ class Run:
         Raises:
             LdmError: see `Training.run`.
         """
+        training = self.training(name, model, folder)
+        record = training.run()
+        accelerator, stage = training.accelerator, training.stage
+        for player in stage.players.values():
+            accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
+        with training.averaged():
+            self._write_result(accelerator, stage, folder, record)
+        accelerator.end_training()
+        accelerator.free_memory()
+        return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
+
+    def training(self, name: StageName, model: LatentDiffusion, folder: Path) -> Training:
+        """A stage, ready to train."""
         section: StageSection = getattr(self.config, name)
-        accelerator = self.new_accelerator()
         folder.mkdir(parents=True, exist_ok=True)
+        accelerator = self._tracked(folder)
         for module in model.modules().values():
             _own(module, accelerator.device)
+        if name != "autoencoder":
+            self._warn_of_long_captions(model)
         caches = self._caches(accelerator, section, model) if name in ("base", "refiner") else Caches()
         stage = self._make(name, section, model, accelerator, caches)
         for player in stage.players.values():
@@ -213,19 +196,34 @@ class Run:
                 checkpointed(player.module)
             if section.compile:
                 player.module.compile()
-        training = Training(
+
+        def report(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+            accelerator.log(figures, step)
+            self.report(stage, step, steps, figures)
+
+        return Training(
             accelerator, stage, folder,
             partial(self._batches, accelerator, section, caches),
             partial(self._held_out, accelerator, section),
-            self.report,
+            report,
+            self._work(name, accelerator),
         )  # fmt: skip
-        record = training.run()
-        for player in stage.players.values():
-            accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
-        with training.averaged():
-            self._write_result(accelerator, stage, folder, record)
-        accelerator.free_memory()
-        return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
+
+    def _warn_of_long_captions(self, model: LatentDiffusion) -> None:
+        """Say how many captions are longer than the text encoders read, judged by some of them."""
+        some = self.pictures.images.captions()[:LOOKED_AT] if self.pictures.images else []
+        room = min(config.context for config in model.family.text)
+        tokens = model.text_encoders.tokenizers[0](some, verbose=False).input_ids if some else []
+        long = sum(len(ids) > room for ids in tokens)
+        if long:
+            log.warning("%d of %d captions have over %d tokens; what is beyond is not read", long, len(some), room - 2)
+
+    def _work(self, name: StageName, accelerator: Accelerator) -> Callable[[int], Work]:
+        """What an image costs at each step of a stage."""
+        rows = [row for row in forecast(self.config, accelerator.num_processes) if row.stage == name]
+        peak = peak_tflops(accelerator.device, self.config.precision)
+        starts = [phase.end for phase in phases(getattr(self.config, name))]
+        return lambda step: Work(rows[bisect_right(starts, step)].flops_per_image / 1e12, peak)
 
     def _make(
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
@@ -251,7 +249,7 @@ class Run:
                 "data": {"source": self.config.data.source, "digest": self.pictures.digest()},
                 "parents": [str(self.config.model.source or self.config.model.family)],
                 "metrics": record,
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.model_dump(mode="json", exclude={"output"}),
             }
             text = json.dumps(lineage)
             stage.model.save_pretrained(folder / "model", overwrite=True, lineage=text)
@@ -269,6 +267,7 @@ class Run:
         pictures, config = self.pictures, self.config
         framing = pictures.framing(phase.size)
         if pictures.images is None:
+            assert config.data.source
             stream = open_stream(config.data.source)
             rank = self.accelerator.process_index
             return StreamPlan(
@@ -389,7 +388,9 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, A
         yield name, before, now
 
 
-def train(config: Config, preview: Preview | None = None, report: Report = lambda step, figures: None) -> None:
+def train(
+    config: Config, preview: Preview | None = None, report: Report = lambda stage, step, steps, figures: None
+) -> None:
     """Train what a configuration says; the same call again goes on where it stopped.
 
     Args:

@@ -13,6 +13,7 @@ from ldm.errors import LdmError
 from ldm.families import Family, family_named
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import ModelSection
+from ldm.weights.sources import open_source
 
 T = TypeVar("T")
 
@@ -21,31 +22,48 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
     """The model that a section of the configuration describes, in fp32 on the CPU.
 
     Args:
-        section: `source` is loaded, if there is one; else `family` is built with random weights.
+        section: `source` is loaded, if there is one, and its `fresh` parts are built anew; else `family` is built with
+            random weights.
         seed: of random weights.
         place: the section's name, for messages.
 
     Raises:
         LdmError: neither is named, a field is not known, or the parts do not fit together.
     """
-    if section.source is None and section.family is None:
-        raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
+    family = starting_family(section, place)
     if section.source is None:
-        if section.components:
-            raise LdmError(f"{place}.components: parts from elsewhere need a source for the rest")
-        assert section.family
-        return LatentDiffusion.from_family(changed(family_named(section.family), section, place), seed)
-    shapes = [name for name in ("unet", "autoencoder", "text") if getattr(section, name)]
-    if shapes:
-        raise LdmError(f"{place}.{shapes[0]}: the networks of {section.source} are what they are; leave it out")
-    model = LatentDiffusion.from_pretrained(
-        section.source, family=section.family, components=section.components, dtype=torch.float32
-    )
-    model.family = changed(model.family, section, place)
+        return LatentDiffusion.from_family(family, seed)
+    options: dict[str, Any] = {"family": section.family, "components": section.components}
+    model = LatentDiffusion.from_pretrained(section.source, dtype=torch.float32, **options)
+    if section.fresh:
+        random = LatentDiffusion.from_family(family, seed)
+        for name in section.fresh:
+            part = {"text": "text_encoders"}.get(name, name)
+            setattr(model, part, getattr(random, part))
+    model.family = family
     return model
 
 
-def changed(family: Family, section: ModelSection, place: str) -> Family:
+def starting_family(section: ModelSection, place: str = "model") -> Family:
+    """What that model is, without its weights. Raises as `starting_model`."""
+    if section.source is None and section.family is None:
+        raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
+    if section.source is None:
+        if section.components or section.fresh:
+            raise LdmError(f"{place}.components and {place}.fresh need a source for the rest")
+        assert section.family
+        return _changed(family_named(section.family), section, place)
+    shapes = [name for name in ("unet", "autoencoder", "text") if getattr(section, name) and name not in section.fresh]
+    if shapes:
+        raise LdmError(
+            f"{place}.{shapes[0]}: that of {section.source} is what it is; leave it out, or begin anew: "
+            f"{place}.fresh=[{shapes[0]}]"
+        )
+    opened = open_source(section.source, family=section.family, components=section.components, verify=False)
+    return _changed(opened.family, section, place)
+
+
+def _changed(family: Family, section: ModelSection, place: str) -> Family:
     """A family with the fields that a section names; "custom" if its networks differ."""
     texts = section.text or [{} for _ in family.text]
     if len(texts) != len(family.text):

@@ -1,0 +1,54 @@
+"""`ldm plan`: what a run will need, and how long it will take here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from ldm.training.config import load
+from ldm.training.forecast import Forecast, forecast
+
+
+def run(config: str, overrides: Sequence[str], processes: int, measured: int, as_json: bool) -> None:
+    """Print the forecast of each stage and, after `measured` real steps of the first one, the time it will take."""
+    settings = load(config, overrides)
+    rows = forecast(settings, processes)
+    found = None
+    if measured:
+        from ldm.training.measure import measure
+
+        found = measure(settings, measured)
+    if as_json:
+        print(json.dumps({"forecast": [asdict(row) | {"memory": row.memory} for row in rows],
+                          "measured": found and asdict(found)}, indent=2))  # fmt: skip
+        return
+    for row in rows:
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        work = row.flops_per_step * row.steps / 1e15
+        for name, text in {
+            "stage": f"{row.stage} at {row.size} pixels, {row.steps} steps",
+            "batch": f"{row.batch}, {row.micro_batch} at a time on {processes} devices",
+            "parameters": f"{row.trained / 1e6:.1f} M trained, {row.frozen / 1e6:.1f} M frozen",
+            "memory": f"{row.memory / 1e9:.1f} GB on each device, predicted: {_memory(row)}",
+            "work": f"{row.flops_per_image / 1e12:.3g} TFLOP an image, {work:.3g} PFLOP in all",
+        }.items():
+            table.add_row(name, text)
+        Console(soft_wrap=True).print(table)
+    if found:
+        use = f", {100 * found.use:.0f} % of what the device can do" if found.use else ""
+        peak = f", {found.peak_bytes / 1e9:.1f} GB of GPU memory" if found.peak_bytes else ""
+        print(
+            f"measured, {rows[0].stage}: {found.seconds_per_step:.3g} s a step, "
+            f"{found.images_per_second:.3g} images/s, "
+            f"{100 * found.waiting:.0f} % waiting for data, {found.tflops:.3g} TFLOP/s{use}{peak}: "
+            f"{found.hours:.3g} hours for all its steps"
+        )
+
+
+def _memory(row: Forecast) -> str:
+    names = ("weights", "gradients", "optimizer", "averages", "activations")
+    return ", ".join(f"{name} {getattr(row, name) / 1e9:.1f}" for name in names)

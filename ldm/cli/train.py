@@ -1,0 +1,80 @@
+"""`ldm train` and `train_ldm.py`: a configuration to trained models, with a line of figures now and then on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.config import describe, load
+from ldm.training.loop import Stopped
+from ldm.training.run import train
+from pipelines import Pipeline
+
+
+def run(config: str, overrides: Sequence[str]) -> None:
+    """Train what a configuration says."""
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ldm").setLevel(logging.INFO if first else logging.WARNING)
+    settings = load(config, overrides)
+    display = Display(Console(stderr=True))
+    try:
+        with display.bar:
+            train(settings, preview, display.report)
+    except Stopped as stopped:
+        print(f"ldm: {stopped}; run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
+    if first:
+        for stage in settings.stages:
+            print(f"{settings.output}/{stage}/model")
+
+
+class Display:
+    """Figures as they come: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )  # fmt: skip
+        self.console = console
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+        self.began: dict[str, tuple[int, float]] = {}
+
+    def report(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        """Show one line of the log."""
+        text = "  ".join(f"{name.removeprefix('loss/')} {_short(name, value)}" for name, value in figures.items())
+        if not self.console.is_terminal:
+            first, start = self.began.setdefault(stage, (step, time.monotonic()))
+            done = step - first
+            left = (time.monotonic() - start) / done * (steps - step) / 60 if done else None
+            ends = "" if left is None else f"  {left:.0f} min left"
+            print(f"{stage} {step}/{steps}  {text}{ends}", file=sys.stderr, flush=True)
+            return
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=steps, figures="")
+        self.bar.update(self.tasks[stage], completed=step, figures=text)
+
+
+def _short(name: str, value: float) -> str:
+    return f"{100 * value:.0f} %" if name in ("waiting", "model_flops_use") else f"{value:.4g}"
+
+
+def preview(model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seed: int) -> list[Image.Image]:
+    """A picture of each prompt, in 20 steps."""
+    return Pipeline(model)(prompts, width=size[0], height=size[1], steps=20, seed=seed, batch=len(prompts)).images
+
+
+def fields() -> str:
+    """Every key of a configuration, with its default and its meaning."""
+    rows = [f"  {f'{name}: {default}' if default else name:55} {text}" for name, default, text in describe()]
+    return "\n".join(rows)

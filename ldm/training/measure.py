@@ -1,0 +1,63 @@
+"""How long a run will take here: from a few of its own steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ldm.training.config import Config
+from ldm.training.forecast import forecast, peak_tflops
+from ldm.training.run import Run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A few real steps of the first stage."""
+
+    seconds_per_step: float  # the median
+    images_per_second: float  # over all processes
+    waiting: float  # part of the time spent waiting for data
+    peak_bytes: int  # of the GPU's memory; 0 where there is none
+    hours: float  # that all of the stage's steps will take at this rate
+    tflops: float  # of each device
+    use: float | None  # part of what the device can do, where that is known
+
+
+def measure(config: Config, steps: int) -> Measured:
+    """Do a few updates of the first stage on the run's own data, in a folder that is thrown away; the first is not
+    counted.
+
+    Raises:
+        LdmError: as the run itself would.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config.model_copy(update={"output": folder, "trackers": []}), None, lambda *_: None)
+        name = config.stages[0]
+        training = run.training(name, run.start(name, None), Path(folder) / name)
+        device = training.accelerator.device
+        batches = training.batches(0)
+        seconds, waits = [], []
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            micro_batches = next(batches)
+            waits.append(time.perf_counter() - start)
+            training.train_step(micro_batches)
+            training.step += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        processes = training.accelerator.num_processes
+    typical = median(seconds[1:])
+    first = forecast(config, processes)[0]
+    tflops = first.flops_per_step / processes / typical / 1e12
+    most = peak_tflops(device, config.precision)
+    return Measured(
+        typical, first.batch / typical, sum(waits[1:]) / sum(seconds[1:]), peak,
+        typical * getattr(config, name).steps / 3600, tflops, tflops / most if most else None,
+    )  # fmt: skip

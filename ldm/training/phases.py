@@ -1,0 +1,56 @@
+"""The resolutions of a stage, one after the other, and how its batches divide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldm.errors import LdmError
+from ldm.training.config import SizeSection, StageSection
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The part of a stage at one resolution."""
+
+    first: int  # its first step
+    end: int  # the step after its last
+    size: int
+    batch: int
+    micro_batch: int | None
+
+    def parts(self, processes: int) -> int:
+        """Micro-batches of each step.
+
+        Raises:
+            LdmError: the batch does not divide.
+        """
+        micro = self.micro_batch or max(self.batch // processes, 1)
+        if self.batch % (micro * processes):
+            raise LdmError(
+                f"a batch of {self.batch} does not divide into micro-batches of {micro} on {processes} processes; "
+                f"choose a multiple of {micro * processes}"
+            )
+        return self.batch // (micro * processes)
+
+
+def phases(section: StageSection) -> list[Phase]:
+    """The resolutions of a stage, one after the other.
+
+    Raises:
+        LdmError: they take more steps than there are, or fewer.
+    """
+    found: list[Phase] = []
+    for number, part in enumerate(section.sizes):
+        first = found[-1].end if found else 0
+        last = number == len(section.sizes) - 1
+        end = section.steps if part.steps is None or last else first + part.steps
+        if not first < end <= section.steps or (part.steps is None and not last):
+            raise LdmError(
+                f"sizes: the steps of each but the last must be given, and add up to less than {section.steps}"
+            )
+        found.append(_phase(section, part, first, end))
+    return found
+
+
+def _phase(section: StageSection, part: SizeSection, first: int, end: int) -> Phase:
+    return Phase(first, end, part.size, part.batch or section.batch, part.micro_batch or section.micro_batch)

@@ -1,0 +1,153 @@
+"""Measure a training step of the U-Net beside that of diffusers' own example scripts, on the same weights and batch.
+
+Each side runs in a process of its own, alternating; medians over all steps but each process's first. Both train on
+cached latents and encoded captions with AdamW, clipping and the same precision, without averages. Theirs is what
+`train_text_to_image.py` and `train_text_to_image_sdxl.py` do in a step, on `UNet2DConditionModel`.
+
+    python tools/measure_training.py --family sd15 --size 512 --batch 1 --steps 3 --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from ldm.data.keyed import generator
+from ldm.data.loader import Batch
+from ldm.families import FAMILIES
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.unet import Conditioning, UNet
+from ldm.training.config import DenoiserSection, EmaSection
+from ldm.training.denoiser import DenoiserStage
+from ldm.training.loop import Training
+from ldm.weights.configs import write_unet
+
+
+def conditioning(family: Any, batch: int, device: torch.device) -> Conditioning:
+    """Random captions, already encoded, and size conditioning."""
+    text = torch.randn(batch, 77, family.unet.text_dim, generator=torch.Generator().manual_seed(1)).to(device)
+    if not family.unet.pooled_dim:
+        return Conditioning(text)
+    size = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * batch, device=device)
+    return Conditioning(text, text[:, 0, : family.unet.pooled_dim].contiguous(), size)
+
+
+def ours(options: argparse.Namespace, weights: Path) -> Callable[[int], None]:
+    """A step of ours: keyed noise, loss, backward, checks, clipping, update."""
+    family = FAMILIES[options.family]
+    accelerator = Accelerator(mixed_precision=options.precision)
+    with torch.device("meta"):
+        unet = UNet(family.unet)
+    unet.load_state_dict(torch.load(weights), assign=True)
+    model = LatentDiffusion(family, unet.to(accelerator.device), torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
+    model.modules = lambda: {"unet": unet}  # type: ignore[method-assign]
+    model.autoencoder.config = family.autoencoder  # type: ignore[assignment]
+    cond = conditioning(family, options.batch, accelerator.device)
+    section = DenoiserSection(steps=10**6, batch=options.batch, ema=EmaSection(decay=0), log_every=10**6)
+    stage = DenoiserStage("base", section, model, accelerator, 0, texts=lambda _: cond)
+    training = Training(accelerator, stage, Path(options.folder), lambda _: iter(()), lambda: (), lambda *_: None)
+    side = options.size // family.autoencoder.factor
+    shape = (options.batch, 2 * family.autoencoder.latent_channels, side, side)
+    moments = torch.randn(shape, generator=generator(0, "moments")).abs().to(accelerator.device)
+    size = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * options.batch, device=accelerator.device)
+    scores = torch.full((options.batch,), 6.0, device=accelerator.device)
+    keys = [str(number) for number in range(options.batch)]
+
+    def step(number: int) -> None:
+        training.train_step(
+            [Batch(keys, [number] * options.batch, ["a cat"] * options.batch, None, moments, size, scores)]
+        )
+        training.step += 1
+
+    return step
+
+
+def theirs(options: argparse.Namespace, weights: Path) -> Callable[[int], None]:
+    """A step of the example scripts."""
+    family = FAMILIES[options.family]
+    accelerator = Accelerator(mixed_precision=options.precision)
+    with torch.device("meta"):
+        unet: Any = diffusers.UNet2DConditionModel.from_config(write_unet(family.unet))
+    unet.load_state_dict(torch.load(weights), assign=True)
+    unet.train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=accelerator.device.type == "cuda" or None)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    schedule = family.schedule
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule=schedule.beta_schedule
+    )
+    cond = conditioning(family, options.batch, accelerator.device)
+    side = options.size // family.autoencoder.factor
+    latents = torch.randn(options.batch, 4, side, side, device=accelerator.device)
+    added = {"text_embeds": cond.pooled, "time_ids": cond.size} if cond.pooled is not None else None
+
+    def step(number: int) -> None:
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (options.batch,), device=latents.device).long()
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        prediction = unet(noisy, timesteps, cond.text, added_cond_kwargs=added, return_dict=False)[0]
+        loss = F.mse_loss(prediction.float(), noise.float(), reduction="mean")
+        accelerator.gather(loss.repeat(options.batch)).mean().item()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Print medians and their ratio, and all of it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="sd15", choices=["sd15", "sdxl"])
+    parser.add_argument("--size", type=int, default=512, help="pixels")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3, help="counted in each process, after one that is not")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        step = (ours if options.side == "ours" else theirs)(options, Path(options.folder) / "unet.pt")
+        seconds = []
+        for number in range(options.steps + 1):
+            start = time.perf_counter()
+            step(number)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        print(json.dumps(seconds[1:]))
+        return
+    found: dict[str, list[float]] = {"ours": [], "theirs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        torch.save(UNet(FAMILIES[options.family].unet).state_dict(), Path(folder) / "unet.pt")
+        for _ in range(options.rounds):
+            for side in found:
+                command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
+                result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+                found[side] += json.loads(result.stdout.splitlines()[-1])
+    mine, other = median(found["ours"]), median(found["theirs"])
+    print(
+        f"ours {mine:.3f} s   diffusers {other:.3f} s   ratio {other / mine:.2f}   images/s {options.batch / mine:.3f}"
+    )
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    print(json.dumps({"options": vars(options), "seconds": found, **versions}))
+
+
+if __name__ == "__main__":
+    main()
