@@ -32,7 +32,7 @@ def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, le
         source: a path, a file open for reading, or a picture.
         mode: PIL's name of what to make of it.
         name: what to call it in errors, if not `source`.
-        least: decode a JPEG at 1/2, 1/4 or 1/8 of its size if its shorter side keeps this many pixels; 0: never.
+        least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, rounded up, if its shorter side keeps this many pixels.
 
     Raises:
         LdmError: the file cannot be read, is no picture, is damaged, or has over 100 million pixels.
@@ -40,7 +40,7 @@ def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, le
     with _reading(source, name):
         image = _open(source, name)
         if least:
-            image.draft(None, (least, least))
+            _decode_smaller(image, least)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # PIL would clip 16 bits to white
             image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
@@ -58,19 +58,34 @@ def image_size(source: ImageFile, name: str | None = None) -> tuple[int, int]:
     """
     with _reading(source, name):
         image = _open(source, name)
-        # looking for the EXIF data behind a PNG's pixels would decode them
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
-        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
+        return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
 
 
 def _open(source: ImageFile, name: str | None) -> Image.Image:
     image = source if isinstance(source, Image.Image) else Image.open(source)
     if image.width * image.height > MOST_PIXELS:
         raise LdmError(f"{name or source} has {image.width}×{image.height} pixels; at most {MOST_PIXELS:,} are read")
+    if image.format == "EPS":
+        raise LdmError(f"{name or source} is PostScript, a program that would be run; save it as a PNG")
     if image.mode.startswith("F"):
         raise LdmError(f"{name or source} holds floating-point numbers, whose range is unknown; save it with 8 bits")
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number, from the header: looking for it behind a PNG's pixels would decode them."""
+    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
+    return exif.get(ExifTags.Base.Orientation, 1)
+
+
+def _decode_smaller(image: Image.Image, least: int) -> None:
+    """Have a JPEG decoded at the smallest size whose shorter side has `least` pixels."""
+    for part in (8, 4, 2):
+        # a block that is not full stands at the right or bottom; turning the picture would shift the others by it
+        whole = not (image.width % part or image.height % part) or _orientation(image) == 1
+        if whole and min(image.size) // part >= least:
+            image.draft(None, (image.width // part, image.height // part))
+            return
 
 
 @contextmanager

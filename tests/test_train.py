@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -443,3 +444,32 @@ def test_wrong_settings_are_named(shapes: Path, tmp_path: Path, overrides: list[
         train(config(shapes, tmp_path / "r", *overrides))
     assert message in str(caught.value)
     assert not list((tmp_path / "r").rglob("*.safetensors"))
+
+
+# --- other sources ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shard(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shards") / "0000.tar"
+    with tarfile.open(path, "w") as file:
+        for picture in sorted(shapes.glob("*.*")):
+            file.add(picture, picture.name)
+    return path
+
+
+def test_shards_train_as_the_folder_does(shapes: Path, shard: Path, tmp_path: Path) -> None:
+    train(config(shapes, tmp_path / "folder"))
+    train(config(shard, tmp_path / "shard"))
+    assert lines(tmp_path / "shard") == lines(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_stream_goes_on(shard: Path, tmp_path: Path, workers: int) -> None:
+    extra = ["data.stream=true", f"data.workers={workers}"]
+    train(config(shard, tmp_path / "whole", *extra))
+    settings = config(shard, tmp_path / "parts", *extra)
+    interrupted(settings, after=5)
+    train(settings)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")

@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.framing import decoded_side, fixed_frame, render
-from ldm.data.keyed import uniform
+from ldm.data.image_set import made
 from ldm.data.plan import Plan
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError
@@ -54,9 +56,10 @@ def build_latents(
     world: int = 1,
     report: Report = lambda done, total: None,
 ) -> int:
-    """Encode every crop that the plan can show and the cache lacks, mirrored too if it flips; returns how many.
+    """Encode every crop that the plan can show and the cache lacks, mirrored too if it flips; returns their number.
 
-    An image that cannot be decoded is noted in the cache, where training finds it like a damaged one.
+    An image that cannot be decoded is noted in the cache, where training finds it like a damaged one; the next build
+    tries it again.
 
     Args:
         folder: of caches.
@@ -73,47 +76,41 @@ def build_latents(
         LdmError: the plan has a new crop at each visit, too many images are damaged, or latents are not finite.
     """
     path = _cache(folder, "latents", _latent_settings(plan, fingerprint), create=True)
-    writer = _Writer(path)
-    noted = path / f"unreadable-{rank}.json"
-    unreadable = _unreadable(path)
-    present = _Rows(path).places().keys() | unreadable.keys()
+    writer, present = _Writer(path), _Rows(path).places()
+    missing = (one for one in _crops(plan) if one[1].name not in present and one[1].index % world == rank)
     todo = [
         (sides, some)
-        for sides, members in plan.buckets.items()
-        for some in _chunks(
-            (shown for shown in _shown(plan, members, rank, world) if _name(plan, *shown) not in present), batch
-        )
+        for sides, group in groupby(missing, itemgetter(0))
+        for some in _chunks((crop for _, crop in group), batch)
     ]
-    skipped = Skipped(plan.name, path / f"unreadable-{rank}.txt")
-    done, total = 0, sum(len(some) for _, some in todo)
-    own = read_json(noted) if noted.exists() else {}
+    done, encoded, total = 0, 0, sum(len(some) for _, some in todo)
+    skipped = Skipped(plan.name, path / f"unreadable-{rank}.txt", fresh=True)
+    unreadable: dict[str, str] = {}
     loading = DataLoader(
-        _Showing(plan), sampler=todo, batch_size=None, num_workers=workers, generator=torch.Generator()
+        _Rendering(plan), sampler=todo, batch_size=None, num_workers=workers, generator=torch.Generator()
     )
     for rows, damaged in loading:
         done += len(rows) + len(damaged)
-        for shown, reason in damaged:
-            own[_name(plan, *shown).hex()] = reason
-            skipped.add(plan.images.key(shown[0]), reason)
+        encoded += len(rows)
         if damaged:
-            skipped.check(done)
-            with replacing(noted, folder=False, overwrite=True, need=0) as temporary:
-                write_json(temporary, own)
+            for crop, reason in damaged:
+                unreadable[crop.name.hex()] = reason
+                skipped.add(plan.images.key(crop.index), reason)
+            skipped.check(done // _per_image(plan))
+            with replacing(path / f"unreadable-{rank}.json", folder=False, overwrite=True, need=0) as temporary:
+                write_json(temporary, unreadable)
         if rows:
-            keys = [plan.images.key(shown[0]) for shown, _, _ in rows]
             pixels = torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])).permute(0, 3, 1, 2).contiguous()
-            mean, deviation = encode(pixels.float().div_(127.5).sub_(1))
-            moments = torch.cat([mean, deviation], dim=1).detach().cpu()
-            finite = moments.isfinite().flatten(1).all(1).tolist()
-            if not all(finite):
-                raise LdmError(
-                    f"the latents of {keys[finite.index(False)]} are not finite; encode in bf16 or fp32, not in fp16"
-                )
+            moments = torch.cat(encode(pixels.float().div_(127.5).sub_(1)), dim=1).detach().cpu()
+            for (crop, _, _), finite in zip(rows, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
+                if not finite:
+                    key = plan.images.key(crop.index)
+                    raise LdmError(f"the latents of {key} are not finite; encode in bf16 or fp32, not in fp16")
             sizes = torch.tensor([numbers for _, _, numbers in rows], dtype=torch.int32)
-            writer.add([_name(plan, *shown) for shown, _, _ in rows], {"moments": moments, "sizes": sizes})
+            writer.add([crop.name for crop, _, _ in rows], {"moments": moments, "sizes": sizes})
         report(done, total)
     writer.flush()
-    return total
+    return encoded
 
 
 class Latents:
@@ -126,23 +123,23 @@ class Latents:
     def __init__(self, folder: Path, plan: Plan, fingerprint: str) -> None:
         path = _cache(folder, "latents", _latent_settings(plan, fingerprint), create=False)
         self._rows = _Rows(path)
-        places, unreadable = self._rows.places(), _unreadable(path)
+        places = self._rows.places()
+        noted = [read_json(file) for file in sorted(path.glob("unreadable-*.json"))]
+        unreadable = {name: reason for one in noted for name, reason in one.items()}
         self._places = np.full((len(plan.images), plan.framing.fixed, 2, 2), -1, dtype=np.int32)
         self._reasons: dict[int, str] = {}
-        missing: list[str] = []
-        for members in plan.buckets.values():
-            for index, number, flip in _shown(plan, members, 0, 1):
-                name = _name(plan, index, number, flip)
-                if name in places:
-                    self._places[index, number, int(flip)] = places[name]
-                elif name in unreadable:
-                    self._reasons[index] = unreadable[name]
-                else:
-                    missing.append(plan.images.key(index))
+        missing = set()
+        for _, crop in _crops(plan):
+            if crop.name in places:
+                self._places[crop.index, crop.number, int(crop.flip)] = places[crop.name]
+            elif crop.name.hex() in unreadable:
+                self._reasons[crop.index] = unreadable[crop.name.hex()]
+            else:
+                missing.add(crop.index)
         if missing:
             raise LdmError(
-                f"{path} lacks {len(missing)} crops of new or changed images, such as {missing[0]}; build the cache "
-                "again, which adds them"
+                f"{path} lacks {len(missing)} images, such as {plan.images.key(min(missing))}: they are new, have "
+                "changed, or the build did not end; build the cache again, which adds them"
             )
 
     def read(self, index: int, number: int, flip: bool) -> tuple[Tensor, tuple[int, ...]]:
@@ -175,12 +172,18 @@ def build_texts(
     """
     path = _cache(folder, "texts", {"text encoders": fingerprint}, create=True)
     writer = _Writer(path)
-    present = _Rows(path).places().keys()
+    present = _Rows(path).places()
     names = {caption: _text_name(caption) for caption in {"", *captions}}
-    todo = sorted(c for c, name in names.items() if name not in present and name[0] % world == rank)
+    missing = {caption: name for caption, name in names.items() if name not in present}
+    todo = sorted(caption for caption, name in missing.items() if int.from_bytes(name, "little") % world == rank)
+    done = 0
     for some in _chunks(todo, batch):
-        writer.add([names[caption] for caption in some], {k: t.detach().cpu() for k, t in encode(some).items()})
-        report(min(len(todo), todo.index(some[-1]) + 1), len(todo))
+        tensors = encode(some)
+        writer.add(
+            [names[caption] for caption in some], {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        )
+        done += len(some)
+        report(done, len(todo))
     writer.flush()
     return len(todo)
 
@@ -296,13 +299,9 @@ def _cache(folder: Path, kind: str, settings: dict[str, object], create: bool) -
     if not create:
         others = [read_json(other) for other in sorted(folder.glob(f"{kind}-*/settings.json"))]
         differ = [name for name in settings if all(other.get(name) != settings[name] for other in others)]
-        why = f" (those that are there have another {' and '.join(differ)})" if others and differ else ""
+        why = f" (what is there differs in its {' and '.join(differ)})" if others and differ else ""
         raise LdmError(f"{folder} holds no {kind} of these settings{why}; build the cache first")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LdmError(f"the cache folder {path} cannot be made: {error.strerror}") from None
-    with replacing(path / "settings.json", folder=False, overwrite=True, need=0) as temporary:
+    with replacing(made(path) / "settings.json", folder=False, overwrite=True, need=0) as temporary:
         write_json(temporary, settings)
     return path
 
@@ -317,7 +316,15 @@ def _text_name(caption: str) -> bytes:
 
 # --- latents ----------------------------------------------------------------------------------------------------------
 
-Shown = tuple[int, int, bool]  # an image's index, the number of the crop, whether mirrored
+
+@dataclass(frozen=True)
+class _Crop:
+    """One row of the cache."""
+
+    index: int  # of the image
+    number: int  # of the fixed crop
+    flip: bool
+    name: bytes
 
 
 def _latent_settings(plan: Plan, fingerprint: str) -> dict[str, object]:
@@ -329,24 +336,19 @@ def _latent_settings(plan: Plan, fingerprint: str) -> dict[str, object]:
     return {"autoencoder": fingerprint} | {name: getattr(framing, name) for name in names}
 
 
-def _shown(plan: Plan, members: np.ndarray, rank: int, world: int) -> Iterator[Shown]:
-    """Every crop of this process's share of the images."""
-    for index in members.tolist():
-        if world == 1 or int(uniform(0, "share of the cache", plan.images.key(index)) * world) == rank:
+def _per_image(plan: Plan) -> int:
+    return plan.framing.fixed * (2 if plan.framing.flip else 1)
+
+
+def _crops(plan: Plan) -> Iterator[tuple[tuple[int, int], _Crop]]:
+    """Every crop that the plan can show, with its bucket, bucket by bucket."""
+    keys, stamps = plan.images.all_keys(), plan.images.all_stamps()
+    for sides, members in plan.buckets.items():
+        for index in members.tolist():
             for number in range(plan.framing.fixed):
-                for flip in (False, True)[: 1 + plan.framing.flip]:
-                    yield index, number, flip
-
-
-def _name(plan: Plan, index: int, number: int, flip: bool) -> bytes:
-    example = plan.images.example(index)
-    return _digest(ascii((example.key, example.stamp, number, flip)).encode())
-
-
-def _unreadable(path: Path) -> dict[bytes, str]:
-    """Rows that cannot be made, with the reason."""
-    noted = [read_json(file) for file in sorted(path.glob("unreadable-*.json"))]
-    return {bytes.fromhex(name): reason for one in noted for name, reason in one.items()}
+                for flip in (False, True) if plan.framing.flip else (False,):
+                    name = _digest(ascii((keys[index], stamps[index], number, flip)).encode())
+                    yield sides, _Crop(index, number, flip, name)
 
 
 def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -355,24 +357,24 @@ def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield some
 
 
-class _Showing(Dataset):
+class _Rendering(Dataset):
     """From crops of a bucket to their pixels (H, W, 3) uint8 and numbers; and those that cannot be read."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def __getitem__(
-        self, item: tuple[tuple[int, int], list[Shown]]
-    ) -> tuple[list[tuple[Shown, np.ndarray, tuple[int, ...]]], list[tuple[Shown, str]]]:
+        self, item: tuple[tuple[int, int], list[_Crop]]
+    ) -> tuple[list[tuple[_Crop, np.ndarray, tuple[int, ...]]], list[tuple[_Crop, str]]]:
         sides, some = item
-        rows: list[tuple[Shown, np.ndarray, tuple[int, ...]]] = []
-        damaged: list[tuple[Shown, str]] = []
-        for shown in some:
-            index, number, flip = shown
-            example = self.plan.images.example(index)
-            frame = fixed_frame(self.plan.framing, example.key, number, flip, (example.width, example.height), sides)
+        rows: list[tuple[_Crop, np.ndarray, tuple[int, ...]]] = []
+        damaged: list[tuple[_Crop, str]] = []
+        for crop in some:
+            example = self.plan.example(crop.index)
+            original = example.width, example.height
+            frame = fixed_frame(self.plan.framing, example.key, crop.number, crop.flip, original, sides)
             try:
-                rows.append((shown, render(self.plan.read(index, decoded_side(frame)), frame), frame.numbers))
+                rows.append((crop, render(self.plan.read(crop.index, decoded_side(frame)), frame), frame.numbers))
             except LdmError as error:
-                damaged.append((shown, str(error)))
+                damaged.append((crop, str(error)))
         return rows, damaged

@@ -55,15 +55,14 @@ class Folder:
 
     def _entry(self, path: str, beside: str, stamps: dict[str, str], records: list[Record]) -> Entry:
         def captions() -> Captions:
-            if records:
-                found = [to_captions(record.get("text"), _score(record)) for record in records]
-                return Captions(tuple(text for one in found for text in one.texts), found[0].score)
-            if beside in stamps:
-                return to_captions(decode_caption((self.root / beside).read_bytes()).splitlines())
-            return Captions(())
+            found = [to_captions(record.get("text"), _score(record)) for record in records]
+            texts = tuple(text for one in found for text in one.texts)
+            if not texts and beside in stamps:
+                texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n")).texts
+            return Captions(texts, found[0].score if found else None)
 
-        listed = hashlib.blake2b(repr(records).encode(errors="replace"), digest_size=8).hexdigest()
-        return Entry(path, path, stamps[path], listed if records else stamps.get(beside, ""), captions)
+        listed = hashlib.blake2b(repr(records).encode(errors="replace"), digest_size=8).hexdigest() if records else ""
+        return Entry(path, path, stamps[path], f"{listed}{stamps.get(beside, '')}", captions)
 
 
 def _files(folder: str, within: str = "") -> Iterator[tuple[str, str]]:

@@ -138,13 +138,14 @@ def decoded_side(frame: Frame) -> int:
 
 
 def render(image: Image.Image, frame: Frame) -> np.ndarray:
-    """The part of an image as (H, W, 3) uint8. The image may have been decoded smaller than it is."""
+    """The part of an image as (H, W, 3) uint8. The image may have been decoded at 1/2, 1/4 or 1/8 of its size."""
     (left, top), (width, height) = frame.corner, frame.sides
     if image.size == frame.resized:
         image = image.crop((left, top, left + width, top + height))
     else:  # only what is shown is resized; pixels around it take part in the filter, as if all were
-        across, down = (image.size[axis] / frame.resized[axis] for axis in (0, 1))
+        part = round(frame.original[0] / image.width)
+        across, down = (frame.original[axis] / part / frame.resized[axis] for axis in (0, 1))
         right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
-        part = (left * across, top * down, right, bottom)
-        image = image.resize(frame.sides, Image.Resampling.LANCZOS, box=part)
+        shown = (left * across, top * down, right, bottom)
+        image = image.resize(frame.sides, Image.Resampling.BICUBIC, box=shown)
     return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if frame.flip else image)

@@ -82,6 +82,7 @@ class Dataset:
         dataset = load(name, split)
         self.columns = Columns(name, dataset, caption)
         self.rows = self.columns.undecoded(dataset)
+        self.images = self.rows.select_columns([self.columns.image])
         self.part = f"{name}\t{split}\t{self.columns.caption}"
         self.stamp = dataset._fingerprint  # of the library: changes with the content
 
@@ -91,7 +92,7 @@ class Dataset:
 
     def open(self, where: str) -> BinaryIO:
         """The file in a row."""
-        return open_image(self.rows[int(where)][self.columns.image])
+        return open_image(self.images[int(where)][self.columns.image])
 
     def _entries(self) -> Iterator[Entry]:
         for number in range(len(self.rows)):

@@ -38,6 +38,7 @@ _AT_ONCE = 4096  # entries in memory while the index is made
 _SAME = ("key", "where", "stamp", "caption_stamp")
 _SCHEMA = pa.schema(
     [
+        ("part", pa.binary(16)),  # a digest of its name and stamp
         *((name, pa.binary()) for name in _SAME),
         ("captions", pa.list_(pa.string())),
         ("width", pa.int32()),
@@ -65,7 +66,6 @@ class Example:
     width: int  # upright
     height: int
     score: float | None  # aesthetic
-    stamp: str  # changes when the image changes
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Part:
     """What is indexed together. A part with a stamp is not even listed again while that stays the same."""
 
     name: str
-    stamp: str
+    stamp: str  # "" if there is none
     entries: Callable[[], Iterator[Entry]]
 
 
@@ -115,21 +115,16 @@ class ImageSet:
     """
 
     def __init__(self, source: Source, folder: Path, captions: str = "required") -> None:
-        if captions not in ("required", "optional"):
-            raise LdmError(f"captions: {captions!r} is not known; choose required or optional")
+        check_captions(captions)
         self.source = source
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LdmError(f"the cache folder {folder} cannot be made: {error.strerror}") from None
-        self._files = [_index(source, part, folder) for part in source.parts()]
+        self.folder = made(folder)
+        self._index = _index(source, folder)
         self._table: pa.Table | None = None
         table = self.table
         order = pc.sort_indices(table, [("key", "ascending"), ("where", "ascending")]).to_numpy()
-        self.skipped = Skipped(source.name, folder / f"skipped-{_digest(source.name)}.txt")
+        self.skipped = Skipped(source.name, self._index.with_suffix(".skipped.txt"))
         bad = table.filter(pc.not_equal(table["reason"], ""))
-        self.skipped.add_all(zip(map(_text, bad["key"]), bad["reason"].to_pylist(), strict=True))
+        self.skipped.add_all(zip(map(_text, bad["where"]), bad["reason"].to_pylist(), strict=True))
         self.skipped.check(len(table))
         self._rows = order[pc.equal(table["reason"], "").to_numpy()[order]]
         if not len(self._rows):
@@ -154,8 +149,7 @@ class ImageSet:
     def table(self) -> pa.Table:
         """The index, mapped."""
         if self._table is None:
-            maps = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in self._files]
-            self._table = pa.concat_tables([_SCHEMA.empty_table(), *maps])
+            self._table = pa.ipc.open_file(pa.memory_map(str(self._index))).read_all()
         return self._table
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -164,21 +158,21 @@ class ImageSet:
 
     def key(self, index: int) -> str:
         """The name of an image."""
-        row = int(self._rows[index])
-        return self._twice.get(row) or _text(self.table["key"][row])
+        return self._twice.get(index) or _text(self.table["key"][self._rows[index]])
+
+    def all_keys(self) -> list[str]:
+        """The names of all images."""
+        return [self._twice.get(index) or _text(key) for index, key in enumerate(self._column("key"))]
+
+    def all_stamps(self) -> list[str]:
+        """Of all images, what changes with them."""
+        return [_text(stamp) for stamp in self._column("stamp")]
 
     def example(self, index: int) -> Example:
         """What is known about an image."""
         row = self._rows[index]
-        get = {name: self.table[name][row] for name in ("captions", "width", "height", "score", "stamp")}
-        return Example(
-            self.key(index),
-            tuple(get["captions"].as_py()),
-            get["width"].as_py(),
-            get["height"].as_py(),
-            get["score"].as_py(),
-            _text(get["stamp"]),
-        )
+        captions, *others = (self.table[name][row].as_py() for name in ("captions", "width", "height", "score"))
+        return Example(self.key(index), tuple(captions), *others)
 
     def read(self, index: int, least: int = 0) -> Image.Image:
         """An image, upright, in RGB; `least` as in `load_image`.
@@ -196,19 +190,23 @@ class ImageSet:
 
     def captions(self) -> list[str]:
         """All distinct captions, sorted; the empty one too if there are images without any."""
-        lists = self.table["captions"].take(pa.array(self._rows))
+        lists = self._column("captions")
         bare = pc.any(pc.equal(pc.list_value_length(lists), 0)).as_py()
         return sorted({*pc.unique(pc.list_flatten(lists)).to_pylist(), *([""] if bare else [])})
 
+    def _column(self, name: str) -> pa.ChunkedArray:
+        """A column of the index for the usable images in their order."""
+        return self.table[name].take(pa.array(self._rows))
+
     def _number_twins(self) -> dict[int, str]:
-        """Keys with a number, by row, of images whose key an earlier one has."""
-        keys = self.table["key"].take(self._rows).combine_chunks()
+        """Keys with a number, by index, of images whose key an earlier one has."""
+        keys = self._column("key").combine_chunks()
         same = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
         found: dict[int, str] = {}
         count = 1
-        for index in np.flatnonzero(same) + 1:
-            count = count + 1 if int(self._rows[index - 1]) in found else 2
-            found[int(self._rows[index])] = f"{_text(keys[index])}#{count}"
+        for index in (np.flatnonzero(same) + 1).tolist():
+            count = count + 1 if index - 1 in found else 2
+            found[index] = f"{_text(keys[index])}#{count}"
         return found
 
 
@@ -219,6 +217,25 @@ def read_image(file: BinaryIO, size: tuple[int, int], least: int) -> Image.Image
     if image.size not in [tuple(-(-side // n) for side in size) for n in (1, 2, 4, 8)]:
         raise LdmError(f"it has {image.width}×{image.height} pixels, not {size[0]}×{size[1]} as its header said")
     return image
+
+
+def made(folder: Path) -> Path:
+    """The folder, which is there now.
+
+    Raises:
+        LdmError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LdmError(f"the folder {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+def check_captions(captions: str) -> None:
+    """Raise LdmError for a setting that is not known."""
+    if captions not in ("required", "optional"):
+        raise LdmError(f"captions: {captions!r} is not known; choose required or optional")
 
 
 def check_size(width: int, height: int) -> None:
@@ -257,9 +274,10 @@ def to_captions(texts: object, score: object = None) -> Captions:
     return Captions(tuple(text.strip().encode(errors="replace").decode() for text in texts if text.strip()), number)
 
 
-def _index(source: Source, part: Part, folder: Path) -> Path:
-    """The index file of a part, brought up to date."""
-    path = folder / f"index-{_digest(part.name)}.arrow"
+def _index(source: Source, folder: Path) -> Path:
+    """The index file of a source, brought up to date."""
+    parts = [(part, _tag(f"{part.name}\t{part.stamp}")) for part in source.parts()]
+    path = folder / f"index-{_tag(chr(10).join(part.name for part, _ in parts)).hex()}.arrow"
     old = _SCHEMA.empty_table()
     if path.exists():
         try:
@@ -267,27 +285,33 @@ def _index(source: Source, part: Part, folder: Path) -> Path:
             old = found if found.schema.equals(_SCHEMA) else old
         except (pa.ArrowInvalid, OSError):
             pass  # damaged: made anew
-    if part.stamp and (old.schema.metadata or {}).get(b"stamp") == part.stamp.encode():
+    runs = pc.run_end_encode(old["part"].combine_chunks())
+    tags, ends = runs.values.to_pylist(), runs.run_ends.to_pylist()
+    if parts and [tag for _, tag in parts] == tags and all(part.stamp for part, _ in parts):
         return path
+    rows_of = dict(zip(tags, zip([0, *ends], ends, strict=False), strict=True))
     row_of = {where: row for row, where in enumerate(old["where"].to_pylist())}
-    entries = iter(part.entries())
-    schema = _SCHEMA.with_metadata({"stamp": part.stamp})
     with (
         replacing(path, folder=False, overwrite=True, need=0) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
-        pa.ipc.new_file(file, schema) as writer,
+        pa.ipc.new_file(file, _SCHEMA) as writer,
         ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool,  # waiting for disks takes most of the time
     ):
-        while some := list(islice(entries, _AT_ONCE)):
-            rows = [row_of[where] for entry in some if (where := _bytes(entry.where)) in row_of]
-            known = {
-                tuple(row[name] for name in _SAME): row for row in old.take(pa.array(rows, pa.int64())).to_pylist()
-            }
-            found = [known.get(_identity(entry)) for entry in some]
-            looked = pool.map(
-                lambda entry: _look(source, entry), [e for e, row in zip(some, found, strict=True) if not row]
-            )
-            writer.write_batch(pa.RecordBatch.from_pylist([row or next(looked) for row in found], schema))
+        for part, tag in parts:
+            if part.stamp and tag in rows_of:
+                start, end = rows_of[tag]
+                writer.write_table(old.slice(start, end - start))
+                continue
+            entries = iter(part.entries())
+            while some := list(islice(entries, _AT_ONCE)):
+                rows = [row_of[where] for entry in some if (where := _bytes(entry.where)) in row_of]
+                before = old.take(pa.array(rows, pa.int64())).to_pylist()
+                known = {tuple(row[name] for name in _SAME): row for row in before}
+                found = [known.get(_identity(entry)) for entry in some]
+                unknown = [entry for entry, row in zip(some, found, strict=True) if not row]
+                looked = pool.map(lambda entry: _look(source, entry), unknown)
+                now = [(row or next(looked)) | {"part": tag} for row in found]
+                writer.write_batch(pa.RecordBatch.from_pylist(now, _SCHEMA))
     return path
 
 
@@ -312,8 +336,8 @@ def _look(source: Source, entry: Entry) -> dict[str, object]:
         return found | {"reason": f"it cannot be read: {error.strerror or error}"}
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(_bytes(text), digest_size=8).hexdigest()
+def _tag(text: str) -> bytes:
+    return hashlib.blake2b(_bytes(text), digest_size=16).digest()
 
 
 def _bytes(text: str) -> bytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,9 @@ from ldm.data.plan import Item, Plan, Visit
 from ldm.data.skipped import Skipped
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, check_whole
+
+# of one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments (2C, h, w)
+Row = tuple[str, int, str, float, tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        pinned = torch.device(device).type == "cuda"  # other ways, numbers might be read before they are there
+        return self.map(lambda tensor: tensor.to(device, non_blocking=pinned))
 
     def pin_memory(self) -> Batch:
         """The same batch where a GPU can fetch it; the data loader asks for it."""
@@ -68,7 +71,7 @@ class Loader:
         latents: the plan's cache; batches then have moments and no pixels.
 
     Raises:
-        LdmError: the plan's batch does not divide; while iterating: too many images are damaged.
+        LdmError: the batch does not divide, or a number makes no sense; while iterating: too many images are damaged.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Loader:
     ) -> None:
         check_whole("loader", "start", start, 0, 2**62)
         check_whole("loader", "workers", workers, 0, 1024)
+        check_whole("loader", "rank", rank, 0, world - 1)
+        check_whole("loader", "micro_batches", micro_batches, 1, plan.batch)
         if plan.batch % (world * micro_batches):
             raise LdmError(
                 f"a batch of {plan.batch} does not divide among {world} processes and {micro_batches} micro-batches; "
@@ -97,7 +102,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         loading = DataLoader(
             _Loading(self.plan, self.latents),
-            sampler=_Steps(self._items),
+            sampler=self._items(),
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -126,30 +131,22 @@ class Loader:
 
 
 def once(plan: Plan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
-    """Every image of a plan once, as it is seen at its first visit: up to `rows` of one bucket at a time, in an order
-    that is always the same, this process's share of them. Images that cannot be decoded are left out."""
-    loading = _Loading(plan, None)
+    """This process's share of all images of a plan, each once, as its first visit shows it, in an order that stays.
+
+    A batch has up to `rows` images of one bucket. Images that cannot be decoded are left out, and listed.
+    """
+    loading, skipped = _Loading(plan, None), Skipped(plan.name, plan.folder / f"skipped-{rank}.txt")
     pieces = [
         Item(sides, [Visit(int(index), 0) for index in members[start : start + rows]], [])
         for sides, members in plan.buckets.items()
         for start in range(0, len(members), rows)
     ]
     for item in pieces[rank::world]:
-        found = [loading[replace(item, visits=[visit])][0] for visit in item.visits]
-        readable = [batch for batch in found if batch is not None]
-        if readable:
-            yield _ready(_joined(readable), device)
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    """Batches with pixels as one."""
-    pixels, size, scores = (
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ("pixels", "size", "scores")
-    )
-    keys, epochs, captions = (
-        [value for batch in batches for value in getattr(batch, name)] for name in ("keys", "epochs", "captions")
-    )
-    return Batch(keys, epochs, captions, pixels, None, size, scores)
+        found, damaged = loading.rows(item)
+        for key, reason in damaged:
+            skipped.add(key, reason)
+        if found:
+            yield _ready(loading.batch(found), device)
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:
@@ -161,16 +158,6 @@ def _ready(batch: Batch, device: torch.device | str) -> Batch:
     return replace(batch, pixels=pixels.div_(127.5).sub_(1))
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """What a data loader takes for a sampler."""
-
-    items: Callable[[], Iterator[Item]]
-
-    def __iter__(self) -> Iterator[Item]:
-        return self.items()
-
-
 class _Loading(Dataset):
     """From what a batch is to hold to the batch, its pixels (B, H, W, 3) uint8; and the images that are damaged."""
 
@@ -179,41 +166,44 @@ class _Loading(Dataset):
         self.latents = latents
 
     def __getitem__(self, item: Item) -> tuple[Batch | None, list[tuple[str, str]]]:
+        rows, damaged = self.rows(item)
+        return self.batch(rows) if len(rows) == len(item.visits) else None, damaged
+
+    def rows(self, item: Item) -> tuple[list[Row], list[tuple[str, str]]]:
+        """What of it can be read, and the keys of damaged images with reasons."""
+        rows: list[Row] = []
         damaged: list[tuple[str, str]] = []
-        rows = []
         for visit in item.visits:
             for candidate in self._candidates(visit, item.spares):
-                example = self.plan.example(candidate.image)
                 try:
                     rows.append(self._row(candidate, item.sides))
                     break
                 except LdmError as error:
-                    damaged.append((example.key, str(error)))
-            else:
-                return None, damaged
+                    damaged.append((self.plan.example(candidate.image).key, str(error)))
+        return rows, damaged
+
+    def batch(self, rows: list[Row]) -> Batch:
+        """Rows as a batch."""
         keys, epochs, captions, scores, numbers, shown = (list(column) for column in zip(*rows, strict=True))
         pixels, moments = (None, torch.stack(shown)) if self.latents else (torch.stack(shown), None)
         size, score = torch.tensor(numbers, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32)
-        return Batch(keys, epochs, captions, pixels, moments, size, score), damaged
+        return Batch(keys, epochs, captions, pixels, moments, size, score)
 
     def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
         """The visit, and what replaces it if it is damaged, in an order of its own."""
         yield visit
-        first = int(
-            uniform(self.plan.seed, "replacement", self.plan.example(visit.image).key, visit.epoch) * len(spares)
-        )
-        yield from (spares[(first + number) % len(spares)] for number in range(len(spares)))
+        key = self.plan.example(visit.image).key
+        first = int(uniform(self.plan.seed, "replacement", key, visit.epoch) * len(spares))
+        yield from [*spares[first:], *spares[:first]]
 
-    def _row(self, visit: Visit, sides: tuple[int, int]) -> tuple[Any, ...]:
-        """For one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments."""
+    def _row(self, visit: Visit, sides: tuple[int, int]) -> Row:
         plan, example = self.plan, self.plan.example(visit.image)
         choice = int(uniform(plan.seed, "caption", example.key, visit.epoch) * len(example.captions))
         caption = example.captions[choice] if example.captions else ""
         known = example.key, visit.epoch, caption, float("nan") if example.score is None else example.score
         if self.latents:
-            moments, numbers = self.latents.read(
-                visit.image, *choose(plan.framing, plan.seed, example.key, visit.epoch)
-            )
+            crop = choose(plan.framing, plan.seed, example.key, visit.epoch)
+            moments, numbers = self.latents.read(visit.image, *crop)
             return *known, numbers, moments
         original = example.width, example.height
         frame = visit_frame(plan.framing, plan.seed, example.key, visit.epoch, original, sides)

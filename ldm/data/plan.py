@@ -135,7 +135,7 @@ def split(images: ImageSet, held_out: int | float) -> tuple[np.ndarray, np.ndarr
     Raises:
         LdmError: nothing would be left to train with.
     """
-    places = np.array([uniform(0, "held out", images.key(index)) for index in range(len(images))])
+    places = np.array([uniform(0, "held out", key) for key in images.all_keys()])
     held = places < held_out if held_out < 1 else np.argsort(np.argsort(places)) < held_out
     if held_out < 0 or held.all():
         raise LdmError(

@@ -7,6 +7,7 @@ and resuming reads again, without decoding, what was consumed. Copy what is trai
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from PIL import Image
 
 from ldm.data import hugging_face
 from ldm.data.framing import Framing, choose_buckets
-from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Example, check_size, read_image
+from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Example, check_captions, check_size, made, read_image
 from ldm.data.keyed import generator, uniform
 from ldm.data.plan import SPARES, Item, Visit
 from ldm.data.skipped import Skipped
@@ -64,12 +65,12 @@ class TarStream:
         order = torch.randperm(len(self.addresses), generator=generator(seed, "shards", epoch)).tolist()
         for sample in tarfile_samples({"url": self.addresses[index]} for index in order):
             texts = {suffix: sample[suffix] for suffix in ("txt", "json") if suffix in sample}
-            for suffix in sample.keys() & IMAGE_SUFFIXES:
+            for suffix in sorted(sample.keys() & IMAGE_SUFFIXES):
                 yield f"{sample['__key__']}.{suffix}", sample[suffix], partial(captions_of, texts)
 
 
 class DatasetStream:
-    """A dataset of Hugging Face's `datasets`, streamed."""
+    """A dataset of Hugging Face's `datasets`, streamed. Without a column of keys, images are named by their content."""
 
     def __init__(self, name: str, split: str = "train", caption: str | None = None) -> None:
         self.name = name
@@ -81,10 +82,11 @@ class DatasetStream:
         """All images once."""
         rows = self.rows.shuffle(seed=seed % 2**32, buffer_size=1)  # shuffles the order of the dataset's files
         rows.set_epoch(epoch)
-        for number, row in enumerate(rows):
+        for row in rows:
             with hugging_face.open_image(row[self.columns.image]) as file:
                 data = file.read()
-            key = f"{number:09}" if self.columns.key is None else str(row[self.columns.key])
+            name = self.columns.key and row[self.columns.key]
+            key = hashlib.blake2b(data, digest_size=8).hexdigest() if name is None else str(name)
             yield key, data, partial(self.columns.captions, row)
 
 
@@ -113,14 +115,14 @@ class StreamPlan:
         buffer: int = 1000,
         rank: int = 0,
     ) -> None:
+        check_captions(captions)
         check_whole("stream", "batch", batch, 1, 2**24)
         check_whole("stream", "buffer", buffer, 1, 2**24)
         self.stream, self.framing, self.batch, self.seed = stream, framing, batch, seed
         self.name, self.folder, self.captions, self.buffer = stream.name, folder, captions, buffer
         self.seen = 0  # images, so far
         self.left_out = 0  # images that would be enlarged too much, so far
-        self.list = folder / f"skipped-stream-{rank}.txt"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.list = made(folder) / f"skipped-stream-{rank}.txt"
 
     def items(self, start: int) -> Iterator[Item]:
         """The batches from a step on, without end; those before it are read, not returned.
@@ -130,7 +132,7 @@ class StreamPlan:
         """
         waiting: defaultdict[int, list[Visit]] = defaultdict(list)
         spares: dict[int, list[Visit]] = {}
-        skipped = Skipped(self.name, self.list, fresh=True)
+        skipped, self.seen, self.left_out = Skipped(self.name, self.list, fresh=True), 0, 0
         sides, step = self.framing.sides(), 0
         for epoch in count():
             usable = 0
@@ -195,4 +197,4 @@ class StreamPlan:
                 skipped.add(key, str(error))
                 skipped.check(self.seen)
                 continue
-            yield Streamed(Example(key, said.texts, width, height, said.score, ""), data)
+            yield Streamed(Example(key, said.texts, width, height, said.score), data)

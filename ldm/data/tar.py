@@ -61,7 +61,7 @@ def captions_of(texts: Mapping[str, bytes]) -> Captions:
             raise LdmError("its .json holds no object")
     score = record.get("score", record.get("aesthetic_score"))
     if "txt" in texts:
-        return to_captions(decode_caption(texts["txt"]).splitlines(), score)
+        return to_captions(decode_caption(texts["txt"]).split("\n"), score)
     return to_captions(record.get("caption", record.get("text")), score)
 
 
