@@ -239,6 +239,17 @@ def test_recomputed_activations_give_the_same_gradients(
         torch.testing.assert_close(one, other)
 
 
+def test_out_of_memory_asks_for_a_smaller_batch(
+    models: Callable[[str], Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ContrastiveStage, "losses", fail)
+    with pytest.raises(LdmError, match="out of memory with 16 pictures of 32×32 at a time; set a smaller text.batch"):
+        run(models("sd15"), pictures, tmp_path / "run")
+
+
 def test_two_processes_are_one_with_the_same_batch(
     models: Callable[[str], Path], pictures: Path, tmp_path: Path
 ) -> None:
