@@ -7,8 +7,10 @@ workers, the place in a batch, or the state of any global generator. So a run ca
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def _number(seed: int, purpose: str, key: tuple[int | str, ...]) -> int:
@@ -24,3 +26,12 @@ def generator(seed: int, purpose: str, *key: int | str) -> torch.Generator:
 def uniform(seed: int, purpose: str, *key: int | str) -> float:
     """A number in [0, 1) with 53 bits that depends on the arguments alone."""
     return (_number(seed, purpose, key) >> 11) / 2**53
+
+
+def normal(shape: Sequence[int], seed: int, purpose: str, keys: Sequence[str], epochs: Sequence[int]) -> Tensor:
+    """Standard normal numbers (B, *shape), float32 on the CPU; each row depends on its own key and epoch alone."""
+    rows = [
+        torch.randn(tuple(shape), generator=generator(seed, purpose, key, epoch))
+        for key, epoch in zip(keys, epochs, strict=True)
+    ]
+    return torch.stack(rows)

@@ -95,16 +95,17 @@ class AutoencoderSection(StageSection):
     """The autoencoder: pictures through latents and back."""
 
     pixel_loss: Literal["l1", "l2"] = Field("l1", description="distance of pixels")
-    perceptual: str | None = Field(None, description="file of the perceptual loss (tools/prepare_lpips.py); null: none")
-    perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS")
+    perceptual: str | None = Field(None, description="file of LPIPS (tools/fetch_weights.py); null: none")
+    perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: it is measured at most")
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as latent-diffusion counts it")
     commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
     codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's moving averages; 0: by gradient")
     codebook_patience: int = Field(100, ge=1, description="updates after which an unused vector is replaced")
     adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: there is none")
-    adversarial_start: int = Field(50_000, ge=0, description="update from which it takes part")
+    adversarial_start: int = Field(50_000, ge=0, description="updates before it takes part")
+    discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="if it differs")
-    measure: int = Field(10_000, ge=1, description="pictures over which the latents' scale is measured at the end")
+    measure: int = Field(10_000, ge=1, description="at most so many pictures tell the latents' scale at the end")
     measure_shift: bool = Field(False, description="measure their mean too, not only their scale")
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.keyed import generator
+from ldm.data.keyed import normal
 from ldm.data.loader import Batch
 from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
@@ -130,11 +130,7 @@ class DenoiserStage:
                 posterior = autoencoder.encode(batch.pixels.to(next(autoencoder.parameters()).dtype))
             mean = posterior.mode().float()
             std = getattr(posterior, "std", torch.zeros(())).float().to(mean.device)
-        noise = [
-            torch.randn(mean.shape[1:], generator=generator(self.seed, purpose, key, epoch))
-            for key, epoch in zip(batch.keys, batch.epochs, strict=True)
-        ]
-        latents = mean + std * torch.stack(noise).to(mean.device)
+        latents = mean + std * normal(mean.shape[1:], self.seed, purpose, batch.keys, batch.epochs).to(mean.device)
         return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
 
     def updated(self, step: int) -> dict[str, float]:

@@ -106,7 +106,7 @@ class Training:
         }
         for kept in (*self.averages.values(), *stage.extra.values()):
             accelerator.register_for_checkpointing(kept)
-        self.sums: dict[str, float] = {}  # of the figures since the last line of the log
+        self.sums: dict[str, list[float]] = {}  # of the figures since the last line of the log, and how many there were
         self.clock = Clock()
         self.asked = 0  # the signal that asked for the end
 
@@ -179,7 +179,8 @@ class Training:
         for average in self.averages.values():
             average.update(self.step + 1)
         for name, value in {**figures, **self.stage.updated(self.step + 1)}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + value, count + 1]
         self.clock.pictures += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
 
     def agree(self, figures: dict[str, Tensor], bad: list[tuple[list[str], Tensor]]) -> dict[str, float]:
@@ -229,11 +230,8 @@ class Training:
     # --- now and then -----------------------------------------------------------------------------------------------
 
     def write_log(self) -> None:
-        """The means since the last line."""
-        since = (
-            self.section.log_every if self.step % self.section.log_every == 0 else self.step % self.section.log_every
-        )
-        figures = {name: value / since for name, value in self.sums.items()}
+        """The means since the last line, each over the steps that had the figure."""
+        figures = {name: total / count for name, (total, count) in self.sums.items()}
         rate = learning_rate(self.section.optimizer, self.step, self.section.steps)
         figures |= {"learning_rate": rate * self.section.optimizer.learning_rate, **self.clock.figures()}
         if work := self.work(self.step - 1):

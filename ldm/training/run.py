@@ -36,6 +36,7 @@ from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, first_line
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
+from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
 from ldm.training.config import Config, DataSection, StageName, StageSection, dump
@@ -229,6 +230,10 @@ class Run:
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
     ) -> Stage:
         seed, preview = self.config.seed, self.preview
+        if name == "autoencoder":
+            sides = [pair for phase in phases(section) for pair in self.pictures.framing(phase.size).sides()]
+            again = partial(self._batches, accelerator, section, caches, phases(section)[-1].first)
+            return AutoencoderStage(section, model, accelerator, seed, sides, lambda: chain.from_iterable(again()))
         if name in ("base", "refiner"):
             return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
         if name == "text":

@@ -68,7 +68,7 @@ def _changed(family: Family, section: ModelSection, place: str) -> Family:
     texts = section.text or [{} for _ in family.text]
     if len(texts) != len(family.text):
         raise LdmError(f"{place}.text: {len(texts)} entries, but {family.name} has {len(family.text)} text encoders")
-    schedule = _with(family.schedule, section.schedule, f"{place}.schedule")
+    schedule = with_changes(family.schedule, section.schedule, f"{place}.schedule")
     if schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
         raise LdmError(
             f"{place}.schedule: a model that starts from pure noise cannot predict it; prediction_type v_prediction"
@@ -78,16 +78,18 @@ def _changed(family: Family, section: ModelSection, place: str) -> Family:
     return replace(
         family,
         name="custom" if different else family.name,
-        unet=_with(family.unet, section.unet, f"{place}.unet"),
-        autoencoder=_with(family.autoencoder, section.autoencoder, f"{place}.autoencoder"),
-        text=tuple(_with(config, change, f"{place}.text") for config, change in zip(family.text, texts, strict=True)),
+        unet=with_changes(family.unet, section.unet, f"{place}.unet"),
+        autoencoder=with_changes(family.autoencoder, section.autoencoder, f"{place}.autoencoder"),
+        text=tuple(
+            with_changes(config, change, f"{place}.text") for config, change in zip(family.text, texts, strict=True)
+        ),
         schedule=schedule,
         zero_empty_prompt=silent,
         preview=() if section.autoencoder else family.preview,
     )
 
 
-def _with(config: T, changes: dict[str, Any], place: str) -> T:
+def with_changes(config: T, changes: dict[str, Any], place: str) -> T:
     """A configuration with some fields changed, all of them checked.
 
     Raises:
