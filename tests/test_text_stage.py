@@ -162,7 +162,7 @@ def test_captions_that_read_alike_and_pictures_that_come_twice(models: Callable[
 
 def make(model: Path, folder: Path, *more: str) -> ContrastiveStage:
     config = load(None, [*SETTINGS, *more])
-    return ContrastiveStage(config.text, LatentDiffusion.from_pretrained(model), Accelerator(), 0, [32], folder)
+    return ContrastiveStage(config.text, LatentDiffusion.from_pretrained(model), Accelerator(), 0, [(32, 32)], folder)
 
 
 def batch_of(captions: list[str], keys: list[str], side: int = 32) -> Batch:

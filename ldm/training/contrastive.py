@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class ContrastiveStage:
         model: LatentDiffusion,
         accelerator: Accelerator,
         seed: int,
-        sides: Collection[int],
+        sides: Iterable[tuple[int, int]],
         folder: Path,
     ) -> None:
         """Args:
@@ -112,7 +112,7 @@ class ContrastiveStage:
             model: on the accelerator's device, weights in fp32.
             accelerator: gathers over the ranks.
             seed: of the image encoder's random weights.
-            sides: all widths and heights that pictures have, in pixels.
+            sides: width and height of every bucket, in pixels.
             folder: of the stage; the image encoder goes to `clip` in it.
 
         Raises:
@@ -126,7 +126,8 @@ class ContrastiveStage:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator(seed, "image encoder").initial_seed())
             pair = contrastive_pair(section, model.text_encoders)
-        pair.config.check_sides(*sides)
+        for bucket in sides:
+            pair.config.check_sides(*bucket)
         pair.to(accelerator.device).requires_grad_(True).train()
         parameters, rate = list(pair.parameters()), section.optimizer.learning_rate
         optimizer = make_optimizer(

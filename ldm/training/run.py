@@ -230,19 +230,15 @@ class Run:
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
     ) -> Stage:
         seed, preview = self.config.seed, self.preview
+        sides = [pair for phase in phases(section) for pair in self.pictures.framing(phase.size).sides()]
         if name == "autoencoder":
-            sides = [pair for phase in phases(section) for pair in self.pictures.framing(phase.size).sides()]
             again = partial(self._batches, accelerator, section, caches, phases(section)[-1].first)
             return AutoencoderStage(section, model, accelerator, seed, sides, lambda: chain.from_iterable(again()))
-        if name in ("base", "refiner"):
-            return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
         if name == "text":
-            sizes = {phase.size for phase in phases(section)}
-            sides = {side for size in sizes for pair in self.pictures.framing(size).sides() for side in pair}
             if self.pictures.images is not None:
                 check_differ(self.pictures.images, split(self.pictures.images, self.config.data.holdout)[0])
             return ContrastiveStage(section, model, accelerator, seed, sides, self.folder / name)
-        raise LdmError(f"stage {name} is not there yet")
+        return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
 
     def _write_result(self, accelerator: Accelerator, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
         """The model folder, the single file where there is such a layout, and the mark that the stage is done."""
