@@ -5,7 +5,6 @@ B prompts, M tokens, T text channels, P channels of the pooled text
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -18,23 +17,13 @@ import torch
 from ldm.errors import LdmError
 from ldm.families import Family, NoiseSchedule, family_named
 from ldm.models.unet import Conditioning
-from ldm.weights.components import Components, build
+from ldm.weights.components import Components, build, fingerprint
 from ldm.weights.files import Progress, silent
 from ldm.weights.folder import write_folder
 from ldm.weights.single_file import write_single_file
 from ldm.weights.sources import Source, open_source
 
 _INITIALISING = threading.Lock()  # initial weights come from PyTorch's global generator
-
-
-def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
-    """Ten hexadecimal digits that tell the weights of these networks from others."""
-    digest = hashlib.sha256()
-    for name, module in modules.items():
-        for key, parameter in module.named_parameters():
-            sample = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16)
-            digest.update(f"{name}.{key}".encode() + sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:10]
 
 
 class LatentDiffusion(Components):

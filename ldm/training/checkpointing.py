@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ldm.models.layers import ResnetBlock, SpatialAttention, TransformerBlock
 
@@ -16,5 +17,5 @@ from ldm.models.layers import ResnetBlock, SpatialAttention, TransformerBlock
 def checkpointed(module: nn.Module) -> None:
     """Make every residual block and transformer block of a network forget its activations until they are needed."""
     for part in module.modules():
-        if isinstance(part, (ResnetBlock, SpatialAttention, TransformerBlock)):
+        if isinstance(part, (ResnetBlock, SpatialAttention, TransformerBlock, CLIPEncoderLayer)):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -110,13 +110,15 @@ class AutoencoderSection(StageSection):
 
 
 class TextSection(StageSection):
-    """The text encoders, trained contrastively with an image tower (CLIP)."""
+    """The text encoders, trained contrastively with an image encoder (CLIP)."""
 
-    image_width: int = Field(768, ge=8, description="channels of the image tower")
+    image_width: int = Field(768, ge=8, description="channels of the image encoder")
     image_layers: int = Field(12, ge=1, description="its layers")
     image_heads: int = Field(12, ge=1, description="heads of its attention")
-    patch: int = Field(32, ge=1, description="pixels of a patch, on each side")
-    embed_dim: int = Field(512, ge=1, description="channels in which texts and pictures are compared")
+    patch: int = Field(32, ge=1, description="pixels of a patch, on each side; it divides those of all pictures")
+    embed_dim: int | None = Field(
+        None, ge=1, description="channels of the comparison; without: the text encoders' projection, or 512"
+    )
 
 
 class DenoiserSection(StageSection):

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.models.unet import Conditioning
 from ldm.training.checkpointing import checkpointed
-from ldm.training.config import Config, StageName, StageSection, TextSection
+from ldm.training.config import Config, StageName, StageSection
+from ldm.training.contrastive import contrastive_pair
 from ldm.training.phases import Phase, phases
 from ldm.training.start import starting_family
 from ldm.weights.components import Components, build
@@ -122,13 +122,10 @@ def _work(
 
         return trained, [], reconstruct, []
     if name == "text":
-        tower = _image_tower(config.text, size)
-        return (
-            [*parts.text_encoders.towers, tower],
-            [],
-            lambda: tower(picture).image_embeds.mean() + read().text.mean(),
-            [],
-        )
+        with torch.device("meta"):
+            pair = contrastive_pair(config.text, parts.text_encoders)
+        rest: list[nn.Module] = [parts.unet, parts.autoencoder]
+        return [pair], rest, lambda: torch.stack([part.mean() for part in pair(picture, texts)[:2]]).sum(), []
     latents = torch.empty(1, family.unet.in_channels, side, side, device="meta")
     time = torch.zeros(1, dtype=torch.long, device="meta")
     cond = Conditioning(
@@ -148,16 +145,6 @@ def _work(
     if not config.data.cache:
         fixed.append(lambda: read().text)
     return [parts.unet], [parts.autoencoder, parts.text_encoders], lambda: parts.unet(latents, time, cond), fixed
-
-
-def _image_tower(section: TextSection, size: int) -> nn.Module:
-    config = CLIPVisionConfig(
-        hidden_size=section.image_width, intermediate_size=4 * section.image_width, image_size=size,
-        num_hidden_layers=section.image_layers, num_attention_heads=section.image_heads, patch_size=section.patch,
-        projection_dim=section.embed_dim,
-    )  # fmt: skip
-    with torch.device("meta"):
-        return CLIPVisionModelWithProjection(config)
 
 
 def _count(run: Pass) -> tuple[int, int]:

@@ -337,9 +337,12 @@ def _cut(path: Path, step: int) -> None:
 
 def _too_large(stage: str, batch: Batch) -> str:
     height, width = batch.size[0, 4:6].int().tolist()
+    fewer = f"{stage}.micro_batch to {max(len(batch.keys) // 2, 1)}"
+    if stage == "text":  # which compares a batch as a whole
+        fewer = "a smaller text.batch"
     return (
-        f"out of memory with {len(batch.keys)} pictures of {width}×{height} at a time; set {stage}.micro_batch to "
-        f"{max(len(batch.keys) // 2, 1)}, {stage}.checkpointing=true, or a smaller size"
+        f"out of memory with {len(batch.keys)} pictures of {width}×{height} at a time; set {fewer}, "
+        f"{stage}.checkpointing=true, or a smaller size"
     )
 
 

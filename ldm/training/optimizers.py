@@ -16,15 +16,19 @@ from ldm.training.config import OptimizerSection
 Group = tuple[list[nn.Parameter], float]  # parameters and their highest learning rate
 
 
-def make_optimizer(section: OptimizerSection, groups: Iterable[Group]) -> torch.optim.Optimizer:
+def make_optimizer(
+    section: OptimizerSection, groups: Iterable[Group], undecayed: Iterable[Group] = ()
+) -> torch.optim.Optimizer:
     """The optimiser that a section names, for groups of parameters with a learning rate each.
 
-    Each group keeps its highest learning rate as "highest", for `set_learning_rate`.
+    The `undecayed` groups have no weight decay. Each group keeps its highest learning rate as "highest", for
+    `set_learning_rate`.
 
     Raises:
         LdmError: the method's package is not installed.
     """
     rows: list[dict[str, Any]] = [{"params": ps, "lr": rate, "highest": rate} for ps, rate in groups if ps]
+    rows += [{"params": ps, "lr": rate, "highest": rate, "weight_decay": 0.0} for ps, rate in undecayed if ps]
     common: dict[str, Any] = {"betas": section.betas, "weight_decay": section.weight_decay}
     if section.name == "adamw":
         fused = all(p.device.type == "cuda" for row in rows for p in row["params"])

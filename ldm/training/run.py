@@ -4,6 +4,7 @@ runs/x/config.yaml        the whole configuration, defaults included
 runs/x/data/              index of the pictures, list of those that cannot be used, caches
 runs/x/base/              of each stage: checkpoints/, previews/, averages/, metrics.jsonl
 runs/x/base/model/        its result, a folder that diffusers opens; model.safetensors, the same as a single file
+runs/x/text/clip/         besides, of the stage text: the image encoder (`ldm.weights.contrastive.load_clip`)
 runs/x/base/done.json     written last
 """
 
@@ -33,18 +34,20 @@ from ldm.data.plan import Plan, split
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, first_line
-from ldm.latent_diffusion import LatentDiffusion, fingerprint
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
 from ldm.training.config import Config, DataSection, StageName, StageSection, dump
+from ldm.training.contrastive import ContrastiveStage, check_differ
 from ldm.training.denoiser import DenoiserStage
 from ldm.training.forecast import forecast, peak_tflops
 from ldm.training.loop import Report, Training, Work, in_parts
 from ldm.training.phases import Phase, phases
 from ldm.training.stage import Preview, Stage
 from ldm.training.start import starting_model
+from ldm.weights.components import fingerprint
 from ldm.weights.files import replacing, write_json
 
 log = logging.getLogger(__name__)
@@ -233,13 +236,15 @@ class Run:
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
     ) -> Stage:
         seed, preview = self.config.seed, self.preview
+        sides = [pair for phase in phases(section) for pair in self.pictures.framing(phase.size).sides()]
         if name == "autoencoder":
-            sides = [pair for phase in phases(section) for pair in self.pictures.framing(phase.size).sides()]
             again = partial(self._batches, accelerator, section, caches, phases(section)[-1].first)
             return AutoencoderStage(section, model, accelerator, seed, sides, lambda: chain.from_iterable(again()))
-        if name in ("base", "refiner"):
-            return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
-        raise LdmError(f"stage {name} is not there yet")
+        if name == "text":
+            if self.pictures.images is not None:
+                check_differ(self.pictures.images, split(self.pictures.images, self.config.data.holdout)[0])
+            return ContrastiveStage(section, model, accelerator, seed, sides, self.folder / name)
+        return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
 
     def _write_result(self, accelerator: Accelerator, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
         """The model folder, the single file where there is such a layout, and the mark that the stage is done."""

@@ -6,6 +6,7 @@ is the same for all formats and is here.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,16 @@ def build(family: Family, tokenizers: Iterable[CLIPTokenizer] | None = None) -> 
         autoencoder=build_autoencoder(family.autoencoder),
         text_encoders=TextEncoders(family.text, tuple(tokenizers), pooled=bool(family.unet.pooled_dim)),
     )
+
+
+def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
+    """Ten hexadecimal digits that tell the weights of these networks from others."""
+    digest = hashlib.sha256()
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            sample = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16)
+            digest.update(f"{name}.{key}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]
 
 
 @dataclass
@@ -178,12 +189,12 @@ class Opened:
                     state[ours] = value.reshape(shapes[ours])
                 progress(f"loading {name}", done, total)
             module.load_state_dict(state, assign=True)
-            _materialise(module, device)
+            materialise(module, device)
             module.eval()
 
 
-def _materialise(module: nn.Module, device: torch.device | str) -> None:
-    """Fill the one buffer that no file holds: the positions 0, 1, 2 … of a text tower."""
+def materialise(module: nn.Module, device: torch.device | str) -> None:
+    """Fill the one buffer that no file holds: the positions 0, 1, 2 … of a CLIP tower."""
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             assert name.endswith("position_ids"), name
