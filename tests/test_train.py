@@ -431,7 +431,6 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["data.holdout=50"], "leaves none to train with"),
         (["base.sizes=[{size: 500}]"], "must be a multiple of step"),
         (["base.sizes=[{size: 512}]"], "too small for size 512"),
-        (["base.batch=9", "base.micro_batch=2"], "a batch of 9 does not divide into micro-batches of 2"),
         (["base.ema.widths=[0.5]"], "width 0.5 of an average"),
         (["base.timestep_range=[900, 1200]"], "timesteps"),
         (["model.source=nowhere"], "nowhere"),

@@ -24,13 +24,11 @@ class Phase:
         Raises:
             LdmError: the batch does not divide.
         """
-        micro = self.micro_batch or max(self.batch // processes, 1)
-        if self.batch % (micro * processes):
-            raise LdmError(
-                f"a batch of {self.batch} does not divide into micro-batches of {micro} on {processes} processes; "
-                f"choose a multiple of {micro * processes}"
-            )
-        return self.batch // (micro * processes)
+        share, rest = divmod(self.batch, processes)
+        if rest:
+            raise LdmError(f"a batch of {self.batch} does not divide among {processes} processes; choose a multiple")
+        micro = min(self.micro_batch or share, share)
+        return next(share // size for size in range(micro, 0, -1) if share % size == 0)
 
 
 def phases(section: StageSection) -> list[Phase]:
