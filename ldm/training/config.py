@@ -77,7 +77,7 @@ class StageSection(Section):
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="pictures in an update, over all devices")
     micro_batch: int | None = Field(
-        None, ge=1, description="pictures at a time on each device; without: all of its share"
+        None, ge=1, description="pictures at a time on each device, at the most; without: all of its share"
     )
     sizes: list[SizeSection] = Field([SizeSection()], min_length=1, description="resolutions, one after the other")
     optimizer: OptimizerSection = OptimizerSection()
