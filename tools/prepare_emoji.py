@@ -1,0 +1,319 @@
+"""Make the data set of the built-in model: nine styles of the same emoji, as WebDataset shards with captions.
+
+    pip install resvg_py; python tools/prepare_emoji.py emoji --size 128
+
+Fetches pinned packages with `npm pack` (nothing in them is run), checks their digests, renders vector art with resvg,
+and writes `train-*.tar`, `held-out-*.tar`, NOTICE.md and a list of what was left out. Run it again and it goes on. Art
+whose licence is neither MIT, Apache-2.0 nor CC-BY-4.0 is not fetched; country flags are left out.
+
+(concept, style) pairs are held out by a fixed rule, so that combinations that were never seen can be asked for: the
+concept in other styles, and the style of other concepts, stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.progress import track
+
+from ldm.errors import LdmError
+
+LABELS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
+FLAGS, COMPONENTS = 9, 2  # groups of emojibase that are left out
+TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
+PER_SHARD = 1000
+HELD_OUT = 0.03  # of (concept, style) pairs
+
+
+@dataclass(frozen=True)
+class Style:
+    """One set of drawings."""
+
+    name: str  # as captions say it
+    package: str
+    sha256: str
+    licence: str
+    author: str
+
+
+STYLES = (
+    Style("fluent 3d", "@lobehub/fluent-emoji-3d@1.1.0",
+          "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "MIT", "Microsoft"),
+    Style("fluent gradient", "@iconify-json/fluent-emoji@1.2.7",
+          "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT", "Microsoft"),
+    Style("fluent flat", "@iconify-json/fluent-emoji-flat@1.2.6",
+          "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT", "Microsoft"),
+    Style("noto", "@iconify-json/noto@1.2.9",
+          "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0", "Google"),
+    Style("noto v1", "@iconify-json/noto-v1@1.2.5",
+          "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37", "Apache-2.0", "Google"),
+    Style("twemoji", "@iconify-json/twemoji@1.2.5",
+          "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0", "Twitter"),
+    Style("emojione v2", "@iconify-json/emojione@1.2.3",
+          "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e", "CC-BY-4.0", "Emoji One"),
+    Style("firefox os", "@iconify-json/fxemoji@1.2.2",
+          "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef", "CC-BY-4.0", "Mozilla"),
+    Style("streamline", "@iconify-json/streamline-emojis@1.2.4",
+          "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc", "CC-BY-4.0", "Streamline"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji."""
+
+    code: str  # code points in hexadecimal, joined by hyphens
+    label: str
+    tags: tuple[str, ...]
+    base: str  # code of the emoji without skin tone
+    tone: str  # "" or a skin tone
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One drawing of one emoji, not yet rendered."""
+
+    concept: Concept
+    style: Style
+    art: str  # SVG, or the path of a picture
+
+    @property
+    def key(self) -> str:
+        """Names it: code and style."""
+        return f"{self.concept.code}.{self.style.name.replace(' ', '-')}"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is kept from training; all skin tones of an emoji together."""
+        digest = hashlib.sha256(f"{self.concept.base}/{self.style.name}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
+
+    def captions(self) -> list[str]:
+        """What training chooses from."""
+        label, style = self.concept.label, self.style.name
+        found = [f"{label}, {style} style", f"{style} emoji of {label}"]
+        if self.concept.tags:
+            found.append(f"{label}, {', '.join(self.concept.tags[:4])}, {style} style")
+        return found
+
+
+def fetch(package: str, sha256: str, cache: Path) -> Path:
+    """The unpacked folder of an npm package, from the cache or the registry.
+
+    Raises:
+        LdmError: it cannot be fetched, or is not what it was.
+    """
+    name = package.removeprefix("@").replace("/", "-")
+    folder = cache / name
+    if folder.is_dir():
+        return folder
+    if not shutil.which("npm"):
+        raise LdmError("npm is not installed; it fetches the packages")
+    cache.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(
+        ["npm", "pack", "--silent", "--ignore-scripts", package], cwd=cache, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise LdmError(f"npm pack {package}: {result.stderr.strip() or 'failed'}")
+    archive = cache / result.stdout.strip().splitlines()[-1]
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != sha256:
+        raise LdmError(f"{archive} has the digest {found}, not {sha256}; remove it and try again")
+    temporary = folder.with_suffix(".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with tarfile.open(archive) as file:
+        file.extractall(temporary, filter="data")
+    (temporary / "package").rename(folder)
+    temporary.rmdir()
+    return folder
+
+
+def concepts(folder: Path) -> list[Concept]:
+    """Every emoji that is no flag, with its skin tones."""
+    found = []
+    for row in json.loads((folder / "en" / "data.json").read_text(encoding="utf-8")):
+        if row.get("group") in (None, FLAGS, COMPONENTS):
+            continue
+        tags = tuple(tag for tag in row.get("tags", ()) if tag not in row["label"])
+        base = row["hexcode"].lower()
+        found.append(Concept(base, row["label"], tags, base, ""))
+        for skin in row.get("skins", ()):
+            tones = skin["tone"] if isinstance(skin["tone"], list) else [skin["tone"]]
+            tone = " and ".join(TONES[number] for number in tones)
+            found.append(Concept(skin["hexcode"].lower(), skin["label"], tags, base, tone))
+    return found
+
+
+def art_of(style: Style, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Drawings of a style by code point, and by name."""
+    if (folder / "assets").is_dir():
+        paths = {_plain(path.stem): str(path) for path in sorted((folder / "assets").glob("*.webp"))}
+        return paths, {}
+    icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+    chars = folder / "chars.json"
+    codes = json.loads(chars.read_text(encoding="utf-8")) if chars.exists() else {}
+    names = {name: _svg(icons, icon) for name, icon in icons["icons"].items()}
+    for alias, row in icons.get("aliases", {}).items():
+        if row["parent"] in names and not row.keys() - {"parent"}:
+            names[alias] = names[row["parent"]]
+    return {_plain(code): names[name] for code, name in codes.items() if name in names}, names
+
+
+def _svg(icons: dict[str, Any], icon: dict[str, Any]) -> str:
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+    view = f'viewBox="{left} {top} {width} {height}"'
+    links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {links} {view} width="{width}" height="{height}">{icon["body"]}</svg>'
+
+
+def _plain(code: str) -> str:
+    """Code points without variation selectors."""
+    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
+
+
+def _name(label: str) -> str:
+    """A label as icon sets write it."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("’", "").replace("'", "")).strip("-")
+
+
+def pairs(cache: Path) -> list[Pair]:
+    """Every drawing that is used, in a fixed order.
+
+    What Microsoft has not released openly is in no flat set; it is left out of the other Fluent sets too.
+    """
+    everything = concepts(fetch(*LABELS, cache))
+    found: list[Pair] = []
+    open_fluent: set[str] = set()
+    for style in sorted(STYLES, key=lambda style: style.name != "fluent flat"):
+        by_code, by_name = art_of(style, fetch(style.package, style.sha256, cache))
+        for concept in everything:
+            art = by_code.get(_plain(concept.code)) or by_name.get(_name(concept.label))
+            if art is None or (style.name == "fluent 3d" and concept.code not in open_fluent):
+                continue
+            if style.name == "fluent flat":
+                open_fluent.add(concept.code)
+            found.append(Pair(concept, style, art))
+    return sorted(found, key=lambda pair: hashlib.sha256(pair.key.encode()).digest())
+
+
+def render(pair: Pair, size: int) -> bytes:
+    """A PNG of `size` pixels a side, on white, with a small margin."""
+    import resvg_py
+
+    inner = size - 2 * round(size / 16)
+    if pair.art.endswith(".webp"):
+        image = Image.open(pair.art).convert("RGBA")
+    else:
+        image = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=pair.art, width=inner, height=inner)))
+    image = image.convert("RGBA")
+    scale = inner / max(image.size)
+    image = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
+    )
+    canvas = Image.new("RGBA", (size, size), "white")
+    canvas.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
+    out = io.BytesIO()
+    canvas.convert("RGB").save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def write_shard(path: Path, some: list[Pair], size: int) -> list[str]:
+    """One tar file, whole or not at all; the keys of drawings that could not be rendered."""
+    failed = []
+    temporary = path.with_suffix(".part")
+    with tarfile.open(temporary, "w") as file:
+        for pair in some:
+            try:
+                picture = render(pair, size)
+            except (ValueError, OSError) as error:
+                failed.append(f"{pair.key}\t{error}")
+                continue
+            concept = pair.concept
+            facts = {
+                "caption": pair.captions(), "style": pair.style.name, "licence": pair.style.licence,
+                "label": concept.label, "base": concept.base, "tone": concept.tone,
+            }  # fmt: skip
+            for suffix, data in (("png", picture), ("json", json.dumps(facts, ensure_ascii=False).encode())):
+                member = tarfile.TarInfo(f"{pair.key.replace('.', '_')}.{suffix}")
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    temporary.rename(path)
+    return failed
+
+
+def chunks(values: list[Pair]) -> Iterator[list[Pair]]:
+    """A shard's worth at a time."""
+    rest = iter(values)
+    while some := list(islice(rest, PER_SHARD)):
+        yield some
+
+
+def notice(used: list[Pair]) -> str:
+    """Who drew what, under which licence."""
+    rows = []
+    for style in STYLES:
+        count = sum(pair.style == style for pair in used)
+        rows.append(f"| {style.name} | {style.author} | {style.licence} | {style.package} | {count} |")
+    return "\n".join([
+        "# Drawings in this data set", "", "Labels and keywords: emojibase (MIT).", "",
+        "| style | author | licence | package | drawings |", "|---|---|---|---|---|", *rows, "",
+        "MIT: https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE. Apache-2.0:",
+        "https://www.apache.org/licenses/LICENSE-2.0. CC-BY-4.0: https://creativecommons.org/licenses/by/4.0/.",
+        "All were rendered at another size on white.", "",
+    ])  # fmt: skip
+
+
+def prepare(out: Path, cache: Path, size: int, limit: int | None) -> None:
+    """Write everything that is not there yet."""
+    used = pairs(cache)[:limit]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "NOTICE.md").write_text(notice(used), encoding="utf-8")
+    tasks = []
+    for split in ("train", "held-out"):
+        mine = [pair for pair in used if pair.held_out == (split == "held-out")]
+        tasks += [(out / f"{split}-{number:04d}.tar", some) for number, some in enumerate(chunks(mine))]
+    todo = [(path, some) for path, some in tasks if not path.exists()]
+    print(f"{len(used)} drawings in {len(tasks)} shards, {len(todo)} to make", file=sys.stderr)
+    with ProcessPoolExecutor() as pool, (out / "left-out.txt").open("a", encoding="utf-8") as failures:
+        made = pool.map(partial(_shard, size), todo)
+        for failed in track(made, "rendering", total=len(todo)):
+            failures.writelines(f"{line}\n" for line in failed)
+
+
+def _shard(size: int, task: tuple[Path, list[Pair]]) -> list[str]:
+    return write_shard(*task, size)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--size", type=int, default=128, help="pixels of each side")
+    parser.add_argument("--cache", type=Path, help="folder of the packages; by default OUT/packages")
+    parser.add_argument("--limit", type=int, help="only so many drawings")
+    options = parser.parse_args()
+    try:
+        prepare(options.out, options.cache or options.out / "packages", options.size, options.limit)
+    except LdmError as error:
+        sys.exit(f"prepare_emoji: {error}")
+
+
+if __name__ == "__main__":
+    main()
