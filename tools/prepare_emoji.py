@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -160,19 +160,34 @@ def concepts(folder: Path) -> list[Concept]:
     return found
 
 
-def art_of(style: Style, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Drawings of a style by code point, and by name."""
+def names_of(folder: Path) -> dict[str, str]:
+    """What an icon set calls each code point; most sets agree, and some do not say."""
+    chars = folder / "chars.json"
+    known = json.loads(chars.read_text(encoding="utf-8")) if chars.exists() else {}
+    return {_plain(code): name for code, name in known.items()}
+
+
+def art_of(folder: Path, names: list[dict[str, str]]) -> Callable[[Concept], str | None]:
+    """What finds a style's drawing of a concept: by code point, else by what any set or emojibase calls it."""
     if (folder / "assets").is_dir():
         paths = {_plain(path.stem): str(path) for path in sorted((folder / "assets").glob("*.webp"))}
-        return paths, {}
+        return lambda concept: paths.get(_plain(concept.code))
     icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
-    chars = folder / "chars.json"
-    codes = json.loads(chars.read_text(encoding="utf-8")) if chars.exists() else {}
-    names = {name: _svg(icons, icon) for name, icon in icons["icons"].items()}
+    own = names_of(folder)
+    art = {name: _svg(icons, icon) for name, icon in icons["icons"].items()}
     for alias, row in icons.get("aliases", {}).items():
-        if row["parent"] in names and not row.keys() - {"parent"}:
-            names[alias] = names[row["parent"]]
-    return {_plain(code): names[name] for code, name in codes.items() if name in names}, names
+        if row["parent"] in art and not row.keys() - {"parent"}:
+            art[alias] = art[row["parent"]]
+    loose = {_loose(name): name for name in reversed(art)}
+
+    def find(concept: Concept) -> str | None:
+        code = _plain(concept.code)
+        if own:
+            return art.get(own.get(code, ""))
+        called = [_name(concept.label), *(known[code] for known in names if code in known)]
+        return next((art[found] for name in called if (found := loose.get(_loose(name)))), None)
+
+    return find
 
 
 def _svg(icons: dict[str, Any], icon: dict[str, Any]) -> str:
@@ -188,6 +203,11 @@ def _plain(code: str) -> str:
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
+def _loose(name: str) -> str:
+    """A name without what sets write differently: hyphens, a number at the end."""
+    return re.sub(r"-1$", "", name).replace("-", "")
+
+
 def _name(label: str) -> str:
     """A label as icon sets write it."""
     return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("’", "").replace("'", "")).strip("-")
@@ -201,10 +221,12 @@ def pairs(cache: Path) -> list[Pair]:
     everything = concepts(fetch(*LABELS, cache))
     found: list[Pair] = []
     open_fluent: set[str] = set()
+    folders = {style: fetch(style.package, style.sha256, cache) for style in STYLES}
+    names = [names_of(folder) for folder in folders.values()]
     for style in sorted(STYLES, key=lambda style: style.name != "fluent flat"):
-        by_code, by_name = art_of(style, fetch(style.package, style.sha256, cache))
+        find = art_of(folders[style], names)
         for concept in everything:
-            art = by_code.get(_plain(concept.code)) or by_name.get(_name(concept.label))
+            art = find(concept)
             if art is None or (style.name == "fluent 3d" and concept.code not in open_fluent):
                 continue
             if style.name == "fluent flat":
