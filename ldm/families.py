@@ -74,9 +74,8 @@ class Family:
     text: tuple[TextEncoderConfig, ...]
     schedule: NoiseSchedule
     zero_empty_prompt: bool = False  # where no negative prompt is given, zeros stand for its encoding (SDXL base)
-    preview: tuple[
-        tuple[float, float, float], ...
-    ] = ()  # colour of each latent channel, and one to add; (): to be fitted
+    # colour of each latent channel, and one to add; (), where none is known: to be fitted
+    preview: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         towers = [config.component for config in self.text]
