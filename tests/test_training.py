@@ -313,7 +313,6 @@ def test_learning_rates_depend_on_the_update_alone() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
 def test_optimisers_by_name(name: str) -> None:
-    pytest.importorskip("prodigyopt" if name == "prodigy" else "torch")
     layer = torch.nn.Linear(4, 1)
     optimizer = make_optimizer(OptimizerSection(name=name), [(list(layer.parameters()), 0.1)])
     target = torch.ones(8, 1)
