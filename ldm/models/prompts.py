@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ldm.models.unet import Conditioning
 
 LONGEST = 100_000  # characters of a prompt
 BACKTRACK = 20  # tokens that may move to the next chunk, so that it starts after a comma
+HEAVIEST = 1000  # weight of a word: far beyond what has a meaning, far below what overflows
 BREAK = "BREAK"
 _PIECES = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:")
 
@@ -39,34 +41,37 @@ class TokenReport:
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """The parts of a prompt and their weights; brackets without a partner reach to the end, or are text."""
-    parts: list[tuple[str, float]] = []
-    opened: list[tuple[int, float]] = []  # where it was opened, and its factor: 1.1 or 1/1.1
+    """The parts of a prompt and their weights; brackets without a partner reach to the end, or are text.
 
-    def close(factor: float) -> None:
-        start, _ = opened.pop()
-        parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
-
+    Raises:
+        LdmError: a weight is above 1,000, by its number or by its many brackets.
+    """
+    texts: list[tuple[str, int, int]] = []  # with the innermost round bracket, and how many square ones are open
+    around = [0]  # for each round bracket the one around it; number 0 is the whole prompt
+    factors = [1.0]  # what each round bracket multiplies by
+    inner = square = 0
     for match in _PIECES.finditer(prompt):
         piece, number = match[0], match[1]
-        if piece in ("(", "["):
-            opened.append((len(parts), 1.1 if piece == "(" else 1 / 1.1))
-        elif number is not None and opened and opened[-1][1] > 1:
-            close(float(number))
-        elif piece == ")" and opened and opened[-1][1] > 1:
-            close(1.1)
-        elif piece == "]" and opened and opened[-1][1] < 1:
-            close(1 / 1.1)
+        if piece == "(":
+            around.append(inner)
+            factors.append(1.1)
+            inner = len(around) - 1
+        elif (piece == ")" or number is not None) and inner:
+            factors[inner] = float(number or 1.1)
+            inner = around[inner]
+        elif piece == "[":
+            square += 1
+        elif piece == "]" and square:
+            square -= 1
         else:
-            parts.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
-    while opened:
-        close(opened[-1][1])
-    merged: list[tuple[str, float]] = []
-    for text, weight in parts:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        else:
-            merged.append((text, weight))
+            texts.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, inner, square))
+    for bracket in range(1, len(around)):
+        factors[bracket] *= factors[around[bracket]]
+    parts = ((text, factors[bracket] * (1 / 1.1) ** depth) for text, bracket, depth in texts)
+    merged = [("".join(text for text, _ in group), weight) for weight, group in groupby(parts, lambda part: part[1])]
+    for text, weight in merged:
+        if not abs(weight) <= HEAVIEST:
+            raise LdmError(f"a weight of {weight:.4g} in a prompt, for {text[:40]!r}; at most {HEAVIEST} makes sense")
     return merged
 
 
@@ -92,12 +97,12 @@ def split_into_chunks(tokenizer: CLIPTokenizer, parts: Sequence[tuple[str, float
         ids, weights, last_comma = ids[count:], weights[count:], -1
 
     for text, weight in parts:
-        for number, section in enumerate(re.split(rf"\s*\b{BREAK}\b\s*", text)):
+        for number, section in enumerate(re.split(rf"\b{BREAK}\b", text)):
             if number:
                 finish(len(ids))
             for token in tokenizer(section, add_special_tokens=False, verbose=False).input_ids:
                 if len(ids) == size:
-                    near = last_comma >= 0 and size - 1 - last_comma <= BACKTRACK
+                    near = token != comma and last_comma >= 0 and size - last_comma <= BACKTRACK
                     finish(last_comma + 1 if near else size)
                 if token == comma:
                     last_comma = len(ids)
@@ -126,7 +131,7 @@ def encode_prompts(
         weights: read brackets as weights; without, they are text.
 
     Raises:
-        LdmError: a prompt is longer than 100,000 characters, or `clip_skip` is out of range.
+        LdmError: a prompt is longer than 100,000 characters, a weight is above 1,000, or `clip_skip` is out of range.
     """
     reports: list[TokenReport] = []
     towers: list[list[list[Chunk]]] = []
