@@ -162,7 +162,7 @@ def test_base_and_refiner_share_a_run(folders: dict[str, Path], scheduler: str) 
     base = reference(folders["sdxl"], "StableDiffusionXLPipeline", scheduler)
     latents = base("a cat", denoising_end=0.7, generator=random, **common).images
     refiner = reference(folders["sdxl-refiner"], "StableDiffusionXLImg2ImgPipeline", scheduler)
-    theirs = refiner("a cat", image=latents, denoising_start=0.7, generator=generator(), **common).images
+    theirs = refiner("a cat", image=latents, denoising_start=0.7, generator=random, **common).images
     made = ours(
         folders["sdxl"], "a cat", refiner=folders["sdxl-refiner"], negative="bad", steps=10, guidance=5.0,
         scheduler=scheduler, refiner_at=0.7,
@@ -170,9 +170,9 @@ def test_base_and_refiner_share_a_run(folders: dict[str, Path], scheduler: str) 
     torch.testing.assert_close(made, theirs, **TOLERANCE)
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "heun", "dpm2", "ddim"])
+@pytest.mark.parametrize("scheduler", ["euler", "heun", "dpm2", "ddim", "euler-a", "dpm2-a", "ddpm", "lcm"])
 def test_a_hand_over_to_the_same_model_changes_nothing(folders: dict[str, Path], scheduler: str) -> None:
-    """For schedulers without memory, a run in two parts is the run in one."""
+    """For schedulers without memory, a run in two parts is the run in one: the noise goes on, too."""
     pipeline = Pipeline(folders["sdxl-refiner"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
     settings = {"steps": 9, "seed": 1, "scheduler": scheduler, "output": "latents"}
     alone = Pipeline(folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
@@ -318,6 +318,17 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
         ({"guidance": -3.0}, "guidance scale -3.0"),
         ({"strength": 1.5, "image": picture()}, "strength 1.5"),
         ({"strength": 0.01, "image": picture(), "steps": 10}, "less than one step"),
+        ({"strength": 0.05, "image": picture(), "mask": square(), "steps": 10}, "strength 0.05 of 10 steps"),
+        ({"strength": 0, "image": picture(), "mask": square(), "scheduler": "euler"}, "less than one step"),
+        ({"hires": 8, "width": 4096}, "width 32768"),
+        ({"hires": 2, "hires_strength": 0.1}, "hires_strength 0.1 of 2 steps is less than one"),
+        ({"scheduler": 5}, "scheduler 5: a name, or an object"),
+        ({"spacing": ("a", "b"), "scheduler": "euler"}, "spacing .*: a name, or falling noise levels"),
+        ({"spacing": 5, "scheduler": "euler"}, "spacing 5: a name"),
+        ({"crop": 5}, "crop 5: two whole numbers"),
+        ({"weights": "no"}, "weights 'no': true or false"),
+        ({"negative": 5}, "negative prompt 5: one text"),
+        ({"seed": 1.5}, "seed 1.5"),
         ({"mask": square()}, "a mask without a picture"),
         ({"image": picture(), "mask": square(32)}, "the mask has 32×32 pixels, its picture 64×64"),
         ({"image": "/nowhere.png"}, "/nowhere.png does not exist"),
