@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm.errors import LdmError
 from ldm.families import Family, NoiseSchedule
+from ldm.models.prompts import read
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS, Plan, Scheduler, make
@@ -98,6 +99,9 @@ class Request:
         for name in ("chunks", "weights"):
             if not isinstance(getattr(self, name), bool):
                 raise LdmError(f"{name} {getattr(self, name)!r}: true or false is needed")
+        spoken = (self.prompts, self.negative, self.prompts_2 or (), self.negative_2 or ())
+        for text in {text for texts in spoken for text in texts if text is not None}:
+            read(text, self.weights)
         for name, low, high in (("strength", 0, 1), ("eta", 0, 1), ("begin", 0, 1), ("end", 0, 1)):
             _within(name, getattr(self, name), low, high)
         for name in ("aesthetic_score", "negative_aesthetic_score"):

@@ -155,12 +155,18 @@ def _groups(
     for line, group in groupby(jobs, key=lambda job: job.settings):
         together = list(group)
         own = {name: value for name, value in line if value is not None}
-        settings = common | own | {"guidance": _guidance(options, pipeline, own.get("guidance"))}
-        settings |= {"prompt": [job.prompt for job in together], "seed": [job.seed for job in together]}
+        settings = common | own | {"prompt": [job.prompt for job in together], "seed": [job.seed for job in together]}
         try:
+            settings["guidance"] = _guidance(options, pipeline, own.get("guidance"))
             pipeline.stream(**settings, batch=options.batch)
-        except LdmError as error:
-            raise LdmError(f"{together[0].place}{error}") from None
+        except LdmError:
+            for job in together:  # which of them is it?
+                try:
+                    settings["guidance"] = _guidance(options, pipeline, own.get("guidance"))
+                    pipeline.request(**{**settings, "prompt": job.prompt, "seed": job.seed})
+                except LdmError as error:
+                    raise LdmError(f"{job.place}{error}") from None
+            raise
         yield together, settings
 
 

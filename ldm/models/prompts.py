@@ -75,6 +75,18 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     return merged
 
 
+def read(prompt: str, weights: bool = True) -> list[tuple[str, float]]:
+    """The parts of a prompt and their weights; all 1 without `weights`.
+
+    Raises:
+        LdmError: it is no text, longer than 100,000 characters, or a weight is above 1,000.
+    """
+    check_texts([prompt])
+    if len(prompt) > LONGEST:
+        raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")
+    return parse_weights(prompt) if weights else [(prompt, 1.0)]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Tokens of one chunk and their weights, without start, end and padding."""
@@ -137,12 +149,8 @@ def encode_prompts(
     towers: list[list[list[Chunk]]] = []
     for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True):
         rows = []
-        check_texts(texts)
         for prompt in texts:
-            if len(prompt) > LONGEST:
-                raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")
-            parts = parse_weights(prompt) if weights else [(prompt, 1.0)]
-            row = split_into_chunks(tokenizer, parts, config.context - 2)
+            row = split_into_chunks(tokenizer, read(prompt, weights), config.context - 2)
             kept = row if chunks else row[:1]
             cut = str(tokenizer.decode([token for chunk in row[len(kept) :] for token in chunk.ids]))
             count = sum(len(chunk.ids) for chunk in row)
