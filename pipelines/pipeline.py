@@ -346,10 +346,11 @@ class Passes:
             self.larger(request, family).check(family)
         if self.refiner_at is not None:
             plan = request.plan(family.schedule, bool(family.unet.pooled_dim))
-            if not 0 < plan.calls_before(self.refiner_at, family.schedule.train_steps) < len(plan.timesteps):
+            calls = plan.calls_before(self.refiner_at, family.schedule.train_steps)
+            if not 0 < calls < len(plan.timesteps):
                 raise LdmError(
                     f"refiner_at {self.refiner_at}: of {request.steps} steps, that leaves none for the "
-                    f"{'base' if self.refiner_at < 0.5 else 'refiner'}; choose another part, or more steps"
+                    f"{'refiner' if calls else 'base'}; choose another part, or more steps"
                 )
         elif pipeline.refiner is not None:
             whole_steps(request.steps, "refiner_strength", self.refiner_strength)

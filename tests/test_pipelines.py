@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig, Point
 from ldm.sampling import preview
-from ldm.sampling.guidance import Guidance
-from ldm.sampling.loop import Step
+from ldm.sampling.guidance import Guidance, from_latents, signal_and_noise, thresholded, to_latents
+from ldm.sampling.loop import Step, Time
 from ldm.sampling.schedulers import SCHEDULERS
 from pipelines import Pipeline
 from pipelines.run import decode
@@ -179,6 +180,24 @@ def test_a_hand_over_to_the_same_model_changes_nothing(folders: dict[str, Path],
     for part in (0.3, 0.5, 0.77):
         two = pipeline("a cat", refiner_at=part, **settings).latents[0]
         torch.testing.assert_close(two, alone("a cat", **settings).latents[0], **TOLERANCE)
+
+
+def test_the_refiner_goes_on_with_the_scheduler_of_the_base(folders: dict[str, Path]) -> None:
+    """Whatever it was published with itself: latents are not scaled alike in all of them."""
+    base, refiner = tiny.model("sdxl-refiner"), tiny.model("sdxl-refiner")
+    base.family = replace(base.family, schedule=replace(base.family.schedule, scheduler="DDIMScheduler"))
+    settings = {"steps": 6, "seed": 1, "output": "latents"}
+    two = Pipeline(base, refiner=refiner)("a cat", refiner_at=0.5, **settings).latents[0]
+    torch.testing.assert_close(two, Pipeline(base)("a cat", **settings).latents[0], **TOLERANCE)
+
+
+def test_a_hand_over_outside_of_the_run_is_refused_at_once(folders: dict[str, Path]) -> None:
+    pipeline = Pipeline(folders["sdxl"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
+    for part, whose, spacing in ((0.01, "base", "leading"), (0.99, "refiner", "trailing")):
+        with pytest.raises(LdmError, match=f"refiner_at {part}: of 4 steps, that leaves none for the {whose}"):
+            pipeline.stream("a cat", steps=4, refiner_at=part, spacing=spacing)
+    with pytest.raises(LdmError, match="refiner_strength 0.3 of 3 steps is less than one step"):
+        pipeline.stream("a cat", steps=3)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +411,18 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(monkeypatch: pytest.Mo
         assert (decode(model, latents) - whole).abs().mean() < 0.1 * whole.std()
 
 
+def test_without_memory_for_the_whole_it_encodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("sd15")
+    settings = {"image": picture(size=128), "steps": 2, "strength": 0.5, "seed": 1, "output": "latents"}
+    whole = Pipeline(model)("a cat", **settings).latents[0]
+
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.autoencoder, "encode", full)
+    assert (Pipeline(model)("a cat", **settings).latents[0] - whole).abs().mean() < 0.1 * whole.std()
+
+
 def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("sd15")
     pipeline = Pipeline(model, device="cpu")
@@ -404,6 +435,18 @@ def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> N
         pipeline("a cat", width=512, height=512)
     with pytest.raises(LdmError, match="a batch of 2 would fit better"):
         pipeline("a cat", n=4, batch=4)
+
+
+def test_a_dynamic_threshold_cuts_at_the_percentile_and_scales_to_the_bound() -> None:
+    schedule = tiny.family("sd2-v").schedule
+    latents = torch.linspace(-10, 10, 101).view(1, 1, 1, 101)
+    quiet = latents / 5
+    for wanted, expected in ((latents, (latents / 8).clamp(-1, 1) * 3), (quiet, quiet)):
+        x, time = torch.randn(wanted.shape), Time(500.0, torch.tensor(500.0))
+        a, s = signal_and_noise(schedule.alpha_bars().tolist(), 500.0)
+        prediction = from_latents(wanted, x, a, s, "v_prediction")
+        limited = thresholded(lambda *_, v=prediction: v, 0.8, schedule)(x, time)
+        torch.testing.assert_close(to_latents(limited, x, a, s, "v_prediction"), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])

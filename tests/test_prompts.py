@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -108,6 +109,25 @@ def test_a_short_prompt_fills_up_to_a_longer_one() -> None:
         empty = encoders([""]).text
     assert cond.text.shape[1] == 3 * 77
     torch.testing.assert_close(cond.text[:1, 77:154], empty)
+
+
+def test_threads_share_a_tokenizer() -> None:
+    """One that cuts prompts does not make others cut theirs."""
+    encoders = tiny.model("sd15").text_encoders
+    prompt = "a dog runs " * 60
+    expected = len(encoders.tokenizers[0](prompt, add_special_tokens=False).input_ids)
+    stop = threading.Event()
+
+    def cut() -> None:
+        while not stop.is_set():
+            encoders.tokenize(["a cat " * 100])
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    chunks = [split_into_chunks(encoders.tokenizers[0], [(prompt, 1.0)], 75) for _ in range(300)]
+    stop.set()
+    thread.join()
+    assert {sum(len(chunk.ids) for chunk in row) for row in chunks} == {expected}
 
 
 def test_absurd_prompts_are_refused() -> None:

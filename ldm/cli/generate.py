@@ -299,7 +299,7 @@ def _describe(options: Options, common: dict[str, Any], jobs: list[Job], mine: l
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
         )
-    first = next(iter(list(_groups(options, pipeline, common, mine or jobs))))[1]
+    (_, first), *_ = _groups(options, pipeline, common, mine or jobs)
     request, _ = pipeline.request(**first)
     family = opened.family
     plan = request.plan(family.schedule, bool(family.unet.pooled_dim))

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.errors import LdmError
-from ldm.models.text import TextEncoders, check_texts
+from ldm.models.text import TextEncoders, check_texts, padded
 from ldm.models.unet import Conditioning
 
 LONGEST = 100_000  # characters of a prompt
@@ -162,17 +162,12 @@ def encode_prompts(
     for index in range(number):
         here = [[row[index] if index < len(row) else Chunk([], []) for row in rows] for rows in towers]
         tokens = [
-            torch.tensor([_padded(chunk, tokenizer, config.context) for chunk in rows])
+            torch.tensor([padded(chunk.ids, tokenizer, config.context) for chunk in rows])
             for config, tokenizer, rows in zip(encoders.configs, encoders.tokenizers, here, strict=True)
         ]
         cond = encoders.encode(tokens, clip_skip)
         encoded.append(Conditioning(_weighted(cond.text, here, encoders), cond.pooled))
     return Conditioning(torch.cat([cond.text for cond in encoded], dim=1), encoded[0].pooled), reports
-
-
-def _padded(chunk: Chunk, tokenizer: CLIPTokenizer, context: int) -> list[int]:
-    ids = [tokenizer.bos_token_id, *chunk.ids, tokenizer.eos_token_id]
-    return ids + [tokenizer.pad_token_id] * (context - len(ids))
 
 
 def _weighted(text: Tensor, chunks: Sequence[Sequence[Chunk]], encoders: TextEncoders) -> Tensor:
