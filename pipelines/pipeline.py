@@ -80,6 +80,8 @@ class Pipeline:
         self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
+        if self.refiner is not None and self.refiner is not refiner:
+            _share(self.model, self.refiner)
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> Result:
         """Pictures for a prompt or several, all at once; see `stream` and `request` for the settings.
@@ -389,6 +391,19 @@ def _loaded(
     if attention != "sdpa":
         set_attention(model.unet, attention)
     return model
+
+
+def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
+    """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one."""
+    refiner.autoencoder = model.autoencoder
+    ours, theirs = model.text_encoders.towers[-1].state_dict(), refiner.text_encoders.towers[0].state_dict()
+    if ours.keys() == theirs.keys() and all(
+        theirs[name].dtype == tensor.dtype
+        and theirs[name].device == tensor.device
+        and torch.equal(theirs[name], tensor)
+        for name, tensor in ours.items()
+    ):
+        refiner.text_encoders.towers[0] = model.text_encoders.towers[-1]
 
 
 def named(source: Any) -> Any:

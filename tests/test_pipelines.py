@@ -182,6 +182,19 @@ def test_a_hand_over_to_the_same_model_changes_nothing(folders: dict[str, Path],
         torch.testing.assert_close(two, alone("a cat", **settings).latents[0], **TOLERANCE)
 
 
+def test_the_refiner_shares_what_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    refiner = tiny.model("sdxl-refiner", seed=1)
+    refiner.save_pretrained(tmp_path / "other")
+    refiner.text_encoders.towers[0] = tiny.model("sdxl").text_encoders.towers[1]
+    refiner.save_pretrained(tmp_path / "same")
+    for name in ("same", "other"):
+        pipeline = Pipeline(folders["sdxl"], refiner=tmp_path / name, dtype=torch.float32, device="cpu")
+        assert pipeline.refiner is not None
+        assert pipeline.refiner.autoencoder is pipeline.model.autoencoder
+        shared = pipeline.refiner.text_encoders.towers[0] is pipeline.model.text_encoders.towers[1]
+        assert shared == (name == "same")
+
+
 def test_the_refiner_goes_on_with_the_scheduler_of_the_base(folders: dict[str, Path]) -> None:
     """Whatever it was published with itself: latents are not scaled alike in all of them."""
     base, refiner = tiny.model("sdxl-refiner"), tiny.model("sdxl-refiner")
