@@ -26,7 +26,7 @@ ImageFile = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
 def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, least: int = 0) -> Image.Image:
-    """A picture from a file, upright, its first frame, its transparency on white.
+    """A picture from a file, upright, its first frame, its transparency on white, or in grey (a mask) on black.
 
     Args:
         source: a path, a file open for reading, or a picture.
@@ -44,9 +44,9 @@ def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, le
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # PIL would clip 16 bits to white
             image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
-        if mode == "RGB" and image.has_transparency_data:
+        if mode in ("RGB", "L") and image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white" if mode == "RGB" else "black"), image)
         return image if image.mode == mode else image.convert(mode)
 
 
@@ -140,10 +140,10 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
         LdmError: it cannot be written.
     """
     info = PngImagePlugin.PngInfo()
-    if parameters:
-        info.add_itxt("parameters", parameters)
-    if settings:
-        info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
+    texts = {"parameters": parameters, KEY: json.dumps(settings, ensure_ascii=False) if settings else ""}
+    for key, text in texts.items():
+        if text:  # bytes of file names that are no UTF-8 become JSON's escapes, which read back as they were
+            info.add_itxt(key, text.encode("utf-8", "backslashreplace").decode())
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("wb") as file:
@@ -168,6 +168,6 @@ def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
         text = {key: value for key, value in image.info.items() if isinstance(value, str)}
     try:
         settings = json.loads(text.get(KEY, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise LdmError(f"{path}: its settings are damaged") from None
     return settings if isinstance(settings, dict) else None, text.get("parameters", "")

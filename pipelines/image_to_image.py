@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pipelines.request import whole_steps
 from pipelines.run import Run
 
 
 def first_call(run: Run) -> int:
     """Calls of the denoiser that `strength` leaves out."""
     steps = run.request.steps
-    return (steps - min(int(steps * run.request.strength), steps)) * run.plan.scheduler.order
+    return (steps - whole_steps(steps, "strength", run.request.strength)) * run.plan.scheduler.order
 
 
 def image_to_image(run: Run) -> Tensor:
@@ -23,8 +24,6 @@ def renoised(run: Run, latents: Tensor) -> Tensor:
     """Clean latents (B, C, h, w), noised as strength says, and cleaned again."""
     plan = run.plan.tail(first_call(run))
     noise = run.noise.draw(run.shape, run.dtype, run.device)
-    if not plan.timesteps or int(run.request.steps * run.request.strength) == 0:
-        return run.sample(latents, plan.head(0))
     x = plan.scheduler.add_noise(latents, noise, plan.timesteps[0][None])
     return run.sample(x, plan)
 

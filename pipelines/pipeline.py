@@ -24,11 +24,12 @@ from ldm.models.attention import set_attention
 from ldm.models.prompts import TokenReport
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.loop import Step
+from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.sampling.schedulers import own_name
 from pipelines.image_to_image import continued, image_to_image, renoised
 from pipelines.inpaint import inpaint, pasted
-from pipelines.request import Request, default_guidance, fitted, seeds, texts
+from pipelines.request import Request, default_guidance, fitted, seeds, texts, whole_steps
 from pipelines.run import OnStep, Run, decode
 from pipelines.text_to_image import text_to_image
 
@@ -79,9 +80,11 @@ class Pipeline:
         self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
+        if self.refiner is not None and self.refiner is not refiner:
+            _share(self.model, self.refiner)
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> Result:
-        """Pictures for a prompt or several, all at once; see `stream` for the settings.
+        """Pictures for a prompt or several, all at once; see `stream` and `request` for the settings.
 
         Raises:
             LdmError: a setting is out of bounds or does not fit the model.
@@ -98,11 +101,38 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        batch: int = 1,
+        output: str = "images",
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> Iterator[Result]:
+        """Pictures as they are finished, a `Result` for each batch. All settings are checked before the first.
+
+        Args:
+            prompt: one or several.
+            batch: pictures made at a time; it changes nothing in them.
+            output: "images" or "latents".
+            on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small picture of it.
+            **settings: those of `request`.
+
+        Raises:
+            LdmError: a setting is out of bounds or does not fit the model.
+        """
+        _check_count("batch", batch)
+        if output not in ("images", "latents"):
+            raise LdmError(f"output {output!r} is not known; choose images or latents")
+        request, passes = self.request(prompt, **settings)
+        parts = (request.part(slice(start, start + batch)) for start in range(0, len(request.prompts), batch))
+        return (self._batch(part, passes, output, on_step) for part in parts)
+
+    def request(
+        self,
+        prompt: str | Sequence[str],
+        *,
         negative: str | Sequence[str | None] | None = None,
         prompt_2: str | Sequence[str | None] | None = None,
         negative_2: str | Sequence[str | None] | None = None,
         n: int = 1,
-        batch: int = 1,
         seed: int | Sequence[int] | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -116,11 +146,9 @@ class Pipeline:
         hires: float | None = None,
         hires_strength: float = 0.55,
         hires_latents: bool = False,
-        output: str = "images",
-        on_step: OnStep | None = None,
         **more: Any,
-    ) -> Iterator[Result]:
-        """Pictures as they are finished, a `Result` for each batch.
+    ) -> tuple[Request, Passes]:
+        """The settings of a call, checked, with the model's defaults filled in.
 
         Args:
             prompt: one or several.
@@ -128,7 +156,6 @@ class Pipeline:
             prompt_2: for the second text encoder, if it should read another one.
             negative_2: likewise.
             n: pictures of each prompt.
-            batch: pictures made at a time; it changes nothing in them.
             seed: of the first picture; the others have the numbers after it. Or one for each. By default random.
             width: pixels; by default what the model was trained on, or the given picture's.
             height: likewise.
@@ -142,8 +169,6 @@ class Pipeline:
             hires: factor by which a second pass enlarges the picture.
             hires_strength: of that pass.
             hires_latents: enlarge the latents instead of the picture.
-            output: "images" or "latents".
-            on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small picture of it.
             **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, clip_skip, chunks, weights,
                 original_size, crop, target_size and their negatives, aesthetic_score.
 
@@ -151,13 +176,9 @@ class Pipeline:
             LdmError: a setting is out of bounds or does not fit the model.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        for name, value in (("n", n), ("batch", batch)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100_000:
-                raise LdmError(f"{name} {value!r}: a whole number from 1 to 100000 is needed")
+        _check_count("n", n)
         if not prompts:
             raise LdmError("no prompt: at least one text is needed")
-        if output not in ("images", "latents"):
-            raise LdmError(f"output {output!r} is not known; choose images or latents")
         count, family = len(prompts), self.model.family
         picture = None if image is None else load_image(image)
         side = (family.size, family.size) if picture is None else fitted(picture, family.autoencoder.factor)
@@ -183,10 +204,9 @@ class Pipeline:
         except TypeError as error:
             raise LdmError(f"settings: {error}") from None
         passes = Passes(refiner_at, refiner_strength, hires, hires_strength, hires_latents)
-        passes.check(self, request)
         request.check(family)
-        for start in range(0, count * n, batch):
-            yield self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
+        passes.check(self, request)
+        return request, passes
 
     def preview(self, step: Step) -> list[Image.Image]:
         """What the pictures of a batch look like after a step (`on_step`), small: a pixel for each latent."""
@@ -199,12 +219,12 @@ class Pipeline:
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
-        run = Run(self.model, request, on_step)
+        run = Run(self.model, request, Noise(request.seeds, request.rng), on_step)
         latents = TASKS[request.task](run)
         if passes.hires:
-            latents = self._enlarged(request, latents, passes, on_step)
+            latents = self._enlarged(run, latents, passes)
         if self.refiner is not None:
-            latents = self._refined(request, latents, passes, on_step)
+            latents = self._refined(run, self.refiner, latents, passes)
         _, _, reports = run.conditioning
         for report in reports:
             if report.cut:
@@ -222,17 +242,10 @@ class Pipeline:
                 result.images = [pasted(made, request.image, request.mask) for made in result.images]
         return result
 
-    def _enlarged(self, request: Request, latents: Tensor, passes: Passes, on_step: OnStep | None) -> Tensor:
+    def _enlarged(self, first: Run, latents: Tensor, passes: Passes) -> Tensor:
         """The second pass at a higher resolution: image to image on the enlarged picture or latents."""
-        assert passes.hires
-        factor = self.model.family.autoencoder.factor
-        width, height = (
-            max(1, round(side * passes.hires / factor)) * factor for side in (request.width, request.height)
-        )
-        larger = replace(
-            request, width=width, height=height, strength=passes.hires_strength, image=None, mask=None, end=1.0
-        )
-        run = Run(self.model, larger, on_step)
+        larger = passes.larger(first.request, self.model.family)
+        run = Run(self.model, larger, first.noise, first.on_step)
         if passes.hires_latents:
             enlarged = torch.nn.functional.interpolate(latents, size=run.shape[2:], mode="bicubic", antialias=True)
         else:
@@ -240,9 +253,9 @@ class Pipeline:
             enlarged = run.encode(torch.cat([run.pixels_of(picture) for picture in pictures]))
         return renoised(run, enlarged)
 
-    def _refined(self, request: Request, latents: Tensor, passes: Passes, on_step: OnStep | None) -> Tensor:
+    def _refined(self, first: Run, refiner: LatentDiffusion, latents: Tensor, passes: Passes) -> Tensor:
         """The refiner's part: the end of the run, or image to image on its result."""
-        assert self.refiner is not None
+        request = first.request
         height, width = (side * self.model.family.autoencoder.factor for side in latents.shape[2:])
         asked = replace(
             request, width=width, height=height, image=None, mask=None, prompts_2=None, negative_2=None,
@@ -252,10 +265,12 @@ class Pipeline:
             asked = replace(asked, prompts=request.prompts_2)
         if request.negative_2:
             asked = replace(asked, negative=request.negative_2)
-        run = Run(self.refiner, asked, on_step)
-        if passes.refiner_at is not None:
-            return continued(run, latents)
-        return renoised(run, latents.to(run.device, run.dtype))
+        if passes.refiner_at is None:
+            run = Run(refiner, asked, first.noise, first.on_step)
+            return renoised(run, latents.to(run.device, run.dtype))
+        # the same scheduler goes on, whatever the refiner was published with
+        schedule = replace(first.schedule, prediction_type=refiner.family.schedule.prediction_type)
+        return continued(Run(refiner, asked, first.noise, first.on_step, schedule), latents)
 
     def _settings(self, request: Request, passes: Passes) -> list[dict[str, Any]]:
         """For each picture, all that it was made with, as JSON takes it."""
@@ -266,7 +281,7 @@ class Pipeline:
             "steps": request.steps,
             "scheduler": _name_of(request.scheduler, family),
             "guidance": vars(request.guidance),
-            **{name: getattr(request, name) for name in _RECORDED},
+            **{name: getattr(request, name) for name in RECORDED},
             **passes.settings(self.refiner is not None),
         }
         if request.task != "text-to-image":
@@ -289,7 +304,7 @@ def _name_of(scheduler: Any, family: Family) -> str:
     return scheduler if isinstance(scheduler, str) else type(scheduler).__name__
 
 
-_RECORDED = (
+RECORDED = (
     "width", "height", "spacing", "eta", "rng", "clip_skip", "chunks", "weights", "original_size", "crop",
     "target_size", "negative_original_size", "negative_crop", "negative_target_size", "aesthetic_score",
     "negative_aesthetic_score",
@@ -327,6 +342,27 @@ class Passes:
             raise LdmError(
                 "the refiner takes over within a run only for text to image in one pass; leave refiner_at out"
             )
+        family = pipeline.model.family
+        if self.hires:
+            whole_steps(request.steps, "hires_strength", self.hires_strength)
+            self.larger(request, family).check(family)
+        if self.refiner_at is not None:
+            plan = request.plan(family.schedule, bool(family.unet.pooled_dim))
+            calls = plan.calls_before(self.refiner_at, family.schedule.train_steps)
+            if not 0 < calls < len(plan.timesteps):
+                raise LdmError(
+                    f"refiner_at {self.refiner_at}: of {request.steps} steps, that leaves none for the "
+                    f"{'refiner' if calls else 'base'}; choose another part, or more steps"
+                )
+        elif pipeline.refiner is not None:
+            whole_steps(request.steps, "refiner_strength", self.refiner_strength)
+
+    def larger(self, request: Request, family: Family) -> Request:
+        """The second pass, at a higher resolution."""
+        assert self.hires
+        factor = family.autoencoder.factor
+        width, height = (max(1, round(side * self.hires / factor)) * factor for side in (request.width, request.height))
+        return replace(request, width=width, height=height, strength=self.hires_strength, image=None, mask=None)
 
     def settings(self, refined: bool) -> dict[str, Any]:
         """Those in use, for the record."""
@@ -336,6 +372,11 @@ class Passes:
         if refined:
             used |= {"refiner_at": self.refiner_at} if self.refiner_at else {"refiner_strength": self.refiner_strength}
         return used
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100_000:
+        raise LdmError(f"{name} {value!r}: a whole number from 1 to 100000 is needed")
 
 
 def _loaded(
@@ -350,6 +391,19 @@ def _loaded(
     if attention != "sdpa":
         set_attention(model.unet, attention)
     return model
+
+
+def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
+    """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one."""
+    refiner.autoencoder = model.autoencoder
+    ours, theirs = model.text_encoders.towers[-1].state_dict(), refiner.text_encoders.towers[0].state_dict()
+    if ours.keys() == theirs.keys() and all(
+        theirs[name].dtype == tensor.dtype
+        and theirs[name].device == tensor.device
+        and torch.equal(theirs[name], tensor)
+        for name, tensor in ours.items()
+    ):
+        refiner.text_encoders.towers[0] = model.text_encoders.towers[-1]
 
 
 def named(source: Any) -> Any:

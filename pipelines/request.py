@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.families import Family
+from ldm.families import Family, NoiseSchedule
+from ldm.models.prompts import read
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.noise import LARGEST_SEED
-from ldm.sampling.schedulers import Scheduler
+from ldm.sampling.schedulers import MOST_STEPS, Plan, Scheduler, make
 
 LARGEST_SIDE = 16_384  # pixels
 
@@ -63,6 +64,13 @@ class Request:
         names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")
         return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
+    def plan(self, schedule: NoiseSchedule, xl: bool) -> Plan:
+        """The scheduler of a run with all of its timesteps; `schedule` and `xl` are as for `make`."""
+        if self.scheduler is None or isinstance(self.scheduler, str):
+            return make(schedule, self.steps, self.scheduler, self.spacing, xl)
+        self.scheduler.set_timesteps(self.steps, device="cpu")
+        return Plan(self.scheduler, list(self.scheduler.timesteps))
+
     def check(self, family: Family) -> None:
         """Raise unless everything is within bounds and fits the model.
 
@@ -79,12 +87,29 @@ class Request:
                 raise LdmError(
                     f"{name} {side!r}: a multiple of {factor} from {factor} to {LARGEST_SIDE} is needed, such as {near}"
                 )
+        if not _whole(self.steps) or not 1 <= self.steps <= MOST_STEPS:
+            raise LdmError(f"{self.steps!r} steps; choose a whole number from 1 to {MOST_STEPS}")
+        if self.scheduler is not None and not isinstance(self.scheduler, str):
+            if not hasattr(self.scheduler, "set_timesteps"):
+                raise LdmError(
+                    f"scheduler {self.scheduler!r}: a name, or an object with diffusers' interface, is needed"
+                )
+        else:
+            self.plan(family.schedule, bool(family.unet.pooled_dim))
+        for name in ("chunks", "weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise LdmError(f"{name} {getattr(self, name)!r}: true or false is needed")
+        spoken = (self.prompts, self.negative, self.prompts_2 or (), self.negative_2 or ())
+        for text in {text for texts in spoken for text in texts if text is not None}:
+            read(text, self.weights)
         for name, low, high in (("strength", 0, 1), ("eta", 0, 1), ("begin", 0, 1), ("end", 0, 1)):
             _within(name, getattr(self, name), low, high)
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             _within(name, getattr(self, name), 0, 10)
         if self.begin >= self.end:
             raise LdmError(f"the part from {self.begin} to {self.end} of a run is empty")
+        if self.image:
+            whole_steps(self.steps, "strength", self.strength)
         if self.mask and not self.image:
             raise LdmError("a mask without a picture: give the picture that it belongs to (image=, --image)")
         if family.task == "inpaint" and not self.mask:
@@ -104,11 +129,24 @@ class Request:
             "negative_target_size",
         ):
             value = getattr(self, name)
-            if value is not None and (len(value) != 2 or not all(_whole(v) and 0 <= v <= 2**20 for v in value)):
+            pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if value is not None and not (pair and all(_whole(v) and 0 <= v <= 2**20 for v in value)):
                 raise LdmError(f"{name} {value!r}: two whole numbers of pixels, height (top) first, are needed")
         both = (self.prompts_2, self.negative_2) != (None, None)
         if both and len(family.text) == 1:
             raise LdmError(f"a {family.name} model has one text encoder, and so one prompt")
+
+
+def whole_steps(steps: int, name: str, strength: float) -> int:
+    """Steps that a part `strength` of the run has, rounded down.
+
+    Raises:
+        LdmError: it has none.
+    """
+    count = min(int(steps * strength), steps)
+    if not count:
+        raise LdmError(f"{name} {strength} of {steps} steps is less than one step; raise one of them")
+    return count
 
 
 def _whole(value: Any) -> bool:
@@ -130,9 +168,9 @@ def texts(value: str | Sequence[str | None] | None, count: int, each: int, what:
     Raises:
         LdmError: there are neither one nor `count` of them, or one is no text.
     """
-    values = [value] * count if value is None or isinstance(value, str) else list(value)
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count or not all(text is None or isinstance(text, str) for text in values):
-        raise LdmError(f"{what}: one text, or one for each of the {count} prompts, is needed")
+        raise LdmError(f"{what} {value!r}: one text, or one for each of the {count} prompts, is needed")
     return tuple(text for text in values for _ in range(each))
 
 
@@ -143,10 +181,16 @@ def seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
         LdmError: a seed is no whole number, or out of range, or there are too many or too few.
     """
     first = secrets.randbelow(2**32) if seed is None else seed
-    values = tuple(range(first, first + count)) if isinstance(first, int) else tuple(first)
-    if len(values) != count or not all(_whole(value) and 0 <= value <= LARGEST_SEED for value in values):
-        raise LdmError(f"seed {seed!r}: a whole number from 0 to {LARGEST_SEED - count} (or {count} of them) is needed")
-    return values
+    values = tuple(range(first, first + count)) if isinstance(first, int) else first
+    if (
+        not isinstance(values, (list, tuple))
+        or len(values) != count
+        or not all(_whole(value) and 0 <= value <= LARGEST_SEED for value in values)
+    ):
+        raise LdmError(
+            f"seed {seed!r}: a whole number from 0 to {LARGEST_SEED - count + 1} (or {count} of them) is needed"
+        )
+    return tuple(values)
 
 
 def default_guidance(family: Family) -> float:

@@ -9,17 +9,18 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ldm.errors import LdmError, out_of_memory
+from ldm.families import NoiseSchedule
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.autoencoder import Autoencoder, AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
-from ldm.models.tiling import tiled_decode
+from ldm.models.tiling import tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
@@ -30,17 +31,29 @@ from pipelines.request import Request
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[Step], None]
+T = TypeVar("T")
 
 
 class Run:
     """One batch of a request on one model."""
 
-    def __init__(self, model: LatentDiffusion, request: Request, on_step: OnStep | None = None) -> None:
-        request.check(model.family)
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        request: Request,
+        noise: Noise,
+        on_step: OnStep | None = None,
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        """A checked request on a model. A second pass is given the first one's noise, to go on with it.
+
+        Noise that was already drawn is part of the latents: drawn again, it would not be independent of them.
+        """
         self.model = model
         self.request = request
+        self.noise = noise
         self.on_step = on_step
-        self.noise = Noise(request.seeds, request.rng)
+        self.schedule = schedule or model.family.schedule
         self.device = next(model.unet.parameters()).device
         self.dtype = next(model.unet.parameters()).dtype
         config = model.family.autoencoder
@@ -90,18 +103,11 @@ class Run:
     @cached_property
     def plan(self) -> Plan:
         """The scheduler of this run with all of its timesteps."""
-        request, family = self.request, self.model.family
-        if request.scheduler is None or isinstance(request.scheduler, str):
-            xl = bool(family.unet.pooled_dim)
-            return schedulers.make(family.schedule, request.steps, request.scheduler, request.spacing, xl)
-        request.scheduler.set_timesteps(request.steps, device="cpu")
-        return Plan(request.scheduler, list(request.scheduler.timesteps))
+        return self.request.plan(self.schedule, bool(self.model.family.unet.pooled_dim))
 
     def calls_before(self, part: float) -> int:
-        """Calls of the denoiser in the first `part` (0 to 1) of the noise levels, whole steps only."""
-        cutoff = round(self.model.family.schedule.train_steps * (1 - part))
-        calls = sum(float(t) >= cutoff for t in self.plan.timesteps)
-        return calls - calls % self.plan.scheduler.order
+        """Calls of the denoiser in the first `part` (0 to 1) of the noise levels."""
+        return self.plan.calls_before(part, self.schedule.train_steps)
 
     def sample(
         self, x: Tensor, plan: Plan, extra: Tensor | None = None, keep: Callable[[Tensor, Step], Tensor] | None = None
@@ -109,12 +115,8 @@ class Run:
         """Noisy latents (B, C, h, w) through the plan; `keep` may change the latents after each step.
 
         Raises:
-            LdmError: there is no step to do, the result is not finite, or memory runs out.
+            LdmError: the result is not finite, or memory runs out.
         """
-        if not plan.timesteps:
-            raise LdmError(
-                "nothing to do: strength times steps is less than one step, or the part of the run is too short"
-            )
         cond, negative, _ = self.conditioning
         family = self.model.family
         denoise = guided(self.model.unet, cond, negative, self.request.guidance, family.schedule, extra)
@@ -142,7 +144,8 @@ class Run:
         """Pictures (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
         autoencoder = self.model.autoencoder
         weight = next(autoencoder.parameters())
-        posterior = autoencoder.encode(pixels.to(weight.device, weight.dtype))
+        x = pixels.to(weight.device, weight.dtype)
+        posterior = _or_in_tiles(lambda: autoencoder.encode(x), lambda: tiled_encode(autoencoder, x), "encoding")
         latents = posterior.mode()
         if isinstance(autoencoder, AutoencoderKL):
             shape = (self.shape[0] if self.noise.rng == "ldm" else len(pixels), *latents.shape[1:])
@@ -169,29 +172,32 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     config = autoencoder.config
     weight = next(autoencoder.parameters())
     z = (latents / config.scaling_factor + config.shift_factor).to(weight.device, weight.dtype)
-    pixels: Tensor | None
-    try:
-        pixels = autoencoder.decode(z)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        pixels = None
-    if pixels is None:  # outside of the handler, which would keep the failed attempt's tensors alive
-        pixels = _decode_in_tiles(autoencoder, z)
+    pixels = _or_in_tiles(
+        lambda: autoencoder.decode(z),
+        lambda: torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)]),
+        "decoding",
+    )
     if bool((pixels.amax(dim=(1, 2, 3)) <= -1).any()):
         raise LdmError("the autoencoder gave a picture that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
     check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
     return pixels
 
 
-def _decode_in_tiles(autoencoder: Autoencoder, z: Tensor) -> Tensor:
-    log.warning("the pictures do not fit into memory at once: decoding them in tiles")
+def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> T:
+    """What `whole` gives or, if memory does not suffice for it, `tiled`."""
     try:
-        return torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)])
+        return whole()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise LdmError("out of memory while decoding, even in tiles; make smaller pictures") from None
+    # outside of the handler, which would keep the failed attempt's tensors alive
+    log.warning("the pictures do not fit into memory at once: %s them in tiles", doing)
+    try:
+        return tiled()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise LdmError(f"out of memory while {doing}, even in tiles; make smaller pictures") from None
 
 
 def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:

@@ -98,6 +98,59 @@ def test_pictures_from_pictures_and_refined_ones_can_be_made_again(ldm: Any, mod
     assert "is gone or has changed; name it (--image)" in err
 
 
+def test_a_line_of_a_list_can_be_made_again(ldm: Any) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("in.png")
+    Path("p.jsonl").write_text('{"prompt": "a\u2028cat", "image": "in.png", "strength": 0.7, "guidance": null}\n')
+    code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 3, "--rescale", 0.5)
+    assert code == 0, err
+    assert ldm("repro", out.strip(), "--device", "cpu")[1].startswith("identical")
+    other = ldm("generate", "--prompts", "p.jsonl", "--steps", 3, "--rescale", 0.6)[1]
+    assert other not in ("", out)  # another picture, and so another file
+
+
+def test_a_wrong_line_is_found_before_the_first_picture(ldm: Any, tmp_path: Path) -> None:
+    for wrong in ('"scheduler": 5', '"guidance": "much"', '"width": 33', '"image": "missing.png"', '"negative": [1]'):
+        Path("p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", ' + wrong + "}\n")
+        code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 1)
+        assert (code, out) == (1, "")
+        assert err.startswith("ldm: p.jsonl, line 2: ")
+    Path("p.jsonl").write_text("[" * 100_000)
+    assert 'line 1: a JSON object with "prompt" is needed' in ldm("generate", "--prompts", "p.jsonl")[2]
+    Path("p.txt").write_text("a cat\n\na (dog:5000)\n")
+    assert "p.txt, line 3: a weight of 5000" in ldm("generate", "--prompts", "p.txt")[2]
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "latents"}, "has output, which this version of ldm does not know"),
+        ({"self": 1}, "has self, which this version"),
+        ({"source": 5}, "the picture's record is damaged"),
+        ({"dtype": ["fp32"]}, "the picture's record is damaged"),
+        ({"scheduler": 5}, "scheduler 5: a name"),
+        ({"crop": 5}, "crop 5: two whole numbers"),
+        ({"guidance": {"interval": [1]}}, "guidance interval"),
+        ({"strength": 0.5}, "was made from a picture, which it does not name"),
+    ],
+)
+def test_damaged_records_are_refused(ldm: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    assert ldm("generate", "a cat", "--steps", 1, "--out", "a.png")[0] == 0
+    record, parameters = read_settings(tmp_path / "a.png")
+    save_png(Image.open("a.png").convert("RGB"), tmp_path / "b.png", {**(record or {}), **change}, parameters)
+    code, out, err = ldm("repro", "b.png", "--device", "cpu")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+
+
+def test_a_picture_of_another_run_is_not_replaced(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs into one folder have counted the same pictures there before either had finished one."""
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    made = [ldm("generate", "a cat", "--steps", steps, "--seed", 1)[1].strip() for steps in (1, 2)]
+    assert made == ["outputs/00000-1.png", "outputs/00001-1.png"]
+
+
 def test_repro_notices_other_weights(ldm: Any, models: Path) -> None:
     assert ldm("generate", "a cat", "--steps", 2, "--seed", 1, "--out", "a.png")[0] == 0
     code, _, err = ldm("repro", "a.png", "--model", models / "sdxl", "--device", "cpu")
@@ -189,12 +242,19 @@ def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:
     assert len(plan["timesteps"]) == 5  # pndm repeats one
     assert (plan["pictures"], plan["settings"]["width"]) == (1, 64)
     assert list(tmp_path.iterdir()) == []
+    Image.new("RGB", (90, 100)).save("in.png")
+    settings = json.loads(ldm("generate", "a cat", "--image", "in.png", "--guidance", 0, "--dry-run")[1])["settings"]
+    assert (settings["width"], settings["height"], settings["guidance"]["scale"]) == (88, 96, 0)
+    assert "width 33" in ldm("generate", "a cat", "--size", 33, "--dry-run")[2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "no prompt"),
+        (["a", "-n", "0"], "-n 0: a whole number from 1"),
+        (["a", "-n", "1000000000"], "-n 1000000000: a whole number"),
+        (["a", "(b:1e)(c:5000)"], "a weight of 5000 in a prompt, for 'c'"),
         (["a", "--size", "33"], "width 33: a multiple of 8"),
         (["a", "--size", "big"], "--size 'big'"),
         (["a", "--steps", "0"], "0 steps"),
@@ -255,7 +315,18 @@ def test_the_text_of_other_programs() -> None:
         "prompt": "a cat, (red:1.2)\nsecond line", "negative": "bad, ugly", "steps": 20, "scheduler": "dpm++2m",
         "spacing": "karras", "guidance": 7.0, "seed": 123, "width": 512, "height": 768, "clip_skip": 1,
     }  # fmt: skip
-    for wrong in ("hello", "a\nSteps: many", "a\nSteps: 3, Sampler: Guesswork"):
+    hires = "a\nSteps: 3, Sampler: Euler, Schedule type: Automatic, Denoising strength: 0.4, Hires upscale: 2"
+    assert from_parameters(hires).items() >= {"hires": 2.0, "hires_strength": 0.4, "spacing": "default"}.items()
+    start = time.monotonic()
+    from_parameters("a\nSteps: 3, " + "a " * 50_000)
+    assert time.monotonic() - start < 5
+    for wrong in (
+        "hello",
+        "a\nSteps: many",
+        "a\nSteps: 3, Sampler: Guesswork",
+        "a\nSteps: 3, Sampler: DPM++ 2S a Karras",  # ancestral, which ours is not
+        "a\nSteps: 3, Schedule type: Turbo",
+    ):
         with pytest.raises(LdmError):
             from_parameters(wrong)
     ours = {"prompt": "p", "negative": None, "steps": 5, "scheduler": "euler-a", "spacing": "karras", "seed": 1,
@@ -270,6 +341,8 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("LA", (4, 4), (255, 0)).save(tmp_path / "clear-mask.png")
+    assert load_image(tmp_path / "clear-mask.png", "L").getpixel((0, 0)) == 0
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
     assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)
     Image.new("CMYK", (4, 4), (0, 0, 0, 0)).save(tmp_path / "print.jpg")
@@ -279,6 +352,12 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_a_record_keeps_file_names_that_are_no_text(tmp_path: Path) -> None:
+    record = {"prompt": "\N{FOX FACE} \0", "source": "b\udcff.png"}
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", record, "Model: b\udcff")
+    assert read_settings(tmp_path / "a.png") == (record, r"Model: b\udcff")
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

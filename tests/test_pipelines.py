@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig, Point
 from ldm.sampling import preview
-from ldm.sampling.guidance import Guidance
-from ldm.sampling.loop import Step
+from ldm.sampling.guidance import Guidance, from_latents, signal_and_noise, thresholded, to_latents
+from ldm.sampling.loop import Step, Time
 from ldm.sampling.schedulers import SCHEDULERS
 from pipelines import Pipeline
 from pipelines.run import decode
@@ -162,7 +163,7 @@ def test_base_and_refiner_share_a_run(folders: dict[str, Path], scheduler: str) 
     base = reference(folders["sdxl"], "StableDiffusionXLPipeline", scheduler)
     latents = base("a cat", denoising_end=0.7, generator=random, **common).images
     refiner = reference(folders["sdxl-refiner"], "StableDiffusionXLImg2ImgPipeline", scheduler)
-    theirs = refiner("a cat", image=latents, denoising_start=0.7, generator=generator(), **common).images
+    theirs = refiner("a cat", image=latents, denoising_start=0.7, generator=random, **common).images
     made = ours(
         folders["sdxl"], "a cat", refiner=folders["sdxl-refiner"], negative="bad", steps=10, guidance=5.0,
         scheduler=scheduler, refiner_at=0.7,
@@ -170,15 +171,46 @@ def test_base_and_refiner_share_a_run(folders: dict[str, Path], scheduler: str) 
     torch.testing.assert_close(made, theirs, **TOLERANCE)
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "heun", "dpm2", "ddim"])
+@pytest.mark.parametrize("scheduler", ["euler", "heun", "dpm2", "ddim", "euler-a", "dpm2-a", "ddpm", "lcm"])
 def test_a_hand_over_to_the_same_model_changes_nothing(folders: dict[str, Path], scheduler: str) -> None:
-    """For schedulers without memory, a run in two parts is the run in one."""
+    """For schedulers without memory, a run in two parts is the run in one: the noise goes on, too."""
     pipeline = Pipeline(folders["sdxl-refiner"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
     settings = {"steps": 9, "seed": 1, "scheduler": scheduler, "output": "latents"}
     alone = Pipeline(folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
     for part in (0.3, 0.5, 0.77):
         two = pipeline("a cat", refiner_at=part, **settings).latents[0]
         torch.testing.assert_close(two, alone("a cat", **settings).latents[0], **TOLERANCE)
+
+
+def test_the_refiner_shares_what_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    refiner = tiny.model("sdxl-refiner", seed=1)
+    refiner.save_pretrained(tmp_path / "other")
+    refiner.text_encoders.towers[0] = tiny.model("sdxl").text_encoders.towers[1]
+    refiner.save_pretrained(tmp_path / "same")
+    for name in ("same", "other"):
+        pipeline = Pipeline(folders["sdxl"], refiner=tmp_path / name, dtype=torch.float32, device="cpu")
+        assert pipeline.refiner is not None
+        assert pipeline.refiner.autoencoder is pipeline.model.autoencoder
+        shared = pipeline.refiner.text_encoders.towers[0] is pipeline.model.text_encoders.towers[1]
+        assert shared == (name == "same")
+
+
+def test_the_refiner_goes_on_with_the_scheduler_of_the_base(folders: dict[str, Path]) -> None:
+    """Whatever it was published with itself: latents are not scaled alike in all of them."""
+    base, refiner = tiny.model("sdxl-refiner"), tiny.model("sdxl-refiner")
+    base.family = replace(base.family, schedule=replace(base.family.schedule, scheduler="DDIMScheduler"))
+    settings = {"steps": 6, "seed": 1, "output": "latents"}
+    two = Pipeline(base, refiner=refiner)("a cat", refiner_at=0.5, **settings).latents[0]
+    torch.testing.assert_close(two, Pipeline(base)("a cat", **settings).latents[0], **TOLERANCE)
+
+
+def test_a_hand_over_outside_of_the_run_is_refused_at_once(folders: dict[str, Path]) -> None:
+    pipeline = Pipeline(folders["sdxl"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
+    for part, whose, spacing in ((0.01, "base", "leading"), (0.99, "refiner", "trailing")):
+        with pytest.raises(LdmError, match=f"refiner_at {part}: of 4 steps, that leaves none for the {whose}"):
+            pipeline.stream("a cat", steps=4, refiner_at=part, spacing=spacing)
+    with pytest.raises(LdmError, match="refiner_strength 0.3 of 3 steps is less than one step"):
+        pipeline.stream("a cat", steps=3)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +350,17 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
         ({"guidance": -3.0}, "guidance scale -3.0"),
         ({"strength": 1.5, "image": picture()}, "strength 1.5"),
         ({"strength": 0.01, "image": picture(), "steps": 10}, "less than one step"),
+        ({"strength": 0.05, "image": picture(), "mask": square(), "steps": 10}, "strength 0.05 of 10 steps"),
+        ({"strength": 0, "image": picture(), "mask": square(), "scheduler": "euler"}, "less than one step"),
+        ({"hires": 8, "width": 4096}, "width 32768"),
+        ({"hires": 2, "hires_strength": 0.1}, "hires_strength 0.1 of 2 steps is less than one"),
+        ({"scheduler": 5}, "scheduler 5: a name, or an object"),
+        ({"spacing": ("a", "b"), "scheduler": "euler"}, "spacing .*: a name, or falling noise levels"),
+        ({"spacing": 5, "scheduler": "euler"}, "spacing 5: a name"),
+        ({"crop": 5}, "crop 5: two whole numbers"),
+        ({"weights": "no"}, "weights 'no': true or false"),
+        ({"negative": 5}, "negative prompt 5: one text"),
+        ({"seed": 1.5}, "seed 1.5"),
         ({"mask": square()}, "a mask without a picture"),
         ({"image": picture(), "mask": square(32)}, "the mask has 32×32 pixels, its picture 64×64"),
         ({"image": "/nowhere.png"}, "/nowhere.png does not exist"),
@@ -381,6 +424,18 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(monkeypatch: pytest.Mo
         assert (decode(model, latents) - whole).abs().mean() < 0.1 * whole.std()
 
 
+def test_without_memory_for_the_whole_it_encodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("sd15")
+    settings = {"image": picture(size=128), "steps": 2, "strength": 0.5, "seed": 1, "output": "latents"}
+    whole = Pipeline(model)("a cat", **settings).latents[0]
+
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.autoencoder, "encode", full)
+    assert (Pipeline(model)("a cat", **settings).latents[0] - whole).abs().mean() < 0.1 * whole.std()
+
+
 def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("sd15")
     pipeline = Pipeline(model, device="cpu")
@@ -393,6 +448,18 @@ def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> N
         pipeline("a cat", width=512, height=512)
     with pytest.raises(LdmError, match="a batch of 2 would fit better"):
         pipeline("a cat", n=4, batch=4)
+
+
+def test_a_dynamic_threshold_cuts_at_the_percentile_and_scales_to_the_bound() -> None:
+    schedule = tiny.family("sd2-v").schedule
+    latents = torch.linspace(-10, 10, 101).view(1, 1, 1, 101)
+    quiet = latents / 5
+    for wanted, expected in ((latents, (latents / 8).clamp(-1, 1) * 3), (quiet, quiet)):
+        x, time = torch.randn(wanted.shape), Time(500.0, torch.tensor(500.0))
+        a, s = signal_and_noise(schedule.alpha_bars().tolist(), 500.0)
+        prediction = from_latents(wanted, x, a, s, "v_prediction")
+        limited = thresholded(lambda *_, v=prediction: v, 0.8, schedule)(x, time)
+        torch.testing.assert_close(to_latents(limited, x, a, s, "v_prediction"), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import tiny
 import torch
@@ -25,6 +28,7 @@ from ldm.models.tokenizer import clip_tokenizer
         ("ratio 16:9", [("ratio 16:9", 1)]),
         ("(a:b)", [("a:b", 1.1)]),
         ("(x:-1)", [("x", -1)]),
+        ("(a [b) c] d", [("a ", 1.1), ("b", 1), (" c", 1 / 1.1), (" d", 1)]),  # each kind of bracket by itself
         ("", []),
     ],
 )
@@ -43,6 +47,9 @@ def test_chunks() -> None:
     assert chunk_sizes("cat " * 75) == [75]
     assert chunk_sizes("cat " * 76) == [75, 1]
     assert chunk_sizes("cat " * 60 + ", " + "dog " * 30) == [61, 30]  # after the comma, which is among the last 20
+    assert chunk_sizes("cat " * 55 + ", " + "dog " * 20) == [56, 20]  # the comma is the 20th from the end
+    assert chunk_sizes("cat " * 54 + ", " + "dog " * 21) == [75, 1]
+    assert chunk_sizes("cat " * 60 + ", " + "dog " * 14 + ", a") == [75, 2]  # a comma itself may start a chunk
     assert chunk_sizes("cat " * 40 + ", " + "dog " * 50) == [75, 16]  # the comma is too far back
     assert chunk_sizes("a cat BREAK a dog") == [2, 2]
     assert chunk_sizes("cat " * 1000) == [75] * 13 + [25]
@@ -104,6 +111,37 @@ def test_a_short_prompt_fills_up_to_a_longer_one() -> None:
     torch.testing.assert_close(cond.text[:1, 77:154], empty)
 
 
+def test_threads_share_a_tokenizer() -> None:
+    """One that cuts prompts does not make others cut theirs."""
+    encoders = tiny.model("sd15").text_encoders
+    prompt = "a dog runs " * 60
+    expected = len(encoders.tokenizers[0](prompt, add_special_tokens=False).input_ids)
+    stop = threading.Event()
+
+    def cut() -> None:
+        while not stop.is_set():
+            encoders.tokenize(["a cat " * 100])
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    chunks = [split_into_chunks(encoders.tokenizers[0], [(prompt, 1.0)], 75) for _ in range(300)]
+    stop.set()
+    thread.join()
+    assert {sum(len(chunk.ids) for chunk in row) for row in chunks} == {expected}
+
+
 def test_absurd_prompts_are_refused() -> None:
     with pytest.raises(LdmError, match="a prompt of 100001 characters"):
         encode_prompts(tiny.model("sd15").text_encoders, [["x" * 100_001]])
+    for prompt in ("(a cat:9999)", "(" * 1000 + "a cat" + ")" * 1000):
+        with pytest.raises(LdmError, match="a weight of .* for 'a cat'; at most 1000"):
+            parse_weights(prompt)
+
+
+def test_the_longest_prompts_are_read_at_once() -> None:
+    """Each of these took minutes with an algorithm that looks back."""
+    start = time.monotonic()
+    with pytest.raises(LdmError, match="a weight of"):
+        parse_weights("(a[a" * 25_000)
+    assert chunk_sizes(" " * 100_000) == [0]
+    assert time.monotonic() - start < 5

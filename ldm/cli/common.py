@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -66,6 +67,16 @@ def to_dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")
     return DTYPES[name] if name else None
+
+
+def to_png(out: str) -> Path:
+    """`--out`: a PNG file in a folder that exists."""
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise LdmError(f"--out {out}: name a file that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise LdmError(f"--out {out}: the folder {path.absolute().parent} does not exist; create it first")
+    return path
 
 
 def to_components(options: Sequence[str]) -> dict[str, str]:

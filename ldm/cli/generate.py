@@ -18,22 +18,28 @@ from typing import Any
 import torch
 
 import ldm
-from ldm.cli.common import counter, to_dtype
+from ldm.cli.common import counter, to_dtype, to_png
 from ldm.cli.info import describe
 from ldm.cli.record import to_parameters
 from ldm.errors import LdmError, listing
 from ldm.images import grid, load_image, save_png
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.schedulers import make
+from ldm.weights.components import build
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
-from pipelines.pipeline import STEPS, named
+from pipelines.pipeline import named
 from pipelines.request import default_guidance
 
 LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
     "negative", "prompt_2", "negative_2", "seed", "width", "height", "steps", "guidance", "scheduler", "spacing",
     "clip_skip", "image", "mask", "strength", "eta",
 }  # fmt: skip
+IDENTITY = (  # what changes a picture, of `Options`, beside its settings
+    "model", "family", "variant", "refiner", "guidance", "guidance_rescale", "guidance_interval", "threshold",
+    "perturbed", "dtype", "attention",
+)  # fmt: skip
+MOST = 100_000  # pictures of each prompt
 LARGEST_FILE = 256 * 2**20
 
 
@@ -75,6 +81,7 @@ class Job:
     prompt: str
     seed: int
     settings: tuple[tuple[str, Any], ...] = ()  # of its line alone
+    place: str = ""  # where that line is, for errors
 
     def name(self, common: dict[str, Any]) -> str:
         """A file name that changes with everything that changes the picture."""
@@ -92,12 +99,11 @@ def run(options: Options) -> None:
         if common.get(name):
             load_image(common[name])  # before a model is loaded
     jobs = list(make_jobs(options))
-    common_identity = common | {"model": options.model, "guidance": options.guidance, "refiner": options.refiner}
-    targets = _targets(options, jobs, common_identity)
+    targets = _targets(options, jobs, common | {name: getattr(options, name) for name in IDENTITY})
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = [job for job in jobs[rank::world] if not (options.prompts_file and targets[job.index].exists())]
     if options.dry_run:
-        print(json.dumps(_describe(options, common, jobs, len(mine)), indent=2, default=str))
+        print(json.dumps(_describe(options, common, jobs, mine), indent=2, default=str))
         return
     if not mine:
         print(f"ldm: nothing to do: all {len(jobs[rank::world])} pictures are there", file=sys.stderr)
@@ -107,44 +113,32 @@ def run(options: Options) -> None:
         options.model, refiner=options.refiner, device=device, dtype=to_dtype(options.dtype),
         attention=options.attention, family=options.family, variant=options.variant, allow_pickle=options.allow_pickle,
     )  # fmt: skip
-    common["guidance"] = _guidance(options, pipeline)
+    groups = list(_groups(options, pipeline, common, mine))
     provenance: dict[str, Any] = {
         "version": f"ldm {ldm.__version__}",
         "model": Path(str(options.model)).stem,
         "source": _absolute(options.model),
         "model_hash": pipeline.model.fingerprint(),
         "dtype": str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch."),
+        "attention": options.attention,
     }
+    given = {"source_family": options.family, "variant": options.variant}
+    provenance |= {name: value for name, value in given.items() if value is not None}
     if options.refiner:
         provenance["refiner"] = _absolute(options.refiner)
-    if common.get("image"):
-        provenance |= {name: _file(common[name]) for name in ("image", "mask") if common.get(name)}
     made = []
     with counter("pictures", len(mine)) as advance:
-        for settings, group in groupby(mine, key=lambda job: job.settings):
-            batchable = list(group)
-            line = dict(settings)
-            if isinstance(line.get("guidance"), (int, float)):
-                line["guidance"] = _guidance(options, pipeline, line["guidance"])
-            merged = {**common, **line}
+        for batchable, settings in groups:
+            own = provenance | {name: _file(settings[name]) for name in ("image", "mask") if settings.get(name)}
             position = 0
-            for result in pipeline.stream(
-                [job.prompt for job in batchable],
-                seed=[job.seed for job in batchable],
-                batch=options.batch,
-                **merged,
-            ):
+            for result in pipeline.stream(**settings, batch=options.batch):
                 for image, record in zip(result.images, result.settings, strict=True):
                     job = batchable[position]
                     position += 1
-                    full = {**record, **provenance}
-                    save_png(image, targets[job.index], full, to_parameters(full))
-                    print(
-                        json.dumps({"path": str(targets[job.index]), **full})
-                        if options.as_json
-                        else targets[job.index],
-                        flush=True,
-                    )
+                    full = {**record, **own}
+                    target = targets[job.index] if options.prompts_file else _free(targets[job.index], options.out)
+                    save_png(image, target, full, to_parameters(full))
+                    print(json.dumps({"path": str(target), **full}) if options.as_json else target, flush=True)
                     advance()
                     if options.sheet:
                         made.append(image)
@@ -154,24 +148,48 @@ def run(options: Options) -> None:
         print(sheet)
 
 
+def _groups(
+    options: Options, pipeline: Pipeline, common: dict[str, Any], jobs: list[Job]
+) -> Iterator[tuple[list[Job], dict[str, Any]]]:
+    """Pictures with the same settings, which can be made together, and the arguments of `Pipeline.stream`, checked."""
+    for line, group in groupby(jobs, key=lambda job: job.settings):
+        together = list(group)
+        own = {name: value for name, value in line if value is not None}
+        settings = common | own | {"prompt": [job.prompt for job in together], "seed": [job.seed for job in together]}
+        try:
+            settings["guidance"] = _guidance(options, pipeline, own.get("guidance"))
+            pipeline.stream(**settings, batch=options.batch)
+        except LdmError:
+            for job in together:  # which of them is it?
+                try:
+                    settings["guidance"] = _guidance(options, pipeline, own.get("guidance"))
+                    pipeline.request(**{**settings, "prompt": job.prompt, "seed": job.seed})
+                except LdmError as error:
+                    raise LdmError(f"{job.place}{error}") from None
+            raise
+        yield together, settings
+
+
 def make_jobs(options: Options) -> Iterator[Job]:
     """Every picture that is asked for, from the command line or from a file of prompts."""
     lines = list(_lines(options.prompts_file)) if options.prompts_file else []
-    lines += [(prompt, {}) for prompt in options.prompts]
+    lines += [(prompt, {}, "") for prompt in options.prompts]
     if not lines:
         raise LdmError("no prompt: give one, or a file of them (--prompts)")
+    if not 1 <= options.n <= MOST:
+        raise LdmError(f"-n {options.n}: a whole number from 1 to {MOST} is needed")
     first = secrets.randbelow(2**32) if options.seed is None and not options.prompts_file else options.seed or 0
     index = 0
-    for prompt, line in lines:
+    for prompt, line, place in lines:
         own = line.pop("seed", None)
         for copy in range(options.n):
             seed = first + index if own is None else own + copy
-            yield Job(index, prompt, seed, tuple(sorted(line.items())))
+            yield Job(index, prompt, seed, tuple(sorted(line.items())), place)
             index += 1
 
 
-def _lines(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prompts of a text file, one a line, or of a JSON-lines file with settings of their own."""
+def _lines(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Prompts of a text file, one a line, or of a JSON-lines file with settings of their own, and where each stands."""
     path = Path(name)
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -181,24 +199,25 @@ def _lines(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LdmError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):  # str.splitlines would split within JSON's strings
+        place = f"{path}, line {number}: "
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            yield line.strip(), {}
+        if path.suffix.lower() != ".jsonl":
+            yield line.strip(), {}, place
             continue
         try:
             content = json.loads(line)
             prompt = content.pop("prompt")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise LdmError(f'{path}, line {number}: a JSON object with "prompt" is needed') from None
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise LdmError(f'{place}a JSON object with "prompt" is needed') from None
         unknown = sorted(content.keys() - LINE_OPTIONS)
         if unknown or not isinstance(prompt, str):
-            raise LdmError(f"{path}, line {number}: {listing(unknown) or 'the prompt'} is not known or no text")
+            raise LdmError(f"{place}{listing(unknown) or 'the prompt'} is not known or no text")
         seed = content.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise LdmError(f"{path}, line {number}: seed {seed!r} is no whole number")
-        yield prompt, {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+            raise LdmError(f"{place}seed {seed!r} is no whole number")
+        yield prompt, {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}, place
 
 
 def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[int, Path]:
@@ -207,10 +226,8 @@ def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[
     if out.suffix.lower() == ".png":
         if len(jobs) > 1:
             raise LdmError(f"--out {out}: {len(jobs)} pictures need a folder, not one file")
-        if not out.absolute().parent.is_dir():
-            raise LdmError(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
-        return {jobs[0].index: out}
-    if out.suffix:
+        return {jobs[0].index: to_png(options.out)}
+    if out.suffix and not out.is_dir():
         raise LdmError(f"--out {out}: name a folder, or a file that ends in .png")
     if not options.dry_run:
         try:
@@ -224,6 +241,14 @@ def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[
     numbers = [int(m[1]) for path in out.glob("*.png") if (m := re.match(r"(\d{5,9})-", path.name))]
     start = max(numbers, default=-1) + 1
     return {job.index: out / f"{start + job.index:05d}-{job.seed}.png" for job in jobs}
+
+
+def _free(target: Path, out: str) -> Path:
+    """The target, or the next number's if another run has put a picture there; a file named by --out is replaced."""
+    while target != Path(out) and target.exists():
+        number, _, rest = target.name.partition("-")
+        target = target.with_name(f"{int(number) + 1:05d}-{rest}")
+    return target
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -260,8 +285,8 @@ def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) 
     return Guidance(chosen, options.guidance_rescale, (start, end), options.threshold, options.perturbed)
 
 
-def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: int) -> dict[str, Any]:
-    """What `--dry-run` prints: nothing is loaded for it but the description of the model."""
+def _describe(options: Options, common: dict[str, Any], jobs: list[Job], mine: list[Job]) -> dict[str, Any]:
+    """What `--dry-run` prints: all is checked, but no weights are loaded for it."""
     opened = open_source(
         named(options.model),
         family=options.family,
@@ -269,19 +294,25 @@ def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: i
         allow_pickle=options.allow_pickle,
         verify=False,
     )
-    family, steps = opened.family, common.get("steps", STEPS)
-    plan = make(
-        family.schedule, steps, common.get("scheduler"), common.get("spacing", "default"), bool(family.unet.pooled_dim)
-    )
+    refiner = open_source(options.refiner, verify=False) if options.refiner else None
+    with torch.device("meta"):
+        pipeline = Pipeline(
+            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
+        )
+    (_, first), *_ = _groups(options, pipeline, common, mine or jobs)
+    request, _ = pipeline.request(**first)
+    family = opened.family
+    plan = request.plan(family.schedule, bool(family.unet.pooled_dim))
     return {
         "model": describe(opened),
         "settings": {
-            "width": family.size, "height": family.size, "steps": steps,
-            "guidance": options.guidance or default_guidance(family), **common,
+            **{name: value for name, value in first.items() if name not in ("prompt", "seed")},
+            "width": request.width, "height": request.height, "steps": request.steps,
+            "guidance": vars(request.guidance),
         },
         "timesteps": [round(float(t), 2) for t in plan.timesteps],
         "pictures": len(jobs),
-        "left_to_make": left,
+        "left_to_make": len(mine),
         "first": {"prompt": jobs[0].prompt, "seed": jobs[0].seed},
     }  # fmt: skip
 

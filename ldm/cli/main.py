@@ -189,11 +189,12 @@ def repro(
     out: Annotated[str | None, typer.Option(help="Also write the picture, to this .png.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default as it was made.")] = None,
+    allow_pickle: Pickle = False,
 ) -> None:
     """Make a picture again from what it says of itself, and report how the pixels differ."""
     from ldm.cli import repro as command
 
-    command.run(picture, model, refiner, image, mask, out, device, dtype)
+    command.run(picture, model, refiner, image, mask, out, device, dtype, allow_pickle)
 
 
 @app.command()

@@ -12,11 +12,12 @@ SAMPLERS = {  # AUTOMATIC1111's name -> ours
     "DDIM": "ddim", "PLMS": "pndm", "LMS": "lms", "Euler": "euler", "Euler a": "euler-a", "Heun": "heun",
     "DPM2": "dpm2",
     "DPM2 a": "dpm2-a", "DPM++ 2M": "dpm++2m", "DPM++ 2M SDE": "dpm++2m-sde", "DPM++ 3M SDE": "dpm++3m-sde",
-    "DPM++ 2S a": "dpm++2s", "DPM++ SDE": "dpm++sde", "UniPC": "unipc", "DEIS": "deis", "LCM": "lcm", "TCD": "tcd",
+    "DPM++ SDE": "dpm++sde", "UniPC": "unipc", "DEIS": "deis", "LCM": "lcm", "TCD": "tcd",
     "DDPM": "ddpm",
 }  # fmt: skip
 SPACINGS = {"Karras": "karras", "Exponential": "exponential", "Beta": "beta", "Align Your Steps": "ays"}
-_PAIR = re.compile(r'\s*([\w /]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+USUAL = ("", "Automatic", "Uniform")  # types of schedule that mean the sampler's own
+_PAIR = re.compile(r'\s*([\w /]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 def to_parameters(settings: Mapping[str, Any]) -> str:
@@ -32,8 +33,9 @@ def to_parameters(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": settings.get("model_hash"),
         "Model": settings.get("model"),
-        "Denoising strength": settings.get("strength"),
+        "Denoising strength": settings.get("hires_strength", settings.get("strength")),
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,
+        "Hires upscale": settings.get("hires"),
         "Version": settings.get("version"),
     }
     lines = [settings["prompt"]]
@@ -47,7 +49,7 @@ def from_parameters(text: str) -> dict[str, Any]:
     """Settings from the text of AUTOMATIC1111, as far as they have a meaning here.
 
     Raises:
-        LdmError: it is no such text, or names a sampler that does not exist here.
+        LdmError: it is no such text, or names a sampler or a schedule type that does not exist here.
     """
     lines = text.strip().split("\n")
     pairs = dict(_PAIR.findall(lines[-1])) if lines else {}
@@ -70,6 +72,8 @@ def from_parameters(text: str) -> dict[str, Any]:
         if sampler and sampler not in SAMPLERS:
             raise LdmError(f"the picture was made with sampler {sampler!r}, which does not exist here")
         settings["scheduler"] = SAMPLERS.get(sampler)
+        if spacing not in (*SPACINGS, *USUAL):
+            raise LdmError(f"the picture was made with schedule type {spacing!r}, which does not exist here")
         settings["spacing"] = SPACINGS.get(spacing, "default")
         if "CFG scale" in pairs:
             settings["guidance"] = float(pairs["CFG scale"])
@@ -77,6 +81,10 @@ def from_parameters(text: str) -> dict[str, Any]:
             settings["seed"] = int(pairs["Seed"])
         if "Size" in pairs:
             settings["width"], settings["height"] = map(int, pairs["Size"].split("x"))
+        if "Hires upscale" in pairs:
+            settings["hires"] = float(pairs["Hires upscale"])
+        if "Denoising strength" in pairs:
+            settings["hires_strength" if "hires" in settings else "strength"] = float(pairs["Denoising strength"])
         if "Clip skip" in pairs:
             settings["clip_skip"] = max(0, int(pairs["Clip skip"]) - 1)
     except LdmError:

@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from ldm.cli.common import to_dtype
+from ldm.cli.common import to_dtype, to_png
 from ldm.cli.record import from_parameters
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listing
 from ldm.images import load_image, read_settings, save_png
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
+from pipelines.pipeline import RECORDED
 
-_NOT_SETTINGS = {"task", "family", "version", "model", "model_hash", "source", "refiner", "dtype", "image", "mask"}
+SETTINGS = {
+    *RECORDED, "prompt", "negative", "prompt_2", "negative_2", "seed", "steps", "scheduler", "guidance", "strength",
+    "hires", "hires_strength", "hires_latents", "refiner_at", "refiner_strength",
+}  # fmt: skip
+NAMES = {"version", "model", "model_hash", "source", "source_family", "variant", "refiner", "dtype", "attention"}
+DESCRIPTION = {"task", "family", "image", "mask"}  # the rest of a record
 
 
 def run(
@@ -27,9 +33,10 @@ def run(
     out: str | None,
     device: str | None,
     dtype: str | None,
+    allow_pickle: bool,
 ) -> None:
     """Print the largest and the mean difference of the pixels, 0 to 255."""
-    path = Path(picture)
+    path, target = Path(picture), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:
         raise LdmError(f"{path} does not say how it was made")
@@ -41,8 +48,13 @@ def run(
     for name, given in (("image", image), ("mask", mask)):
         if given or name in record:
             settings[name] = given or _found(name, record[name])
-    chosen = to_dtype(dtype or record.get("dtype"))
-    pipeline = Pipeline(source, refiner=refiner or record.get("refiner"), device=device, dtype=chosen)
+    if "strength" in settings and "image" not in settings:
+        raise LdmError(f"{path} was made from a picture, which it does not name; name it (--image)")
+    pipeline = Pipeline(
+        source, refiner=refiner or record.get("refiner"), device=device, dtype=to_dtype(dtype or record.get("dtype")),
+        attention=record.get("attention", "sdpa"), family=record.get("source_family"), variant=record.get("variant"),
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
     found, stated = pipeline.model.fingerprint(), record.get("model_hash")
     if stated and found != stated:
         raise LdmError(
@@ -54,19 +66,24 @@ def run(
     if original.size != made.size:
         raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: it was changed since")
     difference = np.abs(np.asarray(made).astype(int) - np.asarray(original).astype(int))
-    if out:
-        save_png(made, Path(out), record, parameters)
+    if target:
+        save_png(made, target, record, parameters)
     same = "identical" if not difference.any() else "different"
     print(f"{same}: largest difference {difference.max()}, mean {difference.mean():.4f} of 255")
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Pipeline.stream` in our own record."""
-    settings = {name: value for name, value in record.items() if name not in _NOT_SETTINGS}
+    unknown = sorted(record.keys() - SETTINGS - NAMES - DESCRIPTION)
+    if unknown:
+        raise LdmError(f"the picture's record has {listing(unknown)}, which this version of ldm does not know")
+    settings = {name: value for name, value in record.items() if name in SETTINGS}
     try:
         guidance = settings["guidance"]
         settings["guidance"] = Guidance(**{**guidance, "interval": tuple(guidance["interval"])})
-        if not isinstance(settings["prompt"], str):
+        if not isinstance(settings["prompt"], str) or not all(
+            isinstance(record[name], str) for name in NAMES & record.keys()
+        ):
             raise TypeError
     except (KeyError, TypeError):
         raise LdmError("the picture's record is damaged") from None

@@ -12,17 +12,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.errors import LdmError
-from ldm.models.text import TextEncoders, check_texts
+from ldm.models.text import TextEncoders, check_texts, padded
 from ldm.models.unet import Conditioning
 
 LONGEST = 100_000  # characters of a prompt
 BACKTRACK = 20  # tokens that may move to the next chunk, so that it starts after a comma
+HEAVIEST = 1000  # weight of a word: far beyond what has a meaning, far below what overflows
 BREAK = "BREAK"
 _PIECES = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:")
 
@@ -39,35 +41,50 @@ class TokenReport:
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """The parts of a prompt and their weights; brackets without a partner reach to the end, or are text."""
-    parts: list[tuple[str, float]] = []
-    opened: list[tuple[int, float]] = []  # where it was opened, and its factor: 1.1 or 1/1.1
+    """The parts of a prompt and their weights; brackets without a partner reach to the end, or are text.
 
-    def close(factor: float) -> None:
-        start, _ = opened.pop()
-        parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
-
+    Raises:
+        LdmError: a weight is above 1,000, by its number or by its many brackets.
+    """
+    texts: list[tuple[str, int, int]] = []  # with the innermost round bracket, and how many square ones are open
+    around = [0]  # for each round bracket the one around it; number 0 is the whole prompt
+    factors = [1.0]  # what each round bracket multiplies by
+    inner = square = 0
     for match in _PIECES.finditer(prompt):
         piece, number = match[0], match[1]
-        if piece in ("(", "["):
-            opened.append((len(parts), 1.1 if piece == "(" else 1 / 1.1))
-        elif number is not None and opened and opened[-1][1] > 1:
-            close(float(number))
-        elif piece == ")" and opened and opened[-1][1] > 1:
-            close(1.1)
-        elif piece == "]" and opened and opened[-1][1] < 1:
-            close(1 / 1.1)
+        if piece == "(":
+            around.append(inner)
+            factors.append(1.1)
+            inner = len(around) - 1
+        elif (piece == ")" or number is not None) and inner:
+            factors[inner] = float(number or 1.1)
+            inner = around[inner]
+        elif piece == "[":
+            square += 1
+        elif piece == "]" and square:
+            square -= 1
         else:
-            parts.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
-    while opened:
-        close(opened[-1][1])
-    merged: list[tuple[str, float]] = []
-    for text, weight in parts:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        else:
-            merged.append((text, weight))
+            texts.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, inner, square))
+    for bracket in range(1, len(around)):
+        factors[bracket] *= factors[around[bracket]]
+    parts = ((text, factors[bracket] * (1 / 1.1) ** depth) for text, bracket, depth in texts)
+    merged = [("".join(text for text, _ in group), weight) for weight, group in groupby(parts, lambda part: part[1])]
+    for text, weight in merged:
+        if not abs(weight) <= HEAVIEST:
+            raise LdmError(f"a weight of {weight:.4g} in a prompt, for {text[:40]!r}; at most {HEAVIEST} makes sense")
     return merged
+
+
+def read(prompt: str, weights: bool = True) -> list[tuple[str, float]]:
+    """The parts of a prompt and their weights; all 1 without `weights`.
+
+    Raises:
+        LdmError: it is no text, longer than 100,000 characters, or a weight is above 1,000.
+    """
+    check_texts([prompt])
+    if len(prompt) > LONGEST:
+        raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")
+    return parse_weights(prompt) if weights else [(prompt, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -92,12 +109,12 @@ def split_into_chunks(tokenizer: CLIPTokenizer, parts: Sequence[tuple[str, float
         ids, weights, last_comma = ids[count:], weights[count:], -1
 
     for text, weight in parts:
-        for number, section in enumerate(re.split(rf"\s*\b{BREAK}\b\s*", text)):
+        for number, section in enumerate(re.split(rf"\b{BREAK}\b", text)):
             if number:
                 finish(len(ids))
             for token in tokenizer(section, add_special_tokens=False, verbose=False).input_ids:
                 if len(ids) == size:
-                    near = last_comma >= 0 and size - 1 - last_comma <= BACKTRACK
+                    near = token != comma and last_comma >= 0 and size - last_comma <= BACKTRACK
                     finish(last_comma + 1 if near else size)
                 if token == comma:
                     last_comma = len(ids)
@@ -126,18 +143,14 @@ def encode_prompts(
         weights: read brackets as weights; without, they are text.
 
     Raises:
-        LdmError: a prompt is longer than 100,000 characters, or `clip_skip` is out of range.
+        LdmError: a prompt is longer than 100,000 characters, a weight is above 1,000, or `clip_skip` is out of range.
     """
     reports: list[TokenReport] = []
     towers: list[list[list[Chunk]]] = []
     for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True):
         rows = []
-        check_texts(texts)
         for prompt in texts:
-            if len(prompt) > LONGEST:
-                raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")
-            parts = parse_weights(prompt) if weights else [(prompt, 1.0)]
-            row = split_into_chunks(tokenizer, parts, config.context - 2)
+            row = split_into_chunks(tokenizer, read(prompt, weights), config.context - 2)
             kept = row if chunks else row[:1]
             cut = str(tokenizer.decode([token for chunk in row[len(kept) :] for token in chunk.ids]))
             count = sum(len(chunk.ids) for chunk in row)
@@ -149,17 +162,12 @@ def encode_prompts(
     for index in range(number):
         here = [[row[index] if index < len(row) else Chunk([], []) for row in rows] for rows in towers]
         tokens = [
-            torch.tensor([_padded(chunk, tokenizer, config.context) for chunk in rows])
+            torch.tensor([padded(chunk.ids, tokenizer, config.context) for chunk in rows])
             for config, tokenizer, rows in zip(encoders.configs, encoders.tokenizers, here, strict=True)
         ]
         cond = encoders.encode(tokens, clip_skip)
         encoded.append(Conditioning(_weighted(cond.text, here, encoders), cond.pooled))
     return Conditioning(torch.cat([cond.text for cond in encoded], dim=1), encoded[0].pooled), reports
-
-
-def _padded(chunk: Chunk, tokenizer: CLIPTokenizer, context: int) -> list[int]:
-    ids = [tokenizer.bos_token_id, *chunk.ids, tokenizer.eos_token_id]
-    return ids + [tokenizer.pad_token_id] * (context - len(ids))
 
 
 def _weighted(text: Tensor, chunks: Sequence[Sequence[Chunk]], encoders: TextEncoders) -> Tensor:

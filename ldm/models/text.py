@@ -94,6 +94,15 @@ def check_texts(prompts: Sequence[str]) -> None:
             ) from None
 
 
+def padded(ids: Sequence[int], tokenizer: CLIPTokenizer, context: int) -> list[int]:
+    """Tokens of a text, at most `context` - 2, with start, end and padding.
+
+    A tokenizer that is told to cut and pad remembers it, for other threads that are just using it too.
+    """
+    row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return row + [tokenizer.pad_token_id] * (context - len(row))
+
+
 class TextEncoders(nn.Module):
     """One or two towers and their tokenizers.
 
@@ -125,14 +134,11 @@ class TextEncoders(nn.Module):
             LdmError: a prompt is no text.
         """
         check_texts(prompts)
-        return [
-            torch.tensor(
-                tokenizer(
-                    list(prompts), padding="max_length", truncation=True, max_length=config.context
-                ).input_ids
-            )
-            for config, tokenizer in zip(self.configs, self.tokenizers, strict=True)
-        ]  # fmt: skip
+        tokens = []
+        for config, tokenizer in zip(self.configs, self.tokenizers, strict=True):
+            rows = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+            tokens.append(torch.tensor([padded(row[: config.context - 2], tokenizer, config.context) for row in rows]))
+        return tokens
 
     def encode(self, tokens: Sequence[Tensor], clip_skip: int = 0) -> Conditioning:
         """Token ids (B, M) for each tower to text (B, M, T) and, with `pooled`, pooled text (B, P).

@@ -40,8 +40,8 @@ class Guidance:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
                 raise LdmError(f"guidance {name} {value!r}: a number from {low} to {high} is needed")
-        start, end = self.interval
-        if not 0 <= start <= end <= 1:
+        numbers = [value for value in self.interval if isinstance(value, (int, float))]
+        if len(numbers) != 2 or len(self.interval) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
             raise LdmError(
                 f"guidance interval {self.interval}: two rising numbers from 0 (noise) to 1 (picture) are needed"
             )
@@ -111,8 +111,8 @@ def rescaled(guided: Tensor, wanted: Tensor, amount: float) -> Tensor:
 def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) -> Denoise:
     """Keep the predicted latents within what their own percentile allows, image by image.
 
-    Saharia et al. 2022 (arXiv 2205.11487), section 2.3, on latents, whose ordinary spread is 1: values above the given
-    percentile of their absolute values, and above 3, are cut.
+    Saharia et al. 2022 (arXiv 2205.11487), section 2.3, on latents, whose ordinary spread is 1: where the percentile of
+    their absolute values is above 3, what is above it is cut, and all are scaled down until it is 3.
     """
     bars = schedule.alpha_bars().tolist()
 
@@ -122,7 +122,7 @@ def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) ->
         latents = to_latents(prediction, x, a, s, schedule.prediction_type)
         sizes = latents.flatten(1).abs().float()
         limit = torch.quantile(sizes, percentile, dim=1).clamp(min=3.0).to(latents.dtype)[:, None, None, None]
-        return from_latents(latents.clamp(-limit, limit), x, a, s, schedule.prediction_type)
+        return from_latents(latents.clamp(-limit, limit) * (3 / limit), x, a, s, schedule.prediction_type)
 
     return limited
 

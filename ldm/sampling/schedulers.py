@@ -112,6 +112,12 @@ class Plan:
         """The same run up to call number `end`."""
         return Plan(self.scheduler, self.timesteps[:end], self.begin)
 
+    def calls_before(self, part: float, train_steps: int) -> int:
+        """Calls of the denoiser in the first `part` (0 to 1) of the noise levels, whole steps only."""
+        cutoff = round(train_steps * (1 - part))
+        calls = sum(float(t) >= cutoff for t in self.timesteps)
+        return calls - calls % self.scheduler.order
+
 
 def scheduler_class(name: str) -> type:
     """The class of that short name: diffusers', or ours in its stead.
@@ -238,7 +244,10 @@ def _align_your_steps(steps: int, xl: bool) -> list[float]:
 
 
 def _checked(levels: Sequence[float], steps: int) -> list[float]:
-    values = [float(level) for level in levels]
+    try:
+        values = [float(level) for level in levels]
+    except (TypeError, ValueError):
+        raise LdmError(f"spacing {levels!r}: a name, or falling noise levels, one for each step, are needed") from None
     if (
         len(values) != steps
         or not all(np.isfinite(values))
