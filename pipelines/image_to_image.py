@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.sampling.schedulers import add_noise
 from pipelines.request import whole_steps
 from pipelines.run import Run
 
@@ -24,7 +25,7 @@ def renoised(run: Run, latents: Tensor) -> Tensor:
     """Clean latents (B, C, h, w), noised as strength says, and cleaned again."""
     plan = run.plan.tail(first_call(run))
     noise = run.noise.draw(run.shape, run.dtype, run.device)
-    x = plan.scheduler.add_noise(latents, noise, plan.timesteps[0][None])
+    x = add_noise(plan.scheduler, latents, noise, plan.timesteps[0])
     return run.sample(x, plan)
 
 

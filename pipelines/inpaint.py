@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.images import mask_to_tensor
 from ldm.sampling.loop import Step
+from ldm.sampling.schedulers import add_noise
 from pipelines.image_to_image import first_call
 from pipelines.run import Run
 
@@ -33,7 +34,7 @@ def inpaint(run: Run) -> Tensor:
     if known is None or request.strength == 1:
         x = noise * plan.scheduler.init_noise_sigma
     else:
-        x = plan.scheduler.add_noise(known, noise, plan.timesteps[0][None])
+        x = add_noise(plan.scheduler, known, noise, plan.timesteps[0])
     if reads_mask:
         masked = run.encode(pixels * (mask < 0.5))
         extra = torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1)
@@ -45,7 +46,7 @@ def inpaint(run: Run) -> Tensor:
     def keep(latents: Tensor, step: Step) -> Tensor:
         assert known is not None
         last = step.index == step.count - 1
-        proper = known if last else plan.scheduler.add_noise(known, noise, plan.timesteps[step.index + 1][None])
+        proper = known if last else add_noise(plan.scheduler, known, noise, plan.timesteps[step.index + 1])
         return (1 - small) * proper + small * latents
 
     return run.sample(x, plan, keep=keep)

@@ -289,6 +289,16 @@ def _nearest(levels: list[float], scheduler: Any) -> list[int]:
     return [min(step, len(trained) - 1 - place) for place, step in enumerate(steps[:0:-1])]
 
 
+def add_noise(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Latents (B, C, h, w) with as much noise as there is at a timestep (); the scheduler's tables stay on the CPU,
+    where diffusers moves them to the latents' device and later steps would wait for it."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    noisy = scheduler.add_noise(latents, noise, timestep[None])
+    if table is not None:
+        scheduler.alphas_cumprod = table  # type: ignore[attr-defined]
+    return noisy
+
+
 def step_arguments(scheduler: Scheduler, generator: Any, eta: float) -> dict[str, Any]:
     """What this scheduler's `step` takes besides: generators of noise, and DDIM's and TCD's eta."""
     names = inspect.signature(scheduler.step).parameters
