@@ -38,7 +38,7 @@ def inpaint(run: Run) -> Tensor:
     if reads_mask:
         masked = run.encode(pixels * (mask < 0.5))
         extra = torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1)
-        return run.sample(x, plan, extra)
+        return run.sample(x, plan, run.denoiser(extra))
 
     if run.noise.rng == "diffusers":  # it encodes the masked picture for ordinary U-Nets too, and so draws once more
         run.noise.draw((1, *run.shape[1:]), run.dtype, run.device)

@@ -27,6 +27,7 @@ from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.sampling.schedulers import own_name
+from pipelines.edit import edit
 from pipelines.image_to_image import continued, image_to_image, renoised
 from pipelines.inpaint import inpaint, pasted
 from pipelines.request import Request, default_guidance, fitted, seeds, texts, whole_steps
@@ -35,7 +36,7 @@ from pipelines.text_to_image import text_to_image
 
 log = logging.getLogger(__name__)
 STEPS = 30
-TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpaint": inpaint}
+TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpaint": inpaint, "edit": edit}
 
 
 @dataclass
@@ -220,7 +221,7 @@ class Pipeline:
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
         run = Run(self.model, request, Noise(request.seeds, request.rng), on_step)
-        latents = TASKS[request.task](run)
+        latents = TASKS[_task(request, self.model.family)](run)
         if passes.hires:
             latents = self._enlarged(run, latents, passes)
         if self.refiner is not None:
@@ -276,7 +277,7 @@ class Pipeline:
         """For each picture, all that it was made with, as JSON takes it."""
         family = self.model.family
         common: dict[str, Any] = {
-            "task": request.task,
+            "task": _task(request, family),
             "family": family.name,
             "steps": request.steps,
             "scheduler": _name_of(request.scheduler, family),
@@ -284,7 +285,7 @@ class Pipeline:
             **{name: getattr(request, name) for name in RECORDED},
             **passes.settings(self.refiner is not None),
         }
-        if request.task != "text-to-image":
+        if common["task"] in ("image-to-image", "inpaint"):
             common["strength"] = request.strength
         rows = []
         for index, prompt in enumerate(request.prompts):
@@ -295,6 +296,11 @@ class Pipeline:
                 row["negative_2"] = request.negative_2[index]
             rows.append(row)
         return rows
+
+
+def _task(request: Request, family: Family) -> str:
+    """What is asked for: by what is given, and by what the model does."""
+    return "edit" if family.task == "edit" else request.task
 
 
 def _name_of(scheduler: Any, family: Family) -> str:
@@ -338,6 +344,8 @@ class Passes:
                 raise LdmError(f"{name} {value!r}: a number from {low} to {high} is needed")
         if self.refiner_at is not None and pipeline.refiner is None:
             raise LdmError("refiner_at without a refiner: name one (refiner=, --refiner)")
+        if pipeline.model.family.task == "edit" and (self.hires or pipeline.refiner is not None):
+            raise LdmError(f"a {pipeline.model.family.name} model edits in one pass; leave hires and the refiner out")
         if self.refiner_at is not None and (self.hires or request.task != "text-to-image"):
             raise LdmError(
                 "the refiner takes over within a run only for text to image in one pass; leave refiner_at out"

@@ -114,8 +114,10 @@ class Request:
             raise LdmError("a mask without a picture: give the picture that it belongs to (image=, --image)")
         if family.task == "inpaint" and not self.mask:
             raise LdmError(f"a {family.name} model fills in pictures: give a picture and a mask (--image, --mask)")
-        if family.task == "edit":
-            raise LdmError(f"a {family.name} model edits pictures by instruction, for which there is no pipeline yet")
+        if family.task == "edit" and (self.mask or not self.image):
+            raise LdmError(f"a {family.name} model edits a picture by instruction: give one, and no mask (--image)")
+        if family.task == "edit" and (self.guidance.perturbed or self.guidance.interval != (0, 1)):
+            raise LdmError(f"a {family.name} model has guidance of its own; leave perturbed and interval out")
         if self.mask and self.image and self.mask.size != self.image.size:
             raise LdmError(
                 f"the mask has {_size(self.mask)} pixels, its picture {_size(self.image)}; they must be alike"

@@ -24,7 +24,7 @@ from ldm.models.tiling import tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
-from ldm.sampling.loop import Step, sample
+from ldm.sampling.loop import Denoise, Step, sample
 from ldm.sampling.noise import Noise
 from ldm.sampling.schedulers import Plan
 from pipelines.request import Request
@@ -109,17 +109,25 @@ class Run:
         """Calls of the denoiser in the first `part` (0 to 1) of the noise levels."""
         return self.plan.calls_before(part, self.schedule.train_steps)
 
+    def denoiser(self, extra: Tensor | None = None) -> Denoise:
+        """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""
+        cond, negative, _ = self.conditioning
+        return guided(self.model.unet, cond, negative, self.request.guidance, self.model.family.schedule, extra)
+
     def sample(
-        self, x: Tensor, plan: Plan, extra: Tensor | None = None, keep: Callable[[Tensor, Step], Tensor] | None = None
+        self,
+        x: Tensor,
+        plan: Plan,
+        denoise: Denoise | None = None,
+        keep: Callable[[Tensor, Step], Tensor] | None = None,
     ) -> Tensor:
-        """Noisy latents (B, C, h, w) through the plan; `keep` may change the latents after each step.
+        """Noisy latents (B, C, h, w) through the plan, by default with the run's `denoiser`; `keep` may change the
+        latents after each step.
 
         Raises:
             LdmError: the result is not finite, or memory runs out.
         """
-        cond, negative, _ = self.conditioning
-        family = self.model.family
-        denoise = guided(self.model.unet, cond, negative, self.request.guidance, family.schedule, extra)
+        denoise = denoise or self.denoiser()
         arguments = schedulers.step_arguments(plan.scheduler, self.noise.generator, self.request.eta)
         steps = sample(denoise, plan, x, arguments)
         try:

@@ -24,7 +24,7 @@ from ldm.images import load_image, read_settings, save_png
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for name in ("sd15", "sdxl", "sdxl-refiner"):
+    for name in ("sd15", "sdxl", "sdxl-refiner", "sd15-edit"):
         tiny.model(name).save_pretrained(root / name)
     return root
 
@@ -88,6 +88,9 @@ def test_pictures_from_pictures_and_refined_ones_can_be_made_again(ldm: Any, mod
         assert code == 0, err
         code, out, err = ldm("repro", "a.png", "--device", "cpu")
         assert out.startswith("identical"), err
+    edit = ["--image", "in.png", "--image-guidance", "2", "--steps", 3, "--out", "e.png"]
+    assert ldm("generate", "make it blue", *edit, model="sd15-edit")[0] == 0
+    assert ldm("repro", "e.png", "--device", "cpu")[1].startswith("identical")
     Image.fromarray(noise[::-1]).save("in.png")
     assert (
         ldm("generate", "a cat", "--steps", 2, "--out", "b.png", "--image", "in.png", "--seed", 1, model="sdxl")[0] == 0

@@ -37,7 +37,7 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    names = ("sd15", "sd2-v", "sdxl", "sdxl-refiner", "sd15-inpaint", "sdxl-inpaint")
+    names = ("sd15", "sd2-v", "sdxl", "sdxl-refiner", "sd15-inpaint", "sdxl-inpaint", "sd15-edit", "sdxl-edit")
     for name in names:
         tiny.model(name).save_pretrained(root / name)
     return {name: root / name for name in names}
@@ -126,6 +126,27 @@ def test_image_to_image(folders: dict[str, Path], name: str, kind: str, schedule
         guidance=5.0,
         scheduler=scheduler,
     )
+    torch.testing.assert_close(made, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "euler-a", "dpm++2m"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sd15-edit", "StableDiffusionInstructPix2PixPipeline"),
+        ("sdxl-edit", "StableDiffusionXLInstructPix2PixPipeline"),
+    ],
+)
+def test_editing(folders: dict[str, Path], name: str, kind: str, scheduler: str) -> None:
+    theirs = reference(folders[name], kind, scheduler)(
+        "make it blue", image=picture(), negative_prompt="bad", num_inference_steps=6, guidance_scale=5.0,
+        image_guidance_scale=1.3, generator=generator(), output_type="latent",
+        **({"height": 64, "width": 64} if "xl" in name else {}),
+    ).images  # fmt: skip
+    made = ours(
+        folders[name], "make it blue", negative="bad", image=picture(), steps=6,
+        guidance=Guidance(5.0, image=1.3), scheduler=scheduler,
+    )  # fmt: skip
     torch.testing.assert_close(made, theirs, **TOLERANCE)
 
 

@@ -37,7 +37,7 @@ LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
 }  # fmt: skip
 IDENTITY = (  # what changes a picture, of `Options`, beside its settings
     "model", "family", "variant", "refiner", "guidance", "guidance_rescale", "guidance_interval", "threshold",
-    "perturbed", "dtype", "attention",
+    "perturbed", "image_guidance", "dtype", "attention",
 )  # fmt: skip
 MOST = 100_000  # pictures of each prompt
 LARGEST_FILE = 256 * 2**20
@@ -59,6 +59,7 @@ class Options:
     guidance_interval: str = "0,1"
     threshold: float = 0.0
     perturbed: float = 0.0
+    image_guidance: float = 1.5
     prompts_file: str | None = None
     out: str = "outputs"
     sheet: bool = False
@@ -282,7 +283,9 @@ def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) 
     chosen = next(
         value for value in (scale, options.guidance, default_guidance(pipeline.model.family)) if value is not None
     )
-    return Guidance(chosen, options.guidance_rescale, (start, end), options.threshold, options.perturbed)
+    return Guidance(
+        chosen, options.guidance_rescale, (start, end), options.threshold, options.perturbed, options.image_guidance
+    )
 
 
 def _describe(options: Options, common: dict[str, Any], jobs: list[Job], mine: list[Job]) -> dict[str, Any]:

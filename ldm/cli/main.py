@@ -134,6 +134,9 @@ def generate(
     interval: Annotated[str, typer.Option(help="START,END of the run in which guidance is on.")] = "0,1",
     threshold: Annotated[float, typer.Option(help="Dynamic threshold's percentile, such as 0.995.")] = 0.0,
     perturbed: Annotated[float, typer.Option(help="Scale of perturbed-attention guidance.")] = 0.0,
+    image_guidance: Annotated[
+        float, typer.Option(help="With a model that edits: how much of the picture stays.")
+    ] = 1.5,
     rng: Annotated[str, typer.Option(help="Random numbers: ldm, or diffusers for its own.")] = "ldm",
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
@@ -168,9 +171,9 @@ def generate(
         command.Options(
             prompts=prompts or [], model=model, refiner=refiner, n=n, batch=batch, seed=seed, size=size,
             guidance=guidance, guidance_rescale=rescale, guidance_interval=interval, threshold=threshold,
-            perturbed=perturbed, prompts_file=prompts_file, out=out, sheet=sheet, device=device, dtype=dtype,
-            attention=attention, as_json=json, dry_run=dry_run, family=family, variant=variant,
-            allow_pickle=allow_pickle, settings=settings,
+            perturbed=perturbed, image_guidance=image_guidance, prompts_file=prompts_file, out=out, sheet=sheet,
+            device=device, dtype=dtype, attention=attention, as_json=json, dry_run=dry_run, family=family,
+            variant=variant, allow_pickle=allow_pickle, settings=settings,
         )
     )  # fmt: skip
 

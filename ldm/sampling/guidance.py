@@ -29,6 +29,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)  # of the run in which it is on (Kynkäänniemi et al. 2024, 2404.07724)
     threshold: float = 0.0  # dynamic threshold's percentile of the predicted latents (Saharia et al. 2022); 0: none
     perturbed: float = 0.0  # scale of perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377)
+    image: float = 1.5  # of editing by instruction: how much of the picture stays (Brooks et al. 2022, 2211.09800)
 
     @property
     def classifier_free(self) -> bool:
@@ -36,10 +37,11 @@ class Guidance:
         return self.scale > 1
 
     def __post_init__(self) -> None:
-        for name, low, high in (("scale", 0, 1000), ("rescale", 0, 1), ("threshold", 0, 1), ("perturbed", 0, 1000)):
+        limits = {"scale": 1000, "rescale": 1, "threshold": 1, "perturbed": 1000, "image": 1000}
+        for name, high in limits.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise LdmError(f"guidance {name} {value!r}: a number from {low} to {high} is needed")
+            if not isinstance(value, (int, float)) or not 0 <= value <= high:
+                raise LdmError(f"guidance {name} {value!r}: a number from 0 to {high} is needed")
         numbers = [value for value in self.interval if isinstance(value, (int, float))]
         if len(numbers) != 2 or len(self.interval) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
             raise LdmError(
@@ -97,6 +99,27 @@ def guided(
         if g.rescale:
             result = rescaled(result, wanted, g.rescale)
         return result
+
+    return thresholded(denoise, g.threshold, schedule) if g.threshold else denoise
+
+
+def edited(
+    unet: UNet, cond: Conditioning, negative: Conditioning, guidance: Guidance, schedule: NoiseSchedule, image: Tensor
+) -> Denoise:
+    """The prediction of a U-Net that edits: away from one without instruction, and away from one without the picture.
+
+    Brooks et al. 2022 (arXiv 2211.09800), equation 3. `image` (B, C, h, w) are the picture's latents, not scaled.
+    """
+    g = guidance
+    if not g.classifier_free:
+        alone = plain(unet, cond, image)
+        return thresholded(alone, g.threshold, schedule) if g.threshold else alone
+    together = plain(unet, join(cond, negative, negative), torch.cat([image, image, torch.zeros_like(image)]))
+
+    def denoise(x: Tensor, time: Time) -> Tensor:
+        told, shown, alone = together(torch.cat([x] * 3), time).chunk(3)
+        result = alone + g.scale * (told - shown) + g.image * (shown - alone)
+        return rescaled(result, told, g.rescale) if g.rescale else result
 
     return thresholded(denoise, g.threshold, schedule) if g.threshold else denoise
 

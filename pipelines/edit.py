@@ -1,0 +1,23 @@
+"""Editing by instruction: a picture and what to do to it (InstructPix2Pix: Brooks et al. 2022, arXiv 2211.09800).
+
+The U-Net reads the picture's latents, as the autoencoder gives them, beside the noisy ones.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ldm.sampling.guidance import edited
+from pipelines.run import Run
+
+
+def edit(run: Run) -> Tensor:
+    """Latents (B, C, h, w) of the request's picture after the edit, from pure noise."""
+    request, model = run.request, run.model
+    assert request.image is not None
+    weight = next(model.autoencoder.parameters())
+    picture = model.autoencoder.encode(run.pixels_of(request.image).to(weight.device, weight.dtype)).mode()
+    x = run.noise.draw(run.shape, run.dtype, run.device) * run.plan.scheduler.init_noise_sigma
+    cond, negative, _ = run.conditioning
+    image = picture.to(run.device, run.dtype).expand(len(x), -1, -1, -1)
+    return run.sample(x, run.plan, edited(model.unet, cond, negative, request.guidance, model.family.schedule, image))
