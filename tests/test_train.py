@@ -30,6 +30,8 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import checkpoint
 from ldm.training.config import Config, load
+from ldm.training.denoiser import Joint
+from ldm.training.ema import recombine
 from ldm.training.loop import Stopped
 from ldm.training.run import Caches, Run, train
 from ldm.training.start import starting_model
@@ -519,6 +521,23 @@ def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> 
     assert seen[0][0] == ["a red circle", "a blue square"]
     assert Image.open(tmp_path / "r" / "base" / "previews" / "step-00000003.png").size[0] > 32
     assert len(list((tmp_path / "r" / "base" / "averages" / "unet").iterdir())) == 6
+
+
+def test_averages_of_another_width_make_a_model(shapes: Path, tmp_path: Path) -> None:
+    """Of the U-Net and of the text encoders that were trained with it; the last update has a snapshot in any case."""
+    train(config(shapes, tmp_path / "r", "base.ema.widths=[0.05, 0.1]", "base.steps=3", "base.train_text=true",
+                 "base.text_learning_rate=[1e-2]"))  # fmt: skip
+    command = [sys.executable, str(ROOT / "tools" / "recombine_averages.py"), str(tmp_path / "r" / "base")]
+    subprocess.run([*command, "--width", "0.2", "--out", str(tmp_path / "wide")], check=True, timeout=120,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    wanted = recombine(tmp_path / "r" / "base" / "averages" / "unet", 0.2)
+    found, saved = (
+        Joint(model.unet, model.text_encoders, model.family).state_dict()
+        for model in map(LatentDiffusion.from_pretrained, (tmp_path / "wide", tmp_path / "r" / "base" / "model"))
+    )
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    changed = [name for name in found if not torch.equal(found[name], saved[name])]
+    assert {name.split(".")[0] for name in changed} == {"unet", "text_encoders"}
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: Mapping[str, 
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two from libraries, on a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 1e9
         why = getattr(error, "strerror", None) or first_line(error)
         raise LdmError(
