@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, VQModel
+from launched import on_two
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -241,11 +239,7 @@ def test_two_processes_take_the_path_of_one(tmp_path: Path, pictures: Path, lpip
     script.write_text(
         "import sys\nfrom ldm.training.config import load\nfrom ldm.training.run import train\ntrain(load(sys.argv[1]))"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", script, tmp_path / "run.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two(script, tmp_path / "run.yaml")
     for ours, theirs in zip(lines(tmp_path / "alone"), lines(tmp_path / "together"), strict=True):
         assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-5)
     ours, theirs = record(tmp_path / "alone"), record(tmp_path / "together")

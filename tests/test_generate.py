@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from launched import on_two
 from PIL import Image
 from test_cli import COMMAND, run
 
@@ -228,11 +229,7 @@ def test_a_killed_list_goes_on(listed: list[str], tmp_path: Path) -> None:
 
 def test_launched_processes_share_a_list(listed: list[str], tmp_path: Path) -> None:
     """What the README shows, with two real processes: together they make what one makes alone."""
-    launch = [str(Path(COMMAND).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2", "-m", "ldm"]
-    result = subprocess.run(
-        [*launch, *listed, str(tmp_path / "two")], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    result = on_two("-m", "ldm", *listed, tmp_path / "two")
     assert len(set(result.stdout.split())) == 8
     subprocess.run([COMMAND, *listed, str(tmp_path / "one")], check=True, capture_output=True, timeout=120)
     assert pictures(tmp_path / "two") == pictures(tmp_path / "one")

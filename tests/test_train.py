@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from launched import ROOT, on_two
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from test_cli import COMMAND
 
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import checkpoint
 from ldm.training.config import Config, load
+from ldm.training.denoiser import Joint
+from ldm.training.ema import recombine
 from ldm.training.loop import Stopped
 from ldm.training.run import Caches, Run, train
 from ldm.training.start import starting_model
@@ -250,6 +255,91 @@ def test_a_damaged_checkpoint_is_passed_over(shapes: Path, tmp_path: Path, caplo
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.unet.channels=[32,64]"], "another network"),
+        (["base.train_text=true"], "another network"),
+        (["base.optimizer.name=adafactor", "base.ema.decay=0"], "another optimizer and another ema"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(
+    shapes: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    interrupted(config(shapes, tmp_path / "r"), after=5)
+    with pytest.raises(LdmError, match=f"step-00000003 does not fit the configuration: {message}; set back what was"):
+        train(config(shapes, tmp_path / "r", *overrides))
+    train(config(shapes, tmp_path / "r"))
+
+
+def test_more_steps_and_another_learning_rate_go_on(
+    shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config(shapes, tmp_path / "r"))
+    settings = config(shapes, tmp_path / "r", "base.steps=9", "base.optimizer.learning_rate=1e-30")
+    train(settings)
+    assert "base.optimizer.learning_rate was 0.002 when this run began, and is 1e-30 now" in caplog.text
+    rows = {row["step"]: row for row in lines(tmp_path / "r") if "learning_rate" in row}
+    assert list(rows) == list(range(1, 10))
+    assert rows[9]["learning_rate"] == 1e-30
+    state = torch.load(tmp_path / "r" / "base" / "checkpoints" / "step-00000009" / "optimizer.bin", weights_only=True)
+    assert state["param_groups"][0]["lr"] == 1e-30
+    networks = [checkpoint / "model.safetensors" for checkpoint in sorted((tmp_path / "r").glob("base/checkpoints/*"))]
+    before, after = (load_file(path) for path in networks)
+    moved = max(float((before[name] - after[name]).abs().max()) for name in before)
+    assert moved < 1e-20
+
+
+def test_damaged_files_of_a_run(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The end of a stage is done again; a log and a record that cannot be read are made anew."""
+    settings = config(shapes, tmp_path / "r")
+    train(settings)
+    before, folder = weights(tmp_path / "r"), tmp_path / "r" / "base"
+    (folder / "done.json").write_text("{}")
+    (folder / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "r" / "config.yaml").write_bytes(b"\xff: [")
+    train(settings)
+    assert "done.json is damaged; the end of the stage is done again" in caplog.text
+    assert weights(tmp_path / "r") == before
+    assert load(tmp_path / "r" / "config.yaml") == settings
+    for manifest in ("{}", "[]", '{"files": {}, "step": 6, "state": {}}'):
+        (folder / "checkpoints" / "step-00000006" / "manifest.json").write_text(manifest)
+        found = checkpoint.newest(folder / "checkpoints")
+        assert found is not None
+        assert found[0].name == "step-00000003"
+
+
+def test_one_run_at_a_time(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "r" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(LdmError, match="r is in use by another run; wait for its end, or choose another output"):
+            train(config(shapes, tmp_path / "r"))
+        other.communicate(b"\n")
+    assert not (tmp_path / "r" / "config.yaml").exists()
+
+
+def test_pictures_that_changed_are_noticed(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(shapes, tmp_path / "mine")
+    settings = config(tmp_path / "mine", tmp_path / "r")
+    interrupted(settings, after=4)
+    train(settings)
+    assert "has changed" not in caplog.text
+    (tmp_path / "mine" / "000.txt").write_text("something else")
+    train(settings)
+    assert "mine has changed since this run began (50 images then, 50 now)" in caplog.text
+
+
+def test_none_held_out(shapes: Path, tmp_path: Path) -> None:
+    """So small a part of the pictures that it is none."""
+    train(config(shapes, tmp_path / "r", "data.holdout=0.0001", "base.steps=2", "base.validate_every=1"))
+    assert not any("validation/loss" in row for row in lines(tmp_path / "r"))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(shapes, tmp_path / "r")
     interrupted(settings, after=5)
@@ -257,9 +347,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(shapes: Path, tmp_path: Path, mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file\nand more")
+
     with monkeypatch.context() as patch:
         patch.setattr("ldm.training.checkpoint._flush", full)
         with pytest.raises(LdmError, match=r"cannot be written: No space left on device; .* GB are free"):
+            train(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.accelerator.save_accelerator_state", broken)
+        with pytest.raises(LdmError, match=r"cannot be written: PytorchStreamWriter failed writing file; .* are free"):
             train(settings)
     found = checkpoint.newest(tmp_path / "r" / "base" / "checkpoints")
     assert found is not None
@@ -280,6 +377,28 @@ def test_a_signal_saves_and_leaves(shapes: Path, tmp_path: Path) -> None:
     train(settings)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once are one; a second one later ends it at once; one that comes too late is handed on."""
+    settings = config(shapes, tmp_path / "r")
+
+    def sent(step: int, times: int) -> Callable[[str, int, int, dict[str, float]], None]:
+        def report(stage: str, now: int, steps: int, figures: dict[str, float]) -> None:
+            for _ in range(times if now == step and "loss/unet" in figures else 0):
+                signal.raise_signal(signal.SIGINT)
+
+        return report
+
+    with pytest.raises(Stopped, match="after 2 updates"):
+        train(settings, report=sent(2, 2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ldm.training.loop.AT_ONCE", -1.0)
+        train(settings, report=sent(4, 2))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, report=sent(6, 1))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(settings)
 
 
 def test_the_command_is_killed_and_goes_on(shapes: Path, tmp_path: Path) -> None:
@@ -333,21 +452,30 @@ def test_micro_batches_change_nothing(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one(shapes: Path, tmp_path: Path) -> None:
-    train(config(shapes, tmp_path / "one"))
-    config(shapes, tmp_path / "two")
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
-    script = Path(__file__).parent.parent / "train_ldm.py"
-    result = subprocess.run(
-        [*launch, str(script), str(tmp_path / "two.yaml"), f"data.source={shapes}", f"output={tmp_path / 'two'}"],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [row["learning_rate"] for row in two if "learning_rate" in row] == [
-        row["learning_rate"] for row in one if "learning_rate" in row
-    ]
-    assert two[-1]["validation/loss"] == pytest.approx(one[-1]["validation/loss"], rel=1e-3)
+    """A run goes from one process to two and back; its text encoder, trained with the U-Net, does too."""
+    extra = ["base.steps=8", "base.save_every=2", "base.train_text=true", "base.text_learning_rate=[1e-3]"]
+    train(config(shapes, tmp_path / "one", *extra))
+    settings = config(shapes, tmp_path / "two", *extra)
+    interrupted(settings, after=3)
+    result = on_two(ROOT / "train_ldm.py", tmp_path / "two.yaml", f"data.source={shapes}", f"output={tmp_path / 'two'}",
+                    *extra)  # fmt: skip
+    assert f"going on from {tmp_path / 'two'}/base/checkpoints/step-00000002" in result.stderr
+    assert result.stdout == f"{tmp_path / 'two'}/base/model\n"
+    checkpoints = tmp_path / "two" / "base" / "checkpoints"
+    assert (checkpoints / "step-00000006" / "random_states_1.pkl").exists()  # there were two
+
+    def same() -> None:
+        one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+        assert [list(row) for row in two] == [list(row) for row in one]
+        for row, expected in zip(two, one, strict=True):
+            assert row == pytest.approx(expected, rel=1e-3)
+        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+
+    same()
+    shutil.rmtree(checkpoints / "step-00000008")
+    (tmp_path / "two" / "base" / "done.json").unlink()
+    train(settings)
+    same()
 
 
 def test_a_cache_changes_nothing_but_the_crops_it_holds(shapes: Path, tmp_path: Path) -> None:
@@ -395,6 +523,23 @@ def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> 
     assert len(list((tmp_path / "r" / "base" / "averages" / "unet").iterdir())) == 6
 
 
+def test_averages_of_another_width_make_a_model(shapes: Path, tmp_path: Path) -> None:
+    """Of the U-Net and of the text encoders that were trained with it; the last update has a snapshot in any case."""
+    train(config(shapes, tmp_path / "r", "base.ema.widths=[0.05, 0.1]", "base.steps=3", "base.train_text=true",
+                 "base.text_learning_rate=[1e-2]"))  # fmt: skip
+    command = [sys.executable, str(ROOT / "tools" / "recombine_averages.py"), str(tmp_path / "r" / "base")]
+    subprocess.run([*command, "--width", "0.2", "--out", str(tmp_path / "wide")], check=True, timeout=120,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    wanted = recombine(tmp_path / "r" / "base" / "averages" / "unet", 0.2)
+    found, saved = (
+        Joint(model.unet, model.text_encoders, model.family).state_dict()
+        for model in map(LatentDiffusion.from_pretrained, (tmp_path / "wide", tmp_path / "r" / "base" / "model"))
+    )
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    changed = [name for name in found if not torch.equal(found[name], saved[name])]
+    assert {name.split(".")[0] for name in changed} == {"unet", "text_encoders"}
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +581,16 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["model.source=nowhere"], "nowhere"),
         (["data.stream=true", "data.cache=true"], "a stream cannot be cached"),
         (["trackers=[abacus]"], "trackers: Unsupported"),
+        (["stages=[base,base]"], "stages is ['base', 'base']: value error, each stage once, in the order autoencoder"),
+        (["stages=[refiner,base]"], "each stage once, in the order"),
+        (["precision=fp16"], "precision fp16 needs a GPU"),
+        (["base.optimizer.betas=[2,3]"], "base.optimizer.betas.0 is 2: input should be less than 1"),
+        (["base.drop_caption=[5]"], "base.drop_caption.0 is 5"),
+        (["base.text_learning_rate=[-1]"], "base.text_learning_rate.0 is -1"),
+        (
+            ["model.family=sd15-inpaint", "model.unet.in_channels=9"],
+            "base: the U-Net of custom reads a picture to edit",
+        ),
     ],
 )
 def test_wrong_settings_are_named(shapes: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
@@ -25,10 +26,12 @@ def run(stage: Path, width: float, step: int | None, out: Path) -> None:
     Raises:
         LdmError: there are no snapshots, or the destination exists.
     """
-    weights = recombine(stage / "averages" / "unet", width, step)
     model = LatentDiffusion.from_pretrained(stage / "model", dtype=torch.float32)
-    model.unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()
-                                if not name.startswith("text_encoders.")}, assign=True)  # fmt: skip
+    whole = nn.ModuleDict({part: getattr(model, part) for part in ("unet", "autoencoder", "text_encoders")})
+    known = dict(whole.named_parameters())
+    trained = "autoencoder" if (stage / "averages" / "autoencoder").is_dir() else "unet"
+    for name, tensor in recombine(stage / "averages" / trained, width, step).items():
+        known[name if name in known else f"{trained}.{name}"].data = tensor  # what was trained may be one part or more
     model.save_pretrained(out)
 
 

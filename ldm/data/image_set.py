@@ -188,6 +188,10 @@ class ImageSet:
             raise LdmError(f"it cannot be read: {error.strerror or error}") from None
         return read_image(file, size, least)
 
+    def all_captions(self) -> list[list[str]]:
+        """The captions of all images."""
+        return self._column("captions").to_pylist()
+
     def captions(self) -> list[str]:
         """All distinct captions, sorted; the empty one too if there are images without any."""
         lists = self._column("captions")

@@ -9,8 +9,10 @@ B rows of this process, C latent channels, H×W height and width of the bucket, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ from ldm.data.keyed import uniform
 from ldm.data.plan import Item, Plan, Visit
 from ldm.data.skipped import Skipped
 from ldm.data.streams import StreamPlan
-from ldm.errors import LdmError, check_whole
+from ldm.errors import LdmError, check_whole, first_line
 
+T = TypeVar("T")
 # of one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments (2C, h, w)
 Row = tuple[str, int, str, float, tuple[int, ...], Tensor]
 
@@ -107,9 +110,10 @@ class Loader:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # otherwise it draws from the global one
+            worker_init_fn=_deaf,
         )
         seen = 0
-        for batch, damaged in loading:
+        for batch, damaged in _named(loading):
             for key, reason in damaged:
                 self.skipped.add(key, reason)
             if batch is None:
@@ -133,12 +137,13 @@ class Loader:
 def once(plan: Plan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
     """This process's share of all images of a plan, each once, as its first visit shows it, in an order that stays.
 
-    A batch has up to `rows` images of one bucket. Images that cannot be decoded are left out, and listed.
+    A batch has up to `rows` images of one bucket, the fullest buckets first. Images that cannot be decoded are left
+    out, and listed.
     """
     loading, skipped = _Loading(plan, None), Skipped(plan.name, plan.folder / f"skipped-{rank}.txt")
     pieces = [
         Item(sides, [Visit(int(index), 0) for index in members[start : start + rows]], [])
-        for sides, members in plan.buckets.items()
+        for sides, members in sorted(plan.buckets.items(), key=lambda bucket: -len(bucket[1]))
         for start in range(0, len(members), rows)
     ]
     for item in pieces[rank::world]:
@@ -147,6 +152,24 @@ def once(plan: Plan, rows: int, rank: int, world: int, device: torch.device | st
             skipped.add(key, reason)
         if found:
             yield _ready(loading.batch(found), device)
+
+
+def _deaf(worker: int) -> None:
+    """Workers go on when a terminal or a scheduler asks all processes to end: the main one ends them once it saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _named(loading: Iterable[T]) -> Iterator[T]:
+    """The same; a worker that was killed is an error that says so."""
+    try:
+        yield from loading
+    except RuntimeError as error:
+        if isinstance(error, LdmError) or "DataLoader worker" not in str(error):
+            raise
+        raise LdmError(
+            f"a process that loads pictures ended ({first_line(error)}); if memory ran out, lower data.workers"
+        ) from None
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:

@@ -39,7 +39,8 @@ def open_images(
     elif Path(source).is_dir():
         found = Folder(Path(source))
     else:
-        raise LdmError(f"{source} does not exist; give a folder, tar shards, parquet files or a dataset (owner/name)")
+        what = "is a file" if Path(source).is_file() else "does not exist"
+        raise LdmError(f"{source} {what}; give a folder, tar shards, parquet files or a dataset (owner/name)")
     return ImageSet(found, folder, captions)
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, first_line
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -53,10 +54,12 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: Mapping[str, 
             _flush(folder)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        free = shutil.disk_usage(folder).free / 1e9
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two from libraries, on a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 1e9
+        why = getattr(error, "strerror", None) or first_line(error)
         raise LdmError(
-            f"checkpoint {path} cannot be written: {error.strerror or error}; {free:.2f} GB are free; "
+            f"checkpoint {path} cannot be written: {why}; {free:.2f} GB are free; "
             "earlier checkpoints are whole: run the same command again when there is room"
         ) from None
     accelerator.wait_for_everyone()
@@ -100,6 +103,9 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             wrong = [name for name, digest in manifest["files"].items() if _digest(path / name) != digest]
+            state = manifest["state"]
+            if not (manifest["files"] and isinstance(state["sums"], dict) and isinstance(state["kind"], dict)):
+                wrong = [MANIFEST]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             wrong = [MANIFEST]
         if not wrong:

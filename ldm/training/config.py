@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from ldm.errors import LdmError, first_line
 
 StageName = Literal["autoencoder", "text", "base", "refiner"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -45,7 +48,7 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how it falls after the warm-up")
     warmup: int = Field(0, ge=0, description="updates until it is reached")
     final: float = Field(0.0, ge=0, le=1, description="part of it that is left at the last update")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and second moments")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: as it comes")
@@ -130,11 +133,13 @@ class DenoiserSection(StageSection):
     timestep_range: tuple[int, int] | None = Field(None, description="first and last; without: all, refiner 0 to 199")
     logit_mean: float = Field(0.0, description="of the logit-normal distribution (Esser et al. 2024)")
     logit_std: float = Field(1.0, gt=0, description="likewise")
-    drop_caption: list[float] = Field([0.1], min_length=1, max_length=2, description="part of the captions left out")
+    drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions left out")
     drop_together: bool = Field(False, description="leave a caption out of both text encoders, or out of none")
     drop_size: float = Field(0.0, ge=0, le=1, description="part of the size conditioning left out")
     train_text: bool = Field(False, description="train the text encoders together with the U-Net")
-    text_learning_rate: list[float] = Field([1e-6], min_length=1, max_length=2, description="of each text encoder")
+    text_learning_rate: list[NotNegative] = Field(
+        [1e-6], min_length=1, max_length=2, description="of each text encoder"
+    )
     prompts: list[str] = Field([], description="of the previews; without: held-out captions")
 
 
@@ -191,6 +196,14 @@ class Config(Section):
     text: TextSection = TextSection()
     base: DenoiserSection = DenoiserSection()
     refiner: RefinerSection = RefinerSection()
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, stages: list[StageName]) -> list[StageName]:
+        """Each starts from the one before."""
+        if stages != [name for name in STAGES if name in stages]:
+            raise ValueError(f"each stage once, in the order {', '.join(STAGES)}")
+        return stages
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

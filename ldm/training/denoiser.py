@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.data.keyed import normal
 from ldm.data.loader import Batch
+from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.text import TextEncoders
@@ -29,6 +31,11 @@ from ldm.training.stage import Loss, Player, Preview
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
 LOOKS = 4  # noise levels at which each held-out picture is looked at
 Encode = Callable[[list[list[str]]], Conditioning]  # texts of each text encoder to what they say
+
+
+def encoding(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The precision in which pictures are encoded: the run's, but never fp16, in which SDXL's autoencoder overflows."""
+    return nullcontext() if accelerator.mixed_precision == "fp16" else accelerator.autocast()
 
 
 class Joint(nn.Module):
@@ -74,6 +81,11 @@ class DenoiserStage:
         self.name, self.section, self.model, self.accelerator, self.seed = name, section, model, accelerator, seed
         self.make_preview = preview
         family = model.family
+        if family.unet.in_channels != family.autoencoder.latent_channels:
+            raise LdmError(
+                f"{name}: the U-Net of {family.name} reads a picture to edit besides, which there is no training for; "
+                "start from a text-to-image model"
+            )
         last = family.schedule.train_steps - 1
         usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
         low, high = section.timestep_range or usual
@@ -126,7 +138,7 @@ class DenoiserStage:
             mean, std = batch.moments.chunk(2, dim=1)
         else:
             assert batch.pixels is not None
-            with self.accelerator.autocast():
+            with encoding(self.accelerator):
                 posterior = autoencoder.encode(batch.pixels.to(next(autoencoder.parameters()).dtype))
             mean = posterior.mode().float()
             std = getattr(posterior, "std", torch.zeros(())).float().to(mean.device)

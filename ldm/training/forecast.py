@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
@@ -83,11 +86,14 @@ def _forecast(
             checkpointed(module)
         kept, flops = _count(learning)[0], flops + forward
     averages = bool(section.ema.decay) + len(section.ema.widths)
+    kept *= micro
+    if config.precision != "no":  # half of it, and a copy of the weights in 16 bits
+        kept = kept // 2 + 2 * count
     return Forecast(
         stage=name, size=phase.size, steps=phase.end - phase.first, batch=phase.batch, micro_batch=micro,
         trained=count, frozen=still, weights=4 * (count + still), gradients=4 * count,
         optimizer=STATE[section.optimizer.name] * count, averages=4 * count * averages,
-        activations=kept * micro // (1 if config.precision == "no" else 2), flops_per_image=flops,
+        activations=kept, flops_per_image=flops,
         flops_per_step=flops * phase.batch,
     )  # fmt: skip
 
@@ -147,6 +153,25 @@ def _work(
     return [parts.unet], [parts.autoencoder, parts.text_encoders], lambda: parts.unet(latents, time, cond), fixed
 
 
+class _Fused(TorchFunctionMode):
+    """Attention as devices do it, whose kernels keep no scores: on the meta device, PyTorch would keep them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        function = _attention if func is F.scaled_dot_product_attention else func
+        return function(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, **options: Any,
+) -> Tensor:  # fmt: skip
+    """`F.scaled_dot_product_attention` by the kernel that every GPU has."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=options.get("scale"))[0]
+
+
 def _count(run: Pass) -> tuple[int, int]:
     """Bytes, in fp32, that the backward pass of a forward pass needs besides weights; and its FLOPs."""
     kept: dict[int, int] = {}
@@ -157,7 +182,8 @@ def _count(run: Pass) -> tuple[int, int]:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks, _Fused():
         run()
     return sum(kept.values()), counter.get_total_flops()
 

@@ -6,6 +6,7 @@ started again, or laid out over another number of processes, is the same run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -31,9 +32,12 @@ from ldm.training import checkpoint
 from ldm.training.ema import Averages
 from ldm.training.optimizers import learning_rate, set_learning_rate
 from ldm.training.stage import Stage
+from ldm.weights.files import replacing
 
 log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
+OPTIONS = ("highest", "weight_decay", "betas", "eps")  # of an optimiser, which may change when a run goes on
+AT_ONCE = 1.0  # seconds within which signals are one: a terminal and a launcher both send it
 
 
 class Stopped(Exception):  # noqa: N818  (no error)
@@ -109,6 +113,7 @@ class Training:
         self.sums: dict[str, list[float]] = {}  # of the figures since the last line of the log, and how many there were
         self.clock = Clock()
         self.asked = 0  # the signal that asked for the end
+        self.asked_at = 0.0  # when it came
 
     def run(self) -> dict[str, Any]:
         """From the newest checkpoint, if there is one, to the last step; the result's record.
@@ -125,17 +130,12 @@ class Training:
                 started = time.monotonic()
                 micro_batches = next(batches)
                 self.clock.waiting += time.monotonic() - started
-                try:
-                    self.train_step(micro_batches)
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                    raise LdmError(_too_large(self.stage.name, micro_batches[0])) from None
+                self.train_step(micro_batches)
                 self.step += 1
                 last = self.step == section.steps
                 if self.step % section.log_every == 0 or last:
                     self.write_log()
-                if self.step % section.ema.every == 0 and section.ema.widths:
+                if self.step % section.ema.every == 0 or last:
                     self.save_snapshots()
                 if self.step % section.validate_every == 0 or last:
                     self.validate()
@@ -152,9 +152,17 @@ class Training:
         """Gradients of all micro-batches, then one update of every player.
 
         Raises:
-            LdmError: a loss or gradient is not finite; nothing has been updated.
+            LdmError: a loss or gradient is not finite, so that nothing has been updated; or memory does not suffice.
             Stopped: see `run`.
         """
+        try:
+            self._train_step(micro_batches)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise LdmError(_too_large(self.stage.name, micro_batches[0])) from None
+
+    def _train_step(self, micro_batches: Sequence[Batch]) -> None:
         players = self.stage.players
         rate = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
         sums: dict[str, Tensor] = {}
@@ -179,6 +187,8 @@ class Training:
         for average in self.averages.values():
             average.update(self.step + 1)
         for name, value in {**figures, **self.stage.updated(self.step + 1)}.items():
+            if not math.isfinite(value):  # an fp16 gradient that overflowed and was not used
+                continue
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = [total + value, count + 1]
         self.clock.pictures += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
@@ -210,7 +220,7 @@ class Training:
     def lost(self, what: str, bad: list[tuple[list[str], Tensor]]) -> str:
         """Why the run ends here, and with which samples."""
         found = {key for keys, rows in bad for key, row in zip(keys, rows.tolist(), strict=True) if row}
-        found = found or {key for keys, _ in bad for key in keys}
+        found = found or {key for keys, _ in bad for key in keys}  # a gradient's, or those of another rank
         saved = checkpoint.checkpoints(self.folder / "checkpoints")
         return (
             f"{what} of step {self.step + 1} is not finite (samples here: {listing(sorted(found), 8)}); nothing was "
@@ -257,10 +267,10 @@ class Training:
         self.clock = Clock()
 
     def preview(self, batch: Batch) -> None:
-        """Pictures to look at, on the main process."""
+        """Pictures to look at, on the main process: of held-out samples, always the same, or else of this batch."""
         if self.accelerator.is_main_process:
             with self.averaged():
-                pictures = self.stage.preview(batch, self.step)
+                pictures = self.stage.preview(next(iter(self.held_out()), batch), self.step)
             self.show(pictures)
         self.accelerator.wait_for_everyone()
         self.clock = Clock()
@@ -289,50 +299,92 @@ class Training:
     def save(self) -> None:
         """A checkpoint of everything that the rest of the run depends on."""
         checkpoint.save(
-            self.accelerator, self.folder / "checkpoints", self.step, {"sums": self.sums}, self.section.keep
-        )
+            self.accelerator, self.folder / "checkpoints", self.step, {"sums": self.sums, "kind": self.kind()},
+            self.section.keep,
+        )  # fmt: skip
         self.clock = Clock()
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint that is whole; the log is cut back to it."""
+        """Go on from the newest checkpoint that is whole; the log is cut back to it.
+
+        Raises:
+            LdmError: the configuration describes other networks, averages or another optimiser.
+        """
         found = checkpoint.newest(self.folder / "checkpoints")
         if found:
             path, manifest = found
+            kind, before = self.kind(), manifest["state"]["kind"]
+            differ = [name for name in kind if kind[name] != before.get(name)]
+            if differ:
+                raise LdmError(
+                    f"{path} does not fit the configuration: another {' and another '.join(differ)}; set back what was "
+                    f"changed since the run began, or choose another output"
+                )
+            optimizers = [player.optimizer for player in self.stage.players.values()]
+            wanted = [
+                [{k: v for k, v in group.items() if k in OPTIONS} for group in o.param_groups] for o in optimizers
+            ]
             self.accelerator.load_state(str(path))
-            self.step = int(manifest["step"])
+            for optimizer, groups in zip(optimizers, wanted, strict=True):  # those of the configuration, if it changed
+                for group, options in zip(optimizer.param_groups, groups, strict=True):
+                    group.update(options)
+            self.step = int(path.name.removeprefix("step-"))
             self.sums = manifest["state"]["sums"]
             log.info("going on from %s", path)
         if self.accelerator.is_main_process:
             _cut(self.folder / "metrics.jsonl", self.step)
 
+    def kind(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to fit."""
+        shapes = [
+            (player, name, tuple(parameter.shape))
+            for player, one in self.stage.players.items()
+            for name, parameter in self.accelerator.unwrap_model(one.module).named_parameters()
+        ]
+        return {
+            "network": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+            "optimizer": self.section.optimizer.name,
+            "ema": [bool(self.section.ema.decay), *self.section.ema.widths],
+            "precision with a loss scale": self.accelerator.scaler is not None,
+        }
+
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While training, SIGTERM and SIGINT ask for a checkpoint and the end; a second one ends at once."""
+        """While training, SIGTERM and SIGINT ask for a checkpoint and the end; a second one ends at once.
+
+        One that comes after the last step began is handed on to whoever handled signals before.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, _: object) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = number
+            if not self.asked:
+                self.asked, self.asked_at = number, time.monotonic()
+            elif time.monotonic() - self.asked_at > AT_ONCE:
+                restore()
+                signal.raise_signal(number)
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore()
+        if self.asked:
+            signal.raise_signal(self.asked)
 
 
 def _cut(path: Path, step: int) -> None:
     """Lines of a log up to a step."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
+    with replacing(path, folder=False, overwrite=True, need=0) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _too_large(stage: str, batch: Batch) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ def make_optimizer(
     """
     rows: list[dict[str, Any]] = [{"params": ps, "lr": rate, "highest": rate} for ps, rate in groups if ps]
     rows += [{"params": ps, "lr": rate, "highest": rate, "weight_decay": 0.0} for ps, rate in undecayed if ps]
-    common: dict[str, Any] = {"betas": section.betas, "weight_decay": section.weight_decay}
+    common: dict[str, Any] = {
+        "betas": section.betas, "weight_decay": section.weight_decay, "eps": section.epsilon,
+    }  # fmt: skip
     if section.name == "adamw":
         fused = all(p.device.type == "cuda" for row in rows for p in row["params"])
-        return torch.optim.AdamW(rows, eps=section.epsilon, fused=fused or None, **common)
+        return torch.optim.AdamW(rows, fused=fused or None, **common)
     if section.name == "adafactor":
         return torch.optim.Adafactor(rows, weight_decay=section.weight_decay)
     package, name = {"adamw-8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}[
@@ -44,7 +47,8 @@ def make_optimizer(
         raise LdmError(
             f"optimizer {section.name} needs one more package: pip install {package.split('.')[0]}"
         ) from None
-    return kind(rows, **common)
+    with redirect_stdout(None):  # Prodigy's greeting
+        return kind(rows, **common)
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:

@@ -10,16 +10,18 @@ runs/x/base/done.json     written last
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import yaml
@@ -27,8 +29,8 @@ from accelerate import Accelerator
 
 import ldm
 from ldm.data.cache import Latents, Texts, build_latents, build_texts
-from ldm.data.framing import Framing
-from ldm.data.image_set import ImageSet
+from ldm.data.framing import Framing, choose_buckets
+from ldm.data.image_set import ImageSet, made
 from ldm.data.loader import Batch, Loader, once
 from ldm.data.plan import Plan, split
 from ldm.data.sources import open_images, open_stream
@@ -41,17 +43,18 @@ from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
 from ldm.training.config import Config, DataSection, StageName, StageSection, dump
 from ldm.training.contrastive import ContrastiveStage, check_differ
-from ldm.training.denoiser import DenoiserStage
+from ldm.training.denoiser import DenoiserStage, encoding
 from ldm.training.forecast import forecast, peak_tflops
 from ldm.training.loop import Report, Training, Work, in_parts
 from ldm.training.phases import Phase, phases
 from ldm.training.stage import Preview, Stage
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
-from ldm.weights.files import replacing, write_json
+from ldm.weights.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 LOOKED_AT = 10_000  # captions, to see whether they are too long
+EVERY = 10.0  # seconds between lines about a cache that is built
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,34 @@ class Pictures:
     folder: Path  # of indexes and caches
     images: ImageSet | None = None
 
-    def digest(self) -> str:
-        """Names the set of pictures and captions, wherever it lies."""
+    def digest(self) -> str | None:
+        """Names the set of pictures and captions, wherever it lies; nothing names a stream."""
+        if self.images is None:
+            return None
         digest = hashlib.sha256()
-        for index in range(len(self.images) if self.images else 0):
-            example = self.images.example(index)  # type: ignore[union-attr]
-            digest.update(ascii((example.key, example.captions, example.width, example.height)).encode())
+        for row in zip(self.images.all_keys(), self.images.all_captions(), *self.images.sizes(), strict=True):
+            digest.update(ascii(row).encode())
         return digest.hexdigest()[:16]
+
+    def notice_changes(self) -> None:
+        """Say how many pictures there are, and whether they are still those that the run began with."""
+        assert self.images is not None
+        name, bad = self.images.source.name, len(self.images.skipped.reasons)
+        log.info(
+            "%s: %d images%s", name, len(self.images), f"; {bad} cannot be used: {self.images.skipped.path}" * bool(bad)
+        )
+        path, now = self.folder / "pictures.json", {"digest": self.digest(), "images": len(self.images)}
+        try:
+            before = read_json(path) if path.exists() else now
+        except LdmError:
+            before = now
+        if before.get("digest") != now["digest"]:
+            log.warning(
+                "%s has changed since this run began (%s images then, %d now): it goes on with what is there now",
+                name, before.get("images"), len(self.images),
+            )  # fmt: skip
+        with replacing(path, folder=False, overwrite=True, need=0) as temporary:
+            write_json(temporary, now)
 
     def framing(self, size: int) -> Framing:
         """Buckets and crops at a size."""
@@ -87,6 +111,19 @@ class Caches:
     texts: Callable[[list[list[str]]], Conditioning] | None = None
 
 
+class Caching:
+    """Says now and then how far a cache is."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.said > EVERY:
+            self.said = time.monotonic()
+            log.info("encoding %s: %d of %d", self.what, done, total)
+
+
 class Run:
     """Everything that the stages of a run share."""
 
@@ -95,8 +132,13 @@ class Run:
         self.preview = preview
         self.report = report
         self.folder = Path(config.output)
-        self.accelerator = Accelerator(mixed_precision=config.precision)
-        self._write_config()
+        try:
+            self.accelerator = Accelerator(mixed_precision=config.precision)
+        except ValueError as error:
+            raise LdmError(f"precision {config.precision}: {first_line(error)}") from None
+        if config.precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise LdmError("precision fp16 needs a GPU, and none is used here; set precision=bf16 or precision=no")
+        self.lock = self._open_folder()
         self.pictures = self._open_pictures()
 
     def _tracked(self, folder: Path) -> Accelerator:
@@ -115,22 +157,35 @@ class Run:
         accelerator.init_trackers("log")
         return accelerator
 
-    def _write_config(self) -> None:
+    def _open_folder(self) -> BinaryIO | None:
+        """Write the configuration into the run's folder, this process's alone while the returned file is open."""
         path = self.folder / "config.yaml"
         if not self.accelerator.is_main_process:
-            return
+            return None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+            lock = (self.folder / ".lock").open("wb")
+            before = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
         except OSError as error:
             raise LdmError(f"output {self.folder} cannot be used: {error.strerror}") from None
         except yaml.YAMLError:
             before = None
+        try:
+            fcntl.lockf(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # not flock: processes that load pictures would have it too
+        except (BlockingIOError, PermissionError):
+            raise LdmError(
+                f"output {self.folder} is in use by another run; wait for its end, or choose another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         now = self.config.model_dump(mode="json")
         for name, old, new in _differences(before, now) if isinstance(before, dict) else ():
             log.warning("%s was %r when this run began, and is %r now", name, old, new)
         with replacing(path, folder=False, overwrite=True, need=0) as temporary:
             temporary.write_text(dump(self.config), encoding="utf-8")
+        return lock
 
     def _open_pictures(self) -> Pictures:
         data = self.config.data
@@ -142,13 +197,13 @@ class Run:
                 raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
             return Pictures(data, folder)
         with self.accelerator.main_process_first():  # the first one makes the index, the others read it
-            return Pictures(
-                data,
-                folder,
-                open_images(
-                    data.source, folder, captions=data.captions, split=data.split, caption_column=data.caption_column
-                ),
+            images = open_images(
+                data.source, folder, captions=data.captions, split=data.split, caption_column=data.caption_column
             )
+            pictures = Pictures(data, folder, images)
+        if self.accelerator.is_main_process:
+            pictures.notice_changes()
+        return pictures
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
@@ -157,11 +212,20 @@ class Run:
         model: LatentDiffusion | None = None
         for name in self.config.stages:
             folder = self.folder / name
-            if (folder / "done.json").exists():
+            if self._done(name):
                 log.info("stage %s is done: %s", name, folder / "model")
                 model = LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
                 continue
             model = self.stage(name, self.start(name, model), folder)
+
+    def _done(self, name: StageName) -> bool:
+        """Whether a stage has reached its end, and the configuration does not ask for more steps since."""
+        path = self.folder / name / "done.json"
+        try:
+            return path.exists() and int(read_json(path)["steps"]) >= getattr(self.config, name).steps
+        except (LdmError, KeyError, TypeError, ValueError):
+            log.warning("%s is damaged; the end of the stage is done again", path)
+            return False
 
     def start(self, name: StageName, model: LatentDiffusion | None) -> LatentDiffusion:
         """What a stage starts from: the stage before, or what the configuration names."""
@@ -190,7 +254,7 @@ class Run:
     def training(self, name: StageName, model: LatentDiffusion, folder: Path) -> Training:
         """A stage, ready to train."""
         section: StageSection = getattr(self.config, name)
-        folder.mkdir(parents=True, exist_ok=True)
+        made(folder)
         accelerator = self._tracked(folder)
         for module in model.modules().values():
             _own(module, accelerator.device)
@@ -254,7 +318,7 @@ class Run:
                 "stage": stage.name,
                 "steps": stage.section.steps,
                 "data": {"source": self.config.data.source, "digest": self.pictures.digest()},
-                "parents": [str(self.config.model.source or self.config.model.family)],
+                "parents": self._parents(stage.name),
                 "metrics": record,
                 "config": self.config.model_dump(mode="json", exclude={"output"}),
             }
@@ -268,9 +332,19 @@ class Run:
                 write_json(temporary, {"steps": stage.section.steps, "metrics": record})
         accelerator.wait_for_everyone()
 
+    def _parents(self, name: str) -> list[str]:
+        """What a stage started from: the stage before it, or a model from elsewhere."""
+        before = self.config.stages[: [str(stage) for stage in self.config.stages].index(name)]
+        earlier = [str(self.folder / before[-1] / "model")] if before else []
+        if name == "refiner":
+            own = self.config.refiner.model
+            return [str(own.source)] if own.source else [*earlier, str(own.family)]
+        return earlier or [str(self.config.model.source or self.config.model.family)]
+
     # --- batches ----------------------------------------------------------------------------------------------------
 
-    def _plan(self, phase: Phase, held_out: bool = False) -> Plan | StreamPlan:
+    def _plan(self, phase: Phase, held_out: bool = False) -> Plan | StreamPlan | None:
+        """The batches of a phase, or the held-out pictures, if there are any that are large enough."""
         pictures, config = self.pictures, self.config
         framing = pictures.framing(phase.size)
         if pictures.images is None:
@@ -283,6 +357,9 @@ class Run:
         rows = split(pictures.images, config.data.holdout)[held_out]
         if held_out:
             framing = replace(framing, crop="center", crops=0, flip=False)
+            width, height = (lengths[rows] for lengths in pictures.images.sizes())
+            if (choose_buckets(framing, width, height)[1] > framing.upscale).all():
+                return None
         return Plan(pictures.images, framing, phase.batch, config.seed, rows)
 
     def _batches(
@@ -293,8 +370,12 @@ class Run:
             if phase.end <= start:
                 continue
             parts = phase.parts(accelerator.num_processes)
+            plan = self._plan(phase)
+            assert plan is not None
+            if isinstance(plan, Plan):
+                log.info("size %d: %s", phase.size, plan)
             loader = Loader(
-                self._plan(phase), start=max(start, phase.first) - phase.first, rank=accelerator.process_index,
+                plan, start=max(start, phase.first) - phase.first, rank=accelerator.process_index,
                 world=accelerator.num_processes, micro_batches=parts, workers=self.config.data.workers,
                 device=accelerator.device, latents=caches.latents[number] if caches.latents else None,
             )  # fmt: skip
@@ -308,7 +389,8 @@ class Run:
             return ()
         phase = phases(section)[-1]
         plan = self._plan(phase, held_out=True)
-        assert isinstance(plan, Plan)
+        if not isinstance(plan, Plan):
+            return ()
         rows = phase.micro_batch or max(phase.batch // accelerator.num_processes, 1)
         return once(plan, rows, accelerator.process_index, accelerator.num_processes, accelerator.device)
 
@@ -319,11 +401,14 @@ class Run:
         folder, images = self.pictures.folder, self.pictures.images
         assert images is not None
         rank, world = accelerator.process_index, accelerator.num_processes
-        pictures, texts = fingerprint({"vae": model.autoencoder}), fingerprint({"text": model.text_encoders})
+        pictures, texts = (  # in 16 bits, the same network gives other numbers
+            f"{fingerprint(network)} {self.config.precision}"
+            for network in ({"vae": model.autoencoder}, {"text": model.text_encoders})
+        )
 
         @torch.no_grad()
         def encode_pictures(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with accelerator.autocast():
+            with encoding(accelerator):
                 posterior = model.autoencoder.encode(pixels.to(accelerator.device))
             mean = posterior.mode().float()
             return mean, getattr(posterior, "std", torch.zeros_like(mean)).float()
@@ -338,11 +423,14 @@ class Run:
         for plan in plans:
             assert isinstance(plan, Plan)
             build_latents(
-                folder, plan, pictures, encode_pictures, workers=self.config.data.workers, rank=rank, world=world
-            )
+                folder, plan, pictures, encode_pictures, workers=self.config.data.workers, rank=rank, world=world,
+                report=Caching("pictures"),
+            )  # fmt: skip
         train_text = getattr(section, "train_text", False)
         if not train_text:
-            build_texts(folder, images.captions(), texts, encode_captions, rank=rank, world=world)
+            build_texts(
+                folder, images.captions(), texts, encode_captions, rank=rank, world=world, report=Caching("captions")
+            )
         accelerator.wait_for_everyone()
         found = [Latents(folder, plan, pictures) for plan in plans if isinstance(plan, Plan)]
         if train_text:

@@ -157,13 +157,14 @@ class Store:
 
         Where the dtype changes, files are mapped anew every 512 MB: pages of the old dtype do not pile up in memory.
         """
+        name_of_device = str(device).replace("cpu:0", "cpu")  # the only name that safetensors knows it by
         todo: dict[Path, list[str]] = {}
         for name in names:
             todo.setdefault(self._file_of[name], []).append(name)
         for file, wanted in todo.items():
             while wanted:
                 mapped = 0
-                with safe_open(file, framework="pt", device=str(device)) as tensors:
+                with safe_open(file, framework="pt", device=name_of_device) as tensors:
                     while wanted and mapped < PIECE:
                         name = wanted.pop(0)
                         tensor = tensors.get_tensor(name)
