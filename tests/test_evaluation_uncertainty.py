@@ -157,6 +157,18 @@ def test_equal_models_are_rarely_called_different(name: str) -> None:
     assert found <= 0.08
 
 
+def test_fewer_images_than_features_can_still_be_compared() -> None:
+    """No interval exists then; but the exchange of images is as exact as ever, and finds what is large."""
+    model, reference, _ = pair(40, 0.5, 0.2, 0.2)
+
+    def test(other: Gaussian, generator: torch.Generator) -> Comparison:
+        a, b = model.draw(25, generator), other.draw(25, generator)
+        return compare(*frechet_parts(a, b, measure(reference.draw(200, generator))))
+
+    assert detections(lambda g: test(model, g), trials=300) <= 0.08
+    assert detections(lambda g: test(Gaussian(model.mean, model.factor * 1.3), g), trials=50) > 0.9
+
+
 @pytest.mark.parametrize("name", TESTS)
 def test_a_worse_model_is_found(name: str) -> None:
     """One that shows a smaller part, a little off; and the sign says which."""

@@ -21,7 +21,16 @@ from scipy.stats import norm
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.evaluation.metrics import Kernel, balls_around, frechet_distance, information, kernel_sums, mean_log, radii
+from ldm.evaluation.metrics import (
+    Kernel,
+    balls_around,
+    distances,
+    frechet_distance,
+    information,
+    kernel_sums,
+    mean_log,
+    radii,
+)
 from ldm.evaluation.statistics import NUMBERS, Moments, blocks, check_features, measure, merge
 from ldm.evaluation.uncertainty import LEVEL, Z, optimal_map
 
@@ -200,7 +209,7 @@ def _within(reference: Tensor, images: Tensor, reach: Tensor) -> csr_array:
     start = 0
     for block in blocks(reference, width=len(images)):
         limit = reach[start : start + len(block)] if len(reach) > 1 else reach
-        found = (torch.cdist(block, images.double()) <= limit).nonzero().cpu().numpy()
+        found = (distances(block, images) <= limit).nonzero().cpu().numpy()
         rows.append(found[:, 0] + start)
         columns.append(found[:, 1])
         start += len(block)

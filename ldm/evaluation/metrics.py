@@ -1,7 +1,7 @@
 """Metrics of features: how close pictures are to a reference set, to their prompts, and to the training set.
 
-Everything is computed in float64 on the device of the features, in blocks: beside the features, memory holds D² numbers
-and temporaries of 128 MB each. Over all pairs of images means N²·D operations.
+Everything is computed in float64 on the device of the features, in blocks: beside the features, memory holds a few
+times D² numbers and a few temporaries of 128 MB. Kernels and neighbours look at all pairs of images: N²·D operations.
 
 N images of the model, M images of the reference, D features of an image, C classes
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import hypergeom, nhypergeom
+from scipy.stats import hypergeom
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -179,6 +179,11 @@ class Manifold:
     coverage: float  # of the reference's balls: with an image of the model inside
 
 
+def distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Euclidean distances of (B, D) in float64 to (M, D) in any dtype: (B, M)."""
+    return torch.cat([torch.cdist(rows, part) for part in blocks(others)], dim=1)
+
+
 def radii(features: Tensor, k: int) -> Tensor:
     """Distance from each row to its k-th nearest other row: (N,).
 
@@ -189,17 +194,17 @@ def radii(features: Tensor, k: int) -> Tensor:
     found = []
     start = 0
     for rows in blocks(features, width=len(features)):
-        distances = torch.cdist(rows, features.double())
-        own = torch.arange(len(rows), device=distances.device)
-        distances[own, start + own] = torch.inf
-        found.append(distances.kthvalue(k, dim=1).values)
+        apart = distances(rows, features)
+        own = torch.arange(len(rows), device=rows.device)
+        apart[own, start + own] = torch.inf
+        found.append(apart.kthvalue(k, dim=1).values)
         start += len(rows)
     return torch.cat(found)
 
 
 def balls_around(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
     """How many balls around `centres` (M, D) of `radius` (M,) hold each of `points` (N, D): (N,)."""
-    found = [(torch.cdist(rows, centres.double()) <= radius).sum(dim=1) for rows in blocks(points, width=len(centres))]
+    found = [(distances(rows, centres) <= radius).sum(dim=1) for rows in blocks(points, width=len(centres))]
     return torch.cat(found)
 
 
@@ -211,7 +216,7 @@ def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_features("nearest neighbours", points, least=1)
     check_features("nearest neighbours", others, least=1, like=points)
-    found = [torch.cdist(rows, others.double()).min(dim=1) for rows in blocks(points, width=len(others))]
+    found = [distances(rows, others).min(dim=1) for rows in blocks(points, width=len(others))]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
@@ -307,8 +312,8 @@ class Memorisation:
 def memorisation(samples: Tensor, held_out: Tensor, quantile: float = 0.05) -> Memorisation:
     """Compare the distances of samples (N,) to the nearest training image with those of held-out images (M,).
 
-    The threshold is an order statistic, so p is exact (negative hypergeometric) if both are drawn from one
-    distribution, whatever it is.
+    The threshold is an order statistic, so p is exact (hypergeometric) if both are drawn from one distribution,
+    whatever it is.
 
     Raises:
         LdmError: a side is empty, or too few images are held out for the quantile.
@@ -322,5 +327,6 @@ def memorisation(samples: Tensor, held_out: Tensor, quantile: float = 0.05) -> M
     threshold = held_out.double().kthvalue(rank).values
     close = samples.double() < threshold
     n, m, found = len(samples), len(held_out), int(close.sum())
-    p = float(nhypergeom.sf(found - 1, n + m, n, rank)) if found else 1.0
+    # as many samples before the rank-th held-out image: of the closest found + rank - 1, fewer than rank are held out
+    p = float(hypergeom.cdf(rank - 1, n + m, m, found + rank - 1))
     return Memorisation(found / n, rank / (m + 1), float(threshold), p, close)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -76,7 +76,10 @@ def measure(features: Tensor) -> Moments:
         LdmError: there are none, or they are not finite.
     """
     check_features("moments", features, least=1)
-    values = features.double()
+    return reduce(merge, (_measure(rows) for rows in blocks(features)))
+
+
+def _measure(values: Tensor) -> Moments:
     mean = values.mean(dim=0)
     centred = values - mean
     return Moments(torch.tensor(len(values), dtype=torch.float64, device=mean.device), mean, centred.T @ centred)
@@ -90,16 +93,16 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + delta * (b.count / count), scatter)
 
 
-def over_ranks(moments: Moments, reduce: Reduce) -> Moments:
+def over_ranks(moments: Moments, total: Reduce) -> Moments:
     """The moments of all ranks together, the same on each; equal to those of one rank up to rounding.
 
     Args:
-        reduce: gives the sum over all ranks of a float64 tensor.
+        total: gives the sum over all ranks of a float64 tensor.
     """
-    counted = reduce(torch.cat([moments.count.view(1), moments.count * moments.mean]))
+    counted = total(torch.cat([moments.count.view(1), moments.count * moments.mean]))
     mean = counted[1:] / counted[0]
     delta = moments.mean - mean
-    return Moments(counted[0], mean, reduce(moments.scatter + moments.count * torch.outer(delta, delta)))
+    return Moments(counted[0], mean, total(moments.scatter + moments.count * torch.outer(delta, delta)))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

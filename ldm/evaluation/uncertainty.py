@@ -1,10 +1,13 @@
 """How sure a figure is: an interval for every metric.
 
-Each metric gets the interval that fits it. Means get Student's, shares Wilson's. Distances and the Inception score are
+Each metric gets the interval that fits it. Means get Student's (CLIP score, R-precision), shares Wilson's (images that
+are memorised). Distances and the Inception score are
 smooth functions of the distribution: the influence of each image (the functional's derivative, the infinitesimal
 jackknife) gives the standard error, and the second derivative the bias of order 1/N, which a bootstrap would double.
 Statistics of neighbours are not smooth, and duplicates in a bootstrap sample are each other's neighbours: they get a
 jackknife over groups of images.
+
+Images count as independent draws, in no order: several of one prompt are not, and make an interval too narrow.
 
 N images of the model, M images of the reference, D features of an image, G groups
 """
@@ -20,19 +23,19 @@ from torch import Tensor
 
 from ldm.evaluation.metrics import (
     Kernel,
+    distances,
     frechet_distance,
     inception_score,
     information,
     kernel_sums,
     mean_log,
-    mmd,
     root,
 )
 from ldm.evaluation.statistics import Moments, blocks, check_features, measure
 
 LEVEL = 0.95  # of every interval
 GROUPS = 20  # G of the jackknife
-MOST = 2.5  # images for each dimension that the features span: with fewer, the bias of FID cannot be told
+PER_DIMENSION = 2.5  # images for each dimension that the features span: with fewer, the bias of FID cannot be told
 
 Z = float(norm.ppf(0.5 + LEVEL / 2))
 
@@ -80,10 +83,14 @@ def share_interval(hits: Tensor) -> Estimate:
     """
     check_features("share", hits[:, None], least=1)
     count, share = len(hits), float(hits.double().mean())
+    low, high = _wilson(share, count)
+    return Estimate(share, share, math.sqrt(share * (1 - share) / count), low, high, count)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     reach = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
-    error = math.sqrt(share * (1 - share) / count)
-    return Estimate(share, share, error, max(middle - reach, 0.0), min(middle + reach, 1.0), count)
+    return max(middle - reach, 0.0), min(middle + reach, 1.0)
 
 
 # --- intervals of distances -------------------------------------------------------------------------------------------
@@ -109,6 +116,7 @@ class OptimalMap:
 
 
 def optimal_map(own: Moments, other: Moments) -> OptimalMap:
+    """The optimal transport between two Gaussians (Dowson and Landau 1982), and the basis in which it is diagonal."""
     half = root(other.covariance)
     values, vectors = torch.linalg.eigh(half @ own.covariance @ half)
     scales = values.clamp(min=0).sqrt()
@@ -157,7 +165,7 @@ def frechet_interval(samples: Tensor, reference: Tensor | Moments) -> Estimate:
     rather than too narrow (tools/check_intervals.py measures both).
 
     With moments alone for the reference, the reference counts as known: the interval is about more images of the model.
-    Without enough images there is a value, a note, and no interval. The order of the images must not matter.
+    Without enough images there is a value, a note, and no interval.
     Costs 15 decompositions of D×D matrices (9 with a known reference), and a few passes over the features.
 
     Raises:
@@ -167,10 +175,10 @@ def frechet_interval(samples: Tensor, reference: Tensor | Moments) -> Estimate:
     value = frechet_distance(measure(samples), reference if isinstance(reference, Moments) else measure(reference))
     fewest = len(samples) if isinstance(reference, Moments) else min(len(samples), len(reference))
     first, variance, rank = _corrected(samples, reference)
-    if fewest < max(MOST * rank, 8):
+    if fewest < max(PER_DIMENSION * rank, 8):
         note = (
             f"{fewest} images are too few for {samples.shape[1]} features: the distance is far too large, by an "
-            f"unknown amount; an interval needs about {math.ceil(MOST * samples.shape[1])} images"
+            f"unknown amount; an interval needs about {math.ceil(PER_DIMENSION * samples.shape[1])} images"
         )
         return Estimate(value, None, None, None, None, len(samples), note)
     halves = [
@@ -180,7 +188,7 @@ def frechet_interval(samples: Tensor, reference: Tensor | Moments) -> Estimate:
 
 
 def mmd_interval(kernel: Kernel, samples: Tensor, reference: Tensor) -> Estimate:
-    """The squared discrepancy `mmd`, as of KID or CMMD, and the interval of its U-statistic.
+    """The squared discrepancy `mmd` and its interval: KID with `polynomial`; CMMD with `gaussian` on `unit` embeddings.
 
     The standard error is that of 2 (E k(x, x') - E k(x, y)) over the images of both sides. It is unbiased already.
     Near 0 the interval is too wide rather than too narrow.
@@ -188,11 +196,13 @@ def mmd_interval(kernel: Kernel, samples: Tensor, reference: Tensor) -> Estimate
     Raises:
         LdmError: as `mmd`.
     """
-    value = mmd(kernel, samples, reference)
-    variance = 0.0
+    check_features("model", samples)
+    check_features("reference", reference, like=samples)
+    value = variance = 0.0
     for x, y in ((samples, reference), (reference, samples)):
-        witness = 2 * (kernel_sums(kernel, x, x, same=True) / (len(x) - 1) - kernel_sums(kernel, x, y) / len(y))
-        variance += float(witness.var()) / len(x)
+        witness = kernel_sums(kernel, x, x, same=True) / (len(x) - 1) - kernel_sums(kernel, x, y) / len(y)
+        value += float(witness.mean())
+        variance += 4 * float(witness.var()) / len(x)
     return _around(value, value, math.sqrt(variance), len(samples), -math.inf, math.inf)
 
 
@@ -220,12 +230,12 @@ def inception_interval(logits: Tensor, splits: int = 10) -> Estimate:
 # --- intervals of neighbours ------------------------------------------------------------------------------------------
 
 
-def _by_group(distances: Tensor, least: int) -> Tensor:
+def _by_group(apart: Tensor, least: int) -> Tensor:
     """The `least` smallest distances of (B, M) in each group of columns, j % G: (B, least, G)."""
-    rows = max(math.ceil(distances.shape[1] / GROUPS), least)
-    padded = torch.full((len(distances), rows * GROUPS), torch.inf, dtype=distances.dtype, device=distances.device)
-    padded[:, : distances.shape[1]] = distances
-    return padded.view(len(distances), rows, GROUPS).topk(least, dim=1, largest=False).values
+    rows = max(math.ceil(apart.shape[1] / GROUPS), least)
+    padded = apart.new_full((len(apart), rows * GROUPS), torch.inf)
+    padded[:, : apart.shape[1]] = apart
+    return padded.view(len(apart), rows, GROUPS).topk(least, dim=1, largest=False).values
 
 
 def _without_groups(points: Tensor, others: Tensor, k: int, same: bool) -> Tensor:
@@ -233,12 +243,12 @@ def _without_groups(points: Tensor, others: Tensor, k: int, same: bool) -> Tenso
     found = []
     start = 0
     for rows in blocks(points, width=len(others)):
-        distances = torch.cdist(rows, others.double())
+        apart = distances(rows, others)
         if same:
             own = torch.arange(len(rows), device=rows.device)
-            distances[own, start + own] = torch.inf
+            apart[own, start + own] = torch.inf
         start += len(rows)
-        smallest = _by_group(distances, k)
+        smallest = _by_group(apart, k)
         kept = [smallest] + [
             smallest.index_fill(2, torch.tensor([g], device=rows.device), torch.inf) for g in range(GROUPS)
         ]
@@ -253,8 +263,8 @@ def _held(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
         radius[1 + group, group::GROUPS] = -1
     found = []
     for rows in blocks(points, width=len(centres)):
-        distances = torch.cdist(rows, centres.double())
-        found.append(torch.stack([(distances <= row).sum(dim=1) for row in radius]))
+        apart = distances(rows, centres)
+        found.append(torch.stack([(apart <= row).sum(dim=1) for row in radius]))
     return torch.cat(found, dim=1).double()
 
 
@@ -274,8 +284,8 @@ def _jackknifed(values: Tensor, own: Tensor, other: Tensor, count: int, most: fl
     reach = float(t.ppf(0.5 + LEVEL / 2, GROUPS - 1)) * error
     low, high = max(value - reach, 0.0), min(value + reach, most)
     if most == 1:
-        share = share_interval(values)
-        low, high = min(low, share.low or 0.0), max(high, share.high or 0.0)
+        least_low, least_high = _wilson(value, len(values))
+        low, high = min(low, least_low), max(high, least_high)
     return Estimate(value, value, error, low, high, count)
 
 
