@@ -2,8 +2,8 @@
 
 The test exchanges the models' images, prompt by prompt, and asks how often the figures then differ as much (Fisher
 1935). If the models are equal in distribution, its p-value is exact for any number of images and of features; biases of
-finite N are in both models and fall out. For most metrics a difference is that of the means of values of single images,
-so that thousands of exchanges cost little.
+finite N are in both models and fall out. The reference counts as given. For most metrics a difference is that of the
+means of values of single images, so that thousands of exchanges cost little.
 
 N prompts, M images of the reference, D features of an image, C classes, B exchanges
 """
@@ -24,8 +24,8 @@ from ldm.errors import LdmError
 from ldm.evaluation.metrics import (
     Kernel,
     balls_around,
+    check_moments,
     distances,
-    frechet_distance,
     information,
     kernel_sums,
     mean_log,
@@ -107,11 +107,11 @@ def frechet_parts(a: Tensor, b: Tensor, reference: Moments) -> tuple[Tensor, Ten
     error is of third order. The bias of finite N is in both and falls out. Needs no more images than features.
 
     Raises:
-        LdmError: not as many images on both sides, or as `frechet_distance`.
+        LdmError: not as many images on both sides, or as `check_moments`.
     """
     _check_pairs(a, b)
     together = merge(measure(a), measure(b))
-    frechet_distance(together, reference)  # checks the reference
+    check_moments(together, reference)
     optimal = optimal_map(together, reference)
     first, second = (torch.cat([optimal.influence(rows - together.mean) for rows in blocks(x)]) for x in (a, b))
     return first, second

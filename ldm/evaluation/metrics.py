@@ -33,11 +33,8 @@ def root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½): FID (Heusel et al. 2017) on Inception features, FD on others.
-
-    tr (Σ₁Σ₂)^½ is the sum of the singular values of Σ₁^½ Σ₂^½, so that no eigenvalue is negative or complex, and none
-    is lost where a covariance is singular: with N ≤ D, the value is defined, but its bias is as large as itself.
+def check_moments(a: Moments, b: Moments) -> None:
+    """Raise unless a Fréchet distance between the two is defined.
 
     Raises:
         LdmError: the moments are of fewer than two images or of different features.
@@ -49,6 +46,18 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         )
     if min(float(a.count), float(b.count)) < 2:
         raise LdmError("Fréchet distance: a single image has no covariance; at least 2 images are needed on both sides")
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½): FID (Heusel et al. 2017) on Inception features, FD on others.
+
+    tr (Σ₁Σ₂)^½ is the sum of the singular values of Σ₁^½ Σ₂^½, so that no eigenvalue is negative or complex, and none
+    is lost where a covariance is singular: with N ≤ D, the value is defined, but its bias can be larger than itself.
+
+    Raises:
+        LdmError: as `check_moments`.
+    """
+    check_moments(a, b)
     cross = torch.linalg.svdvals(root(a.covariance) @ root(b.covariance)).sum()
     means = (a.mean - b.mean).square().sum()
     return float((means + a.covariance.trace() + b.covariance.trace() - 2 * cross).clamp(min=0))
