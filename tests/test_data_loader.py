@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -208,6 +211,22 @@ def test_a_batch_that_does_not_divide(images: ImageSet) -> None:
         Loader(Plan(images, SMALL, 4, seed=0), world=3)
     with pytest.raises(LdmError, match="rank is 2; it must be a whole number from 0 to 1"):
         Loader(Plan(images, SMALL, 4, seed=0), world=2, rank=2)
+
+
+def test_workers_that_end(images: ImageSet) -> None:
+    """They pass over signals to all processes; one that is killed is named, in one line."""
+    loader = iter(Loader(Plan(images, SMALL, 4, seed=0), workers=1))
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(5):
+        next(loader)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(LdmError, match=r"a process that loads pictures ended \(DataLoader worker .*lower data.workers"):
+        for _ in range(50):
+            next(loader)
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -26,6 +26,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from test_cli import COMMAND
 
+from ldm.data.plan import split
+from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import checkpoint
@@ -179,6 +181,8 @@ def test_a_refiner_follows_its_base(shapes: Path, tmp_path: Path) -> None:
     base = LatentDiffusion.from_pretrained(tmp_path / "r" / "base" / "model")
     refiner = LatentDiffusion.from_pretrained(tmp_path / "r" / "refiner" / "model")
     assert refiner.family.refiner
+    header = read_header(tmp_path / "r" / "refiner" / "model" / "unet" / "diffusion_pytorch_model.safetensors")[1]
+    assert json.loads(header[LINEAGE])["parents"] == [str(tmp_path / "r" / "base" / "model"), "sdxl-refiner"]
     for ours, theirs in (
         (refiner.autoencoder, base.autoencoder),
         (refiner.text_encoders.towers[-1], base.text_encoders.towers[-1]),
@@ -483,6 +487,11 @@ def test_a_cache_changes_nothing_but_the_crops_it_holds(shapes: Path, tmp_path: 
     train(config(shapes, tmp_path / "live", "data.crop=center"))
     train(config(shapes, tmp_path / "cached", "data.crop=center", "data.cache=true"))
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
+    other = config(shapes, tmp_path / "cached", "data.crop=center", "data.cache=true", "precision=bf16", "base.steps=7")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(other)  # does not take what was encoded in fp32
+    assert len(list((tmp_path / "cached" / "data").glob("latents-*"))) == 2
+    assert len(list((tmp_path / "cached" / "data").glob("texts-*"))) == 2
 
 
 # --- the result -------------------------------------------------------------------------------------------------------
@@ -519,6 +528,11 @@ def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert len(seen) == 2
     assert seen[0][0] == ["a red circle", "a blue square"]
+    train(config(shapes, tmp_path / "held", "base.preview_every=2", "base.steps=4"), preview)
+    held = [picture.with_suffix(".txt") for picture in sorted(shapes.glob("*.png"))]
+    held = [held[index] for index in split(open_images(str(shapes), tmp_path / "index"), 6)[1]]
+    assert seen[2] == seen[3]  # always the same, of pictures that are not trained on
+    assert set(seen[2][0]) <= {path.read_text() for path in held}
     assert Image.open(tmp_path / "r" / "base" / "previews" / "step-00000003.png").size[0] > 32
     assert len(list((tmp_path / "r" / "base" / "averages" / "unet").iterdir())) == 6
 

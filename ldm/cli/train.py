@@ -30,7 +30,8 @@ def run(config: str, overrides: Sequence[str]) -> None:
         with display.bar:
             train(settings, preview, display.report)
     except Stopped as stopped:
-        print(f"ldm: {stopped}; run the same command again to go on", file=sys.stderr)
+        if first:
+            print(f"ldm: {stopped}; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     if first:
         for stage in settings.stages:
