@@ -54,16 +54,18 @@ class Display:
     def report(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
         """Show one line of the log."""
         text = "  ".join(f"{name.removeprefix('loss/')} {_short(name, value)}" for name, value in figures.items())
-        if not self.console.is_terminal:
+        line = f"{stage} {step}/{steps}  {text}"
+        if all(name.startswith("validation/") for name in figures):
+            self.console.print(line, highlight=False, soft_wrap=True)
+        elif self.console.is_terminal:
+            if stage not in self.tasks:
+                self.tasks[stage] = self.bar.add_task(stage, total=steps, figures="")
+            self.bar.update(self.tasks[stage], completed=step, figures=text)
+        else:
             first, start = self.began.setdefault(stage, (step, time.monotonic()))
-            done = step - first
-            left = (time.monotonic() - start) / done * (steps - step) / 60 if done else None
-            ends = "" if left is None else f"  {left:.0f} min left"
-            print(f"{stage} {step}/{steps}  {text}{ends}", file=sys.stderr, flush=True)
-            return
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=steps, figures="")
-        self.bar.update(self.tasks[stage], completed=step, figures=text)
+            left = (time.monotonic() - start) / max(step - first, 1) * (steps - step) / 60
+            ends = f"  {left:.0f} min left" if step > first else ""
+            print(f"{line}{ends}", file=sys.stderr, flush=True)
 
 
 def _short(name: str, value: float) -> str:
