@@ -31,7 +31,7 @@ from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import checkpoint
-from ldm.training.config import Config, load
+from ldm.training.config import Config, ModelSection, load
 from ldm.training.denoiser import Joint
 from ldm.training.ema import recombine
 from ldm.training.loop import Stopped
@@ -114,15 +114,36 @@ def losses(output: Path, stage: str = "base") -> list[float]:
 # --- it learns --------------------------------------------------------------------------------------------------------
 
 
-def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
-    """The loss falls below 0.4, and samples come nearer to the data: their mean and spread, place by place."""
-    start = starting_model(config(shapes, tmp_path / "r").model, seed=0)
+def save_start(section: ModelSection, folder: Path) -> None:
+    """A model with random weights whose autoencoder is sure of its latents, as untrained ones are not."""
+    start = starting_model(section, seed=0)
     moments: Any = start.autoencoder.quant_conv
     moments.weight.data[4:] = 0
-    moments.bias.data[4:] = -20  # an untrained autoencoder is unsure of everything: here, latents are the pictures'
+    moments.bias.data[4:] = -20
     start.family = replace(start.family, autoencoder=replace(start.family.autoencoder, scaling_factor=4.8))
     start.autoencoder.config = start.family.autoencoder
-    start.save_pretrained(tmp_path / "start")
+    start.save_pretrained(folder)
+
+
+def test_a_refiner_learns(shapes: Path, tmp_path: Path) -> None:
+    """On its 200 timesteps the loss falls below 0.75."""
+    tower = {**TINY["model"]["text"][0], "projection": 24}
+    unet = TINY["model"]["unet"] | {"text_dim": 32, "pooled_dim": 24, "size_dim": 8, "mid_depth": 1}
+    model = TINY["model"] | {"family": "sdxl-refiner", "unet": unet, "text": [tower]}
+    save_start(ModelSection(**model), tmp_path / "start")
+    refiner = TINY["base"] | {"model": {"source": str(tmp_path / "start")}, "steps": 150, "log_every": 10}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**TINY, "stages": ["refiner"], "refiner": refiner}))
+    train(
+        load(tmp_path / "c.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", "refiner.validate_every=150"])
+    )
+    curve = losses(tmp_path / "r", "refiner")
+    assert curve[0] > 0.95
+    assert curve[-1] < 0.75
+
+
+def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
+    """The loss falls below 0.4, and samples come nearer to the data: their mean and spread, place by place."""
+    save_start(config(shapes, tmp_path / "r").model, tmp_path / "start")
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**TINY, "model": {"source": str(tmp_path / "start")}}))
     settings = load(tmp_path / "s.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", "base.steps=150",
                                           "base.log_every=10", "base.validate_every=150"])  # fmt: skip

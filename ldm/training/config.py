@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -29,6 +29,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model to start from."""
 
+    usual: ClassVar[str | None] = None  # the family that is built where neither a source nor another one is named
     source: str | None = Field(None, description="a model folder, checkpoint file or Hub name; without: random weights")
     family: str | None = Field(None, description="sd15, sdxl, …: what to build, or what a single file is")
     components: dict[str, str] = Field({}, description="parts from elsewhere: vae, unet, text_encoder[_2]: path")
@@ -146,7 +147,8 @@ class DenoiserSection(StageSection):
 class RefinerModelSection(ModelSection):
     """Which refiner to start from; one that is built takes over the base's autoencoder and last text encoder."""
 
-    family: str | None = Field("sdxl-refiner", description="what to build, or what a single file is")
+    usual: ClassVar[str | None] = "sdxl-refiner"
+    family: str | None = Field(None, description="what to build (sdxl-refiner), or what a single file is")
 
 
 class RefinerSection(DenoiserSection):

@@ -338,7 +338,7 @@ class Run:
         earlier = [str(self.folder / before[-1] / "model")] if before else []
         if name == "refiner":
             own = self.config.refiner.model
-            return [str(own.source)] if own.source else [*earlier, str(own.family)]
+            return [str(own.source)] if own.source else [*earlier, str(own.family or own.usual)]
         return earlier or [str(self.config.model.source or self.config.model.family)]
 
     # --- batches ----------------------------------------------------------------------------------------------------

@@ -46,13 +46,14 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
 
 def starting_family(section: ModelSection, place: str = "model") -> Family:
     """What that model is, without its weights. Raises as `starting_model`."""
-    if section.source is None and section.family is None:
+    name = section.family or section.usual
+    if section.source is None and name is None:
         raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
     if section.source is None:
         if section.components or section.fresh:
             raise LdmError(f"{place}.components and {place}.fresh need a source for the rest")
-        assert section.family
-        return _changed(family_named(section.family), section, place)
+        assert name
+        return _changed(family_named(name), section, place)
     shapes = [name for name in ("unet", "autoencoder", "text") if getattr(section, name) and name not in section.fresh]
     if shapes:
         raise LdmError(
