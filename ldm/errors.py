@@ -1,5 +1,7 @@
 """The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
 
+import difflib
+
 
 class LdmError(ValueError):
     """Bad input, said in one line: the value, where it stands, and what to do about it.
@@ -27,6 +29,12 @@ def listing(names: list[str], most: int = 4) -> str:
     """`a, b, c, d and 12 more`: names for an error message that stays one readable line."""
     shown = ", ".join(names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """What to say of a name that is not known: the nearest one that is, or all of them."""
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def out_of_memory(error: RuntimeError) -> bool:

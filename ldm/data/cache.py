@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.framing import decoded_side, fixed_frame, render
+from ldm.data.framing import decoded_side, fixed_frame, render, to_pixels
 from ldm.data.image_set import made
 from ldm.data.plan import Plan
 from ldm.data.skipped import Skipped
@@ -100,8 +100,8 @@ def build_latents(
             with replacing(path / f"unreadable-{rank}.json", folder=False, overwrite=True, need=0) as temporary:
                 write_json(temporary, unreadable)
         if rows:
-            pixels = torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])).permute(0, 3, 1, 2).contiguous()
-            moments = torch.cat(encode(pixels.float().div_(127.5).sub_(1)), dim=1).detach().cpu()
+            pixels = to_pixels(torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])))
+            moments = torch.cat(encode(pixels), dim=1).detach().cpu()
             for (crop, _, _), finite in zip(rows, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
                 if not finite:
                     key = plan.images.key(crop.index)

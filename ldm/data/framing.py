@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ldm.data.keyed import uniform
 from ldm.errors import LdmError, check_whole
@@ -149,3 +151,9 @@ def render(image: Image.Image, frame: Frame) -> np.ndarray:
         shown = (left * across, top * down, right, bottom)
         image = image.resize(frame.sides, Image.Resampling.BICUBIC, box=shown)
     return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if frame.flip else image)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Rendered images (B, H, W, 3) uint8 as pixels (B, 3, H, W) float32 in [-1, 1]."""
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(127.5).sub_(1)

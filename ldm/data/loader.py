@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.cache import Latents
-from ldm.data.framing import choose, decoded_side, render, visit_frame
+from ldm.data.framing import choose, decoded_side, render, to_pixels, visit_frame
 from ldm.data.keyed import uniform
 from ldm.data.plan import Item, Plan, Visit
 from ldm.data.skipped import Skipped
@@ -177,8 +177,7 @@ def _ready(batch: Batch, device: torch.device | str) -> Batch:
     batch = batch.to(device)
     if batch.pixels is None:
         return batch
-    pixels = batch.pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return replace(batch, pixels=pixels.div_(127.5).sub_(1))
+    return replace(batch, pixels=to_pixels(batch.pixels))
 
 
 class _Loading(Dataset):

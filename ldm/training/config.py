@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -11,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from ldm.errors import LdmError, first_line
+from ldm.errors import LdmError, first_line, suggestion
 
 StageName = Literal["autoencoder", "text", "base", "refiner"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -257,10 +256,8 @@ def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
 def _message(problem: ErrorDetails, path: str | Path | None) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section = _section(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), section, 1, 0.4)
-        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(section)}"
-        return f"{path or 'the configuration'}: {place} is not known; {known}"
+        hint = suggestion(str(problem["loc"][-1]), _section(problem["loc"][:-1]))
+        return f"{path or 'the configuration'}: {place} is not known; {hint}"
     return f"{path or 'the configuration'}: {place} is {problem['input']!r}: {problem['msg'].lower()}"
 
 

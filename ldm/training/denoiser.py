@@ -20,6 +20,7 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.text import TextEncoders
 from ldm.models.unet import Conditioning, UNet
 from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, prompt
@@ -36,6 +37,15 @@ Encode = Callable[[list[list[str]]], Conditioning]  # texts of each text encoder
 def encoding(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """The precision in which pictures are encoded: the run's, but never fp16, in which SDXL's autoencoder overflows."""
     return nullcontext() if accelerator.mixed_precision == "fp16" else accelerator.autocast()
+
+
+@torch.no_grad()
+def encode_pictures(autoencoder: Autoencoder, accelerator: Accelerator, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, H, W) to the mean and standard deviation of their unscaled latents, (B, C, h, w) each, fp32."""
+    with encoding(accelerator):
+        posterior = autoencoder.encode(pixels.to(accelerator.device))
+    mean = posterior.mode().float()
+    return mean, getattr(posterior, "std", torch.zeros_like(mean)).float()
 
 
 class Joint(nn.Module):
@@ -138,10 +148,7 @@ class DenoiserStage:
             mean, std = batch.moments.chunk(2, dim=1)
         else:
             assert batch.pixels is not None
-            with encoding(self.accelerator):
-                posterior = autoencoder.encode(batch.pixels.to(next(autoencoder.parameters()).dtype))
-            mean = posterior.mode().float()
-            std = getattr(posterior, "std", torch.zeros(())).float().to(mean.device)
+            mean, std = encode_pictures(autoencoder, self.accelerator, batch.pixels)
         latents = mean + std * normal(mean.shape[1:], self.seed, purpose, batch.keys, batch.epochs).to(mean.device)
         return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
 

@@ -79,12 +79,11 @@ def _forecast(
 ) -> Forecast:
     trained, frozen, learning, fixed = _work(config, name, parts, phase.size)
     count, still = (sum(p.numel() for module in group for p in module.parameters()) for group in (trained, frozen))
-    kept, forward = _count(learning)
-    flops = 3 * forward + sum(_count(run)[1] for run in fixed)
     if section.checkpointing:
         for module in trained:
             checkpointed(module)
-        kept, flops = _count(learning)[0], flops + forward
+    kept, forward = _count(learning)
+    flops = (4 if section.checkpointing else 3) * forward + sum(_count(run)[1] for run in fixed)
     averages = bool(section.ema.decay) + len(section.ema.widths)
     kept *= micro
     if config.precision != "no":  # half of it, and a copy of the weights in 16 bits

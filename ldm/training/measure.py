@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from ldm.training.config import Config
-from ldm.training.forecast import forecast, peak_tflops
+from ldm.training.phases import phases
 from ldm.training.run import Run
 
 
@@ -54,10 +54,12 @@ def measure(config: Config, steps: int) -> Measured:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         processes = training.accelerator.num_processes
     typical = median(seconds[1:])
-    first = forecast(config, processes)[0]
-    tflops = first.flops_per_step / processes / typical / 1e12
-    most = peak_tflops(device, config.precision)
+    section = getattr(config, name)
+    rate = phases(section)[0].batch / typical
+    work = training.work(0)
+    assert work is not None
+    tflops = rate / processes * work.tflop
     return Measured(
-        typical, first.batch / typical, sum(waits[1:]) / sum(seconds[1:]), peak,
-        typical * getattr(config, name).steps / 3600, tflops, tflops / most if most else None,
+        typical, rate, sum(waits[1:]) / sum(seconds[1:]), peak,
+        typical * section.steps / 3600, tflops, tflops / work.peak if work.peak else None,
     )  # fmt: skip

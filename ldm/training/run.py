@@ -18,11 +18,12 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -43,8 +44,8 @@ from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
 from ldm.training.config import Config, DataSection, StageName, StageSection, dump
 from ldm.training.contrastive import ContrastiveStage, check_differ
-from ldm.training.denoiser import DenoiserStage, encoding
-from ldm.training.forecast import forecast, peak_tflops
+from ldm.training.denoiser import DenoiserStage, encode_pictures
+from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.loop import Report, Training, Work, in_parts
 from ldm.training.phases import Phase, phases
 from ldm.training.stage import Preview, Stage
@@ -65,6 +66,13 @@ class Pictures:
     folder: Path  # of indexes and caches
     images: ImageSet | None = None
 
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the pictures to train with, and of those that are held out. Raises as `split`."""
+        assert self.images is not None
+        return split(self.images, self.section.holdout)
+
+    @cached_property
     def digest(self) -> str | None:
         """Names the set of pictures and captions, wherever it lies; nothing names a stream."""
         if self.images is None:
@@ -81,7 +89,7 @@ class Pictures:
         log.info(
             "%s: %d images%s", name, len(self.images), f"; {bad} cannot be used: {self.images.skipped.path}" * bool(bad)
         )
-        path, now = self.folder / "pictures.json", {"digest": self.digest(), "images": len(self.images)}
+        path, now = self.folder / "pictures.json", {"digest": self.digest, "images": len(self.images)}
         try:
             before = read_json(path) if path.exists() else now
         except LdmError:
@@ -289,9 +297,14 @@ class Run:
         if long:
             log.warning("%d of %d captions have over %d tokens; what is beyond is not read", long, len(some), room - 2)
 
+    @cached_property
+    def forecasts(self) -> list[Forecast]:
+        """Of all stages at once: what a later one cannot be built from is refused before the first one begins."""
+        return forecast(self.config, self.accelerator.num_processes)
+
     def _work(self, name: StageName, accelerator: Accelerator) -> Callable[[int], Work]:
         """What an image costs at each step of a stage."""
-        rows = [row for row in forecast(self.config, accelerator.num_processes) if row.stage == name]
+        rows = [row for row in self.forecasts if row.stage == name]
         peak = peak_tflops(accelerator.device, self.config.precision)
         starts = [phase.end for phase in phases(getattr(self.config, name))]
         return lambda step: Work(rows[bisect_right(starts, step)].flops_per_image / 1e12, peak)
@@ -306,7 +319,7 @@ class Run:
             return AutoencoderStage(section, model, accelerator, seed, sides, lambda: chain.from_iterable(again()))
         if name == "text":
             if self.pictures.images is not None:
-                check_differ(self.pictures.images, split(self.pictures.images, self.config.data.holdout)[0])
+                check_differ(self.pictures.images, self.pictures.rows[0])
             return ContrastiveStage(section, model, accelerator, seed, sides, self.folder / name)
         return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
 
@@ -317,7 +330,7 @@ class Run:
                 "code": f"ldm {ldm.__version__}",
                 "stage": stage.name,
                 "steps": stage.section.steps,
-                "data": {"source": self.config.data.source, "digest": self.pictures.digest()},
+                "data": {"source": self.config.data.source, "digest": self.pictures.digest},
                 "parents": self._parents(stage.name),
                 "metrics": record,
                 "config": self.config.model_dump(mode="json", exclude={"output"}),
@@ -354,7 +367,7 @@ class Run:
             return StreamPlan(
                 stream, framing, phase.batch, config.seed, pictures.folder, config.data.captions, rank=rank
             )
-        rows = split(pictures.images, config.data.holdout)[held_out]
+        rows = pictures.rows[held_out]
         if held_out:
             framing = replace(framing, crop="center", crops=0, flip=False)
             width, height = (lengths[rows] for lengths in pictures.images.sizes())
@@ -407,13 +420,6 @@ class Run:
         )
 
         @torch.no_grad()
-        def encode_pictures(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with encoding(accelerator):
-                posterior = model.autoencoder.encode(pixels.to(accelerator.device))
-            mean = posterior.mode().float()
-            return mean, getattr(posterior, "std", torch.zeros_like(mean)).float()
-
-        @torch.no_grad()
         def encode_captions(captions: list[str]) -> dict[str, torch.Tensor]:
             with accelerator.autocast():
                 cond = encode(model.text_encoders, [captions] * len(model.family.text))
@@ -423,7 +429,8 @@ class Run:
         for plan in plans:
             assert isinstance(plan, Plan)
             build_latents(
-                folder, plan, pictures, encode_pictures, workers=self.config.data.workers, rank=rank, world=world,
+                folder, plan, pictures, partial(encode_pictures, model.autoencoder, accelerator),
+                workers=self.config.data.workers, rank=rank, world=world,
                 report=Caching("pictures"),
             )  # fmt: skip
         train_text = getattr(section, "train_text", False)

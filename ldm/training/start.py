@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, suggestion
 from ldm.families import Family, family_named
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import ModelSection
@@ -99,9 +98,7 @@ def with_changes(config: T, changes: dict[str, Any], place: str) -> T:
     known = [field.name for field in fields(config)]  # type: ignore[arg-type]
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.4)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise LdmError(f"{place}.{name} is not known; {hint}")
+            raise LdmError(f"{place}.{name} is not known; {suggestion(name, known)}")
     merged = {name: getattr(config, name) for name in known} | changes
     try:
         return TypeAdapter(type(config)).validate_python(merged)
