@@ -164,12 +164,11 @@ def _named(loading: Iterable[T]) -> Iterator[T]:
     """The same; a worker that was killed is an error that says so."""
     try:
         yield from loading
-    except RuntimeError as error:
-        if isinstance(error, LdmError) or "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        said = first_line(error) if isinstance(error, RuntimeError) else "DataLoader worker closed its connection"
+        if "DataLoader worker" not in said:
             raise
-        raise LdmError(
-            f"a process that loads pictures ended ({first_line(error)}); if memory ran out, lower data.workers"
-        ) from None
+        raise LdmError(f"a process that loads pictures ended ({said}); if memory ran out, lower data.workers") from None
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:
