@@ -111,5 +111,5 @@ def save_report(report: Report, path: Path) -> None:
     Raises:
         LdmError: it cannot be written.
     """
-    with replacing(path, folder=False, overwrite=True) as temporary:
+    with replacing(path, folder=False, overwrite=True, need=0) as temporary:
         write_json(temporary, asdict(report))
