@@ -54,7 +54,7 @@ FID = Row(
     "fid", "FID", "lower", (estimate(24.83, 0.41, 22.31), estimate(23.12, 0.4, 20.6)), FOUND, verdict(FOUND, "lower")
 )
 SCORE = Row("clip-score", "CLIP score", "higher", (estimate(31.4, 0.11), estimate(30.9, 0.12)))
-FEW = Row("fd", "FD", "lower", (without_interval(141.32), without_interval(140.07)))
+FEW = Row("fd-clip", "FD", "lower", (without_interval(141.32), without_interval(140.07)))
 A = Side("A", "runs/mine/model", "3f1c" * 16, 1024, {"guidance": 5.0, "steps": 30, "negative": None})
 B = Side("B", "other.safetensors", "a09e" * 16, 1024, {"guidance": 7.5, "steps": 30})
 REFERENCE = Side("reference", "coco/val", "77b2" * 16, 5000)

@@ -15,7 +15,7 @@ from ldm.evaluation.comparison import Comparison
 from ldm.evaluation.uncertainty import Estimate
 from ldm.weights.files import replacing, write_json
 
-DISTANCES = ("fid", "fd", "kid")  # metrics that a sweep draws against the CLIP score, if it has both
+DISTANCES = ("fid", "kid", "fd-clip")  # metrics that a sweep draws against the CLIP score, if it has both
 CLIP_SCORE = "clip-score"
 
 
