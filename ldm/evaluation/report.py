@@ -5,13 +5,18 @@ A report holds no time and no machine: the same evaluation gives the same file.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import LdmError
 from ldm.evaluation.comparison import Comparison
 from ldm.evaluation.uncertainty import Estimate
 from ldm.weights.files import replacing, write_json
+
+DISTANCES = ("fid", "kid", "fd-clip")  # metrics that a sweep draws against the CLIP score, if it has both
+CLIP_SCORE = "clip-score"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Row:
     estimates: tuple[Estimate, ...]  # of each side
     comparison: Comparison | None = None  # of the two sides
     verdict: str = ""  # what the comparison says, in words
+    difference: str = "A − B"  # what is compared; of the Inception score, logarithms: "ln A − ln B"
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ class Sweep:
     """Metrics along one setting, the others fixed."""
 
     over: str  # the setting, such as guidance
-    values: tuple[float, ...]
-    rows: tuple[tuple[Row, ...], ...]  # at each value
+    values: tuple[float, ...]  # one at least
+    rows: tuple[tuple[Row, ...], ...]  # at each value: the same metrics in the same order
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,32 @@ class Report:
     notes: tuple[str, ...] = ()  # what a reader must know: skipped pictures, too few images
 
 
+def check_report(report: Report) -> None:
+    """Raise unless every figure of the report is a finite number: what is not known is None, and says why.
+
+    Raises:
+        LdmError: one is not.
+    """
+    _check_finite(asdict(report), "report")
+
+
+def _check_finite(content: Any, place: str) -> None:
+    if isinstance(content, float) and not math.isfinite(content):
+        raise LdmError(f"{place} is {content}; a report holds finite numbers, or none with a note that says why")
+    if isinstance(content, dict):
+        for key, value in content.items():
+            _check_finite(value, f"{place}.{key}")
+    elif isinstance(content, (list, tuple)):
+        for index, value in enumerate(content):
+            _check_finite(value, f"{place}[{index}]")
+
+
 def save_report(report: Report, path: Path) -> None:
     """Write `report.json`, whole or not at all.
 
     Raises:
-        LdmError: it cannot be written.
+        LdmError: as `check_report`, or it cannot be written.
     """
+    check_report(report)
     with replacing(path, folder=False, overwrite=True, need=0) as temporary:
         write_json(temporary, asdict(report))
