@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.evaluation import looking
-from ldm.evaluation.evaluate import Model, Plan, evaluate
+from ldm.evaluation.evaluation import Model, Plan, evaluate
 from ldm.evaluation.measures import METRICS
 from ldm.evaluation.pictures import open_pictures
 from ldm.evaluation.report import Report, Row, save_report

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size, read_prompts
 from ldm.errors import LdmError, first_line
-from ldm.evaluation.evaluate import Model, Plan, check, evaluate
+from ldm.evaluation.evaluation import Model, Plan, check, evaluate
 from ldm.evaluation.page import write_page
 from ldm.evaluation.report import save_report
 from ldm.evaluation.stored import Ranks, Work

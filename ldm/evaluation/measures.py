@@ -51,6 +51,7 @@ class Metric:
     captions: bool = False  # whether it needs prompts
     least: int = 2  # pictures that it takes
     reconstruction: bool = False  # whether it is about the autoencoder alone
+    difference: str = "A − B"  # what a comparison is of
     plain: str = ""  # its label on features that are not Inception's
 
 
@@ -58,7 +59,7 @@ METRICS = {
     "fid": Metric("FID", "lower", "features", plain="FD"),
     "sfid": Metric("sFID", "lower", "features", gives="spatial"),
     "kid": Metric("KID", "lower", "features", plain="KD"),
-    "is": Metric("Inception score", "higher", "features", gives="logits", reference=False, least=10),
+    "is": Metric("Inception score", "higher", "features", gives="logits", reference=False, least=10, difference="ln A − ln B"),
     "precision": Metric("precision", "higher", "features", least=2 * GROUPS),
     "recall": Metric("recall", "higher", "features", least=2 * GROUPS),
     "density": Metric("density", "higher", "features", least=2 * GROUPS),

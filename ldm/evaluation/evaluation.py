@@ -269,7 +269,6 @@ class Evaluation:
             *galleries.reconstructions(rebuilt, show),
         ]
         self._note_distractors(together)
-        self._note_missing_intervals(rows)
         return Report(
             sides=tuple(sides),
             reference=self._reference_side(),
@@ -312,7 +311,8 @@ class Evaluation:
         rows = []
         for name in names:
             one = self.metrics[name]
-            row = Row(name, self._label(name), one.better, tuple(figures[name] for figures in found))
+            figures = tuple(side[name] for side in found)
+            row = Row(name, self._label(name), one.better, figures, difference=one.difference)
             if paired:
                 reference = None if others[0] is None else others[0].seen
                 difference = comparison(name, looked[0].seen, looked[1].seen, reference)
@@ -353,12 +353,6 @@ class Evaluation:
         if "r-precision" in self.metrics and distractors(looked[0].seen.captions) < DISTRACTORS:
             count = distractors(looked[0].seen.captions)
             self.note(f"R-precision is among {count + 1} captions, as there are no more; usual are {DISTRACTORS + 1}")
-
-    def _note_missing_intervals(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            for figure in row.estimates:
-                if figure.note:
-                    self.note(f"{row.label}: {figure.note}")
 
 
 def _same(a: Pictures, b: Pictures) -> bool:
