@@ -402,7 +402,8 @@ def test_histograms_compare_shares() -> None:
 
 def printed(report: Report, width: int = 80) -> list[str]:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(tables(report))
+    for part in tables(report):
+        console.print(part)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
 

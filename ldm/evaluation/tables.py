@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich import table as rich_table
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from ldm.evaluation.report import Report, Sweep, Table
@@ -15,8 +15,8 @@ ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}  # the direction that is be
 DIGEST = 12  # characters of a digest that are shown
 
 
-def tables(report: Report) -> Group:
-    """Everything but pictures, histograms and intervals along a setting, ready for rich's `Console.print`."""
+def tables(report: Report) -> list[RenderableType]:
+    """Everything but pictures, histograms and intervals along a setting: what rich prints, one after the other."""
     names = [side.name for side in report.sides]
     parts: list[RenderableType] = [_facts(report)]
     for table in report.tables:
@@ -25,7 +25,7 @@ def tables(report: Report) -> Group:
         parts += [Text(""), _sweep(sweep, names)]
     if report.notes:
         parts += [Text(""), *(Text(note) for note in report.notes)]
-    return Group(*parts)
+    return parts
 
 
 def _grid(show_header: bool = True) -> rich_table.Table:
