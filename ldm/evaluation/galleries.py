@@ -95,14 +95,14 @@ def reconstructions(rebuilt: Sequence[tuple[Looked, Looked]], show: Show) -> Ite
             Shown(
                 originals.pictures.caption(place),
                 (
-                    show(originals.pictures, place, "original"),
                     show(looked.pictures, place, f"{name.lower()}-reconstructed"),
+                    show(originals.pictures, place, "original"),
                 ),
                 (float(values[place]),),
             )
             for place in order
         ]
-        yield Gallery(f"Worst reconstructions of {name}", ("original", name), measured.upper(), tuple(rows))
+        yield Gallery(f"Worst reconstructions of {name}", (name, "original"), measured.upper(), tuple(rows))
 
 
 def histograms(

@@ -59,7 +59,7 @@ METRICS = {
     "fid": Metric("FID", "lower", "features", plain="FD"),
     "sfid": Metric("sFID", "lower", "features", gives="spatial"),
     "kid": Metric("KID", "lower", "features", plain="KD"),
-    "is": Metric("Inception score", "higher", "features", gives="logits", reference=False, least=10, difference="ln A − ln B"),
+    "is": Metric("Inception score", "higher", "features", "logits", False, least=10, difference="ln A − ln B"),
     "precision": Metric("precision", "higher", "features", least=2 * GROUPS),
     "recall": Metric("recall", "higher", "features", least=2 * GROUPS),
     "density": Metric("density", "higher", "features", least=2 * GROUPS),

@@ -66,7 +66,7 @@ class Shown:
 
     text: str  # the prompt
     pictures: tuple[str, ...]  # of each side; files relative to the report's folder
-    scores: tuple[float, ...] = ()  # of each side; none if it has none
+    scores: tuple[float, ...] = ()  # of the first of them, as many as have one
 
 
 @dataclass(frozen=True)

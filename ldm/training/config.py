@@ -98,7 +98,9 @@ class AutoencoderSection(StageSection):
     """The autoencoder: pictures through latents and back."""
 
     pixel_loss: Literal["l1", "l2"] = Field("l1", description="distance of pixels")
-    perceptual: str | None = Field(None, description="file of LPIPS (tools/fetch_weights.py); null: none")
+    perceptual: str | None = Field(
+        None, description="LPIPS: vgg16 or alex (tools/fetch_weights.py), a file; null: none"
+    )
     perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: it is measured at most")
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as latent-diffusion counts it")
     commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
