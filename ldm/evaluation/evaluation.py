@@ -45,10 +45,10 @@ class Plan:
     """What to evaluate and how."""
 
     metrics: Sequence[str]  # names of `METRICS`
-    data: str | None = None  # pictures to compare with, and captions to make pictures of
+    data: str | Pictures | None = None  # pictures to compare with, and captions to make pictures of
     n: int | None = None  # pictures of each side; by default all of a folder, and of a model as many as `data` holds
     prompts: Sequence[str] | None = None  # instead of the captions
-    training: str | None = None  # pictures that the models were trained on, to look for copies of
+    training: str | Pictures | None = None  # pictures that the models were trained on, to look for copies of
     features: str = "inception"  # network for FID and the like
     clip: str | None = None  # network for what is about prompts
     copies: str = "sscd"  # network that knows a picture again
@@ -73,10 +73,18 @@ def evaluate(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Rep
     Raises:
         LdmError: in one line, what is missing or does not fit.
     """
+    return begin(sides, plan, work).run()
+
+
+def begin(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Evaluation:
+    """What needs no side: the plan is checked, networks are opened, and the pictures to compare with are looked at.
+
+    Arguments and errors are those of `evaluate`, which `run` of the result finishes.
+    """
     metrics = {name: one for name, one in METRICS.items() if name in plan.metrics}
     check([isinstance(side, Model) for side in sides], plan)
     specs = {"features": plan.features, "clip": plan.clip, "copies": plan.copies, "lpips": plan.lpips}
-    return Evaluation(sides, plan, work, Networks(metrics, specs, plan.device)).run()
+    return Evaluation(sides, plan, work, Networks(metrics, specs, plan.device))
 
 
 def check(models: Sequence[bool], plan: Plan) -> None:
@@ -92,19 +100,23 @@ def check(models: Sequence[bool], plan: Plan) -> None:
     check_whole("evaluation", "seed", plan.seed, 0, 2**32)
     for name, one in metrics.items():
         if one.reference and plan.data is None:
-            raise LdmError(f"{name} compares with other pictures: name them (--data)")
+            raise LdmError(f"{name} compares with other pictures: name them (data=, --data)")
         if one.network == "clip" and plan.clip is None:
-            raise LdmError(f"{name} needs a network for pictures and texts: name one (--clip)")
+            raise LdmError(f"{name} needs a network for pictures and texts: name one (clip=, --clip)")
         if one.reconstruction and not all(models):
             raise LdmError(f"{name} is about a model's autoencoder, which a folder of pictures does not have")
         if plan.n is not None and plan.n < one.least:
             raise LdmError(f"{name} needs at least {one.least} pictures, and n is {plan.n}")
     if "memorisation" in metrics and plan.training is None:
-        raise LdmError("memorisation needs the pictures that the model was trained on: name them (--training)")
+        raise LdmError(
+            "memorisation needs the pictures that the model was trained on: name them (training=, --training)"
+        )
     if plan.sweeps and not all(models):
-        raise LdmError("only a model's pictures can be made with other settings (--sweep), not those of a folder")
+        raise LdmError(
+            "only a model's pictures can be made with other settings (sweeps=, --sweep), not those of a folder"
+        )
     if any(models) and plan.data is None and not plan.prompts:
-        raise LdmError("a model needs prompts: those of a reference set (--data), or a file of them (--prompts)")
+        raise LdmError("a model needs prompts: those of a reference set (data=, --data), or some (prompts=, --prompts)")
 
 
 class Evaluation:
@@ -116,13 +128,24 @@ class Evaluation:
         self.notes: list[str] = []
         self.about_sides = [name for name, one in self.metrics.items() if not one.reconstruction]
         self.about_autoencoders = [name for name, one in self.metrics.items() if one.reconstruction]
-        self.data = None if plan.data is None else open_pictures(plan.data, work.shared)
+        self.data = None if plan.data is None else self._opened(plan.data)
         self.prompts = self._prompts() if any(isinstance(side, Model) for side in sides) else []
         self._check_counts()
         self.training = self._training()
         self.reference = self._reference()
 
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """All that the figures depend on, but for the sides and how their pictures are made."""
+        sets = (self.data, None if self.training is None else self.training.pictures)
+        stamps = [None if one is None else one.stamp for one in sets]
+        networks = sorted((role, used.digest, used.preparation) for role, used in self.networks.used.items())
+        return (*stamps, *networks, sorted(self.metrics), self.prompts, self.plan.seed)
+
     # --- pictures ---------------------------------------------------------------------------------------------------
+
+    def _opened(self, source: str | Pictures) -> Pictures:
+        return source if isinstance(source, Pictures) else open_pictures(source, self.work.shared)
 
     def _prompts(self) -> list[str]:
         """A prompt for each picture; they begin again when there are not enough."""
@@ -132,7 +155,7 @@ class Evaluation:
             mixed = self.data.shuffled(self.plan.seed)
             texts = [text for number in range(len(mixed)) if (text := mixed.caption(number))]
         if not texts:
-            raise LdmError(f"{self.plan.data} has no captions to make pictures of; write some, or name --prompts")
+            raise LdmError(f"{self.plan.data} has no captions to make pictures of; write some, or give prompts")
         count = self.plan.n or len(texts)
         if count > len(texts) and self.about_sides:
             self.note(
@@ -165,8 +188,7 @@ class Evaluation:
     def _training(self) -> Looked | None:
         if self.plan.training is None or "memorisation" not in self.metrics:
             return None
-        pictures = open_pictures(self.plan.training, self.work.shared)
-        return self._look(pictures, "the training pictures", ["memorisation"], self.work.shared)
+        return self._look(self._opened(self.plan.training), "the training pictures", ["memorisation"], self.work.shared)
 
     def _reference(self) -> Looked | None:
         names = [name for name in self.about_sides if self.metrics[name].reference]
@@ -347,7 +369,7 @@ class Evaluation:
         if self.data is None or self.plan.data is None:
             return None
         count = len(self.data) if self.reference is None else len(self.reference.index)
-        return Side("reference", self.plan.data, self.reference.digest if self.reference else "", count)
+        return Side("reference", str(self.plan.data), self.reference.digest if self.reference else "", count)
 
     def _note_distractors(self, looked: Sequence[Looked]) -> None:
         if "r-precision" in self.metrics and distractors(looked[0].seen.captions) < DISTRACTORS:

@@ -36,6 +36,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __str__(self) -> str:
+        name = self.images.source.name
+        return name if len(self) == len(self.images) else f"{len(self)} of {name}"
+
     def key(self, number: int) -> str:
         """The name of a picture."""
         return self.images.key(self.rows[number])

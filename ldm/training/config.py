@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from ldm.errors import LdmError, first_line, suggestion
@@ -126,6 +126,31 @@ class TextSection(StageSection):
     )
 
 
+class EvaluationSection(Section):
+    """Pictures made and measured while training, for each average of the weights (`ldm eval` measures a result)."""
+
+    every: int = Field(0, ge=0, description="updates between evaluations; 0: none")
+    metrics: list[str] = Field(["kid"], min_length=1, description="those of `ldm eval` that are not reconstructions'")
+    n: int | None = Field(None, ge=2, description="pictures to make; without: one for each caption of the data")
+    data: str | None = Field(None, description="pictures to compare with, with captions; without: those held out")
+    features: str = Field("inception", description="network for FID, KID and the like")
+    clip: str | None = Field(None, description="network for metrics of prompts: clip:MODEL@WEIGHTS, clip:FOLDER")
+    steps: int = Field(30, ge=1, le=1000, description="of the scheduler")
+    guidance: float | None = Field(None, ge=0, le=1000, description="scale; without: the family's usual one")
+    batch: int = Field(8, ge=1, description="pictures made at a time on each device")
+    choose: str | None = Field(None, description="metric whose best weights become the result; without: the last ones")
+
+    @field_validator("choose")
+    @classmethod
+    def _measured(cls, choose: str | None, info: ValidationInfo) -> str | None:
+        """What decides has to be known."""
+        if choose is not None and info.data.get("every", 1) == 0:
+            raise ValueError("nothing is measured to choose by; set every")
+        if choose is not None and choose not in info.data.get("metrics", [choose]):
+            raise ValueError("it is not among the metrics")
+        return choose
+
+
 class DenoiserSection(StageSection):
     """The U-Net, base or refiner."""
 
@@ -143,6 +168,7 @@ class DenoiserSection(StageSection):
         [1e-6], min_length=1, max_length=2, description="of each text encoder"
     )
     prompts: list[str] = Field([], description="of the previews; without: held-out captions")
+    evaluation: EvaluationSection = EvaluationSection()
 
 
 class RefinerModelSection(ModelSection):
