@@ -64,6 +64,8 @@ class Averages:
         Raises:
             LdmError: the file is missing or damaged.
         """
+        if not path.exists():
+            raise LdmError(f"{path} is missing; put it back")
         check_digest(path)
         device = next(iter(self.parameters.values())).device
         found = dict(Store([path]).read(list(self.parameters), None, device))
