@@ -36,7 +36,7 @@ from ldm.weights.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 FIGURES = "figures.json"
-SCRATCH = ("pictures", "found", "index")  # of an evaluation, in the way of nobody once there are figures
+SCRATCH = ("pictures", "found", "index")  # of an evaluation; removed once there are figures
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Evaluator:
         return self.work.folder / f"step-{step:08d}" / average
 
     def prepare(self) -> None:
-        """Open networks, and look at the pictures to compare with: what is missing is missed before training.
+        """Open networks, and look at the pictures to compare with, so that what is missing is found before training.
 
         Raises:
             LdmError: something is.
