@@ -145,7 +145,7 @@ def test_killed_and_continued_is_the_same(whole: tuple[Path, str], command: list
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere does not exist; name a model"),
-        (["MODEL"], "compares with other pictures: name them (--data)"),
+        (["MODEL"], "compares with other pictures: name them (data=, --data)"),
         (["MODEL", "--metrics", "clip-score"], "clip-score needs a network for pictures and texts"),
         (["MODEL", "--data", "SHAPES", "--metrics", "fdi"], "did you mean fid?"),
         (["MODEL", "--data", "SHAPES", "--with", "steps"], "--with 'steps': write KEY=VALUE"),
