@@ -5,6 +5,7 @@ N pictures, D features of a picture
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
