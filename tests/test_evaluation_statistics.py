@@ -1,4 +1,4 @@
-"""Moments in pieces, over ranks and in files; features in files; what is refused."""
+"""Moments in pieces, and what is refused."""
 
 from __future__ import annotations
 
