@@ -192,7 +192,7 @@ def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
             return (a - b).abs().mean(dim=(1, 2, 3))
 
     monkeypatch.setattr(looking, "load_lpips", lambda path, device: Distance())
-    monkeypatch.setattr(looking, "published", lambda *_: Path())
+    monkeypatch.setattr(looking, "lpips_path", Path)
     monkeypatch.setattr(looking, "file_digest", lambda path: "1" * 64)
 
 

@@ -50,7 +50,7 @@ class Options:
     features: str = "inception"
     clip: str | None = None
     copies: str = "sscd"
-    lpips: str | None = None
+    lpips: str = "alex"
     sweeps: Sequence[str] = ()
     settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # KEY=VALUE, each; of "both", "A" and "B"
     seed: int = 0
@@ -187,7 +187,7 @@ def _ranks(device: str | None) -> tuple[Ranks, str]:
         return Ranks(), device or default_device()
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=(device or default_device()) == "cpu")
     return Ranks(state.process_index, state.num_processes, state.wait_for_everyone), device or str(state.device)
 
 

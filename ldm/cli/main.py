@@ -277,7 +277,7 @@ def evaluate(
         str | None, typer.Option(help="Network for prompts: clip:NAME@WEIGHTS of open_clip, or clip:FOLDER of ours.")
     ] = None,
     copies: Annotated[str, typer.Option(help="Network that knows pictures again: sscd[:FILE].")] = "sscd",
-    lpips: Annotated[str | None, typer.Option(metavar="FILE", help="Weights of LPIPS.")] = None,
+    lpips: Annotated[str, typer.Option(help="Backbone of LPIPS, alex or vgg16, or a file of its weights.")] = "alex",
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=N,N", help="Also with these values: guidance=1,3,5,7, steps=10,20.")
     ] = None,

@@ -44,19 +44,23 @@ class CopyDetector:
         options.log_severity_level = 3  # errors
         try:
             self.digest = file_digest(path)
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            takes, gives = self.session.get_inputs(), self.session.get_outputs()
+            fits = len(takes) == len(gives) == 1 and _takes_pictures(takes[0]) and len(gives[0].shape) == 2
         except OSError as error:
             raise LdmError(f"{path} cannot be read: {error.strerror}") from None
         except Exception as error:  # ONNX Runtime has a class for each kind of damage, with no common base
             raise LdmError(
                 f"{path} is no ONNX file, or damaged ({first_line(error)}); fetch it with tools/fetch_weights.py sscd"
             ) from None
-        takes, gives = self.session.get_inputs(), self.session.get_outputs()
-        if not (len(takes) == len(gives) == 1 and _takes_pictures(takes[0]) and len(gives[0].shape) == 2):
+        if not fits:
             raise LdmError(
                 f"{path} is another network: SSCD takes pictures (B, {SIDE}, {SIDE}, 3) in 8 bits and gives a vector "
                 "of each; fetch it with tools/fetch_weights.py sscd"
             )
+        self.input = takes[0].name
 
     def prepare(self, image: Image.Image) -> Tensor:
         """A picture in RGB to (320, 320, 3) in 8 bits."""
@@ -64,7 +68,7 @@ class CopyDetector:
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
         """Prepared pictures (B, 320, 320, 3) to `features` (B, 512) of length 1."""
-        (features,) = self.session.run(None, {self.session.get_inputs()[0].name: inputs.numpy()})
+        (features,) = self.session.run(None, {self.input: inputs.numpy()})
         return {"features": torch.from_numpy(features)}
 
 

@@ -52,7 +52,7 @@ class Plan:
     features: str = "inception"  # network for FID and the like
     clip: str | None = None  # network for what is about prompts
     copies: str = "sscd"  # network that knows a picture again
-    lpips: str | None = None  # file of LPIPS; by default the one in the folder of weights
+    lpips: str = "alex"  # LPIPS's backbone, alex or vgg16, or its file
     sweeps: Mapping[str, Sequence[float]] = field(default_factory=dict)  # values of settings, one setting at a time
     seed: int = 0  # of the first picture, and of the choice of prompts
     batch: int = 8  # pictures that a model makes at a time

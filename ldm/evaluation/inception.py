@@ -82,20 +82,13 @@ class Network(nn.Module):
         return given
 
 
-def _refuse_script(path: Path) -> None:
-    """Raise if a file is TorchScript, as these weights are often published.
-
-    Raises:
-        LdmError: it is.
-    """
-    if zipfile.is_zipfile(path):
+def _is_script(path: Path) -> bool:
+    """Whether a file is TorchScript, as these weights are often published: a program, which is not run here."""
+    try:
         with zipfile.ZipFile(path) as archive:
-            script = any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
-        if script:
-            raise LdmError(
-                f"{path} is TorchScript, a program; give a file of weights alone, such as torch-fidelity's, or make "
-                "one with tools/fetch_weights.py inception"
-            )
+            return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+    except Exception:  # no archive, or a damaged one: what reads the tensors says so
+        return False
 
 
 class Inception:
@@ -117,7 +110,11 @@ class Inception:
             LdmError: the file is missing, damaged, or holds something else.
         """
         path = path or published(FILE, "inception")
-        _refuse_script(path)
+        if _is_script(path):
+            raise LdmError(
+                f"{path} is TorchScript, a program; give a file of weights alone, such as torch-fidelity's, or make "
+                "one with tools/fetch_weights.py inception"
+            )
         store = open_store(path, allow_pickle=True)
         found = {name: info.shape for name, info in store.infos.items() if not name.endswith((COUNTERS, "fc.bias"))}
         with torch.device("meta"):

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,14 +18,13 @@ from ldm.errors import LdmError, listing
 from ldm.evaluation.extractors import Extractor, TextExtractor, open_extractor, open_text_extractor
 from ldm.evaluation.measures import Metric, Seen
 from ldm.evaluation.metrics import nearest, unit
-from ldm.evaluation.perceptual import LPIPS, load_lpips
+from ldm.evaluation.perceptual import LPIPS, load_lpips, lpips_path
 from ldm.evaluation.pictures import Pictures
 from ldm.evaluation.quality import psnr, ssim
 from ldm.evaluation.report import Used
 from ldm.evaluation.stored import BATCH, Part, Rows, Work, in_chunks, look
 from ldm.images import to_tensor
 from ldm.weights.files import file_digest
-from ldm.weights.published import published
 
 MOST_DB = 100.0  # PSNR of pictures that are equal, for which it is infinite
 
@@ -65,9 +63,9 @@ class Networks:
         self.used: dict[str, Used] = {}
         for role in sorted({one.network for one in metrics.values()} - {""}):
             if role == "lpips":
-                path = Path(specs[role] or published("lpips-alex.safetensors", "lpips"))
+                path = lpips_path(str(specs[role]))
                 self.lpips = load_lpips(path, device)
-                self.used[role] = Used(f"LPIPS ({self.lpips.backbone})", file_digest(path), "as it is, [-1, 1]")
+                self.used[role] = Used(f"LPIPS ({self.lpips.backbone})", file_digest(path), "as they are, [-1, 1]")
                 continue
             network: Extractor
             if role == "clip":

@@ -5,6 +5,7 @@ N pictures, D features of a picture
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ class Metric:
     least: int = 2  # pictures that it takes
     reconstruction: bool = False  # whether it is about the autoencoder alone
     difference: str = "A − B"  # what a comparison is of
+    bounds: tuple[float, float] = (-math.inf, math.inf)  # of a mean over pictures
     plain: str = ""  # its label on features that are not Inception's
 
 
@@ -66,13 +68,13 @@ METRICS = {
     "coverage": Metric("coverage", "higher", "features", least=2 * GROUPS),
     "fd-clip": Metric("FD of CLIP", "lower", "clip"),
     "cmmd": Metric("CMMD", "lower", "clip"),
-    "clip-score": Metric("CLIP score", "higher", "clip", reference=False, captions=True),
-    "r-precision": Metric("R-precision", "higher", "clip", reference=False, captions=True),
+    "clip-score": Metric("CLIP score", "higher", "clip", reference=False, captions=True, bounds=(0, 100)),
+    "r-precision": Metric("R-precision", "higher", "clip", reference=False, captions=True, bounds=(0, 1)),
     "memorisation": Metric("near copies", "lower", "copies", least=round(1 / QUANTILE)),
     "rfid": Metric("rFID", "lower", "features", reconstruction=True, plain="rFD"),
     "psnr": Metric("PSNR (dB)", "higher", "", reconstruction=True),
-    "ssim": Metric("SSIM", "higher", "", reconstruction=True),
-    "lpips": Metric("LPIPS", "lower", "lpips", reconstruction=True),
+    "ssim": Metric("SSIM", "higher", "", reconstruction=True, bounds=(-1, 1)),
+    "lpips": Metric("LPIPS", "lower", "lpips", reconstruction=True, bounds=(0, math.inf)),
 }  # fmt: skip
 
 
@@ -160,7 +162,7 @@ def estimates(names: Sequence[str], seen: Seen, reference: Seen | None) -> dict[
         if name == "is":
             return inception_interval(seen.features["logits"])
         if name in ("clip-score", "r-precision", "psnr", "ssim", "lpips"):
-            return mean_interval(scores(name, seen))
+            return mean_interval(scores(name, seen), *METRICS[name].bounds)
         assert reference is not None
         if name == "memorisation":
             return share_interval(near_copies(seen, reference))

@@ -148,6 +148,15 @@ def lpips_file(backbone: str) -> str:
     return f"lpips-{backbone}.safetensors"
 
 
+def lpips_path(source: str | Path) -> Path:
+    """The file itself, or that of a backbone in the weights folder.
+
+    Raises:
+        LdmError: it is not in the folder.
+    """
+    return published(lpips_file(str(source)), "lpips") if source in BACKBONES else Path(source)
+
+
 def load_lpips(source: str | Path, device: torch.device | str = "cpu") -> LPIPS:
     """The distance with the weights of a file that `save_lpips` wrote; the backbone is the one that fits.
 
@@ -156,7 +165,7 @@ def load_lpips(source: str | Path, device: torch.device | str = "cpu") -> LPIPS:
     Raises:
         LdmError: the file is missing, cannot be read, is damaged, or holds something else.
     """
-    path = published(lpips_file(str(source)), "lpips") if source in BACKBONES else Path(source)
+    path = lpips_path(source)
     store = Store([path])
     found = {name: info.shape for name, info in store.infos.items()}
     wrong = {backbone: _differences(backbone, found) for backbone in BACKBONES}

@@ -8,7 +8,7 @@ N images, D features of an image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -18,8 +18,6 @@ from torch import Tensor
 from ldm.errors import LdmError
 
 NUMBERS = 2**24  # float64 numbers in the largest temporary tensor: 128 MB
-
-Reduce = Callable[[Tensor], Tensor]  # a tensor of this rank to the sum of those of all ranks, the same on each
 
 
 def blocks(features: Tensor, width: int | None = None) -> Iterator[Tensor]:
@@ -89,15 +87,3 @@ def merge(a: Moments, b: Moments) -> Moments:
     delta = b.mean - a.mean
     scatter = a.scatter + b.scatter + torch.outer(delta, delta) * (a.count * b.count / count)
     return Moments(count, a.mean + delta * (b.count / count), scatter)
-
-
-def over_ranks(moments: Moments, total: Reduce) -> Moments:
-    """The moments of all ranks together, the same on each; equal to those of one rank up to rounding.
-
-    Args:
-        total: gives the sum over all ranks of a float64 tensor.
-    """
-    counted = total(torch.cat([moments.count.view(1), moments.count * moments.mean]))
-    mean = counted[1:] / counted[0]
-    delta = moments.mean - mean
-    return Moments(counted[0], mean, total(moments.scatter + moments.count * torch.outer(delta, delta)))
