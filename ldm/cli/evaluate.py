@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size, read_prompts
-from ldm.errors import LdmError, first_line
+from ldm.errors import LdmError, first_line, suggestion
 from ldm.evaluation.evaluation import Model, Plan, check, evaluate
 from ldm.evaluation.page import write_page
 from ldm.evaluation.report import save_report
@@ -32,6 +32,11 @@ from pipelines.pipeline import default_device
 from pipelines.run import reconstruct
 
 LOADING = ("dtype", "attention", "refiner", "variant", "allow_pickle")  # what a side may set of `Pipeline`
+MAKING = (  # and of `Pipeline.request`
+    "size", "steps", "guidance", "scheduler", "spacing", "eta", "negative", "clip_skip", "chunks", "weights", "rng",
+    "refiner_at", "refiner_strength", "hires", "hires_strength", "original_size", "crop", "target_size",
+    "aesthetic_score",
+)  # fmt: skip
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 PICTURES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
 PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
@@ -76,6 +81,10 @@ def run(options: Options) -> None:
     sides: list[Model | str] = []
     for source, name in zip(options.sources, "AB", strict=False):
         own = common | dict(map(_setting, options.settings.get(name, ())))
+        if own and not is_model(source):
+            raise LdmError(
+                f"{source} is a folder of pictures, which are not made here; leave out --with {next(iter(own))}"
+            )
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
     with _telling(ranks.first) as tell:
@@ -115,7 +124,7 @@ def _setting(text: str) -> tuple[str, Any]:
     if not (name and equals):
         raise LdmError(f"--with {text!r}: write KEY=VALUE, such as steps=20")
     try:
-        return name.replace("-", "_"), yaml.safe_load(value)
+        return _known("--with", name, (*MAKING, *LOADING)), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise LdmError(f"--with {text!r}: the value cannot be read: {first_line(error)}") from None
 
@@ -129,7 +138,14 @@ def _sweep(text: str) -> tuple[str, tuple[float, ...]]:
         found = ()
     if not name or len(set(found)) < len(found) or not found:
         raise LdmError(f"--sweep {text!r}: write KEY=NUMBER,NUMBER, such as guidance=1,3,5,7, each number once")
-    return name.replace("-", "_"), found
+    return _known("--sweep", name, MAKING), found
+
+
+def _known(option: str, name: str, names: Sequence[str]) -> str:
+    """A setting's name, with hyphens or without."""
+    if (plain := name.replace("-", "_")) not in names:
+        raise LdmError(f"{option} {name}: that is no setting of pictures here; {suggestion(plain, list(names))}")
+    return plain
 
 
 def is_model(source: str) -> bool:
