@@ -619,6 +619,7 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["trackers=[abacus]"], "trackers: Unsupported"),
         (["stages=[base,base]"], "stages is ['base', 'base']: value error, each stage once, in the order autoencoder"),
         (["stages=[refiner,base]"], "each stage once, in the order"),
+        (["base.optimizer.cooldown=5"], "base.optimizer.cooldown is 5: value error, a constant learning rate does not"),
         (["precision=fp16"], "precision fp16 needs a GPU"),
         (["base.optimizer.betas=[2,3]"], "base.optimizer.betas.0 is 2: input should be less than 1"),
         (["base.drop_caption=[5]"], "base.drop_caption.0 is 5"),

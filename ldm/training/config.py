@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from ldm.errors import LdmError, first_line, suggestion
@@ -47,11 +47,20 @@ class OptimizerSection(Section):
     learning_rate: float = Field(1e-4, gt=0, description="its highest value")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how it falls after the warm-up")
     warmup: int = Field(0, ge=0, description="updates until it is reached")
+    cooldown: int = Field(0, ge=0, description="the last updates, in which it falls; 0: all after the warm-up")
     final: float = Field(0.0, ge=0, le=1, description="part of it that is left at the last update")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and second moments")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: as it comes")
+
+    @field_validator("cooldown")
+    @classmethod
+    def _falls(cls, cooldown: int, info: ValidationInfo) -> int:
+        """A constant learning rate has no end to it."""
+        if cooldown and info.data.get("schedule") == "constant":
+            raise ValueError("a constant learning rate does not fall; choose the schedule linear or cosine")
+        return cooldown
 
 
 class EmaSection(Section):
