@@ -117,6 +117,7 @@ class AutoencoderSection(StageSection):
     adversarial_start: int = Field(50_000, ge=0, description="updates before it takes part")
     discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="if it differs")
+    decoder_only: bool = Field(False, description="leave the encoder as it is, so that U-Nets of its latents still fit")
     measure: int = Field(10_000, ge=1, description="at most so many pictures tell the latents' scale at the end")
     measure_shift: bool = Field(False, description="measure their mean too, not only their scale")
 
