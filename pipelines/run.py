@@ -6,17 +6,18 @@ B pictures, H×W height and width in pixels, C latent channels, h×w height and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError, out_of_memory
 from ldm.families import NoiseSchedule
-from ldm.images import to_tensor
+from ldm.images import to_images, to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
@@ -189,6 +190,20 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
         raise LdmError("the autoencoder gave a picture that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
     check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
     return pixels
+
+
+@torch.inference_mode()
+def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Pictures of one size, a multiple of the autoencoder's factor, through it and back: what it can keep of them.
+
+    Raises:
+        LdmError: as `decode`.
+    """
+    autoencoder = model.autoencoder
+    weight = next(autoencoder.parameters())
+    latents = autoencoder.encode(to_tensor(images, *images[0].size).to(weight.device, weight.dtype)).mode()
+    config = autoencoder.config
+    return to_images(decode(model, (latents - config.shift_factor) * config.scaling_factor))
 
 
 def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> T:

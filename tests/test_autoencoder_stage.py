@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
+from ldm.evaluation.perceptual import LPIPS, save_lpips
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.autoencoder import HIGHEST, AutoencoderStage
 from ldm.training.checkpointing import checkpointed
 from ldm.training.config import AutoencoderSection, Config, ModelSection, dump, load
-from ldm.training.perceptual import LPIPS, save_lpips
 from ldm.training.run import train
 from ldm.training.start import starting_model
 

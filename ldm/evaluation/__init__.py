@@ -1,1 +1,22 @@
-"""How good generated pictures are, in figures with their intervals, and whether one model is better than another."""
+"""How good generated pictures are, in figures with their intervals, and whether one model is better than another.
+
+from ldm.evaluation import Model, Plan, Work, evaluate
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.evaluation.evaluation import Model, Plan, evaluate
+    from ldm.evaluation.stored import Work
+
+__all__ = ["Model", "Plan", "Work", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from ldm.evaluation import evaluation
+
+        return getattr(evaluation, name)
+    raise AttributeError(f"module 'ldm.evaluation' has no attribute {name!r}")

@@ -8,20 +8,16 @@ N images, D features of an image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial, reduce
-from pathlib import Path
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from ldm.errors import LdmError, listing
-from ldm.weights.files import Output, Store, TensorInfo, check_digest, replacing, write_safetensors
+from ldm.errors import LdmError
 
 NUMBERS = 2**24  # float64 numbers in the largest temporary tensor: 128 MB
-
-Reduce = Callable[[Tensor], Tensor]  # a tensor of this rank to the sum of those of all ranks, the same on each
 
 
 def blocks(features: Tensor, width: int | None = None) -> Iterator[Tensor]:
@@ -91,77 +87,3 @@ def merge(a: Moments, b: Moments) -> Moments:
     delta = b.mean - a.mean
     scatter = a.scatter + b.scatter + torch.outer(delta, delta) * (a.count * b.count / count)
     return Moments(count, a.mean + delta * (b.count / count), scatter)
-
-
-def over_ranks(moments: Moments, total: Reduce) -> Moments:
-    """The moments of all ranks together, the same on each; equal to those of one rank up to rounding.
-
-    Args:
-        total: gives the sum over all ranks of a float64 tensor.
-    """
-    counted = total(torch.cat([moments.count.view(1), moments.count * moments.mean]))
-    mean = counted[1:] / counted[0]
-    delta = moments.mean - mean
-    return Moments(counted[0], mean, total(moments.scatter + moments.count * torch.outer(delta, delta)))
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool) -> None:
-    outputs = [
-        Output(name, TensorInfo(tensor.dtype, tuple(tensor.shape)), partial(tensors.__getitem__, name))
-        for name, tensor in tensors.items()
-    ]
-    with replacing(path, folder=False, overwrite=overwrite, need=sum(o.info.nbytes for o in outputs)) as temporary:
-        write_safetensors(temporary, outputs, metadata)
-
-
-def _load(path: Path, names: set[str], what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    store = Store([path])
-    if store.infos.keys() != names:
-        raise LdmError(f"{path} holds {listing(sorted(store.infos))}, not {what}; make it again")
-    check_digest(path)
-    return dict(store.read(sorted(names), None, "cpu")), store.metadata
-
-
-def save_moments(path: Path, moments: Moments, metadata: Mapping[str, str], overwrite: bool = False) -> None:
-    """Write moments with a digest, and `metadata`, which should say what they are of and what extracted them.
-
-    Raises:
-        LdmError: `path` exists and `overwrite` is not set, or cannot be written.
-    """
-    _save(path, vars(moments), metadata, overwrite)
-
-
-def load_moments(path: Path) -> tuple[Moments, dict[str, str]]:
-    """The moments that `save_moments` wrote, and their metadata.
-
-    Raises:
-        LdmError: the file cannot be read, is damaged, or holds something else.
-    """
-    tensors, metadata = _load(path, {"count", "mean", "scatter"}, "moments of features")
-    size = len(tensors["mean"]) if tensors["mean"].ndim == 1 else -1
-    if tensors["count"].shape != () or tensors["scatter"].shape != (size, size):
-        raise LdmError(f"{path} holds moments whose shapes do not fit each other; make it again")
-    return Moments(**tensors), metadata
-
-
-def save_features(path: Path, features: Tensor, metadata: Mapping[str, str], overwrite: bool = False) -> None:
-    """Write features (N, D) in their own dtype, with a digest; `metadata` as for `save_moments`.
-
-    Raises:
-        LdmError: `path` exists and `overwrite` is not set, or cannot be written.
-    """
-    _save(path, {"features": features}, metadata, overwrite)
-
-
-def load_features(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """The features (N, D) that `save_features` wrote, mapped from the file, and their metadata.
-
-    Raises:
-        LdmError: the file cannot be read, is damaged, or holds something else.
-    """
-    tensors, metadata = _load(path, {"features"}, "features of images")
-    check_features(str(path), tensors["features"], least=1)
-    return tensors["features"], metadata

@@ -62,8 +62,8 @@ def _around(value: float, middle: float, error: float, count: int, least: float,
 # --- intervals of means and shares ------------------------------------------------------------------------------------
 
 
-def mean_interval(values: Tensor) -> Estimate:
-    """The mean of independent values (N,), such as CLIP scores, and Student's interval.
+def mean_interval(values: Tensor, least: float = -math.inf, most: float = math.inf) -> Estimate:
+    """The mean of independent values (N,), such as CLIP scores, and Student's interval, as far as means can lie in it.
 
     Raises:
         LdmError: fewer than two values, or some that are not finite.
@@ -72,7 +72,7 @@ def mean_interval(values: Tensor) -> Estimate:
     count, mean = len(values), float(values.double().mean())
     error = float(values.double().std()) / math.sqrt(count)
     reach = float(t.ppf(0.5 + LEVEL / 2, count - 1)) * error
-    return Estimate(mean, mean, error, mean - reach, mean + reach, count)
+    return Estimate(mean, mean, error, max(mean - reach, least), min(mean + reach, most), count)
 
 
 def share_interval(hits: Tensor) -> Estimate:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from ldm.data.keyed import generator, normal
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
+from ldm.evaluation.perceptual import BACKBONES, LPIPS, load_lpips
+from ldm.evaluation.quality import WINDOW, psnr, ssim
 from ldm.images import grid, to_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian, Point, VQModel
@@ -29,8 +30,6 @@ from ldm.training.codebook import MovingCodebook, codebook_losses
 from ldm.training.config import AutoencoderSection
 from ldm.training.latents import Moments, measure, merge, over_ranks
 from ldm.training.optimizers import make_optimizer
-from ldm.training.perceptual import BACKBONES, LPIPS, load_lpips
-from ldm.training.quality import WINDOW, psnr, ssim
 from ldm.training.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
 from ldm.training.stage import Loss, Player
 from ldm.training.start import with_changes
@@ -103,7 +102,7 @@ class AutoencoderStage:
         )  # fmt: skip
         shape = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
         _check(section, model, accelerator.mixed_precision)
-        self.perceptual = load_lpips(Path(section.perceptual), accelerator.device) if section.perceptual else None
+        self.perceptual = load_lpips(section.perceptual, accelerator.device) if section.perceptual else None
         _check_sizes(sides, model, self.perceptual, shape if section.adversarial_weight else None)
         for network in model.modules().values():
             network.requires_grad_(False)
@@ -302,7 +301,7 @@ def _check(section: AutoencoderSection, model: LatentDiffusion, precision: str) 
     config = model.autoencoder.config
     if section.perceptual_weight and not section.perceptual:
         raise LdmError(
-            "autoencoder.perceptual is not set: name a file of LPIPS (fetch one with tools/fetch_weights.py), or set "
+            "autoencoder.perceptual is not set: choose vgg16 (fetch LPIPS with tools/fetch_weights.py), or set "
             "autoencoder.perceptual_weight=0 to train without"
         )
     if section.adversarial_weight and precision == "fp16":

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,15 @@ def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a folder, oldest first."""
     found = [(int(m[1]), path) for path in folder.glob("step-*") if (m := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def states(folder: Path) -> Iterator[dict[str, Any]]:
+    """What `save` was told besides, of each checkpoint that says it."""
+    for path in checkpoints(folder):
+        try:
+            yield dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["state"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one, which is passed over when the run goes on
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -107,7 +107,9 @@ class AutoencoderSection(StageSection):
     """The autoencoder: pictures through latents and back."""
 
     pixel_loss: Literal["l1", "l2"] = Field("l1", description="distance of pixels")
-    perceptual: str | None = Field(None, description="file of LPIPS (tools/fetch_weights.py); null: none")
+    perceptual: str | None = Field(
+        None, description="LPIPS: vgg16 or alex (tools/fetch_weights.py), a file; null: none"
+    )
     perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: it is measured at most")
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as latent-diffusion counts it")
     commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
@@ -134,6 +136,31 @@ class TextSection(StageSection):
     )
 
 
+class EvaluationSection(Section):
+    """Pictures made and measured while training, for each average of the weights (`ldm eval` measures a result)."""
+
+    every: int = Field(0, ge=0, description="updates between evaluations; 0: none")
+    metrics: list[str] = Field(["kid"], min_length=1, description="those of `ldm eval` that are not reconstructions'")
+    n: int | None = Field(None, ge=2, description="pictures to make; without: one for each caption of the data")
+    data: str | None = Field(None, description="pictures to compare with, with captions; without: those held out")
+    features: str = Field("inception", description="network for FID, KID and the like")
+    clip: str | None = Field(None, description="network for metrics of prompts: clip:MODEL@WEIGHTS, clip:FOLDER")
+    steps: int = Field(30, ge=1, le=1000, description="of the scheduler")
+    guidance: float | None = Field(None, ge=0, le=1000, description="scale; without: the family's usual one")
+    batch: int = Field(8, ge=1, description="pictures made at a time on each device")
+    choose: str | None = Field(None, description="metric whose best weights become the result; without: the last ones")
+
+    @field_validator("choose")
+    @classmethod
+    def _measured(cls, choose: str | None, info: ValidationInfo) -> str | None:
+        """What decides has to be known."""
+        if choose is not None and info.data.get("every", 1) == 0:
+            raise ValueError("nothing is measured to choose by; set every")
+        if choose is not None and choose not in info.data.get("metrics", [choose]):
+            raise ValueError("it is not among the metrics")
+        return choose
+
+
 class DenoiserSection(StageSection):
     """The U-Net, base or refiner."""
 
@@ -151,6 +178,7 @@ class DenoiserSection(StageSection):
         [1e-6], min_length=1, max_length=2, description="of each text encoder"
     )
     prompts: list[str] = Field([], description="of the previews; without: held-out captions")
+    evaluation: EvaluationSection = EvaluationSection()
 
 
 class RefinerModelSection(ModelSection):

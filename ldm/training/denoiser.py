@@ -27,9 +27,10 @@ from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, pro
 from ldm.training.config import DenoiserSection, RefinerSection
 from ldm.training.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group, make_optimizer
-from ldm.training.stage import Loss, Player, Preview
+from ldm.training.stage import Loss, MakePictures, Player
 
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
+PREVIEW_STEPS = 20  # of the scheduler
 LOOKS = 4  # noise levels at which each held-out picture is looked at
 Encode = Callable[[list[list[str]]], Conditioning]  # texts of each text encoder to what they say
 
@@ -73,7 +74,7 @@ class DenoiserStage:
         model: LatentDiffusion,
         accelerator: Accelerator,
         seed: int,
-        preview: Preview | None = None,
+        make_pictures: MakePictures | None = None,
         texts: Encode | None = None,
     ) -> None:
         """Args:
@@ -82,14 +83,14 @@ class DenoiserStage:
             model: on the accelerator's device, weights in fp32.
             accelerator: for autocast and sums over ranks.
             seed: of the run.
-            preview: makes pictures with a model; without, there are none.
+            make_pictures: for previews; without, there are none.
             texts: encodes captions, from a cache; by default the model's text encoders do.
 
         Raises:
             LdmError: timesteps and noise schedule do not fit.
         """
         self.name, self.section, self.model, self.accelerator, self.seed = name, section, model, accelerator, seed
-        self.make_preview = preview
+        self.make_pictures = make_pictures
         family = model.family
         if family.unet.in_channels != family.autoencoder.latent_channels:
             raise LdmError(
@@ -175,11 +176,12 @@ class DenoiserStage:
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
         """Pictures of the configured prompts, or of the batch's captions, always with the same noise."""
-        if self.make_preview is None or self.model.family.refiner:
+        if self.make_pictures is None or self.model.family.refiner:
             return []
         prompts = self.section.prompts or batch.captions[:4]
         height, width = batch.size[0, 4:6].int().tolist()
-        return self.make_preview(self.model, prompts, (width, height), self.seed)
+        seeds = [self.seed + number for number in range(len(prompts))]
+        return self.make_pictures(self.model, prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """The last validation goes into the record."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.training.config import EmaSection
-from ldm.weights.files import Output, TensorInfo, replacing, write_safetensors
+from ldm.weights.files import Output, Store, TensorInfo, check_digest, replacing, write_safetensors
 
 SNAPSHOT = re.compile(r"(\d+)-([\d.]+)\.safetensors")
 
@@ -48,33 +48,60 @@ class Averages:
     def _decay(self, step: int) -> float:
         return min(self.section.decay, (1 + step) / (10 + step)) if self.section.ramp else self.section.decay
 
+    @property
+    def names(self) -> list[str]:
+        """What each of them is called: `ema`, `width-0.05`; without any, the weights themselves, `weights`."""
+        widths = [f"width-{width:g}" for width in self.section.widths]
+        return ["ema"] * bool(self.section.decay) + widths or ["weights"]
+
+    def in_place(self, which: int = 0) -> AbstractContextManager[None]:
+        """The module with one of the averages in the place of its weights; as it is if there are no averages."""
+        return self._placed(self.averages[which]) if self.averages else nullcontext()
+
+    def read_in_place(self, path: Path) -> AbstractContextManager[None]:
+        """The module with what `save` wrote in the place of its weights.
+
+        Raises:
+            LdmError: the file is missing or damaged.
+        """
+        if not path.exists():
+            raise LdmError(f"{path} is missing; put it back")
+        check_digest(path)
+        device = next(iter(self.parameters.values())).device
+        found = dict(Store([path]).read(list(self.parameters), None, device))
+        return self._placed([found[name] for name in self.parameters])
+
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The module with the average in the place of its weights: the first one, or none if there is none."""
-        if not self.averages:
-            yield
-            return
+    def _placed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         weights = [p.data for p in self.parameters.values()]
-        for p, average in zip(self.parameters.values(), self.averages[0], strict=True):
-            p.data = average
+        for p, tensor in zip(self.parameters.values(), tensors, strict=True):
+            p.data = tensor
         try:
             yield
         finally:
             for p, weight in zip(self.parameters.values(), weights, strict=True):
                 p.data = weight
 
+    def save(self, path: Path, which: int) -> None:
+        """Write one of the averages as it is, whole or not at all."""
+        tensors = self.averages[which] if self.averages else [p.detach() for p in self.parameters.values()]
+        self._write(path, tensors, torch.float32, {})
+
     def save_snapshots(self, folder: Path, step: int) -> None:
         """Write the power-function averages, in fp16 as their authors do, for `recombine`."""
         folder.mkdir(parents=True, exist_ok=True)
         for width, average in zip(self.section.widths, self.averages[bool(self.section.decay) :], strict=True):
-            outputs = [
-                Output(name, TensorInfo(torch.float16, tuple(tensor.shape)), partial(Tensor.detach, tensor))
-                for name, tensor in zip(self.parameters, average, strict=True)
-            ]
-            size = sum(output.info.nbytes for output in outputs)
             path = folder / f"{step:08d}-{width:g}.safetensors"
-            with replacing(path, folder=False, overwrite=True, need=size) as temporary:
-                write_safetensors(temporary, outputs, {"step": str(step), "width": f"{width:g}"})
+            self._write(path, average, torch.float16, {"step": str(step), "width": f"{width:g}"})
+
+    def _write(self, path: Path, tensors: Sequence[Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+        outputs = [
+            Output(name, TensorInfo(dtype, tuple(tensor.shape)), partial(Tensor.detach, tensor))
+            for name, tensor in zip(self.parameters, tensors, strict=True)
+        ]
+        size = sum(output.info.nbytes for output in outputs)
+        with replacing(path, folder=False, overwrite=True, need=size) as temporary:
+            write_safetensors(temporary, outputs, metadata)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint must hold."""

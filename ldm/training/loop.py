@@ -14,8 +14,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ldm.errors import LdmError, listing, out_of_memory
 from ldm.images import grid, save_png
 from ldm.training import checkpoint
 from ldm.training.ema import Averages
+from ldm.training.evaluator import Best, Evaluator
 from ldm.training.optimizers import learning_rate, set_learning_rate
 from ldm.training.stage import Stage
 from ldm.weights.files import replacing
@@ -82,6 +83,7 @@ class Training:
         held_out: Callable[[], Iterable[Batch]],
         report: Report,
         work: Callable[[int], Work | None] = lambda step: None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         """Args:
         accelerator: launches and shards; what must be saved is registered with it here.
@@ -91,6 +93,7 @@ class Training:
         held_out: the batches to validate on, those of this rank.
         report: takes every line of the log, on the main process.
         work: what an image costs at a step, for the log.
+        evaluator: of the pictures that the stage's model makes, if it is to be evaluated.
         """
         self.accelerator = accelerator
         self.stage = stage
@@ -99,6 +102,8 @@ class Training:
         self.held_out = held_out
         self.report = report
         self.work = work
+        self.evaluator = evaluator
+        self.best: Best | None = None  # of the weights that were evaluated, if they are chosen from
         self.section = stage.section
         self.step = 0  # updates done
         for player in stage.players.values():
@@ -123,7 +128,9 @@ class Training:
             Stopped: a signal asked for it; a checkpoint was written.
         """
         self.restore()
-        section = self.section
+        section, evaluator = self.section, self.evaluator
+        if evaluator and self.step < section.steps:
+            evaluator.prepare()
         with self.signals():
             batches = self.batches(self.step)
             while self.step < section.steps:
@@ -141,9 +148,11 @@ class Training:
                     self.validate()
                 if self.step % section.preview_every == 0 or last:
                     self.preview(micro_batches[0])
+                if evaluator and (self.step % evaluator.section.every == 0 or last):
+                    self.evaluate(evaluator)
                 if self.step % section.save_every == 0 or last:
                     self.save()
-        with self.averaged():
+        with self.result():
             return self.stage.finish(self.held_out())
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -281,11 +290,49 @@ class Training:
             (self.folder / "previews").mkdir(exist_ok=True)
             save_png(grid(pictures), self.folder / "previews" / f"step-{self.step:08d}.png")
 
-    def averaged(self) -> AbstractContextManager[Any]:
-        """The networks with their averages in the place of their weights."""
+    def evaluate(self, evaluator: Evaluator) -> None:
+        """Figures of the pictures that each average makes; if one chooses by them, the best weights so far are kept."""
+        names = next(iter(self.averages.values())).names
+        line: dict[str, float] = {}
+        for which, name in enumerate(names):
+            with self.averaged(which):
+                figures = evaluator.figures(self.step, name)
+            prefix = f"evaluation/{name}" if len(names) > 1 else "evaluation"
+            line |= {f"{prefix}/{metric}": value for metric, value in figures.items()}
+            best = evaluator.best(self.step, name, figures, self.best)
+            if best and best is not self.best and self.accelerator.is_main_process:
+                for average, path in self.weights(evaluator, best):
+                    average.save(path, which)
+            self.best = best
+        self.write(line)
+        self.clock = Clock()
+
+    def weights(self, evaluator: Evaluator, best: Best) -> list[tuple[Averages, Path]]:
+        """The files of evaluated weights that were kept, with what they are averages of."""
+        folder = evaluator.folder(best.step, best.average)
+        return [(average, folder / f"{name}.safetensors") for name, average in self.averages.items()]
+
+    def averaged(self, which: int = 0) -> ExitStack:
+        """The networks with one of their averages in the place of their weights."""
         stack = ExitStack()
         for average in self.averages.values():
-            stack.enter_context(average.in_place())
+            stack.enter_context(average.in_place(which))
+        return stack
+
+    def result(self) -> ExitStack:
+        """The networks with the best weights in place, if evaluation chose some, or with their averages.
+
+        Raises:
+            LdmError: the file of the best weights is missing or damaged.
+        """
+        if not (self.evaluator and self.best):
+            return self.averaged()
+        stack = ExitStack()
+        try:
+            for average, path in self.weights(self.evaluator, self.best):
+                stack.enter_context(average.read_in_place(path))
+        except LdmError as error:
+            raise LdmError(f"the best weights so far: {error}, or set {self.evaluator.place}.choose=null") from None
         return stack
 
     def save_snapshots(self) -> None:
@@ -298,11 +345,18 @@ class Training:
 
     def save(self) -> None:
         """A checkpoint of everything that the rest of the run depends on."""
-        checkpoint.save(
-            self.accelerator, self.folder / "checkpoints", self.step, {"sums": self.sums, "kind": self.kind()},
-            self.section.keep,
-        )  # fmt: skip
+        state = {"sums": self.sums, "kind": self.kind(), "best": self.best and asdict(self.best)}
+        checkpoint.save(self.accelerator, self.folder / "checkpoints", self.step, state, self.section.keep)
+        if self.evaluator and self.accelerator.is_main_process:
+            self.remove_surpassed(self.evaluator)
         self.clock = Clock()
+
+    def remove_surpassed(self, evaluator: Evaluator) -> None:
+        """Of the evaluated weights, keep only those that a checkpoint calls the best."""
+        bests = [Best(**state["best"]) for state in checkpoint.states(self.folder / "checkpoints") if state.get("best")]
+        wanted = {path for best in bests for _, path in self.weights(evaluator, best)}
+        for path in evaluator.kept() - wanted:
+            path.unlink(missing_ok=True)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; the log is cut back to it.
@@ -330,6 +384,9 @@ class Training:
                     group.update(options)
             self.step = int(path.name.removeprefix("step-"))
             self.sums = manifest["state"]["sums"]
+            if self.evaluator and manifest["state"].get("best"):
+                self.best = self.evaluator.resumed(Best(**manifest["state"]["best"]))
+                self.result().close()  # to find out now whether these weights are whole
             log.info("going on from %s", path)
         if self.accelerator.is_main_process:
             _cut(self.folder / "metrics.jsonl", self.step)

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.evaluation.perceptual import LPIPS
 from ldm.models.autoencoder import DiagonalGaussian
-from ldm.training.perceptual import LPIPS
 from ldm.training.ranks import Reduce, alone
 
 LARGEST = 1e4  # adaptive weight

@@ -3,6 +3,7 @@
 runs/x/config.yaml        the whole configuration, defaults included
 runs/x/data/              index of the pictures, list of those that cannot be used, caches
 runs/x/base/              of each stage: checkpoints/, previews/, averages/, metrics.jsonl
+runs/x/base/evaluation/   reports on pictures that it makes, if they are asked for (`ldm.training.evaluator`)
 runs/x/base/model/        its result, a folder that diffusers opens; model.safetensors, the same as a single file
 runs/x/text/clip/         besides, of the stage text: the image encoder (`ldm.weights.contrastive.load_clip`)
 runs/x/base/done.json     written last
@@ -17,7 +18,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -37,18 +38,20 @@ from ldm.data.plan import Plan, split
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, first_line
+from ldm.evaluation import evaluation, stored
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
-from ldm.training.config import Config, DataSection, StageName, StageSection, dump
+from ldm.training.config import Config, DataSection, DenoiserSection, EvaluationSection, StageName, StageSection, dump
 from ldm.training.contrastive import ContrastiveStage, check_differ
 from ldm.training.denoiser import DenoiserStage, encode_pictures
+from ldm.training.evaluator import Best, Evaluator, check_evaluation, evaluation_plan
 from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.loop import Report, Training, Work, in_parts
 from ldm.training.phases import Phase, phases
-from ldm.training.stage import Preview, Stage
+from ldm.training.stage import MakePictures, Stage
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
 from ldm.weights.files import read_json, replacing, write_json
@@ -135,9 +138,9 @@ class Caching:
 class Run:
     """Everything that the stages of a run share."""
 
-    def __init__(self, config: Config, preview: Preview | None, report: Report) -> None:
+    def __init__(self, config: Config, make_pictures: MakePictures | None, report: Report) -> None:
         self.config = config
-        self.preview = preview
+        self.make_pictures = make_pictures
         self.report = report
         self.folder = Path(config.output)
         try:
@@ -217,6 +220,7 @@ class Run:
 
     def all(self) -> None:
         """Every stage, in order; one that is done is loaded."""
+        self._check_evaluations()
         model: LatentDiffusion | None = None
         for name in self.config.stages:
             folder = self.folder / name
@@ -253,8 +257,14 @@ class Run:
         accelerator, stage = training.accelerator, training.stage
         for player in stage.players.values():
             accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
-        with training.averaged():
-            self._write_result(accelerator, stage, folder, record)
+        if training.best:
+            best = training.best
+            log.info(
+                "stage %s ends with the weights after %d updates, %s, whose %s of %.4g is the best",
+                name, best.step, best.average, best.metric, best.value,
+            )  # fmt: skip
+        with training.result():
+            self._write_result(accelerator, stage, folder, record, training.best)
         accelerator.end_training()
         accelerator.free_memory()
         return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
@@ -286,7 +296,36 @@ class Run:
             partial(self._held_out, accelerator, section),
             report,
             self._work(name, accelerator),
+            self._evaluator(name, section, model, accelerator, folder),
         )  # fmt: skip
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def _check_evaluations(self) -> None:
+        """Refuse evaluations that cannot be made before the first stage begins."""
+        for name in self.config.stages:
+            section = getattr(self.config, name)
+            if isinstance(section, DenoiserSection) and section.evaluation.every:
+                check_evaluation(name, self._evaluation_plan(section.evaluation, "cpu"))
+                if self.make_pictures is None:
+                    raise LdmError(f"{name}.evaluation.every: nothing is given that makes pictures (make_pictures)")
+
+    def _evaluation_plan(self, section: EvaluationSection, device: str) -> evaluation.Plan:
+        images = self.pictures.images
+        return evaluation_plan(section, images, self.pictures.rows if images else (), device)
+
+    def _evaluator(
+        self, name: str, section: StageSection, model: LatentDiffusion, accelerator: Accelerator, folder: Path
+    ) -> Evaluator | None:
+        """What evaluates a stage's pictures, if that is asked for."""
+        if self.make_pictures is None or not isinstance(section, DenoiserSection) or not section.evaluation.every:
+            return None
+        plan = self._evaluation_plan(section.evaluation, str(accelerator.device))
+        ranks = stored.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        work = stored.Work(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
+        return Evaluator(name, section, plan, model, self.make_pictures, self.config.precision, work)
+
+    # --- what a stage needs -----------------------------------------------------------------------------------------
 
     def _warn_of_long_captions(self, model: LatentDiffusion) -> None:
         """Say how many captions are longer than the text encoders read, judged by some of them."""
@@ -312,7 +351,7 @@ class Run:
     def _make(
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
     ) -> Stage:
-        seed, preview = self.config.seed, self.preview
+        seed = self.config.seed
         sides = [pair for phase in phases(section) for pair in self.pictures.framing(phase.size).sides()]
         if name == "autoencoder":
             again = partial(self._batches, accelerator, section, caches, phases(section)[-1].first)
@@ -321,11 +360,14 @@ class Run:
             if self.pictures.images is not None:
                 check_differ(self.pictures.images, self.pictures.rows[0])
             return ContrastiveStage(section, model, accelerator, seed, sides, self.folder / name)
-        return DenoiserStage(name, section, model, accelerator, seed, preview, caches.texts)
+        return DenoiserStage(name, section, model, accelerator, seed, self.make_pictures, caches.texts)
 
-    def _write_result(self, accelerator: Accelerator, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
+    def _write_result(
+        self, accelerator: Accelerator, stage: Stage, folder: Path, record: dict[str, Any], best: Best | None
+    ) -> None:
         """The model folder, the single file where there is such a layout, and the mark that the stage is done."""
         if accelerator.is_main_process:
+            chosen = {"chosen": asdict(best)} if best else {}
             lineage = {
                 "code": f"ldm {ldm.__version__}",
                 "stage": stage.name,
@@ -333,6 +375,7 @@ class Run:
                 "data": {"source": self.config.data.source, "digest": self.pictures.digest},
                 "parents": self._parents(stage.name),
                 "metrics": record,
+                **chosen,
                 "config": self.config.model_dump(mode="json", exclude={"output"}),
             }
             text = json.dumps(lineage)
@@ -342,7 +385,7 @@ class Run:
             except LdmError as error:
                 log.warning("no single file: %s", error)
             with replacing(folder / "done.json", folder=False, overwrite=True, need=0) as temporary:
-                write_json(temporary, {"steps": stage.section.steps, "metrics": record})
+                write_json(temporary, {"steps": stage.section.steps, "metrics": record, **chosen})
         accelerator.wait_for_everyone()
 
     def _parents(self, name: str) -> list[str]:
@@ -491,17 +534,19 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, A
 
 
 def train(
-    config: Config, preview: Preview | None = None, report: Report = lambda stage, step, steps, figures: None
+    config: Config,
+    make_pictures: MakePictures | None = None,
+    report: Report = lambda stage, step, steps, figures: None,
 ) -> None:
     """Train what a configuration says; the same call again goes on where it stopped.
 
     Args:
         config: the run.
-        preview: makes pictures with a model, for the eye.
+        make_pictures: makes pictures with a model, for previews and evaluation.
         report: takes the lines of the log, on the main process.
 
     Raises:
         LdmError: in one line, what is wrong and what to do.
         Stopped: a signal asked for it; a checkpoint was written.
     """
-    Run(config, preview, report).all()
+    Run(config, make_pictures, report).all()

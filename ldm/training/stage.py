@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,8 +14,8 @@ from ldm.data.loader import Batch
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import StageSection
 
-Preview = Callable[  # model, prompts, width and height, seed -> pictures
-    [LatentDiffusion, list[str], tuple[int, int], int], list[Image.Image]
+MakePictures = Callable[  # model, prompts, width and height, a seed for each, settings such as steps -> pictures
+    [LatentDiffusion, list[str], tuple[int, int], Sequence[int], Mapping[str, Any]], list[Image.Image]
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -158,27 +158,35 @@ class Opened:
                 raise LdmError(f"{name} is stored as {stored.pop()}; name a dtype to compute in (dtype=, --dtype)")
 
     def load(
-        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", progress: Progress = silent
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        progress: Progress = silent,
+        only: Collection[str] | None = None,
     ) -> Components:
-        """Map the weights in: floating-point ones as `dtype`, or as they are stored."""
+        """Map the weights in: floating-point ones as `dtype`, or as they are stored.
+
+        With `only`, those of the components of these names; the others stay without memory.
+        """
         if not all(parameter.is_meta for parameter in self.components.unet.parameters()):
             raise RuntimeError("load() fills this object's own networks, once; open the source again for another copy")
         if dtype is not None and not dtype.is_floating_point:
             raise LdmError(f"weights cannot be loaded as {dtype}; choose a floating-point type such as torch.bfloat16")
+        check_device(device)
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise LdmError(f"device {device!s} cannot be used here: {first_line(error)}") from None
-        try:
-            self._fill(dtype, device, progress)
+            self._fill(dtype, device, progress, self.links.keys() if only is None else only)
         except (OSError, SafetensorError) as error:
             raise LdmError(f"{self.source} could be opened, but not read: {first_line(error)}") from None
         return self.components
 
-    def _fill(self, dtype: torch.dtype | None, device: torch.device | str, progress: Progress) -> None:
-        total = sum(info.nbytes for name in self.links for info in self.infos(name).values())
+    def _fill(
+        self, dtype: torch.dtype | None, device: torch.device | str, progress: Progress, names: Collection[str]
+    ) -> None:
+        total = sum(info.nbytes for name in names for info in self.infos(name).values())
         done = 0
-        for name, module in self.components.modules().items():
+        modules = self.components.modules()
+        for name in names:
+            module = modules[name]
             links = {link.theirs: link for link in self.links[name]}
             shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
             state: dict[str, Tensor] = {}
@@ -191,6 +199,18 @@ class Opened:
             module.load_state_dict(state, assign=True)
             materialise(module, device)
             module.eval()
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise unless tensors can be put there.
+
+    Raises:
+        LdmError: there is no such device, or it does not work.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LdmError(f"device {device!s} cannot be used here: {first_line(error)}") from None
 
 
 def materialise(module: nn.Module, device: torch.device | str) -> None:

@@ -346,8 +346,8 @@ def write_safetensors(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON with sorted keys, as Hugging Face writes it."""
-    with path.open("w", encoding="utf-8") as file:
+    """Indented JSON with sorted keys, as Hugging Face writes it; bytes of file names that are no UTF-8 as escapes."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -2,7 +2,7 @@
 
 Zhang et al. 2018 (arXiv 1801.03924): features of a network trained to classify pictures, each place scaled to length 1,
 squared differences, weighted by heads that were fitted to what people see. `tools/fetch_weights.py lpips` makes the
-files.
+files, one for each backbone.
 
 B batch, C channels of a feature map, H×W height and width
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, listing
 from ldm.weights.files import Output, Store, TensorInfo, check_digest, replacing, write_safetensors
+from ldm.weights.published import published
 
 SHIFT = (-0.030, -0.088, -0.188)  # mean and standard deviation of ImageNet's colours, for pictures in [-1, 1]
 SCALE = (0.458, 0.448, 0.450)
@@ -142,12 +143,29 @@ def _differences(backbone: str, found: Mapping[str, tuple[int, ...]]) -> list[st
     return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
 
 
-def load_lpips(path: Path, device: torch.device | str = "cpu") -> LPIPS:
-    """The distance with the weights of a file that `save_lpips` wrote; the backbone is the one that fits.
+def lpips_file(backbone: str) -> str:
+    """The name of a backbone's file in the weights folder."""
+    return f"lpips-{backbone}.safetensors"
+
+
+def lpips_path(source: str | Path) -> Path:
+    """The file itself, or that of a backbone in the weights folder.
 
     Raises:
-        LdmError: the file cannot be read, is damaged, or holds something else.
+        LdmError: it is not in the folder.
     """
+    return published(lpips_file(str(source)), "lpips") if source in BACKBONES else Path(source)
+
+
+def load_lpips(source: str | Path, device: torch.device | str = "cpu") -> LPIPS:
+    """The distance with the weights of a file that `save_lpips` wrote; the backbone is the one that fits.
+
+    `source` is the file, or the name of a backbone, whose file is then taken from the weights folder.
+
+    Raises:
+        LdmError: the file is missing, cannot be read, is damaged, or holds something else.
+    """
+    path = lpips_path(source)
     store = Store([path])
     found = {name: info.shape for name, info in store.infos.items()}
     wrong = {backbone: _differences(backbone, found) for backbone in BACKBONES}

@@ -1,0 +1,210 @@
+"""`ldm eval`: one or two models, or folders of pictures, to a table, a JSON file and a page."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ldm.cli.common import to_dtype
+from ldm.cli.generate import parse_size, read_prompts
+from ldm.errors import LdmError, first_line
+from ldm.evaluation.evaluation import Model, Plan, check, evaluate
+from ldm.evaluation.page import write_page
+from ldm.evaluation.report import save_report
+from ldm.evaluation.stored import Ranks, Work
+from ldm.evaluation.tables import tables
+from ldm.weights.files import Progress as Tell
+from ldm.weights.files import silent
+from ldm.weights.hub import HUB_ID
+from pipelines import Pipeline
+from pipelines.pipeline import default_device
+from pipelines.run import reconstruct
+
+LOADING = ("dtype", "attention", "refiner", "variant", "allow_pickle")  # what a side may set of `Pipeline`
+IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
+PICTURES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
+PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    sources: Sequence[str]
+    data: str | None = None
+    metrics: str | None = None
+    n: int | None = None
+    prompts: str | None = None
+    training: str | None = None
+    features: str = "inception"
+    clip: str | None = None
+    copies: str = "sscd"
+    lpips: str = "alex"
+    sweeps: Sequence[str] = ()
+    settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # KEY=VALUE, each; of "both", "A" and "B"
+    seed: int = 0
+    batch: int = 8
+    out: str = "evaluation"
+    cache: str | None = None
+    device: str | None = None
+    as_json: bool = False
+
+
+def run(options: Options) -> None:
+    """Evaluate, print the tables, and say where the report is."""
+    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    ranks, device = _ranks(options.device)
+    plan = Plan(
+        metrics=_metrics(options), data=options.data, n=options.n, prompts=_prompts(options.prompts),
+        training=options.training, features=options.features, clip=options.clip, copies=options.copies,
+        lpips=options.lpips, sweeps=dict(map(_sweep, options.sweeps)), seed=options.seed, batch=options.batch,
+        device=device,
+    )  # fmt: skip
+    common = dict(map(_setting, options.settings.get("both", ())))
+    check([is_model(source) for source in options.sources], plan)
+    sides: list[Model | str] = []
+    for source, name in zip(options.sources, "AB", strict=False):
+        own = common | dict(map(_setting, options.settings.get(name, ())))
+        sides.append(_model(source, own, device, plan) if is_model(source) else source)
+    folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
+    with _telling(ranks.first) as tell:
+        report = evaluate(sides, plan, Work(folder, ranks, tell, cache))
+    if report is None:
+        return
+    save_report(report, folder / "report.json")
+    page = write_page(report, folder)
+    if options.as_json:
+        print((folder / "report.json").read_text(encoding="utf-8"), end="")
+        return
+    console = Console()
+    for part in tables(report):
+        console.print(part)
+    print(page)
+
+
+# --- what the options mean --------------------------------------------------------------------------------------------
+
+
+def _metrics(options: Options) -> tuple[str, ...]:
+    """`--metrics`, or what there are weights and pictures for."""
+    if options.metrics is not None:
+        return tuple(name.strip().lower() for name in options.metrics.split(",") if name.strip())
+    about_images = IMAGE_METRICS if options.data else ()
+    about_prompts = PROMPT_METRICS if options.data else PROMPT_METRICS[1:]
+    return (*about_images, *(about_prompts if options.clip else ()), *(("memorisation",) if options.training else ()))
+
+
+def _prompts(file: str | None) -> list[str] | None:
+    return None if file is None else [prompt for prompt, _, _ in read_prompts(file)]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as in YAML."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise LdmError(f"--with {text!r}: write KEY=VALUE, such as steps=20")
+    try:
+        return name.replace("-", "_"), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise LdmError(f"--with {text!r}: the value cannot be read: {first_line(error)}") from None
+
+
+def _sweep(text: str) -> tuple[str, tuple[float, ...]]:
+    """KEY=NUMBER,NUMBER,…; whole ones stay whole."""
+    name, _, values = text.partition("=")
+    try:
+        found = tuple(float(value) if set(value) & set(".eEn") else int(value) for value in values.split(","))
+    except ValueError:
+        found = ()
+    if not name or len(set(found)) < len(found) or not found:
+        raise LdmError(f"--sweep {text!r}: write KEY=NUMBER,NUMBER, such as guidance=1,3,5,7, each number once")
+    return name.replace("-", "_"), found
+
+
+def is_model(source: str) -> bool:
+    """Whether a source is a model; else it is pictures.
+
+    Raises:
+        LdmError: it is nothing that exists.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return (path / "model_index.json").exists()
+    if path.suffix.lower() in PICTURES or "*" in source or "{" in source:
+        return False
+    if not path.exists() and not HUB_ID.fullmatch(source):
+        raise LdmError(f"{source} does not exist; name a model (folder, file, Hub name) or pictures (folder, shards)")
+    return True
+
+
+def _model(source: str, settings: dict[str, Any], device: str, plan: Plan) -> Model:
+    """A model with its settings, all checked, as evaluation knows it."""
+    loading = {name: settings.pop(name) for name in LOADING if name in settings}
+    given = {**loading, **settings}
+    if "size" in settings:
+        settings |= dict(zip(("width", "height"), parse_size(str(settings.pop("size"))), strict=True))
+    pipeline = Pipeline(source, device=device, **{**loading, "dtype": to_dtype(loading.get("dtype"))})
+    family = pipeline.model.family
+    if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:
+        raise LdmError(f"{source} is a model of {family.name}, which makes no pictures of prompts alone")
+    for changes in ({}, *({name: value} for name, values in plan.sweeps.items() for value in values)):
+        pipeline.request("", **{**settings, **changes})
+    size = int(settings.get("height", family.size)), int(settings.get("width", family.size))
+
+    def make(prompts: list[str], seeds: list[int], changes: Mapping[str, float]) -> list[Image.Image]:
+        return pipeline(prompts, seed=seeds, batch=len(prompts), **{**settings, **changes}).images
+
+    def rebuilt(images: list[Image.Image]) -> list[Image.Image]:
+        return reconstruct(pipeline.model, images)
+
+    dtype = str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch.")
+    refiner = {} if pipeline.refiner is None else {"refiner_digest": pipeline.refiner.fingerprint()}
+    return Model(source, pipeline.model.fingerprint(), min(size), make, rebuilt, {**given, "dtype": dtype, **refiner})
+
+
+# --- around it --------------------------------------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    """Where what was found in reference sets is kept for later evaluations."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "evaluation"
+
+
+def _ranks(device: str | None) -> tuple[Ranks, str]:
+    """This process among those that a launcher started, and the device that it uses."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks(), device or default_device()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=(device or default_device()) == "cpu")
+    return Ranks(state.process_index, state.num_processes, state.wait_for_everyone), device or str(state.device)
+
+
+@contextmanager
+def _telling(wanted: bool) -> Iterator[Tell]:
+    """A bar on stderr for each kind of work, on a terminal."""
+    console = Console(stderr=True)
+    if not (wanted and console.is_terminal):
+        yield silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield tell

@@ -1,0 +1,226 @@
+"""Numbers of each picture, made in chunks and kept in files: what is stopped goes on, and processes share the work.
+
+A chunk is the same pictures in the same batches whichever process works on it, so that the result does not depend on
+how many there are. At the end the chunks become one file, which is mapped: memory does not grow with the pictures.
+
+N pictures
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.image_set import made
+from ldm.errors import LdmError
+from ldm.weights.files import (
+    Output,
+    Progress,
+    Store,
+    TensorInfo,
+    check_digest,
+    replacing,
+    silent,
+    write_safetensors,
+)
+
+CHUNK = 256  # pictures
+BATCH = 32  # pictures of them that a network looks at together
+THREADS = 8  # that decode and resize pictures
+
+WHOLE = "all.safetensors"
+ROWS, DIGEST, SKIPPED = "rows", "ldm.pictures", "ldm.skipped"  # a tensor; two entries of the metadata
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together, on one folder that all of them see."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None  # for all others
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where everything is kept, who works on it, and whom to tell."""
+
+    folder: Path
+    ranks: Ranks = field(default_factory=Ranks)
+    tell: Progress = silent  # what is going on, pictures done, pictures in all
+    cache: Path | None = None  # of what was found in pictures that no model made; by default the folder
+
+    @property
+    def shared(self) -> Work:
+        """The same work, kept in the cache."""
+        return replace(self, folder=self.cache or self.folder)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was found of each picture that could be read."""
+
+    values: dict[str, Tensor]  # (N, …) each, mapped
+    index: Tensor  # (N,): which pictures these are
+    digest: str  # SHA-256 of their pixels, or of what stands for them
+    skipped: dict[str, str]  # why the others could not be read, by number
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was found of some pictures."""
+
+    values: dict[str, Tensor]
+    index: list[int]
+    digest: str
+    skipped: dict[str, str]
+
+
+def in_chunks(what: str, name: str, count: int, find: Callable[[range], Part], work: Work) -> Rows:
+    """What `find` says of `count` pictures, from the folder `name` as far as it is there already.
+
+    Args:
+        what: is done, for people.
+        name: changes with everything that changes the result.
+        count: pictures.
+        find: looks at the pictures of a range.
+        work: where and with whom.
+
+    Raises:
+        LdmError: no picture could be read, or the folder cannot be used; and what `find` raises.
+    """
+    folder, ranks = made(work.folder / "found" / name), work.ranks
+    done = _valid(folder / WHOLE)
+    ranks.wait()  # nobody has written anything before all have looked
+    if not done:
+        chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+        paths = [folder / f"{number:06d}.safetensors" for number in range(len(chunks))]
+        mine = list(zip(chunks, paths, strict=True))[ranks.rank :: ranks.world]
+        for number, (chunk, path) in enumerate(mine):
+            work.tell(what, number * CHUNK, len(mine) * CHUNK)
+            if not _valid(path):
+                part = find(chunk)
+                tensors = {**part.values, ROWS: torch.tensor(part.index, dtype=torch.int64)}
+                _save(path, tensors, part.digest, part.skipped)
+        ranks.wait()
+        if ranks.first:
+            _join(paths, folder / WHOLE)
+        ranks.wait()
+    tensors, metadata = _read(folder / WHOLE)
+    index = tensors.pop(ROWS)
+    return Rows(tensors, index, metadata[DIGEST], json.loads(metadata[SKIPPED]))
+
+
+def look(
+    numbers: Sequence[int],
+    read: Callable[[int], tuple[str, Image.Image]],
+    prepare: Callable[[Image.Image], Tensor],
+    see: Callable[[Tensor], dict[str, Tensor]],
+) -> Part:
+    """Read some pictures, in threads, and look at them in batches.
+
+    Args:
+        numbers: which pictures.
+        read: gives the name of a picture and itself; raises LdmError if it cannot.
+        prepare: makes the network's input of one picture.
+        see: what is found in a batch: (B, …) each.
+    """
+    digest = hashlib.sha256()
+    index: list[int] = []
+    skipped: dict[str, str] = {}
+    found: list[dict[str, Tensor]] = []
+
+    def opened(number: int) -> tuple[Tensor, bytes] | str:
+        try:
+            name, picture = read(number)
+        except LdmError as error:
+            return str(error)
+        facts = ascii((name, picture.size)).encode()
+        return prepare(picture), hashlib.sha256(facts + picture.tobytes()).digest()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(numbers), BATCH):
+            batch = numbers[start : start + BATCH]
+            inputs = []
+            for number, result in zip(batch, pool.map(opened, batch), strict=True):
+                if isinstance(result, str):
+                    skipped[str(number)] = result
+                    continue
+                inputs.append(result[0])
+                digest.update(result[1])
+                index.append(number)
+            if inputs:
+                found.append(see(torch.stack(inputs)))
+    values = {name: torch.cat([part[name] for part in found]) for name in (found[0] if found else ())}
+    return Part(values, index, digest.hexdigest(), skipped)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _valid(path: Path) -> bool:
+    """Whether a file is there and whole."""
+    try:
+        return path.exists() and check_digest(path)
+    except LdmError:
+        return False
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    store = Store([path])
+    return dict(store.read(sorted(store.infos), None, "cpu")), store.metadata
+
+
+def _save(path: Path, tensors: dict[str, Tensor], digest: str, skipped: dict[str, str]) -> None:
+    outputs = [
+        Output(name, TensorInfo(tensor.dtype, tuple(tensor.shape)), partial(tensors.__getitem__, name))
+        for name, tensor in tensors.items()
+    ]
+    metadata = {DIGEST: digest, SKIPPED: json.dumps(skipped)}
+    with replacing(path, folder=False, overwrite=True, need=sum(o.info.nbytes for o in outputs)) as temporary:
+        write_safetensors(temporary, outputs, metadata)
+
+
+def _join(paths: list[Path], whole: Path) -> None:
+    """One file of all chunks, of which memory holds one at a time; they are removed."""
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    total = 0
+    digest = hashlib.sha256()
+    skipped: dict[str, str] = {}
+    for path in paths:
+        store = Store([path])
+        for name, info in store.infos.items():
+            shapes.setdefault(name, (info.dtype, info.shape[1:]))
+        total += store.infos[ROWS].shape[0]
+        digest.update(store.metadata[DIGEST].encode())
+        skipped |= json.loads(store.metadata[SKIPPED])
+    if not total:
+        raise LdmError(f"no picture can be read: {next(iter(skipped.values()), 'there is none')}")
+    with tempfile.TemporaryDirectory(dir=whole.parent) as folder, contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(Path(folder, name).open("wb")) for name in shapes}
+        for path in paths:
+            for name, tensor in _read(path)[0].items():
+                tensor.numpy().tofile(files[name])
+        stack.close()
+        tensors = {}
+        for name, (dtype, shape) in shapes.items():
+            size = total * torch.Size(shape).numel()
+            tensors[name] = torch.from_file(str(Path(folder, name)), False, size, dtype=dtype).view(total, *shape)
+        _save(whole, tensors, digest.hexdigest(), skipped)
+    for path in paths:
+        path.unlink()

@@ -1,0 +1,238 @@
+"""Evaluation while a stage trains: pictures by the weights that are in place, their figures, the best weights so far.
+
+runs/x/base/evaluation/step-…/ema/     of each evaluation and average of the weights: report.html, report.json;
+                                       figures.json, written last; unet.safetensors, weights that were the best
+runs/x/data/evaluation/                what was found in the pictures to compare with
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.image_set import ImageSet, made
+from ldm.errors import LdmError, out_of_memory
+from ldm.evaluation.evaluation import Evaluation, Model, Plan, begin, check
+from ldm.evaluation.looking import digest_of
+from ldm.evaluation.measures import METRICS
+from ldm.evaluation.page import write_page
+from ldm.evaluation.pictures import Pictures
+from ldm.evaluation.report import save_report
+from ldm.evaluation.stored import Work
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.config import DenoiserSection, EvaluationSection
+from ldm.training.phases import phases
+from ldm.training.stage import MakePictures
+from ldm.weights.files import read_json, replacing, write_json
+
+log = logging.getLogger(__name__)
+FIGURES = "figures.json"
+SCRATCH = ("pictures", "found", "index")  # of an evaluation; removed once there are figures
+
+
+@dataclass(frozen=True)
+class Best:
+    """Weights whose pictures were the best so far."""
+
+    step: int  # updates that they had
+    average: str  # which of the averages they are
+    metric: str
+    value: float
+    settings: Mapping[str, Any]  # of the evaluation: figures that came about in another way are no match
+
+
+def check_evaluation(name: str, plan: Plan) -> None:
+    """Raise LdmError, before anything is opened, for what cannot be done; `name` is the stage's."""
+    place = f"{name}.evaluation"
+    if name == "refiner":
+        raise LdmError(f"{place}.every: a refiner makes no pictures alone; set it to 0, and try it with `ldm eval`")
+    with _at(place):
+        if plan.data is None:
+            raise LdmError("a stream holds no pictures out; name some to compare with (data)")
+        if isinstance(plan.data, Pictures) and not len(plan.data):
+            raise LdmError("no pictures are held out (data.holdout); hold some out, or name others (data)")
+        check([True], plan)
+        about_autoencoders = [metric for metric in plan.metrics if METRICS[metric].reconstruction]
+        if about_autoencoders:
+            raise LdmError(f"{about_autoencoders[0]} is about the autoencoder, which is not trained here; leave it out")
+
+
+def evaluation_plan(
+    section: EvaluationSection, images: ImageSet | None, rows: Sequence[np.ndarray], device: str
+) -> Plan:
+    """What a section asks for.
+
+    Args:
+        section: of the configuration.
+        images: the run's; of a stream, none.
+        rows: which of them are trained on, and which are held out.
+        device: where networks run.
+    """
+    trained_on, held_out = (Pictures(images, tuple(some.tolist())) for some in rows) if images else (None, None)
+    return Plan(
+        metrics=tuple(section.metrics),
+        data=section.data or held_out,
+        n=section.n,
+        training=trained_on,
+        features=section.features,
+        clip=section.clip,
+        batch=section.batch,
+        device=device,
+    )
+
+
+class Evaluator:
+    """Evaluates a stage's model with the weights that it has at the time."""
+
+    def __init__(
+        self,
+        stage: str,
+        section: DenoiserSection,
+        plan: Plan,
+        model: LatentDiffusion,
+        make_pictures: MakePictures,
+        precision: str,
+        work: Work,
+    ) -> None:
+        """Args:
+        stage: its name.
+        section: of the configuration.
+        plan: what the section asks for.
+        model: what is trained.
+        make_pictures: makes pictures with it.
+        precision: that it computes in.
+        work: its folder takes those of the evaluations, its cache what is found in pictures that no model made.
+        """
+        self.section, self.plan, self.model, self.work = section.evaluation, plan, model, work
+        self.stage, self.place = stage, f"{stage}.evaluation"
+        self.make_pictures, self.size = make_pictures, phases(section)[-1].size
+        self.sampling: dict[str, Any] = {"steps": self.section.steps}
+        if self.section.guidance is not None:
+            self.sampling["guidance"] = self.section.guidance
+        self.settings = {**self.sampling, "size": self.size, "precision": precision}
+        chosen_by = self.section.model_dump(mode="json", include={"n", "data", "features", "clip"})
+        self.way = {**chosen_by, **self.settings}
+
+    def folder(self, step: int, average: str) -> Path:
+        """Of one evaluation."""
+        return self.work.folder / f"step-{step:08d}" / average
+
+    def prepare(self) -> None:
+        """Open networks, and look at the pictures to compare with, so that what is missing is found before training.
+
+        Raises:
+            LdmError: something is.
+        """
+        with _at(self.place):
+            if self.model.family.refiner:
+                raise LdmError(f"a {self.model.family.name} model makes no pictures alone; set every to 0")
+            self._begin("", "", self.work)
+
+    def figures(self, step: int, average: str) -> dict[str, float]:
+        """The figures by metric, the same on every rank; the reports go into the folder of `step` and `average`.
+
+        The same call goes on where an earlier one was stopped, and what that finished is not done again.
+
+        Raises:
+            LdmError: pictures cannot be made or looked at, or files not written.
+        """
+        with _at(f"evaluation after {step} updates (set {self.place}.every=0 to train without)"):
+            try:
+                return self._figures(step, average)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise LdmError(
+                    f"out of memory with {self.section.batch} pictures at a time; set {self.place}.batch to "
+                    f"{max(self.section.batch // 2, 1)}"
+                ) from None
+
+    def _figures(self, step: int, average: str) -> dict[str, float]:
+        ranks, folder = self.work.ranks, made(self.folder(step, average))
+        digest = weights_digest(self.model)
+        evaluation = self._begin(
+            f"{self.stage} after {step} updates, {average}", digest, replace(self.work, folder=folder)
+        )
+        key = digest_of(evaluation.facts, digest, sorted(self.settings.items()), self.section.batch)
+        found = _finished(folder, key)
+        ranks.wait()  # nobody has written anything before all have looked
+        if found is not None:
+            return found
+        report = evaluation.run()
+        ranks.wait()  # all have read what is removed now
+        if report is not None:
+            save_report(report, folder / "report.json")
+            write_page(report, folder)
+            figures = {row.metric: row.estimates[0].value for table in report.tables for row in table.rows}
+            with replacing(folder / FIGURES, folder=False, overwrite=True, need=0) as temporary:
+                write_json(temporary, {"of": key, "figures": figures})
+            for name in SCRATCH:
+                shutil.rmtree(folder / name, ignore_errors=True)
+        ranks.wait()
+        return dict(read_json(folder / FIGURES)["figures"])
+
+    def _begin(self, name: str, digest: str, work: Work) -> Evaluation:
+        """An evaluation of the model, which the report calls by that name."""
+
+        def make(prompts: list[str], seeds: list[int], changes: Mapping[str, float]) -> list[Image.Image]:
+            return self.make_pictures(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
+
+        return begin([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
+
+    # --- the best weights so far ------------------------------------------------------------------------------------
+
+    def best(self, step: int, average: str, figures: Mapping[str, float], before: Best | None) -> Best | None:
+        """The better of these weights and of those that were the best before; of equals, the earlier."""
+        metric = self.section.choose
+        if metric is None:
+            return None
+        now = Best(step, average, metric, figures[metric], self.way)
+        sign = 1 if METRICS[metric].better == "higher" else -1
+        return now if before is None or sign * now.value > sign * before.value else before
+
+    def kept(self) -> set[Path]:
+        """The files of weights beside the reports."""
+        return set(self.work.folder.glob("step-*/*/*.safetensors"))
+
+    def resumed(self, best: Best) -> Best | None:
+        """What a checkpoint says were the best weights so far, if they can be compared with those that come."""
+        if (best.metric, best.settings) == (self.section.choose, self.way):
+            return best
+        if self.section.choose:
+            log.warning("%s has changed: the best weights are chosen anew, among those that come", self.place)
+        return None
+
+
+@torch.no_grad()
+def weights_digest(model: LatentDiffusion) -> str:
+    """A name for the weights (fp32) that changes with every bit of them, unlike `fingerprint`, which looks at some."""
+    parameters = [parameter for module in model.modules().values() for parameter in module.parameters()]
+    sums = [parameter.view(torch.int32).sum(dtype=torch.int64) for parameter in parameters]
+    return digest_of(torch.stack(sums).tolist())
+
+
+def _finished(folder: Path, key: str) -> dict[str, float] | None:
+    """The figures of an evaluation that was finished before, if it was the same."""
+    try:
+        content = read_json(folder / FIGURES) if (folder / FIGURES).exists() else {}
+        return dict(content["figures"]) if content.get("of") == key else None
+    except (LdmError, KeyError, TypeError):  # damaged
+        return None
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Errors begin with where they happened."""
+    try:
+        yield
+    except LdmError as error:
+        raise LdmError(f"{place}: {error}") from None

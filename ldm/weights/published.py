@@ -1,0 +1,29 @@
+"""Where the published weights lie that pictures are compared with. `tools/fetch_weights.py` puts them there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ldm.errors import LdmError
+
+
+def weights_folder() -> Path:
+    """`LDM_WEIGHTS`, or else `ldm/weights` in the user's folder for caches. It need not exist."""
+    if named := os.environ.get("LDM_WEIGHTS"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "weights"
+
+
+def published(name: str, command: str) -> Path:
+    """The file of that name in the weights folder; `command` of the tool fetches it.
+
+    Raises:
+        LdmError: it is not there.
+    """
+    path = weights_folder() / name
+    if not path.is_file():
+        raise LdmError(
+            f"{path} is missing; fetch it with: python tools/fetch_weights.py {command} (another folder: LDM_WEIGHTS)"
+        )
+    return path
