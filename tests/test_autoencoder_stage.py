@@ -362,6 +362,25 @@ def test_the_scale_is_one_over_the_standard_deviation(shift: bool) -> None:
     assert scaled.std().item() == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.parametrize("codebook", [{}, CODEBOOK], ids=["kl", "vq"])
+def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path: Path, pictures: Path, codebook: dict[str, int]) -> None:
+    fast = {"steps": 8, "optimizer": {"learning_rate": 1e-3}}
+    train(configured(tmp_path / "whole", pictures, fast, codebook))
+    source = tmp_path / "whole" / "autoencoder" / "model"
+    settings = configured(tmp_path / "decoder", pictures, fast | {"decoder_only": True}, codebook)
+    train(settings.model_copy(update={"model": ModelSection(source=str(source))}))
+    before, after = (
+        LatentDiffusion.from_pretrained(folder).autoencoder
+        for folder in (source, tmp_path / "decoder" / "autoencoder" / "model")
+    )
+    x = batch(2).pixels
+    assert torch.equal(after.encode(x).mode(), before.encode(x).mode())
+    assert after.config == before.config  # the scale too
+    assert record(tmp_path / "decoder")["psnr"] > record(tmp_path / "whole")["psnr"]
+    with pytest.raises(LdmError, match="does not fit the configuration: another network"):
+        train(configured(tmp_path / "decoder", pictures, fast | {"steps": 12}, codebook))
+
+
 def test_without_held_out_pictures_training_pictures_are_measured(tmp_path: Path, pictures: Path) -> None:
     train(configured(tmp_path, pictures, {"steps": 2, "measure": 12}, SMALLER, holdout=0))
     known = record(tmp_path)

@@ -13,6 +13,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import load
 from ldm.training.phases import phases
 from ldm.training.run import train
+from ldm.training.start import starting_model
 from ldm.weights.contrastive import load_clip
 from pipelines import Pipeline
 
@@ -28,6 +29,18 @@ def test_a_configuration_can_be_read(path: Path) -> None:
         assert all(phase.parts(processes) for phase in found for processes in (1, 2, 4, 8))
     head = path.read_text().split("\n\n")[0].split("\nstages")[0]
     assert f" configs/{path.name}" in head  # the command
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "emoji" in path.name], ids=lambda path: path.stem)
+def test_the_emoji_family_is_small(path: Path) -> None:
+    """At most 36 MB in fp16: base, refiner, and what both share."""
+    config = load(path)
+    with torch.device("meta"):
+        base, refiner = starting_model(config.model, 0), starting_model(config.refiner.model, 0, "refiner.model")
+    assert refiner.family.text == base.family.text[-1:]  # so that they share it
+    assert refiner.family.autoencoder == base.family.autoencoder
+    networks = (base.unet, base.autoencoder, base.text_encoders, refiner.unet)
+    assert sum(parameter.numel() for network in networks for parameter in network.parameters()) <= 36e6 / 2
 
 
 def test_the_whole_family_from_nothing(tmp_path: Path) -> None:

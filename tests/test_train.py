@@ -505,6 +505,21 @@ def test_two_processes_are_one(shapes: Path, tmp_path: Path) -> None:
     same()
 
 
+def test_two_processes_train_one_stage_after_the_other(shapes: Path, tmp_path: Path) -> None:
+    few = ["perceptual_weight=0", "adversarial_weight=0", "steps=2", "batch=8", "sizes=[{size: 32}]"]
+    extra = ["stages=[autoencoder,base]", "trackers=[tensorboard]", *(f"autoencoder.{key}" for key in few)]
+    config(shapes, tmp_path / "r")  # writes r.yaml
+    result = on_two(
+        ROOT / "train_ldm.py",
+        tmp_path / "r.yaml",
+        f"data.source={shapes}",
+        f"output={tmp_path / 'r'}",
+        "base.steps=2",
+        *extra,
+    )
+    assert result.stdout == f"{tmp_path / 'r'}/autoencoder/model\n{tmp_path / 'r'}/base/model\n"
+
+
 def test_a_cache_changes_nothing_but_the_crops_it_holds(shapes: Path, tmp_path: Path) -> None:
     """With a crop in the center there is one in any case: cached or not, the run is the same."""
     train(config(shapes, tmp_path / "live", "data.crop=center"))
@@ -627,6 +642,7 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["trackers=[abacus]"], "trackers: Unsupported"),
         (["stages=[base,base]"], "stages is ['base', 'base']: value error, each stage once, in the order autoencoder"),
         (["stages=[refiner,base]"], "each stage once, in the order"),
+        (["base.optimizer.cooldown=5"], "base.optimizer.cooldown is 5: value error, a constant learning rate does not"),
         (["precision=fp16"], "precision fp16 needs a GPU"),
         (["base.optimizer.betas=[2,3]"], "base.optimizer.betas.0 is 2: input should be less than 1"),
         (["base.drop_caption=[5]"], "base.drop_caption.0 is 5"),

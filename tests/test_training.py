@@ -311,6 +311,16 @@ def test_learning_rates_depend_on_the_update_alone() -> None:
     assert learning_rate(OptimizerSection(), 100, 100) == 1
 
 
+def test_a_longer_run_with_a_cooldown_begins_alike() -> None:
+    section = OptimizerSection(schedule="linear", warmup=10, cooldown=20)
+    short, long = ([learning_rate(section, step, steps) for step in range(1, steps + 1)] for steps in (100, 200))
+    assert short[:80] == long[:80]
+    assert short[9:80] == [1] * 71
+    assert short[89] == pytest.approx(0.5)
+    assert short[-1] == long[-1] == 0
+    assert learning_rate(section, 15, 20) == pytest.approx(0.5)  # longer than what is left after the warm-up
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
 def test_optimisers_by_name(name: str) -> None:
     layer = torch.nn.Linear(4, 1)

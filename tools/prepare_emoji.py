@@ -1,6 +1,7 @@
 """Make the data set of the built-in model: nine styles of the same emoji, as WebDataset shards with captions.
 
     pip install resvg_py; python tools/prepare_emoji.py emoji --size 128
+    python tools/prepare_emoji.py emoji-small --size 96 --styles "fluent 3d,noto" --no-tones --cache emoji/packages
 
 Fetches pinned packages with `npm pack` (nothing in them is run), checks their digests, renders vector art with resvg,
 and writes `train-*.tar`, `held-out-*.tar`, NOTICE.md and a list of what was left out. Run it again and it goes on. Art
@@ -32,7 +33,8 @@ from typing import Any
 from PIL import Image
 from rich.progress import track
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, suggestion
+from ldm.weights.files import read_json, write_json
 
 LABELS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 FLAGS, COMPONENTS = 9, 2  # groups of emojibase that are left out
@@ -237,12 +239,12 @@ def pairs(cache: Path) -> list[Pair]:
 
 def render(pair: Pair, size: int) -> bytes:
     """A PNG of `size` pixels a side, on white, with a small margin."""
-    import resvg_py
-
     inner = size - 2 * round(size / 16)
     if pair.art.endswith(".webp"):
         image = Image.open(pair.art).convert("RGBA")
     else:
+        import resvg_py
+
         image = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=pair.art, width=inner, height=inner)))
     image = image.convert("RGBA")
     scale = inner / max(image.size)
@@ -292,7 +294,8 @@ def notice(used: list[Pair]) -> str:
     rows = []
     for style in STYLES:
         count = sum(pair.style == style for pair in used)
-        rows.append(f"| {style.name} | {style.author} | {style.licence} | {style.package} | {count} |")
+        if count:
+            rows.append(f"| {style.name} | {style.author} | {style.licence} | {style.package} | {count} |")
     return "\n".join([
         "# Drawings in this data set", "", "Labels and keywords: emojibase (MIT).", "",
         "| style | author | licence | package | drawings |", "|---|---|---|---|---|", *rows, "",
@@ -302,10 +305,32 @@ def notice(used: list[Pair]) -> str:
     ])  # fmt: skip
 
 
-def prepare(out: Path, cache: Path, size: int, limit: int | None) -> None:
-    """Write everything that is not there yet."""
-    used = pairs(cache)[:limit]
+def chosen(everything: list[Pair], styles: list[str], tones: bool) -> list[Pair]:
+    """The drawings in some styles, with skin tones or without.
+
+    Raises:
+        LdmError: a style is not known.
+    """
+    known = [style.name for style in STYLES]
+    for name in styles:
+        if name not in known:
+            raise LdmError(f"style {name!r} is not known; {suggestion(name, known)}")
+    return [pair for pair in everything if pair.style.name in styles and (tones or not pair.concept.tone)]
+
+
+def prepare(out: Path, cache: Path, size: int, styles: list[str], tones: bool, limit: int | None) -> None:
+    """Write everything that is not there yet.
+
+    Raises:
+        LdmError: a style is not known, a package cannot be had, or the folder holds drawings chosen in another way.
+    """
+    used = chosen(pairs(cache), styles, tones)[:limit]
+    settings = {"size": size, "styles": sorted(styles), "tones": tones, "limit": limit}
+    path = out / "settings.json"
+    if path.exists() and (before := read_json(path)) != settings:
+        raise LdmError(f"{out} holds other drawings ({before}); choose another folder, or remove this one")
     out.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
     (out / "NOTICE.md").write_text(notice(used), encoding="utf-8")
     tasks = []
     for split in ("train", "held-out"):
@@ -329,10 +354,16 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--size", type=int, default=128, help="pixels of each side")
     parser.add_argument("--cache", type=Path, help="folder of the packages; by default OUT/packages")
+    parser.add_argument(
+        "--styles", default=",".join(style.name for style in STYLES), help="names, with commas between; by default all"
+    )
+    parser.add_argument("--no-tones", action="store_true", help="leave out what has a skin tone")
     parser.add_argument("--limit", type=int, help="only so many drawings")
     options = parser.parse_args()
     try:
-        prepare(options.out, options.cache or options.out / "packages", options.size, options.limit)
+        cache = options.cache or options.out / "packages"
+        styles = [name.strip() for name in options.styles.split(",")]
+        prepare(options.out, cache, options.size, styles, not options.no_tones, options.limit)
     except LdmError as error:
         sys.exit(f"prepare_emoji: {error}")
 

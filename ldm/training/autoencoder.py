@@ -107,6 +107,9 @@ class AutoencoderStage:
         for network in model.modules().values():
             network.requires_grad_(False)
         autoencoder = model.autoencoder.requires_grad_(True).train()
+        if section.decoder_only:
+            autoencoder.encoder.requires_grad_(False)
+            autoencoder.quant_conv.requires_grad_(False)
         self.adaptive = AdaptiveWeight().to(accelerator.device)
         self.extra: dict[str, nn.Module] = {"adaptive": self.adaptive}
         self.moving: MovingCodebook | None = None
@@ -215,7 +218,8 @@ class AutoencoderStage:
         return [grid(pair, columns=2) for pair in pairs]
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Measure the latents' scale, on held-out pictures or else on training pictures, and write it into the model.
+        """Measure the latents' scale, on held-out pictures or else on training pictures, and write it into the model,
+        unless the encoder is what it was.
 
         Raises:
             LdmError: the latents are all the same, so that they have no scale.
@@ -230,11 +234,12 @@ class AutoencoderStage:
                 if spread.full:
                     break
         moments, count = over_ranks(spread.moments, self._sum), int(self._sum(torch.tensor(spread.pictures)))
-        config = replace(self.model.autoencoder.config, scaling_factor=moments.scale)
-        if self.section.measure_shift:
-            config = replace(config, shift_factor=moments.shift)
-        self.model.autoencoder.config = config
-        self.model.family = replace(self.model.family, autoencoder=config, preview=())  # colours of other latents
+        config = self.model.autoencoder.config
+        if not self.section.decoder_only:
+            shift = moments.shift if self.section.measure_shift else config.shift_factor
+            config = replace(config, scaling_factor=moments.scale, shift_factor=shift)
+            self.model.autoencoder.config = config
+            self.model.family = replace(self.model.family, autoencoder=config, preview=())  # colours of other latents
         return {
             "scaling_factor": config.scaling_factor,
             "shift_factor": config.shift_factor,

@@ -47,11 +47,20 @@ class OptimizerSection(Section):
     learning_rate: float = Field(1e-4, gt=0, description="its highest value")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how it falls after the warm-up")
     warmup: int = Field(0, ge=0, description="updates until it is reached")
+    cooldown: int = Field(0, ge=0, description="the last updates, in which it falls; 0: all after the warm-up")
     final: float = Field(0.0, ge=0, le=1, description="part of it that is left at the last update")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and second moments")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: as it comes")
+
+    @field_validator("cooldown")
+    @classmethod
+    def _falls(cls, cooldown: int, info: ValidationInfo) -> int:
+        """A constant learning rate has no end to it."""
+        if cooldown and info.data.get("schedule") == "constant":
+            raise ValueError("a constant learning rate does not fall; choose the schedule linear or cosine")
+        return cooldown
 
 
 class EmaSection(Section):
@@ -110,6 +119,7 @@ class AutoencoderSection(StageSection):
     adversarial_start: int = Field(50_000, ge=0, description="updates before it takes part")
     discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="if it differs")
+    decoder_only: bool = Field(False, description="leave the encoder as it is, so that U-Nets of its latents still fit")
     measure: int = Field(10_000, ge=1, description="at most so many pictures tell the latents' scale at the end")
     measure_shift: bool = Field(False, description="measure their mean too, not only their scale")
 

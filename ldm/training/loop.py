@@ -397,6 +397,7 @@ class Training:
             (player, name, tuple(parameter.shape))
             for player, one in self.stage.players.items()
             for name, parameter in self.accelerator.unwrap_model(one.module).named_parameters()
+            if parameter.requires_grad
         ]
         return {
             "network": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],

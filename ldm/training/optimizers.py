@@ -52,12 +52,17 @@ def make_optimizer(
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
-    """The part of the highest learning rate at update `step` (from 1) of `steps`."""
+    """The part of the highest learning rate at update `step` (from 1) of `steps`.
+
+    With a cooldown it stays at its highest until so many updates are left, so that a run can be made longer without
+    having been another one so far (Hägele et al. 2024, arXiv 2405.18392).
+    """
     if step <= section.warmup:
         return step / section.warmup
     if section.schedule == "constant":
         return 1.0
-    done = min((step - section.warmup) / max(steps - section.warmup, 1), 1.0)
+    begin = max(steps - section.cooldown, section.warmup) if section.cooldown else section.warmup
+    done = min(max(step - begin, 0) / max(steps - begin, 1), 1.0)
     left = 1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return section.final + (1 - section.final) * left
 

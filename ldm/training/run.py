@@ -229,6 +229,7 @@ class Run:
                 model = LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
                 continue
             model = self.stage(name, self.start(name, model), folder)
+        self.accelerator.end_training()
 
     def _done(self, name: StageName) -> bool:
         """Whether a stage has reached its end, and the configuration does not ask for more steps since."""
@@ -265,7 +266,8 @@ class Run:
             )  # fmt: skip
         with training.result():
             self._write_result(accelerator, stage, folder, record, training.best)
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not `end_training`: the next stage needs the process group
+            tracker.finish()
         accelerator.free_memory()
         return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)
 
