@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,14 @@ def test_the_same_model_is_not_called_different(reference: Path, tmp_path: Path)
     plan = Plan(("fid", "clip-score"), data=str(reference), n=60, clip="toy")
     found = rows(evaluate([artist(0.5), artist(0.5)], plan, Work(tmp_path)))
     assert {row.verdict for row in found.values()} == {"no difference"}
+
+
+def test_autoencoders_for_other_sizes_are_not_compared(reference: Path, tmp_path: Path) -> None:
+    sides = [artist(0.5), replace(artist(0.5), size=2 * SIDE)]
+    report = evaluate(sides, Plan(("psnr",), data=str(reference), n=4), Work(tmp_path))
+    assert rows(report)["psnr"].comparison is None
+    assert report is not None
+    assert any("different sizes" in note for note in report.notes)
 
 
 def test_an_interrupted_evaluation_goes_on(reference: Path, tmp_path: Path) -> None:

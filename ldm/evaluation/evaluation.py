@@ -277,7 +277,10 @@ class Evaluation:
         looked, made_again = [one for one, _ in seen], [one for one, _ in rebuilt]
         together = self._paired(looked)
         rows = self._rows(self.about_sides, together, [self.reference] * len(together))
-        rows += self._rows(self.about_autoencoders, self._paired(made_again), [one for _, one in rebuilt])
+        one_size = len({side.size for side in self.sides if isinstance(side, Model)}) < 2
+        if rebuilt and not one_size:
+            self.note("A and B are for pictures of different sizes: their autoencoders are not compared")
+        rows += self._rows(self.about_autoencoders, made_again, [one for _, one in rebuilt], compare=one_size)
         sweeps = [
             Sweep(over, tuple(self.plan.sweeps[over]), tuple(tuple(self._sweep_rows(one)) for one in points))
             for over, points in swept.items()
