@@ -151,6 +151,7 @@ def test_killed_and_continued_is_the_same(whole: tuple[Path, str], command: list
         (["MODEL", "--data", "SHAPES", "--with", "steps"], "--with 'steps': write KEY=VALUE"),
         (["MODEL", "--data", "SHAPES", "--with", "stesp=3", "--metrics", "psnr"], "did you mean steps?"),
         (["MODEL", "--data", "SHAPES", "--with-b", "seed=3", "--metrics", "psnr"], "--with seed: that is no setting"),
+        (["MODEL", "--data", "SHAPES", "--with-b", "steps=3", "--metrics", "psnr"], "there is one alone"),
         (["MODEL", "--data", "SHAPES", "--sweep", "prompt=1,2", "--metrics", "psnr"], "--sweep prompt: that is no"),
         (["SHAPES", "--data", "SHAPES", "--with", "steps=3", "--metrics", "fid"], "leave out --with steps"),
         (["MODEL", "--data", "SHAPES", "--with", "steps=0", "--metrics", "psnr"], "0 steps"),

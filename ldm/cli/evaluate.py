@@ -76,11 +76,13 @@ def run(options: Options) -> None:
         lpips=options.lpips, sweeps=dict(map(_sweep, options.sweeps)), seed=options.seed, batch=options.batch,
         device=device,
     )  # fmt: skip
-    common = dict(map(_setting, options.settings.get("both", ())))
+    given = {side: dict(map(_setting, texts)) for side, texts in options.settings.items()}
+    if given.get("B") and len(options.sources) < 2:
+        raise LdmError("--with-b is about a second model, and there is one alone")
     check([is_model(source) for source in options.sources], plan)
     sides: list[Model | str] = []
     for source, name in zip(options.sources, "AB", strict=False):
-        own = common | dict(map(_setting, options.settings.get(name, ())))
+        own = given.get("both", {}) | given.get(name, {})
         if own and not is_model(source):
             raise LdmError(
                 f"{source} is a folder of pictures, which are not made here; leave out --with {next(iter(own))}"
