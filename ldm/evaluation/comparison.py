@@ -35,6 +35,7 @@ from ldm.evaluation.statistics import NUMBERS, Moments, blocks, check_features, 
 from ldm.evaluation.uncertainty import LEVEL, Z, optimal_map
 
 POWER = 0.8  # chance to find a difference, for which the number of pairs needed is given
+FEWEST = math.ceil(1 - math.log2(1 - LEVEL))  # pairs: with fewer, so small a p is not among the 2^N exchanges
 EXCHANGES = 4000  # random ones: the smallest p is 1 / 4001
 
 
@@ -71,7 +72,7 @@ def _compared(difference: float, error: float, others: np.ndarray, count: int) -
     reach = Z * error
     needed = None
     if p > 1 - LEVEL and abs(difference) > 1e-9 * scale:
-        needed = max(count + 1, math.ceil(count * ((Z + float(norm.ppf(POWER))) * error / difference) ** 2))
+        needed = max(count + 1, FEWEST, math.ceil(count * ((Z + float(norm.ppf(POWER))) * error / difference) ** 2))
     return Comparison(difference, error, difference - reach, difference + reach, p, count, needed)
 
 
