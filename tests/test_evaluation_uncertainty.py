@@ -236,6 +236,8 @@ def test_equal_images_are_equal() -> None:
     features = torch.randn(30, 4)
     found = compare(*frechet_parts(features, features, measure(torch.randn(40, 4))))
     assert found.difference == 0 and found.p == 1 and found.needed is None
+    rounded = compare(features[:, 0], features[:, 0] * (1 + 1e-8 * torch.randn(30)))
+    assert rounded.difference == 0 and rounded.needed is None
 
 
 def test_a_comparison_repeats_and_needs_pairs() -> None:
