@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from ldm.evaluation.evaluation import Model, Plan, evaluate
 from ldm.evaluation.measures import METRICS
 from ldm.evaluation.pictures import open_pictures
 from ldm.evaluation.report import Report, Row, save_report
-from ldm.evaluation.stored import CHUNK, Part, Work, in_chunks, look
+from ldm.evaluation.stored import CHUNK, Part, Work, alone, in_chunks, look
 from ldm.images import to_tensor
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "gold": (230, 190, 40)}
@@ -223,8 +225,6 @@ def test_two_models_and_all_metrics(reference: Path, tmp_path: Path) -> None:
     again = evaluate(sides, plan, Work(tmp_path / "work"))
     assert again == report
     assert len(calls) == made  # nothing is made twice
-    elsewhere = evaluate(sides, plan, Work(tmp_path / "elsewhere"))
-    assert elsewhere == report
     save_report(report, tmp_path / "report.json")
 
 
@@ -269,12 +269,54 @@ def test_folders_are_compared_where_their_pictures_belong_together(reference: Pa
     plan = Plan(("fid", "clip-score"), data=str(reference), clip="toy")
     report = evaluate([a, b], plan, Work(tmp_path / "work"))
     assert rows(report)["fid"].verdict.startswith("A better")
-    (b / "0000.png").rename(b / "z.png")
-    (b / "0000.txt").rename(b / "z.txt")
+    (b / "0003.png").rename(b / "z.png")
+    (b / "0003.txt").rename(b / "z.txt")
+    report = evaluate([a, b], plan, Work(tmp_path / "work"))
+    assert report is not None
+    assert rows(report)["fid"].comparison.count == 59  # type: ignore[union-attr]
+    assert any("the 59 pictures that both" in note for note in report.notes)
+    samples = report.galleries[0]
+    assert (samples.rows[3].text, samples.rows[3].pictures) == (
+        caption(4),
+        ("shown/a-000004.png", "shown/b-000003.png"),
+    )
+    for number in range(10, 20):
+        (b / f"{number:04}.png").rename(b / f"y{number}.png")
+        (b / f"{number:04}.txt").rename(b / f"y{number}.txt")
     report = evaluate([a, b], plan, Work(tmp_path / "work"))
     assert report is not None
     assert rows(report)["fid"].comparison is None
     assert any("not compared" in note for note in report.notes)
+    assert [(one.title, one.columns) for one in report.galleries[:3]] == [
+        ("Samples, A", ("A",)), ("Samples, B", ("B",)), ("Best by CLIP score, A", ("A",)),
+    ]  # fmt: skip
+
+
+def test_pictures_of_the_same_name_in_several_folders_keep_apart(tmp_path: Path, reference: Path) -> None:
+    for side in "ab":
+        for part in ("x", "y"):
+            drawings(tmp_path / side / part, 6, ord(part))
+    report = evaluate([tmp_path / "a", tmp_path / "b"], Plan(("kid",), data=str(reference)), Work(tmp_path / "work"))
+    assert rows(report)["kid"].comparison.count == 12  # type: ignore[union-attr]
+    assert rows(report)["kid"].verdict == "no difference"
+
+
+def test_pictures_of_the_reference_are_noticed(reference: Path, tmp_path: Path) -> None:
+    folder = drawings(tmp_path / "a", 6, 7)
+    Image.open(reference / "0009.png").save(folder / "0000.bmp")
+    report = evaluate([folder], Plan(("kid",), data=str(reference)), Work(tmp_path / "work"))
+    assert report is not None
+    assert report.notes == ("1 of 7 pictures of A are in the reference too, so that distances from it are too small",)
+
+
+def test_copies_are_more_than_expected(reference: Path, tmp_path: Path) -> None:
+    training = drawings(tmp_path / "training", 40, 5)
+    plan = Plan(("memorisation",), data=str(reference), training=str(training), n=40)
+    report = evaluate([training, drawings(tmp_path / "new", 40, 6)], plan, Work(tmp_path / "work"))
+    assert report is not None
+    (note,) = (note for note in report.notes if note.startswith("near copies"))
+    assert "0.050 is to be expected" in note
+    assert "A p < 0.001, B p = 0." in note
 
 
 def test_mixed_sizes_and_damaged_pictures(reference: Path, tmp_path: Path) -> None:
@@ -282,12 +324,14 @@ def test_mixed_sizes_and_damaged_pictures(reference: Path, tmp_path: Path) -> No
     Image.open(a / "0003.png").resize((90, 64)).save(a / "0003.png")
     data = (a / "0005.png").read_bytes()
     (a / "0005.png").write_bytes(data[: len(data) // 2])
+    (b / "0007.png").write_bytes(b"no picture")
     plan = Plan(("fid", "clip-score"), data=str(reference), clip="toy")
     report = evaluate([a, b], plan, Work(tmp_path / "work"))
     assert report is not None
-    assert report.sides[0].count == 59
-    assert rows(report)["clip-score"].comparison.count == 59  # type: ignore[union-attr]
+    assert report.sides[0].count == report.sides[1].count == 59
+    assert rows(report)["clip-score"].comparison.count == 58  # type: ignore[union-attr]
     assert any("1 of 60 pictures cannot be read" in note and "0005.png" in note for note in report.notes)
+    assert any("1 of 60 pictures cannot be used" in note and "0007.png" in note for note in report.notes)
     for number in range(10, 20):
         (a / f"{number:04d}.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(LdmError, match="11 of 60 pictures cannot be read"):
@@ -323,6 +367,10 @@ def test_missing_captions_and_empty_folders(reference: Path, tmp_path: Path) -> 
     (bare / "0004.txt").unlink()
     with pytest.raises(LdmError, match=r"0004\.png has no caption"):
         evaluate([bare], Plan(("clip-score",), clip="toy"), Work(tmp_path / "work"))
+    for path in bare.glob("*.png"):
+        path.with_suffix(".txt").write_text("a red circle")
+    with pytest.raises(LdmError, match="R-precision needs different captions"):
+        evaluate([bare], Plan(("r-precision",), clip="toy"), Work(tmp_path / "work"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match="holds no image"):
         evaluate([tmp_path / "empty"], Plan(("fid",), data=str(reference)), Work(tmp_path / "work"))
@@ -357,9 +405,32 @@ def test_chunks_are_found_again_and_mended(tmp_path: Path) -> None:
     assert looked[3:] == [range(CHUNK, 2 * CHUNK), range(2 * CHUNK, 3 * CHUNK), range(3 * CHUNK, count)]
     assert found.values["x"][:, 0].tolist() == found.index.tolist() == [n for n in range(count) if n != 7]
     assert found.skipped == {"7": "bad"}
-    assert [path.name for path in (tmp_path / "found" / "name").iterdir()] == ["all.safetensors"]
+    assert [path.name for path in (tmp_path / "found" / "name").glob("[!.]*")] == ["all.safetensors"]
     assert in_chunks("x", "name", count, find, Work(tmp_path)).digest == found.digest
     assert len(looked) == 6
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from ldm.errors import LdmError
+from ldm.evaluation.stored import alone
+try:
+    with alone(Path(sys.argv[1]), "in use"):
+        print("free")
+except LdmError as error:
+    print(error)
+"""
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", program, tmp_path / "x"], capture_output=True, text=True).stdout
+
+    with alone(tmp_path / "x"):
+        assert other() == "in use\n"
+    assert other() == "free\n"
+    with pytest.raises(LdmError, match="cannot be written"), alone(tmp_path):
+        pass
 
 
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ldm.evaluation.comparison import (
 from ldm.evaluation.metrics import frechet_distance, inception_score, kid, manifold, polynomial
 from ldm.evaluation.statistics import measure
 from ldm.evaluation.uncertainty import (
+    chance_interval,
     frechet_interval,
     inception_interval,
     manifold_intervals,
@@ -129,6 +130,10 @@ def test_the_intervals_of_means_and_shares() -> None:
     expected = binomtest(3, 10).proportion_ci(method="wilson")
     assert (share.low, share.high) == pytest.approx((expected.low, expected.high))
     assert share_interval(torch.zeros(10, dtype=torch.bool)).high == pytest.approx(0.2775, abs=1e-3)  # not 0
+    sure = chance_interval(torch.ones(10))
+    assert (sure.low, sure.high) == pytest.approx((1 - 0.2775, 1), abs=1e-3)  # as a share's
+    chances = torch.tensor([0.1, 0.9, 0.6, 0.4] * 200)
+    assert chance_interval(chances).low == pytest.approx(mean_interval(chances).low, abs=1e-3)  # as a mean's
 
 
 # --- two models -------------------------------------------------------------------------------------------------------
@@ -223,12 +228,16 @@ def test_how_many_images_would_be_needed() -> None:
     assert found.p > 0.05 and found.needed == pytest.approx(785, abs=2)
     power = detections(lambda g: compare(torch.randn(785, generator=g) + 0.1, torch.zeros(785)), 100, 0)
     assert 0.68 <= power <= 0.92
+    sure = compare(torch.tensor([1.0, 1.1, 0.9]), torch.zeros(3))
+    assert (sure.p > 0.05, sure.needed) == (True, 6)  # of 2^5 ways to exchange five pairs, two are as extreme
 
 
 def test_equal_images_are_equal() -> None:
     features = torch.randn(30, 4)
     found = compare(*frechet_parts(features, features, measure(torch.randn(40, 4))))
     assert found.difference == 0 and found.p == 1 and found.needed is None
+    rounded = compare(features[:, 0], features[:, 0] * (1 + 1e-8 * torch.randn(30)))
+    assert rounded.difference == 0 and rounded.needed is None
 
 
 def test_a_comparison_repeats_and_needs_pairs() -> None:

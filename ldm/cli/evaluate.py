@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size, read_prompts
+from ldm.data.image_set import made
 from ldm.errors import LdmError, first_line, suggestion
 from ldm.evaluation.evaluation import Model, Plan, check, evaluate
 from ldm.evaluation.page import write_page
 from ldm.evaluation.report import save_report
-from ldm.evaluation.stored import Ranks, Work
+from ldm.evaluation.stored import Ranks, Work, alone
 from ldm.evaluation.tables import tables
 from ldm.weights.files import Progress as Tell
 from ldm.weights.files import silent
@@ -89,12 +90,14 @@ def run(options: Options) -> None:
             )
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
-    with _telling(ranks.first) as tell:
-        report = evaluate(sides, plan, Work(folder, ranks, tell, cache))
-    if report is None:
-        return
-    save_report(report, folder / "report.json")
-    page = write_page(report, folder)
+    in_use = f"{folder} is in use by another evaluation; wait for its end, or choose another folder (--out)"
+    with alone(made(folder) / ".lock", in_use) if ranks.first else nullcontext():
+        with _telling(ranks.first) as tell:
+            report = evaluate(sides, plan, Work(folder, ranks, tell, cache))
+        if report is None:
+            return
+        save_report(report, folder / "report.json")
+        page = write_page(report, folder)
     if options.as_json:
         print((folder / "report.json").read_text(encoding="utf-8"), end="")
         return
@@ -140,7 +143,7 @@ def _sweep(text: str) -> tuple[str, tuple[float, ...]]:
         found = ()
     if not name or len(set(found)) < len(found) or not found:
         raise LdmError(f"--sweep {text!r}: write KEY=NUMBER,NUMBER, such as guidance=1,3,5,7, each number once")
-    return _known("--sweep", name, MAKING), found
+    return _known("--sweep", name, [known for known in MAKING if known != "size"]), found
 
 
 def _known(option: str, name: str, names: Sequence[str]) -> str:
@@ -169,6 +172,10 @@ def is_model(source: str) -> bool:
 def _model(source: str, settings: dict[str, Any], device: str, plan: Plan) -> Model:
     """A model with its settings, all checked, as evaluation knows it."""
     loading = {name: settings.pop(name) for name in LOADING if name in settings}
+    for name, value in loading.items():
+        if not isinstance(value, bool if name == "allow_pickle" else str):
+            needed = "true or false" if name == "allow_pickle" else "a name"
+            raise LdmError(f"--with {name}={value}: {needed} is needed")
     given = {**loading, **settings}
     if "size" in settings:
         settings |= dict(zip(("width", "height"), parse_size(str(settings.pop("size"))), strict=True))

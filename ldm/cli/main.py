@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `ldm --help` answers at on
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -321,6 +322,8 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may not know arrows, or the bytes of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
         sys.stdout.flush()

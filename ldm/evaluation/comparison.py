@@ -35,6 +35,8 @@ from ldm.evaluation.statistics import NUMBERS, Moments, blocks, check_features, 
 from ldm.evaluation.uncertainty import LEVEL, Z, optimal_map
 
 POWER = 0.8  # chance to find a difference, for which the number of pairs needed is given
+FEWEST = math.ceil(1 - math.log2(1 - LEVEL))  # pairs: with fewer, so small a p is not among the 2^N exchanges
+ROUNDING = 1e-6  # of the largest value: equal pictures differ by less, as other batches round features otherwise
 EXCHANGES = 4000  # random ones: the smallest p is 1 / 4001
 
 
@@ -71,7 +73,7 @@ def _compared(difference: float, error: float, others: np.ndarray, count: int) -
     reach = Z * error
     needed = None
     if p > 1 - LEVEL and abs(difference) > 1e-9 * scale:
-        needed = max(count + 1, math.ceil(count * ((Z + float(norm.ppf(POWER))) * error / difference) ** 2))
+        needed = max(count + 1, FEWEST, math.ceil(count * ((Z + float(norm.ppf(POWER))) * error / difference) ** 2))
     return Comparison(difference, error, difference - reach, difference + reach, p, count, needed)
 
 
@@ -85,7 +87,9 @@ def compare(a: Tensor, b: Tensor, seed: int = 0) -> Comparison:
         LdmError: not as many values on both sides, fewer than two, or some that are not finite.
     """
     _check_pairs(a[:, None], b[:, None])
-    pairs = (a.double() - b.double()).cpu().numpy()
+    values = torch.stack([a, b]).double().cpu().numpy()
+    pairs = values[0] - values[1]
+    pairs[np.abs(pairs) <= ROUNDING * np.abs(values).max()] = 0
     others = np.concatenate([pairs @ signs for signs in _exchanges(len(pairs), seed)]) / len(pairs)
     error = float(pairs.std(ddof=1)) / math.sqrt(len(pairs))
     return _compared(float(pairs.mean()), error, others, len(pairs))

@@ -11,17 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.errors import LdmError, check_whole
+from ldm.errors import LdmError, check_whole, listing
 from ldm.evaluation import galleries
-from ldm.evaluation.looking import Looked, Networks, digest_of, neighbours
-from ldm.evaluation.measures import DISTRACTORS, METRICS, comparison, distractors, estimates, metric
+from ldm.evaluation.looking import Looked, Networks, digest_of, in_pairs, neighbours
+from ldm.evaluation.measures import DISTRACTORS, METRICS, comparison, copying, distractors, estimates, metric
 from ldm.evaluation.pictures import Pictures, open_pictures, write_pictures
 from ldm.evaluation.report import Report, Row, Side, Sweep, Table
 from ldm.evaluation.stored import Work
-from ldm.evaluation.words import verdict
+from ldm.evaluation.words import p_said, verdict
 
 NAMES = ("A", "B")  # of the sides
 
@@ -128,7 +129,7 @@ class Evaluation:
         self.notes: list[str] = []
         self.about_sides = [name for name, one in self.metrics.items() if not one.reconstruction]
         self.about_autoencoders = [name for name, one in self.metrics.items() if one.reconstruction]
-        self.data = None if plan.data is None else self._opened(plan.data)
+        self.data = None if plan.data is None else self._opened(plan.data, work.shared)
         self.prompts = self._prompts() if any(isinstance(side, Model) for side in sides) else []
         self._check_counts()
         self.training = self._training()
@@ -144,8 +145,16 @@ class Evaluation:
 
     # --- pictures ---------------------------------------------------------------------------------------------------
 
-    def _opened(self, source: str | Pictures) -> Pictures:
-        return source if isinstance(source, Pictures) else open_pictures(source, self.work.shared)
+    def _opened(self, source: str | Path | Pictures, work: Work, count: int | None = None) -> Pictures:
+        if isinstance(source, Pictures):
+            return source
+        pictures = open_pictures(source, work, count)
+        if reasons := pictures.images.skipped.reasons:
+            first = listing([f"{key} ({reason})" for key, reason in reasons.items()], 3)
+            self.note(
+                f"{source}: {len(reasons)} of {len(reasons) + len(pictures.images)} pictures cannot be used: {first}"
+            )
+        return pictures
 
     def _prompts(self) -> list[str]:
         """A prompt for each picture; they begin again when there are not enough."""
@@ -188,7 +197,8 @@ class Evaluation:
     def _training(self) -> Looked | None:
         if self.plan.training is None or "memorisation" not in self.metrics:
             return None
-        return self._look(self._opened(self.plan.training), "the training pictures", ["memorisation"], self.work.shared)
+        pictures = self._opened(self.plan.training, self.work.shared)
+        return self._look(pictures, "the training pictures", ["memorisation"], self.work.shared)
 
     def _reference(self) -> Looked | None:
         names = [name for name in self.about_sides if self.metrics[name].reference]
@@ -209,7 +219,7 @@ class Evaluation:
         """The pictures of a side, made if it is a model."""
         plan = self.plan
         if not isinstance(side, Model):
-            pictures = open_pictures(side, self.work, plan.n)
+            pictures = self._opened(side, self.work, plan.n)
             least = max((self.metrics[one].least for one in self.about_sides), default=2)
             if len(pictures) < least:
                 raise LdmError(f"{side} holds {len(pictures)} pictures; at least {least} are needed")
@@ -240,7 +250,10 @@ class Evaluation:
         keys = [data.key(number) for number in range(count)]
 
         def cut(numbers: range) -> list[Image.Image]:
-            read = [data.read(number)[1] for number in numbers]
+            try:
+                read = [data.read(number)[1] for number in numbers]
+            except LdmError as error:
+                raise LdmError(f"{error}; mend or remove it") from None
             return [ImageOps.fit(image, (side.size, side.size), Image.Resampling.LANCZOS) for image in read]
 
         facts = data.stamp, side.size, keys
@@ -275,25 +288,33 @@ class Evaluation:
         if not self.work.ranks.first:
             return None
         looked, made_again = [one for one, _ in seen], [one for one, _ in rebuilt]
-        together = self._paired(looked)
-        rows = self._rows(self.about_sides, together, [self.reference] * len(together))
+        pairs = self._paired(looked)
+        together = list(pairs or looked)
+        groups = [list(zip(NAMES, together, strict=False))]
+        if len(looked) == 2 and not pairs:
+            groups = [[pair] for pair in groups[0]]
+        rows = self._rows(self.about_sides, together, [self.reference] * len(together), bool(pairs))
         one_size = len({side.size for side in self.sides if isinstance(side, Model)}) < 2
         if rebuilt and not one_size:
             self.note("A and B are for pictures of different sizes: their autoencoders are not compared")
-        rows += self._rows(self.about_autoencoders, made_again, [one for _, one in rebuilt], compare=one_size)
+        compare = one_size and len(rebuilt) == 2
+        rows += self._rows(self.about_autoencoders, made_again, [one for _, one in rebuilt], compare)
         sweeps = [
             Sweep(over, tuple(self.plan.sweeps[over]), tuple(tuple(self._sweep_rows(one)) for one in points))
             for over, points in swept.items()
         ]
         sides = [self._side(*pair, one) for pair, one in zip(named, looked or made_again, strict=True)]
-        show = galleries.Show(self.work.folder, NAMES)
+        show = galleries.Show(self.work.folder)
         shown = [
-            *galleries.samples(looked, show),
-            *galleries.prompts(together, show),
-            *galleries.copies(seen, self.training, show),
-            *galleries.reconstructions(rebuilt, show),
+            *galleries.samples(groups, show),
+            *galleries.prompts(groups, show),
+            *galleries.copies(list(zip(NAMES, seen, strict=False)), self.training, show),
+            *galleries.reconstructions(list(zip(NAMES, rebuilt, strict=False)), show),
         ]
         self._note_distractors(together)
+        for name, one in zip(NAMES, together, strict=False):
+            self._note_shared(name, one)
+        self._note_copies(together)
         return Report(
             sides=tuple(sides),
             reference=self._reference_side(),
@@ -309,36 +330,36 @@ class Evaluation:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _paired(self, looked: Sequence[Looked]) -> list[Looked]:
-        """Sides cut down to the pictures that all have; where two are not of the same prompts, as they are."""
+    def _paired(self, looked: Sequence[Looked]) -> tuple[Looked, Looked] | None:
+        """Two sides cut down to the pictures that both have, if they can be compared."""
         if len(looked) < 2:
-            return list(looked)
+            return None
         a, b = looked
-        if not _same(a.pictures, b.pictures):
-            return list(looked)
-        return [a.only(b.index), b.only(a.index)]
+        pairs = in_pairs(a, b)
+        if pairs is None:
+            self.note(
+                "A and B are not compared: that needs the same names, or prompts and seeds, for the pictures of both"
+            )
+        elif len(pairs[0].index) < max(len(a.pictures), len(b.pictures)):
+            self.note(f"figures are of the {len(pairs[0].index)} pictures that both A and B have")
+        return pairs
 
     def _rows(
-        self, names: Sequence[str], looked: Sequence[Looked], others: Sequence[Looked | None], compare: bool = True
+        self, names: Sequence[str], looked: Sequence[Looked], others: Sequence[Looked | None], compare: bool
     ) -> list[Row]:
-        """Figures of each side, and what their comparison says."""
+        """Figures of each side, and, if the two are pairs, what their comparison says."""
         if not looked:
             return []
         found = [
             estimates(names, one.seen, None if other is None else other.seen)
             for one, other in zip(looked, others, strict=True)
         ]
-        paired = compare and len(looked) == 2 and _same(looked[0].pictures, looked[1].pictures)
-        if compare and len(looked) == 2 and not paired:
-            self.note(
-                "A and B are not compared: that needs the same names, or prompts and seeds, for the pictures of both"
-            )
         rows = []
         for name in names:
             one = self.metrics[name]
             figures = tuple(side[name] for side in found)
             row = Row(name, self._label(name), one.better, figures, difference=one.difference)
-            if paired:
+            if compare:
                 reference = None if others[0] is None else others[0].seen
                 difference = comparison(name, looked[0].seen, looked[1].seen, reference)
                 row = replace(row, comparison=difference, verdict=verdict(difference, one.better))
@@ -379,13 +400,21 @@ class Evaluation:
             count = distractors(looked[0].seen.captions)
             self.note(f"R-precision is among {count + 1} captions, as there are no more; usual are {DISTRACTORS + 1}")
 
+    def _note_shared(self, name: str, looked: Looked) -> None:
+        if self.reference is None or looked.pixels is None or self.reference.pixels is None:
+            return
+        if shared := int(torch.isin(looked.pixels, self.reference.pixels).sum()):
+            self.note(
+                f"{shared} of {len(looked.index)} pictures of {name} are in the reference too, so that distances from "
+                "it are too small"
+            )
 
-def _same(a: Pictures, b: Pictures) -> bool:
-    """Whether two sets are of the same prompts, as far as names and captions tell."""
-    if len(a) != len(b):
-        return False
-
-    def facts(pictures: Pictures, number: int) -> tuple[str, str]:
-        return Path(pictures.key(number)).stem, pictures.caption(number)
-
-    return all(facts(a, number) == facts(b, number) for number in range(len(a)))
+    def _note_copies(self, looked: Sequence[Looked]) -> None:
+        if self.reference is None or self.training is None:
+            return
+        found = [copying(one.seen, self.reference.seen) for one in looked]
+        chances = ", ".join(f"{name} {p_said(one.p)}" for name, one in zip(NAMES, found, strict=False))
+        self.note(
+            "near copies are closer to the training set than nearly all of the reference: of new pictures, a share of "
+            f"{found[0].expected:.3f} is to be expected; the chance of as many as there are: {chances}"
+        )

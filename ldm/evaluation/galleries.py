@@ -22,12 +22,14 @@ EXTREMES = 8  # rows of the galleries of the best and the worst
 BINS = 30  # of histograms
 
 
+Named = Sequence[tuple[str, Looked]]  # sides with their names
+
+
 @dataclass(frozen=True)
 class Show:
     """Puts pictures beside the report, in `shown/`."""
 
     folder: Path
-    names: tuple[str, ...]  # of the sides
 
     def __call__(self, pictures: Pictures, number: int, name: str) -> str:
         """The path of a copy of a picture, relative to the report."""
@@ -35,41 +37,50 @@ class Show:
         save_png(pictures.read(number)[1], path)
         return str(path.relative_to(self.folder))
 
-    def row(self, looked: Sequence[Looked], place: int) -> tuple[str, ...]:
+    def row(self, sides: Named, place: int) -> tuple[str, ...]:
         """The pictures of all sides at a place."""
-        return tuple(
-            self(one.pictures, int(one.index[place]), name.lower())
-            for one, name in zip(looked, self.names, strict=False)
-        )
+        return tuple(self(one.pictures, int(one.index[place]), name.lower()) for name, one in sides)
 
 
-def samples(looked: Sequence[Looked], show: Show) -> Iterator[Gallery]:
-    """The first pictures of each side."""
-    if looked:
+def samples(groups: Sequence[Named], show: Show) -> Iterator[Gallery]:
+    """The first pictures of each side; sides whose pictures are of the same prompts are in one group."""
+    for sides in filter(None, groups):
+        first = sides[0][1]
         rows = [
-            Shown(looked[0].pictures.caption(int(looked[0].index[place])), show.row(looked, place))
-            for place in range(min(SAMPLES, *(len(one.index) for one in looked)))
+            Shown(first.pictures.caption(int(first.index[place])), show.row(sides, place))
+            for place in range(min(SAMPLES, len(first.index)))
         ]
-        yield Gallery("Samples", show.names[: len(looked)], "", tuple(rows))
+        yield Gallery(_title("Samples", sides, groups), tuple(name for name, _ in sides), "", tuple(rows))
 
 
-def prompts(looked: Sequence[Looked], show: Show) -> Iterator[Gallery]:
-    """Which pictures follow their prompts best and worst, by the mean CLIP score of the sides."""
-    if not looked or any(one.seen.texts is None for one in looked) or len({len(one.index) for one in looked}) > 1:
-        return
-    each = torch.stack([scores("clip-score", one.seen) for one in looked])
-    order = each.mean(dim=0).argsort(stable=True).tolist()
-    for title, places in (("Best", order[::-1][:EXTREMES]), ("Worst", order[:EXTREMES])):
-        rows = [
-            Shown(looked[0].seen.captions[place], show.row(looked, place), tuple(each[:, place].tolist()))
-            for place in places
-        ]
-        yield Gallery(f"{title} by CLIP score", show.names[: len(looked)], "CLIP score", tuple(rows))
+def prompts(groups: Sequence[Named], show: Show) -> Iterator[Gallery]:
+    """Which pictures follow their prompts best and worst, by the mean CLIP score of the sides in a group."""
+    for sides in filter(None, groups):
+        if any(one.seen.texts is None for _, one in sides):
+            continue
+        each = torch.stack([scores("clip-score", one.seen) for _, one in sides])
+        order = each.mean(dim=0).argsort(stable=True).tolist()
+        for title, places in (
+            ("Best by CLIP score", order[::-1][:EXTREMES]),
+            ("Worst by CLIP score", order[:EXTREMES]),
+        ):
+            rows = [
+                Shown(sides[0][1].seen.captions[place], show.row(sides, place), tuple(each[:, place].tolist()))
+                for place in places
+            ]
+            names = tuple(name for name, _ in sides)
+            yield Gallery(_title(title, sides, groups), names, "CLIP score", tuple(rows))
 
 
-def copies(seen: Sequence[tuple[Looked, Tensor | None]], training: Looked | None, show: Show) -> Iterator[Gallery]:
+def _title(text: str, sides: Named, groups: Sequence[Named]) -> str:
+    return text if len(groups) == 1 else f"{text}, {sides[0][0]}"
+
+
+def copies(
+    sides: Sequence[tuple[str, tuple[Looked, Tensor | None]]], training: Looked | None, show: Show
+) -> Iterator[Gallery]:
     """The pictures of each side that are nearest to training pictures, beside these."""
-    for (looked, closest), name in zip(seen, show.names, strict=False):
+    for name, (looked, closest) in sides:
         if closest is None or training is None or looked.seen.apart is None:
             continue
         rows = []
@@ -83,9 +94,9 @@ def copies(seen: Sequence[tuple[Looked, Tensor | None]], training: Looked | None
         yield Gallery(f"Pictures of {name} nearest to training pictures", (name, "training"), "distance", tuple(rows))
 
 
-def reconstructions(rebuilt: Sequence[tuple[Looked, Looked]], show: Show) -> Iterator[Gallery]:
+def reconstructions(sides: Sequence[tuple[str, tuple[Looked, Looked]]], show: Show) -> Iterator[Gallery]:
     """The pictures that an autoencoder keeps worst."""
-    for (looked, originals), name in zip(rebuilt, show.names, strict=False):
+    for name, (looked, originals) in sides:
         measured = next((key for key in ("psnr", "ssim", "lpips") if key in looked.seen.values), None)
         if measured is None:
             continue
@@ -96,7 +107,7 @@ def reconstructions(rebuilt: Sequence[tuple[Looked, Looked]], show: Show) -> Ite
                 originals.pictures.caption(place),
                 (
                     show(looked.pictures, place, f"{name.lower()}-reconstructed"),
-                    show(originals.pictures, place, "original"),
+                    show(originals.pictures, place, f"{name.lower()}-original"),
                 ),
                 (float(values[place]),),
             )

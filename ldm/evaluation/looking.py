@@ -6,9 +6,11 @@ N pictures, D features of a picture
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import PurePath
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from ldm.evaluation.perceptual import LPIPS, load_lpips, lpips_path
 from ldm.evaluation.pictures import Pictures
 from ldm.evaluation.quality import psnr, ssim
 from ldm.evaluation.report import Used
-from ldm.evaluation.stored import BATCH, Part, Rows, Work, in_chunks, look
+from ldm.evaluation.stored import BATCH, PIXELS, Part, Rows, Work, in_chunks, look
 from ldm.images import to_tensor
 from ldm.weights.files import file_digest
 
@@ -37,11 +39,22 @@ class Looked:
     seen: Seen
     index: Tensor  # (N,): those that could be read
     digest: str = ""  # of their pixels; nothing if nobody had to look
+    pixels: Tensor | None = None  # (N,): numbers that are the same for the same pixels
 
-    def only(self, index: Tensor) -> Looked:
-        """The same, of those pictures that are in `index` too."""
-        keep = torch.isin(self.index, index)
-        return self if bool(keep.all()) else replace(self, seen=self.seen.only(keep), index=self.index[keep])
+    def take(self, places: Tensor) -> Looked:
+        """The same, of the pictures at these places alone, in this order."""
+        if torch.equal(places, torch.arange(len(self.index))):
+            return self  # and nothing that is mapped is copied to memory
+        pixels = None if self.pixels is None else self.pixels[places]
+        return replace(self, seen=self.seen.take(places), index=self.index[places], pixels=pixels)
+
+    def prompts(self) -> Iterator[tuple[str, str, int]]:
+        """What each picture is of, as far as its name and its caption tell, and how many before it are of the same."""
+        before: Counter[tuple[str, str]] = Counter()
+        for number in self.index.tolist():
+            prompt = PurePath(self.pictures.key(number)).stem, self.pictures.caption(number)
+            yield *prompt, before[prompt]
+            before[prompt] += 1
 
 
 class Networks:
@@ -106,7 +119,8 @@ class Networks:
             captions=texts,
             copies=unit(found["copies"].values["features"]) if "copies" in found else None,
         )
-        return Looked(pictures, seen, index, first.digest if first else ""), notes
+        pixels = None if first is None else first.pixels
+        return Looked(pictures, seen, index, first.digest if first else "", pixels), notes
 
     def _rows(self, role: str, pictures: Pictures, what: str, work: Work) -> Rows:
         network = self.opened[role]
@@ -116,7 +130,7 @@ class Networks:
             given = network(inputs)
             return {name: given[name] for name in wanted}
 
-        name = f"{role}-{digest_of(pictures.stamp, network.digest, network.preparation, wanted)}"
+        name = f"{role}-{digest_of(pictures.stamp, network.digest, network.preparation, wanted, PIXELS)}"
         find = partial(look, read=pictures.read, prepare=network.prepare, see=see)
         return in_chunks(f"{network.name}: {what}", name, len(pictures), find, work)
 
@@ -155,6 +169,20 @@ class Networks:
             return ssim(x, y)
         assert self.lpips is not None
         return self.lpips(x, y)
+
+
+def in_pairs(a: Looked, b: Looked) -> tuple[Looked, Looked] | None:
+    """The pictures that both sets have, in the same order; None if they are not of the same prompts.
+
+    A few may be missing from either, as pictures that cannot be read are.
+    """
+    of_b = {prompt: place for place, prompt in enumerate(b.prompts())}
+    pairs = [(place, of_b[prompt]) for place, prompt in enumerate(a.prompts()) if prompt in of_b]
+    larger = max(len(a.pictures), len(b.pictures))
+    if len(pairs) < 2 or larger - len(pairs) > max(MOST * larger, min(HANDFUL - 1, larger // 2)):
+        return None
+    places = torch.tensor(pairs)
+    return a.take(places[:, 0]), b.take(places[:, 1])
 
 
 def neighbours(looked: Looked, training: Looked) -> tuple[Looked, Tensor]:

@@ -22,11 +22,20 @@ from ldm.evaluation.comparison import (
     manifold_parts,
     mmd_parts,
 )
-from ldm.evaluation.metrics import clip_scores, gaussian, memorisation, polynomial, r_precision, unit
+from ldm.evaluation.metrics import (
+    Memorisation,
+    clip_scores,
+    gaussian,
+    memorisation,
+    polynomial,
+    r_precision,
+    unit,
+)
 from ldm.evaluation.statistics import measure
 from ldm.evaluation.uncertainty import (
     GROUPS,
     Estimate,
+    chance_interval,
     frechet_interval,
     inception_interval,
     manifold_intervals,
@@ -69,7 +78,7 @@ METRICS = {
     "fd-clip": Metric("FD of CLIP", "lower", "clip"),
     "cmmd": Metric("CMMD", "lower", "clip"),
     "clip-score": Metric("CLIP score", "higher", "clip", reference=False, captions=True, bounds=(0, 100)),
-    "r-precision": Metric("R-precision", "higher", "clip", reference=False, captions=True, bounds=(0, 1)),
+    "r-precision": Metric("R-precision", "higher", "clip", reference=False, captions=True),
     "memorisation": Metric("near copies", "lower", "copies", least=round(1 / QUANTILE)),
     "rfid": Metric("rFID", "lower", "features", reconstruction=True, plain="rFD"),
     "psnr": Metric("PSNR (dB)", "higher", "", reconstruction=True),
@@ -101,20 +110,20 @@ class Seen:
     apart: Tensor | None = None  # (N,): distances to the nearest training picture
     values: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) each: psnr, ssim, lpips
 
-    def only(self, keep: Tensor) -> Seen:
-        """The same, of the pictures for which `keep` (N,) is true."""
+    def take(self, places: Tensor) -> Seen:
+        """The same, of the pictures at these places (K,) alone, in this order."""
 
         def part(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[keep]
+            return None if values is None else values[places]
 
         return Seen(
-            {name: values[keep] for name, values in self.features.items()},
+            {name: values[places] for name, values in self.features.items()},
             part(self.clip),
             part(self.texts),
-            [caption for caption, kept in zip(self.captions, keep.tolist(), strict=True) if kept],
+            [self.captions[place] for place in places.tolist()] if self.captions else (),
             part(self.copies),
             part(self.apart),
-            {name: values[keep] for name, values in self.values.items()},
+            {name: values[places] for name, values in self.values.items()},
         )
 
 
@@ -134,11 +143,11 @@ def distractors(captions: Sequence[str]) -> int:
     return min(DISTRACTORS, len(set(captions)) - 1)
 
 
-def near_copies(seen: Seen, held_out: Seen) -> Tensor:
-    """Which pictures are closer to the training set than all but 5 % of the held-out ones: (N,), bool."""
+def copying(seen: Seen, held_out: Seen) -> Memorisation:
+    """Which pictures are closer to the training set than all but 5 % of the held-out ones."""
     assert seen.apart is not None
     assert held_out.apart is not None
-    return memorisation(seen.apart, held_out.apart, QUANTILE).close
+    return memorisation(seen.apart, held_out.apart, QUANTILE)
 
 
 def estimates(names: Sequence[str], seen: Seen, reference: Seen | None) -> dict[str, Estimate]:
@@ -161,11 +170,13 @@ def estimates(names: Sequence[str], seen: Seen, reference: Seen | None) -> dict[
     def figure(name: str) -> Estimate:
         if name == "is":
             return inception_interval(seen.features["logits"])
-        if name in ("clip-score", "r-precision", "psnr", "ssim", "lpips"):
+        if name == "r-precision":
+            return chance_interval(scores(name, seen))
+        if name in ("clip-score", "psnr", "ssim", "lpips"):
             return mean_interval(scores(name, seen), *METRICS[name].bounds)
         assert reference is not None
         if name == "memorisation":
-            return share_interval(near_copies(seen, reference))
+            return share_interval(copying(seen, reference).close)
         if name in ("precision", "recall", "density", "coverage"):
             return near(name, reference)
         own, other = _features(name, seen), _features(name, reference)
@@ -195,7 +206,7 @@ def comparison(name: str, a: Seen, b: Seen, reference: Seen | None) -> Compariso
         return compare(scores(name, a), scores(name, b))
     assert reference is not None
     if name == "memorisation":
-        return compare(near_copies(a, reference), near_copies(b, reference))
+        return compare(copying(a, reference).close, copying(b, reference).close)
     first, second, other = (_features(name, seen) for seen in (a, b, reference))
     if name in ("precision", "density"):
         k = PRECISION_K if name == "precision" else DENSITY_K

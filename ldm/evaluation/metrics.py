@@ -287,6 +287,8 @@ def r_precision(images: Tensor, texts: Tensor, captions: Sequence[str], distract
     place: dict[str, int] = {}
     own = torch.tensor([place.setdefault(caption, len(place)) for caption in captions], device=images.device)
     others = len(place) - 1
+    if not others:
+        raise LdmError("R-precision needs different captions, and all are the same")
     if others < distractors:
         raise LdmError(
             f"R-precision: {others} other captions, but {distractors} distractors; take more prompts or fewer "

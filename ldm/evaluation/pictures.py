@@ -110,12 +110,14 @@ def write_pictures(what: str, name: str, prompts: Sequence[str], make: Make, bat
     folder, ranks = made(work.folder / "pictures" / name), work.ranks
     batches = [range(start, min(start + batch, len(prompts))) for start in range(0, len(prompts), batch)]
     mine = batches[ranks.rank :: ranks.world]
+    total = sum(map(len, mine))
     for done, numbers in enumerate(mine):
-        work.tell(what, done * batch, len(mine) * batch)
+        work.tell(what, done * batch, total)
         targets = [folder / f"{number:06d}.png" for number in numbers]
         if not all(target.exists() for target in targets):
             for target, image in zip(targets, make(numbers), strict=True):
                 save_png(image, target)
+    work.tell(what, total, total)
     ranks.wait()
     if ranks.first:
         lines = [

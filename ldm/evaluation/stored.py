@@ -9,10 +9,11 @@ N pictures
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +42,7 @@ THREADS = 8  # that decode and resize pictures
 
 WHOLE = "all.safetensors"
 ROWS, DIGEST, SKIPPED = "rows", "ldm.pictures", "ldm.skipped"  # a tensor; two entries of the metadata
+PIXELS = "pixels"  # a tensor: what tells pictures apart
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Rows:
     index: Tensor  # (N,): which pictures these are
     digest: str  # SHA-256 of their pixels, or of what stands for them
     skipped: dict[str, str]  # why the others could not be read, by number
+    pixels: Tensor | None = None  # (N,): see `look`
 
 
 @dataclass(frozen=True)
@@ -105,25 +108,30 @@ def in_chunks(what: str, name: str, count: int, find: Callable[[range], Part], w
         LdmError: no picture could be read, or the folder cannot be used; and what `find` raises.
     """
     folder, ranks = made(work.folder / "found" / name), work.ranks
-    done = _valid(folder / WHOLE)
-    ranks.wait()  # nobody has written anything before all have looked
-    if not done:
-        chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-        paths = [folder / f"{number:06d}.safetensors" for number in range(len(chunks))]
-        mine = list(zip(chunks, paths, strict=True))[ranks.rank :: ranks.world]
-        for number, (chunk, path) in enumerate(mine):
-            work.tell(what, number * CHUNK, len(mine) * CHUNK)
-            if not _valid(path):
-                part = find(chunk)
-                tensors = {**part.values, ROWS: torch.tensor(part.index, dtype=torch.int64)}
-                _save(path, tensors, part.digest, part.skipped)
+    with alone(folder / ".lock") if ranks.first else contextlib.nullcontext():  # a cache may have several users
         ranks.wait()
-        if ranks.first:
-            _join(paths, folder / WHOLE)
-        ranks.wait()
-    tensors, metadata = _read(folder / WHOLE)
+        done = _valid(folder / WHOLE)
+        ranks.wait()  # nobody has written anything before all have looked
+        if not done:
+            chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+            paths = [folder / f"{number:06d}.safetensors" for number in range(len(chunks))]
+            mine = list(zip(chunks, paths, strict=True))[ranks.rank :: ranks.world]
+            total = sum(len(chunk) for chunk, _ in mine)
+            for number, (chunk, path) in enumerate(mine):
+                work.tell(what, number * CHUNK, total)
+                if not _valid(path):
+                    part = find(chunk)
+                    tensors = {**part.values, ROWS: torch.tensor(part.index, dtype=torch.int64)}
+                    _save(path, tensors, part.digest, part.skipped)
+            work.tell(what, total, total)
+            ranks.wait()
+            if ranks.first:
+                _join(paths, folder / WHOLE)
+            ranks.wait()
+        tensors, metadata = _read(folder / WHOLE)
     index = tensors.pop(ROWS)
-    return Rows(tensors, index, metadata[DIGEST], json.loads(metadata[SKIPPED]))
+    pixels = tensors.pop(PIXELS, None)
+    return Rows(tensors, index, metadata[DIGEST], json.loads(metadata[SKIPPED]), pixels)
 
 
 def look(
@@ -139,35 +147,61 @@ def look(
         read: gives the name of a picture and itself; raises LdmError if it cannot.
         prepare: makes the network's input of one picture.
         see: what is found in a batch: (B, …) each.
+
+    Returns:
+        What was found, and as `PIXELS` a number of each picture that is the same for the same pixels.
     """
     digest = hashlib.sha256()
     index: list[int] = []
     skipped: dict[str, str] = {}
     found: list[dict[str, Tensor]] = []
 
-    def opened(number: int) -> tuple[Tensor, bytes] | str:
+    def opened(number: int) -> tuple[Tensor, str, bytes] | str:
         try:
             name, picture = read(number)
         except LdmError as error:
             return str(error)
-        facts = ascii((name, picture.size)).encode()
-        return prepare(picture), hashlib.sha256(facts + picture.tobytes()).digest()
+        pixels = hashlib.sha256(ascii(picture.size).encode() + picture.tobytes())
+        return prepare(picture), name, pixels.digest()
 
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(numbers), BATCH):
             batch = numbers[start : start + BATCH]
-            inputs = []
+            inputs, pixels = [], []
             for number, result in zip(batch, pool.map(opened, batch), strict=True):
                 if isinstance(result, str):
                     skipped[str(number)] = result
                     continue
-                inputs.append(result[0])
-                digest.update(result[1])
+                picture, name, same = result
+                inputs.append(picture)
+                pixels.append(int.from_bytes(same[:8], signed=True))
+                digest.update(ascii(name).encode() + same)
                 index.append(number)
             if inputs:
-                found.append(see(torch.stack(inputs)))
+                found.append({**see(torch.stack(inputs)), PIXELS: torch.tensor(pixels)})
     values = {name: torch.cat([part[name] for part in found]) for name in (found[0] if found else ())}
     return Part(values, index, digest.hexdigest(), skipped)
+
+
+@contextlib.contextmanager
+def alone(path: Path, in_use: str = "") -> Iterator[None]:
+    """Hold the lock of a file, if its file system has locks; wait for other processes, or, if `in_use` is said, do not.
+
+    Raises:
+        LdmError: `in_use`; or the file cannot be written.
+    """
+    try:
+        lock = path.open("wb")
+    except OSError as error:
+        raise LdmError(f"{path} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if in_use else 0))
+        except (BlockingIOError, PermissionError):
+            raise LdmError(in_use) from None
+        except OSError:
+            pass  # no locks
+        yield
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

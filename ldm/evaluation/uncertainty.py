@@ -1,11 +1,10 @@
 """How sure a figure is: an interval for every metric.
 
-Each metric gets the interval that fits it. Means get Student's (CLIP score, R-precision), shares Wilson's (images that
-are memorised). Distances and the Inception score are
-smooth functions of the distribution: the influence of each image (the functional's derivative, the infinitesimal
-jackknife) gives the standard error, and the second derivative the bias of order 1/N, which a bootstrap would double.
-Statistics of neighbours are not smooth, and duplicates in a bootstrap sample are each other's neighbours: they get a
-jackknife over groups of images.
+Each metric gets the interval that fits it. Means get Student's (CLIP score), shares Wilson's (images that are
+memorised), chances both (R-precision). Distances and the Inception score are smooth functions of the distribution: the
+influence of each image (the functional's derivative, the infinitesimal jackknife) gives the standard error, and the
+second derivative the bias of order 1/N, which a bootstrap would double. Statistics of neighbours are not smooth, and
+duplicates in a bootstrap sample are each other's neighbours: they get a jackknife over groups of images.
 
 Images count as independent draws, in no order: several of one prompt are not, and make an interval too narrow.
 
@@ -15,7 +14,7 @@ N images of the model, M images of the reference, D features of an image, G grou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import norm, t
@@ -83,13 +82,30 @@ def share_interval(hits: Tensor) -> Estimate:
     """
     check_features("share", hits[:, None], least=1)
     count, share = len(hits), float(hits.double().mean())
-    low, high = _wilson(share, count)
+    low, high = _wilson(share, share * (1 - share), count)
     return Estimate(share, share, math.sqrt(share * (1 - share) / count), low, high, count)
 
 
-def _wilson(share: float, count: int) -> tuple[float, float]:
+def chance_interval(chances: Tensor) -> Estimate:
+    """The mean of independent chances (N,), such as R-precision, and an interval.
+
+    Student's, which is far too narrow where nearly all are 1 and the others have yet to be seen; so it reaches at least
+    as far as Wilson's with the variance of the chances in place of that of yes and no.
+
+    Raises:
+        LdmError: fewer than two chances.
+    """
+    found = mean_interval(chances, 0.0, 1.0)
+    low, high = _wilson(found.value, float(chances.double().var(correction=0)), len(chances))
+    assert found.low is not None
+    assert found.high is not None
+    return replace(found, low=min(low, found.low), high=max(high, found.high))
+
+
+def _wilson(share: float, variance: float, count: int) -> tuple[float, float]:
+    """Wilson's interval of a share, if the variance is that of yes and no."""
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    reach = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
+    reach = Z * math.sqrt(variance / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
     return max(middle - reach, 0.0), min(middle + reach, 1.0)
 
 
@@ -284,7 +300,7 @@ def _jackknifed(values: Tensor, own: Tensor, other: Tensor, count: int, most: fl
     reach = float(t.ppf(0.5 + LEVEL / 2, GROUPS - 1)) * error
     low, high = max(value - reach, 0.0), min(value + reach, most)
     if most == 1:
-        least_low, least_high = _wilson(value, len(values))
+        least_low, least_high = _wilson(value, value * (1 - value), len(values))
         low, high = min(low, least_low), max(high, least_high)
     return Estimate(value, value, error, low, high, count)
 

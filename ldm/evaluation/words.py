@@ -105,6 +105,11 @@ def p_written(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
+def p_said(p: float) -> str:
+    """`p = 0.012` or `p < 0.001`."""
+    return f"p {p_written(p)}" if p < 0.001 else f"p = {p_written(p)}"
+
+
 def verdict(comparison: Comparison, better: str) -> str:
     """What a comparison of A and B says: which is better, that it cannot tell, or that there is no difference.
 
@@ -112,7 +117,7 @@ def verdict(comparison: Comparison, better: str) -> str:
         comparison: A minus B.
         better: "lower" or "higher" figures; "" where neither is, then it says which is higher.
     """
-    p = ("p " if comparison.p < 0.001 else "p = ") + p_written(comparison.p)
+    p = p_said(comparison.p)
     if comparison.p <= 1 - LEVEL:
         higher, lower = ("A", "B") if comparison.difference > 0 else ("B", "A")
         return f"{lower if better == 'lower' else higher} {'better' if better else 'higher'}, {p}"
