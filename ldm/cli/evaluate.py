@@ -74,7 +74,7 @@ def run(options: Options) -> None:
     plan = Plan(
         metrics=_metrics(options), data=options.data, n=options.n, prompts=_prompts(options.prompts),
         training=options.training, features=options.features, clip=options.clip, copies=options.copies,
-        lpips=options.lpips, sweeps=dict(map(_sweep, options.sweeps)), seed=options.seed, batch=options.batch,
+        lpips=options.lpips, sweeps=_sweeps(options.sweeps), seed=options.seed, batch=options.batch,
         device=device,
     )  # fmt: skip
     given = {side: dict(map(_setting, texts)) for side, texts in options.settings.items()}
@@ -132,6 +132,13 @@ def _setting(text: str) -> tuple[str, Any]:
         return _known("--with", name, (*MAKING, *LOADING)), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise LdmError(f"--with {text!r}: the value cannot be read: {first_line(error)}") from None
+
+
+def _sweeps(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    found = [_sweep(text) for text in texts]
+    if len(dict(found)) < len(found):
+        raise LdmError(f"--sweep {' '.join(texts)!r}: each setting once, with all its numbers")
+    return dict(found)
 
 
 def _sweep(text: str) -> tuple[str, tuple[float, ...]]:
