@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -197,6 +198,16 @@ def test_a_signal_leaves_nothing(model: Path, tmp_path: Path) -> None:
         else:
             assert (process.returncode, err) == (128 + number, "ldm: interrupted\n")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_that_does_not_know_a_letter(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["ldm", "convert", str(model), str(tmp_path / "\udcffé.safetensors")])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    sys.stdout.flush()
+    assert written.getvalue().endswith(b"\\udcff\\xe9.safetensors\n")
 
 
 def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:

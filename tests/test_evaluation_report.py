@@ -234,9 +234,9 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
         "runs/mine/model", "other.safetensors", "coco/val", "3f1c" * 16, "77b2" * 16, "none",  # what was evaluated
         "Inception v3", "6f2d" * 16, "Pictures: 299×299, bicubic, antialiased. Weights: SHA-256", "Pixels",
         "lower is better", "24.83", "22.31", "21.49 to 23.13", "A − B", "0.65 to 2.73", "0.003", "B better, p = 0.003",
-        f"FD, B: {NOTE}", "3 pictures could not be read",
+        f"FD, A and B: {NOTE}", "3 pictures could not be read",
         "Worst prompts", "18.25", "gone.png does not exist", UNICODE,
-        "FID over guidance (lower is better)", "FID against CLIP score, at each guidance", "held out",
+        "FID over guidance (lower is better)", "FID against CLIP score, at each value of guidance", "held out",
     ):  # fmt: skip
         assert f"{text}\n" in parsed.text or f"{text} " in parsed.text, text
     assert not re.search(r"\b(nan|inf|None|Undefined)\b", parsed.text)
@@ -421,7 +421,7 @@ def test_tables_in_the_terminal(tmp_path: Path) -> None:
         r" +A − B +1.69 +0.65 to 2.73",
         r"FD ↓ +A +141.3 +– +–",
         r"FID: B better, p = 0.003",
-        rf"FD, A: {NOTE}",
+        rf"FD, A and B: {NOTE}",
         r"Pixels",
         r"guidance +FID ↓ +CLIP score ↑ +FD ↓",
         r"3 +A +21.83 +31.40 +141.3",

@@ -416,5 +416,5 @@ class Evaluation:
         chances = ", ".join(f"{name} {p_said(one.p)}" for name, one in zip(NAMES, found, strict=False))
         self.note(
             "near copies are closer to the training set than nearly all of the reference: of new pictures, a share of "
-            f"{found[0].expected:.3f} is to be expected; the chance of as many as there are: {chances}"
+            f"{found[0].expected:.3f} is to be expected; as many as there are, or more, have {chances}"
         )

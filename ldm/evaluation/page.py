@@ -157,7 +157,7 @@ def _sweep_plots(sweep: Sweep, names: Sequence[str]) -> list[tuple[str, str]]:
     scores = next((rows for rows in metrics if rows[0].metric == CLIP_SCORE), ())
     for rows in metrics:
         if scores and rows[0].metric in DISTANCES:
-            caption = f"{rows[0].label} against {scores[0].label}, at each {sweep.over}"
+            caption = f"{rows[0].label} against {scores[0].label}, at each value of {sweep.over}"
             series = [_tradeoff(sweep, scores, rows, side) for side in range(len(names))]
             found.append((caption, curves(caption, scores[0].label, rows[0].label, series)))
     return found

@@ -194,7 +194,7 @@ def frechet_interval(samples: Tensor, reference: Tensor | Moments) -> Estimate:
     if fewest < max(PER_DIMENSION * rank, 8):
         note = (
             f"{fewest} images are too few for {samples.shape[1]} features: the distance is far too large, by an "
-            f"unknown amount; an interval needs about {math.ceil(PER_DIMENSION * samples.shape[1])} images"
+            f"unknown amount; an interval needs about {math.ceil(PER_DIMENSION * samples.shape[1]):,} images"
         )
         return Estimate(value, None, None, None, None, len(samples), note)
     halves = [

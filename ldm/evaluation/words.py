@@ -87,12 +87,13 @@ def alone(value: float) -> str:
 
 def notes(table: Table, names: Sequence[str]) -> list[str]:
     """Why figures of a table have no interval; `names` are those of the sides."""
-    return [
-        f"{row.label}, {name}: {estimate.note}"
-        for row in table.rows
-        for name, estimate in zip(names, row.estimates, strict=True)
-        if estimate.note
-    ]
+    found = []
+    for row in table.rows:
+        of = {name: estimate.note for name, estimate in zip(names, row.estimates, strict=True)}
+        if len(of) > 1 and len(set(of.values())) == 1:
+            of = {" and ".join(names): row.estimates[0].note}
+        found += [f"{row.label}, {name}: {note}" for name, note in of.items() if note]
+    return found
 
 
 def heading(table: Table) -> str:
