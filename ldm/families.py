@@ -1,4 +1,4 @@
-"""The released model families, one literal each: what distinguishes SD 1.5 from SDXL is here and nowhere else."""
+"""The model families, released and our own, one literal each: what distinguishes SD 1.5 from SDXL is here alone."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ class Family:
     text: tuple[TextEncoderConfig, ...]
     schedule: NoiseSchedule
     zero_empty_prompt: bool = False  # where no negative prompt is given, zeros stand for its encoding (SDXL base)
+    steps: int = field(default=30, compare=False)  # of the scheduler, as usual
+    guidance: float = field(default=7.5, compare=False)  # scale, as usual
     # colour of each latent channel, and one to add; (), where none is known: to be fitted
     preview: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
 
@@ -174,6 +176,7 @@ SDXL = Family(
     text=(CLIP_L, OPENCLIP_BIGG),
     schedule=NoiseSchedule(scheduler="EulerDiscreteScheduler", options=_EULER),
     zero_empty_prompt=True,
+    guidance=5.0,
     preview=PREVIEW_XL,
 )
 SDXL_REFINER = Family(
@@ -192,7 +195,65 @@ SDXL_REFINER = Family(
     autoencoder=SDXL.autoencoder,
     text=(OPENCLIP_BIGG,),
     schedule=SDXL.schedule,
+    guidance=5.0,
     preview=PREVIEW_XL,
+)
+
+# the built-in model: SDXL's shape, small, trained on emoji (configs/emoji-small.yaml)
+_SMALL_CLIP = TextEncoderConfig(width=128, layers=3, heads=4, hidden=512, vocab_size=4000, context=32)
+_SMALL_POOLED = TextEncoderConfig(
+    width=192,
+    layers=4,
+    heads=6,
+    hidden=768,
+    activation="gelu",
+    projection=192,
+    vocab_size=4000,
+    context=32,
+    pad_token="!",
+)
+EMOJI = Family(
+    name="emoji",
+    unet=UNetConfig(
+        in_channels=8,
+        out_channels=8,
+        channels=(96, 192),
+        depth=(0, 1),
+        mid_depth=1,
+        heads=(3, 6),
+        layers=1,
+        text_dim=320,
+        linear_projection=True,
+        pooled_dim=192,
+        size_ids=6,
+        size_dim=16,
+        sample_size=12,
+    ),
+    autoencoder=AutoencoderConfig(
+        channels=(16, 32, 64, 128),
+        attention=(False, False, False, False),
+        mid_attention=False,
+        layers=1,
+        latent_channels=8,
+        groups=8,
+        sample_size=96,
+    ),
+    text=(_SMALL_CLIP, _SMALL_POOLED),
+    schedule=NoiseSchedule(
+        "v_prediction",
+        beta_end=0.02,  # almost pure noise at the end, and a start from there
+        scheduler="EulerDiscreteScheduler",
+        options={"timestep_spacing": "trailing"},
+    ),
+    zero_empty_prompt=True,
+    guidance=3.0,
+)
+EMOJI_REFINER = replace(
+    EMOJI,
+    name="emoji-refiner",
+    unet=replace(EMOJI.unet, channels=(64, 64), heads=(2, 2), text_dim=192, size_ids=5),
+    text=(_SMALL_POOLED,),
+    zero_empty_prompt=False,
 )
 
 
@@ -220,6 +281,8 @@ FAMILIES: dict[str, Family] = {
         variant(SDXL, "sdxl-inpaint", 9),
         variant(SDXL, "sdxl-edit", 8),
         SDXL_REFINER,
+        EMOJI,
+        EMOJI_REFINER,
     )
 }
 
@@ -235,10 +298,11 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
-def recognise(unet: UNetConfig, text: tuple[TextEncoderConfig, ...], prediction_type: str) -> str:
-    """The name of the released family that these configurations belong to, or "custom"."""
-    for family in FAMILIES.values():
-        same_unet = replace(unet, sample_size=family.unet.sample_size) == family.unet
-        if same_unet and text == family.text and prediction_type == family.schedule.prediction_type:
-            return family.name
-    return "custom"
+def recognised(family: Family) -> Family:
+    """A family as it was read, with the name of ours that it belongs to and what is usual there; or called "custom"."""
+    for known in FAMILIES.values():
+        same_unet = replace(family.unet, sample_size=known.unet.sample_size) == known.unet
+        same_prediction = family.schedule.prediction_type == known.schedule.prediction_type
+        if same_unet and family.text == known.text and same_prediction:
+            return replace(family, name=known.name, steps=known.steps, guidance=known.guidance, preview=known.preview)
+    return replace(family, name="custom", guidance=SDXL.guidance if family.unet.pooled_dim else SD15.guidance)

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import load_image, to_images
 from ldm.latent_diffusion import LatentDiffusion
@@ -27,15 +28,15 @@ from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.sampling.schedulers import own_name
+from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.edit import edit
 from pipelines.image_to_image import continued, image_to_image, renoised
 from pipelines.inpaint import inpaint, pasted
-from pipelines.request import Request, default_guidance, fitted, seeds, texts, whole_steps
+from pipelines.request import Request, fitted, seeds, texts, whole_steps
 from pipelines.run import OnStep, Run, decode
 from pipelines.text_to_image import text_to_image
 
 log = logging.getLogger(__name__)
-STEPS = 30
 TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpaint": inpaint, "edit": edit}
 
 
@@ -65,8 +66,8 @@ class Pipeline:
         """Load a model, or take one that is loaded.
 
         Args:
-            source: a folder, file, Hub name, or `LatentDiffusion`.
-            refiner: likewise, a model of the family sdxl-refiner.
+            source: a folder, file, Hub name, `LatentDiffusion`, or the name of a built-in model, which is the default.
+            refiner: likewise, a model of the family sdxl-refiner, or emoji-refiner.
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.models.attention.KERNELS`.
@@ -78,6 +79,7 @@ class Pipeline:
         source = named(source)
         device = _device(device or default_device())
         self.model = _loaded(source, device, dtype, attention, options)
+        self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
@@ -137,7 +139,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         width: int | None = None,
         height: int | None = None,
-        steps: int = STEPS,
+        steps: int | None = None,
         guidance: float | Guidance | None = None,
         image: Any = None,
         mask: Any = None,
@@ -160,7 +162,7 @@ class Pipeline:
             seed: of the first picture; the others have the numbers after it. Or one for each. By default random.
             width: pixels; by default what the model was trained on, or the given picture's.
             height: likewise.
-            steps: of the scheduler.
+            steps: of the scheduler; by default what is usual for the model's family, as is the guidance.
             guidance: scale of classifier-free guidance, or a `Guidance` with more.
             image: a picture (PIL or a path) to start from.
             mask: which of its pixels (white) to make anew.
@@ -192,10 +194,10 @@ class Pipeline:
                 seeds=seeds(seed, count * n),
                 width=side[0] if width is None else width,
                 height=side[1] if height is None else height,
-                steps=steps,
+                steps=family.steps if steps is None else steps,
                 guidance=guidance
                 if isinstance(guidance, Guidance)
-                else Guidance(default_guidance(family) if guidance is None else guidance),
+                else Guidance(family.guidance if guidance is None else guidance),
                 image=picture,
                 mask=None if mask is None else load_image(mask, "L"),
                 strength=(1.0 if mask is not None else 0.8) if strength is None else strength,
@@ -220,6 +222,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
+        self._note_unknown(request.prompts)
         run = Run(self.model, request, Noise(request.seeds, request.rng), on_step)
         latents = TASKS[_task(request, self.model.family)](run)
         if passes.hires:
@@ -242,6 +245,16 @@ class Pipeline:
             if request.mask is not None and request.image is not None and not passes.hires:
                 result.images = [pasted(made, request.image, request.mask) for made in result.images]
         return result
+
+    def _note_unknown(self, prompts: Sequence[str]) -> None:
+        """Say, once for each, which words of the prompts the model cannot have learned, if it comes with a list."""
+        known = self.words
+        if known is None:
+            return
+        for prompt in dict.fromkeys(prompts):
+            unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
+            if unknown:
+                log.warning("words that this model never saw in training: %s", listing(unknown))
 
     def _enlarged(self, first: Run, latents: Tensor, passes: Passes) -> Tensor:
         """The second pass at a higher resolution: image to image on the enlarged picture or latents."""
@@ -415,14 +428,8 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
 
 
 def named(source: Any) -> Any:
-    """The source, if there is one.
-
-    Raises:
-        LdmError: there is none.
-    """
-    if source is None:
-        raise LdmError("no model is built in yet; name one: a folder, a file, or a Hub name (source, --model)")
-    return source
+    """The source; the built-in model where there is none."""
+    return FOLDER / DEFAULT if source is None else source
 
 
 def _device(name: torch.device | str) -> torch.device:

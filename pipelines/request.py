@@ -195,11 +195,6 @@ def seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def default_guidance(family: Family) -> float:
-    """The guidance scale that a family is usually sampled with."""
-    return 5.0 if family.unet.pooled_dim else 7.5
-
-
 def fitted(image: Image.Image, factor: int) -> tuple[int, int]:
     """Width and height of a picture, each rounded down to a multiple of `factor`, at least one."""
     return tuple(max(factor, math.floor(side / factor) * factor) for side in image.size)  # type: ignore[return-value]

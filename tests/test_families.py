@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.errors import LdmError
-from ldm.families import FAMILIES, family_named, recognise
+from ldm.families import FAMILIES, Family, family_named, recognised
 from ldm.models.text import TextEncoderConfig
 from ldm.models.tokenizer import END
 from ldm.weights import configs
@@ -177,7 +177,11 @@ def test_literals_are_what_was_published(name: str) -> None:
     assert text == family.text
     assert unet == family.unet
     assert configs.read_autoencoder("vae", vae_json) == family.autoencoder
-    assert recognise(unet, text, schedule.prediction_type) == name
+    vae = configs.read_autoencoder("vae", vae_json)
+    read = recognised(Family("custom", unet, vae, text, schedule))
+    assert (read.name, read.steps, read.guidance, read.preview) == (
+        name, family.steps, family.guidance, family.preview,
+    )  # fmt: skip
     for field in ("prediction_type", "beta_start", "beta_end", "beta_schedule", "train_steps", "scheduler"):
         assert getattr(schedule, field) == getattr(family.schedule, field)
     assert {k: v for k, v in schedule.options.items() if k in family.schedule.options} == family.schedule.options
@@ -242,9 +246,9 @@ def test_what_families_say_of_themselves() -> None:
         "sd15": ("text", 512), "sd15-inpaint": ("inpaint", 512), "sd15-edit": ("edit", 512),
         "sd2": ("text", 512), "sd2-inpaint": ("inpaint", 512), "sd2-v": ("text", 768),
         "sdxl": ("text", 1024), "sdxl-inpaint": ("inpaint", 1024), "sdxl-edit": ("edit", 1024),
-        "sdxl-refiner": ("text", 1024),
+        "sdxl-refiner": ("text", 1024), "emoji": ("text", 96), "emoji-refiner": ("text", 96),
     }  # fmt: skip
-    assert [name for name, family in FAMILIES.items() if family.refiner] == ["sdxl-refiner"]
+    assert [name for name, family in FAMILIES.items() if family.refiner] == ["sdxl-refiner", "emoji-refiner"]
     with pytest.raises(LdmError, match="choose one of: sd15"):
         family_named("sd3")
 

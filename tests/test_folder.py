@@ -35,6 +35,8 @@ PIPELINES = {
     "sdxl-inpaint": "StableDiffusionXLInpaintPipeline",
     "sdxl-edit": "StableDiffusionXLInstructPix2PixPipeline",
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+    "emoji": "StableDiffusionXLPipeline",
+    "emoji-refiner": "StableDiffusionXLImg2ImgPipeline",
 }
 
 

@@ -25,6 +25,7 @@ from ldm.evaluation.page import write_page
 from ldm.evaluation.report import save_report
 from ldm.evaluation.stored import Ranks, Work, alone
 from ldm.evaluation.tables import tables
+from ldm.weights.builtin import builtin
 from ldm.weights.files import Progress as Tell
 from ldm.weights.files import silent
 from ldm.weights.hub import HUB_ID
@@ -166,7 +167,7 @@ def is_model(source: str) -> bool:
     Raises:
         LdmError: it is nothing that exists.
     """
-    path = Path(source)
+    path = builtin(source) or Path(source)
     if path.is_dir():
         return (path / "model_index.json").exists()
     if path.suffix.lower() in PICTURES or "*" in source or "{" in source:

@@ -25,11 +25,11 @@ from ldm.errors import LdmError, listing
 from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.guidance import Guidance
+from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import build
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
 from pipelines.pipeline import named
-from pipelines.request import default_guidance
 
 LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
     "negative", "prompt_2", "negative_2", "seed", "width", "height", "steps", "guidance", "scheduler", "spacing",
@@ -117,8 +117,8 @@ def run(options: Options) -> None:
     groups = list(_groups(options, pipeline, common, mine))
     provenance: dict[str, Any] = {
         "version": f"ldm {ldm.__version__}",
-        "model": Path(str(options.model)).stem,
-        "source": _absolute(options.model),
+        "model": Path(options.model or DEFAULT).stem,
+        "source": _absolute(options.model or DEFAULT),
         "model_hash": pipeline.model.fingerprint(),
         "dtype": str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch."),
         "attention": options.attention,
@@ -270,9 +270,9 @@ def parse_spacing(text: str) -> str | tuple[float, ...]:
         raise LdmError(f"--spacing {text!r}: write a name, or noise levels such as 14.6,7,3,1,0.1") from None
 
 
-def _absolute(source: str | None) -> str:
-    """A source as it can be named from elsewhere: a path in full, a Hub name as it is."""
-    return str(Path(source).absolute()) if source and Path(source).exists() else str(source)
+def _absolute(source: str) -> str:
+    """A source as it can be named from elsewhere: a path in full, the name of a model as it is."""
+    return source if builtin(source) or not Path(source).exists() else str(Path(source).absolute())
 
 
 def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) -> Guidance:
@@ -280,9 +280,7 @@ def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) 
         start, end = (float(part) for part in options.guidance_interval.split(","))
     except ValueError:
         raise LdmError(f"--guidance-interval {options.guidance_interval!r}: write START,END, such as 0.1,0.8") from None
-    chosen = next(
-        value for value in (scale, options.guidance, default_guidance(pipeline.model.family)) if value is not None
-    )
+    chosen = next(value for value in (scale, options.guidance, pipeline.model.family.guidance) if value is not None)
     return Guidance(
         chosen, options.guidance_rescale, (start, end), options.threshold, options.perturbed, options.image_guidance
     )

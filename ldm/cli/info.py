@@ -16,13 +16,14 @@ from rich.text import Text
 from ldm.cli.common import SourceOptions, progress
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
+from ldm.weights.builtin import builtin
 from ldm.weights.components import Opened, build
 from ldm.weights.sources import verify_source
 
 
 def run(source: str, as_json: bool, verify: bool, options: SourceOptions) -> None:
     """Print the description of a source or of a family."""
-    if source in FAMILIES and not Path(source).exists():
+    if source in FAMILIES and not Path(source).exists() and not builtin(source):
         if verify or replace(options, allow_pickle=False) != SourceOptions():
             raise LdmError(f"{source} is a family, not a model: the other options mean nothing for it")
         report = describe_family(FAMILIES[source])

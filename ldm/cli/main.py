@@ -106,8 +106,10 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="What should not be seen.")] = None,
     n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
     batch: Annotated[int, typer.Option(help="Pictures made at a time.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Steps of the scheduler (30).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance (7.5; SDXL 5).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the scheduler; the built-in model 20, others 30.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance; by default the family's.")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="See `ldm schedulers`; by default the model's own.")] = None,
     spacing: Annotated[
         str, typer.Option(help="See `ldm schedulers`; or falling noise levels, as 14.6,7,3,1,0.1.")

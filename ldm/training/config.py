@@ -173,6 +173,7 @@ class DenoiserSection(StageSection):
     drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions left out")
     drop_together: bool = Field(False, description="leave a caption out of both text encoders, or out of none")
     drop_size: float = Field(0.0, ge=0, le=1, description="part of the size conditioning left out")
+    attention: str = Field("sdpa", description="kernel of the U-Net's attention; on a CPU math is faster")
     train_text: bool = Field(False, description="train the text encoders together with the U-Net")
     text_learning_rate: list[NotNegative] = Field(
         [1e-6], min_length=1, max_length=2, description="of each text encoder"

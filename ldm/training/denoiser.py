@@ -20,6 +20,7 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.attention import set_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text import TextEncoders
 from ldm.models.unet import Conditioning, UNet
@@ -87,7 +88,7 @@ class DenoiserStage:
             texts: encodes captions, from a cache; by default the model's text encoders do.
 
         Raises:
-            LdmError: timesteps and noise schedule do not fit.
+            LdmError: timesteps and noise schedule do not fit, or the kernel of attention does not run here.
         """
         self.name, self.section, self.model, self.accelerator, self.seed = name, section, model, accelerator, seed
         self.make_pictures = make_pictures
@@ -108,6 +109,8 @@ class DenoiserStage:
         self.score = section.default_score if isinstance(section, RefinerSection) else 6.0
         self.encode_texts = texts or (lambda rows: encode(model.text_encoders, rows))
         self.extra: dict[str, nn.Module] = {}
+        with accelerator.autocast():
+            set_attention(model.unet, section.attention)
         self.players = {"unet": self._player()}
 
     def _player(self) -> Player:

@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 
 import ldm
 from ldm.errors import LdmError, first_line, listing
-from ldm.families import Family, NoiseSchedule, recognise
+from ldm.families import Family, NoiseSchedule, recognised
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import TextEncoderConfig
 from ldm.models.tokenizer import END, START, VOCAB_SIZE
@@ -113,14 +113,7 @@ def open_folder(
     zeros = index.get("force_zeros_for_empty_prompt", unet.size_ids == 6)
     if not isinstance(zeros, bool):
         raise LdmError(f"{folder / INDEX}: force_zeros_for_empty_prompt is {zeros!r}; true or false is needed")
-    family = Family(
-        name=recognise(unet, text, schedule.prediction_type),
-        unet=unet,
-        autoencoder=vae,
-        text=text,
-        schedule=schedule,
-        zero_empty_prompt=zeros,
-    )
+    family = recognised(Family("custom", unet, vae, text, schedule, zeros))
     parts = {name: component_part(name, store_of(group, allow_pickle), family) for name, group in files.items()}
     ignored = [name for name, value in index.items() if name in _UNUSED and _class_of(value)]
     return Opened(str(folder), "diffusers folder", family, tokenizers, parts, ignored)

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from ldm.errors import LdmError, first_line, listing
-from ldm.families import FAMILIES, Family, family_named, recognise
+from ldm.families import FAMILIES, Family, family_named, recognised
 from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights import configs, layouts
 from ldm.weights.components import NOTHING, Components, Opened, Part, is_adapter
@@ -163,12 +163,8 @@ def _recognise(path: Path, store: Store, named: str | None) -> Family:
     numbers = {name: value for _, facts in told for name, value in facts.items() if name != "prediction_type"}
     scale = numbers.pop("scaling_factor", family.autoencoder.scaling_factor)
     schedule = replace(family.schedule, prediction_type=prediction, zero_terminal_snr="ztsnr" in shapes, **numbers)
-    return replace(
-        family,
-        name=recognise(family.unet, family.text, prediction),
-        schedule=schedule,
-        autoencoder=replace(family.autoencoder, scaling_factor=scale),
-    )
+    autoencoder = replace(family.autoencoder, scaling_factor=scale)
+    return recognised(replace(family, schedule=schedule, autoencoder=autoencoder))
 
 
 def _agreed(path: Path, told: list[tuple[str, dict[str, Any]]]) -> str | None:
@@ -295,14 +291,8 @@ def _read_config(where: str, text: str) -> Family:
         ]
         unet = configs.read_unet(f"{where}: unet", content["unet"], towers[-1].projection)
         schedule = configs.read_schedule(f"{where}: scheduler", content["scheduler"])
-        return Family(
-            name=recognise(unet, tuple(towers), schedule.prediction_type),
-            unet=unet,
-            autoencoder=configs.read_autoencoder(f"{where}: vae", content["vae"]),
-            text=tuple(towers),
-            schedule=schedule,
-            zero_empty_prompt=bool(content["zero_empty_prompt"]),
-        )
+        vae = configs.read_autoencoder(f"{where}: vae", content["vae"])
+        return recognised(Family("custom", unet, vae, tuple(towers), schedule, bool(content["zero_empty_prompt"])))
     except LdmError:
         raise
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:

@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 
 from ldm.errors import LdmError
 from ldm.families import Family
+from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import Opened
 from ldm.weights.files import Progress, check_digest, open_store, silent, stated_digest
 from ldm.weights.folder import (
@@ -43,7 +44,7 @@ def open_source(
     """Find out what `source` is, without loading it.
 
     Args:
-        source: a diffusers folder, a single-file checkpoint, or a Hub name (owner/name).
+        source: a diffusers folder, a single-file checkpoint, a Hub name (owner/name), or a built-in model's name.
         family: what a single file is, where it cannot say so itself (sd2 or sd2-v).
         variant: of a folder's weights, such as "fp16".
         revision: of a model on the Hub.
@@ -55,7 +56,7 @@ def open_source(
     Raises:
         LdmError: in one line, what is wrong with it and what to do.
     """
-    path = Path(source)
+    path = builtin(source) or Path(source)
     try:
         if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
             path = fetch(str(source), revision, variant, allow_pickle)
@@ -71,7 +72,9 @@ def open_source(
             opened = open_single_file(path, family, allow_pickle, verify, progress)
         else:
             what = "is not a regular file" if path.exists() else "does not exist"
-            raise LdmError(f"{path} {what}; give a model folder, a checkpoint file or a Hub name (owner/name)")
+            raise LdmError(
+                f"{path} {what}; give a model folder, a checkpoint file, a Hub name (owner/name) or {DEFAULT}"
+            )
         return _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
     except LdmError:
         raise
