@@ -295,12 +295,6 @@ def test_wrong_input_gets_one_line(ldm: Any, tmp_path: Path, arguments: list[str
     assert set(tmp_path.rglob("*.png")) == before
 
 
-def test_without_a_model_it_says_so(ldm: Any) -> None:
-    code, _, err = ldm("generate", "a cat", model=None)
-    assert code == 1
-    assert "no model is built in yet; name one" in err
-
-
 def test_schedulers_are_listed(ldm: Any) -> None:
     code, out, _ = ldm("schedulers", "--json")
     assert code == 0

@@ -17,6 +17,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.clip import OpenClip, OwnPair
 from ldm.evaluation.copies import CopyDetector
 from ldm.evaluation.inception import Inception
+from ldm.weights.builtin import builtin
 from ldm.weights.components import check_device
 
 
@@ -72,7 +73,7 @@ def open_text_extractor(spec: str, device: torch.device | str = "cpu") -> TextEx
     """The CLIP model that a user names: `clip:MODEL@WEIGHTS` is one of open_clip, `clip:FOLDER` a pair of our own.
 
     WEIGHTS are a file, or published ones that open_clip knows by that name and fetches. FOLDER holds `model` and
-    `clip`, as the stage `text` writes them.
+    `clip`, as the stage `text` writes them, or is a model with `clip` in it; a built-in model's name will do.
 
     Raises:
         LdmError: as `open_extractor`; or it knows no texts.
@@ -81,8 +82,9 @@ def open_text_extractor(spec: str, device: torch.device | str = "cpu") -> TextEx
     kind, _, rest = spec.partition(":")
     if kind != "clip":
         raise LdmError(f"extractor {spec!r} knows no texts; choose clip:MODEL@WEIGHTS or clip:FOLDER")
-    if rest and Path(rest).is_dir():
-        return OwnPair(Path(rest), device)
+    folder = builtin(rest) or Path(rest)
+    if rest and folder.is_dir():
+        return OwnPair(folder, device)
     model, _, weights = rest.partition("@")
     if not (model and weights):
         raise LdmError(
