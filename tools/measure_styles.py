@@ -2,10 +2,10 @@
 
     python tools/measure_styles.py emoji --clip clip:emoji --data emoji [--refiner MODEL] [--steps 20] [--guidance 3]
 
-For each held-out drawing and as many training drawings, a picture is made of its caption. "Style": the caption is nearer
-to it than the same caption with any other style's name. "Concept": it is nearer than the captions of 99 other concepts in
-that style (R-precision). Beside them the drawings themselves, which say what the pair could reach; with 95 % intervals of
-Wilson.
+For each held-out drawing, and as many training drawings, a picture is made of its caption. "Style": the caption is
+nearer to it than the same caption with any other style's name. "Concept": it is nearer than the captions of 99 other
+concepts in that style (R-precision). Beside them the drawings themselves, which say what the pair could reach; with
+Wilson's 95 % intervals.
 """
 
 from __future__ import annotations
