@@ -532,6 +532,17 @@ def test_a_cache_changes_nothing_but_the_crops_it_holds(shapes: Path, tmp_path: 
     assert len(list((tmp_path / "cached" / "data").glob("texts-*"))) == 2
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_attention_by_another_kernel_is_the_same_run(shapes: Path, tmp_path: Path, precision: str) -> None:
+    for kernel in ("sdpa", "math"):
+        train(config(shapes, tmp_path / kernel, f"base.attention={kernel}", f"precision={precision}", "base.steps=3"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    near = 1e-5 if precision == "no" else 2e-2
+    assert losses(tmp_path / "math") == pytest.approx(losses(tmp_path / "sdpa"), rel=near)
+    with pytest.raises(LdmError, match="attention 'maths' is not known; choose one of: sdpa"):
+        train(config(shapes, tmp_path / "wrong", "base.attention=maths"))
+
+
 # --- the result -------------------------------------------------------------------------------------------------------
 
 

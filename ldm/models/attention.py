@@ -127,6 +127,6 @@ def _try(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype
     except Exception as error:  # kernels fail in many ways: RuntimeError, NotImplementedError, ValueError, CUDA errors
         return str(error).strip().splitlines()[0].rstrip(" :.") if str(error).strip() else type(error).__name__
     reference = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    if not torch.allclose(out.float(), reference, atol=2e-2, rtol=2e-2):
+    if not torch.allclose(out.float(), reference.float(), atol=2e-2, rtol=2e-2):
         return "its result is wrong"
     return ""
