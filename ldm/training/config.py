@@ -237,6 +237,12 @@ class Config(Section):
     base: DenoiserSection = DenoiserSection()
     refiner: RefinerSection = RefinerSection()
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no(cls, precision: Any) -> Any:
+        """YAML reads a bare no as false."""
+        return "no" if precision is False else precision
+
     @field_validator("stages")
     @classmethod
     def _in_order(cls, stages: list[StageName]) -> list[StageName]:
