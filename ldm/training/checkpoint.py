@@ -66,6 +66,26 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: Mapping[str, 
     return path
 
 
+def check_room(folder: Path, nbytes: int, keep: int) -> None:
+    """Refuse to start where checkpoints will not fit: those that are kept, and one more while it is written.
+
+    Args:
+        folder: of the checkpoints, which may not exist yet.
+        nbytes: about what one takes.
+        keep: how many stay.
+
+    Raises:
+        LdmError: there is not enough room.
+    """
+    free = shutil.disk_usage(folder.parent).free
+    need = (keep + 1 - min(len(checkpoints(folder)), keep)) * nbytes
+    if free < need:
+        raise LdmError(
+            f"{folder}: {free / 1e9:.2f} GB are free, and checkpoints will need about {need / 1e9:.2f} GB more "
+            f"({nbytes / 1e9:.2f} GB each, {keep} kept and one written); make room, choose another output, or keep fewer"
+        )
+
+
 def _seal(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Flush every file to the disk, and write the manifest last."""
     files = {}

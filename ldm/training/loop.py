@@ -31,6 +31,7 @@ from ldm.images import grid, save_png
 from ldm.training import checkpoint
 from ldm.training.ema import Averages
 from ldm.training.evaluator import Best, Evaluator
+from ldm.training.forecast import STATE
 from ldm.training.optimizers import learning_rate, set_learning_rate
 from ldm.training.stage import Stage
 from ldm.weights.files import replacing
@@ -124,10 +125,12 @@ class Training:
         """From the newest checkpoint, if there is one, to the last step; the result's record.
 
         Raises:
-            LdmError: a loss is not finite, or the disk is full. The last checkpoint is whole.
+            LdmError: a loss is not finite, or the disk is full or too small. The last checkpoint is whole.
             Stopped: a signal asked for it; a checkpoint was written.
         """
         self.restore()
+        if self.accelerator.is_main_process and self.step < self.section.steps:
+            checkpoint.check_room(self.folder / "checkpoints", self.nbytes(), self.section.keep)
         section, evaluator = self.section, self.evaluator
         if evaluator and self.step < section.steps:
             evaluator.prepare()
@@ -350,6 +353,16 @@ class Training:
         if self.evaluator and self.accelerator.is_main_process:
             self.remove_surpassed(self.evaluator)
         self.clock = Clock()
+
+    def nbytes(self) -> int:
+        """About what a checkpoint takes: weights, averages of them, and the optimisers' state."""
+        total = 0
+        for player in self.stage.players.values():
+            for parameter in player.module.parameters():
+                total += (
+                    parameter.nbytes + parameter.requires_grad * parameter.numel() * STATE[self.section.optimizer.name]
+                )
+        return total + sum(tensor.nbytes for a in self.averages.values() for row in a.averages for tensor in row)
 
     def remove_surpassed(self, evaluator: Evaluator) -> None:
         """Of the evaluated weights, keep only those that a checkpoint calls the best."""

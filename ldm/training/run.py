@@ -41,6 +41,7 @@ from ldm.errors import LdmError, first_line
 from ldm.evaluation import evaluation, stored
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
+from ldm.training.agreement import check_agreement, differences
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import encode
@@ -149,6 +150,7 @@ class Run:
             raise LdmError(f"precision {config.precision}: {first_line(error)}") from None
         if config.precision == "fp16" and self.accelerator.device.type == "cpu":
             raise LdmError("precision fp16 needs a GPU, and none is used here; set precision=bf16 or precision=no")
+        check_agreement({"ldm": ldm.__version__, "torch": torch.__version__, **config.model_dump(mode="json")})
         self.lock = self._open_folder()
         self.pictures = self._open_pictures()
 
@@ -192,7 +194,7 @@ class Run:
         except OSError:
             pass  # a file system without locks
         now = self.config.model_dump(mode="json")
-        for name, old, new in _differences(before, now) if isinstance(before, dict) else ():
+        for name, old, new in differences(before, now) if isinstance(before, dict) else ():
             log.warning("%s was %r when this run began, and is %r now", name, old, new)
         with replacing(path, folder=False, overwrite=True, need=0) as temporary:
             temporary.write_text(dump(self.config), encoding="utf-8")
@@ -214,6 +216,7 @@ class Run:
             pictures = Pictures(data, folder, images)
         if self.accelerator.is_main_process:
             pictures.notice_changes()
+        check_agreement({"the number of pictures": len(images), "the digest of pictures": pictures.digest})
         return pictures
 
     # --- stages -----------------------------------------------------------------------------------------------------
@@ -278,6 +281,7 @@ class Run:
         accelerator = self._tracked(folder)
         for module in model.modules().values():
             _own(module, accelerator.device)
+        check_agreement({f"the weights of {part}": fingerprint({part: m}) for part, m in model.modules().items()})
         if name != "autoencoder":
             self._warn_of_long_captions(model)
         caches = self._caches(accelerator, section, model) if name in ("base", "refiner") else Caches()
@@ -523,16 +527,6 @@ def _refiner(model: LatentDiffusion, config: Config, base: LatentDiffusion | Non
         model.text_encoders.towers[-1] = base.text_encoders.towers[-1]
         model.text_encoders.tokenizers = base.text_encoders.tokenizers[-1:]
     return model
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Keys that differ between two configurations, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = chain(before, (key for key in now if key not in before))
-        for key in names:
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield name, before, now
 
 
 def train(
