@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -47,6 +48,18 @@ class Batch:
         """The same batch with every tensor changed."""
         pixels, moments = (None if one is None else change(one) for one in (self.pixels, self.moments))
         return replace(self, pixels=pixels, moments=moments, size=change(self.size), scores=change(self.scores))
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch cut into `count` parts of equal length, or nearly so; into fewer if it has fewer pictures."""
+        edges = [len(self.keys) * k // count for k in range(count + 1)]
+        rows = [slice(start, end) for start, end in pairwise(edges) if start < end]
+        return [
+            replace(
+                self.map(lambda tensor, row=row: tensor[row]),  # type: ignore[misc]
+                keys=self.keys[row], epochs=self.epochs[row], captions=self.captions[row],
+            )
+            for row in rows
+        ]  # fmt: skip
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""

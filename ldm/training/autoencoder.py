@@ -76,6 +76,7 @@ class AutoencoderStage:
     """Training of an autoencoder, with KL or with a codebook."""
 
     name = "autoencoder"
+    divisible = True
 
     def __init__(
         self,
@@ -184,6 +185,12 @@ class AutoencoderStage:
         height, width = (side // config.factor for side in _pixels(batch).shape[2:])
         shape = (config.latent_channels, height, width)
         return normal(shape, self.seed, purpose, batch.keys, batch.epochs).to(self.accelerator.device)
+
+    def forget(self) -> None:
+        """The adversary's weight and the codebook measure a step as a whole."""
+        self.adaptive.forget()
+        if self.moving:
+            self.moving.forget()
 
     def updated(self, step: int) -> dict[str, float]:
         """The adversary's weight and the codebook follow the update."""

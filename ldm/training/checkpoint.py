@@ -82,7 +82,7 @@ def check_room(folder: Path, nbytes: int, keep: int) -> None:
     if free < need:
         raise LdmError(
             f"{folder}: {free / 1e9:.2f} GB are free, and checkpoints will need about {need / 1e9:.2f} GB more "
-            f"({nbytes / 1e9:.2f} GB each, {keep} kept and one written); make room, choose another output, or keep fewer"
+            f"({nbytes / 1e9:.2f} GB each, {keep} kept and one written); make room, or keep fewer"
         )
 
 

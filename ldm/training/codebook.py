@@ -72,6 +72,10 @@ class MovingCodebook(nn.Module):
             self._step = torch.zeros(len(self.counts), 1 + self.sums.shape[1], device=self.counts.device)
         self._step.index_add_(0, index.flatten(), F.pad(self._latents, (1, 0), value=1.0))
 
+    def forget(self) -> None:
+        """Leave out what was added since the last step."""
+        self._step, self._latents = None, torch.empty(0)
+
     @torch.no_grad()
     def update(
         self, codebook: Codebook, generator: torch.Generator, reduce: Reduce = alone, rank: int = 0, ranks: int = 1
@@ -94,7 +98,7 @@ class MovingCodebook(nn.Module):
         turn = (torch.arange(size, device=self.counts.device) % ranks == rank).unsqueeze(1)
         offered = torch.where(turn, self._latents[chosen], 0)
         step, offered = reduce(torch.cat([self._step, offered], dim=1)).split([1 + dim, dim], dim=1)
-        self._step, self._latents = None, torch.empty(0)
+        self.forget()
         # fp16 overflows now and then, and the optimiser skips the step: so do the vectors
         if not step.isfinite().all():
             return

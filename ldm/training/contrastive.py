@@ -97,6 +97,7 @@ class ContrastiveStage:
     """Training of the text encoders, with an image encoder that is written beside the model at the end."""
 
     name = "text"
+    divisible = False  # each pair is compared with all others
 
     def __init__(
         self,
@@ -166,6 +167,9 @@ class ContrastiveStage:
         return [ids.to(device) for ids in tokens], torch.tensor(columns, device=device).T.contiguous()
 
     @torch.no_grad()
+    def forget(self) -> None:
+        """Steps leave nothing behind."""
+
     def updated(self, step: int) -> dict[str, float]:
         """Keep the scales of the logits from growing beyond 100 (Radford et al. 2021, section 2.5)."""
         self.accelerator.unwrap_model(self.players["pair"].module).heads.log_scales.clamp_(max=math.log(LARGEST_SCALE))

@@ -68,6 +68,8 @@ class Joint(nn.Module):
 class DenoiserStage:
     """Training of a U-Net on noisy latents."""
 
+    divisible = True
+
     def __init__(
         self,
         name: str,
@@ -155,6 +157,9 @@ class DenoiserStage:
             mean, std = encode_pictures(autoencoder, self.accelerator, batch.pixels)
         latents = mean + std * normal(mean.shape[1:], self.seed, purpose, batch.keys, batch.epochs).to(mean.device)
         return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+
+    def forget(self) -> None:
+        """Steps leave nothing behind."""
 
     def updated(self, step: int) -> dict[str, float]:
         """Nothing to do after an update."""

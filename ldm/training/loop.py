@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from ldm.weights.files import replacing
 log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
 OPTIONS = ("highest", "weight_decay", "betas", "eps")  # of an optimiser, which may change when a run goes on
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # ranks exchange weights in the forward pass already
 AT_ONCE = 1.0  # seconds within which signals are one: a terminal and a launcher both send it
 
 
@@ -118,6 +120,8 @@ class Training:
             accelerator.register_for_checkpointing(kept)
         self.sums: dict[str, list[float]] = {}  # of the figures since the last line of the log, and how many there were
         self.clock = Clock()
+        self.pieces = 1  # into which micro-batches are cut, since memory did not suffice for more
+        self.committed = False  # whether the step can no longer be begun again
         self.asked = 0  # the signal that asked for the end
         self.asked_at = 0.0  # when it came
 
@@ -163,35 +167,68 @@ class Training:
     def train_step(self, micro_batches: Sequence[Batch]) -> None:
         """Gradients of all micro-batches, then one update of every player.
 
+        Where memory does not suffice, they are cut in half from then on: the same update, in smaller parts.
+
         Raises:
             LdmError: a loss or gradient is not finite, so that nothing has been updated; or memory does not suffice.
             Stopped: see `run`.
         """
+        while not self._fits(micro_batches):
+            self.cut_smaller(micro_batches[0])
+        self.clock.pictures += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
+
+    def _fits(self, micro_batches: Sequence[Batch]) -> bool:
+        """Do the step, unless memory does not suffice; what did not fit is gone with the error when this returns."""
         try:
-            self._train_step(micro_batches)
+            self._train_step([part for batch in micro_batches for part in batch.parts(self.pieces)])
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise LdmError(_too_large(self.stage.name, micro_batches[0])) from None
+            return False
+        return True
+
+    def cut_smaller(self, batch: Batch) -> None:
+        """Give up the step so far, and halve what is computed at a time.
+
+        Raises:
+            LdmError: there is nothing to halve, or other ranks have some of the gradients already.
+        """
+        at_a_time = -(-len(batch.keys) // self.pieces)
+        if at_a_time == 1 or self.committed or not self.stage.divisible:
+            raise LdmError(_too_large(self.stage, batch, at_a_time))
+        for player in self.stage.players.values():
+            player.optimizer.zero_grad(set_to_none=True)
+        self.stage.forget()
+        clear_device_cache(garbage_collection=True)
+        self.pieces *= 2
+        log.warning(
+            "out of memory with %d pictures at a time on process %d; from now on it takes %d, and the same updates",
+            at_a_time, self.accelerator.process_index, -(-len(batch.keys) // self.pieces),
+        )  # fmt: skip
 
     def _train_step(self, micro_batches: Sequence[Batch]) -> None:
-        players = self.stage.players
+        players, accelerator = self.stage.players, self.accelerator
+        pictures = sum(len(batch.keys) for batch in micro_batches)
+        self.committed = accelerator.distributed_type in SHARDED
         rate = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
         sums: dict[str, Tensor] = {}
         bad: list[tuple[list[str], Tensor]] = []  # keys, and which of them have a loss that is not finite
         for index, batch in enumerate(micro_batches):
-            with self.gradients_stay_here(index < len(micro_batches) - 1):
+            last, share = index == len(micro_batches) - 1, pictures / len(batch.keys)
+            with self.gradients_stay_here(not last):
                 for loss in self.stage.losses(batch, self.step):
-                    mean = loss.values.mean() / len(micro_batches)
-                    self.accelerator.backward(mean)
+                    mean = loss.values.mean() / share
+                    self.committed |= last and accelerator.num_processes > 1
+                    accelerator.backward(mean)
                     bad.append((batch.keys, ~torch.isfinite(loss.values.detach()).expand(len(batch.keys))))
                     for name, part in {f"loss/{loss.player}": loss.values.detach().mean(), **loss.report}.items():
-                        sums[name] = sums.get(name, 0) + part.float() / len(micro_batches)
+                        sums[name] = sums.get(name, 0) + part.float() / share
+        self.committed = True
         for name, player in players.items():
             set_learning_rate(player.optimizer, rate)
             limit = player.clip or float("inf")
-            norm = self.accelerator.clip_grad_norm_(player.module.parameters(), limit)
-            sums[f"gradient/{name}"] = torch.as_tensor(norm, device=self.accelerator.device).detach().float()
+            norm = accelerator.clip_grad_norm_(player.module.parameters(), limit)
+            sums[f"gradient/{name}"] = torch.as_tensor(norm, device=accelerator.device).detach().float()
         figures = self.agree(sums, bad)
         for player in players.values():
             player.optimizer.step()
@@ -203,7 +240,6 @@ class Training:
                 continue
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = [total + value, count + 1]
-        self.clock.pictures += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
 
     def agree(self, figures: dict[str, Tensor], bad: list[tuple[list[str], Tensor]]) -> dict[str, float]:
         """The means over all ranks of a step's figures, in one exchange that also tells of bad numbers and of signals.
@@ -458,14 +494,14 @@ def _cut(path: Path, step: int) -> None:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def _too_large(stage: str, batch: Batch) -> str:
+def _too_large(stage: Stage, batch: Batch, at_a_time: int) -> str:
     height, width = batch.size[0, 4:6].int().tolist()
-    fewer = f"{stage}.micro_batch to {max(len(batch.keys) // 2, 1)}"
-    if stage == "text":  # which compares a batch as a whole
-        fewer = "a smaller text.batch"
+    fewer = f"{stage.name}.micro_batch={at_a_time // 2}, " if at_a_time > 1 else ""
+    if not stage.divisible:
+        fewer = f"a smaller {stage.name}.batch, "
     return (
-        f"out of memory with {len(batch.keys)} pictures of {width}×{height} at a time; set {fewer}, "
-        f"{stage}.checkpointing=true, or a smaller size"
+        f"out of memory with {at_a_time} pictures of {width}×{height} at a time; set {fewer}"
+        f"{stage.name}.checkpointing=true, or a smaller size"
     )
 
 

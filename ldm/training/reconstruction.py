@@ -135,6 +135,10 @@ class AdaptiveWeight(nn.Module):
         zero = (gradient * (reconstruction.float() - reconstruction.detach().float())).sum()  # but for its gradient
         return AdversarialLoss((loss + weight * adversarial).detach() + zero, adversarial.detach())
 
+    def forget(self) -> None:
+        """Leave out what was measured since the last step."""
+        self._gradients = None
+
     def update(self, reduce: Reduce = alone) -> None:
         """End a step: make the weight from what its micro-batches have measured.
 
@@ -148,7 +152,7 @@ class AdaptiveWeight(nn.Module):
         ratio = (towards / (against + EPS)).clamp(max=LARGEST)
         # fp16 overflows now and then, and the step is skipped: the weight stays as well
         self.value.copy_(torch.where(gradients.isfinite().all(), ratio, self.value))
-        self._gradients = None
+        self.forget()
 
 
 def _gradient(loss: Tensor, reconstruction: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Stage(Protocol):
     model: LatentDiffusion  # what is trained, with everything that it needs
     players: dict[str, Player]
     extra: dict[str, nn.Module]  # whose state belongs into a checkpoint, though no optimiser changes them
+    divisible: bool  # whether a batch may be seen in parts
 
     @property
     def section(self) -> StageSection:
@@ -53,6 +54,10 @@ class Stage(Protocol):
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
         """The losses of a micro-batch. Each is propagated backwards before the next is asked for."""
+        ...
+
+    def forget(self) -> None:
+        """Called where a step is given up and begun again: what its micro-batches left behind is dropped."""
         ...
 
     def updated(self, step: int) -> dict[str, float]:
