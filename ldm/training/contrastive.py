@@ -166,10 +166,10 @@ class ContrastiveStage:
         device = self.accelerator.device
         return [ids.to(device) for ids in tokens], torch.tensor(columns, device=device).T.contiguous()
 
-    @torch.no_grad()
     def forget(self) -> None:
         """Steps leave nothing behind."""
 
+    @torch.no_grad()
     def updated(self, step: int) -> dict[str, float]:
         """Keep the scales of the logits from growing beyond 100 (Radford et al. 2021, section 2.5)."""
         self.accelerator.unwrap_model(self.players["pair"].module).heads.log_scales.clamp_(max=math.log(LARGEST_SCALE))
