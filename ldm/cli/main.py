@@ -253,6 +253,21 @@ def plan(
     command.run(config, overrides or [], processes, measure, json)
 
 
+@app.command()
+def selftest(
+    folder: Annotated[str, typer.Option(help="Where to work: new, and seen by all processes.")] = "selftest",
+    precision: Annotated[str, typer.Option(help="Of the computation: no, fp16 or bf16.")] = "no",
+) -> None:
+    """Check in two minutes that training works on this machine: accelerate launch -m ldm selftest.
+
+    Gradients of every loss, the same weights on all processes, crops and their latents, drop-out, learning rates,
+    stopping and going on, numbers that are not finite.
+    """
+    from ldm.cli import selftest as command
+
+    command.run(folder, precision)
+
+
 @app.command("eval")
 def evaluate(
     sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of pictures, one or two.")],

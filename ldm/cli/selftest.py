@@ -1,0 +1,33 @@
+"""`ldm selftest`: does training work here? A line for each check, and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from ldm.errors import LdmError
+from ldm.training.selftest import selftest
+
+
+def run(folder: str, precision: str) -> None:
+    """Print what was checked; what it trained is removed if all is well."""
+    logging.basicConfig(format="ldm: %(message)s", level=logging.ERROR, stream=sys.stderr)
+    first, path, began = os.environ.get("RANK", "0") == "0", Path(folder), time.monotonic()
+    if precision not in ("no", "fp16", "bf16"):
+        raise LdmError(f"--precision {precision!r}: choose no, fp16 or bf16")
+    if first and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise LdmError(f"--folder {path} exists already; name one that does not")
+
+    def say(check: str, problem: str | None) -> None:
+        print(f"{'FAILED' if problem else 'ok':8}{check}{f': {problem}' if problem else ''}", flush=True)
+
+    well = selftest(path, precision, say)
+    if first and well:
+        shutil.rmtree(path, ignore_errors=True)
+        print(f"all is well, after {time.monotonic() - began:.0f} s")
+    if not well:
+        raise LdmError(f"training does not work as it should here; what was trained is in {path}")

@@ -1,0 +1,332 @@
+"""Whether training does what it should on this machine, with this launcher: small networks, every stage, two minutes.
+
+Each check is a function that yields what is wrong; all processes make it, and all of them learn what any has found.
+What it trains is thrown away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm.data.loader import Batch
+from ldm.errors import LdmError
+from ldm.images import to_tensor
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.autoencoder import AutoencoderStage
+from ldm.training.conditioning import DropOut
+from ldm.training.config import Config, StageName
+from ldm.training.denoiser import encode_pictures
+from ldm.training.loop import Training
+from ldm.training.run import Run
+from ldm.training.stage import Loss, Stage
+
+STAGES: tuple[StageName, ...] = ("autoencoder", "text", "base", "refiner")
+PICTURES = 32
+SIDE = 32  # pixels, of the squares that are cropped
+STEPS = 4
+RATE, WARMUP = 1e-3, 2
+DRAWS = 4000  # of captions, to see how often one is left out
+UNET = {
+    "channels": [32, 64], "depth": [0, 1], "mid_depth": 1, "heads": [2, 2], "layers": 1, "groups": 8,
+    "pooled_dim": 32, "size_dim": 16, "sample_size": 8,
+}  # fmt: skip
+AUTOENCODER = {
+    "channels": [16, 32, 32], "attention": [False, False, False], "mid_attention": False, "layers": 1, "groups": 8,
+    "sample_size": SIDE,
+}  # fmt: skip
+TOWER = {"width": 32, "layers": 2, "heads": 2, "hidden": 64, "vocab_size": 1000, "context": 16}
+COMMON = {
+    "steps": STEPS, "sizes": [{"size": SIDE}], "log_every": 1, "save_every": 2, "validate_every": 1000,
+    "preview_every": 1000, "optimizer": {"learning_rate": RATE, "warmup": WARMUP},
+}  # fmt: skip
+Say = Callable[[str, str | None], None]  # a check's name, and what is wrong, if anything is
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What the checks work with."""
+
+    folder: Path  # shared by all processes
+    precision: str
+    batch: int  # over all processes
+
+    def run(self, name: str, **changes: Any) -> Watched:
+        """A run in a folder of its own; changes are named as `base__steps=2`."""
+        dump: dict[str, Any] = {
+            "output": str(self.folder / name),
+            "precision": self.precision,
+            "stages": list(STAGES),
+            "trackers": [],
+            "data": {
+                "source": str(self.folder / "pictures"), "holdout": 0, "workers": 0, "buckets": False, "bucket_step": 8,
+            },
+            "model": {
+                "family": "sdxl", "unet": {**UNET, "text_dim": 64}, "autoencoder": AUTOENCODER,
+                "text": [TOWER, {**TOWER, "projection": 32}],
+            },
+            "autoencoder": {
+                **COMMON, "batch": self.batch, "adversarial_start": 1, "kl_weight": 1e-2, "perceptual_weight": 0,
+                "discriminator": {"channels": 8, "layers": 1, "groups": 4},
+            },
+            "text": {
+                **COMMON, "batch": self.batch, "image_width": 32, "image_layers": 1, "image_heads": 2, "patch": 8,
+            },
+            "base": {**COMMON, "batch": self.batch, "drop_caption": [0.1, 0.1]},
+            "refiner": {
+                **COMMON,
+                "batch": self.batch,
+                "model": {
+                    "unet": {**UNET, "text_dim": 32},
+                    "autoencoder": AUTOENCODER,
+                    "text": [{**TOWER, "projection": 32}],
+                },
+            },
+        }  # fmt: skip
+        for place, value in changes.items():
+            *path, key = place.split("__")
+            section = dump
+            for part in path:
+                section = section.setdefault(part, {})
+            section[key] = value
+        return Watched(Config.model_validate(dump), None, lambda stage, step, steps, figures: None)
+
+    def built(self, name: str, stage: StageName, **changes: Any) -> tuple[Training, Batch]:
+        """A stage of a new run that is ready to train, and this process's part of its first batch."""
+        run = self.run(name, **changes)
+        base = None if stage != "refiner" else LatentDiffusion.from_family(run.start("base", None).family)
+        training = run.training(stage, run.start(stage, base), run.folder / stage)
+        return training, next(training.batches(0))[0]
+
+
+class Watched(Run):
+    """A run that keeps at hand what it trained last."""
+
+    last: Training
+
+    def training(self, name: StageName, model: LatentDiffusion, folder: Path) -> Training:
+        """As it is."""
+        self.last = super().training(name, model, folder)
+        return self.last
+
+
+def selftest(folder: Path, precision: str, say: Say) -> bool:
+    """Make all checks; whether all is well.
+
+    Args:
+        folder: empty or not there yet; all processes must see it.
+        precision: "no", "fp16" or "bf16".
+        say: takes every result, on the main process.
+
+    Raises:
+        LdmError: training is not possible at all.
+    """
+    accelerator = Accelerator(mixed_precision=precision)
+    batch = 4 * accelerator.num_processes
+    if batch > PICTURES:
+        raise LdmError(f"{accelerator.num_processes} processes: the test is made for {PICTURES // 4} at the most")
+    if accelerator.is_main_process:
+        draw_pictures(folder / "pictures")
+    accelerator.wait_for_everyone()
+    ground, well = Ground(folder, precision, batch), True
+    for check in CHECKS:
+        found = [problem for problems in gather_object([list(check(ground))]) for problem in problems]
+        well &= not found
+        if accelerator.is_main_process:
+            say((check.__doc__ or "").splitlines()[0].rstrip("."), found[0] if found else None)
+    accelerator.end_training()
+    return well
+
+
+def draw_pictures(folder: Path) -> None:
+    """Wide pictures whose colours tell where in them a pixel is, each with a caption of its own."""
+    folder.mkdir(parents=True)
+    for number in range(PICTURES):
+        across, down = np.meshgrid(np.arange(48), np.arange(40))
+        pixels = np.stack([across * 5, down * 6, np.full_like(down, number * 7)], axis=-1)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"picture number {number}", encoding="utf-8")
+
+
+# --- the checks -------------------------------------------------------------------------------------------------------
+
+
+def all_stages(ground: Ground) -> Iterator[str]:
+    """Every stage trains, with the same weights on all processes and the learning rate as configured."""
+    run = ground.run("whole")
+    model = None
+    for name in STAGES:
+        model = run.stage(name, run.start(name, model), run.folder / name)
+        digest = {player: _digest(one.module.parameters()) for player, one in run.last.stage.players.items()}
+        for rank, other in enumerate(everyone := gather_object([digest])):
+            yield from (
+                f"{name}: the weights of {player} differ between process 0 and process {rank}"
+                for player in digest
+                if other[player] != everyone[0][player]
+            )
+        for player, one in run.last.stage.players.items():
+            rates = {group["lr"] for group in one.optimizer.param_groups}
+            if not all(math.isclose(rate, RATE) for rate in rates):
+                yield f"{name}: the learning rate of {player} is {rates} after its warm-up, not {RATE}"
+    rows = np.genfromtxt(_figures(run.folder / "base" / "metrics.jsonl", "learning_rate"))
+    expected = [RATE * min(step / WARMUP, 1) for step in range(1, STEPS + 1)]
+    if not np.allclose(rows, expected):
+        yield f"base: learning rates were {rows.tolist()}, not {expected}"
+
+
+def gradients(ground: Ground) -> Iterator[str]:
+    """Each term of each loss reaches the weights that it should move, and no others."""
+    pixels = _gradient(ground, "pixels", kl=0.0, adversarial=0.0)
+    for term, other in {
+        "the KL term": _gradient(ground, "kl", kl=1.0, adversarial=0.0),
+        "the adversarial term": _gradient(ground, "adversarial", kl=0.0, adversarial=1.0),
+    }.items():
+        if torch.equal(pixels, other):
+            yield f"autoencoder: {term} does not reach the weights"
+    for name in STAGES:
+        training, batch = ground.built(f"gradients-{name}", name)
+        training.step = 1  # the adversary takes part
+        for loss in training.stage.losses(batch, 1):
+            others = {n: p.module for n, p in training.stage.players.items() if n != loss.player}
+            before = {n: _grads(module.parameters()) for n, module in others.items()}
+            training.accelerator.backward(loss.values.mean())
+            for other, module in others.items():
+                if not torch.equal(before[other], _grads(module.parameters())):
+                    yield f"{name}: the loss of {loss.player} leaks into {other}"
+            for weight, parameter in training.stage.players[loss.player].module.named_parameters():
+                gradient = parameter.grad
+                if parameter.requires_grad and (gradient is None or not gradient.isfinite().all()):
+                    yield f"{name}: no gradient, or one that is not finite, at {weight}"
+        training.accelerator.free_memory()
+
+
+def crops(ground: Ground) -> Iterator[str]:
+    """Cached latents are those of the crop that the size conditioning speaks of."""
+    training, batch = ground.built("crops", "base", data__cache=True, data__crops=3)
+    pictures = []
+    for key, size in zip(batch.keys, batch.size.int().tolist(), strict=True):
+        with Image.open(ground.folder / "pictures" / Path(key).name) as image:
+            top, left = size[2:4]
+            scale = SIDE / 40  # the shorter side becomes the square's
+            whole = image.convert("RGB").resize((round(48 * scale), SIDE), Image.Resampling.LANCZOS)
+            pictures.append(whole.crop((left, top, left + SIDE, top + SIDE)))
+    pixels = to_tensor(pictures, SIDE, SIDE)
+    mean, _ = encode_pictures(training.stage.model.autoencoder, training.accelerator, pixels)
+    assert batch.moments is not None
+    cached = batch.moments.chunk(2, dim=1)[0].to(mean)
+    if len({tuple(row) for row in batch.size.int().tolist()}) < 2:
+        yield "all crops are the same"
+    error = (cached - mean).abs().max() / mean.abs().max()
+    if error > (1e-2 if ground.precision == "no" else 5e-2):
+        yield f"cached latents are not those of their crop: they differ by {100 * float(error):.0f} %"
+    training.accelerator.free_memory()
+
+
+def drop_out(ground: Ground) -> Iterator[str]:
+    """Captions are left out as often as asked."""
+    keys = [f"picture {number}" for number in range(DRAWS)]
+    for rate in (0.1, 0.5):
+        found = float(DropOut((rate,)).captions(0, keys, [0] * DRAWS, 1).float().mean())
+        if abs(found - rate) > 5 * math.sqrt(rate * (1 - rate) / DRAWS):
+            yield f"{100 * found:.1f} % of the captions are left out, not {100 * rate:.0f} %"
+
+
+def resuming(ground: Ground) -> Iterator[str]:
+    """A run that is stopped and started again ends as one that is not."""
+    results = []
+    for name, parts in (("straight", [STEPS]), ("stopped", [STEPS // 2, STEPS])):
+        for steps in parts:
+            run = ground.run(name, stages=["base"], base__steps=steps)
+            run.stage("base", run.start("base", None), run.folder / "base")
+        results.append(load_file(run.folder / "base" / "model" / "unet" / "diffusion_pytorch_model.safetensors"))
+    straight, stopped = results
+    exact = run.accelerator.device.type == "cpu"  # GPUs add in any order
+    for key, weight in straight.items():
+        near = 0.0 if exact else 1e-4 + 1e-2 * float(weight.abs().max())
+        if (difference := float((weight - stopped[key]).abs().max())) > near:
+            yield f"{key} differs by up to {difference:.2g} after a stop"
+            return
+
+
+def not_a_number(ground: Ground) -> Iterator[str]:
+    """A loss that is not a number, on one process, ends the run on all, and nothing is updated."""
+    training, batch = ground.built("nan", "base")
+    before = _digest(training.stage.players["unet"].module.parameters())
+    last = training.accelerator.process_index == training.accelerator.num_processes - 1
+    training.stage = _Broken(training.stage, last)  # type: ignore[assignment]
+    try:
+        training.train_step([batch])
+        yield "a loss that is not a number went unnoticed"
+    except LdmError as error:
+        if "not finite" not in str(error):
+            raise
+    if _digest(training.stage.players["unet"].module.parameters()) != before:
+        yield "weights were updated with a loss that is not a number"
+    training.accelerator.free_memory()
+
+
+CHECKS: tuple[Callable[[Ground], Iterator[str]], ...] = (
+    all_stages, gradients, crops, drop_out, resuming, not_a_number,
+)  # fmt: skip
+
+
+# --- what they need ---------------------------------------------------------------------------------------------------
+
+
+class _Broken:
+    """A stage whose losses are not numbers, if it is told so."""
+
+    def __init__(self, stage: Stage, broken: bool) -> None:
+        self.stage, self.broken = stage, broken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stage, name)
+
+    def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
+        for loss in self.stage.losses(batch, step):
+            yield Loss(loss.player, loss.values * math.nan if self.broken else loss.values, loss.report)
+
+
+def _gradient(ground: Ground, name: str, kl: float, adversarial: float) -> Tensor:
+    """The autoencoder's gradient with these weights of its terms."""
+    training, batch = ground.built(
+        f"term-{name}", "autoencoder", autoencoder__kl_weight=kl, autoencoder__adversarial_weight=adversarial
+    )
+    stage = training.stage
+    assert isinstance(stage, AutoencoderStage)
+    stage.adaptive.value.fill_(1.0)
+    training.accelerator.backward(next(iter(stage.losses(batch, 1))).values.mean())
+    found = _grads(stage.players["autoencoder"].module.parameters())
+    training.accelerator.free_memory()
+    return found
+
+
+def _grads(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.float().cpu().flatten() for p in parameters])
+
+
+def _digest(parameters: Iterable[torch.nn.Parameter]) -> str:
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _figures(path: Path, name: str) -> list[str]:
+    """One figure of every line of a log that has it."""
+    import json
+
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [str(row[name]) for row in rows if name in row]
