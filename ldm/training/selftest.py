@@ -7,6 +7,7 @@ What it trains is thrown away.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -326,7 +327,5 @@ def _digest(parameters: Iterable[torch.nn.Parameter]) -> str:
 
 def _figures(path: Path, name: str) -> list[str]:
     """One figure of every line of a log that has it."""
-    import json
-
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return [str(row[name]) for row in rows if name in row]
