@@ -203,9 +203,9 @@ def gradients(ground: Ground) -> Iterator[str]:
             others = {n: p.module for n, p in training.stage.players.items() if n != loss.player}
             before = {n: _grads(module.parameters()) for n, module in others.items()}
             training.accelerator.backward(loss.values.mean())
-            for other, module in others.items():
-                if not torch.equal(before[other], _grads(module.parameters())):
-                    yield f"{name}: the loss of {loss.player} leaks into {other}"
+            for player, module in others.items():
+                if not torch.equal(before[player], _grads(module.parameters())):
+                    yield f"{name}: the loss of {loss.player} leaks into {player}"
             for weight, parameter in training.stage.players[loss.player].module.named_parameters():
                 gradient = parameter.grad
                 if parameter.requires_grad and (gradient is None or not gradient.isfinite().all()):
@@ -266,7 +266,7 @@ def not_a_number(ground: Ground) -> Iterator[str]:
     training, batch = ground.built("nan", "base")
     before = _digest(training.stage.players["unet"].module.parameters())
     last = training.accelerator.process_index == training.accelerator.num_processes - 1
-    training.stage = _Broken(training.stage, last)  # type: ignore[assignment]
+    training.stage = _Broken(training.stage, last)
     try:
         training.train_step([batch])
         yield "a loss that is not a number went unnoticed"
