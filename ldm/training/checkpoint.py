@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,14 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    keep: int,
+    more: Callable[[Path], None] = lambda path: None,
+) -> Path:
     """Write a checkpoint, called by all ranks; then remove all but the newest `keep`.
 
     Args:
@@ -34,6 +41,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: Mapping[str, 
         step: updates done.
         state: what must be known besides, as JSON.
         keep: how many checkpoints stay.
+        more: called by all ranks with the folder, to write what accelerate does not.
 
     Raises:
         LdmError: it cannot be written; what was there before is still there.
@@ -46,6 +54,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: Mapping[str, 
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
+        more(temporary)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _seal(temporary, step, state)

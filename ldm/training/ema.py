@@ -54,6 +54,11 @@ class Averages:
         widths = [f"width-{width:g}" for width in self.section.widths]
         return ["ema"] * bool(self.section.decay) + widths or ["weights"]
 
+    def named(self, which: int = 0) -> dict[str, Tensor]:
+        """One of the averages by the parameters' names; without any, the weights."""
+        tensors = self.averages[which] if self.averages else [p.detach() for p in self.parameters.values()]
+        return dict(zip(self.parameters, tensors, strict=True))
+
     def in_place(self, which: int = 0) -> AbstractContextManager[None]:
         """The module with one of the averages in the place of its weights; as it is if there are no averages."""
         return self._placed(self.averages[which]) if self.averages else nullcontext()
@@ -84,8 +89,7 @@ class Averages:
 
     def save(self, path: Path, which: int) -> None:
         """Write one of the averages as it is, whole or not at all."""
-        tensors = self.averages[which] if self.averages else [p.detach() for p in self.parameters.values()]
-        self._write(path, tensors, torch.float32, {})
+        self._write(path, list(self.named(which).values()), torch.float32, {})
 
     def save_snapshots(self, folder: Path, step: int) -> None:
         """Write the power-function averages, in fp16 as their authors do, for `recombine`."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from torch import Tensor
@@ -29,18 +29,19 @@ from torch import Tensor
 from ldm.data.loader import Batch
 from ldm.errors import LdmError, listing, out_of_memory
 from ldm.images import grid, save_png
-from ldm.training import checkpoint
+from ldm.training import checkpoint, sharded
 from ldm.training.ema import Averages
 from ldm.training.evaluator import Best, Evaluator
 from ldm.training.forecast import STATE
 from ldm.training.optimizers import learning_rate, set_learning_rate
+from ldm.training.sharded import Skeleton, is_sharded, whole
 from ldm.training.stage import Stage
 from ldm.weights.files import replacing
 
 log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
 OPTIONS = ("highest", "weight_decay", "betas", "eps")  # of an optimiser, which may change when a run goes on
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # ranks exchange weights in the forward pass already
+AVERAGES = "averages"  # a folder of a checkpoint
 AT_ONCE = 1.0  # seconds within which signals are one: a terminal and a launcher both send it
 
 
@@ -109,6 +110,9 @@ class Training:
         self.best: Best | None = None  # of the weights that were evaluated, if they are chosen from
         self.section = stage.section
         self.step = 0  # updates done
+        self.skeletons: dict[str, Skeleton] = {}  # where weights are spread over the ranks
+        if is_sharded(accelerator, stage):
+            self.skeletons = {name: Skeleton(one.module, stage.model) for name, one in stage.players.items()}
         for player in stage.players.values():
             player.module, player.optimizer = accelerator.prepare(player.module, player.optimizer)
         self.averages = {
@@ -116,7 +120,7 @@ class Training:
             for name, player in stage.players.items()
             if player.averaged
         }
-        for kept in (*self.averages.values(), *stage.extra.values()):
+        for kept in (*(() if self.skeletons else self.averages.values()), *stage.extra.values()):
             accelerator.register_for_checkpointing(kept)
         self.sums: dict[str, list[float]] = {}  # of the figures since the last line of the log, and how many there were
         self.clock = Clock()
@@ -209,7 +213,7 @@ class Training:
     def _train_step(self, micro_batches: Sequence[Batch]) -> None:
         players, accelerator = self.stage.players, self.accelerator
         pictures = sum(len(batch.keys) for batch in micro_batches)
-        self.committed = accelerator.distributed_type in SHARDED
+        self.committed = bool(self.skeletons)  # whose ranks exchange weights in the forward pass already
         rate = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
         sums: dict[str, Tensor] = {}
         bad: list[tuple[list[str], Tensor]] = []  # keys, and which of them have a loss that is not finite
@@ -228,7 +232,7 @@ class Training:
             set_learning_rate(player.optimizer, rate)
             limit = player.clip or float("inf")
             norm = accelerator.clip_grad_norm_(player.module.parameters(), limit)
-            sums[f"gradient/{name}"] = torch.as_tensor(norm, device=accelerator.device).detach().float()
+            sums[f"gradient/{name}"] = whole(torch.as_tensor(norm, device=accelerator.device)).detach().float()
         figures = self.agree(sums, bad)
         for player in players.values():
             player.optimizer.step()
@@ -316,10 +320,9 @@ class Training:
 
     def preview(self, batch: Batch) -> None:
         """Pictures to look at, on the main process: of held-out samples, always the same, or else of this batch."""
-        if self.accelerator.is_main_process:
-            with self.averaged():
-                pictures = self.stage.preview(next(iter(self.held_out()), batch), self.step)
-            self.show(pictures)
+        with self.averaged():
+            if self.accelerator.is_main_process:
+                self.show(self.stage.preview(next(iter(self.held_out()), batch), self.step))
         self.accelerator.wait_for_everyone()
         self.clock = Clock()
 
@@ -354,8 +357,12 @@ class Training:
     def averaged(self, which: int = 0) -> ExitStack:
         """The networks with one of their averages in the place of their weights."""
         stack = ExitStack()
-        for average in self.averages.values():
-            stack.enter_context(average.in_place(which))
+        for name, average in self.averages.items():
+            if name in self.skeletons:
+                copied = self.skeletons[name].in_place(self.stage.players[name], self.stage.model, average.named(which))
+                stack.enter_context(copied)
+            else:
+                stack.enter_context(average.in_place(which))
         return stack
 
     def result(self) -> ExitStack:
@@ -385,10 +392,17 @@ class Training:
     def save(self) -> None:
         """A checkpoint of everything that the rest of the run depends on."""
         state = {"sums": self.sums, "kind": self.kind(), "best": self.best and asdict(self.best)}
-        checkpoint.save(self.accelerator, self.folder / "checkpoints", self.step, state, self.section.keep)
+        checkpoint.save(
+            self.accelerator, self.folder / "checkpoints", self.step, state, self.section.keep, self.save_spread
+        )
         if self.evaluator and self.accelerator.is_main_process:
             self.remove_surpassed(self.evaluator)
         self.clock = Clock()
+
+    def save_spread(self, folder: Path) -> None:
+        """The averages, where they are spread over the ranks."""
+        if self.skeletons:
+            sharded.save({name: one.named() for name, one in self.averages.items()}, folder / AVERAGES)
 
     def nbytes(self) -> int:
         """About what a checkpoint takes: weights, averages of them, and the optimisers' state."""
@@ -428,6 +442,8 @@ class Training:
                 [{k: v for k, v in group.items() if k in OPTIONS} for group in o.param_groups] for o in optimizers
             ]
             self.accelerator.load_state(str(path))
+            if self.skeletons:
+                sharded.load({name: one.named() for name, one in self.averages.items()}, path / AVERAGES)
             for optimizer, groups in zip(optimizers, wanted, strict=True):  # those of the configuration, if it changed
                 for group, options in zip(optimizer.param_groups, groups, strict=True):
                     group.update(options)
