@@ -14,9 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from launched import ROOT
-from test_train import _fresh_accelerator, config, losses, shapes  # noqa: F401
+from accelerate import DistributedType
+from launched import ROOT, on_two
+from PIL import Image
+from safetensors.torch import load
+from test_train import _fresh_accelerator, config, lines, losses, shapes, weights  # noqa: F401
 
+from ldm.cli.train import make_pictures
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.training import checkpoint
@@ -157,6 +161,52 @@ def test_a_checkpoint_takes_what_was_reckoned(shapes: Path, tmp_path: Path, monk
     train(config(shapes, tmp_path / "r"))
     files = (tmp_path / "r" / "base" / "checkpoints" / "step-00000006").rglob("*")
     assert seen[0] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.15)
+
+
+def test_weights_spread_over_processes_train_alike(shapes: Path, tmp_path: Path) -> None:  # noqa: F811
+    """FSDP2: the losses and the result of one process, its pictures and validations too; and it goes on exactly."""
+    extra = ["base.train_text=true", "base.text_learning_rate=[1e-3]", "base.preview_every=3", "base.micro_batch=2"]
+    train(config(shapes, tmp_path / "one", *extra), make_pictures)
+    settings = [tmp_path / "one.yaml", f"data.source={shapes}", f"output={tmp_path / 'two'}", *extra]
+    script = ROOT / "tests" / "spread.py"
+    on_two(script, "train", *settings)
+    assert [list(row) for row in lines(tmp_path / "two")] == [list(row) for row in lines(tmp_path / "one")]
+    for row, expected in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+    before = {name: weights(tmp_path / name) for name in ("one", "two")}
+    near = [load(before[name]) for name in ("one", "two")]
+    for key, weight in near[0].items():
+        torch.testing.assert_close(near[1][key], weight, atol=1e-4, rtol=1e-3)
+    shutil.rmtree(tmp_path / "two" / "base" / "checkpoints" / "step-00000006")
+    shutil.rmtree(tmp_path / "two" / "base" / "model")
+    (tmp_path / "two" / "base" / "done.json").unlink()
+    assert "going on from" in on_two(script, "train", *settings).stderr
+    assert weights(tmp_path / "two") == before["two"]
+    pictures = [Image.open(tmp_path / name / "base/previews/step-00000003.png").tobytes() for name in ("one", "two")]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["stages=[autoencoder]", "autoencoder.perceptual_weight=0"],
+            "stage autoencoder: its weights cannot be spread",
+        ),
+        (["base.ema.widths=[0.1]"], "base.ema.widths: averages of other widths need DDP"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(
+    shapes: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr("accelerate.Accelerator.is_fsdp2", True)
+    with pytest.raises(LdmError, match=message):
+        train(config(shapes, tmp_path / "r", *overrides))
 
 
 def test_a_batch_in_parts() -> None:
