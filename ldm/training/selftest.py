@@ -64,8 +64,8 @@ class Ground:
     precision: str
     batch: int  # over all processes
 
-    def run(self, name: str, **changes: Any) -> Watched:
-        """A run in a folder of its own; changes are named as `base__steps=2`."""
+    def config(self, name: str, **changes: Any) -> Config:
+        """Of a run in a folder of its own; changes are named as `base__steps=2`."""
         dump: dict[str, Any] = {
             "output": str(self.folder / name),
             "precision": self.precision,
@@ -102,7 +102,11 @@ class Ground:
             for part in path:
                 section = section.setdefault(part, {})
             section[key] = value
-        return Watched(Config.model_validate(dump), None, lambda stage, step, steps, figures: None)
+        return Config.model_validate(dump)
+
+    def run(self, name: str, **changes: Any) -> Watched:
+        """A run of that configuration."""
+        return Watched(self.config(name, **changes), None, lambda stage, step, steps, figures: None)
 
     def built(self, name: str, stage: StageName, **changes: Any) -> tuple[Training, Batch]:
         """A stage of a new run that is ready to train, and this process's part of its first batch."""
