@@ -246,6 +246,7 @@ EMOJI = Family(
         options={"timestep_spacing": "trailing"},
     ),
     zero_empty_prompt=True,
+    steps=20,
     guidance=3.0,
 )
 EMOJI_REFINER = replace(

@@ -125,8 +125,7 @@ class Pipeline:
         if output not in ("images", "latents"):
             raise LdmError(f"output {output!r} is not known; choose images or latents")
         request, passes = self.request(prompt, **settings)
-        parts = (request.part(slice(start, start + batch)) for start in range(0, len(request.prompts), batch))
-        return (self._batch(part, passes, output, on_step) for part in parts)
+        return self._batches(request, batch, passes, output, on_step)
 
     def request(
         self,
@@ -221,8 +220,14 @@ class Pipeline:
         return self.model.family.preview or fit(self.model.autoencoder)
 
     @torch.inference_mode()
-    def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
+    def _batches(
+        self, request: Request, batch: int, passes: Passes, output: str, on_step: OnStep | None
+    ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
+        for start in range(0, len(request.prompts), batch):
+            yield self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
+
+    def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
         run = Run(self.model, request, Noise(request.seeds, request.rng), on_step)
         latents = TASKS[_task(request, self.model.family)](run)
         if passes.hires:
