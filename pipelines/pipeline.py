@@ -219,7 +219,6 @@ class Pipeline:
     def _preview_factors(self) -> Factors:
         return self.model.family.preview or fit(self.model.autoencoder)
 
-    @torch.inference_mode()
     def _batches(
         self, request: Request, batch: int, passes: Passes, output: str, on_step: OnStep | None
     ) -> Iterator[Result]:
@@ -227,6 +226,7 @@ class Pipeline:
         for start in range(0, len(request.prompts), batch):
             yield self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
 
+    @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
         run = Run(self.model, request, Noise(request.seeds, request.rng), on_step)
         latents = TASKS[_task(request, self.model.family)](run)

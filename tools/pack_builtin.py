@@ -46,21 +46,21 @@ def pack(source: str, clip: Path, data: Path, folder: Path) -> None:
     """
     model = LatentDiffusion.from_pretrained(source, dtype=torch.float32)
     pair = load_clip(clip, model)
-    captions = [text for texts in open_images(f"{data}/train-*.tar", data / "index").all_captions() for text in texts]
+    known = vocabulary(open_images(f"{data}/train-*.tar", data / "index").captions())
     with replacing(folder, folder=True, overwrite=True, need=MOST) as temporary:
         model.save_pretrained(temporary / "model", dtype=torch.float16)
         for part in (temporary / "model").iterdir():
             part.rename(temporary / part.name)
         (temporary / "model").rmdir()
         write_clip(pair.half(), temporary / "clip")
-        (temporary / WORDS).write_text("\n".join(vocabulary(captions)) + "\n", encoding="utf-8")
+        (temporary / WORDS).write_text("\n".join(known) + "\n", encoding="utf-8")
         shutil.copy(data / NOTICE, temporary / NOTICE)
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, temporary / CARD)
         size = sum(path.stat().st_size for path in temporary.rglob("*.safetensors"))
         if size > MOST:
             raise LdmError(f"the weights have {size / 1e6:.1f} MB; at most {MOST / 1e6:.0f} are wanted")
-    print(f"{folder}: {size / 1e6:.1f} MB of weights, {len(vocabulary(captions))} words")
+    print(f"{folder}: {size / 1e6:.1f} MB of weights, {len(known)} words")
 
 
 if __name__ == "__main__":

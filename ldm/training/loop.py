@@ -406,12 +406,9 @@ class Training:
 
     def nbytes(self) -> int:
         """About what a checkpoint takes: weights, averages of them, and the optimisers' state."""
-        total = 0
-        for player in self.stage.players.values():
-            for parameter in player.module.parameters():
-                total += (
-                    parameter.nbytes + parameter.requires_grad * parameter.numel() * STATE[self.section.optimizer.name]
-                )
+        state = STATE[self.section.optimizer.name]
+        weights = [weight for player in self.stage.players.values() for weight in player.module.parameters()]
+        total = sum(weight.nbytes + weight.requires_grad * weight.numel() * state for weight in weights)
         return total + sum(tensor.nbytes for a in self.averages.values() for row in a.averages for tensor in row)
 
     def remove_surpassed(self, evaluator: Evaluator) -> None:

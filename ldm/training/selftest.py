@@ -26,6 +26,7 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.agreement import differences
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.conditioning import DropOut
 from ldm.training.config import Config, StageName
@@ -175,12 +176,10 @@ def all_stages(ground: Ground) -> Iterator[str]:
     for name in STAGES:
         model = run.stage(name, run.start(name, model), run.folder / name)
         digest = {player: _digest(one.module.parameters()) for player, one in run.last.stage.players.items()}
-        for rank, other in enumerate(everyone := gather_object([digest])):
-            yield from (
-                f"{name}: the weights of {player} differ between process 0 and process {rank}"
-                for player in digest
-                if other[player] != everyone[0][player]
-            )
+        first, *others = gather_object([digest])
+        for rank, other in enumerate(others, 1):
+            for player, *_ in differences(first, other):
+                yield f"{name}: the weights of {player} differ between process 0 and process {rank}"
         for player, one in run.last.stage.players.items():
             rates = {group["lr"] for group in one.optimizer.param_groups}
             if not all(math.isclose(rate, RATE) for rate in rates):

@@ -99,16 +99,12 @@ class Skeleton:
                 setattr(model, name, module)
 
 
-def save(averages: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
-    """Write averages whose tensors are spread, each rank its part; all ranks call it."""
-    dcp.save({"averages": _plain(averages)}, checkpoint_id=str(folder))
+def save(averages: dict[str, Any], folder: Path) -> None:
+    """Write averages, tensors by player and name, that are spread: each rank its part; all ranks call it."""
+    dcp.save(averages, checkpoint_id=str(folder))
 
 
-def load(averages: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+def load(averages: dict[str, Any], folder: Path) -> None:
     """Read what `save` wrote into the tensors of `averages`; by how many ranks it was written does not matter."""
     with torch.no_grad():
-        dcp.load({"averages": _plain(averages)}, checkpoint_id=str(folder))
-
-
-def _plain(averages: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    return {player: dict(tensors) for player, tensors in averages.items()}
+        dcp.load(averages, checkpoint_id=str(folder))

@@ -13,17 +13,16 @@ from pathlib import Path
 from ldm.weights.folder import INDEX
 
 FOLDER = Path(__file__).parent.parent / "builtin"
-DEFAULT = "emoji"  # where no model is named
-NAMES = ("emoji", "emoji-refiner")
+DEFAULT = "emoji"  # the only one, and what is taken where no model is named
 WORDS = "words.txt"
 _WORD = re.compile(r"[^\W\d_]+")
 
 
 def builtin(name: object) -> Path | None:
     """The folder of a built-in model, if that is a name of one, and not of a model here."""
-    if name not in NAMES or Path(str(name)).is_file() or (Path(str(name)) / INDEX).is_file():
+    if name != DEFAULT or Path(DEFAULT).is_file() or Path(DEFAULT, INDEX).is_file():
         return None
-    return FOLDER / str(name)
+    return FOLDER / DEFAULT
 
 
 def words(text: str) -> list[str]:
