@@ -33,6 +33,7 @@ from ldm.training.config import load
 from ldm.training.contrastive import ContrastiveStage, compare, retrieval
 from ldm.training.forecast import forecast
 from ldm.training.run import train
+from ldm.weights.components import fingerprint
 from ldm.weights.contrastive import load_clip
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
@@ -383,6 +384,22 @@ def test_the_pair_is_loaded_for_evaluation(
         load_clip(folder / "clip", LatentDiffusion.from_pretrained(models("sdxl")))
     with pytest.raises(LdmError, match=r"holds no contrastive pair \(heads.safetensors is missing\)"):
         load_clip(folder / "model", LatentDiffusion.from_pretrained(folder / "model"))
+
+
+def test_an_image_encoder_for_text_encoders_as_they_are(
+    trained: tuple[Path, dict[int, dict[str, float]]], pictures: Path, tmp_path: Path
+) -> None:
+    source = trained[0] / "model"
+    more = ["text.image_only=true", "text.steps=30", "text.image_layers=1"]
+    log = run(source, pictures, tmp_path / "r", *more)
+    assert log[30]["loss/pair"] < 0.9 * log[10]["loss/pair"]
+    model = LatentDiffusion.from_pretrained(source)
+    assert fingerprint({"text": model.text_encoders}) == fingerprint(
+        {"text": LatentDiffusion.from_pretrained(tmp_path / "r/text/model").text_encoders}
+    )
+    pair = load_clip(tmp_path / "r/text/clip", model)
+    (row,) = forecast(load(None, settings(source, pictures, tmp_path, *more)))
+    assert row.trained == sum(p.numel() for part in (pair.image_encoder, pair.heads) for p in part.parameters())
 
 
 def test_damage_is_noticed(trained: tuple[Path, dict[int, dict[str, float]]], tmp_path: Path) -> None:

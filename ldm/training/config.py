@@ -134,6 +134,9 @@ class TextSection(StageSection):
     embed_dim: int | None = Field(
         None, ge=1, description="channels of the comparison; without: the text encoders' projection, or 512"
     )
+    image_only: bool = Field(
+        False, description="leave the text encoders as they are, so that U-Nets that read them still fit"
+    )
 
 
 class EvaluationSection(Section):

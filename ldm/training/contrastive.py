@@ -130,7 +130,10 @@ class ContrastiveStage:
         for bucket in sides:
             pair.config.check_sides(*bucket)
         pair.to(accelerator.device).requires_grad_(True).train()
-        parameters, rate = list(pair.parameters()), section.optimizer.learning_rate
+        if section.image_only:  # Zhai et al. 2022 (arXiv 2111.07991), with the other side locked
+            pair.text_encoders.requires_grad_(False)
+        parameters = [parameter for parameter in pair.parameters() if parameter.requires_grad]
+        rate = section.optimizer.learning_rate
         optimizer = make_optimizer(
             section.optimizer,
             [([p for p in parameters if p.ndim > 1], rate)],

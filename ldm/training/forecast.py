@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,6 +131,10 @@ def _work(
         with torch.device("meta"):
             pair = contrastive_pair(config.text, parts.text_encoders)
         rest: list[nn.Module] = [parts.unet, parts.autoencoder]
+        if config.text.image_only:
+            images, heads = pair.image_encoder, pair.heads
+            read_texts = partial(pair.embed_texts, texts)
+            return [images, heads], [*rest, parts.text_encoders], partial(pair.embed_images, picture), [read_texts]
         return [pair], rest, lambda: torch.stack([part.mean() for part in pair(picture, texts)[:2]]).sum(), []
     latents = torch.empty(1, family.unet.in_channels, side, side, device="meta")
     time = torch.zeros(1, dtype=torch.long, device="meta")
