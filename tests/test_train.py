@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 from test_cli import COMMAND
 
 from ldm.cli.train import make_pictures
+from ldm.data.loader import Batch
 from ldm.data.plan import split
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import checkpoint
 from ldm.training.config import Config, ModelSection, load
-from ldm.training.denoiser import Joint
+from ldm.training.denoiser import DenoiserStage, Joint
 from ldm.training.ema import recombine
 from ldm.training.loop import Stopped
 from ldm.training.run import Caches, Run, train
@@ -405,8 +406,37 @@ def test_a_signal_saves_and_leaves(shapes: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_a_signal_while_held_out_pictures_are_looked_at(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved already is left at once, and looked at when the run goes on; else the looking is finished."""
+    train(config(shapes, tmp_path / "whole", "base.validate_every=1"))
+    settings = config(shapes, tmp_path / "parts", "base.validate_every=1")
+    validate, batches = DenoiserStage.validate, 0
+
+    def signalled(self: DenoiserStage, held_out: Iterable[Batch]) -> dict[str, float]:
+        def seen() -> Iterator[Batch]:
+            nonlocal batches
+            for batch in held_out:
+                os.kill(os.getpid(), signal.SIGTERM)
+                batches += 1
+                yield batch
+
+        return validate(self, seen())
+
+    for after, looked_at in ((1, 1), (2, 1), (3, 0), (3, 0)):
+        batches = 0
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"after {after} updates"):
+            patch.setattr(DenoiserStage, "validate", signalled)
+            train(settings)
+        assert batches == looked_at, after
+    train(settings)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
 def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two at once are one; a second one later ends it at once; one that comes too late is handed on."""
+    """Two at once are one; a second one later ends it at once."""
     settings = config(shapes, tmp_path / "r")
     before = signal.getsignal(signal.SIGINT)
 
@@ -422,7 +452,7 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("ldm.training.loop.AT_ONCE", -1.0)
         train(settings, report=sent(4, 2))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="after 6 updates"):
         train(settings, report=sent(6, 1))
     assert signal.getsignal(signal.SIGINT) is before
     train(settings)

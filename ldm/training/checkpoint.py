@@ -22,6 +22,7 @@ from ldm.errors import LdmError, first_line
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+STATE = {"sums": dict, "kind": dict, "looks": list, "log": int}  # what every checkpoint says besides
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -142,7 +143,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             wrong = [name for name, digest in manifest["files"].items() if _digest(path / name) != digest]
             state = manifest["state"]
-            if not (manifest["files"] and isinstance(state["sums"], dict) and isinstance(state["kind"], dict)):
+            if not (manifest["files"] and all(isinstance(state[name], kind) for name, kind in STATE.items())):
                 wrong = [MANIFEST]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             wrong = [MANIFEST]

@@ -98,7 +98,7 @@ class StageSection(Section):
     compile: bool = Field(False, description="torch.compile the trained network")
     log_every: int = Field(10, ge=1, description="updates between lines of the log")
     save_every: int = Field(1000, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints that are kept")
+    keep: int = Field(2, ge=2, description="checkpoints that are kept")
     validate_every: int = Field(1000, ge=1, description="updates between validations on the held-out pictures")
     preview_every: int = Field(1000, ge=1, description="updates between previews")
 

@@ -10,12 +10,14 @@ import hashlib
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,6 @@ from ldm.training.forecast import STATE
 from ldm.training.optimizers import learning_rate, set_learning_rate
 from ldm.training.sharded import Skeleton, is_sharded, whole
 from ldm.training.stage import Stage
-from ldm.weights.files import replacing
 
 log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
@@ -126,6 +127,12 @@ class Training:
         self.clock = Clock()
         self.pieces = 1  # into which micro-batches are cut, since memory did not suffice for more
         self.committed = False  # whether the step can no longer be begun again
+        self.every = {"validate": self.section.validate_every, "preview": self.section.preview_every}
+        if evaluator:
+            self.every["evaluate"] = evaluator.section.every
+        self.looks: list[str] = []  # of them, those that this step still owes
+        self.looking = False
+        self.saved = -1  # the step of the newest checkpoint
         self.asked = 0  # the signal that asked for the end
         self.asked_at = 0.0  # when it came
 
@@ -139,10 +146,11 @@ class Training:
         self.restore()
         if self.accelerator.is_main_process and self.step < self.section.steps:
             checkpoint.check_room(self.folder / "checkpoints", self.nbytes(), self.section.keep)
-        section, evaluator = self.section, self.evaluator
-        if evaluator and self.step < section.steps:
-            evaluator.prepare()
+        section = self.section
+        if self.evaluator and (self.looks or self.step < section.steps):
+            self.evaluator.prepare()
         with self.signals():
+            self.look(None)
             batches = self.batches(self.step)
             while self.step < section.steps:
                 started = time.monotonic()
@@ -150,19 +158,14 @@ class Training:
                 self.clock.waiting += time.monotonic() - started
                 self.train_step(micro_batches)
                 self.step += 1
-                last = self.step == section.steps
-                if self.step % section.log_every == 0 or last:
+                if self.due(section.log_every):
                     self.write_log()
-                if self.step % section.ema.every == 0 or last:
+                if self.due(section.ema.every):
                     self.save_snapshots()
-                if self.step % section.validate_every == 0 or last:
-                    self.validate()
-                if self.step % section.preview_every == 0 or last:
-                    self.preview(micro_batches[0])
-                if evaluator and (self.step % evaluator.section.every == 0 or last):
-                    self.evaluate(evaluator)
-                if self.step % section.save_every == 0 or last:
+                self.looks = [look for look, every in self.every.items() if self.due(every)]
+                if self.due(section.save_every) or "evaluate" in self.looks:
                     self.save()
+                self.look(micro_batches[0])
         with self.result():
             return self.stage.finish(self.held_out())
 
@@ -265,7 +268,8 @@ class Training:
         if any_stop:
             for player in self.stage.players.values():
                 player.optimizer.zero_grad(set_to_none=True)
-            self.save()
+            if self.saved != self.step:
+                self.save()
             raise Stopped(self.stage.name, self.step, self.asked or signal.SIGTERM)
         return result
 
@@ -310,19 +314,55 @@ class Training:
                 file.write(json.dumps({"step": self.step, **figures}) + "\n")
             self.report(self.stage.name, self.step, self.section.steps, figures)
 
+    def due(self, every: int) -> bool:
+        """Whether it is time for what is done after so many steps, and after the last one."""
+        return self.step % every == 0 or self.step == self.section.steps
+
+    def look(self, batch: Batch | None) -> None:
+        """Validation, previews and evaluation, where they are due; `batch` is the step's, if it is known.
+
+        They come after the checkpoint: it knows of them, so a signal that comes meanwhile need not wait.
+        """
+        verbs: dict[str, Callable[[], None]] = {
+            "validate": self.validate, "preview": partial(self.preview, batch), "evaluate": self.evaluate,
+        }  # fmt: skip
+        while self.looks:
+            self.leave()
+            self.looking = True
+            try:
+                verbs[self.looks[0]]()
+            finally:
+                self.looking = False
+            self.looks = self.looks[1:]
+
+    def leave(self) -> None:
+        """End here if a signal asked for it and all that was done is saved.
+
+        Raises:
+            Stopped: see `run`.
+        """
+        if self.asked and self.saved == self.step:
+            raise Stopped(self.stage.name, self.step, self.asked)
+
     def validate(self) -> None:
         """Figures over the held-out pictures, with the averages in place."""
+        batches = (part for batch in self.held_out() for part in batch.parts(self.pieces))
         with self.averaged():
-            figures = self.stage.validate(self.held_out())
+            figures = self.stage.validate(batches)
         if figures:
             self.write({f"validation/{name}": value for name, value in figures.items()})
         self.clock = Clock()
 
-    def preview(self, batch: Batch) -> None:
+    def preview(self, batch: Batch | None) -> None:
         """Pictures to look at, on the main process: of held-out samples, always the same, or else of this batch."""
         with self.averaged():
-            if self.accelerator.is_main_process:
-                self.show(self.stage.preview(next(iter(self.held_out()), batch), self.step))
+            if self.accelerator.is_main_process and (shown := next(iter(self.held_out()), batch)):
+                try:
+                    self.show(self.stage.preview(shown, self.step))
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    log.warning("no preview of step %d: out of memory", self.step)
         self.accelerator.wait_for_everyone()
         self.clock = Clock()
 
@@ -332,8 +372,11 @@ class Training:
             (self.folder / "previews").mkdir(exist_ok=True)
             save_png(grid(pictures), self.folder / "previews" / f"step-{self.step:08d}.png")
 
-    def evaluate(self, evaluator: Evaluator) -> None:
+    def evaluate(self) -> None:
         """Figures of the pictures that each average makes; if one chooses by them, the best weights so far are kept."""
+        evaluator = self.evaluator
+        if evaluator is None:  # the configuration no longer asks for what a checkpoint owes
+            return
         names = next(iter(self.averages.values())).names
         line: dict[str, float] = {}
         for which, name in enumerate(names):
@@ -391,12 +434,16 @@ class Training:
 
     def save(self) -> None:
         """A checkpoint of everything that the rest of the run depends on."""
-        state = {"sums": self.sums, "kind": self.kind(), "best": self.best and asdict(self.best)}
+        state = {
+            "sums": self.sums, "kind": self.kind(), "best": self.best and asdict(self.best), "looks": self.looks,
+            "log": _size(self.folder / "metrics.jsonl"),
+        }  # fmt: skip
         checkpoint.save(
             self.accelerator, self.folder / "checkpoints", self.step, state, self.section.keep, self.save_spread
         )
         if self.evaluator and self.accelerator.is_main_process:
             self.remove_surpassed(self.evaluator)
+        self.saved = self.step
         self.clock = Clock()
 
     def save_spread(self, folder: Path) -> None:
@@ -424,7 +471,7 @@ class Training:
         Raises:
             LdmError: the configuration describes other networks, averages or another optimiser.
         """
-        found = checkpoint.newest(self.folder / "checkpoints")
+        found, size = checkpoint.newest(self.folder / "checkpoints"), 0
         if found:
             path, manifest = found
             kind, before = self.kind(), manifest["state"]["kind"]
@@ -444,14 +491,14 @@ class Training:
             for optimizer, groups in zip(optimizers, wanted, strict=True):  # those of the configuration, if it changed
                 for group, options in zip(optimizer.param_groups, groups, strict=True):
                     group.update(options)
-            self.step = int(path.name.removeprefix("step-"))
-            self.sums = manifest["state"]["sums"]
+            self.step = self.saved = int(path.name.removeprefix("step-"))
+            self.sums, self.looks, size = (manifest["state"][name] for name in ("sums", "looks", "log"))
             if self.evaluator and manifest["state"].get("best"):
                 self.best = self.evaluator.resumed(Best(**manifest["state"]["best"]))
                 self.result().close()  # to find out now whether these weights are whole
             log.info("going on from %s", path)
         if self.accelerator.is_main_process:
-            _cut(self.folder / "metrics.jsonl", self.step)
+            _cut(self.folder / "metrics.jsonl", size)
 
     def kind(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to fit."""
@@ -481,6 +528,8 @@ class Training:
         def ask(number: int, _: object) -> None:
             if not self.asked:
                 self.asked, self.asked_at = number, time.monotonic()
+                if self.looking:
+                    self.leave()
             elif time.monotonic() - self.asked_at > AT_ONCE:
                 restore()
                 signal.raise_signal(number)
@@ -498,13 +547,16 @@ class Training:
             signal.raise_signal(self.asked)
 
 
-def _cut(path: Path, step: int) -> None:
-    """Lines of a log up to a step."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
-    with replacing(path, folder=False, overwrite=True, need=0) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _cut(path: Path, size: int) -> None:
+    """The lines of a log in its first bytes."""
+    if path.exists():
+        with path.open("rb") as file:
+            kept = file.read(size)
+        os.truncate(path, kept.rfind(b"\n") + 1)
 
 
 def _too_large(stage: Stage, batch: Batch, at_a_time: int) -> str:
@@ -516,13 +568,6 @@ def _too_large(stage: Stage, batch: Batch, at_a_time: int) -> str:
         f"out of memory with {at_a_time} pictures of {width}×{height} at a time; set {fewer}"
         f"{stage.name}.checkpointing=true, or a smaller size"
     )
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
-        return float("inf")
 
 
 def in_parts(batches: Iterator[Batch], parts: int) -> Iterator[list[Batch]]:

@@ -13,16 +13,23 @@ from pathlib import Path
 from ldm.weights.folder import INDEX
 
 FOLDER = Path(__file__).parent.parent / "builtin"
-DEFAULT = "emoji"  # the only one, and what is taken where no model is named
+DEFAULT = "emoji"  # what is taken where no model is named
+REFINER = "emoji-refiner"  # its refiner, which has a U-Net of its own and takes the other parts from it
 WORDS = "words.txt"
 _WORD = re.compile(r"[^\W\d_]+")
 
 
 def builtin(name: object) -> Path | None:
     """The folder of a built-in model, if that is a name of one, and not of a model here."""
-    if name != DEFAULT or Path(DEFAULT).is_file() or Path(DEFAULT, INDEX).is_file():
+    known = next((one for one in (DEFAULT, REFINER) if one == name), None)
+    if known is None or Path(known).is_file() or Path(known, INDEX).is_file():
         return None
-    return FOLDER / DEFAULT
+    return FOLDER / known
+
+
+def lender(folder: Path) -> Path | None:
+    """The built-in model that a built-in model takes parts from."""
+    return FOLDER / DEFAULT if folder == FOLDER / REFINER else None
 
 
 def words(text: str) -> list[str]:

@@ -77,11 +77,13 @@ def open_folder(
     allow_pickle: bool = False,
     verify: bool = True,
     progress: Progress = silent,
+    lender: Path | None = None,
 ) -> Opened:
     """Find out what a diffusers folder holds.
 
     `variant` picks weights such as "fp16" (default: those without a variant, or the only one there). With `verify`,
-    everything that is read is checked against the manifest if the folder has one.
+    everything that is read is checked against the manifest if the folder has one. Components that the folder lacks are
+    those of the folder `lender`.
 
     Raises:
         LdmError: the folder is none of ours or is damaged; the message says where.
@@ -90,19 +92,22 @@ def open_folder(
     components = [name for name, value in index.items() if _class_of(value) and name not in _UNUSED]
     towers = [name for name in ("text_encoder", "text_encoder_2") if name in components]
     needed = ["unet", "vae", "scheduler", *towers, *(name.replace("text_encoder", "tokenizer") for name in towers)]
-    absent = [name for name in needed if name not in components or not (folder / name).is_dir()]
+    places = {name: folder / name if (folder / name).is_dir() or not lender else lender / name for name in needed}
+    absent = [name for name in needed if name not in components or not places[name].is_dir()]
     if absent or not towers:
         raise LdmError(f"{folder}: {listing(absent or ['text_encoder'])} missing; a whole model is needed")
-    files = {name: weight_files(folder / name, name, variant, allow_pickle) for name in ("unet", "vae", *towers)}
+    files = {name: weight_files(places[name], name, variant, allow_pickle) for name in ("unet", "vae", *towers)}
     if verify:
-        check_manifest(folder, [file for group in files.values() for file in group], progress)
-    tokenizers = [read_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
+        for place in {path.parent for path in places.values()}:
+            own = [file for name, group in files.items() if places[name].parent == place for file in group]
+            check_manifest(place, own, progress)
+    tokenizers = [read_tokenizer(places[name.replace("text_encoder", "tokenizer")]) for name in towers]
     text = tuple(
-        read_text_config(folder / name, name, tokenizer) for name, tokenizer in zip(towers, tokenizers, strict=True)
+        read_text_config(places[name], name, tokenizer) for name, tokenizer in zip(towers, tokenizers, strict=True)
     )
-    unet = read_unet_config(folder / "unet", text[-1].projection)
-    vae = read_autoencoder_config(folder / "vae")
-    schedule = read_schedule_config(folder / "scheduler")
+    unet = read_unet_config(places["unet"], text[-1].projection)
+    vae = read_autoencoder_config(places["vae"])
+    schedule = read_schedule_config(places["scheduler"])
     for name, kind in (("vae", "VQModel" if vae.codebook else "AutoencoderKL"), ("scheduler", schedule.scheduler)):
         if _class_of(index[name]) != kind:
             raise LdmError(

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from ldm.errors import LdmError
 from ldm.families import Family
-from ldm.weights.builtin import DEFAULT, builtin
+from ldm.weights.builtin import DEFAULT, builtin, lender
 from ldm.weights.components import Opened
 from ldm.weights.files import Progress, check_digest, open_store, silent, stated_digest
 from ldm.weights.folder import (
@@ -65,7 +65,7 @@ def open_source(
         if path.is_dir():
             if family:
                 raise LdmError(f"{path} is a folder, whose files say what it is; family={family!r} is for single files")
-            opened = open_folder(path, variant, allow_pickle, verify, progress)
+            opened = open_folder(path, variant, allow_pickle, verify, progress, lender(path))
         elif path.is_file():
             if variant:
                 raise LdmError(f"{path} is a single file, which has no variants; leave out variant={variant!r}")
