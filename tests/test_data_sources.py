@@ -182,8 +182,8 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def test_every_kind_of_image_is_read(tmp_path: Path) -> None:
-    """Turned, CMYK, 16 bits, palette and transparency, animated, a JPEG called PNG."""
+def odd_files() -> dict[str, bytes]:
+    """Ten: turned, CMYK, 16 bits, palette and transparency, animated, a JPEG called PNG."""
     picture = place_picture(24, 16)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -193,13 +193,17 @@ def test_every_kind_of_image_is_read(tmp_path: Path) -> None:
     palette = picture.quantize(16)
     palette.info["transparency"] = 0
     red = Image.new("RGB", (24, 16), "red")
-    files = {
+    return {
         "turned.jpg": encoded(picture, "JPEG", exif=exif), "turned.png": encoded(picture, "PNG", exif=exif),
         "print.jpg": encoded(red.convert("CMYK"), "JPEG"), "deep.png": png(deep), "clear.png": png(clear),
         "palette.png": png(palette), "moving.gif": encoded(red, "GIF", save_all=True, append_images=[picture]),
         "really-a-jpeg.png": encoded(red, "JPEG"), "gray.webp": encoded(picture.convert("L"), "WEBP"),
         "deep.pgm": b"P5 24 16 65535\n" + np.full((16, 24), 40_000, dtype=">u2").tobytes(),
     }  # fmt: skip
+
+
+def test_every_kind_of_image_is_read(tmp_path: Path) -> None:
+    files = odd_files()
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     images = open_images(str(tmp_path), tmp_path / "cache", captions="optional")

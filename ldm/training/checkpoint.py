@@ -51,7 +51,8 @@ def save(
     temporary = folder / f".{path.name}.part"
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in folder.glob(".step-*.part"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
