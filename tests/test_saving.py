@@ -233,8 +233,8 @@ def test_the_newest_checkpoint_is_damaged(
 
 
 def test_killed_twenty_times_and_asked_to_stop_twenty_times() -> None:
-    """Real processes, at random moments of every kind of run; what comes of them is compared byte for byte."""
-    command = [sys.executable, str(ROOT / "tools/check_resume.py"), "--kills", "20", "--stops", "20"]
+    """Real processes, at random moments of runs of every stage; what comes of them is compared byte for byte."""
+    command = [sys.executable, str(ROOT / "tools/check_resume.py"), "--kills=20", "--stops=20", "--every=3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -1,9 +1,10 @@
-"""Kill runs at random moments (SIGKILL), start them again until they are through, and compare them with whole ones.
+"""End runs at random moments, start them again until they are through, and compare them with whole ones.
 
-    python tools/check_resume.py --kills 50
+    python tools/check_resume.py --kills 50 --stops 20
 
-For every stage, with and without caches, with and without loader processes. Half of the kills come at any moment, half
-while a checkpoint is written. Every loss, and every byte of the result, must be those of the undisturbed run.
+For every stage, with and without caches, with and without loader processes. Runs are killed (SIGKILL) and asked to stop
+(SIGTERM), half of the time at any moment, half while a checkpoint is written. Every loss, and every byte of the result,
+must be those of the undisturbed run, and a run that is asked to stop must have ended within 30 seconds.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm.training.config import Config, StageName
+from ldm.training.loop import Stopped
 from ldm.training.run import train
 from ldm.training.selftest import STAGES, Ground, draw_pictures
 
 STEPS = 12
 TIMING = ("images_per_s", "waiting", "tflops")  # figures that no two runs share
 SLOWEST = 120.0  # seconds after which an attempt hangs
+LONGEST = 30.0  # seconds that a run may go on after it was asked to stop
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that stopped because it was asked to
+Kind = tuple[str, StageName, dict[str, Any]]  # of a run: its name, what it trains, and how
 
 
 @dataclass
@@ -39,8 +44,10 @@ class Outcome:
 
     name: str
     kills: int = 0
+    stops: int = 0
     writing: int = 0  # of them, while a checkpoint was written
     runs: int = 0
+    slowest: float = 0.0  # seconds from a request to stop to the end
     problems: list[str] = field(default_factory=list)
 
 
@@ -48,35 +55,33 @@ def main() -> None:
     """Print a table; the exit code says whether all runs were the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in all")
+    parser.add_argument("--stops", type=int, default=20, help="in all")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the kinds of runs, only every Nth")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    table = Table("run", "kills", "while writing", "runs", "problems")
+    table = Table("run", "kills", "stops", "while writing", "runs", "slowest stop, s", "problems")
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = list(check(Path(folder), options.kills, random.Random(options.seed)))
-    for outcome in outcomes:
-        table.add_row(
-            outcome.name,
-            str(outcome.kills),
-            str(outcome.writing),
-            str(outcome.runs),
-            "; ".join(outcome.problems) or "–",
-        )
+        ends = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.stops
+        outcomes = list(check(Path(folder), list(kinds())[:: options.every], ends, random.Random(options.seed)))
+    for row in outcomes:
+        numbers = (row.kills, row.stops, row.writing, row.runs, f"{row.slowest:.2f}")
+        table.add_row(row.name, *map(str, numbers), "; ".join(row.problems) or "–")
     Console().print(table)
-    raise SystemExit(any(outcome.problems for outcome in outcomes))
+    print(f"{sum(row.kills for row in outcomes)} kills, {sum(row.stops for row in outcomes)} stops")
+    raise SystemExit(any(row.problems for row in outcomes))
 
 
-def check(folder: Path, kills: int, draw: random.Random) -> Iterator[Outcome]:
-    """Kill runs of every kind, so often in all."""
+def check(folder: Path, kinds: list[Kind], ends: list[signal.Signals], draw: random.Random) -> Iterator[Outcome]:
+    """Runs of these kinds, which share the ends."""
     torch.set_num_threads(1)
     ground = Ground(folder, "no", 8)
     draw_pictures(folder / "pictures")
-    found = list(kinds())
-    for number, (name, stage, changes) in enumerate(found):
-        share = kills * (number + 1) // len(found) - kills * number // len(found)
-        yield check_kind(ground, name, stage, changes, share, draw)
+    draw.shuffle(ends)
+    for number, kind in enumerate(kinds):
+        yield check_kind(ground, kind, ends[number :: len(kinds)], draw)
 
 
-def kinds() -> Iterator[tuple[str, StageName, dict[str, Any]]]:
+def kinds() -> Iterator[Kind]:
     """Every stage; base and refiner with caches too, and all with loader processes."""
     for stage in STAGES:
         for cached in (False, True) if stage in ("base", "refiner") else (False,):
@@ -88,60 +93,75 @@ def kinds() -> Iterator[tuple[str, StageName, dict[str, Any]]]:
                 yield f"{stage}{', cached' * cached}{', 2 workers' * bool(workers)}", stage, changes
 
 
-def check_kind(
-    ground: Ground, name: str, stage: StageName, changes: dict[str, Any], kills: int, draw: random.Random
-) -> Outcome:
-    """One undisturbed run, and killed ones until there were `kills` kills."""
+def check_kind(ground: Ground, kind: Kind, ends: list[signal.Signals], draw: random.Random) -> Outcome:
+    """One undisturbed run, and others that are ended on the way."""
+    name, stage, changes = kind
     outcome = Outcome(name)
     plain = ground.config(f"{name}-0", **changes)
     began = time.monotonic()
     if forked(plain, lambda process: None) != 0:
         outcome.problems.append("the undisturbed run failed")
         return outcome
-    whole = time.monotonic() - began
-    while outcome.kills < kills and not outcome.problems:
+    whole, left = time.monotonic() - began, list(ends)
+    while left and not outcome.problems:
         outcome.runs += 1
         settings = ground.config(f"{name}-{outcome.runs}", **changes)
         checkpoints = Path(settings.output) / stage / "checkpoints"
         for _ in range(10 * STEPS):
             writing = draw.random() < 0.5
             wait = draw.uniform(0, 0.02) if writing else draw.uniform(0, whole)
-            kill = Kill(checkpoints if writing else None, wait) if outcome.kills < kills else lambda process: None
-            code = forked(settings, kill)
+            end = End(left[-1] if left else None, checkpoints if writing else None, wait)
+            code = forked(settings, end)
             if code == 0:
                 break
-            if code != -signal.SIGKILL:
+            if not end.sent or code not in (-end.sent, STOPPED):
                 outcome.problems.append(f"a run that went on ended with {code}")
                 return outcome
-            outcome.kills += 1
+            left.pop()
+            outcome.kills += end.sent == signal.SIGKILL
+            outcome.stops += end.sent == signal.SIGTERM
             outcome.writing += writing
+            outcome.slowest = max(outcome.slowest, end.seconds if end.sent == signal.SIGTERM else 0)
         else:
             outcome.problems.append("the run got nowhere")
             return outcome
         outcome.problems += differences(Path(plain.output) / stage, Path(settings.output) / stage)
+    if outcome.slowest > LONGEST:
+        outcome.problems.append("a stop took too long")
     return outcome
 
 
 @dataclass
-class Kill:
-    """Kills a process after a while, or that long after it begins to write a checkpoint."""
+class End:
+    """Sends a process a signal after a while, or that long after it begins to write a checkpoint."""
 
+    signal: signal.Signals | None
     checkpoints: Path | None
     wait: float  # seconds
+    sent: signal.Signals | None = None
+    seconds: float = 0.0  # from the signal to the end of the process
 
     def __call__(self, process: int) -> None:
-        """Returns when the process is killed or gone."""
-        if self.checkpoints:
-            while not any(self.checkpoints.glob(".step-*.part")):
-                if _ended(process):
-                    return
-                time.sleep(0.0005)
+        """Returns when the process has ended."""
+        if self.signal and self._moment(process):
+            self.sent, began = self.signal, time.monotonic()
+            os.kill(process, self.signal)
+            while not _ended(process):
+                time.sleep(0.001)
+            self.seconds = time.monotonic() - began
+
+    def _moment(self, process: int) -> bool:
+        """Wait for it; whether the process lives to see it."""
+        while self.checkpoints and not any(self.checkpoints.glob(".step-*.part")):
+            if _ended(process):
+                return False
+            time.sleep(0.0005)
         end = time.monotonic() + self.wait
         while time.monotonic() < end:
             if _ended(process):
-                return
+                return False
             time.sleep(0.001)
-        os.kill(process, signal.SIGKILL)
+        return True
 
 
 def forked(settings: Config, kill: Callable[[int], None]) -> int:
@@ -155,6 +175,8 @@ def forked(settings: Config, kill: Callable[[int], None]) -> int:
         signal.alarm(int(SLOWEST))
         try:
             train(settings)
+        except Stopped:
+            os._exit(STOPPED)
         except BaseException as error:  # nothing of the parent's must run on in the child
             print(f"{type(error).__name__}: {error}", flush=True)
             os._exit(1)
