@@ -1,4 +1,4 @@
-"""Two processes on the CPU. `accelerate launch --cpu --num_processes 2` starts one, so PyTorch's launcher does it."""
+"""Several processes on the CPU, by PyTorch's launcher: `accelerate launch --cpu --num_processes 2` starts one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ ROOT = Path(__file__).parent.parent
 
 def on_two(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a script, or `-m` and a module, in two processes that know of each other; it must succeed."""
+    return on_several(2, *arguments)
+
+
+def on_several(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Likewise, in any number of processes."""
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc_per_node=2",
+        f"--nproc_per_node={count}",
         *map(str, arguments),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}

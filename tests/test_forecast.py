@@ -44,6 +44,19 @@ def test_activations_are_those_that_are_kept() -> None:
     assert flops > 0
 
 
+def test_attention_by_the_formula_keeps_its_scores() -> None:
+    fused, plain = (
+        forecast(
+            Config.model_validate(
+                {"model": {"family": "sd15"}, "data": {"cache": True}, "base": {"attention": name, "batch": 1}}
+            )
+        )[0]
+        for name in ("sdpa", "math")
+    )
+    scores = 4 * 8 * 4096 * (4096 + 77)  # bytes of one layer's at 512 pixels, of which there are five so large
+    assert 5 * scores < plain.activations - fused.activations < 15 * scores
+
+
 @pytest.mark.parametrize(("family", "size", "tflop"), [("sd15", 512, 0.803), ("sdxl", 1024, 6.76)])
 def test_the_arithmetic_of_known_models(family: str, size: int, tflop: float) -> None:
     """Three forward passes for each picture, from a cache; half precision halves what is kept."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
-from launched import ROOT, on_two
+from launched import ROOT, on_several, on_two
 from PIL import Image
 from safetensors.torch import load
 from test_train import _fresh_accelerator, config, lines, losses, shapes, weights  # noqa: F401
@@ -180,8 +180,15 @@ def test_weights_spread_over_processes_train_alike(shapes: Path, tmp_path: Path)
     shutil.rmtree(tmp_path / "two" / "base" / "checkpoints" / "step-00000006")
     shutil.rmtree(tmp_path / "two" / "base" / "model")
     (tmp_path / "two" / "base" / "done.json").unlink()
+    for name in ("alone", "layout"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
     assert "going on from" in on_two(script, "train", *settings).stderr
     assert weights(tmp_path / "two") == before["two"]
+    on_several(1, script, "train", *settings, f"output={tmp_path / 'alone'}")
+    for row, expected in zip(lines(tmp_path / "alone"), lines(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(LdmError, match=r"step-00000003 does not fit .*: another layout of weights \(DDP or FSDP2\)"):
+        train(config(shapes, tmp_path / "layout", *extra), make_pictures)
     pictures = [Image.open(tmp_path / name / "base/previews/step-00000003.png").tobytes() for name in ("one", "two")]
     assert pictures[0] == pictures[1]
 

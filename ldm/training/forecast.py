@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.models.attention import attention_layers, math
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.models.unet import Conditioning
 from ldm.training.checkpointing import checkpointed
@@ -144,6 +145,9 @@ def _work(
         torch.empty(1, family.unet.size_ids, device="meta") if family.unet.size_ids else None,
     )
     section = config.refiner if name == "refiner" else config.base
+    if section.attention == "math":  # which alone keeps its scores
+        for layer in attention_layers(parts.unet):
+            layer.kernel = math
     fixed: list[Pass] = [] if config.data.cache else [encode]
     if section.train_text:
         return (

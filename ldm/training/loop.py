@@ -513,6 +513,7 @@ class Training:
             "optimizer": self.section.optimizer.name,
             "ema": [bool(self.section.ema.decay), *self.section.ema.widths],
             "precision with a loss scale": self.accelerator.scaler is not None,
+            "layout of weights (DDP or FSDP2)": bool(self.skeletons),
         }
 
     @contextmanager
