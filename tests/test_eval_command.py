@@ -65,7 +65,7 @@ def command(family: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory
         "eval", str(family / "base" / "model"), str(family / "text" / "model"), "--data", str(shapes), "-n", "44",
         "--metrics", "fid,kid,precision,coverage,cmmd,clip-score,r-precision,memorisation,rfid,psnr,ssim",
         "--features", pair, "--clip", pair, "--copies", pair, "--training", str(shapes), "--with", "steps=1",
-        "--sweep", "guidance=1,3", "--device", "cpu", "--with", "dtype=fp32",
+        "--sweep", "guidance=1,3", "--sweep", "scheduler=ddim,lms", "--device", "cpu", "--with", "dtype=fp32",
         "--cache", str(tmp_path_factory.mktemp("cache")),
     ]  # fmt: skip
 
@@ -97,6 +97,8 @@ def test_the_report_is_whole(whole: tuple[Path, str], command: list[str]) -> Non
     metrics = [row["metric"] for table in report["tables"] for row in table["rows"]]
     assert sorted(metrics) == sorted(command[command.index("--metrics") + 1].split(","))
     assert {row["metric"] for row in report["sweeps"][0]["rows"][0]} == set(metrics) - {"rfid", "psnr", "ssim"}
+    assert [sweep["values"] for sweep in report["sweeps"]] == [[1, 3], ["ddim", "lms"]]
+    assert "<h2>Along scheduler</h2>" in (folder / "report.html").read_text()
     assert [gallery["title"] for gallery in report["galleries"]][:3] == [
         "Samples", "Best by CLIP score", "Worst by CLIP score",
     ]  # fmt: skip
@@ -155,6 +157,8 @@ def test_killed_and_continued_is_the_same(
         (["MODEL", "--data", "SHAPES", "--with", "allow_pickle=maybe", "--metrics", "psnr"], "true or false is needed"),
         (["MODEL", "--data", "SHAPES", "--sweep", "guidance=1,x"], "--sweep 'guidance=1,x'"),
         (["MODEL", "--data", "SHAPES", "--sweep", "size=64,128", "--metrics", "psnr"], "--sweep size: that is no"),
+        (["MODEL", "--data", "SHAPES", "--sweep", "scheduler=euler,euler", "--metrics", "psnr"], "each value once"),
+        (["MODEL", "--data", "SHAPES", "--sweep", "scheduler=euler,oiler", "--metrics", "psnr"], "'oiler'"),
         (["MODEL", "--data", "SHAPES", "--sweep", "steps=1", "--sweep", "steps=2"], "each setting once"),
         (["MODEL", "--data", "SHAPES", "--sweep", "guidance=-5", "--metrics", "psnr"], "guidance"),
         (["MODEL", "--data", "SHAPES", "--metrics", "fid", "--features", "inception:missing.pt"], "missing.pt"),

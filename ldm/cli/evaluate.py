@@ -22,7 +22,7 @@ from ldm.data.image_set import made
 from ldm.errors import LdmError, first_line, suggestion
 from ldm.evaluation.evaluation import Model, Plan, check, evaluate
 from ldm.evaluation.page import write_page
-from ldm.evaluation.report import save_report
+from ldm.evaluation.report import Value, save_report
 from ldm.evaluation.stored import Ranks, Work, alone
 from ldm.evaluation.tables import tables
 from ldm.weights.builtin import builtin
@@ -39,6 +39,7 @@ MAKING = (  # and of `Pipeline.request`
     "refiner_at", "refiner_strength", "hires", "hires_strength", "original_size", "crop", "target_size",
     "aesthetic_score",
 )  # fmt: skip
+NAMED = ("scheduler", "spacing")  # of these, those whose values are names
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 PICTURES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
 PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
@@ -135,22 +136,26 @@ def _setting(text: str) -> tuple[str, Any]:
         raise LdmError(f"--with {text!r}: the value cannot be read: {first_line(error)}") from None
 
 
-def _sweeps(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+def _sweeps(texts: Sequence[str]) -> dict[str, tuple[Value, ...]]:
     found = [_sweep(text) for text in texts]
     if len(dict(found)) < len(found):
-        raise LdmError(f"--sweep {' '.join(texts)!r}: each setting once, with all its numbers")
+        raise LdmError(f"--sweep {' '.join(texts)!r}: each setting once, with all its values")
     return dict(found)
 
 
-def _sweep(text: str) -> tuple[str, tuple[float, ...]]:
-    """KEY=NUMBER,NUMBER,…; whole ones stay whole."""
+def _sweep(text: str) -> tuple[str, tuple[Value, ...]]:
+    """KEY=VALUE,VALUE,…, numbers (whole ones stay whole) or what is chosen by its name."""
     name, _, values = text.partition("=")
+    found: tuple[Value, ...] = tuple(value.strip() for value in values.split(","))
     try:
-        found = tuple(float(value) if set(value) & set(".eEn") else int(value) for value in values.split(","))
+        if name not in NAMED:
+            found = tuple(float(value) if set(value) & set(".eEn") else int(value) for value in values.split(","))
     except ValueError:
         found = ()
     if not name or len(set(found)) < len(found) or not found:
-        raise LdmError(f"--sweep {text!r}: write KEY=NUMBER,NUMBER, such as guidance=1,3,5,7, each number once")
+        raise LdmError(
+            f"--sweep {text!r}: write KEY=VALUE,VALUE, such as guidance=1,3,5 or scheduler=euler,ddim, each value once"
+        )
     return _known("--sweep", name, [known for known in MAKING if known != "size"]), found
 
 
@@ -195,7 +200,7 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: Plan) -> Mo
         pipeline.request("", **{**settings, **changes})
     size = int(settings.get("height", family.size)), int(settings.get("width", family.size))
 
-    def make(prompts: list[str], seeds: list[int], changes: Mapping[str, float]) -> list[Image.Image]:
+    def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
         return pipeline(prompts, seed=seeds, batch=len(prompts), **{**settings, **changes}).images
 
     def rebuilt(images: list[Image.Image]) -> list[Image.Image]:

@@ -297,7 +297,7 @@ def evaluate(
     copies: Annotated[str, typer.Option(help="Network that knows pictures again: sscd[:FILE].")] = "sscd",
     lpips: Annotated[str, typer.Option(help="Backbone of LPIPS, alex or vgg16, or a file of its weights.")] = "alex",
     sweep: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=N,N", help="Also with these values: guidance=1,3,5,7, steps=10,20.")
+        list[str] | None, typer.Option(metavar="KEY=V,V", help="Also with these values: guidance=1,3,5, steps=10,20.")
     ] = None,
     both: Annotated[
         list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="How pictures are made, such as steps=20.")

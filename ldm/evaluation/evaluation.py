@@ -20,7 +20,7 @@ from ldm.evaluation import galleries
 from ldm.evaluation.looking import Looked, Networks, digest_of, in_pairs, neighbours
 from ldm.evaluation.measures import DISTRACTORS, METRICS, comparison, copying, distractors, estimates, metric
 from ldm.evaluation.pictures import Pictures, open_pictures, write_pictures
-from ldm.evaluation.report import Report, Row, Side, Sweep, Table
+from ldm.evaluation.report import Report, Row, Side, Sweep, Table, Value, shown
 from ldm.evaluation.stored import Work
 from ldm.evaluation.words import p_said, verdict
 
@@ -35,7 +35,7 @@ class Model:
     digest: str  # of its weights
     size: int  # pixels of the sides of pictures that its autoencoder is tried with
     make: Callable[
-        [list[str], list[int], Mapping[str, float]], list[Image.Image]
+        [list[str], list[int], Mapping[str, Value]], list[Image.Image]
     ]  # prompts, seeds, settings swept over
     reconstruct: Callable[[list[Image.Image]], list[Image.Image]] | None = None  # through its autoencoder and back
     settings: Mapping[str, Any] = field(default_factory=dict)  # of `make`; other settings make other pictures
@@ -54,7 +54,7 @@ class Plan:
     clip: str | None = None  # network for what is about prompts
     copies: str = "sscd"  # network that knows a picture again
     lpips: str = "alex"  # LPIPS's backbone, alex or vgg16, or its file
-    sweeps: Mapping[str, Sequence[float]] = field(default_factory=dict)  # values of settings, one setting at a time
+    sweeps: Mapping[str, Sequence[Value]] = field(default_factory=dict)  # values of settings, one setting at a time
     seed: int = 0  # of the first picture, and of the choice of prompts
     batch: int = 8  # pictures that a model makes at a time
     device: str = "cpu"
@@ -215,7 +215,7 @@ class Evaluation:
             )
         return looked
 
-    def made(self, side: Model | str | Path, name: str, changes: Mapping[str, float]) -> Pictures:
+    def made(self, side: Model | str | Path, name: str, changes: Mapping[str, Value]) -> Pictures:
         """The pictures of a side, made if it is a model."""
         plan = self.plan
         if not isinstance(side, Model):
@@ -229,11 +229,11 @@ class Evaluation:
             prompts = [self.prompts[number] for number in numbers]
             return side.make(prompts, [plan.seed + number for number in numbers], changes)
 
-        what = " ".join(["making", name, *(f"{key} {value:g}" for key, value in changes.items())])
+        what = " ".join(["making", name, *(f"{key} {shown(value)}" for key, value in changes.items())])
         facts = (side.digest, sorted(side.settings.items()), sorted(changes.items()), self.prompts, plan.seed)
         return write_pictures(what, digest_of(facts, plan.batch), self.prompts, make, plan.batch, self.work)
 
-    def _seen(self, side: Model | str | Path, name: str, changes: Mapping[str, float]) -> tuple[Looked, Tensor | None]:
+    def _seen(self, side: Model | str | Path, name: str, changes: Mapping[str, Value]) -> tuple[Looked, Tensor | None]:
         """A side's pictures, what was found in them, and the training pictures that are nearest."""
         captions = any(self.metrics[one].captions for one in self.about_sides)
         pictures = self.made(side, name, changes)

@@ -147,7 +147,7 @@ def _histogram(histogram: Histogram) -> str:
 
 def _sweep_plots(sweep: Sweep, names: Sequence[str]) -> list[tuple[str, str]]:
     """Captions and plots: each metric along the setting, then distances against the CLIP score."""
-    metrics = list(zip(*sweep.rows, strict=True))  # each metric at all values
+    metrics = list(zip(*sweep.rows, strict=True)) if sweep.numbers else []  # each metric at all values
     found = []
     for rows in metrics:
         label, better = rows[0].label, rows[0].better
@@ -167,7 +167,7 @@ def _curve(sweep: Sweep, rows: Sequence[Row], side: int) -> list[Point]:
     """A side's figures along the setting; without their bias and with intervals only if all of them can be so."""
     whole = all(row.estimates[side].corrected is not None for row in rows)
     points = []
-    for value, row in zip(sweep.values, rows, strict=True):
+    for value, row in zip(sweep.numbers, rows, strict=True):
         e = row.estimates[side]
         line = estimate_line(f"{sweep.over} {value:g}", e)
         if whole:

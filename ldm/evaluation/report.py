@@ -89,13 +89,32 @@ class Histogram:
     counts: tuple[tuple[int, ...], ...]  # of each distribution
 
 
+Value = float | str  # of a setting: a number, or the name of what is chosen
+
+
+def shown(value: Value) -> str:
+    """A setting's value as it is shown."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Metrics along one setting, the others fixed."""
 
     over: str  # the setting, such as guidance
-    values: tuple[float, ...]  # one at least
+    values: tuple[Value, ...]  # one at least
     rows: tuple[tuple[Row, ...], ...]  # at each value: the same metrics in the same order
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The values, if they are numbers."""
+        found = tuple(value for value in self.values if not isinstance(value, str))
+        return found if len(found) == len(self.values) else ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The values as they are shown."""
+        return tuple(map(shown, self.values))
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def _sweep(sweep: Sweep, names: Sequence[str]) -> rich_table.Table:
     grid = _grid()
     for header in (sweep.over, "", *(row.label + ARROWS[row.better] for row in sweep.rows[0])):
         grid.add_column(Text(header))
-    for value, rows in zip(sweep.values, sweep.rows, strict=True):
+    for label, rows in zip(sweep.labels, sweep.rows, strict=True):
         for side, name in enumerate(names):
             figures = (estimate_line(name, row.estimates[side]).value for row in rows)
-            grid.add_row(f"{value:g}" if side == 0 else "", name, *figures)
+            grid.add_row(label if side == 0 else "", name, *figures)
     return grid

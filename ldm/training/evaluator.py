@@ -26,7 +26,7 @@ from ldm.evaluation.looking import digest_of
 from ldm.evaluation.measures import METRICS
 from ldm.evaluation.page import write_page
 from ldm.evaluation.pictures import Pictures
-from ldm.evaluation.report import save_report
+from ldm.evaluation.report import Value, save_report
 from ldm.evaluation.stored import Work
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import DenoiserSection, EvaluationSection
@@ -183,7 +183,7 @@ class Evaluator:
     def _begin(self, name: str, digest: str, work: Work) -> Evaluation:
         """An evaluation of the model, which the report calls by that name."""
 
-        def make(prompts: list[str], seeds: list[int], changes: Mapping[str, float]) -> list[Image.Image]:
+        def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
             return self.make_pictures(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
 
         return begin([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
