@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import torch
 import transformers
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: as many threads as there are cores, in all
+    torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1))
 logging.getLogger("xformers").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ldm.families import EMOJI
 from ldm.images import read_settings
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.builtin import FOLDER, builtin, known_words, vocabulary
+from ldm.weights.components import fingerprint
 from ldm.weights.sources import open_source, verify_source
 from pipelines import Pipeline
 
@@ -64,6 +66,36 @@ def test_its_pictures_are_what_was_asked_for(pipeline: Pipeline) -> None:
     heart, face, *_ = (np.asarray(image, float)[40:56, 40:56].reshape(-1, 3).mean(0) for image in result.images)
     assert heart[0] > heart[1] + 60 and heart[0] > heart[2] + 60
     assert face[0] > face[2] + 60 and face[1] > face[2] + 30
+
+
+def test_its_refiner_takes_what_it_lacks_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, refiner = (LatentDiffusion.from_pretrained(name, dtype=torch.float32) for name in ("emoji", "emoji-refiner"))
+    assert refiner.family.name == "emoji-refiner"
+    for ours, theirs in (
+        (base.autoencoder, refiner.autoencoder),
+        (base.text_encoders.towers[-1], refiner.text_encoders.towers[-1]),
+    ):
+        assert fingerprint({"part": ours}) == fingerprint({"part": theirs})
+    assert not list((FOLDER / "emoji-refiner").glob("vae/*.safetensors"))
+    assert any("all weights are finite" in line for line in verify_source(open_source("emoji-refiner")))
+    both = Pipeline(refiner="emoji-refiner", device="cpu")
+    alone, finished, taken_over = (
+        np.asarray(both(PROMPTS[0], seed=0, **settings).images[0], float)
+        for settings in ({"refiner_strength": 0}, {}, {"refiner_at": 0.8})
+    )
+    for changed in (finished, taken_over):
+        assert 0.5 < np.abs(changed - alone).mean() < 20  # another picture, and nearly the same one
+    copy = tmp_path / "builtin"
+    shutil.copytree(FOLDER, copy)
+    monkeypatch.setattr("ldm.weights.builtin.FOLDER", copy)
+    weights = copy / "emoji/vae/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(LdmError, match="vae"):
+        open_source("emoji-refiner")
+    with pytest.raises(LdmError, match="vae, text_encoder_2 and tokenizer_2 missing; a whole model is needed"):
+        open_source(FOLDER / "emoji-refiner")
 
 
 def test_it_starts_from_pictures_and_fills_them_in(pipeline: Pipeline) -> None:
