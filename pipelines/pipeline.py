@@ -77,7 +77,7 @@ class Pipeline:
             LdmError: in one line, what is wrong and what to do.
         """
         source = named(source)
-        device = _device(device or default_device())
+        device = device_named(device or default_device())
         self.model = _loaded(source, device, dtype, attention, options)
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
@@ -437,7 +437,12 @@ def named(source: Any) -> Any:
     return FOLDER / DEFAULT if source is None else source
 
 
-def _device(name: torch.device | str) -> torch.device:
+def device_named(name: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        LdmError: there is none.
+    """
     try:
         return torch.device(name)
     except RuntimeError:

@@ -268,6 +268,35 @@ def selftest(
     command.run(folder, precision)
 
 
+@app.command()
+def bench(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a family to try with random weights.")] = (
+        "emoji"
+    ),
+    size: Annotated[str | None, typer.Option(help="Pixels, WxH; by default the model's own.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 1,
+    steps: Annotated[int, typer.Option(help="Of each picture; the median one counts.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Calls of each side, after one that warms up.")] = 5,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default what the device is good at.")
+    ] = None,
+    rival_dtype: Annotated[str | None, typer.Option(help="Likewise, of the others; by default the same.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
+    against: Annotated[str, typer.Option(help="Separated by commas: diffusers, diffusers-best.")] = "diffusers",
+    cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the picture.")] = False,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
+) -> None:
+    """Measure how fast pictures are made, beside diffusers with the same weights."""
+    from ldm.cli import bench as command
+
+    command.run(
+        command.Options(
+            source, size=size, batch=batch, steps=steps, rounds=rounds, dtype=dtype, rival_dtype=rival_dtype,
+            device=device, against=against, cold=cold, out=out,
+        )
+    )  # fmt: skip
+
+
 @app.command("eval")
 def evaluate(
     sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of pictures, one or two.")],

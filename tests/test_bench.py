@@ -1,0 +1,88 @@
+"""The command that compares speeds: that both sides make the same pictures, and what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_cli import run
+
+from ldm.cli import bench
+from ldm.cli.bench import Call, Seconds, ours, ratios, theirs, timed
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2-v", "sdxl"])
+def test_both_sides_do_the_same_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same latents come out, given the same noise, and each step is told of once."""
+    model, call = tiny.model(name), Call(64, 72, 2, 5.0)
+    decoded: list[torch.Tensor] = []
+    for kind in (type(model.autoencoder), diffusers.AutoencoderKL):
+        monkeypatch.setattr(kind, "decode", recording(kind.decode, decoded))
+    steps: list[str] = []
+    ours(model, call, rng="diffusers")(3, lambda: steps.append("ours"))
+    theirs(model, call, torch.float32, best=False)(3, lambda: steps.append("theirs"))
+    assert steps.count("ours") == steps.count("theirs") >= 3  # PNDM calls more often
+    torch.testing.assert_close(decoded[0], decoded[1], atol=1e-3, rtol=1e-4)
+
+
+def recording(decode: Any, seen: list[torch.Tensor]) -> Any:
+    def recorded(self: Any, z: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.append(z)
+        return decode(self, z, *arguments, **options)
+
+    return recorded
+
+
+def test_a_call_by_its_stages() -> None:
+    def side(steps: int, tell: Any) -> None:
+        for _ in range(steps):
+            tell()
+
+    seconds = timed(side, 3, torch.device("cpu"))
+    assert seconds.image >= seconds.step > 0
+    assert ratios([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == "3.00 (2.00–4.00)"
+    assert ratios([2.0], [1.0]) == "2.00 (2.00–2.00)"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(bench, "SIZE", 64)
+    out = tmp_path / "bench.json"
+    code, said, _ = run(
+        capsys, monkeypatch, "bench", tmp_path / "model", "--rounds", 2, "--steps", 2, "--dtype", "fp32", "--out", out
+    )
+    assert code == 0
+    assert "diffusers ×" in said
+    found = json.loads(out.read_text())
+    assert found["size"] == [64, 64]
+    for name in ("ldm", "diffusers"):
+        rows = [Seconds(**row) for row in found["seconds"][name]]
+        assert len(rows) == 2
+        assert all(np.isclose(row.before + 2 * row.step + row.decode, row.image, rtol=0.5) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "comfy"], "--against 'comfy' is not known; choose from diffusers, diffusers-best"),
+        (["--steps", 1], "--steps must be at least 2"),
+        (["--rounds", 0], "--rounds and --batch at least 1"),
+        (["--dtype", "int3"], "int3"),
+        (["--size", "big"], "big"),
+        (["--device", "abacus"], "abacus"),
+        (["nonsense"], "nonsense does not exist"),
+    ],
+)
+def test_bad_input(
+    arguments: list[object], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, "bench", *arguments)
+    assert code != 0
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
