@@ -18,6 +18,7 @@ from ldm.models.attention import Kernel
 from ldm.models.layers import TransformerBlock, twin
 from ldm.models.unet import Conditioning, UNet
 from ldm.sampling.loop import Denoise, Time
+from ldm.sampling.prepared import prepared
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ def join(*conds: Conditioning) -> Conditioning:
 
 def plain(unet: UNet, cond: Conditioning, extra: Tensor | None = None) -> Denoise:
     """The U-Net's own prediction; `extra` (B or 1, C, h, w) are more channels that it reads: the mask …"""
+    model = prepared(unet)
     if extra is None:
-        return lambda x, time: unet(x, time.tensor, cond)
+        return lambda x, time: model(x, time.tensor, cond)
     channels = extra.expand(len(cond.text), -1, -1, -1)
-    return lambda x, time: unet(torch.cat([x, channels], dim=1), time.tensor, cond)
+    return lambda x, time: model(torch.cat([x, channels], dim=1), time.tensor, cond)
 
 
 def guided(
