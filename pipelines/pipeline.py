@@ -21,7 +21,7 @@ from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import load_image, to_images
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.attention import set_attention
+from ldm.models.attention import best_attention, set_attention
 from ldm.models.prompts import TokenReport
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.loop import Step
@@ -60,7 +60,7 @@ class Pipeline:
         refiner: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        attention: str = "sdpa",
+        attention: str = "auto",
         **options: Any,
     ) -> None:
         """Load a model, or take one that is loaded.
@@ -70,7 +70,7 @@ class Pipeline:
             refiner: likewise, a model of the family sdxl-refiner, or emoji-refiner.
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
-            attention: a name of `ldm.models.attention.KERNELS`.
+            attention: a name of `ldm.models.attention.KERNELS`; "auto" is the best for device and dtype.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
 
         Raises:
@@ -414,8 +414,11 @@ def _loaded(
     half = next(model.autoencoder.parameters()).dtype == torch.float16
     if half and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
         model.autoencoder.float()  # SDXL's own overflows in fp16
-    if attention != "sdpa":
-        set_attention(model.unet, attention)
+    name = best_attention(device, next(model.unet.parameters()).dtype) if attention == "auto" else attention
+    if name != "sdpa":
+        set_attention(model.unet, name)
+    if name == "avx512":
+        set_attention(model.autoencoder, name)
     return model
 
 

@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # what each part may import of the project, besides itself and ldm.errors
-MODELS = {"ldm.models"}
+MODELS = {"ldm.models", "ldm.kernels"}
 LOW = MODELS | {"ldm.families", "ldm.weights", "ldm.sampling", "ldm.images"}
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 ALLOWED = {
     "ldm.errors": set(),
+    "ldm.kernels": set(),
     "ldm.models": MODELS,
     "ldm.families": LOW,
     "ldm.weights": LOW,
@@ -89,7 +90,7 @@ def test_names_of_the_package() -> None:
 
 
 def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
-    command = 'pip install -c constraints.txt ".[test]" && pytest'
+    command = 'pip install -c constraints.txt ".[test]" && pytest -n 2 --dist loadfile'
     assert f"\n    {command}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert command.replace("pip install", "pip install -q") in script

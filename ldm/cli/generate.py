@@ -65,7 +65,7 @@ class Options:
     sheet: bool = False
     device: str | None = None
     dtype: str | None = None
-    attention: str = "sdpa"
+    attention: str = "auto"
     as_json: bool = False
     dry_run: bool = False
     family: str | None = None

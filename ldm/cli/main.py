@@ -151,8 +151,9 @@ def generate(
         str | None, typer.Option(help="fp32, fp16 or bf16; by default what the device is good at.")
     ] = None,
     attention: Annotated[
-        str, typer.Option(help="sdpa, math, flash, efficient, cudnn, xformers or flash-attn.")
-    ] = "sdpa",
+        str,
+        typer.Option(help="sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; by default the best."),
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
     family: FamilyOption = None,

@@ -55,9 +55,16 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
+def _avx512(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from ldm.kernels.attention import attend
+
+    return attend(q, k, v)
+
+
 KERNELS: dict[str, tuple[Kernel, str]] = {  # name -> the kernel, what it needs
     "sdpa": (sdpa, "nothing beyond PyTorch"),
     "math": (math, "nothing beyond PyTorch"),
+    "avx512": (_avx512, "bf16 on a processor with AVX-512 BF16, and a C++ compiler: g++ or clang++"),
     "flash": (_only(SDPBackend.FLASH_ATTENTION), "PyTorch's flash kernel: a GPU in fp16/bf16 and heads of at most 256"),
     "efficient": (_only(SDPBackend.EFFICIENT_ATTENTION), "PyTorch's memory-efficient kernel: a CUDA GPU"),
     "cudnn": (_only(SDPBackend.CUDNN_ATTENTION), "PyTorch with cuDNN 9: a CUDA GPU in fp16/bf16"),
@@ -84,6 +91,15 @@ class AttentionLayer(nn.Module):
 def attention_layers(model: nn.Module) -> Iterator[AttentionLayer]:
     """All attention layers of a model, in order of their names."""
     return (module for module in model.modules() if isinstance(module, AttentionLayer))
+
+
+def best_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel to make pictures with: ours on the CPU in bf16 where it runs, else PyTorch's own choice."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        from ldm.kernels.attention import usable
+
+        return "avx512" if usable() else "sdpa"
+    return "sdpa"
 
 
 def set_attention(model: nn.Module, name: str) -> None:
