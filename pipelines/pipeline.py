@@ -414,12 +414,23 @@ def _loaded(
     half = next(model.autoencoder.parameters()).dtype == torch.float16
     if half and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
         model.autoencoder.float()  # SDXL's own overflows in fp16
-    name = best_attention(device, next(model.unet.parameters()).dtype) if attention == "auto" else attention
+    use_attention(model, attention)
+    return model
+
+
+def use_attention(model: LatentDiffusion, name: str) -> None:
+    """Make a model use a kernel by name, or with "auto" the best for its device and dtype.
+
+    Raises:
+        LdmError: it does not run here.
+    """
+    if name == "auto":
+        weight = next(model.unet.parameters())
+        name = best_attention(weight.device, weight.dtype)
     if name != "sdpa":
         set_attention(model.unet, name)
     if name == "avx512":
         set_attention(model.autoencoder, name)
-    return model
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:

@@ -37,7 +37,7 @@ from ldm.models.unet import Conditioning, UNet
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.configs import write_autoencoder, write_schedule, write_unet
 from pipelines import Pipeline
-from pipelines.pipeline import default_device, default_dtype, device_named
+from pipelines.pipeline import default_device, default_dtype, device_named, use_attention
 
 PROMPT = "a photograph of an astronaut riding a horse"
 STAGES = ("before", "step", "decode", "image")  # of a call: text and all else before the steps; one step; the end; all
@@ -139,7 +139,8 @@ def _model(source: str, device: torch.device, dtype: torch.dtype) -> LatentDiffu
 
 
 def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
-    """This package's pipeline."""
+    """This package's pipeline, as it is by default."""
+    use_attention(model, "auto")
     pipeline = Pipeline(model)
 
     def make(steps: int, tell: Callable[[], None]) -> None:
