@@ -247,7 +247,7 @@ EMOJI = Family(
     ),
     zero_empty_prompt=True,
     steps=20,
-    guidance=3.0,
+    guidance=2.0,
 )
 EMOJI_REFINER = replace(
     EMOJI,

@@ -68,7 +68,9 @@ def test_its_pictures_are_what_was_asked_for(pipeline: Pipeline) -> None:
     assert face[0] > face[2] + 60 and face[1] > face[2] + 30
 
 
-def test_its_refiner_takes_what_it_lacks_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_refiner_takes_what_it_lacks_from_it(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, refiner = (LatentDiffusion.from_pretrained(name, dtype=torch.float32) for name in ("emoji", "emoji-refiner"))
     assert refiner.family.name == "emoji-refiner"
     for ours, theirs in (
@@ -78,10 +80,10 @@ def test_its_refiner_takes_what_it_lacks_from_it(tmp_path: Path, monkeypatch: py
         assert fingerprint({"part": ours}) == fingerprint({"part": theirs})
     assert not list((FOLDER / "emoji-refiner").glob("vae/*.safetensors"))
     assert any("all weights are finite" in line for line in verify_source(open_source("emoji-refiner")))
-    both = Pipeline(refiner="emoji-refiner", device="cpu")
+    both = Pipeline(refiner="emoji-refiner", dtype=torch.float32, device="cpu")
     alone, finished, taken_over = (
-        np.asarray(both(PROMPTS[0], seed=0, **settings).images[0], float)
-        for settings in ({"refiner_strength": 0}, {}, {"refiner_at": 0.8})
+        np.asarray(made(PROMPTS[0], seed=0, **settings).images[0], float)
+        for made, settings in ((pipeline, {}), (both, {}), (both, {"refiner_at": 0.8}))
     )
     for changed in (finished, taken_over):
         assert 0.5 < np.abs(changed - alone).mean() < 20  # another picture, and nearly the same one
@@ -94,7 +96,7 @@ def test_its_refiner_takes_what_it_lacks_from_it(tmp_path: Path, monkeypatch: py
     weights.write_bytes(content)
     with pytest.raises(LdmError, match="vae"):
         open_source("emoji-refiner")
-    with pytest.raises(LdmError, match="vae, text_encoder_2 and tokenizer_2 missing; a whole model is needed"):
+    with pytest.raises(LdmError, match="vae, text_encoder_2, tokenizer_2 missing; a whole model is needed"):
         open_source(FOLDER / "emoji-refiner")
 
 

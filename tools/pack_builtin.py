@@ -21,6 +21,7 @@ from ldm.weights.builtin import DEFAULT, FOLDER, REFINER, WORDS, vocabulary
 from ldm.weights.components import fingerprint
 from ldm.weights.contrastive import load_clip, write_clip
 from ldm.weights.files import replacing
+from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import write_manifest
 
 MOST = 36 * 10**6  # bytes of weights, of all built-in models
@@ -67,6 +68,7 @@ def pack(model: LatentDiffusion, refiner: LatentDiffusion, clip: Path, data: Pat
         refiner.save_pretrained(small, dtype=torch.float16)
         for part in ("vae", "text_encoder_2", "tokenizer_2"):  # those of the base
             shutil.rmtree(small / part)
+        (small / MANIFEST).unlink()
         write_manifest(small, {})
         size = sum(path.stat().st_size for path in temporary.rglob("*.safetensors"))
         if size > MOST:
