@@ -163,7 +163,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_result(
         patch.setattr("ldm.training.run.Run._write_result", killed)
         train(settings, painter)
     train(settings, painter)
-    assert painter.calls == 4 + 5 + 5  # those of the last step alone: the fourth was done
+    assert painter.calls == 4 + 5 + 5 + 1  # those of the last step alone, and its preview once more
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert done(tmp_path / "parts") == done(tmp_path / "whole")

@@ -390,6 +390,7 @@ class Training:
                     average.save(path, which)
             self.best = best
         self.write(line)
+        self.accelerator.wait_for_everyone()  # until the best weights are there
         self.clock = Clock()
 
     def weights(self, evaluator: Evaluator, best: Best) -> list[tuple[Averages, Path]]:
