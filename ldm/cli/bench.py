@@ -6,6 +6,7 @@ All sides live in one process and take turns, a picture each, so that what else 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -169,7 +170,8 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, best: bool) -
     parts: dict[str, Any] = {"unet": unet.to(dtype), "vae": vae.to(dtype), "scheduler": scheduler}
     for number, (tower, tokenizer) in enumerate(zip(towers, tokenizers, strict=True)):
         ending = f"_{number + 1}" if number else ""
-        parts |= {f"text_encoder{ending}": tower, f"tokenizer{ending}": tokenizer}
+        own = tower if tower.dtype == dtype else copy.deepcopy(tower).to(dtype)
+        parts |= {f"text_encoder{ending}": own, f"tokenizer{ending}": tokenizer}
     if family.unet.pooled_dim:
         pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
