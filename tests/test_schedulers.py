@@ -209,3 +209,11 @@ def test_zero_terminal_snr_starts_from_pure_noise() -> None:
 
 def test_published_schedulers_have_short_names() -> None:
     assert [own_name(FAMILIES[name].schedule) for name in ("sd15", "sd2-v", "sdxl")] == ["pndm", "ddim", "euler"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_latents_are_not_clipped(name: str) -> None:
+    """Whatever scheduler a model was published with, whose options may not say so."""
+    config = make(NoiseSchedule("v_prediction", options={}), 4, name).scheduler.config
+    assert not config.get("clip_sample")
+    assert not config.get("thresholding")

@@ -187,6 +187,7 @@ def make(
         fits = [other for other in SCHEDULERS if other not in NO_SAMPLE_PREDICTION]
         raise LdmError(f"scheduler {name} cannot use a model that predicts the picture; choose {', '.join(fits)}")
     options = {
+        "clip_sample": False,  # to [-1, 1], which diffusers does by default, and which latents do not keep to
         **schedule.options,
         "num_train_timesteps": schedule.train_steps,
         "beta_start": schedule.beta_start,
