@@ -59,6 +59,7 @@ def reference(folder: Path, kind: str, scheduler: str | None = None) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     if scheduler:
         name, options = SCHEDULERS[scheduler]
+        options = {"clip_sample": False} | options  # diffusers clips where a model's configuration does not say
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
     return pipeline
 
