@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import load_image, to_images
+from ldm.kernels.processor import can
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import best_attention, set_attention
 from ldm.models.prompts import TokenReport
@@ -476,5 +477,4 @@ def default_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "mps":
         return torch.float16
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if can("avx512_bf16", "amx_bf16") else torch.float32

@@ -89,7 +89,7 @@ def curves() -> Finding:
         draw_pictures(Path(folder, "pictures"))
         expected = losses(Path(folder), "cpu", "no", ACCELERATE_USE_CPU="true")
         found = {precision: losses(Path(folder), precision, precision) for precision in ("no", "bf16")}
-    far = {name: max(abs(a - b) / b for a, b in zip(own, expected, strict=True)) for name, own in found.items()}
+    far = {name: distance(own, expected) for name, own in found.items()}
     well = far["no"] < NEAR and far["bf16"] < NEAR_16_BIT
     return well, f"at most {far['no']:.1e} away in fp32, {far['bf16']:.1e} in bf16", {"cpu": expected, **found}
 
@@ -103,9 +103,14 @@ def memory() -> Finding:
         peak = int((Path(folder) / "whole.peak").read_text())
         found = losses(Path(folder), "cut", "no", limit=int(ROOM * peak), **changes)
         said = (Path(folder) / "cut.log").read_text()
-    far = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+    far = distance(found, expected)
     cut = said.count("out of memory with")
     return cut > 0 and far < NEAR, f"cut {cut} times, losses at most {far:.1e} away", {"peak": peak, "limit": ROOM}
+
+
+def distance(found: list[float], expected: list[float]) -> float:
+    """The largest relative difference of two curves."""
+    return max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
 
 
 def losses(folder: Path, name: str, precision: str, limit: int | None = None, **changes: Any) -> list[float]:

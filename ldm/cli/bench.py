@@ -7,7 +7,6 @@ All sides live in one process and take turns, a picture each, so that what else 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
@@ -34,9 +33,11 @@ from ldm.cli.generate import parse_size
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.unet import Conditioning, UNet
+from ldm.models.unet import UNet
+from ldm.training.forecast import blank
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.configs import write_autoencoder, write_schedule, write_unet
+from ldm.weights.files import replacing, write_json
 from pipelines import Pipeline
 from pipelines.pipeline import default_device, default_dtype, device_named, use_attention
 
@@ -95,7 +96,7 @@ def run(options: Options) -> None:
     sides: dict[str, Side] = {"ldm": ours(model, call)}
     for name in rivals:
         sides[name] = theirs(model, call, to_dtype(options.rival_dtype) or dtype, best=name == "diffusers-best")
-    found = {name: [] for name in sides}  # type: dict[str, list[Seconds]]
+    found: dict[str, list[Seconds]] = {name: [] for name in sides}
     for number in range(options.rounds + 1):
         for name, side in sides.items():
             seconds = timed(side, options.steps, device)
@@ -113,7 +114,8 @@ def run(options: Options) -> None:
         result["cold"] = cold = cold_starts(options.source, options.rounds)
         console.print(_cold_table(cold))
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with replacing(Path(options.out), folder=False, overwrite=True, need=0) as temporary:
+            write_json(temporary, result)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -130,18 +132,18 @@ class Call:
 
 
 def _model(source: str, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
-    """A model; with the name of a family, one of its shape with random weights."""
+    """A model as pipelines have it by default; with the name of a family, one of its shape with random weights."""
     if source in FAMILIES and not builtin(source):
         model = LatentDiffusion.from_family(source)
         for module in model.modules().values():
             module.to(device, dtype)
+        use_attention(model, "auto")
         return model
-    return LatentDiffusion.from_pretrained(source, device=device, dtype=dtype)
+    return Pipeline(source, device=device, dtype=dtype).model
 
 
 def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
-    """This package's pipeline, as it is by default."""
-    use_attention(model, "auto")
+    """This package's pipeline."""
     pipeline = Pipeline(model)
 
     def make(steps: int, tell: Callable[[], None]) -> None:
@@ -203,9 +205,7 @@ def timed(side: Side, steps: int, device: torch.device) -> Seconds:
     marks: list[float] = []
 
     def mark() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        marks.append(time.perf_counter())
+        marks.append(now(device))
 
     mark()
     side(steps, mark)
@@ -217,26 +217,25 @@ def timed(side: Side, steps: int, device: torch.device) -> Seconds:
 
 def limit_seconds(model: LatentDiffusion, call: Call, device: torch.device, dtype: torch.dtype) -> float:
     """What a step with guidance must take: its multiplications at the speed of a plain product of large matrices."""
-    config, factor = model.family.unet, model.family.autoencoder.factor
-    rows = 2 * call.batch
+    factor = model.family.autoencoder.factor
     with torch.device("meta"):
-        cond = Conditioning(
-            torch.empty(rows, model.family.text[0].context, config.text_dim),
-            torch.empty(rows, config.pooled_dim) if config.pooled_dim else None,
-            torch.empty(rows, config.size_ids) if config.size_ids else None,
-        )
-        x = torch.empty(rows, config.in_channels, call.height // factor, call.width // factor)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            UNet(config)(x, torch.zeros(()), cond)
+        unet = UNet(model.family.unet)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(*blank(model.family, call.height // factor, call.width // factor))
     a, b = torch.randn(2, SIZE, SIZE, device=device).to(dtype)
     best = math.inf
     for _ in range(4):
-        began = time.perf_counter()
+        began = now(device)
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return counter.get_total_flops() / (2 * SIZE**3 / best)
+        best = min(best, now(device) - began)
+    return 2 * call.batch * counter.get_total_flops() / (2 * SIZE**3 / best)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def cold_starts(source: str, rounds: int) -> dict[str, list[float]]:

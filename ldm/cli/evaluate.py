@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ldm.caches import cache_folder
 from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size, read_prompts
 from ldm.data.image_set import made
@@ -216,7 +217,7 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: Plan) -> Mo
 
 def _cache() -> Path:
     """Where what was found in reference sets is kept for later evaluations."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "evaluation"
+    return cache_folder("evaluation")
 
 
 def _ranks(device: str | None) -> tuple[Ranks, str]:

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.caches import cache_folder
 from ldm.errors import LdmError, first_line
+from ldm.kernels.processor import can
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -34,8 +36,7 @@ SMALL = 10**6  # multiplications that are not worth a second thread
 
 def usable() -> bool:
     """Whether this machine can compile and run it."""
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(flags.get("avx512_bf16")) and _compiler() is not None
+    return can("avx512_bf16") and _compiler() is not None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def library() -> Any:
         raise LdmError("no C++ compiler is found: install g++ or clang++, or name one in CXX")
     content = SOURCE.read_bytes()
     name = hashlib.sha256(content + repr((compiler, FLAGS)).encode()).hexdigest()[:16] + ".so"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ldm", "kernels", name)
+    path = cache_folder("kernels") / name
     if not path.is_file():
         path = _compiled(compiler, path)
     found = ctypes.CDLL(str(path))

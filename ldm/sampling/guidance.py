@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -78,10 +79,10 @@ def guided(
     Where guidance is off, the U-Net runs once for each image. `extra` is as for `plain`, with B rows or one.
     """
     g = guidance
-    alone = plain(unet, cond, extra)
+    alone = cache(partial(plain, unet, cond, extra))  # which most runs with guidance never need
     classifier_free = g.classifier_free
     if not classifier_free and not g.perturbed:
-        return thresholded(alone, g.threshold, schedule) if g.threshold else alone
+        return thresholded(alone(), g.threshold, schedule) if g.threshold else alone()
     groups = [negative] * classifier_free + [cond] + [cond] * bool(g.perturbed)
     model = _perturbed_twin(unet, len(groups)) if g.perturbed else unet
     rows = None if extra is None else torch.cat([extra.expand(len(cond.text), -1, -1, -1)] * len(groups))
@@ -90,7 +91,7 @@ def guided(
     def denoise(x: Tensor, time: Time) -> Tensor:
         progress = 1 - time.value / (schedule.train_steps - 1)
         if not g.interval[0] <= progress <= g.interval[1]:
-            return alone(x, time)
+            return alone()(x, time)
         predictions = together(torch.cat([x] * len(groups)), time).chunk(len(groups))
         wanted = predictions[classifier_free]
         result = wanted

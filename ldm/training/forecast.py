@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.families import Family
 from ldm.models.attention import attention_layers, math
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.models.unet import Conditioning
@@ -137,13 +138,7 @@ def _work(
             read_texts = partial(pair.embed_texts, texts)
             return [images, heads], [*rest, parts.text_encoders], partial(pair.embed_images, picture), [read_texts]
         return [pair], rest, lambda: torch.stack([part.mean() for part in pair(picture, texts)[:2]]).sum(), []
-    latents = torch.empty(1, family.unet.in_channels, side, side, device="meta")
-    time = torch.zeros(1, dtype=torch.long, device="meta")
-    cond = Conditioning(
-        torch.empty(1, family.text[0].context, family.unet.text_dim, device="meta"),
-        torch.empty(1, family.unet.pooled_dim, device="meta") if family.unet.pooled_dim else None,
-        torch.empty(1, family.unet.size_ids, device="meta") if family.unet.size_ids else None,
-    )
+    latents, time, cond = blank(family, side, side)
     section = config.refiner if name == "refiner" else config.base
     if section.attention == "math":  # which alone keeps its scores
         for layer in attention_layers(parts.unet):
@@ -159,6 +154,18 @@ def _work(
     if not config.data.cache:
         fixed.append(lambda: read().text)
     return [parts.unet], [parts.autoencoder, parts.text_encoders], lambda: parts.unet(latents, time, cond), fixed
+
+
+def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
+    """What a family's U-Net is given for one picture, of these many latents, without memory: to count with."""
+    unet = family.unet
+    with torch.device("meta"):
+        cond = Conditioning(
+            torch.empty(1, family.text[0].context, unet.text_dim),
+            torch.empty(1, unet.pooled_dim) if unet.pooled_dim else None,
+            torch.empty(1, unet.size_ids) if unet.size_ids else None,
+        )
+        return torch.empty(1, unet.in_channels, height, width), torch.zeros(1, dtype=torch.long), cond
 
 
 class _Fused(TorchFunctionMode):

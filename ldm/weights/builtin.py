@@ -21,10 +21,9 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 def builtin(name: object) -> Path | None:
     """The folder of a built-in model, if that is a name of one, and not of a model here."""
-    known = next((one for one in (DEFAULT, REFINER) if one == name), None)
-    if known is None or Path(known).is_file() or Path(known, INDEX).is_file():
+    if not isinstance(name, str) or name not in (DEFAULT, REFINER):
         return None
-    return FOLDER / known
+    return None if Path(name).is_file() or Path(name, INDEX).is_file() else FOLDER / name
 
 
 def lender(folder: Path) -> Path | None:

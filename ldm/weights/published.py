@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ldm.caches import cache_folder
 from ldm.errors import LdmError
 
 
@@ -12,7 +13,7 @@ def weights_folder() -> Path:
     """`LDM_WEIGHTS`, or else `ldm/weights` in the user's folder for caches. It need not exist."""
     if named := os.environ.get("LDM_WEIGHTS"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "weights"
+    return cache_folder("weights")
 
 
 def published(name: str, command: str) -> Path:

@@ -1,0 +1,11 @@
+"""What this machine's processor can do."""
+
+from __future__ import annotations
+
+import torch
+
+
+def can(*names: str) -> bool:
+    """Whether it has one of these sets of instructions, by PyTorch's names: avx512_bf16, amx_bf16 …"""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name) for name in names)
