@@ -163,8 +163,13 @@ def test_a_checkpoint_takes_what_was_reckoned(shapes: Path, tmp_path: Path, monk
     assert seen[0] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.15)
 
 
-def test_weights_spread_over_processes_train_alike(shapes: Path, tmp_path: Path) -> None:  # noqa: F811
-    """FSDP2: the losses and the result of one process, its pictures and validations too; and it goes on exactly."""
+def test_weights_spread_over_processes_train_alike(
+    shapes: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FSDP2: the losses and the result of one process, its pictures and validations too; and it goes on exactly, in the
+    other of its two layouts too."""
     extra = ["base.train_text=true", "base.text_learning_rate=[1e-3]", "base.preview_every=3", "base.micro_batch=2"]
     train(config(shapes, tmp_path / "one", *extra), make_pictures)
     settings = [tmp_path / "one.yaml", f"data.source={shapes}", f"output={tmp_path / 'two'}", *extra]
@@ -182,6 +187,7 @@ def test_weights_spread_over_processes_train_alike(shapes: Path, tmp_path: Path)
     (tmp_path / "two" / "base" / "done.json").unlink()
     for name in ("alone", "layout"):
         shutil.copytree(tmp_path / "two", tmp_path / name)
+    monkeypatch.setenv("LAYOUT", "fsdp2-zero2.yaml")
     assert "going on from" in on_two(script, "train", *settings).stderr
     assert weights(tmp_path / "two") == before["two"]
     on_several(1, script, "train", *settings, f"output={tmp_path / 'alone'}")
