@@ -206,7 +206,7 @@ def _child(settings: Config, rank: int, processes: int, port: int) -> int:
     signal.alarm(int(SLOWEST))
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     try:
         train(settings)
     except Stopped:

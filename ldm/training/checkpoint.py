@@ -71,7 +71,7 @@ def save(
         why = getattr(error, "strerror", None) or first_line(error)
         raise LdmError(
             f"checkpoint {path} cannot be written: {why}; {free:.2f} GB are free; "
-            "earlier checkpoints are whole: run the same command again when there is room"
+            "earlier checkpoints are whole: once it can be, run the same command again"
         ) from None
     accelerator.wait_for_everyone()
     return path
