@@ -27,6 +27,7 @@ from ldm.models.prompts import TokenReport
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
+from ldm.sampling.on_cpu import quicken
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.sampling.schedulers import own_name
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
@@ -62,6 +63,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         attention: str = "auto",
+        quick: bool = True,
         **options: Any,
     ) -> None:
         """Load a model, or take one that is loaded.
@@ -72,6 +74,8 @@ class Pipeline:
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.models.attention.KERNELS`; "auto" is the best for device and dtype.
+            quick: layers that are quicker on this device in place of plain ones, with the same weights; results differ
+                by rounding. A model that is loaded already stays as it is.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
 
         Raises:
@@ -79,9 +83,9 @@ class Pipeline:
         """
         source = named(source)
         device = device_named(device or default_device())
-        self.model = _loaded(source, device, dtype, attention, options)
+        self.model = _loaded(source, device, dtype, attention, quick, options)
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
-        self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, {})
+        self.refiner = None if refiner is None else _loaded(refiner, device, dtype, attention, quick, {})
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
         if self.refiner is not None and self.refiner is not refiner:
@@ -407,7 +411,12 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _loaded(
-    source: Any, device: torch.device, dtype: torch.dtype | None, attention: str, options: Mapping[str, Any]
+    source: Any,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    attention: str,
+    quick: bool,
+    options: Mapping[str, Any],
 ) -> LatentDiffusion:
     if isinstance(source, LatentDiffusion):
         return source
@@ -415,16 +424,19 @@ def _loaded(
     half = next(model.autoencoder.parameters()).dtype == torch.float16
     if half and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
         model.autoencoder.float()  # SDXL's own overflows in fp16
-    use_attention(model, attention)
+    tune(model, attention, quick)
     return model
 
 
-def use_attention(model: LatentDiffusion, name: str) -> None:
-    """Make a model use a kernel by name, or with "auto" the best for its device and dtype.
+def tune(model: LatentDiffusion, name: str = "auto", quick: bool = True) -> None:
+    """Make a model use an attention kernel by name, with "auto" the best for its device and dtype, and quick layers.
 
     Raises:
-        LdmError: it does not run here.
+        LdmError: the kernel does not run here.
     """
+    if quick:
+        quicken(model.unet)
+        quicken(model.autoencoder)
     if name == "auto":
         weight = next(model.unet.parameters())
         name = best_attention(weight.device, weight.dtype)

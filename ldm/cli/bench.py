@@ -39,7 +39,7 @@ from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.configs import write_autoencoder, write_schedule, write_unet
 from ldm.weights.files import replacing, write_json
 from pipelines import Pipeline
-from pipelines.pipeline import default_device, default_dtype, device_named, use_attention
+from pipelines.pipeline import default_device, default_dtype, device_named, tune
 
 PROMPT = "a photograph of an astronaut riding a horse"
 STAGES = ("before", "step", "decode", "image")  # of a call: text and all else before the steps; one step; the end; all
@@ -137,7 +137,7 @@ def _model(source: str, device: torch.device, dtype: torch.dtype) -> LatentDiffu
         model = LatentDiffusion.from_family(source)
         for module in model.modules().values():
             module.to(device, dtype)
-        use_attention(model, "auto")
+        tune(model)
         return model
     return Pipeline(source, device=device, dtype=dtype).model
 

@@ -13,23 +13,11 @@
 #include <cstring>
 #include <vector>
 
-typedef uint16_t bf16;
+#include "avx512.h"
+
 static const int ROWS = 6, KEYS = 256, UNIT = 96;  // UNIT: queries of a unit of work
 
 static inline __m512bh pairs(__m512i x) { return (__m512bh)x; }
-
-// 2^x for x <= 0, to about 5e-5 of it: finer than bf16
-static inline __m512 power(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
-    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, n);
-    __m512 r = _mm512_set1_ps(0.0096181291f);
-    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.0555041087f));
-    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.2402265070f));
-    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.6931471806f));
-    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(r, n);
-}
 
 // keys to [key / 16][D / 2][16][2]; values to [key / 2][width][2]; what is padded is zero
 static void pack(const bf16* k, const bf16* v, int64_t ks, int64_t vs, int M, int D, int width, bf16* kp, bf16* vp) {
@@ -168,10 +156,9 @@ static void rows(const bf16* q, int64_t qs, const bf16* kp, const bf16* vp, int 
     }
 }
 
-// Units of work number `begin` to `end`, of batch × heads × blocks of UNIT queries. `strides`: those of batch, head and
-// token, in elements, of q, k, v and out; channels lie side by side.
-extern "C" void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int64_t* strides, int64_t heads,
-                       int64_t N, int64_t M, int64_t D, float scale, int64_t begin, int64_t end) {
+// Units of work number `begin` to `end`, of batch × heads × blocks of UNIT queries.
+static void units(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int64_t* strides, int64_t heads,
+                  int64_t N, int64_t M, int64_t D, float scale, int64_t begin, int64_t end) {
     int64_t per = (N + UNIT - 1) / UNIT, packed = -1;
     int width = (D + 15) / 16 * 16, keys = (M + 15) / 16 * 16;
     std::vector<bf16> kp((int64_t)keys * D), vp((int64_t)keys * width), p(ROWS * KEYS);
@@ -191,5 +178,17 @@ extern "C" void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, c
             rows<ROWS>(from + row * qs[2], qs[2], kp.data(), vp.data(), M, D, width, scale, to + row * os[2], os[2], s.data(), p.data(), o.data());
         for (; row < last; row++)
             rows<1>(from + row * qs[2], qs[2], kp.data(), vp.data(), M, D, width, scale, to + row * os[2], os[2], s.data(), p.data(), o.data());
+    }
+}
+
+// `strides`: those of batch, head and token, in elements, of q, k, v and out; channels lie side by side.
+extern "C" void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int64_t* strides, int64_t batch,
+                       int64_t heads, int64_t N, int64_t M, int64_t D, float scale, int64_t threads) {
+    int64_t all = batch * heads * ((N + UNIT - 1) / UNIT);
+#pragma omp parallel num_threads(std::min(threads, all))
+    {
+        int64_t thread, count;
+        share(thread, count);
+        units(q, k, v, out, strides, heads, N, M, D, scale, all * thread / count, all * (thread + 1) / count);
     }
 }

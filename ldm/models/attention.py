@@ -96,7 +96,7 @@ def attention_layers(model: nn.Module) -> Iterator[AttentionLayer]:
 def best_attention(device: torch.device, dtype: torch.dtype) -> str:
     """The kernel to make pictures with: ours on the CPU in bf16 where it runs, else PyTorch's own choice."""
     if device.type == "cpu" and dtype == torch.bfloat16:
-        from ldm.kernels.attention import usable
+        from ldm.kernels.compiled import usable
 
         return "avx512" if usable() else "sdpa"
     return "sdpa"

@@ -22,6 +22,12 @@ def twin(module: M) -> M:
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
+def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+    """`x` (B, C, H, W) in the order in memory that `other` has: plain, or channels last."""
+    last = other.is_contiguous(memory_format=torch.channels_last) and not other.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions around a skip connection; the time embedding, if there is one, is added between them."""
 
@@ -118,7 +124,7 @@ class Transformer(nn.Module):
         tokens = h.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, text)
-        h = tokens.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()  # (B, C, H, W)
+        h = laid_out_like(tokens.transpose(1, 2).unflatten(2, x.shape[2:]), x)  # (B, C, H, W)
         return self.proj_out(h) + x
 
 
@@ -126,7 +132,7 @@ class TokenLinear(nn.Linear):
     """A linear layer over the channels of a map (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()
+        return laid_out_like(super().forward(x.movedim(1, -1)).movedim(-1, 1), x)
 
 
 class NoAttention(nn.Module):
