@@ -10,7 +10,7 @@ import torch
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.text import TextEncoderConfig
+from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

@@ -139,8 +139,8 @@ def outcome(source: Path, reference: LatentDiffusion, verify: bool = True) -> st
         assert len(str(error)) < 1000
         return "refused"
     same = tiny.same_weights(model, reference) and model.family == reference.family
-    tokens = [t.get_vocab() for t in model.text_encoders.tokenizers]
-    same = same and tokens == [t.get_vocab() for t in reference.text_encoders.tokenizers]
+    tokens = [t.vocabulary() for t in model.text_encoders.tokenizers]
+    same = same and tokens == [t.vocabulary() for t in reference.text_encoders.tokenizers]
     same = same and all(
         torch.equal(a, b)
         for a, b in zip(

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family, family_named, recognised
-from ldm.models.text import TextEncoderConfig
+from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.tokenizer import END
 from ldm.weights import configs
 from ldm.weights.components import build

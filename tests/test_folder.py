@@ -23,6 +23,7 @@ from ldm.models.text import TextEncoders
 from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
+from ldm.weights.tokenizer import write_tokenizer
 
 PIPELINES = {
     "sd15": "StableDiffusionPipeline",
@@ -443,7 +444,7 @@ def test_tokenizers_that_do_not_belong(folder: Path) -> None:
     refused(folder, "tokenizer missing")
     (folder / "tokenizer").mkdir()
     refused(folder, "tokenizer")
-    clip_tokenizer().save_pretrained(folder / "tokenizer")
+    write_tokenizer(clip_tokenizer(), folder / "tokenizer")
     edit(folder / "text_encoder" / "config.json", eos_token_id=2)
     refused(folder, "49408 tokens, the text encoder only 1000")
 

@@ -82,6 +82,34 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True, capture_output=True, timeout=60)
 
 
+HEAVY = """
+import sys
+import torch
+
+there = set(sys.modules)
+sys.argv = ["ldm", "generate", "a fox", "--steps", "2", "--out", sys.argv[1]]
+from ldm.cli.main import app
+
+app(standalone_mode=False)
+heavy = (
+    "transformers", "diffusers", "accelerate", "scipy", "sympy", "torchvision", "open_clip", "huggingface_hub",
+    "datasets", "torch._dynamo", "torch._inductor", "torch.distributed",
+)
+found = [name for name in sys.modules.keys() - there for part in heavy if (name + ".").startswith(part + ".")]
+assert not found, found
+"""
+
+
+def test_a_picture_needs_little_beside_torch(tmp_path: Path) -> None:
+    """With the built-in model and its own scheduler; what `import torch` brings does not count."""
+    picture = tmp_path / "fox.png"
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY, str(picture)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert picture.is_file()
+
+
 def test_names_of_the_package() -> None:
     import ldm
 

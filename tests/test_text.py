@@ -1,8 +1,10 @@
-"""Text encoders and tokenizers against transformers, diffusers' pipelines and open_clip."""
+"""Text encoders against transformers, diffusers' pipelines and open_clip."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -10,14 +12,14 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.errors import LdmError
 from ldm.families import OPENCLIP_BIGG, OPENCLIP_H
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.text import TextEncoderConfig, TextEncoders
-from ldm.models.tokenizer import END, clip_tokenizer
-from ldm.weights.folder import read_tokenizer, write_tokenizer
+from ldm.models.clip_text import TextEncoderConfig, TextLayer, build_tower
+from ldm.models.text import TextEncoders
+from ldm.weights.configs import write_text
 
 PROMPTS = [
     "a photo of a cat",
@@ -28,48 +30,87 @@ PROMPTS = [
 ]
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------
+def reference(tower: torch.nn.Module, config: TextEncoderConfig, end_id: int) -> Any:
+    """transformers' class with the same weights."""
+    kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel
+    theirs = kind(CLIPTextConfig(**write_text(config, end_id)))
+    theirs.load_state_dict(tower.state_dict())
+    return theirs.eval()
 
 
-@pytest.mark.parametrize(("pad_token", "pad_id"), [(END, 49407), ("!", 0)])
-def test_tokenizer_equals_transformers_from_published_files(tmp_path: Path, pad_token: str, pad_id: int) -> None:
-    """`vocab.json`, `merges.txt` and `tokenizer_config.json`, as published folders hold them, give the same tokens."""
-    ours = clip_tokenizer(pad_token)
-    assert len(ours) == 49408
-    write_tokenizer(ours, tmp_path)
-    assert (tmp_path / "merges.txt").read_text().splitlines()[1] == "i n"
-    (tmp_path / "tokenizer.json").unlink()
-    theirs = CLIPTokenizer.from_pretrained(tmp_path)
-    for prompt in PROMPTS:
-        arguments = {"padding": "max_length", "truncation": True, "max_length": 77}
-        assert ours(prompt, **arguments).input_ids == theirs(prompt, **arguments).input_ids
-    assert ours("cat", padding="max_length", max_length=77).input_ids == [49406, 2368, 49407] + [pad_id] * 74
+def scattered(config: TextEncoderConfig, end_id: int = 999) -> Any:
+    """A tower none of whose weights is at a special value."""
+    tower = build_tower(config, end_id)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return tower
 
 
-def test_tokenizer_equals_open_clip_where_the_rules_agree() -> None:
-    reference = open_clip.get_tokenizer("ViT-H-14")
-    ours = clip_tokenizer("!")
-    for prompt in ("a photo of a cat", "it's 3 o'clock, we'll go", "naïve café 東京"):
-        ids = ours(prompt, padding="max_length", truncation=True, max_length=77).input_ids
-        assert ids == reference(prompt)[0].tolist()
+@pytest.mark.parametrize("projection", [0, 40])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_towers_equal_transformers(activation: str, projection: int) -> None:
+    """Behind every layer, and at the first end of each text, wherever that is."""
+    config = replace(tiny.tower(TextEncoderConfig()), activation=activation, projection=projection, layers=4)
+    tower = scattered(config)
+    theirs = reference(tower, config, 999)
+    for length in (1, 20, 77):
+        ids = torch.randint(0, 998, (5, length))
+        ids[0, length // 2 :] = 999
+        ids[1, -1] = 999
+        ids[2, 0] = 999
+        ids[3, length // 3] = ids[3, -1] = 999
+        with torch.no_grad():
+            expected = theirs(ids, output_hidden_states=True)
+            states = tower(ids, *range(5))
+            pooled = tower.end(states[-1], ids)
+        for ours, other in zip(states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(ours, other, atol=1e-5, rtol=0)
+        end = expected.text_embeds if projection else expected.pooler_output
+        torch.testing.assert_close(pooled, end, atol=1e-5, rtol=0)
+        if not projection:
+            normed = tower.final_layer_norm(states[-1])
+            torch.testing.assert_close(normed, expected.last_hidden_state, atol=1e-5, rtol=0)
 
 
-def test_small_vocabularies_are_the_first_merges_of_the_large_one() -> None:
-    small, large = clip_tokenizer(vocab_size=1000), clip_tokenizer()
-    assert len(small) == 1000
-    ids = small("a photo of a cat").input_ids
-    assert (ids[0], ids[-1]) == (998, 999)
-    assert small.decode(ids[1:-1]) == large.decode(large("a photo of a cat").input_ids[1:-1]) == "a photo of a cat"
-    with pytest.raises(LdmError, match="514"):
-        clip_tokenizer(vocab_size=513)
+def test_gradients_equal_transformers() -> None:
+    config = tiny.tower(OPENCLIP_BIGG)
+    tower = scattered(config)
+    theirs = reference(tower, config, 999)
+    ids = torch.randint(0, 1000, (3, 77))
+    ids[:, 40:] = 999
+    (last,) = tower(ids, config.layers)
+    tower.end(last, ids).square().sum().backward()
+    theirs(ids).text_embeds.square().sum().backward()
+    for (name, ours), other in zip(tower.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_missing_tokenizer_files_are_noticed(tmp_path: Path) -> None:
-    with pytest.raises(LdmError, match="tokenizer"):
-        read_tokenizer(tmp_path)
+@pytest.mark.parametrize("clip_skip", [0, 1])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl-refiner"])
+def test_layers_that_nothing_depends_on_do_not_run(name: str, clip_skip: int) -> None:
+    encoders = tiny.model(name).text_encoders
+    runs = []
+    for tower in encoders.towers:
+        ran: list[torch.nn.Module] = []
+        for module in tower.modules():
+            if isinstance(module, TextLayer):
+                module.register_forward_hook(lambda module, *_, ran=ran: ran.append(module))
+        runs.append(ran)
+    encoders(["a cat"], clip_skip)
+    wanted = {"sd15": [3 - clip_skip], "sdxl": [2 - clip_skip, 3], "sdxl-refiner": [3]}
+    assert [len(ran) for ran in runs] == wanted[name]
 
 
-# --- encoders ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("real", [TextEncoderConfig(), OPENCLIP_BIGG], ids=["without projection", "with"])
+def test_initial_weights_are_distributed_as_those_of_transformers(real: TextEncoderConfig) -> None:
+    config = replace(tiny.tower(real), width=128, hidden=512)
+    tower = build_tower(config, 999)
+    kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel
+    theirs = kind(CLIPTextConfig(**write_text(config, 999)))
+    for (name, ours), other in zip(tower.named_parameters(), theirs.parameters(), strict=True):
+        assert ours.mean().item() == pytest.approx(other.mean().item(), abs=0.1 * other.std().item() + 1e-8), name
+        assert ours.std().item() == pytest.approx(other.std().item(), rel=0.05, abs=1e-8), name
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
@@ -103,10 +144,9 @@ def test_sdxl_equals_diffusers(tmp_path: Path, clip_skip: int) -> None:
 def test_clip_skip_leaves_out_the_last_layers(clip_skip: int) -> None:
     """Against a tower that never had those layers."""
     whole = tiny.model("sd15").text_encoders
-    cut = TextEncoders([tiny.tower(TextEncoderConfig())], whole.tokenizers, pooled=False)
-    cut.load_state_dict(whole.state_dict())
-    encoder = cut.towers[0].encoder
-    encoder.layers = encoder.layers[: len(encoder.layers) - clip_skip]
+    config = tiny.tower(TextEncoderConfig())
+    cut = TextEncoders([replace(config, layers=config.layers - clip_skip)], whole.tokenizers, pooled=False)
+    cut.load_state_dict(whole.state_dict(), strict=False)
     with torch.no_grad():
         torch.testing.assert_close(whole(PROMPTS, clip_skip).text, cut.eval()(PROMPTS).text, atol=1e-5, rtol=0)
 

@@ -8,7 +8,7 @@ import torch
 
 from ldm.families import FAMILIES, Family
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.text import TextEncoderConfig
+from ldm.models.clip_text import TextEncoderConfig
 
 
 def tower(config: TextEncoderConfig) -> TextEncoderConfig:

@@ -6,7 +6,6 @@ All sides live in one process and take turns, a picture each, so that what else 
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.cli.common import to_dtype
@@ -33,11 +33,13 @@ from ldm.cli.generate import parse_size
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNet
 from ldm.training.forecast import blank
 from ldm.weights.builtin import DEFAULT, builtin
-from ldm.weights.configs import write_autoencoder, write_schedule, write_unet
+from ldm.weights.configs import write_autoencoder, write_schedule, write_text, write_unet
 from ldm.weights.files import replacing, write_json
+from ldm.weights.tokenizer import write_tokenizer
 from pipelines import Pipeline
 from pipelines.pipeline import default_device, default_dtype, device_named, tune
 
@@ -159,6 +161,7 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, best: bool) -
     """diffusers' pipeline, on the same weights in memory where dtype and layout allow it."""
     logging.getLogger("xformers").setLevel(logging.ERROR)  # diffusers imports it, and it says what does not load
     import diffusers
+    from transformers import CLIPTokenizer
 
     diffusers.utils.logging.set_verbosity_error()
     family = model.family
@@ -168,12 +171,16 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, best: bool) -
     unet.load_state_dict(model.unet.state_dict(), assign=True)
     vae.load_state_dict(model.autoencoder.state_dict(), assign=True)
     scheduler = getattr(diffusers, family.schedule.scheduler).from_config(write_schedule(family.schedule))
-    towers, tokenizers = model.text_encoders.towers, model.text_encoders.tokenizers
     parts: dict[str, Any] = {"unet": unet.to(dtype), "vae": vae.to(dtype), "scheduler": scheduler}
-    for number, (tower, tokenizer) in enumerate(zip(towers, tokenizers, strict=True)):
+    encoders = model.text_encoders
+    for number, (config, tower, tokenizer) in enumerate(
+        zip(encoders.configs, encoders.towers, encoders.tokenizers, strict=True)
+    ):
         ending = f"_{number + 1}" if number else ""
-        own = tower if tower.dtype == dtype else copy.deepcopy(tower).to(dtype)
-        parts |= {f"text_encoder{ending}": own, f"tokenizer{ending}": tokenizer}
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(tokenizer, Path(folder))
+            parts[f"tokenizer{ending}"] = CLIPTokenizer.from_pretrained(folder)
+        parts[f"text_encoder{ending}"] = their_tower(config, tower, tokenizer.end_id).to(dtype)
     if family.unet.pooled_dim:
         pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
@@ -198,6 +205,19 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, best: bool) -
         )  # fmt: skip
 
     return make
+
+
+def their_tower(config: TextEncoderConfig, tower: nn.Module, end_id: int) -> nn.Module:
+    """transformers' class of a text tower, on the weights of ours."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel
+    with torch.device("meta"):
+        theirs = kind(CLIPTextConfig(**write_text(config, end_id)))
+    theirs.load_state_dict(tower.state_dict(), assign=True)
+    embeddings: Any = getattr(theirs, "text_model", theirs).embeddings
+    embeddings.position_ids = torch.arange(config.context, device=next(tower.parameters()).device)[None]
+    return theirs.eval()
 
 
 def timed(side: Side, steps: int, device: torch.device) -> Seconds:

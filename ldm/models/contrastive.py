@@ -16,10 +16,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ldm.errors import LdmError, check_whole
-from ldm.models.text import TextEncoderConfig, TextEncoders
+from ldm.models.clip_text import TextEncoderConfig, TextTower
+from ldm.models.text import TextEncoders
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures, in [0, 1]
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of the logits (Radford et al. 2021, section 2.5)
@@ -124,11 +125,14 @@ class ContrastivePair(nn.Module):
     def embed_texts(self, tokens: Sequence[Tensor]) -> Tensor:
         """Token ids (B, M) for each text encoder to unit vectors (K, B, D): of the state at the end of each text."""
         vectors = []
-        for module, project, ids in zip(self.text_encoders.towers, self.heads.projections, tokens, strict=True):
-            tower = cast("CLIPTextModel", module)
-            out = tower(ids.to(tower.device))
-            embeds = project(out.text_embeds if "text_embeds" in out else out.pooler_output)
-            vectors.append(F.normalize(embeds.float(), dim=-1))
+        encoders = self.text_encoders
+        for config, module, project, row in zip(
+            encoders.configs, encoders.towers, self.heads.projections, tokens, strict=True
+        ):
+            tower = cast("TextTower", module)
+            ids = row.to(next(tower.parameters()).device)
+            (last,) = tower(ids, config.layers)
+            vectors.append(F.normalize(project(tower.end(last, ids)).float(), dim=-1))
         return torch.stack(vectors)
 
     @torch.no_grad()

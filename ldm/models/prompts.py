@@ -16,10 +16,10 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from ldm.errors import LdmError
 from ldm.models.text import TextEncoders, check_texts, padded
+from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import Conditioning
 
 LONGEST = 100_000  # characters of a prompt
@@ -95,9 +95,9 @@ class Chunk:
     weights: list[float]
 
 
-def split_into_chunks(tokenizer: CLIPTokenizer, parts: Sequence[tuple[str, float]], size: int) -> list[Chunk]:
+def split_into_chunks(tokenizer: Tokenizer, parts: Sequence[tuple[str, float]], size: int) -> list[Chunk]:
     """The weighted parts of a prompt as chunks of at most `size` tokens; at least one."""
-    comma = tokenizer.convert_tokens_to_ids(",</w>")
+    comma = tokenizer.id_of(",</w>")
     chunks: list[Chunk] = []
     ids: list[int] = []
     weights: list[float] = []
@@ -112,7 +112,7 @@ def split_into_chunks(tokenizer: CLIPTokenizer, parts: Sequence[tuple[str, float
         for number, section in enumerate(re.split(rf"\b{BREAK}\b", text)):
             if number:
                 finish(len(ids))
-            for token in tokenizer(section, add_special_tokens=False, verbose=False).input_ids:
+            for token in tokenizer.encode([section])[0]:
                 if len(ids) == size:
                     near = token != comma and last_comma >= 0 and size - last_comma <= BACKTRACK
                     finish(last_comma + 1 if near else size)
@@ -152,7 +152,7 @@ def encode_prompts(
         for prompt in texts:
             row = split_into_chunks(tokenizer, read(prompt, weights), config.context - 2)
             kept = row if chunks else row[:1]
-            cut = str(tokenizer.decode([token for chunk in row[len(kept) :] for token in chunk.ids]))
+            cut = tokenizer.decode([token for chunk in row[len(kept) :] for token in chunk.ids])
             count = sum(len(chunk.ids) for chunk in row)
             reports.append(TokenReport(prompt, config.component, count, len(kept) * (config.context - 2), cut))
             rows.append(kept)

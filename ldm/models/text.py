@@ -1,4 +1,4 @@
-"""Text encoders: prompts to the conditioning of the U-Net, by one or two CLIP text towers of transformers.
+"""Text encoders: prompts to the conditioning of the U-Net, by one or two CLIP text towers.
 
 SD 1.x reads CLIP ViT-L's last layer; SD 2.x OpenCLIP ViT-H's last but one (the last is left out of the model); SDXL
 joins the last but one of CLIP ViT-L and OpenCLIP ViT-bigG, and takes the latter's pooled text too; its refiner has bigG
@@ -10,71 +10,15 @@ B prompts, M tokens (77), T text channels (all towers side by side), P channels 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ldm.errors import LdmError, check_whole
-from ldm.models.tokenizer import END, VOCAB_SIZE
+from ldm.errors import LdmError
+from ldm.models.clip_text import TextEncoderConfig, TextTower, build_tower
+from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import Conditioning
-
-
-@dataclass(frozen=True)
-class TextEncoderConfig:
-    """The shape of a CLIP text tower."""
-
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072  # channels inside the feed-forward layers
-    activation: str = "quick_gelu"  # OpenAI's CLIP; "gelu" is OpenCLIP
-    projection: int = 0  # channels of the pooled text; 0: the tower has no projection and gives none
-    vocab_size: int = VOCAB_SIZE
-    context: int = 77  # tokens of a text
-    pad_token: str = END  # "!" (id 0) in the OpenCLIP towers
-
-    def __post_init__(self) -> None:
-        for name, high in (
-            ("width", 16384), ("layers", 256), ("heads", 1024), ("hidden", 65536), ("vocab_size", 2**24),
-            ("context", 4096),
-        ):  # fmt: skip
-            check_whole("text encoder", name, getattr(self, name), 1, high)
-        if self.width % self.heads:
-            raise LdmError(f"text encoder: {self.width} channels do not divide into {self.heads} heads")
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise LdmError(f"text encoder: activation {self.activation!r}; known are 'quick_gelu' and 'gelu'")
-        if not isinstance(self.projection, int) or not 0 <= self.projection <= 65536:
-            raise LdmError(f"text encoder: projection is {self.projection!r}; it must be from 0 to 65536")
-
-    @property
-    def component(self) -> str:
-        """The name of its folder in a diffusers model: the tower that gives the pooled text is the second one."""
-        return "text_encoder_2" if self.projection else "text_encoder"
-
-    @property
-    def open_clip(self) -> bool:
-        """Whether it is one of OpenCLIP's towers, which original checkpoints hold in OpenCLIP's own layout."""
-        return self.activation == "gelu"
-
-
-def build_tower(config: TextEncoderConfig, end_id: int) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """transformers' module for one tower; `end_id` is the token whose place gives the pooled text."""
-    tower_config = CLIPTextConfig(
-        hidden_size=config.width,
-        intermediate_size=config.hidden,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        hidden_act=config.activation,
-        projection_dim=config.projection or config.width,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.context,
-        bos_token_id=end_id - 1,
-        eos_token_id=end_id,
-    )
-    return CLIPTextModelWithProjection(tower_config) if config.projection else CLIPTextModel(tower_config)
 
 
 def check_texts(prompts: Sequence[str]) -> None:
@@ -94,13 +38,10 @@ def check_texts(prompts: Sequence[str]) -> None:
             ) from None
 
 
-def padded(ids: Sequence[int], tokenizer: CLIPTokenizer, context: int) -> list[int]:
-    """Tokens of a text, at most `context` - 2, with start, end and padding.
-
-    A tokenizer that is told to cut and pad remembers it, for other threads that are just using it too.
-    """
-    row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    return row + [tokenizer.pad_token_id] * (context - len(row))
+def padded(ids: Sequence[int], tokenizer: Tokenizer, context: int) -> list[int]:
+    """Tokens of a text, at most `context` - 2, with start, end and padding."""
+    row = [tokenizer.start_id, *ids, tokenizer.end_id]
+    return row + [tokenizer.pad_id] * (context - len(row))
 
 
 class TextEncoders(nn.Module):
@@ -110,20 +51,20 @@ class TextEncoders(nn.Module):
     the single tower gives its last layer behind the final layer norm.
     """
 
-    def __init__(self, configs: Sequence[TextEncoderConfig], tokenizers: Sequence[CLIPTokenizer], pooled: bool) -> None:
+    def __init__(self, configs: Sequence[TextEncoderConfig], tokenizers: Sequence[Tokenizer], pooled: bool) -> None:
         super().__init__()
         self.configs = tuple(configs)
         self.tokenizers = tuple(tokenizers)
         self.pooled = pooled
         for config, tokenizer in zip(self.configs, self.tokenizers, strict=True):
-            highest = max(tokenizer.get_vocab().values())
+            highest = max(tokenizer.vocabulary().values())
             if highest >= config.vocab_size:
                 raise LdmError(
                     f"{config.component}: the tokenizer has {highest + 1} tokens, the text encoder only "
                     f"{config.vocab_size} embeddings; they do not belong together"
                 )
         self.towers = nn.ModuleList(
-            build_tower(config, tokenizer.eos_token_id)
+            build_tower(config, tokenizer.end_id)
             for config, tokenizer in zip(self.configs, self.tokenizers, strict=True)
         )
 
@@ -136,7 +77,7 @@ class TextEncoders(nn.Module):
         check_texts(prompts)
         tokens = []
         for config, tokenizer in zip(self.configs, self.tokenizers, strict=True):
-            rows = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+            rows = tokenizer.encode(prompts)
             tokens.append(torch.tensor([padded(row[: config.context - 2], tokenizer, config.context) for row in rows]))
         return tokens
 
@@ -152,12 +93,16 @@ class TextEncoders(nn.Module):
         if not isinstance(clip_skip, int) or not 0 <= clip_skip <= fewest - 1 - self.pooled:
             raise LdmError(f"clip_skip {clip_skip!r}: choose from 0 to {fewest - 1 - self.pooled} for this model")
         texts, pooled = [], None
-        for module, ids in zip(self.towers, tokens, strict=True):
-            tower = cast("CLIPTextModel", module)
-            out = tower(ids.to(tower.device), output_hidden_states=True)
-            hidden = out.hidden_states[-1 - clip_skip - self.pooled]
+        for config, module, row in zip(self.configs, self.towers, tokens, strict=True):
+            tower = cast("TextTower", module)
+            ids = row.to(next(tower.parameters()).device)
+            layer = config.layers - clip_skip - self.pooled
+            if self.pooled and config.projection:
+                hidden, last = tower(ids, layer, config.layers)
+                pooled = tower.end(last, ids)
+            else:
+                (hidden,) = tower(ids, layer)
             texts.append(hidden if self.pooled else tower.final_layer_norm(hidden))
-            pooled = out.text_embeds if self.pooled and "text_embeds" in out else None
         return Conditioning(torch.cat(texts, dim=-1), pooled)
 
     def forward(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:

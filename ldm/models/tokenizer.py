@@ -1,26 +1,118 @@
-"""CLIP's tokenizer, built offline from the byte-pair vocabulary that the package open_clip_torch ships.
+"""CLIP's tokenizer: texts to numbers of tokens and back. Its own vocabulary comes with the package open_clip_torch.
 
-Radford et al. 2021 (arXiv 2103.00020), section 2.4. The rules are those of transformers' `CLIPTokenizer`.
+Radford et al. 2021 (arXiv 2103.00020), section 2.4. The rules are those of transformers' `CLIPTokenizer`: what is in a
+text is normalised, split into words and these into pairs of letters by the library `tokenizers`.
 """
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from transformers import CLIPTokenizer
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ldm.errors import LdmError
 
 VOCAB_SIZE = 49408  # of CLIP: 512 bytes, 48,894 merges, start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
 BYTES = 512  # every byte within a word, and at its end
+_WORD_END = "</w>"
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def clip_tokenizer(pad_token: str = END, context: int = 77, vocab_size: int = VOCAB_SIZE) -> CLIPTokenizer:
+class Tokenizer:
+    """A vocabulary, what belongs together in it, and the tokens with a meaning of their own.
+
+    Several threads may use one: no call changes it.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        start: str = START,
+        end: str = END,
+        unknown: str = END,
+        pad: str = END,
+        added: Iterable[AddedToken] = (),
+        context: int | None = None,
+    ) -> None:
+        """Args:
+            vocab: the number of each token.
+            merges: which two make one, the most frequent first.
+            start: the token in front of a text.
+            end: the one behind it.
+            unknown: what stands for a token that is not there.
+            pad: what fills a text up.
+            added: tokens that are found in a text before anything else is, in this order; those in no vocabulary get
+                the next numbers. The four above are among them, if need be at the end.
+            context: tokens of a text, with start and end; None if the tokenizer's files do not say.
+
+        Raises:
+            Exception: by the library, where the vocabulary and the merges do not fit.
+        """
+        self.start, self.end, self.unknown, self.pad = start, end, unknown, pad
+        self.context = context
+        self._rules = tokenizers.Tokenizer(
+            models.BPE(
+                vocab=dict(vocab),
+                merges=list(merges),
+                continuing_subword_prefix="",
+                end_of_word_suffix=_WORD_END,
+                fuse_unk=False,
+                unk_token=unknown,
+            )
+        )
+        self._rules.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        self._rules.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        self._rules.decoder = decoders.ByteLevel()
+        found = list(added)
+        there = {token.content for token in found}
+        own = [name for name in dict.fromkeys((start, end, unknown, pad)) if name not in there]
+        self._rules.add_tokens([*found, *(AddedToken(name, special=True) for name in own)])
+        self.start_id, self.end_id, self.pad_id = (self.id_of(name) for name in (start, end, pad))
+        self._rules.post_processor = processors.RobertaProcessing(  # for other programs: `encode` does without
+            (end, self.end_id), (start, self.start_id), trim_offsets=False, add_prefix_space=False
+        )
+
+    def __len__(self) -> int:
+        return self._rules.get_vocab_size()
+
+    def vocabulary(self) -> dict[str, int]:
+        """The number of each token, added ones included."""
+        return self._rules.get_vocab()
+
+    def id_of(self, token: str) -> int:
+        """The number of a token, or that of the unknown one."""
+        number = self._rules.token_to_id(token)
+        return self.id_of(self.unknown) if number is None else number
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, without start, end and padding, and however many they are."""
+        return [encoding.ids for encoding in self._rules.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, in small letters and with single spaces."""
+        return self._rules.decode(list(ids), skip_special_tokens=False).replace(_WORD_END, " ").strip()
+
+    def to_json(self) -> str:
+        """All of it in the format of `tokenizer.json`."""
+        return self._rules.to_str(pretty=True)
+
+
+def clip_tokenizer(pad_token: str = END, context: int = 77, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """CLIP's tokenizer for texts of `context` tokens, padded with `pad_token`: `<|endoftext|>` or, in SD 2's and SDXL's
     OpenCLIP towers, `!`.
 
@@ -36,8 +128,7 @@ def clip_tokenizer(pad_token: str = END, context: int = 77, vocab_size: int = VO
     letters = _byte_letters()
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
     vocab = {token: index for index, token in enumerate(tokens)}
-    pairs: Any = merges  # the signature says list[str], but transformers takes pairs
-    return CLIPTokenizer(vocab=vocab, merges=pairs, pad_token=pad_token, model_max_length=context)
+    return Tokenizer(vocab, merges, pad=pad_token, context=context)
 
 
 @cache

@@ -1,4 +1,6 @@
-"""diffusers' schedulers by short name, crossed with how their steps are spaced over the noise levels.
+"""Schedulers by short name, crossed with how their steps are spaced over the noise levels.
+
+Euler is ours; all others are diffusers', some of them mended, and are imported when one of them is chosen.
 
 Schedulers keep the state of a run, so each run makes its own. Everything that they compute with stays on the CPU, so
 that no step waits for the GPU.
@@ -13,14 +15,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.families import NoiseSchedule
-from ldm.sampling import solvers
+from ldm.sampling.euler import EulerDiscreteScheduler
 
 
 class Scheduler(Protocol):
@@ -128,6 +129,12 @@ def scheduler_class(name: str) -> type:
     if name not in SCHEDULERS:
         near = difflib.get_close_matches(name, SCHEDULERS, 3, 0.4) or SCHEDULERS
         raise LdmError(f"scheduler {name!r} is not known; choose {' or '.join(near)}")
+    if name == "euler":
+        return EulerDiscreteScheduler
+    import diffusers  # takes seconds
+
+    from ldm.sampling import solvers
+
     kind = SCHEDULERS[name][0]
     return getattr(solvers, kind, None) or getattr(diffusers, kind)
 
@@ -212,7 +219,7 @@ def make(
     scheduler: Any = kind(**{key: value for key, value in options.items() if key in _options(kind)})
     try:
         if levels:
-            _set_levels(scheduler, levels)
+            _set_levels(scheduler, name, levels)
         else:
             scheduler.set_timesteps(steps, device="cpu")
     except ValueError as error:
@@ -258,9 +265,12 @@ def _checked(levels: Sequence[float], steps: int) -> list[float]:
     return values
 
 
-def _set_levels(scheduler: Any, levels: list[float]) -> None:
+def _set_levels(scheduler: Any, name: str, levels: list[float]) -> None:
     """Set a scheduler up for these noise levels; those that step from timestep to timestep get the nearest ones."""
-    if isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
+    if name == "euler":
+        scheduler.set_levels(np.array(levels))
+        return
+    if name in ("ddim", "ddpm"):
         scheduler.set_timesteps(timesteps=_nearest(levels, scheduler), device="cpu")
         return
     if hasattr(scheduler, "_convert_to_exponential"):  # where diffusers gets levels from, and timesteps from these
@@ -269,7 +279,7 @@ def _set_levels(scheduler: Any, levels: list[float]) -> None:
     if len(scheduler.timesteps) == len(levels):  # one call for each: there, some would cut the fraction off
         trained = _trained(scheduler)
         scheduler.timesteps = torch.from_numpy(np.interp(np.log(levels), trained, np.arange(len(trained)))).float()
-    if isinstance(scheduler, diffusers.EulerAncestralDiscreteScheduler):
+    if name == "euler-a":
         scheduler.sigmas = torch.tensor([*levels, 0.0])
 
 
@@ -301,7 +311,8 @@ def add_noise(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Te
 
 
 def step_arguments(scheduler: Scheduler, generator: Any, eta: float) -> dict[str, Any]:
-    """What this scheduler's `step` takes besides: generators of noise, and DDIM's and TCD's eta."""
+    """What this scheduler's `step` takes besides: generators of noise, DDIM's and TCD's eta, and diffusers' flag for a
+    plain tuple as its answer."""
     names = inspect.signature(scheduler.step).parameters
-    wanted = {"generator": generator, "eta": eta}
-    return {name: value for name, value in wanted.items() if name in names} | {"return_dict": False}
+    wanted = {"generator": generator, "eta": eta, "return_dict": False}
+    return {name: value for name, value in wanted.items() if name in names}

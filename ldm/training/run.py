@@ -336,11 +336,10 @@ class Run:
     def _warn_of_long_captions(self, model: LatentDiffusion) -> None:
         """Say how many captions are longer than the text encoders read, judged by some of them."""
         some = self.pictures.images.captions()[:LOOKED_AT] if self.pictures.images else []
-        room = min(config.context for config in model.family.text)
-        tokens = model.text_encoders.tokenizers[0](some, verbose=False).input_ids if some else []
-        long = sum(len(ids) > room for ids in tokens)
+        room = min(config.context for config in model.family.text) - 2  # start and end
+        long = sum(len(ids) > room for ids in model.text_encoders.tokenizers[0].encode(some))
         if long:
-            log.warning("%d of %d captions have over %d tokens; what is beyond is not read", long, len(some), room - 2)
+            log.warning("%d of %d captions have over %d tokens; what is beyond is not read", long, len(some), room)
 
     @cached_property
     def forecasts(self) -> list[Forecast]:

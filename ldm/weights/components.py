@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.families import Family
 from ldm.models.autoencoder import Autoencoder, build_autoencoder
 from ldm.models.text import TextEncoders
-from ldm.models.tokenizer import clip_tokenizer
+from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.models.unet import UNet
 from ldm.weights.files import Progress, Store, TensorInfo, silent
 from ldm.weights.layouts import Layout, Link
@@ -44,7 +43,7 @@ class Components:
         return {"unet": self.unet, "vae": self.autoencoder} | {config.component: tower for config, tower in towers}
 
 
-def build(family: Family, tokenizers: Iterable[CLIPTokenizer] | None = None) -> Components:
+def build(family: Family, tokenizers: Iterable[Tokenizer] | None = None) -> Components:
     """A model of that family with PyTorch's random initial weights, on the default device.
 
     `tokenizers`, one for each text tower, default to CLIP's own.
@@ -136,7 +135,7 @@ class Opened:
     source: str
     layout: str  # "diffusers folder" or "single file"
     family: Family
-    tokenizers: list[CLIPTokenizer]
+    tokenizers: list[Tokenizer]
     parts: dict[str, Part]  # by the name of the component
     ignored: list[str] = field(default_factory=list)  # what is there and not used: components or groups of tensors
 
@@ -197,7 +196,6 @@ class Opened:
                     state[ours] = value.reshape(shapes[ours])
                 progress(f"loading {name}", done, total)
             module.load_state_dict(state, assign=True)
-            materialise(module, device)
             module.eval()
 
 
@@ -211,12 +209,3 @@ def check_device(device: torch.device | str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise LdmError(f"device {device!s} cannot be used here: {first_line(error)}") from None
-
-
-def materialise(module: nn.Module, device: torch.device | str) -> None:
-    """Fill the one buffer that no file holds: the positions 0, 1, 2 … of a CLIP tower."""
-    for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:
-            assert name.endswith("position_ids"), name
-            owner = module.get_submodule(name.rpartition(".")[0])
-            owner.register_buffer("position_ids", torch.arange(buffer.shape[-1], device=device)[None], persistent=False)

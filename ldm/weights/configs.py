@@ -13,7 +13,7 @@ from typing import Any
 from ldm.errors import LdmError
 from ldm.families import Family, NoiseSchedule
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.text import TextEncoderConfig
+from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
 
 Json = Mapping[str, Any]

@@ -16,7 +16,7 @@ from torch import nn
 from ldm.errors import LdmError
 from ldm.models.contrastive import ContrastivePair, ImageEncoderConfig
 from ldm.weights import layouts
-from ldm.weights.components import Components, Part, fingerprint, materialise
+from ldm.weights.components import Components, Part, fingerprint
 from ldm.weights.configs import Reader
 from ldm.weights.files import read_json, replacing, write_json, write_safetensors
 from ldm.weights.folder import link_outputs, store_of
@@ -86,7 +86,8 @@ def load_clip(folder: Path, model: Components) -> ContrastivePair:
         links = Part(stores[file], [("", layouts.diffusers)]).links(module)
         tensors = stores[file].read([link.theirs for link in links], some.dtype, some.device)
         module.load_state_dict(dict(tensors), assign=True)
-    materialise(pair.image_encoder, some.device)
+    embeddings = pair.image_encoder.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=some.device)[None]  # which no file holds
     return pair.eval()
 
 

@@ -6,7 +6,6 @@ or run.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -16,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 import ldm
-from ldm.errors import LdmError, first_line, listing
+from ldm.errors import LdmError, listing
 from ldm.families import Family, NoiseSchedule, recognised
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.text import TextEncoderConfig
-from ldm.models.tokenizer import END, START, VOCAB_SIZE
+from ldm.models.clip_text import TextEncoderConfig
+from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
 from ldm.weights.components import Components, Opened, Part
@@ -44,6 +42,7 @@ from ldm.weights.files import (
 )
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
+from ldm.weights.tokenizer import read_tokenizer, write_tokenizer
 
 INDEX = "model_index.json"
 UNET_FILE, TEXT_FILE = "diffusion_pytorch_model", "model"  # the names of weights, without their endings
@@ -267,44 +266,14 @@ def read_schedule_config(folder: Path) -> NoiseSchedule:
     return configs.read_schedule(str(file), read_json(file))
 
 
-def read_text_config(folder: Path, component: str, tokenizer: CLIPTokenizer) -> TextEncoderConfig:
+def read_text_config(folder: Path, component: str, tokenizer: Tokenizer) -> TextEncoderConfig:
     """The tower described in a folder, for the component `text_encoder` or `text_encoder_2`."""
     where = f"{folder}/config.json"
     projects = component == "text_encoder_2"
-    config = configs.read_text(
-        where, read_json(folder / "config.json"), projects, str(tokenizer.pad_token), tokenizer.eos_token_id
-    )
-    if tokenizer.model_max_length < 10**6 and tokenizer.model_max_length != config.context:
-        raise LdmError(
-            f"{where}: texts of {config.context} tokens, but its tokenizer makes {tokenizer.model_max_length}"
-        )
+    config = configs.read_text(where, read_json(folder / "config.json"), projects, tokenizer.pad, tokenizer.end_id)
+    if tokenizer.context not in (None, config.context):
+        raise LdmError(f"{where}: texts of {config.context} tokens, but its tokenizer makes {tokenizer.context}")
     return config
-
-
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in a folder, from `tokenizer.json` or from `vocab.json` and `merges.txt`.
-
-    Raises:
-        LdmError: files are missing or damaged, or the vocabulary is not CLIP's kind.
-    """
-    for name in ("tokenizer_config.json", "vocab.json", "tokenizer.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            read_json(folder / name)  # a clearer complaint than the tokenizer's own
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        ends = tokenizer.convert_tokens_to_ids([START, END])
-        size = len(tokenizer)
-        cat = tokenizer("a photo of a cat").input_ids
-    except Exception as error:  # the tokenizers library raises bare exceptions for damaged files
-        raise LdmError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from None
-    known = [ends[0], 320, 1125, 539, 320, 2368, ends[1]]
-    if (
-        size < 514
-        or (tokenizer.bos_token, tokenizer.eos_token) != (START, END)
-        or (size >= VOCAB_SIZE and cat != known)
-    ):
-        raise LdmError(f"{folder}: the tokenizer's files are missing or are not CLIP's ({size} tokens)")
-    return tokenizer
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -438,7 +407,7 @@ def _write_configs(model: Components, folder: Path) -> None:
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", configs.write_schedule(family.schedule))
     for config, tokenizer in zip(family.text, model.text_encoders.tokenizers, strict=True):
-        write_json(folder / config.component / "config.json", configs.write_text(config, tokenizer.eos_token_id))
+        write_json(folder / config.component / "config.json", configs.write_text(config, tokenizer.end_id))
         write_tokenizer(tokenizer, folder / config.component.replace("text_encoder", "tokenizer"))
 
 
@@ -466,17 +435,3 @@ def _model_index(family: Family) -> dict[str, Any]:
     else:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     return index
-
-
-def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """`vocab.json` and `merges.txt`, as published models have them, and transformers 5's `tokenizer.json`."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare exceptions, for a full disk too
-        raise LdmError(f"the tokenizer cannot be written: {first_line(error)}") from None
-    model = read_json(folder / "tokenizer.json")["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    write_json(folder / "special_tokens_map.json", special)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
 from ldm.errors import LdmError, first_line
 from ldm.weights.folder import COMPONENTS, INDEX, base_name, weight_names
 from ldm.weights.manifest import NAME as MANIFEST
@@ -21,6 +18,9 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None, al
     Raises:
         LdmError: there is no such model, it is private, or neither the Hub nor a cached copy can be reached.
     """
+    from huggingface_hub import HfApi, snapshot_download  # not for models that are here
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
     try:
         files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or []]
     except RevisionNotFoundError:
@@ -42,6 +42,8 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None, al
 
 
 def _cached(name: str, revision: str | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
     index = try_to_load_from_cache(name, "model_index.json", revision=revision)
     if not isinstance(index, str):
         raise LdmError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.families import Family, NoiseSchedule
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.text import TextEncoderConfig
+from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
 from ldm.weights.files import TensorInfo
 
@@ -103,7 +103,7 @@ def diffusers_attention_of_old(names: Iterable[str]) -> list[Link]:
 
 
 def _published(name: str) -> str:
-    """A text tower's parameter as published folders name it: transformers 5 drops the prefix from one class."""
+    """A text tower's parameter as published folders name it; ours without a projection lacks the prefix."""
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 

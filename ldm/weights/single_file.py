@@ -323,7 +323,8 @@ def write_single_file(
     configs.check_writable(family)
     modules = model.modules()
     for config, tokenizer in zip(family.text, model.text_encoders.tokenizers, strict=True):
-        if tokenizer.get_vocab() != clip_tokenizer(config.pad_token, config.context, config.vocab_size).get_vocab():
+        own = clip_tokenizer(config.pad_token, config.context, config.vocab_size)
+        if tokenizer.vocabulary() != own.vocabulary():
             raise LdmError("the tokenizer is not CLIP's own, and a single file cannot hold it: write a folder instead")
     outputs: list[Output] = []
     for name, (_, layout) in layouts.original(family).items():

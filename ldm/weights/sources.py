@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import CLIPTokenizer
-
 from ldm.errors import LdmError
 from ldm.families import Family
+from ldm.models.tokenizer import Tokenizer
 from ldm.weights.builtin import DEFAULT, builtin, lender
 from ldm.weights.components import Opened
 from ldm.weights.files import Progress, check_digest, open_store, silent, stated_digest
@@ -114,7 +113,7 @@ def _replaced(
     return Opened(opened.source, opened.layout, family, opened.tokenizers, parts, opened.ignored)
 
 
-def _described(name: str, folder: Path, family: Family, tokenizers: list[CLIPTokenizer]) -> Family:
+def _described(name: str, folder: Path, family: Family, tokenizers: list[Tokenizer]) -> Family:
     """The family with one component as the `config.json` in its folder says."""
     if name == "unet":
         return replace(family, unet=read_unet_config(folder, family.text[-1].projection))

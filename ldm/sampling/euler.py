@@ -1,0 +1,156 @@
+"""Euler's method, SDXL's scheduler, without diffusers, whose import takes longer than a small picture.
+
+Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn. Its numbers are those of diffusers' class of the same
+name, to the bit: all is computed in the same precision and order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import LdmError
+
+_KNOWN = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "timestep_type": ("discrete", "continuous"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+}
+
+
+@dataclass(eq=False)
+class EulerDiscreteScheduler:
+    """One run's noise levels sigma, falling, and where in them it is. Options are diffusers'."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+    interpolation_type: str = "linear"  # of noise levels between the trained ones; "log_linear": of their logarithms
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+    sigma_min: float | None = None  # the lowest of these three's levels, by default that of the timesteps
+    sigma_max: float | None = None  # and the highest
+    timestep_spacing: str = "linspace"
+    timestep_type: str = "discrete"  # "continuous": with v-prediction, the model is told log(sigma) / 4
+    steps_offset: int = 0  # added to the timesteps of the spacing "leading"
+    rescale_betas_zero_snr: bool = False
+    final_sigmas_type: str = "zero"  # "sigma_min": the run ends at the lowest trained level
+
+    order: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise LdmError(f"{name} {getattr(self, name)!r} of scheduler euler: choose {' or '.join(known)}")
+        if sum(map(bool, (self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas))) > 1:
+            raise LdmError("scheduler euler: of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas, one")
+        self.alphas_cumprod = (1 - self._betas()).cumprod(0)
+        if self.rescale_betas_zero_snr:
+            self.alphas_cumprod[-1] = 2**-24  # so that the highest noise level is finite
+        self.trained = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+        self.set_levels(self.trained[::-1])
+
+    def _betas(self) -> Tensor:
+        """Variance added at each timestep: (train_steps,)."""
+        count = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            betas = torch.linspace(self.beta_start, self.beta_end, count)
+        elif self.beta_schedule == "scaled_linear":
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, count) ** 2
+        else:  # Nichol and Dhariwal 2021, equation 17
+            shares = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+            betas = torch.tensor([min(1 - later / share, 0.999) for share, later in pairwise(shares)])
+        if not self.rescale_betas_zero_snr:
+            return betas
+        roots = (1 - betas).cumprod(0).sqrt()  # Lin et al. 2023 (arXiv 2305.08891), algorithm 1
+        bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+        return 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All options by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def init_noise_sigma(self) -> Tensor:
+        """The spread of the noise that a run starts from: ()."""
+        highest = self.sigmas.max()
+        return highest if self.timestep_spacing != "leading" else (highest**2 + 1) ** 0.5
+
+    def _set(self, levels: np.ndarray, timesteps: np.ndarray) -> None:
+        last = 0.0 if self.final_sigmas_type == "zero" else self.trained[0]
+        self.sigmas = torch.from_numpy(np.append(levels, last).astype(np.float32))
+        self.timesteps = torch.from_numpy(timesteps.astype(np.float32))
+        if self.timestep_type == "continuous" and self.prediction_type == "v_prediction":
+            self.timesteps = 0.25 * self.sigmas[:-1].log()
+        self.index = 0  # of the next step
+
+    def set_levels(self, levels: np.ndarray) -> None:
+        """Set up for a run through these noise levels; timesteps are where the model was trained with them."""
+        self._set(levels, np.interp(np.log(levels), np.log(self.trained), np.arange(len(self.trained))))
+
+    def set_timesteps(self, num_inference_steps: int, *, device: Any = "cpu") -> None:
+        """Set up for a run of that many steps; the timesteps go to `device`, the noise levels stay on the CPU."""
+        steps, count = num_inference_steps, self.num_train_timesteps
+        if self.timestep_spacing == "linspace":
+            timesteps = np.linspace(0, count - 1, steps, dtype=np.float32)[::-1]
+        elif self.timestep_spacing == "leading":
+            timesteps = (np.arange(steps) * (count // steps))[::-1].astype(np.float32) + self.steps_offset
+        else:
+            timesteps = np.arange(count, 0, -count / steps).round().astype(np.float32) - 1
+        if self.interpolation_type == "linear":
+            levels = np.interp(timesteps, np.arange(count), self.trained)
+        else:
+            ends = np.log(self.trained)
+            levels = torch.linspace(ends[-1], ends[0], steps + 1).exp().numpy()
+        low = levels[-1].item() if self.sigma_min is None else self.sigma_min
+        high = levels[0].item() if self.sigma_max is None else self.sigma_max
+        if self.use_karras_sigmas:  # Karras et al. 2022, equation 5
+            low, high = low ** (1 / 7), high ** (1 / 7)
+            self.set_levels((high + np.linspace(0, 1, steps) * (low - high)) ** 7)
+        elif self.use_exponential_sigmas:
+            self.set_levels(np.exp(np.linspace(math.log(high), math.log(low), steps)))
+        elif self.use_beta_sigmas:  # Lee et al. 2024 (arXiv 2407.12173)
+            from scipy.special import betaincinv
+
+            self.set_levels(low + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps)) * (high - low))
+        else:
+            self._set(levels, timesteps)
+        self.timesteps = self.timesteps.to(device)
+
+    def set_begin_index(self, begin_index: int) -> None:
+        """Begin with the step of that number."""
+        self.index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """What the model is to be given for noisy latents (B, C, h, w), likewise."""
+        return sample / (self.sigmas[self.index] ** 2 + 1) ** 0.5
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor]:
+        """Noisy latents (B, C, h, w) at the next noise level, from what the model gave for `sample`."""
+        x = sample.float()
+        sigma, following = self.sigmas[self.index], self.sigmas[self.index + 1]
+        if self.prediction_type == "epsilon":
+            clean = x - sigma * model_output
+        elif self.prediction_type == "v_prediction":
+            clean = model_output * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
+        else:
+            clean = model_output
+        self.index += 1
+        return ((x + (x - clean) / sigma * (following - sigma)).to(model_output.dtype),)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) with the noise of the step where the run is, whatever `timesteps` says."""
+        return original_samples + noise * self.sigmas[self.index].to(original_samples.dtype)
