@@ -17,7 +17,7 @@ from ldm.kernels.compiled import usable
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.tiling import tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
-from ldm.sampling.on_cpu import QuickGEGLU, QuickNorm, QuickResnetBlock, QuickUpsample, quicken
+from ldm.sampling.on_cpu import QuickConv2d, QuickGEGLU, QuickNorm, QuickResnetBlock, QuickUpsample, quicken
 from ldm.sampling.prepared import prepared
 from pipelines import Pipeline
 
@@ -90,8 +90,8 @@ def test_which_layers(dtype: torch.dtype) -> None:
     names = [name for name, _ in unet.named_parameters()]
     quicken(unet)
     kinds = {type(module) for module in unet.modules()}
-    fused = {QuickNorm, QuickResnetBlock, QuickGEGLU}
-    assert QuickUpsample in kinds
+    fused = {QuickNorm, QuickGEGLU}
+    assert {QuickConv2d, QuickUpsample, QuickResnetBlock} <= kinds
     assert kinds & fused == (fused if dtype == torch.bfloat16 else set())
     assert [name for name, _ in unet.named_parameters()] == names
 
@@ -166,15 +166,15 @@ def test_extreme_numbers() -> None:
         assert torch.isnan(kernels.group_norm(norm, x, silu=True)[:, :4]).all()
         assert (kernels.group_norm(norm, x)[:, 4:].abs() < 1e-4).all()
     rows = torch.tensor([[1.0, 1, 1, 1, -90, 90, 0, math.nan]]).bfloat16()
-    found = kernels.geglu(rows)[0]
+    found = kernels.geglu(rows, torch.zeros(8).bfloat16())[0]
     assert found[:3].tolist() == [0, 90, 0] and torch.isnan(found[3])
 
 
 @runs
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5, 34), (2, 100, 640)])
 def test_geglu(shape: tuple[int, ...]) -> None:
-    x = (3 * torch.randn(shape)).bfloat16()
-    value, gate = x.double().chunk(2, dim=-1)
-    found = kernels.geglu(x)
+    x, bias = (3 * torch.randn(shape)).bfloat16(), torch.randn(shape[-1]).bfloat16()
+    value, gate = (x.double() + bias.double()).chunk(2, dim=-1)
+    found = kernels.geglu(x, bias)
     assert found.shape == value.shape
     assert distance(found, value * F.gelu(gate)) < 4e-3

@@ -29,7 +29,7 @@ INT, FLOAT, DOUBLE, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_double, c
 SIGNATURES = {
     "attend": [POINTER] * 5 + [INT] * 5 + [FLOAT, INT],
     "group_norm": [POINTER] * 5 + [INT] * 4 + [DOUBLE, INT, INT],
-    "geglu": [POINTER] * 2 + [INT] * 3,
+    "geglu": [POINTER] * 3 + [INT] * 3,
 }
 
 

@@ -25,8 +25,13 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None = None, silu
     return out
 
 
-def geglu(x: Tensor) -> Tensor:
-    """The first half of the channels of `x` (…, 2 C), contiguous, times GELU of the second: (…, C) (Shazeer 2020)."""
+def geglu(x: Tensor, bias: Tensor) -> Tensor:
+    """Of `x` (…, 2 C), contiguous, plus a bias (2 C,), the first half of the channels times GELU of the second: (…, C).
+
+    Shazeer 2020 (arXiv 2002.05202). All in bf16 on the CPU.
+    """
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    library().geglu(x.data_ptr(), out.data_ptr(), out.numel() // out.shape[-1], out.shape[-1], threads(x.numel()))
+    library().geglu(
+        x.data_ptr(), bias.data_ptr(), out.data_ptr(), out.numel() // out.shape[-1], out.shape[-1], threads(x.numel())
+    )
     return out
