@@ -1,7 +1,6 @@
 """`ldm bench`: how fast pictures are made, beside diffusers with the same weights, prompts, steps and noise schedule.
 
 All sides live in one process and take turns, a picture each, so that what else the machine does meets all of them.
-"Best" is diffusers as its own documentation says: channels last, fused projections, `torch.compile`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -23,16 +22,18 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size
-from ldm.errors import LdmError
+from ldm.errors import LdmError, first_line
 from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.autoencoder import build_autoencoder
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNet
 from ldm.training.forecast import blank
@@ -44,8 +45,15 @@ from pipelines import Pipeline
 from pipelines.pipeline import default_device, default_dtype, device_named, tune
 
 PROMPT = "a photograph of an astronaut riding a horse"
+OURS = "ldm"
 STAGES = ("before", "step", "decode", "image")  # of a call: text and all else before the steps; one step; the end; all
-RIVALS = ("diffusers", "diffusers-best")
+RIVALS = {
+    "diffusers": "diffusers as it comes",
+    "channels-last": "diffusers at its best without compiling",
+    "compiled": "diffusers as its documentation says: channels last, fused projections, torch.compile",
+    "openvino": "diffusers' pipeline with its networks run by OpenVINO, on the CPU",
+    "plain": "ours, with plain layers and PyTorch's attention",
+}
 SIZE = 4096  # of the matrices whose multiplication says what the device can do at the most
 
 
@@ -76,6 +84,12 @@ class Seconds:
     image: float
 
 
+WATCHED = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""  # a small process that starts another: one forked off a large one would count its memory from that
 Side = Callable[[int, Callable[[], None]], None]  # make pictures with that many steps, and tell after each
 
 
@@ -90,14 +104,18 @@ def run(options: Options) -> None:
         raise LdmError(f"--against {unknown[0]!r} is not known; choose from {', '.join(RIVALS)}")
     if min(options.steps - 1, options.rounds, options.batch) < 1:
         raise LdmError("--steps must be at least 2, --rounds and --batch at least 1")
+    path = builtin(options.source) or Path(options.source)
+    if options.cold and not path.is_dir():
+        raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
     device = device_named(options.device or default_device())
     dtype = to_dtype(options.dtype) or default_dtype(device)
     model = _model(options.source, device, dtype)
     width, height = parse_size(options.size) if options.size else (model.family.size,) * 2
     call = Call(width, height, options.batch, model.family.guidance)
-    sides: dict[str, Side] = {"ldm": ours(model, call)}
+    sides: dict[str, Side] = {OURS: ours(model, call)}
+    rival_dtype = to_dtype(options.rival_dtype) or dtype
     for name in rivals:
-        sides[name] = theirs(model, call, to_dtype(options.rival_dtype) or dtype, best=name == "diffusers-best")
+        sides[name] = plain(model, call) if name == "plain" else theirs(model, call, rival_dtype, name)
     found: dict[str, list[Seconds]] = {name: [] for name in sides}
     for number in range(options.rounds + 1):
         for name, side in sides.items():
@@ -111,9 +129,10 @@ def run(options: Options) -> None:
         "limit of a step": limit, "seconds": {name: [asdict(one) for one in rows] for name, rows in found.items()},
     }  # fmt: skip
     console = Console()
-    console.print(_table(found, limit))
+    console.print(*_tables(found, limit))
     if options.cold:
-        result["cold"] = cold = cold_starts(options.source, options.rounds)
+        cold = cold_starts(path, options.rounds)
+        result["cold"] = {name: [asdict(one) for one in rows] for name, rows in cold.items()}
         console.print(_cold_table(cold))
     if options.out:
         with replacing(Path(options.out), folder=False, overwrite=True, need=0) as temporary:
@@ -157,8 +176,17 @@ def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
     return make
 
 
-def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, best: bool) -> Side:
-    """diffusers' pipeline, on the same weights in memory where dtype and layout allow it."""
+def plain(model: LatentDiffusion, call: Call) -> Side:
+    """This package's pipeline with layers as they are written, on the same weights in memory."""
+    with torch.device("meta"):
+        unet, autoencoder = UNet(model.family.unet), build_autoencoder(model.family.autoencoder)
+    unet.load_state_dict(model.unet.state_dict(), assign=True)
+    autoencoder.load_state_dict(model.autoencoder.state_dict(), assign=True)
+    return ours(LatentDiffusion(model.family, unet, autoencoder, model.text_encoders), call)
+
+
+def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "diffusers") -> Side:
+    """diffusers' pipeline, on the same weights in memory where dtype and layout allow it; `name` is one of `RIVALS`."""
     logging.getLogger("xformers").setLevel(logging.ERROR)  # diffusers imports it, and it says what does not load
     import diffusers
     from transformers import CLIPTokenizer
@@ -187,9 +215,13 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, best: bool) -
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = diffusers.StableDiffusionPipeline(**parts, **none)
     pipeline.set_progress_bar_config(disable=True)
-    if best:
+    if name in ("channels-last", "compiled"):
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
+    if name == "openvino":
+        pipeline.to(torch.float32)  # numpy knows no bf16; OpenVINO computes in it
+        run_by_openvino(pipeline, model, call, dtype)
+    if name == "compiled":
         pipeline.fuse_qkv_projections()
         pipeline.unet = torch.compile(pipeline.unet)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode)
@@ -205,6 +237,52 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, best: bool) -
         )  # fmt: skip
 
     return make
+
+
+def run_by_openvino(pipeline: Any, model: LatentDiffusion, call: Call, dtype: torch.dtype) -> None:
+    """Let OpenVINO run the U-Net and the decoder of diffusers' pipeline, in this precision and for calls of this shape.
+
+    Raises:
+        LdmError: it is not installed.
+    """
+    try:
+        import openvino  # type: ignore[import-not-found]
+    except ImportError:
+        raise LdmError("--against openvino needs the package openvino: pip install openvino") from None
+    factor, channels = model.family.autoencoder.factor, model.family.autoencoder.latent_channels
+    x, _, cond = blank(model.family, call.height // factor, call.width // factor)
+    parts = [part for part in (x, cond.text, cond.pooled, cond.size) if part is not None]
+    latents, *more = (torch.zeros(2 * call.batch, *part.shape[1:]) for part in parts)
+    names = ("text_embeds", "time_ids")[: len(more) - 1]
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32"}
+    unet, vae = pipeline.unet.requires_grad_(False), pipeline.vae.requires_grad_(False)
+
+    class Denoiser(nn.Module):
+        network = unet
+
+        def forward(self, x: Tensor, t: Tensor, text: Tensor, *added: Tensor) -> Tensor:
+            named = dict(zip(names, added, strict=True))
+            return self.network(x, t, text, added_cond_kwargs=named, return_dict=False)[0]
+
+    class Decoder(nn.Module):
+        network = vae
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.network.decode(z, return_dict=False)[0]
+
+    def compiled(module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
+        made = openvino.convert_model(module, example_input=inputs)
+        made.reshape({port: list(value.shape) for port, value in zip(made.inputs, inputs, strict=True)})
+        network = openvino.Core().compile_model(made, "CPU", hint)
+        return lambda *values: torch.from_numpy(network([value.float().numpy() for value in values])[0].copy())
+
+    with torch.no_grad():
+        denoise = compiled(Denoiser(), latents, torch.tensor(1.0), *more)
+        decode = compiled(Decoder(), latents[: call.batch, :channels])
+    unet.forward = lambda x, t, encoder_hidden_states, added_cond_kwargs=None, **_: (
+        denoise(x, t, encoder_hidden_states, *((added_cond_kwargs or {})[name] for name in names)),
+    )
+    vae.decode = lambda z, **_: (decode(z),)
 
 
 def their_tower(config: TextEncoderConfig, tower: nn.Module, end_id: int) -> nn.Module:
@@ -258,17 +336,22 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def cold_starts(source: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of new processes that make a picture: `ldm generate`, and a script that uses diffusers."""
-    path = builtin(source) or Path(source)
-    if not path.is_dir():
-        raise LdmError(f"--cold compares what opens a model folder; {source} is none")
+@dataclass(frozen=True)
+class Cold:
+    """Of a new process, from the command to the picture."""
+
+    seconds: float
+    memory: float  # the most that was resident, GB
+
+
+def cold_starts(path: Path, rounds: int) -> dict[str, list[Cold]]:
+    """New processes that make a picture: `ldm generate`, and a script that uses diffusers."""
     script = (
         "import sys, torch, diffusers\n"
         "p = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)\n"
         "p(sys.argv[2], num_inference_steps=20).images[0].save(sys.argv[3])\n"
     )
-    found: dict[str, list[float]] = {"ldm": [], "diffusers": []}
+    found: dict[str, list[Cold]] = {OURS: [], "diffusers": []}
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder, "picture.png"))
         commands = {
@@ -278,10 +361,15 @@ def cold_starts(source: str, rounds: int) -> dict[str, list[float]]:
         for number in range(rounds + 1):
             for name, command in commands.items():
                 Path(picture).unlink(missing_ok=True)
-                began = time.perf_counter()
-                subprocess.run([sys.executable, *command], check=True, capture_output=True)
+                done = subprocess.run(
+                    [sys.executable, "-c", WATCHED, *command], capture_output=True, text=True, check=False
+                )
+                if done.returncode or not Path(picture).is_file():
+                    last = first_line(RuntimeError("\n".join(done.stderr.strip().splitlines()[-1:])))
+                    raise LdmError(f"a new process of {name} made no picture: {last}")
                 if number:
-                    found[name].append(time.perf_counter() - began)
+                    seconds, kilobytes = map(float, done.stdout.split())
+                    found[name].append(Cold(seconds, kilobytes * 1024 / 1e9))
     return found
 
 
@@ -298,23 +386,28 @@ def device_name(device: torch.device) -> str:
 def ratios(others: Sequence[float], own: Sequence[float]) -> str:
     """How many times as long the others took, round by round: median, and the middle half."""
     found = [other / mine for other, mine in zip(others, own, strict=True)]
-    low, _, high = quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
+    low, _, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else (found[0],) * 3
     return f"{median(found):.2f} ({low:.2f}–{high:.2f})"
 
 
-def _table(found: dict[str, list[Seconds]], limit: float) -> Table:
-    table = Table("stage", *(f"{name}, s" for name in found), *(f"{name} ×" for name in found if name != "ldm"))
-    for stage in STAGES:
-        seconds = {name: [getattr(one, stage) for one in rows] for name, rows in found.items()}
-        against = [ratios(others, seconds["ldm"]) for name, others in seconds.items() if name != "ldm"]
-        table.add_row(stage, *(f"{median(column):.3f}" for column in seconds.values()), *against)
-    steps = [median(one.step for one in rows) for rows in found.values()]
-    table.add_row("a step's share of the limit", *(f"{100 * limit / step:.0f} %" for step in steps))
-    return table
+def _tables(found: dict[str, list[Seconds]], limit: float) -> Iterator[Table]:
+    """Seconds of all sides, and how many times as long as ours those of the others are."""
+    seconds = Table("seconds", *STAGES, "of the limit", box=SIMPLE)
+    against = Table("times ours", *STAGES, box=SIMPLE)
+    for name, rows in found.items():
+        columns = [[getattr(one, stage) for one in rows] for stage in STAGES]
+        share = limit / median(one.step for one in rows)
+        seconds.add_row(name, *(f"{median(column):.3f}" for column in columns), f"{share:.0%}")
+        if name != OURS:
+            own = [[getattr(one, stage) for one in found[OURS]] for stage in STAGES]
+            against.add_row(name, *(ratios(*both) for both in zip(columns, own, strict=True)))
+    yield from (seconds, against)
 
 
-def _cold_table(found: dict[str, list[float]]) -> Table:
-    table = Table("new process", *(f"{name}, s" for name in found), "diffusers ×")
-    against = ratios(found["diffusers"], found["ldm"])
-    table.add_row("command to picture", *(f"{median(seconds):.2f}" for seconds in found.values()), against)
+def _cold_table(found: dict[str, list[Cold]]) -> Table:
+    table = Table("new process", *found, "times ours", box=SIMPLE)
+    for label, field in (("command to picture, s", "seconds"), ("memory, GB", "memory")):
+        columns = {name: [getattr(one, field) for one in rows] for name, rows in found.items()}
+        medians = (f"{median(column):.2f}" for column in columns.values())
+        table.add_row(label, *medians, ratios(columns["diffusers"], columns[OURS]))
     return table

@@ -283,7 +283,9 @@ def bench(
     ] = None,
     rival_dtype: Annotated[str | None, typer.Option(help="Likewise, of the others; by default the same.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
-    against: Annotated[str, typer.Option(help="Separated by commas: diffusers, diffusers-best.")] = "diffusers",
+    against: Annotated[
+        str, typer.Option(help="Separated by commas: diffusers, channels-last, compiled, openvino, plain (ours).")
+    ] = "diffusers",
     cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the picture.")] = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
 ) -> None:
