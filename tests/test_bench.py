@@ -46,7 +46,7 @@ def test_a_call_by_its_stages() -> None:
 
     seconds = timed(side, 3, torch.device("cpu"))
     assert seconds.image >= seconds.step > 0
-    assert ratios([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == "3.00 (2.00–4.00)"
+    assert ratios([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == "3.00 (2.50–3.50)"
     assert ratios([2.0], [1.0]) == "2.00 (2.00–2.00)"
 
 
