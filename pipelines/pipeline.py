@@ -176,8 +176,8 @@ class Pipeline:
             hires: factor by which a second pass enlarges the picture.
             hires_strength: of that pass.
             hires_latents: enlarge the latents instead of the picture.
-            **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, clip_skip, chunks, weights,
-                original_size, crop, target_size and their negatives, aesthetic_score.
+            **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, reuse, clip_skip, chunks,
+                weights, original_size, crop, target_size and their negatives, aesthetic_score.
 
         Raises:
             LdmError: a setting is out of bounds or does not fit the model.
@@ -334,7 +334,7 @@ def _name_of(scheduler: Any, family: Family) -> str:
 
 
 RECORDED = (
-    "width", "height", "spacing", "eta", "rng", "clip_skip", "chunks", "weights", "original_size", "crop",
+    "width", "height", "spacing", "eta", "rng", "reuse", "clip_skip", "chunks", "weights", "original_size", "crop",
     "target_size", "negative_original_size", "negative_crop", "negative_target_size", "aesthetic_score",
     "negative_aesthetic_score",
 )  # fmt: skip

@@ -37,6 +37,7 @@ class Request:
     spacing: str | tuple[float, ...] = "default"
     eta: float = 0.0  # noise of DDIM's and TCD's steps
     rng: str = "ldm"  # or "diffusers", for its numbers
+    reuse: int = 1  # the U-Net's inner levels run in one call of so many
     clip_skip: int = 0
     chunks: bool = True  # long prompts are split, not cut
     weights: bool = True  # brackets are weights
@@ -96,6 +97,10 @@ class Request:
                 )
         else:
             self.plan(family.schedule, bool(family.unet.pooled_dim))
+        if not _whole(self.reuse) or not 1 <= self.reuse <= MOST_STEPS:
+            raise LdmError(f"reuse {self.reuse!r}: a whole number from 1 (never) to {MOST_STEPS} is needed")
+        if self.reuse > 1 and len(family.unet.channels) < 2:
+            raise LdmError("reuse: this model's U-Net has one level, of which nothing can be reused; leave it out")
         for name in ("chunks", "weights"):
             if not isinstance(getattr(self, name), bool):
                 raise LdmError(f"{name} {getattr(self, name)!r}: true or false is needed")

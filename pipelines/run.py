@@ -22,11 +22,12 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import tiled_decode, tiled_encode
-from ldm.models.unet import Conditioning
+from ldm.models.unet import Conditioning, UNet
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
 from ldm.sampling.noise import Noise
+from ldm.sampling.reuse import reusing
 from ldm.sampling.schedulers import Plan
 from pipelines.request import Request
 
@@ -110,10 +111,15 @@ class Run:
         """Calls of the denoiser in the first `part` (0 to 1) of the noise levels."""
         return self.plan.calls_before(part, self.schedule.train_steps)
 
+    def unet(self) -> UNet:
+        """The U-Net for one run."""
+        reuse = self.request.reuse
+        return reusing(self.model.unet, reuse) if reuse > 1 else self.model.unet
+
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""
         cond, negative, _ = self.conditioning
-        return guided(self.model.unet, cond, negative, self.request.guidance, self.model.family.schedule, extra)
+        return guided(self.unet(), cond, negative, self.request.guidance, self.model.family.schedule, extra)
 
     def sample(
         self,

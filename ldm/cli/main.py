@@ -141,6 +141,9 @@ def generate(
         float, typer.Option(help="With a model that edits: how much of the picture stays.")
     ] = 1.5,
     rng: Annotated[str, typer.Option(help="Random numbers: ldm, or diffusers for its own.")] = "ldm",
+    reuse: Annotated[
+        int, typer.Option(help="Run the U-Net's inner levels in one call of so many: faster, rougher.")
+    ] = 1,
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
     ] = None,
@@ -169,7 +172,7 @@ def generate(
         "hires_strength": hires_strength,
     }  # fmt: skip
     settings: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-    settings |= {"clip_skip": clip_skip, "weights": weights, "chunks": chunks, "eta": eta, "rng": rng}
+    settings |= {"clip_skip": clip_skip, "weights": weights, "chunks": chunks, "eta": eta, "rng": rng, "reuse": reuse}
     settings["spacing"] = command.parse_spacing(spacing)
     command.run(
         command.Options(

@@ -33,21 +33,21 @@ class Kept(nn.Module):
 
 def prepared(unet: UNet) -> UNet:
     """The same U-Net for calls that differ in latents and time alone, not in batch or conditioning."""
-    return _with(_keeping(unet), add_embedding=Kept(unet.add_embedding))
+    return replaced(_keeping(unet), add_embedding=Kept(unet.add_embedding))
 
 
 def _keeping(module: M) -> M:
     """A module whose transformer blocks keep the text's keys and values; the module itself where it has none."""
     if isinstance(module, TransformerBlock):
         cross = module.attn2
-        return _with(module, attn2=_with(cross, to_k=Kept(cross.to_k), to_v=Kept(cross.to_v)))
+        return replaced(module, attn2=replaced(cross, to_k=Kept(cross.to_k), to_v=Kept(cross.to_v)))
     parts = {name: _keeping(part) for name, part in module.named_children()}
     if all(part is getattr(module, name) for name, part in parts.items()):
         return module
-    return _with(module, **parts)
+    return replaced(module, **parts)
 
 
-def _with(module: M, **parts: nn.Module) -> M:
+def replaced(module: M, **parts: nn.Module) -> M:
     """A shallow copy of a module with some of its parts replaced."""
     other = copy.copy(module)
     other._modules = {**module._modules, **parts}
