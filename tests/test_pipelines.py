@@ -65,7 +65,7 @@ def reference(folder: Path, kind: str, scheduler: str | None = None) -> Any:
 
 
 def ours(folder: Path, *prompts: Any, refiner: Path | None = None, **settings: Any) -> torch.Tensor:
-    pipeline = Pipeline(folder, refiner=refiner, dtype=torch.float32, device="cpu")
+    pipeline = Pipeline(folder, refiner=refiner, dtype=torch.float32, device="cpu", quick=False)
     settings = {"rng": "diffusers", "weights": False, "batch": 2, "seed": 3, "output": "latents"} | settings
     return torch.stack(pipeline(*prompts, **settings).latents)
 
