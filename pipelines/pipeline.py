@@ -74,8 +74,9 @@ class Pipeline:
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.models.attention.KERNELS`; "auto" is the best for device and dtype.
-            quick: layers that are quicker on this device in place of plain ones, with the same weights; results differ
-                by rounding. A model that is loaded already stays as it is.
+            quick: on a CPU, layers that are quicker in place of plain ones, on the same weights; results differ by
+                rounding. Weights may change afterwards, but not through `.data`, which nobody can notice. A model that
+                is loaded already stays as it is.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -117,6 +118,55 @@ def test_gradients_and_changed_weights(dtype: torch.dtype) -> None:
         after = quick(x, t, cond)
         assert distance(after, before) > 0.01
         assert distance(after, plain(x, t, cond)) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def circular(unet: UNet) -> None:
+    """As those do who want pictures without borders."""
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+            module._reversed_padding_repeated_twice = [side for side in reversed(module.padding) for _ in range(2)]
+
+
+def hooked(unet: UNet) -> None:
+    """As those do who change what layers give."""
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda layer, inputs, result: 1.1 * result)
+
+
+def adapted(unet: UNet) -> None:
+    """As adapters do: a layer in the place of another, which it calls."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+            self.weight = layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.1 * self.layer(x)
+
+    for parent in list(unet.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.Conv2d, nn.Linear)) and name in ("conv1", "conv2", "conv", "proj"):
+                setattr(parent, name, Adapter(child))
+
+
+@pytest.mark.parametrize("change", [circular, hooked, adapted])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_others_change_counts(dtype: torch.dtype, change: Any) -> None:
+    """What is done to a U-Net after it was made quick does to it what it does to a plain one."""
+    plain = tiny.model("sd15").unet
+    exact = copy.deepcopy(plain).double()
+    plain.to(dtype)
+    quick = copy.deepcopy(plain)
+    quicken(quick)
+    for unet in (exact, plain, quick):
+        change(unet)
+    with torch.inference_mode():
+        x, t, cond = inputs(plain, dtype)
+        check(quick(x, t, cond), plain(x, t, cond), exact(x.double(), t, cast(cond, torch.float64)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ B batch, C channels, H×W height and width, E time channels
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -86,24 +86,32 @@ doublings = Copies(
 )
 
 
-def _learns(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _quick(layer: nn.Module, *tensors: Tensor) -> TypeGuard[QuickConv2d]:
+    """Whether a convolution is ours and as it was, gradients are not wanted, and it is given what it computes in.
+
+    Others may have put an adapter in its place, hooks on it, or another padding.
+    """
+    if not isinstance(layer, QuickConv2d) or layer.padding_mode != "zeros":
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (layer.weight, *tensors)):
+        return False
+    return all(tensor.dtype == layer.weight.dtype for tensor in tensors)
 
 
 class QuickConv2d(nn.Conv2d):
     """A convolution that can add something to its result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _learns(x, self.weight) or x.dtype != self.weight.dtype:
+        if not _quick(self, x):
             return super().forward(x)
         x = x.contiguous(memory_format=LAST)
         arguments = (self.padding, self.stride, self.dilation, self.groups)
         return onednn._convolution_pointwise(x, convolutions.of(self, x), self.bias, *arguments, "none", [], "")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The convolution of `x`, and `other`, both (B, C, H, W)."""
-        if _learns(x, other, self.weight) or not x.dtype == other.dtype == self.weight.dtype:
-            return super().forward(x) + other
+        """The convolution of `x`, and `other`, both (B, C, H, W), where it is `_quick`."""
         x, other = x.contiguous(memory_format=LAST), other.contiguous(memory_format=LAST)
         weight, arguments = convolutions.of(self, x), (self.padding, self.stride, self.dilation, self.groups)
         return onednn._convolution_pointwise.binary(
@@ -117,7 +125,7 @@ class QuickUpsample(Upsample):
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         doubled = tuple(size) == tuple(2 * side for side in x.shape[2:])
-        if not doubled or _learns(x, self.conv.weight) or x.dtype != self.conv.weight.dtype:
+        if not doubled or not _quick(self.conv, x):
             return super().forward(x, size)
         x = x.contiguous(memory_format=LAST)
         weight = doublings.of(self.conv, x)
@@ -144,7 +152,7 @@ class QuickResnetBlock(ResnetBlock):
         offset = None if time is None else self.time_emb_proj(F.silu(time))
         h = _activated(self.norm2, h, offset)
         x = self.conv_shortcut(x)
-        return self.conv2.plus(h, x) if isinstance(self.conv2, QuickConv2d) else x + self.conv2(h)
+        return self.conv2.plus(h, x) if _quick(self.conv2, h, x) else x + self.conv2(h)
 
 
 def _activated(norm: nn.Module, x: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -158,6 +166,6 @@ class QuickGEGLU(GEGLU):
     """With the bias, GELU and the product as one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.proj, nn.Linear) or not fits(x, self.proj.weight):
+        if type(self.proj) is not nn.Linear or not fits(x, self.proj.weight):
             return super().forward(x)
         return kernels.geglu(F.linear(x, self.proj.weight), self.proj.bias)
