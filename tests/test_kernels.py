@@ -87,7 +87,8 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(other, alone) for other in pool.map(lambda _: attend(q, k, v), range(8)))
     process = os.fork()
     if process == 0:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as PyTorch's workers: OpenMP's are gone
+        monkeypatch.undo()
+        torch.set_num_threads(1)  # as PyTorch's workers do: OpenMP's threads are gone
         os._exit(0 if torch.equal(attend(q, k, v), alone) else 1)
     assert os.waitpid(process, 0)[1] == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ldm.kernels.compiled import usable
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.tiling import tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
+from ldm.sampling import on_cpu
 from ldm.sampling.on_cpu import QuickConv2d, QuickGEGLU, QuickNorm, QuickResnetBlock, QuickUpsample, quicken
 from ldm.sampling.prepared import prepared
 from pipelines import Pipeline
@@ -118,6 +120,20 @@ def test_gradients_and_changed_weights(dtype: torch.dtype) -> None:
         after = quick(x, t, cond)
         assert distance(after, before) > 0.01
         assert distance(after, plain(x, t, cond)) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_where_the_operators_are_not_as_they_were(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """PyTorch keeps them to itself and may change them: then layers stay plain, which is said."""
+    unet = tiny.model("sd15").unet
+    state = torch.get_rng_state()
+    for operator in (lambda *arguments: arguments[0], None):
+        on_cpu.works.cache_clear()
+        monkeypatch.setattr(on_cpu, "onednn", SimpleNamespace(_reorder_convolution_transpose_weight=operator))
+        quicken(unet)
+        assert not any(type(module).__name__.startswith("Quick") for module in unet.modules())
+    assert "without quick layers" in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+    on_cpu.works.cache_clear()
 
 
 def circular(unet: UNet) -> None:

@@ -10,18 +10,23 @@ B batch, C channels, H×W height and width, E time channels
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from functools import cache
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ldm.errors import first_line
 from ldm.kernels import layers as kernels
 from ldm.kernels.compiled import fits, usable
 from ldm.models.layers import GEGLU, ResnetBlock, Upsample
 
+log = logging.getLogger(__name__)
 onednn = torch.ops.mkldnn
 LAST = torch.channels_last
 
@@ -29,7 +34,7 @@ LAST = torch.channels_last
 def quicken(model: nn.Module) -> None:
     """Put quicker layers in the place of a network's own, if its weights are on the CPU; they stay its weights."""
     weight = next(model.parameters())
-    if weight.device.type != "cpu" or not _packs(weight.dtype):
+    if weight.device.type != "cpu" or not works(weight.dtype):
         return
     own: dict[type[nn.Module], type[nn.Module]] = {
         nn.Conv2d: QuickConv2d, Upsample: QuickUpsample, ResnetBlock: QuickResnetBlock,
@@ -40,11 +45,26 @@ def quicken(model: nn.Module) -> None:
         module.__class__ = own.get(type(module), type(module))
 
 
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there, and computes in that type."""
-    if not torch.backends.mkldnn.is_available():
+@cache
+def works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in that type here, by operators that PyTorch keeps to itself: tried on a few numbers."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn._is_mkldnn_bf16_supported())
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        plain = Upsample(4).to(dtype)
+        x = torch.randn(1, 4, 3, 3).to(dtype)
+        quick = copy.deepcopy(plain)
+        quick.__class__, quick.conv.__class__ = QuickUpsample, QuickConv2d
+        try:
+            if dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
+                return False
+            found = quick(x, torch.Size((6, 6)))
+            found = cast("QuickConv2d", quick.conv).plus(found, found)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            log.warning("without quick layers: %s", first_line(error))
+            return False
+        wanted = plain(x, torch.Size((6, 6)))
+        return torch.allclose(found, plain.conv(wanted) + wanted, atol=2e-2, rtol=2e-2)
 
 
 class Copies:
@@ -97,7 +117,8 @@ def _quick(layer: nn.Module, *tensors: Tensor) -> TypeGuard[QuickConv2d]:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (layer.weight, *tensors)):
         return False
-    return all(tensor.dtype == layer.weight.dtype for tensor in tensors)
+    single = any(tensor.shape[2:].numel() == 1 for tensor in tensors)  # pixels, which older versions have no order for
+    return not single and all(tensor.dtype == layer.weight.dtype for tensor in tensors)
 
 
 class QuickConv2d(nn.Conv2d):
