@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -33,11 +33,11 @@ from ldm.cli.generate import parse_size
 from ldm.errors import LdmError, first_line
 from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.autoencoder import build_autoencoder
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNet
 from ldm.training.forecast import blank
 from ldm.weights.builtin import DEFAULT, builtin
+from ldm.weights.components import build
 from ldm.weights.configs import write_autoencoder, write_schedule, write_text, write_unet
 from ldm.weights.files import replacing, write_json
 from ldm.weights.tokenizer import write_tokenizer
@@ -181,10 +181,10 @@ def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
 def plain(model: LatentDiffusion, call: Call) -> Side:
     """This package's pipeline with layers as they are written, on the same weights in memory."""
     with torch.device("meta"):
-        unet, autoencoder = UNet(model.family.unet), build_autoencoder(model.family.autoencoder)
-    unet.load_state_dict(model.unet.state_dict(), assign=True)
-    autoencoder.load_state_dict(model.autoencoder.state_dict(), assign=True)
-    return ours(LatentDiffusion(model.family, unet, autoencoder, model.text_encoders), call)
+        other = LatentDiffusion.of(build(model.family, model.text_encoders.tokenizers))
+    for name, module in model.modules().items():
+        other.modules()[name].load_state_dict(module.state_dict(), assign=True)
+    return ours(other, call)
 
 
 def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "diffusers") -> Side:
@@ -362,7 +362,7 @@ def cold_starts(path: Path, rounds: int) -> dict[str, list[Cold]]:
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder, "picture.png"))
         commands = {
-            "ldm": ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", picture],
+            OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", picture],
             "diffusers": ["-c", script, str(path), PROMPT, picture],
         }
         for number in range(rounds + 1):
@@ -397,7 +397,7 @@ def ratios(others: Sequence[float], own: Sequence[float]) -> str:
     return f"{median(found):.2f} ({low:.2f}–{high:.2f})"
 
 
-def _tables(found: dict[str, list[Seconds]], limit: float) -> Iterator[Table]:
+def _tables(found: dict[str, list[Seconds]], limit: float) -> tuple[Table, Table]:
     """Seconds of all sides, and how many times as long as ours those of the others are."""
     seconds = Table("seconds", *STAGES, "of the limit", box=SIMPLE)
     against = Table("times ours", *STAGES, box=SIMPLE)
@@ -408,7 +408,7 @@ def _tables(found: dict[str, list[Seconds]], limit: float) -> Iterator[Table]:
         if name != OURS:
             own = [[getattr(one, stage) for one in found[OURS]] for stage in STAGES]
             against.add_row(name, *(ratios(*both) for both in zip(columns, own, strict=True)))
-    yield from (seconds, against)
+    return seconds, against
 
 
 def _cold_table(found: dict[str, list[Cold]]) -> Table:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.kernels.compiled import INT, fits, library, threads
+from ldm.kernels.compiled import INT, fits, learns, library, threads
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Raises:
         LdmError: other numbers or another device, or it cannot be compiled.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+    if learns(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
     if not fits(q, k, v):
         raise LdmError(f"it is for bf16 on the CPU, not for {q.dtype} on {q.device.type}")

@@ -67,11 +67,15 @@ def library() -> Any:
     return found
 
 
+def learns(*tensors: Tensor) -> bool:
+    """Whether gradients are wanted of what is computed with these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether these are bf16 on the CPU, and nobody wants gradients."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
+    right = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
+    return right and not learns(*tensors)
 
 
 def threads(numbers: int) -> int:

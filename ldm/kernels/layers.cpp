@@ -94,9 +94,9 @@ static void scales(const double* sums, const bf16* first, const bf16* offset, co
             double m = sums[c] / P, away = means[c] - mean;
             square += std::max(0.0, sums[C + c] / P - m * m) + away * away;
         }
-        double deviation = 1 / std::sqrt(square / per + eps);
+        double gain = 1 / std::sqrt(square / per + eps);
         for (int64_t c = g * per; c < (g + 1) * per; c++) {
-            double scale = deviation * number(weight[c]);
+            double scale = gain * number(weight[c]);
             out[c] = (float)scale;
             out[C + c] = (float)(number(bias[c]) + ((offset ? number(offset[c]) : 0) - mean) * scale);
         }

@@ -5,7 +5,7 @@ numbers but for rounding. Where gradients are wanted it does what that layer doe
 is a copy in the order that oneDNN multiplies in, which it would otherwise make at each call: for small pictures that
 takes longer than the convolution.
 
-B batch, C channels, H×W height and width, E time channels
+B batch, C channels, H×W height and width
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.errors import first_line
 from ldm.kernels import layers as kernels
-from ldm.kernels.compiled import fits, usable
+from ldm.kernels.compiled import fits, learns, usable
 from ldm.models.layers import GEGLU, ResnetBlock, Upsample
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,13 @@ class Copies:
         return found[1]
 
 
+def _geometry(layer: nn.Conv2d) -> tuple[Any, ...]:
+    """Padding, stride, dilation and groups, in the order of oneDNN's operators."""
+    return layer.padding, layer.stride, layer.dilation, layer.groups
+
+
 def _ordered(weight: Tensor, layer: nn.Conv2d, shape: list[int]) -> Tensor:
-    arguments = (layer.padding, layer.stride, layer.dilation, layer.groups)
-    return onednn._reorder_convolution_weight(weight.contiguous(memory_format=LAST), *arguments, shape)
+    return onednn._reorder_convolution_weight(weight.contiguous(memory_format=LAST), *_geometry(layer), shape)
 
 
 def doubling(weight: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ def _quick(layer: nn.Module, *tensors: Tensor) -> TypeGuard[QuickConv2d]:
         return False
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (layer.weight, *tensors)):
+    if learns(layer.weight, *tensors):
         return False
     single = any(tensor.shape[2:].numel() == 1 for tensor in tensors)  # pixels, which older versions have no order for
     return not single and all(tensor.dtype == layer.weight.dtype for tensor in tensors)
@@ -128,15 +132,15 @@ class QuickConv2d(nn.Conv2d):
         if not _quick(self, x):
             return super().forward(x)
         x = x.contiguous(memory_format=LAST)
-        arguments = (self.padding, self.stride, self.dilation, self.groups)
-        return onednn._convolution_pointwise(x, convolutions.of(self, x), self.bias, *arguments, "none", [], "")
+        weight = convolutions.of(self, x)
+        return onednn._convolution_pointwise(x, weight, self.bias, *_geometry(self), "none", [], "")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """The convolution of `x`, and `other`, both (B, C, H, W), where it is `_quick`."""
         x, other = x.contiguous(memory_format=LAST), other.contiguous(memory_format=LAST)
-        weight, arguments = convolutions.of(self, x), (self.padding, self.stride, self.dilation, self.groups)
+        weight = convolutions.of(self, x)
         return onednn._convolution_pointwise.binary(
-            x, other, weight, self.bias, *arguments, "add", None, None, [], None
+            x, other, weight, self.bias, *_geometry(self), "add", None, None, [], None
         )
 
 
@@ -153,7 +157,7 @@ class QuickUpsample(Upsample):
         return onednn._convolution_transpose_pointwise(x, weight, self.conv.bias, *DOUBLING, "none", [], "")
 
 
-def _fits(norm: nn.Module, x: Tensor) -> bool:
+def _fits(norm: nn.Module, x: Tensor) -> TypeGuard[QuickNorm]:
     """Whether the kernel can do this norm of it."""
     return isinstance(norm, QuickNorm) and fits(x, norm.weight) and x.is_contiguous(memory_format=LAST)
 
@@ -178,7 +182,7 @@ class QuickResnetBlock(ResnetBlock):
 
 def _activated(norm: nn.Module, x: Tensor, offset: Tensor | None = None) -> Tensor:
     """SiLU of the norm of `x` (B, C, H, W) and an offset (B, C)."""
-    if isinstance(norm, QuickNorm) and _fits(norm, x):
+    if _fits(norm, x):
         return kernels.group_norm(norm, x, offset, silu=True)
     return F.silu(norm(x if offset is None else x + offset[:, :, None, None]))
 

@@ -6,6 +6,8 @@ there. What the pictures lose by it has to be looked at: it is for drafts, and f
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ldm.models.unet import UNet
@@ -20,8 +22,8 @@ def reusing(unet: UNet, every: int) -> UNet:
     return replaced(
         unet,
         down_blocks=nn.ModuleList([first, First(inner[0], memory), *(Inner(block, memory) for block in inner[1:])]),
-        mid_block=Middle(unet.mid_block, memory),
-        up_blocks=nn.ModuleList([*(Back(block, memory) for block in back[:-1]), Last(back[-1], memory), last]),
+        mid_block=Skipped(unet.mid_block, memory),
+        up_blocks=nn.ModuleList([*(Skipped(block, memory) for block in back[:-1]), Last(back[-1], memory), last]),
     )
 
 
@@ -65,22 +67,15 @@ class First(Inner):
         return super().forward(x, time, text)
 
 
-class Middle(Part):
-    """The middle."""
+class Skipped(Part):
+    """The middle, or a level on the way up."""
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        return self.block(x, time, text) if self.memory.running else x
-
-
-class Back(Part):
-    """A level on the way up."""
-
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
-        return self.block(x, time, text, skips) if self.memory.running else x
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return self.block(x, *inputs) if self.memory.running else x
 
 
 class Last(Part):
-    """The last of them, whose result is kept."""
+    """The last inner level on the way up, whose result is kept."""
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         if self.memory.running:
