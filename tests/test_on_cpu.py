@@ -66,7 +66,7 @@ def test_a_unet(name: str, height: int, width: int, dtype: torch.dtype) -> None:
         x, t, cond = inputs(unet, dtype, height, width)
         wanted = exact(x.double(), t, cast(cond, torch.float64))
         check(quick(x, t, cond), unet(x, t, cond), wanted)
-        assert torch.equal(prepared(quick)(x, t, cond), quick(x, t, cond))
+        assert torch.equal(prepared(quick, cond)(x, t, cond), quick(x, t, cond))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

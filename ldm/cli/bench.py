@@ -70,6 +70,7 @@ class Options:
     rival_dtype: str | None = None
     device: str | None = None
     against: str = "diffusers"
+    compile: bool = False
     cold: bool = False
     out: str | None = None
 
@@ -109,7 +110,7 @@ def run(options: Options) -> None:
         raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
     device = device_named(options.device or default_device())
     dtype = to_dtype(options.dtype) or default_dtype(device)
-    model = _model(options.source, device, dtype)
+    model = _model(options.source, device, dtype, options.compile)
     width, height = parse_size(options.size) if options.size else (model.family.size,) * 2
     call = Call(width, height, options.batch, model.family.guidance)
     sides: dict[str, Side] = {OURS: ours(model, call)}
@@ -154,15 +155,15 @@ class Call:
     guidance: float
 
 
-def _model(source: str, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def _model(source: str, device: torch.device, dtype: torch.dtype, compile: bool) -> LatentDiffusion:
     """A model as pipelines have it by default; with the name of a family, one of its shape with random weights."""
     if source in FAMILIES and not builtin(source):
         model = LatentDiffusion.from_family(source)
         for module in model.modules().values():
             module.to(device, dtype)
-        tune(model)
+        tune(model, compile=compile)
         return model
-    return Pipeline(source, device=device, dtype=dtype).model
+    return Pipeline(source, device=device, dtype=dtype, compile=compile).model
 
 
 def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:

@@ -37,7 +37,7 @@ LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
 }  # fmt: skip
 IDENTITY = (  # what changes a picture, of `Options`, beside its settings
     "model", "family", "variant", "refiner", "guidance", "guidance_rescale", "guidance_interval", "threshold",
-    "perturbed", "image_guidance", "dtype", "attention",
+    "perturbed", "image_guidance", "dtype", "attention", "compile",
 )  # fmt: skip
 MOST = 100_000  # pictures of each prompt
 LARGEST_FILE = 256 * 2**20
@@ -66,6 +66,7 @@ class Options:
     device: str | None = None
     dtype: str | None = None
     attention: str = "auto"
+    compile: bool = False
     as_json: bool = False
     dry_run: bool = False
     family: str | None = None
@@ -112,7 +113,8 @@ def run(options: Options) -> None:
     device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and _cuda() else None)
     pipeline = Pipeline(
         options.model, refiner=options.refiner, device=device, dtype=to_dtype(options.dtype),
-        attention=options.attention, family=options.family, variant=options.variant, allow_pickle=options.allow_pickle,
+        attention=options.attention, compile=options.compile, family=options.family, variant=options.variant,
+        allow_pickle=options.allow_pickle,
     )  # fmt: skip
     groups = list(_groups(options, pipeline, common, mine))
     provenance: dict[str, Any] = {
@@ -122,6 +124,7 @@ def run(options: Options) -> None:
         "model_hash": pipeline.model.fingerprint(),
         "dtype": str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch."),
         "attention": options.attention,
+        "compile": options.compile,
     }
     given = {"source_family": options.family, "variant": options.variant}
     provenance |= {name: value for name, value in given.items() if value is not None}

@@ -21,7 +21,7 @@ SETTINGS = {
     "hires", "hires_strength", "hires_latents", "refiner_at", "refiner_strength",
 }  # fmt: skip
 NAMES = {"version", "model", "model_hash", "source", "source_family", "variant", "refiner", "dtype", "attention"}
-DESCRIPTION = {"task", "family", "image", "mask"}  # the rest of a record
+DESCRIPTION = {"task", "family", "image", "mask", "compile"}  # the rest of a record
 
 
 def run(
@@ -52,8 +52,8 @@ def run(
         raise LdmError(f"{path} was made from a picture, which it does not name; name it (--image)")
     pipeline = Pipeline(
         source, refiner=refiner or record.get("refiner"), device=device, dtype=to_dtype(dtype or record.get("dtype")),
-        attention=record.get("attention", "sdpa"), family=record.get("source_family"), variant=record.get("variant"),
-        allow_pickle=allow_pickle,
+        attention=record.get("attention", "sdpa"), compile=record.get("compile") is True,
+        family=record.get("source_family"), variant=record.get("variant"), allow_pickle=allow_pickle,
     )  # fmt: skip
     found, stated = pipeline.model.fingerprint(), record.get("model_hash")
     if stated and found != stated:

@@ -59,7 +59,7 @@ def join(*conds: Conditioning) -> Conditioning:
 
 def plain(unet: UNet, cond: Conditioning, extra: Tensor | None = None) -> Denoise:
     """The U-Net's own prediction; `extra` (B or 1, C, h, w) are more channels that it reads: the mask …"""
-    model = prepared(unet)
+    model = prepared(unet, cond)
     if extra is None:
         return lambda x, time: model(x, time.tensor, cond)
     channels = extra.expand(len(cond.text), -1, -1, -1)

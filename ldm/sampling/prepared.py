@@ -1,4 +1,4 @@
-"""A U-Net for one denoiser: what depends on the conditioning alone is computed at the first step, and kept.
+"""A U-Net for one denoiser: what depends on the conditioning alone is computed before the first step.
 
 Keys and values of the text are products of the same numbers at every step, as is what pooled text and size ids become.
 The layers that make them are replaced in a copy, which shares all else with the U-Net: no forward pass knows of it.
@@ -9,39 +9,44 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.models.layers import TransformerBlock
-from ldm.models.unet import UNet
+from ldm.models.unet import Conditioning, SizeEmbedding, UNet
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class Kept(nn.Module):
-    """A layer that is always given the same: its first result."""
+class Given(nn.Module):
+    """In the place of a layer that is always given the same: its result."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, result: Tensor) -> None:
         super().__init__()
-        self.layer = layer
-        self.result: Any = None
+        self.result = result
 
-    def forward(self, x: Any) -> Any:
-        if self.result is None:
-            self.result = self.layer(x)
+    def forward(self, x: Any) -> Tensor:
         return self.result
 
 
-def prepared(unet: UNet) -> UNet:
-    """The same U-Net for calls that differ in latents and time alone, not in batch or conditioning."""
-    return replaced(_keeping(unet), add_embedding=Kept(unet.add_embedding))
+def known(module: nn.Module) -> list[Tensor]:
+    """All that is given in a module."""
+    return [layer.result for layer in module.modules() if isinstance(layer, Given)]
 
 
-def _keeping(module: M) -> M:
-    """A module whose transformer blocks keep the text's keys and values; the module itself where it has none."""
+def prepared(unet: UNet, cond: Conditioning) -> UNet:
+    """The same U-Net for calls with this conditioning alone, which differ in latents and time."""
+    size = unet.add_embedding
+    given = {"add_embedding": Given(size(cond))} if isinstance(size, SizeEmbedding) else {}
+    return replaced(_knowing(unet, cond.text), **given)
+
+
+def _knowing(module: M, text: Tensor) -> M:
+    """A module whose transformer blocks know the text's keys and values; the module itself where it has none."""
     if isinstance(module, TransformerBlock):
         cross = module.attn2
-        return replaced(module, attn2=replaced(cross, to_k=Kept(cross.to_k), to_v=Kept(cross.to_v)))
-    parts = {name: _keeping(part) for name, part in module.named_children()}
+        given = {name: Given(getattr(cross, name)(text)) for name in ("to_k", "to_v")}
+        return replaced(module, attn2=replaced(cross, **given))
+    parts = {name: _knowing(part, text) for name, part in module.named_children()}
     if all(part is getattr(module, name) for name, part in parts.items()):
         return module
     return replaced(module, **parts)

@@ -1,0 +1,139 @@
+"""A U-Net whose step is recorded once as a CUDA graph and then replayed: no time goes into starting its kernels.
+
+A graph reads and writes the same places in memory every time: inputs are copied there, as are the text's keys and
+values, and the result is copied out. So one recording serves all prompts, and weights that change in their place.
+
+B batch, C channels, H×W height and width of the latents
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.attention import attention_layers
+from ldm.models.layers import TransformerBlock, twin
+from ldm.models.unet import Conditioning, NoEmbedding, UNet
+from ldm.sampling.prepared import Given, known
+
+Step = Callable[[], Tensor]
+MOST = 8  # recordings of a thread
+
+
+def record_steps(unet: UNet) -> None:
+    """Make a U-Net on a GPU record its steps, where nobody wants gradients and the text is known (`prepared`)."""
+    unet.recordings = Recordings(unet, CudaRecorder)  # type: ignore[assignment]
+    unet.__class__ = RecordedUNet
+
+
+class CudaRecorder:
+    """Records steps in memory that they share, since they never run at the same time."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        """Run a step a few times, record it, and return what replays it: always the same tensor, filled anew."""
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # what is compiled or chosen at the first calls must not be recorded
+                step()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may go on
+            out = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class RecordedUNet(UNet):
+    """See `record_steps`."""
+
+    recordings: Recordings
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        recording = None if torch.is_grad_enabled() else self.recordings.of(self, x, t, cond)
+        return super().forward(x, t, cond) if recording is None else recording(self, x, t)
+
+    def step(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The plain forward pass."""
+        return super().forward(x, t, cond)
+
+
+class Recording:
+    """A step for inputs of one shape."""
+
+    def __init__(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning, record: Callable[[Step], Step]):
+        self.unet = twin(unet)  # which has its own places for what is known of the text
+        self.x, self.t, self.known = x.clone(), t.clone(), known(self.unet)
+        self.holds = unet  # whose text lies there
+        self.replay = record(lambda: self.unet.step(self.x, self.t, cond))
+
+    def __call__(self, unet: RecordedUNet, x: Tensor, t: Tensor) -> Tensor:
+        if self.holds is not unet:
+            torch._foreach_copy_(self.known, known(unet))
+            self.holds = unet
+        self.x.copy_(x)
+        self.t.copy_(t)
+        return self.replay().clone()
+
+
+class Recordings:
+    """Those of one U-Net, for each thread its own."""
+
+    def __init__(self, unet: UNet, recorder: Callable[[], Callable[[Step], Step]]) -> None:
+        self.recorder = recorder
+        self.own = {id(module) for module in unet.modules() if not any(module.children())}
+        self.kinds = {RecordedUNet, Given, *(type(module) for module in unet.modules())}
+        self.kernels = {layer.kernel for layer in attention_layers(unet)}
+        self.served: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what tells a copy's graphs from others
+        self.thread = threading.local()
+
+    def __deepcopy__(self, memo: Any) -> Recordings:
+        return self
+
+    def of(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning) -> Recording | None:
+        """The recording for inputs of that shape; the least recently used one goes where there are too many.
+
+        None for a copy of the U-Net that does not run the same layers at every step, or reads the text itself.
+        """
+        if unet not in self.served:
+            places = [parameter.data_ptr() for parameter in unet.parameters()]
+            shapes = [tensor.shape for tensor in known(unet)]
+            self.served[unet] = (*places, *shapes) if self._steady(unet) else None
+        if self.served[unet] is None:
+            return None
+        own: Any = self.thread.__dict__
+        if not own:
+            own.update(found=OrderedDict(), record=self.recorder())
+        found: OrderedDict[Any, Recording] = own["found"]
+        key = (self.served[unet], x.shape, x.dtype, t.shape, t.dtype)
+        if key not in found:
+            found[key] = Recording(unet, x, t, cond, own["record"])
+        found.move_to_end(key)
+        while len(found) > MOST:
+            found.popitem(last=False)
+        return found[key]
+
+    def _steady(self, unet: RecordedUNet) -> bool:
+        """Whether its layers are those of the U-Net, and `Given`."""
+        blocks = [module for module in unet.modules() if isinstance(module, TransformerBlock)]
+        given = [unet.add_embedding, *(layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))]
+        leaves = [module for module in unet.modules() if not any(module.children()) and not isinstance(module, Given)]
+        return (
+            all(isinstance(layer, (Given, NoEmbedding)) for layer in given)
+            and all(type(module) in self.kinds for module in unet.modules())
+            and all(id(module) in self.own for module in leaves)
+            and self.kernels.issuperset(layer.kernel for layer in attention_layers(unet))
+        )
