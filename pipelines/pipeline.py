@@ -186,8 +186,8 @@ class Pipeline:
             hires: factor by which a second pass enlarges the picture.
             hires_strength: of that pass.
             hires_latents: enlarge the latents instead of the picture.
-            **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, reuse, clip_skip, chunks,
-                weights, original_size, crop, target_size and their negatives, aesthetic_score.
+            **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, reuse, merge, clip_skip,
+                chunks, weights, original_size, crop, target_size and their negatives, aesthetic_score.
 
         Raises:
             LdmError: a setting is out of bounds or does not fit the model.
@@ -345,8 +345,8 @@ def _name_of(scheduler: Any, family: Family) -> str:
 
 
 RECORDED = (
-    "width", "height", "spacing", "eta", "rng", "reuse", "clip_skip", "chunks", "weights", "original_size", "crop",
-    "target_size", "negative_original_size", "negative_crop", "negative_target_size", "aesthetic_score",
+    "width", "height", "spacing", "eta", "rng", "reuse", "merge", "clip_skip", "chunks", "weights", "original_size",
+    "crop", "target_size", "negative_original_size", "negative_crop", "negative_target_size", "aesthetic_score",
     "negative_aesthetic_score",
 )  # fmt: skip
 
@@ -384,6 +384,8 @@ class Passes:
             raise LdmError(
                 "the refiner takes over within a run only for text to image in one pass; leave refiner_at out"
             )
+        if pipeline.refiner is not None:
+            request.check_merge(pipeline.refiner.family)
         family = pipeline.model.family
         if self.hires:
             whole_steps(request.steps, "hires_strength", self.hires_strength)

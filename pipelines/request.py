@@ -14,6 +14,7 @@ from ldm.errors import LdmError
 from ldm.families import Family, NoiseSchedule
 from ldm.models.prompts import read
 from ldm.sampling.guidance import Guidance
+from ldm.sampling.merging import MOST as MOST_MERGED
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS, Plan, Scheduler, make
 
@@ -38,6 +39,7 @@ class Request:
     eta: float = 0.0  # noise of DDIM's and TCD's steps
     rng: str = "ldm"  # or "diffusers", for its numbers
     reuse: int = 1  # the U-Net's inner levels run in one call of so many
+    merge: float = 0.0  # part of the tokens that are merged for self-attention, in the U-Net's level with the most
     clip_skip: int = 0
     chunks: bool = True  # long prompts are split, not cut
     weights: bool = True  # brackets are weights
@@ -101,6 +103,7 @@ class Request:
             raise LdmError(f"reuse {self.reuse!r}: a whole number from 1 (never) to {MOST_STEPS} is needed")
         if self.reuse > 1 and len(family.unet.channels) < 2:
             raise LdmError("reuse: this model's U-Net has one level, of which nothing can be reused; leave it out")
+        self.check_merge(family)
         for name in ("chunks", "weights"):
             if not isinstance(getattr(self, name), bool):
                 raise LdmError(f"{name} {getattr(self, name)!r}: true or false is needed")
@@ -142,6 +145,18 @@ class Request:
         both = (self.prompts_2, self.negative_2) != (None, None)
         if both and len(family.text) == 1:
             raise LdmError(f"a {family.name} model has one text encoder, and so one prompt")
+
+    def check_merge(self, family: Family) -> None:
+        """Raise unless tokens can be merged as is asked for, in this model or in the refiner after it.
+
+        Raises:
+            LdmError: so many cannot, or the model has no level where they could.
+        """
+        _within("merge", self.merge, 0, MOST_MERGED)
+        if self.merge and not any(family.unet.depth):
+            raise LdmError(
+                f"merge: no level of a {family.name} model has a transformer to merge tokens in; leave it out"
+            )
 
 
 def whole_steps(steps: int, name: str, strength: float) -> int:

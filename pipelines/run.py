@@ -26,6 +26,7 @@ from ldm.models.unet import Conditioning, UNet
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
+from ldm.sampling.merging import merging
 from ldm.sampling.noise import Noise
 from ldm.sampling.reuse import reusing
 from ldm.sampling.schedulers import Plan
@@ -113,8 +114,9 @@ class Run:
 
     def unet(self) -> UNet:
         """The U-Net for one run."""
-        reuse = self.request.reuse
-        return reusing(self.model.unet, reuse) if reuse > 1 else self.model.unet
+        reuse, merge = self.request.reuse, self.request.merge
+        unet = merging(self.model.unet, merge) if merge else self.model.unet
+        return reusing(unet, reuse) if reuse > 1 else unet
 
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""

@@ -66,6 +66,7 @@ def test_pictures_and_their_record(ldm: Any, tmp_path: Path) -> None:
         ["--scheduler", "euler", "--spacing", "9,3,1,0.2", "--steps", "4", "--threshold", "0.9", "--perturbed", "1.5"],
         ["--clip-skip", "1", "--no-weights", "--rng", "diffusers", "--size", "72x64"],
         ["--hires", "1.5", "--hires-strength", "0.7"],
+        ["--merge", "0.4", "--reuse", "2", "--scheduler", "euler"],
     ],
 )
 def test_a_picture_can_be_made_again(ldm: Any, arguments: list[str]) -> None:

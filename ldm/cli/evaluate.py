@@ -37,8 +37,8 @@ from pipelines.run import reconstruct
 LOADING = ("dtype", "attention", "refiner", "variant", "allow_pickle")  # what a side may set of `Pipeline`
 MAKING = (  # and of `Pipeline.request`
     "size", "steps", "guidance", "scheduler", "spacing", "eta", "negative", "clip_skip", "chunks", "weights", "rng",
-    "reuse", "refiner_at", "refiner_strength", "hires", "hires_strength", "original_size", "crop", "target_size",
-    "aesthetic_score",
+    "reuse", "merge", "refiner_at", "refiner_strength", "hires", "hires_strength", "original_size", "crop",
+    "target_size", "aesthetic_score",
 )  # fmt: skip
 NAMED = ("scheduler", "spacing")  # of these, those whose values are names
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")

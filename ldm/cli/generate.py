@@ -33,7 +33,7 @@ from pipelines.pipeline import named
 
 LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
     "negative", "prompt_2", "negative_2", "seed", "width", "height", "steps", "guidance", "scheduler", "spacing",
-    "clip_skip", "image", "mask", "strength", "eta", "reuse",
+    "clip_skip", "image", "mask", "strength", "eta", "reuse", "merge",
 }  # fmt: skip
 IDENTITY = (  # what changes a picture, of `Options`, beside its settings
     "model", "family", "variant", "refiner", "guidance", "guidance_rescale", "guidance_interval", "threshold",

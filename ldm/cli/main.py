@@ -144,6 +144,9 @@ def generate(
     reuse: Annotated[
         int, typer.Option(help="Run the U-Net's inner levels in one call of so many: faster, rougher.")
     ] = 1,
+    merge: Annotated[
+        float, typer.Option(help="Part of the tokens merged for self-attention, up to 0.75: faster, rougher.")
+    ] = 0.0,
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
     ] = None,
@@ -173,7 +176,10 @@ def generate(
         "hires_strength": hires_strength,
     }  # fmt: skip
     settings: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-    settings |= {"clip_skip": clip_skip, "weights": weights, "chunks": chunks, "eta": eta, "rng": rng, "reuse": reuse}
+    settings |= {
+        "clip_skip": clip_skip, "weights": weights, "chunks": chunks, "eta": eta, "rng": rng, "reuse": reuse,
+        "merge": merge,
+    }  # fmt: skip
     settings["spacing"] = command.parse_spacing(spacing)
     command.run(
         command.Options(
