@@ -7,10 +7,10 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,12 @@ from torch import Tensor
 from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import load_image, to_images
-from ldm.kernels.processor import can
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.attention import best_attention, set_attention
 from ldm.models.prompts import TokenReport
-from ldm.sampling.compilation import compile_blocks, reported
-from ldm.sampling.graphs import record_steps
+from ldm.sampling.compilation import reported
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
-from ldm.sampling.on_cpu import quicken
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.sampling.schedulers import own_name
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
@@ -40,6 +36,7 @@ from pipelines.inpaint import inpaint, pasted
 from pipelines.request import Request, fitted, seeds, texts, whole_steps
 from pipelines.run import OnStep, Run, decode
 from pipelines.text_to_image import text_to_image
+from pipelines.tuning import Tuning, default_device, device_named
 
 log = logging.getLogger(__name__)
 TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpaint": inpaint, "edit": edit}
@@ -68,6 +65,7 @@ class Pipeline:
         attention: str = "auto",
         quick: bool = True,
         compile: bool = False,
+        quantize: str | None = None,
         **options: Any,
     ) -> None:
         """Load a model, or take one that is loaded.
@@ -84,6 +82,8 @@ class Pipeline:
             compile: compile the networks with `torch.compile` and, on a GPU, record the steps of the U-Net as CUDA
                 graphs. That takes a minute or two once for each size of picture, and less in the next process. On a
                 CPU, quick layers are faster.
+            quantize: a name of `ldm.sampling.quantized.QUANTIZED`, for U-Nets with weights of 8 bits; pictures differ a
+                little. Of models that are loaded here: with one that is loaded already it is refused.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
 
         Raises:
@@ -91,11 +91,11 @@ class Pipeline:
         """
         source = named(source)
         device = device_named(device or default_device())
+        tuning = Tuning(attention, quick, compile, quantize)
         self.compiled = compile
-        tuning = partial(tune, name=attention, quick=quick, compile=compile)
-        self.model = _loaded(source, device, dtype, tuning, options)
+        self.model = tuning.load(source, device, dtype, options)
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
-        self.refiner = None if refiner is None else _loaded(refiner, device, dtype, tuning, {})
+        self.refiner = None if refiner is None else tuning.load(refiner, device, dtype, {})
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
         if self.refiner is not None and self.refiner is not refiner:
@@ -423,46 +423,6 @@ def _check_count(name: str, value: Any) -> None:
         raise LdmError(f"{name} {value!r}: a whole number from 1 to 100000 is needed")
 
 
-def _loaded(
-    source: Any,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    tuning: Callable[[LatentDiffusion], None],
-    options: Mapping[str, Any],
-) -> LatentDiffusion:
-    if isinstance(source, LatentDiffusion):
-        return source
-    model = LatentDiffusion.from_pretrained(source, dtype=dtype or default_dtype(device), device=device, **options)
-    half = next(model.autoencoder.parameters()).dtype == torch.float16
-    if half and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
-        model.autoencoder.float()  # SDXL's own overflows in fp16
-    tuning(model)
-    return model
-
-
-def tune(model: LatentDiffusion, name: str = "auto", quick: bool = True, compile: bool = False) -> None:
-    """Make a model use an attention kernel by name, with "auto" the best for its device and dtype, and layers that are
-    compiled, or quick ones.
-
-    Raises:
-        LdmError: the kernel does not run here, or nothing can be compiled.
-    """
-    weight = next(model.unet.parameters())
-    for network in (model.unet, model.autoencoder):
-        if compile:
-            compile_blocks(network)
-        elif quick:
-            quicken(network)
-    if name == "auto":
-        name = "sdpa" if compile else best_attention(weight.device, weight.dtype)
-    if name != "sdpa":
-        set_attention(model.unet, name)
-    if name == "avx512":
-        set_attention(model.autoencoder, name)
-    if compile and weight.device.type == "cuda":
-        record_steps(model.unet)
-
-
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
     """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one."""
     refiner.autoencoder = model.autoencoder
@@ -479,31 +439,3 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
 def named(source: Any) -> Any:
     """The source; the built-in model where there is none."""
     return FOLDER / DEFAULT if source is None else source
-
-
-def device_named(name: torch.device | str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        LdmError: there is none.
-    """
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise LdmError(f"device {name!r} is not known; choose cuda, mps or cpu") from None
-
-
-def default_device() -> str:
-    """The best device of this machine."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """What a device is good at: bf16 where it computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    return torch.bfloat16 if can("avx512_bf16", "amx_bf16") else torch.float32

@@ -15,7 +15,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling import compilation
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
-from pipelines.pipeline import tune
+from pipelines.tuning import Tuning
 
 
 def small() -> LatentDiffusion:
@@ -33,7 +33,7 @@ def test_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compilation.failure.cache_clear()
     plain, compiled = Pipeline(small()), Pipeline(small())
-    tune(compiled.model, compile=True)
+    Tuning(compile=True).apply(compiled.model)
     assert list((tmp_path / "ldm" / "compiled").iterdir())
     compiled.compiled = True
 
@@ -70,5 +70,5 @@ def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", broken)
     compilation.failure.cache_clear()
     with pytest.raises(LdmError, match=r"torch.compile does not work here \(no working compiler\); a CPU needs"):
-        tune(small(), compile=True)
+        Tuning(compile=True).apply(small())
     compilation.failure.cache_clear()

@@ -93,7 +93,7 @@ from ldm.cli.main import app
 app(standalone_mode=False)
 heavy = (
     "transformers", "diffusers", "accelerate", "scipy", "sympy", "torchvision", "open_clip", "huggingface_hub",
-    "datasets", "torch._dynamo", "torch._inductor", "torch.distributed",
+    "datasets", "torchao", "torch._dynamo", "torch._inductor", "torch.distributed",
 )
 found = [name for name in sys.modules.keys() - there for part in heavy if (name + ".").startswith(part + ".")]
 assert not found, found

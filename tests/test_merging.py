@@ -137,16 +137,16 @@ def test_only_the_level_with_the_most_tokens(name: str, level: int) -> None:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "emoji"])
 def test_beside_the_other_wrappers(name: str) -> None:
-    """With the text's keys and values kept, inner levels reused, quick layers, and each picture alone."""
+    """With the text's keys and values known, inner levels reused, quick layers, and each picture alone."""
     unet = tiny.model(name).unet
     x, cond = inputs(unet, 7, 5)
     with torch.inference_mode():
         model = merging(unet, 0.5)
         made = model(x, TIME, cond)
-        kept = prepared(merging(unet, 0.5))
+        kept = prepared(merging(unet, 0.5), cond)
         assert torch.equal(kept(x, TIME, cond), made)
         assert torch.equal(kept(-x, TIME, cond), model(-x, TIME, cond))
-        reused = prepared(reusing(merging(unet, 0.5), 2))
+        reused = prepared(reusing(merging(unet, 0.5), 2), cond)
         assert torch.equal(reused(x, TIME, cond), made)
         assert torch.equal(reused(x, TIME, cond), made)
         assert not torch.equal(reused(-x, TIME, cond), reused(x, TIME, cond))

@@ -42,7 +42,7 @@ from ldm.weights.configs import write_autoencoder, write_schedule, write_text, w
 from ldm.weights.files import replacing, write_json
 from ldm.weights.tokenizer import write_tokenizer
 from pipelines import Pipeline
-from pipelines.pipeline import default_device, default_dtype, device_named, tune
+from pipelines.tuning import Tuning, default_device, default_dtype, device_named
 
 PROMPT = "a photograph of an astronaut riding a horse"
 OURS = "ldm"
@@ -70,7 +70,8 @@ class Options:
     rival_dtype: str | None = None
     device: str | None = None
     against: str = "diffusers"
-    compile: bool = False
+    compile: bool = False  # of ours alone
+    quantize: str | None = None  # likewise
     cold: bool = False
     out: str | None = None
 
@@ -110,10 +111,12 @@ def run(options: Options) -> None:
         raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
     device = device_named(options.device or default_device())
     dtype = to_dtype(options.dtype) or default_dtype(device)
-    model = _model(options.source, device, dtype, options.compile)
+    tuning = Tuning(compile=options.compile, quantize=options.quantize)
+    own = _model(options.source, device, dtype, tuning)
+    model = own if options.quantize is None else _model(options.source, device, dtype, Tuning(quick=False))
     width, height = parse_size(options.size) if options.size else (model.family.size,) * 2
     call = Call(width, height, options.batch, model.family.guidance)
-    sides: dict[str, Side] = {OURS: ours(model, call)}
+    sides: dict[str, Side] = {OURS: ours(own, call)}
     rival_dtype = to_dtype(options.rival_dtype) or dtype
     for name in rivals:
         sides[name] = plain(model, call) if name == "plain" else theirs(model, call, rival_dtype, name)
@@ -134,7 +137,7 @@ def run(options: Options) -> None:
     console = Console()
     console.print(*_tables(found, limit))
     if options.cold:
-        cold = cold_starts(path, options.rounds)
+        cold = cold_starts(path, options.rounds, options.quantize)
         result["cold"] = {name: [asdict(one) for one in rows] for name, rows in cold.items()}
         console.print(_cold_table(cold))
     if options.out:
@@ -155,15 +158,14 @@ class Call:
     guidance: float
 
 
-def _model(source: str, device: torch.device, dtype: torch.dtype, compile: bool) -> LatentDiffusion:
+def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning) -> LatentDiffusion:
     """A model as pipelines have it by default; with the name of a family, one of its shape with random weights."""
     if source in FAMILIES and not builtin(source):
         model = LatentDiffusion.from_family(source)
         for module in model.modules().values():
             module.to(device, dtype)
-        tune(model, compile=compile)
-        return model
-    return Pipeline(source, device=device, dtype=dtype, compile=compile).model
+        return tuning.apply(model)
+    return Pipeline(source, device=device, dtype=dtype, **vars(tuning)).model
 
 
 def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
@@ -352,7 +354,7 @@ class Cold:
     memory: float  # the most that was resident, GB
 
 
-def cold_starts(path: Path, rounds: int) -> dict[str, list[Cold]]:
+def cold_starts(path: Path, rounds: int, quantize: str | None = None) -> dict[str, list[Cold]]:
     """New processes that make a picture: `ldm generate`, and a script that uses diffusers."""
     script = (
         "import sys, torch, diffusers\n"
@@ -360,10 +362,11 @@ def cold_starts(path: Path, rounds: int) -> dict[str, list[Cold]]:
         "p(sys.argv[2], num_inference_steps=20).images[0].save(sys.argv[3])\n"
     )
     found: dict[str, list[Cold]] = {OURS: [], "diffusers": []}
+    more = [] if quantize is None else ["--quantize", quantize]
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder, "picture.png"))
         commands = {
-            OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", picture],
+            OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", picture, *more],
             "diffusers": ["-c", script, str(path), PROMPT, picture],
         }
         for number in range(rounds + 1):

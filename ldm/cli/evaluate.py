@@ -31,8 +31,8 @@ from ldm.weights.files import Progress as Tell
 from ldm.weights.files import silent
 from ldm.weights.hub import HUB_ID
 from pipelines import Pipeline
-from pipelines.pipeline import default_device
 from pipelines.run import reconstruct
+from pipelines.tuning import default_device
 
 LOADING = ("dtype", "attention", "refiner", "variant", "allow_pickle")  # what a side may set of `Pipeline`
 MAKING = (  # and of `Pipeline.request`

@@ -37,7 +37,7 @@ LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
 }  # fmt: skip
 IDENTITY = (  # what changes a picture, of `Options`, beside its settings
     "model", "family", "variant", "refiner", "guidance", "guidance_rescale", "guidance_interval", "threshold",
-    "perturbed", "image_guidance", "dtype", "attention", "compile",
+    "perturbed", "image_guidance", "dtype", "attention", "compile", "quantize",
 )  # fmt: skip
 MOST = 100_000  # pictures of each prompt
 LARGEST_FILE = 256 * 2**20
@@ -67,6 +67,7 @@ class Options:
     dtype: str | None = None
     attention: str = "auto"
     compile: bool = False
+    quantize: str | None = None
     as_json: bool = False
     dry_run: bool = False
     family: str | None = None
@@ -113,7 +114,8 @@ def run(options: Options) -> None:
     device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and _cuda() else None)
     pipeline = Pipeline(
         options.model, refiner=options.refiner, device=device, dtype=to_dtype(options.dtype),
-        attention=options.attention, compile=options.compile, family=options.family, variant=options.variant,
+        attention=options.attention, compile=options.compile, quantize=options.quantize, family=options.family,
+        variant=options.variant,
         allow_pickle=options.allow_pickle,
     )  # fmt: skip
     groups = list(_groups(options, pipeline, common, mine))
@@ -126,7 +128,7 @@ def run(options: Options) -> None:
         "attention": options.attention,
         "compile": options.compile,
     }
-    given = {"source_family": options.family, "variant": options.variant}
+    given = {"source_family": options.family, "variant": options.variant, "quantize": options.quantize}
     provenance |= {name: value for name, value in given.items() if value is not None}
     if options.refiner:
         provenance["refiner"] = _absolute(options.refiner)

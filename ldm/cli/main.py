@@ -161,6 +161,9 @@ def generate(
         typer.Option(help="sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; by default the best."),
     ] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the networks first: for many pictures.")] = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8, int8-weights or fp8: linear layers with weights of 8 bits, by torchao.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
     family: FamilyOption = None,
@@ -186,7 +189,8 @@ def generate(
             prompts=prompts or [], model=model, refiner=refiner, n=n, batch=batch, seed=seed, size=size,
             guidance=guidance, guidance_rescale=rescale, guidance_interval=interval, threshold=threshold,
             perturbed=perturbed, image_guidance=image_guidance, prompts_file=prompts_file, out=out, sheet=sheet,
-            device=device, dtype=dtype, attention=attention, compile=compile, as_json=json, dry_run=dry_run,
+            device=device, dtype=dtype, attention=attention, compile=compile, quantize=quantize, as_json=json,
+            dry_run=dry_run,
             family=family, variant=variant, allow_pickle=allow_pickle, settings=settings,
         )
     )  # fmt: skip
@@ -297,6 +301,7 @@ def bench(
         str, typer.Option(help="Separated by commas: diffusers, channels-last, compiled, openvino, plain (ours).")
     ] = "diffusers",
     compile: Annotated[bool, typer.Option("--compile", help="Compile ours.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="Of ours: int8, int8-weights or fp8.")] = None,
     cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the picture.")] = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
 ) -> None:
@@ -306,7 +311,7 @@ def bench(
     command.run(
         command.Options(
             source, size=size, batch=batch, steps=steps, rounds=rounds, dtype=dtype, rival_dtype=rival_dtype,
-            device=device, against=against, compile=compile, cold=cold, out=out,
+            device=device, against=against, compile=compile, quantize=quantize, cold=cold, out=out,
         )
     )  # fmt: skip
 

@@ -20,7 +20,9 @@ SETTINGS = {
     *RECORDED, "prompt", "negative", "prompt_2", "negative_2", "seed", "steps", "scheduler", "guidance", "strength",
     "hires", "hires_strength", "hires_latents", "refiner_at", "refiner_strength",
 }  # fmt: skip
-NAMES = {"version", "model", "model_hash", "source", "source_family", "variant", "refiner", "dtype", "attention"}
+NAMES = {
+    "version", "model", "model_hash", "source", "source_family", "variant", "refiner", "dtype", "attention", "quantize",
+}  # fmt: skip
 DESCRIPTION = {"task", "family", "image", "mask", "compile"}  # the rest of a record
 
 
@@ -53,7 +55,8 @@ def run(
     pipeline = Pipeline(
         source, refiner=refiner or record.get("refiner"), device=device, dtype=to_dtype(dtype or record.get("dtype")),
         attention=record.get("attention", "sdpa"), compile=record.get("compile") is True,
-        family=record.get("source_family"), variant=record.get("variant"), allow_pickle=allow_pickle,
+        quantize=record.get("quantize"), family=record.get("source_family"), variant=record.get("variant"),
+        allow_pickle=allow_pickle,
     )  # fmt: skip
     found, stated = pipeline.model.fingerprint(), record.get("model_hash")
     if stated and found != stated:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.caches import cache_folder
 from ldm.errors import LdmError, first_line
@@ -73,9 +73,13 @@ def learns(*tensors: Tensor) -> bool:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether these are bf16 on the CPU, and nobody wants gradients."""
+    """Whether these are plain tensors of bf16 on the CPU, and nobody wants gradients.
+
+    Others, such as quantised weights, say that they are bf16 too, but have no numbers of that type in memory.
+    """
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
     right = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
-    return right and not learns(*tensors)
+    return plain and right and not learns(*tensors)
 
 
 def threads(numbers: int) -> int:

@@ -109,7 +109,7 @@ class Recordings:
         None for a copy of the U-Net that does not run the same layers at every step, or reads the text itself.
         """
         if unet not in self.served:
-            places = [parameter.data_ptr() for parameter in unet.parameters()]
+            places = [_place(parameter) for parameter in unet.parameters()]
             shapes = [tensor.shape for tensor in known(unet)]
             self.served[unet] = (*places, *shapes) if self._steady(unet) else None
         if self.served[unet] is None:
@@ -137,3 +137,8 @@ class Recordings:
             and all(id(module) in self.own for module in leaves)
             and self.kernels.issuperset(layer.kernel for layer in attention_layers(unet))
         )
+
+
+def _place(weight: nn.Parameter) -> int:
+    """What changes when a weight lies elsewhere; those of 8 bits have several places."""
+    return weight.data_ptr() if type(weight) is nn.Parameter else id(weight)

@@ -355,8 +355,14 @@ def _outputs(name: str, module: nn.Module, dtype: torch.dtype | None) -> list[Ou
 
 
 def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtype | None) -> list[Output]:
-    """What to write for the parameters of a module, in the layout that the links describe."""
+    """What to write for the parameters of a module, in the layout that the links describe.
+
+    Raises:
+        LdmError: they are quantised.
+    """
     parameters = dict(module.named_parameters())
+    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters.values()):
+        raise LdmError("quantised weights are for making pictures, and are not written; load the model without them")
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return [
         Output(
