@@ -12,9 +12,9 @@ from ldm.errors import LdmError
 from ldm.kernels.processor import can
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import best_attention, set_attention
+from ldm.sampling import on_cpu, on_gpu
 from ldm.sampling.compilation import compile_blocks
 from ldm.sampling.graphs import record_steps
-from ldm.sampling.on_cpu import quicken
 from ldm.sampling.quantized import check_quantize, quantize
 
 
@@ -61,7 +61,8 @@ class Tuning:
             if self.compile:
                 compile_blocks(network)
             elif self.quick:
-                quicken(network)
+                on_cpu.quicken(network)
+                on_gpu.quicken(network)
         name = self.attention
         if name == "auto":
             name = "sdpa" if self.compile else best_attention(weight.device, weight.dtype)

@@ -147,7 +147,7 @@ def circular(unet: UNet) -> None:
 def hooked(unet: UNet) -> None:
     """As those do who change what layers give."""
     for module in unet.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm, nn.Linear)):
             module.register_forward_hook(lambda layer, inputs, result: 1.1 * result)
 
 

@@ -57,7 +57,7 @@ def test_a_unet_gives_nearly_the_same(family: str, dtype: torch.dtype, name: str
         count = quantize(unet, name)
         made = unet(x, t, cond)
         assert 1e-5 < distance(made, wanted) < 0.03
-        assert torch.equal(prepared(unet)(x, t, cond), made)
+        assert torch.equal(prepared(unet, cond)(x, t, cond), made)
         assert torch.equal(twin(unet)(x, t, cond), made)
     assert count == len(quantised(unet))
 
@@ -80,7 +80,7 @@ def test_fp8_gives_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize(unet, "fp8")
         made = unet(x, t, cond)
         assert distance(made, wanted) < 0.06
-        assert torch.equal(prepared(unet)(x, t, cond), made)
+        assert torch.equal(prepared(unet, cond)(x, t, cond), made)
 
 
 def test_which_layers() -> None:

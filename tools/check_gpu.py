@@ -1,4 +1,5 @@
-"""Check training on a GPU, within ten minutes: the same curves as on the CPU, memory that does not suffice, speed.
+"""Check a GPU within ten minutes. Training: the same curves as on the CPU, memory that does not suffice, speed.
+Pictures: quick layers beside plain ones, on the shapes of SD 1.5 at 512² and SDXL at 1024².
 
     python tools/check_gpu.py --out benchmarks/gpu-training.json
 
@@ -8,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -19,10 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
+from ldm.errors import first_line
+from ldm.models.layers import GEGLU
+from ldm.sampling import on_gpu
 from ldm.training.config import load
 from ldm.training.run import train
 from ldm.training.selftest import Ground, draw_pictures
@@ -30,6 +37,13 @@ from ldm.training.selftest import Ground, draw_pictures
 STEPS = 30
 NEAR, NEAR_16_BIT = 2e-3, 3e-2  # relative differences of losses that are taken as rounding
 ROOM = 0.6  # part of the memory that a run had needed, which does not suffice for it
+NORMS = [  # batch, channels, height and width
+    (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1920, 32), (2, 1280, 16), (2, 2560, 16), (2, 1280, 8),  # SD 1.5
+    (2, 320, 128), (2, 960, 128), (2, 640, 64), (2, 1920, 64), (2, 1280, 32), (2, 2560, 32),  # SDXL
+    (1, 512, 128), (1, 512, 512), (1, 256, 1024), (1, 128, 1024),  # its decoder
+]  # fmt: skip
+GATED = [(2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 4096, 640), (2, 1024, 1280)]  # batch, tokens, channels
+CALLS = 10  # of a layer in one CUDA graph
 HERE = Path(__file__).parent
 Finding = tuple[bool, str, Any]  # whether it is as it should be, in words, and in numbers
 
@@ -55,6 +69,9 @@ def main() -> None:
     sizes = [("sd15", 64, 1)] if options.small else [("sd15", 512, 32), ("sdxl", 1024, 4)]
     for family, size, batch in sizes:
         checks[f"training step, {family}"] = lambda f=family, s=size, b=batch: steps(f, s, b, options.small)
+    if not options.small:
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            checks[f"quick layers, {name}"] = lambda d=dtype: layers(d)
     results = {name: timed(check) for name, check in checks.items()}
     table = Table("check", "", "what was found", "seconds")
     for name, result in results.items():
@@ -74,6 +91,8 @@ def timed(check: Callable[[], Finding]) -> dict[str, Any]:
         well, found, numbers = check()
     except subprocess.CalledProcessError as error:
         well, found, numbers = False, " ".join((error.stderr or error.stdout or str(error)).split())[-300:], None
+    except RuntimeError as error:
+        well, found, numbers = False, first_line(error), None
     return {"well": well, "found": found, "numbers": numbers, "seconds": time.monotonic() - began}
 
 
@@ -106,6 +125,93 @@ def memory() -> Finding:
     far = distance(found, expected)
     cut = said.count("out of memory with")
     return cut > 0 and far < NEAR, f"cut {cut} times, losses at most {far:.1e} away", {"peak": peak, "limit": ROOM}
+
+
+def layers(dtype: torch.dtype) -> Finding:
+    """Each kernel beside the plain layer, both in a CUDA graph: no further from fp64 (and a tenth), how much faster."""
+    if not on_gpu.works(torch.device("cuda"), dtype):
+        return False, "the kernels do not work here", None
+    rows = []
+    with torch.inference_mode():
+        for shape in NORMS:
+            rows += [norm_row(shape, offset, dtype) for offset in (False, True)]
+        rows += [gated_row(shape, dtype) for shape in GATED]
+    table = Table("layer", "shape", "distance", "plain's", "ms", "plain's", title=str(dtype))
+    for row in rows:
+        numbers = [f"{row[key]:.3g}" for key in ("distance", "plain's distance", "ms", "plain's ms")]
+        table.add_row(row["layer"], str(row["shape"]), *numbers)
+    Console(width=120).print(table)
+    well = all(row["distance"] <= 1.1 * row["plain's distance"] and row["again"] for row in rows)
+    faster = sorted(row["plain's ms"] / row["ms"] for row in rows)
+    return well, f"{faster[0]:.2f} to {faster[-1]:.2f} times as fast, median {faster[len(faster) // 2]:.2f}", rows
+
+
+def norm_row(shape: tuple[int, int, int], with_offset: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Group norm and SiLU; the plain layers have pictures as they lie in plain pipelines."""
+    batch, channels, side = shape
+    norm = nn.GroupNorm(32, channels, 1e-5)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm = norm.to("cuda", dtype)
+    x = torch.randn(batch, channels, side, side, device="cuda").to(dtype)
+    offset = torch.randn(batch, channels, device="cuda").to(dtype) if with_offset else None
+    last = x.to(memory_format=torch.channels_last)
+
+    def plain(layer: nn.Module, x: Tensor, offset: Tensor | None) -> Tensor:
+        return F.silu(layer(x if offset is None else x + offset[:, :, None, None]))
+
+    exact = plain(copy.deepcopy(norm).double(), x.double(), None if offset is None else offset.double())
+    name = "group norm, SiLU, offset" if with_offset else "group norm, SiLU"
+    return row(
+        name, shape, exact, lambda: on_gpu.kernels().group_norm(norm, last, offset, silu=True),
+        lambda: plain(norm, x, offset),
+    )  # fmt: skip
+
+
+def gated_row(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """GEGLU, with the multiplication: in plain layers the bias is added there."""
+    layer = GEGLU(shape[-1], 4 * shape[-1]).to("cuda", dtype)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    weight, bias = layer.proj.weight, layer.proj.bias
+    return row(
+        "GEGLU", shape, exact, lambda: on_gpu.kernels().geglu(F.linear(x, weight), bias), lambda: layer(x)
+    )  # fmt: skip
+
+
+def row(
+    layer: str, shape: tuple[int, ...], exact: Tensor, quick: Callable[[], Tensor], plain: Callable[[], Tensor]
+) -> dict[str, Any]:
+    """Relative distances from what is exact, whether a graph gives what a call gives, and milliseconds of a call."""
+    found, expected = quick(), plain()
+    far, plain_far = (float((one.double() - exact).norm() / exact.norm()) for one in (found, expected))
+    ms, from_graph = in_graph(quick)
+    return {
+        "layer": layer, "shape": shape, "distance": far, "plain's distance": plain_far, "ms": ms,
+        "plain's ms": in_graph(plain)[0], "again": torch.equal(found, from_graph),
+    }  # fmt: skip
+
+
+def in_graph(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """Milliseconds of a call without what Python takes, the best of several; and its result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            result = call()
+    best = float("inf")
+    for _ in range(5):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        graph.replay()
+        after.record()
+        torch.cuda.synchronize()
+        best = min(best, before.elapsed_time(after) / CALLS)
+    return best, result.clone()
 
 
 def distance(found: list[float], expected: list[float]) -> float:

@@ -187,6 +187,7 @@ def plain(model: LatentDiffusion, call: Call) -> Side:
         other = LatentDiffusion.of(build(model.family, model.text_encoders.tokenizers))
     for name, module in model.modules().items():
         other.modules()[name].load_state_dict(module.state_dict(), assign=True)
+        other.modules()[name].to(memory_format=torch.contiguous_format)
     return ours(other, call)
 
 
@@ -220,9 +221,9 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = diffusers.StableDiffusionPipeline(**parts, **none)
     pipeline.set_progress_bar_config(disable=True)
-    if name in ("channels-last", "compiled"):
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
+    last = name in ("channels-last", "compiled")
+    for part in (pipeline.unet, pipeline.vae):  # quick layers on a GPU have left the weights channels last
+        part.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     if name == "openvino":
         pipeline.to(torch.float32)  # numpy knows no bf16; OpenVINO computes in it
         run_by_openvino(pipeline, model, call, dtype)

@@ -1,1 +1,1 @@
-"""Kernels of our own, in C++: compiled for this machine at first use, kept in the user's folder for caches."""
+"""Kernels of our own, compiled at first use: in C++, kept in the user's folder for caches, and in Triton."""

@@ -1,9 +1,8 @@
 """What makes pictures quicker on a CPU: layers that read memory less often, for pictures that lie channels last.
 
-Each stands in for the layer that it is made of, with the same parameters under the same names, and gives the same
-numbers but for rounding. Where gradients are wanted it does what that layer does. Of the weights of convolutions there
-is a copy in the order that oneDNN multiplies in, which it would otherwise make at each call: for small pictures that
-takes longer than the convolution.
+Each gives the numbers of the layer that it stands in for, but for rounding (`quick.py`). Where gradients are wanted it
+does what that layer does. Of the weights of convolutions there is a copy in the order that oneDNN multiplies in, which
+it would otherwise make at each call: for small pictures that takes longer than the convolution.
 
 B batch, C channels, H×W height and width
 """
@@ -17,7 +16,6 @@ from functools import cache
 from typing import Any, TypeGuard, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -25,10 +23,10 @@ from ldm.errors import first_line
 from ldm.kernels import layers as kernels
 from ldm.kernels.compiled import fits, learns, usable
 from ldm.models.layers import GEGLU, ResnetBlock, Upsample
+from ldm.sampling.quick import LAST, FusedGEGLU, FusedNorm, FusedResnetBlock, hooked, replace
 
 log = logging.getLogger(__name__)
 onednn = torch.ops.mkldnn
-LAST = torch.channels_last
 
 
 def quicken(model: nn.Module) -> None:
@@ -41,8 +39,7 @@ def quicken(model: nn.Module) -> None:
     }  # fmt: skip
     if weight.dtype == torch.bfloat16 and usable():
         own |= {nn.GroupNorm: QuickNorm, GEGLU: QuickGEGLU}
-    for module in model.modules():
-        module.__class__ = own.get(type(module), type(module))
+    replace(model, own)
 
 
 @cache
@@ -117,9 +114,7 @@ def _quick(layer: nn.Module, *tensors: Tensor) -> TypeGuard[QuickConv2d]:
     """
     if not isinstance(layer, QuickConv2d) or layer.padding_mode != "zeros":
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return False
-    if learns(layer.weight, *tensors):
+    if hooked(layer) or learns(layer.weight, *tensors):
         return False
     single = any(tensor.shape[2:].numel() == 1 for tensor in tensors)  # pixels, which older versions have no order for
     return not single and all(tensor.dtype == layer.weight.dtype for tensor in tensors)
@@ -157,40 +152,28 @@ class QuickUpsample(Upsample):
         return onednn._convolution_transpose_pointwise(x, weight, self.conv.bias, *DOUBLING, "none", [], "")
 
 
-def _fits(norm: nn.Module, x: Tensor) -> TypeGuard[QuickNorm]:
-    """Whether the kernel can do this norm of it."""
-    return isinstance(norm, QuickNorm) and fits(x, norm.weight) and x.is_contiguous(memory_format=LAST)
+class QuickNorm(FusedNorm):
+    """By our own kernel, in bf16."""
+
+    def fits(self, *tensors: Tensor) -> bool:
+        return fits(*tensors, self.weight)
+
+    def kernel(self, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
+        return kernels.group_norm(self, x, offset, silu)
 
 
-class QuickNorm(nn.GroupNorm):
-    """In one pass for the statistics and one for the result."""
+class QuickResnetBlock(FusedResnetBlock):
+    """With the last convolution and the sum as one, too."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.group_norm(self, x) if _fits(self, x) else super().forward(x)
-
-
-class QuickResnetBlock(ResnetBlock):
-    """With group norm and SiLU as one, which takes the time embedding along, and the last convolution and the sum."""
-
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(_activated(self.norm1, x))
-        offset = None if time is None else self.time_emb_proj(F.silu(time))
-        h = _activated(self.norm2, h, offset)
-        x = self.conv_shortcut(x)
-        return self.conv2.plus(h, x) if _quick(self.conv2, h, x) else x + self.conv2(h)
+    def end(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.conv2.plus(h, x) if _quick(self.conv2, h, x) else super().end(h, x)
 
 
-def _activated(norm: nn.Module, x: Tensor, offset: Tensor | None = None) -> Tensor:
-    """SiLU of the norm of `x` (B, C, H, W) and an offset (B, C)."""
-    if _fits(norm, x):
-        return kernels.group_norm(norm, x, offset, silu=True)
-    return F.silu(norm(x if offset is None else x + offset[:, :, None, None]))
+class QuickGEGLU(FusedGEGLU):
+    """By our own kernel, in bf16."""
 
+    def fits(self, *tensors: Tensor) -> bool:
+        return fits(*tensors, self.proj.weight)
 
-class QuickGEGLU(GEGLU):
-    """With the bias, GELU and the product as one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if type(self.proj) is not nn.Linear or not fits(x, self.proj.weight):
-            return super().forward(x)
-        return kernels.geglu(F.linear(x, self.proj.weight), self.proj.bias)
+    def kernel(self, x: Tensor, bias: Tensor) -> Tensor:
+        return kernels.geglu(x, bias)
