@@ -22,7 +22,7 @@ from ldm.models.layers import GEGLU, ResnetBlock
 from ldm.sampling import on_gpu
 from ldm.sampling.on_gpu import QuickGEGLU, QuickNorm, quicken, works
 from ldm.sampling.quick import LAST, FusedResnetBlock
-from pipelines.pipeline import tune
+from pipelines.tuning import Tuning
 
 HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -175,9 +175,9 @@ def test_a_model_is_tuned_by_its_device(monkeypatch: pytest.MonkeyPatch) -> None
     seen: list[nn.Module] = []
     monkeypatch.setattr(on_gpu, "quicken", seen.append)
     model = tiny.model("sd15")
-    tune(model)
+    Tuning().apply(model)
     assert seen == [model.unet, model.autoencoder]
-    tune(model, quick=False)
+    Tuning(quick=False).apply(model)
     assert len(seen) == 2
 
 
