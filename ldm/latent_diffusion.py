@@ -9,10 +9,12 @@ import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch import nn
 
 from ldm.errors import LdmError
 from ldm.families import Family, NoiseSchedule, family_named
@@ -81,6 +83,18 @@ class LatentDiffusion(Components):
     def schedule(self) -> NoiseSchedule:
         """How noise was added in training."""
         return self.family.schedule
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.unet.parameters()).device
+
+    def bring(self, network: nn.Module) -> None:
+        """Have one of its networks where it computes: all of them are, unless their weights take turns."""
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """While one batch of pictures is made: several can be at once, unless weights take turns."""
+        return nullcontext()
 
     def fingerprint(self) -> str:
         """Ten hexadecimal digits that tell these weights from others, whatever file they came from."""

@@ -15,6 +15,7 @@ def edit(run: Run) -> Tensor:
     """Latents (B, C, h, w) of the request's picture after the edit, from pure noise."""
     request, model = run.request, run.model
     assert request.image is not None
+    model.bring(model.autoencoder)
     weight = next(model.autoencoder.parameters())
     picture = model.autoencoder.encode(run.pixels_of(request.image).to(weight.device, weight.dtype)).mode()
     x = run.noise.draw(run.shape, run.dtype, run.device) * run.plan.scheduler.init_noise_sigma

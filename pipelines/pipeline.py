@@ -36,7 +36,7 @@ from pipelines.inpaint import inpaint, pasted
 from pipelines.request import Request, fitted, seeds, texts, whole_steps
 from pipelines.run import OnStep, Run, decode
 from pipelines.text_to_image import text_to_image
-from pipelines.tuning import Tuning, default_device, device_named
+from pipelines.tuning import Tuned, Tuning, default_device, device_named
 
 log = logging.getLogger(__name__)
 TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpaint": inpaint, "edit": edit}
@@ -66,6 +66,7 @@ class Pipeline:
         quick: bool = True,
         compile: bool = False,
         quantize: str | None = None,
+        offload: str = "auto",
         **options: Any,
     ) -> None:
         """Load a model, or take one that is loaded.
@@ -84,6 +85,7 @@ class Pipeline:
                 CPU, quick layers are faster.
             quantize: a name of `ldm.sampling.quantized.QUANTIZED`, for U-Nets with weights of 8 bits; pictures differ a
                 little. Of models that are loaded here: with one that is loaded already it is refused.
+            offload: a name of `pipelines.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
 
         Raises:
@@ -91,11 +93,10 @@ class Pipeline:
         """
         source = named(source)
         device = device_named(device or default_device())
-        tuning = Tuning(attention, quick, compile, quantize)
+        tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
-        self.model = tuning.load(source, device, dtype, options)
+        self.model, self.refiner = tuning.load(source, refiner, device, dtype, options)
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
-        self.refiner = None if refiner is None else tuning.load(refiner, device, dtype, {})
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
         if self.refiner is not None and self.refiner is not refiner:
@@ -240,7 +241,9 @@ class Pipeline:
         self._note_unknown(request.prompts)
         for start in range(0, len(request.prompts), batch):
             with reported() if self.compiled else nullcontext():
-                yield self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
+                with self.model.alone():
+                    result = self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
+                yield result
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
@@ -424,7 +427,12 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
-    """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one."""
+    """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one.
+
+    Not where only one of the two has weights that take turns.
+    """
+    if isinstance(model, Tuned) != isinstance(refiner, Tuned):
+        return
     refiner.autoencoder = model.autoencoder
     ours, theirs = model.text_encoders.towers[-1].state_dict(), refiner.text_encoders.towers[0].state_dict()
     if ours.keys() == theirs.keys() and all(

@@ -57,7 +57,7 @@ class Run:
         self.noise = noise
         self.on_step = on_step
         self.schedule = schedule or model.family.schedule
-        self.device = next(model.unet.parameters()).device
+        self.device = model.device
         self.dtype = next(model.unet.parameters()).dtype
         config = model.family.autoencoder
         side = config.factor
@@ -75,6 +75,7 @@ class Run:
         if not request.guidance.classifier_free:
             negative = [() for _ in negative]
         both = [[*first, *second] for first, second in zip(positive, negative, strict=True)]
+        self.model.bring(self.model.text_encoders)
         encoded, reports = encode_prompts(
             self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, weights=request.weights
         )
@@ -113,7 +114,8 @@ class Run:
         return self.plan.calls_before(part, self.schedule.train_steps)
 
     def unet(self) -> UNet:
-        """The U-Net for one run."""
+        """The U-Net for one run, from now on."""
+        self.model.bring(self.model.unet)
         reuse, merge = self.request.reuse, self.request.merge
         unet = merging(self.model.unet, merge) if merge else self.model.unet
         return reusing(unet, reuse) if reuse > 1 else unet
@@ -160,6 +162,7 @@ class Run:
     def encode(self, pixels: Tensor) -> Tensor:
         """Pictures (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
         autoencoder = self.model.autoencoder
+        self.model.bring(autoencoder)
         weight = next(autoencoder.parameters())
         x = pixels.to(weight.device, weight.dtype)
         posterior = _or_in_tiles(lambda: autoencoder.encode(x), lambda: tiled_encode(autoencoder, x), "encoding")
@@ -186,6 +189,7 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
         LdmError: the pictures are not finite, or memory does not suffice for tiles either.
     """
     autoencoder = model.autoencoder
+    model.bring(autoencoder)
     config = autoencoder.config
     weight = next(autoencoder.parameters())
     z = (latents / config.scaling_factor + config.shift_factor).to(weight.device, weight.dtype)
@@ -208,6 +212,7 @@ def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[I
         LdmError: as `decode`.
     """
     autoencoder = model.autoencoder
+    model.bring(autoencoder)
     weight = next(autoencoder.parameters())
     latents = autoencoder.encode(to_tensor(images, *images[0].size).to(weight.device, weight.dtype)).mode()
     config = autoencoder.config

@@ -1,12 +1,14 @@
-"""How a model is made quick on its device: layers, kernels, compiling, weights of 8 bits; and the device and dtype."""
+"""How a model is made quick on its device: layers, kernels, compiling, weights of 8 bits; and device and dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.errors import LdmError
 from ldm.kernels.processor import can
@@ -16,6 +18,9 @@ from ldm.sampling import on_cpu, on_gpu
 from ldm.sampling.compilation import compile_blocks
 from ldm.sampling.graphs import record_steps
 from ldm.sampling.quantized import check_quantize, quantize
+from ldm.weights.components import Opened
+from ldm.weights.sources import open_source
+from pipelines.offload import Room, room_for
 
 
 @dataclass(frozen=True)
@@ -26,73 +31,110 @@ class Tuning:
     quick: bool = True
     compile: bool = False
     quantize: str | None = None
+    offload: str = "auto"
 
     def load(
-        self, source: Any, device: torch.device, dtype: torch.dtype | None, options: Mapping[str, Any]
-    ) -> LatentDiffusion:
-        """A model from a source, tuned; one that is loaded already, as it is.
+        self,
+        source: Any,
+        refiner: Any,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        options: Mapping[str, Any],
+    ) -> tuple[LatentDiffusion, LatentDiffusion | None]:
+        """A model and perhaps its refiner from their sources, tuned; those that are loaded already, as they are.
+
+        `options` are those of `open_source`, for the model.
 
         Raises:
-            LdmError: it cannot be loaded, or tuned like that.
+            LdmError: they cannot be loaded, or tuned like that.
         """
-        if isinstance(source, LatentDiffusion):
-            if self.quantize is not None:
-                raise LdmError(
-                    f"quantize {self.quantize!r}: a model that is loaded already stays as it is; name its source"
-                )
-            return source
         dtype = dtype or default_dtype(device)
         if self.quantize is not None:
+            for one in (source, refiner):
+                if isinstance(one, LatentDiffusion):
+                    raise LdmError(
+                        f"quantize {self.quantize!r}: a model that is loaded already stays as it is; name its source"
+                    )
             check_quantize(self.quantize, device, dtype)
-        model = LatentDiffusion.from_pretrained(source, dtype=dtype, device=device, **options)
-        half = next(model.autoencoder.parameters()).dtype == torch.float16
-        if half and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
-            model.autoencoder.float()  # SDXL's own overflows in fp16
-        return self.apply(model)
+        pairs = [(source, options)] if refiner is None else [(source, options), (refiner, {})]
+        found = [one if isinstance(one, LatentDiffusion) else open_source(one, **more) for one, more in pairs]
+        opened = [one.components for one in found if isinstance(one, Opened)]
+        room = room_for(opened, self.offload, device, dtype) if opened else None
+        models = [self._loaded(one, device, dtype, room) if isinstance(one, Opened) else one for one in found]
+        return models[0], None if refiner is None else models[1]
 
-    def apply(self, model: LatentDiffusion) -> LatentDiffusion:
-        """A model on its device, tuned in place; with quantised weights, another around the same networks.
+    def _loaded(self, opened: Opened, device: torch.device, dtype: torch.dtype, room: Room | None) -> LatentDiffusion:
+        """A model from where its weights are."""
+        model = LatentDiffusion.of(opened.load(dtype, "cpu" if room else device))
+        if dtype == torch.float16 and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
+            model.autoencoder.float()  # SDXL's own overflows in fp16
+        return self.apply(model, room)
+
+    def apply(self, model: LatentDiffusion, room: Room | None = None) -> LatentDiffusion:
+        """A model on its device, tuned in place; with quantised weights or with a room where its networks take turns,
+        another around the same networks.
 
         Raises:
-            LdmError: a kernel does not run here, or nothing can be compiled or quantised.
+            LdmError: a kernel does not run here, nothing can be compiled or quantised, or one thing excludes another.
         """
-        weight = next(model.unet.parameters())
+        device, dtype = room.device if room else model.device, next(model.unet.parameters()).dtype
+        if room and room.layers and (self.compile or self.quantize):
+            raise LdmError(
+                "offload: with one layer at a time (layers) nothing can be compiled or quantised; leave compile and "
+                "quantize out"
+            )
         for network in (model.unet, model.autoencoder):
             if self.compile:
-                compile_blocks(network)
-            elif self.quick:
-                on_cpu.quicken(network)
-                on_gpu.quicken(network)
+                compile_blocks(network, device)
+            elif self.quick and not (room and room.layers):
+                on_cpu.quicken(network, device)
+                on_gpu.quicken(network, device)
         name = self.attention
         if name == "auto":
-            name = "sdpa" if self.compile else best_attention(weight.device, weight.dtype)
+            name = "sdpa" if self.compile else best_attention(device, dtype)
         if name != "sdpa":
-            set_attention(model.unet, name)
+            set_attention(model.unet, name, device)
         if name == "avx512":
-            set_attention(model.autoencoder, name)
-        if self.quantize is not None:
-            model = Quantized(model, self.quantize)
-        if self.compile and weight.device.type == "cuda":
+            set_attention(model.autoencoder, name, device)
+        if self.quantize or room:
+            model = Tuned(model, self.quantize, room)
+        if self.compile and device.type == "cuda" and not room:
             record_steps(model.unet)
         return model
 
 
-class Quantized(LatentDiffusion):
-    """A model whose U-Net has quantised weights, known by those that it was loaded with."""
+class Tuned(LatentDiffusion):
+    """A model whose weights are quantised, or take turns in a room; it is known by those that it was loaded with."""
 
-    def __init__(self, model: LatentDiffusion, name: str) -> None:
-        """Quantise the U-Net of a model; `name` is one of `ldm.sampling.quantized.QUANTIZED`.
+    def __init__(self, model: LatentDiffusion, quantized: str | None, room: Room | None) -> None:
+        """A model around the networks of another; `quantized` is a name of `ldm.sampling.quantized.QUANTIZED`.
 
         Raises:
-            LdmError: it cannot be done here.
+            LdmError: it cannot be quantised here.
         """
         super().__init__(model.family, model.unet, model.autoencoder, model.text_encoders)
         self.known_by = model.fingerprint()
-        quantize(model.unet, name)
+        self.room = room
+        if room:
+            room.add(self)
+        if quantized:
+            self.bring(model.unet)
+            quantize(model.unet, quantized)
 
     def fingerprint(self) -> str:
         """That of the weights as they were loaded."""
         return self.known_by
+
+    @property
+    def device(self) -> torch.device:
+        return self.room.device if self.room else super().device
+
+    def bring(self, network: nn.Module) -> None:
+        if self.room:
+            self.room.bring(network)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        return self.room.lock if self.room else super().alone()
 
 
 def device_named(name: torch.device | str) -> torch.device:

@@ -68,6 +68,7 @@ class Options:
     attention: str = "auto"
     compile: bool = False
     quantize: str | None = None
+    offload: str = "auto"
     as_json: bool = False
     dry_run: bool = False
     family: str | None = None
@@ -114,9 +115,8 @@ def run(options: Options) -> None:
     device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and _cuda() else None)
     pipeline = Pipeline(
         options.model, refiner=options.refiner, device=device, dtype=to_dtype(options.dtype),
-        attention=options.attention, compile=options.compile, quantize=options.quantize, family=options.family,
-        variant=options.variant,
-        allow_pickle=options.allow_pickle,
+        attention=options.attention, compile=options.compile, quantize=options.quantize, offload=options.offload,
+        family=options.family, variant=options.variant, allow_pickle=options.allow_pickle,
     )  # fmt: skip
     groups = list(_groups(options, pipeline, common, mine))
     provenance: dict[str, Any] = {

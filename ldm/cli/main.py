@@ -164,6 +164,9 @@ def generate(
     quantize: Annotated[
         str | None, typer.Option(help="int8, int8-weights or fp8: linear layers with weights of 8 bits, by torchao.")
     ] = None,
+    offload: Annotated[
+        str, typer.Option(help="For large models on a GPU: none, components or layers; by default what fits.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
     family: FamilyOption = None,
@@ -189,8 +192,8 @@ def generate(
             prompts=prompts or [], model=model, refiner=refiner, n=n, batch=batch, seed=seed, size=size,
             guidance=guidance, guidance_rescale=rescale, guidance_interval=interval, threshold=threshold,
             perturbed=perturbed, image_guidance=image_guidance, prompts_file=prompts_file, out=out, sheet=sheet,
-            device=device, dtype=dtype, attention=attention, compile=compile, quantize=quantize, as_json=json,
-            dry_run=dry_run,
+            device=device, dtype=dtype, attention=attention, compile=compile, quantize=quantize, offload=offload,
+            as_json=json, dry_run=dry_run,
             family=family, variant=variant, allow_pickle=allow_pickle, settings=settings,
         )
     )  # fmt: skip

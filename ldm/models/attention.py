@@ -102,10 +102,11 @@ def best_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
-def set_attention(model: nn.Module, name: str) -> None:
+def set_attention(model: nn.Module, name: str, device: torch.device | None = None) -> None:
     """Make every attention layer of `model` use the kernel called `name` (a key of `KERNELS`).
 
     The kernel is run once on random input of the model's device, dtype and head sizes before anything is changed.
+    `device` is where the model will compute, if not where its weights are.
 
     Raises:
         LdmError: the name is unknown, or the kernel is not installed, does not load, or cannot do this model's shapes.
@@ -115,12 +116,13 @@ def set_attention(model: nn.Module, name: str) -> None:
     kernel, needs = KERNELS[name]
     layers = list(attention_layers(model))
     weight = next(model.parameters())
+    device = device or weight.device
     for head_dim in sorted({layer.head_dim for layer in layers}):
-        problem = _try(kernel, head_dim, weight.device, weight.dtype)
+        problem = _try(kernel, head_dim, device, weight.dtype)
         if problem:
             raise LdmError(
                 f"attention {name!r} does not run here with heads of {head_dim} channels in {_plain(weight.dtype)} "
-                f"on {weight.device.type} ({problem}); it needs {needs}"
+                f"on {device.type} ({problem}); it needs {needs}"
             )
     for layer in layers:
         layer.kernel = kernel

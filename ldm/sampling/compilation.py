@@ -26,16 +26,17 @@ log = logging.getLogger(__name__)
 VARIANTS = 256  # of a kind of block: widths, sizes of pictures; PyTorch stops compiling after 8 unless told otherwise
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None:
     """Put compiled blocks in the place of a network's own; they are compiled at the first call.
 
     A block is compiled for its channels and the height and width of its pictures, and for any length of text; for one
-    picture and for several. Convolutions get their weights channels last, in place.
+    picture and for several. Convolutions get their weights channels last, in place. `device` is where the network will
+    compute, if not where its weights are.
 
     Raises:
         LdmError: nothing can be compiled for the device here.
     """
-    problem = failure(next(model.parameters()).device)
+    problem = failure(device or next(model.parameters()).device)
     if problem:
         raise LdmError(
             f"compile: torch.compile does not work here ({problem}); a CPU needs a C++ compiler (g++, clang++), a GPU "

@@ -29,10 +29,13 @@ log = logging.getLogger(__name__)
 onednn = torch.ops.mkldnn
 
 
-def quicken(model: nn.Module) -> None:
-    """Put quicker layers in the place of a network's own, if its weights are on the CPU; they stay its weights."""
+def quicken(model: nn.Module, device: torch.device | None = None) -> None:
+    """Put quicker layers in the place of a network's own, if that is a CPU; they stay its weights.
+
+    `device` is where the network will compute, if not where its weights are.
+    """
     weight = next(model.parameters())
-    if weight.device.type != "cpu" or not works(weight.dtype):
+    if (device or weight.device).type != "cpu" or not works(weight.dtype):
         return
     own: dict[type[nn.Module], type[nn.Module]] = {
         nn.Conv2d: QuickConv2d, Upsample: QuickUpsample, ResnetBlock: QuickResnetBlock,

@@ -25,11 +25,15 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 4096  # channels of a group that fit into a program's registers
 
 
-def quicken(model: nn.Module) -> None:
-    """Put quicker layers in the place of a network's own, if its weights are on a CUDA GPU; they stay its weights, but
-    those of convolutions lie channels last in memory from then on, and so do the pictures that come out."""
+def quicken(model: nn.Module, device: torch.device | None = None) -> None:
+    """Put quicker layers in the place of a network's own, if that is a CUDA GPU; they stay its weights, but those of
+    convolutions lie channels last in memory from then on, and so do the pictures that come out.
+
+    `device` is where the network will compute, if not where its weights are.
+    """
     weight = next(model.parameters())
-    if weight.device.type != DEVICE or not works(weight.device, weight.dtype):
+    device = device or weight.device
+    if device.type != DEVICE or not works(device, weight.dtype):
         return
     model.to(memory_format=LAST)
     replace(model, {nn.GroupNorm: QuickNorm, ResnetBlock: FusedResnetBlock, GEGLU: QuickGEGLU})

@@ -358,9 +358,11 @@ def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtyp
     """What to write for the parameters of a module, in the layout that the links describe.
 
     Raises:
-        LdmError: they are quantised.
+        LdmError: they are quantised, or elsewhere.
     """
     parameters = dict(module.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise LdmError("weights that come a layer at a time (offload) are not written; load the model without that")
     if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters.values()):
         raise LdmError("quantised weights are for making pictures, and are not written; load the model without them")
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
