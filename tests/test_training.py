@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from diffusers.training_utils import compute_snr
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, NoiseSchedule
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.checkpointing import checkpointed
 from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, prompt
@@ -370,3 +372,20 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert saved[1] < 0.5 * saved[0]
     assert math.isfinite(float(loss))
+
+
+def test_compiling_changes_no_gradient() -> None:
+    family = tiny.family("sd15")
+    shape = replace(family.unet, channels=(16,), depth=(1,), heads=(2,), layers=1, groups=8)
+    model = LatentDiffusion.from_family(replace(family, unet=shape))
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, shape.text_dim)
+    gradients = []
+    for compiled in (False, True):
+        unet = copy.deepcopy(model.unet).train()
+        checkpointed(unet)
+        if compiled:
+            unet.compile()
+        unet(x, torch.tensor([500, 3]), Conditioning(text)).square().mean().backward()
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    for plain, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)

@@ -36,16 +36,24 @@ def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None
     Raises:
         LdmError: nothing can be compiled for the device here.
     """
-    problem = failure(device or next(model.parameters()).device)
-    if problem:
-        raise LdmError(
-            f"compile: torch.compile does not work here ({problem}); a CPU needs a C++ compiler (g++, clang++), a GPU "
-            "Triton; leave compile out otherwise"
-        )
+    check_compiling(device or next(model.parameters()).device)
     model.to(memory_format=torch.channels_last)
     own = _blocks()
     for module in model.modules():
         module.__class__ = own.get(type(module), type(module))
+
+
+def check_compiling(device: torch.device) -> None:
+    """Raise unless something can be compiled for a device; what will be is kept in the user's folder for caches.
+
+    Raises:
+        LdmError: nothing can.
+    """
+    if problem := failure(device):
+        raise LdmError(
+            f"compile: torch.compile does not work here ({problem}); a CPU needs a C++ compiler (g++, clang++), a GPU "
+            "Triton; leave compile out otherwise"
+        )
 
 
 @cache

@@ -41,6 +41,7 @@ from ldm.errors import LdmError, first_line
 from ldm.evaluation import evaluation, stored
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
+from ldm.sampling.compilation import check_compiling
 from ldm.training.agreement import check_agreement, differences
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.checkpointing import checkpointed
@@ -52,6 +53,7 @@ from ldm.training.evaluator import Best, Evaluator, check_evaluation, evaluation
 from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.loop import Report, Training, Work, in_parts
 from ldm.training.phases import Phase, phases
+from ldm.training.sharded import is_sharded
 from ldm.training.stage import MakePictures, Stage
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
@@ -290,7 +292,10 @@ class Run:
             if section.checkpointing:
                 checkpointed(player.module)
             if section.compile:
+                check_compiling(accelerator.device)
                 player.module.compile()
+            if accelerator.device.type == "cuda" and not is_sharded(accelerator, stage):
+                player.module.to(memory_format=torch.channels_last)  # as a GPU's convolutions compute
 
         def report(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
             accelerator.log(figures, step)
