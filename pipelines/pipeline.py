@@ -79,7 +79,8 @@ class Pipeline:
             attention: a name of `ldm.models.attention.KERNELS`; "auto" is the best for device and dtype.
             quick: on a CPU or a CUDA GPU, layers that are quicker in place of plain ones, on the same weights; results
                 differ by rounding. Weights may change afterwards, but on a CPU not through `.data`, which nobody can
-                notice. A model that is loaded already stays as it is.
+                notice. On a CPU, this process then keeps memory that tensors give back. A model that is loaded already
+                stays as it is.
             compile: compile the networks with `torch.compile` and, on a GPU, record the steps of the U-Net as CUDA
                 graphs. That takes a minute or two once for each size of picture, and less in the next process. On a
                 CPU, quick layers are faster.

@@ -1,9 +1,12 @@
-"""Measure pictures on a GPU beside diffusers, within ten minutes: one `ldm bench` after the other, each to a JSON file.
+"""Measure pictures and training on a GPU beside diffusers: one `ldm bench` or `measure_training.py` after the other.
 
-    python tools/benchmark_gpu.py --out benchmarks/gpu
+    python tools/benchmark_gpu.py pictures --out benchmarks/gpu
+    python tools/benchmark_gpu.py compiled --out benchmarks/gpu
+    python tools/benchmark_gpu.py training --out benchmarks/gpu
 
-Weights are random, of the real shapes. What does not begin in time is left out, and said. `--small` does the same with
-the built-in model and few steps, to try the script itself.
+Each takes ten minutes at the most: what does not begin in time is left out, and said. All numbers go to a JSON file for
+each row. Weights are random, of the real shapes. `--small` does the same with the built-in model and few steps, to try
+the script itself.
 """
 
 from __future__ import annotations
@@ -15,28 +18,48 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-ROWS = {  # name of the file -> what is measured; the most telling first
-    "sdxl": "sdxl --size 1024 --steps 30 --rounds 3 --against diffusers,channels-last",
-    "sd15": "sd15 --size 512 --steps 50 --rounds 5 --against diffusers,channels-last",
-    "sd15-batch": "sd15 --size 512 --steps 50 --rounds 2 --batch 16 --against diffusers,channels-last",
-    "sdxl-batch": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --against channels-last",
-    "sdxl-compiled": "sdxl --size 1024 --steps 30 --rounds 3 --against compiled",
-    "sd15-compiled": "sd15 --size 512 --steps 50 --rounds 3 --against compiled",
-    "emoji": "emoji --steps 20 --rounds 9 --cold --against diffusers,channels-last",
+BENCH = [sys.executable, "-m", "ldm", "bench"]
+TRAINING = [sys.executable, str(Path(__file__).with_name("measure_training.py"))]
+GROUPS = {  # what is measured -> name of the file, and the command's arguments; the most telling first
+    "pictures": {
+        "sdxl": "sdxl --size 1024 --steps 30 --rounds 3 --against diffusers,channels-last",
+        "sd15": "sd15 --size 512 --steps 50 --rounds 5 --against diffusers,channels-last",
+        "sd15-batch": "sd15 --size 512 --steps 50 --rounds 2 --batch 16 --against diffusers,channels-last",
+        "sdxl-batch": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --against channels-last",
+        "emoji": "emoji --steps 20 --rounds 9 --cold --against diffusers,channels-last",
+    },
+    "compiled": {
+        "sdxl-compiled": "sdxl --size 1024 --steps 30 --rounds 3 --compile --against compiled",
+        "sd15-compiled": "sd15 --size 512 --steps 50 --rounds 5 --compile --against compiled",
+        "sdxl-fp8": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --compile --quantize fp8 --against plain",
+        "sdxl-compiled-batch": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --compile --against plain",
+        "sd15-compiled-batch": "sd15 --size 512 --steps 50 --rounds 2 --batch 16 --compile --against plain",
+    },
+    "training": {
+        "train-sd15": "--family sd15 --size 512 --batch 64 --precision bf16 --compile --steps 10 --rounds 1",
+        "train-sdxl": "--family sdxl --size 1024 --batch 8 --precision bf16 --compile --steps 8 --rounds 1",
+        "train-sd15-plain": "--family sd15 --size 512 --batch 64 --precision bf16 --steps 10 --rounds 1",
+    },
 }
-SMALL = "emoji --steps 2 --rounds 1 --against diffusers"
+SMALL = {
+    "pictures": "emoji --steps 2 --rounds 1 --against diffusers",
+    "compiled": "emoji --steps 2 --rounds 1 --compile --against plain",
+    "training": "--family sd15 --size 64 --batch 1 --steps 1 --rounds 1",
+}
 
 
 def main() -> None:
     """Print a table; the exit code says whether all rows were measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the numbers")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing more is begun")
+    parser.add_argument("--minutes", type=float, default=9.5, help="after which what is not done is left")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     if not (options.small or torch.cuda.is_available()):
@@ -44,30 +67,56 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     table = Table("row", "side", "a step, s", "a picture, s", "pictures a second", "of the limit")
     end, left = time.monotonic() + 60 * options.minutes, []
-    for name, arguments in ROWS.items():
+    for name, usual in GROUPS[options.group].items():
         file = options.out / f"{name}.json"
-        if time.monotonic() > end or not measured(SMALL if options.small else arguments, file):
+        arguments = SMALL[options.group] if options.small else usual
+        if not measured(TRAINING if options.group == "training" else BENCH, arguments, file, end - time.monotonic()):
             left.append(name)
             continue
         found = json.loads(file.read_text(encoding="utf-8"))
-        for side, rows in found["seconds"].items():
-            step, image = (median(row[stage] for row in rows) for stage in ("step", "image"))
-            each = found["options"]["batch"] / image
-            table.add_row(
-                name, side, f"{step:.4f}", f"{image:.3f}", f"{each:.2f}", f"{found['limit of a step'] / step:.0%}"
-            )
+        for row in trained(found) if options.group == "training" else made(found):
+            table.add_row(name, *row)
     Console(width=110).print(table)
     if left:
         raise SystemExit(f"benchmark_gpu: not measured: {', '.join(left)}")
 
 
-def measured(arguments: str, file: Path) -> bool:
-    """Whether a run of `ldm bench` wrote its numbers; if not, its last line says why."""
-    command = [sys.executable, "-m", "ldm", "bench", *arguments.split(), "--out", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def measured(command: list[str], arguments: str, file: Path, seconds: float) -> bool:
+    """Whether a command wrote its numbers in time; if not, its last line says why."""
+    if seconds <= 0:
+        return False
+    try:
+        done = subprocess.run(
+            [*command, *arguments.split(), "--out", str(file)],
+            capture_output=True, text=True, check=False, timeout=seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        print(f"{arguments}: no time is left", file=sys.stderr)
+        return False
     if done.returncode:
-        print(f"{' '.join(command[3:])}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        print(f"{arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
     return not done.returncode
+
+
+def made(found: dict[str, Any]) -> list[list[str]]:
+    """What `ldm bench` found: a row for each side."""
+    rows = []
+    for side, seconds in found["seconds"].items():
+        step, image = (median(row[stage] for row in seconds) for stage in ("step", "image"))
+        each, limit = found["options"]["batch"] / image, found["limit of a step"] / step
+        rows.append([side, f"{step:.4f}", f"{image:.3f}", f"{each:.2f}", f"{limit:.0%}"])
+    return rows
+
+
+def trained(found: dict[str, Any]) -> list[list[str]]:
+    """What `measure_training.py` found, likewise."""
+    batch, ours = found["options"]["batch"], median(found["seconds"]["ours"])
+    rows = []
+    for side, seconds in found["seconds"].items():
+        step = median(seconds)
+        use = f"{found['tflops'] * ours / step / found['peak']:.0%}" if found["peak"] else ""
+        rows.append([side, f"{step:.4f}", "", f"{batch / step:.2f}", use])
+    return rows
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 Each side runs in a process of its own, alternating; medians over all steps but each process's first. Both train on
 cached latents and encoded captions with AdamW, clipping and the same precision, without averages. Theirs is what
-`train_text_to_image.py` and `train_text_to_image_sdxl.py` do in a step, on `UNet2DConditionModel`.
+`train_text_to_image.py` and `train_text_to_image_sdxl.py` do in a step, on `UNet2DConditionModel`. "Use" is the part of
+the device's speed that the multiplications of the U-Net make use of: a GPU's by its data sheet.
 
     python tools/measure_training.py --family sd15 --size 512 --batch 1 --steps 3 --rounds 2
+    python tools/measure_training.py --family sdxl --size 1024 --batch 8 --precision bf16 --compile
 """
 
 from __future__ import annotations
@@ -24,14 +26,19 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.cli.bench import device_name
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.families import FAMILIES
+from ldm.kernels.memory import keep_freed
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning, UNet
+from ldm.training.checkpointing import checkpointed
 from ldm.training.config import DenoiserSection, EmaSection
 from ldm.training.denoiser import DenoiserStage
+from ldm.training.forecast import blank, peak_tflops
 from ldm.training.loop import Training
 from ldm.weights.configs import write_unet
 
@@ -45,19 +52,32 @@ def conditioning(family: Any, batch: int, device: torch.device) -> Conditioning:
     return Conditioning(text, text[:, 0, : family.unet.pooled_dim].contiguous(), size)
 
 
-def ours(options: argparse.Namespace, weights: Path) -> Callable[[int], None]:
+def weights(options: argparse.Namespace, device: torch.device) -> UNet:
+    """A U-Net with random weights, always the same ones."""
+    torch.manual_seed(0)
+    with device:
+        return UNet(FAMILIES[options.family].unet)
+
+
+def ours(options: argparse.Namespace) -> Callable[[int], None]:
     """A step of ours: keyed noise, loss, backward, checks, clipping, update."""
     family = FAMILIES[options.family]
     accelerator = Accelerator(mixed_precision=options.precision)
-    with torch.device("meta"):
-        unet = UNet(family.unet)
-    unet.load_state_dict(torch.load(weights), assign=True)
-    model = LatentDiffusion(family, unet.to(accelerator.device), torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
+    unet = weights(options, accelerator.device)
+    if accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    else:
+        keep_freed()
+    model = LatentDiffusion(family, unet, torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
     model.modules = lambda: {"unet": unet}  # type: ignore[method-assign]
     model.autoencoder.config = family.autoencoder  # type: ignore[assignment]
     cond = conditioning(family, options.batch, accelerator.device)
     section = DenoiserSection(steps=10**6, batch=options.batch, ema=EmaSection(decay=0), log_every=10**6)
     stage = DenoiserStage("base", section, model, accelerator, 0, texts=lambda _: cond)
+    if options.checkpointing:
+        checkpointed(unet)
+    if options.compile:
+        unet.compile()
     training = Training(accelerator, stage, Path(options.folder), lambda _: iter(()), lambda: (), lambda *_: None)
     side = options.size // family.autoencoder.factor
     shape = (options.batch, 2 * family.autoencoder.latent_channels, side, side)
@@ -75,14 +95,16 @@ def ours(options: argparse.Namespace, weights: Path) -> Callable[[int], None]:
     return step
 
 
-def theirs(options: argparse.Namespace, weights: Path) -> Callable[[int], None]:
+def theirs(options: argparse.Namespace) -> Callable[[int], None]:
     """A step of the example scripts."""
     family = FAMILIES[options.family]
     accelerator = Accelerator(mixed_precision=options.precision)
     with torch.device("meta"):
         unet: Any = diffusers.UNet2DConditionModel.from_config(write_unet(family.unet))
-    unet.load_state_dict(torch.load(weights), assign=True)
+    unet.load_state_dict(weights(options, accelerator.device).state_dict(), assign=True)
     unet.train()
+    if options.checkpointing:
+        unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=accelerator.device.type == "cuda" or None)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     schedule = family.schedule
@@ -118,11 +140,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="counted in each process, after one that is not")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--compile", action="store_true", help="ours")
+    parser.add_argument("--checkpointing", action="store_true", help="of gradients, both")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with all numbers")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        step = (ours if options.side == "ours" else theirs)(options, Path(options.folder) / "unet.pt")
+        step = (ours if options.side == "ours" else theirs)(options)
         seconds = []
         for number in range(options.steps + 1):
             start = time.perf_counter()
@@ -134,19 +159,38 @@ def main() -> None:
         return
     found: dict[str, list[float]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        torch.save(UNet(FAMILIES[options.family].unet).state_dict(), Path(folder) / "unet.pt")
         for _ in range(options.rounds):
             for side in found:
                 command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
                 result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
                 found[side] += json.loads(result.stdout.splitlines()[-1])
     mine, other = median(found["ours"]), median(found["theirs"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tflops, peak = work(options) / mine / 1e12, peak_tflops(device, options.precision)
     print(
         f"ours {mine:.3f} s   diffusers {other:.3f} s   ratio {other / mine:.2f}   images/s {options.batch / mine:.3f}"
+        f"   TFLOP/s {tflops:.2f}" + (f"   use {tflops / peak:.0%}" if peak else "")
     )
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    print(json.dumps({"options": vars(options), "seconds": found, **versions}))
+    result = {
+        "options": {name: value for name, value in vars(options).items() if name != "out"}, "seconds": found,
+        "tflops": tflops, "peak": peak, "device": device_name(device),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    else:
+        print(json.dumps(result))
+
+
+def work(options: argparse.Namespace) -> int:
+    """Operations of the U-Net's multiplications in a step, forward and backward."""
+    family = FAMILIES[options.family]
+    side = options.size // family.autoencoder.factor
+    with torch.device("meta"):
+        unet = UNet(family.unet)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(*blank(family, side, side))
+    return 3 * options.batch * counter.get_total_flops()
 
 
 if __name__ == "__main__":

@@ -161,9 +161,10 @@ class Call:
 def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning) -> LatentDiffusion:
     """A model as pipelines have it by default; with the name of a family, one of its shape with random weights."""
     if source in FAMILIES and not builtin(source):
-        model = LatentDiffusion.from_family(source)
+        with device:  # which fills its memory faster than this one could
+            model = LatentDiffusion.from_family(source)
         for module in model.modules().values():
-            module.to(device, dtype)
+            module.to(dtype)
         return tuning.apply(model)
     return Pipeline(source, device=device, dtype=dtype, **vars(tuning)).model
 

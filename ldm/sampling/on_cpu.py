@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ldm.errors import first_line
 from ldm.kernels import layers as kernels
 from ldm.kernels.compiled import fits, learns, usable
+from ldm.kernels.memory import keep_freed
 from ldm.models.layers import GEGLU, ResnetBlock, Upsample
 from ldm.sampling.quick import LAST, FusedGEGLU, FusedNorm, FusedResnetBlock, hooked, replace
 
@@ -30,7 +31,8 @@ onednn = torch.ops.mkldnn
 
 
 def quicken(model: nn.Module, device: torch.device | None = None) -> None:
-    """Put quicker layers in the place of a network's own, if that is a CPU; they stay its weights.
+    """Put quicker layers in the place of a network's own, if that is a CPU; they stay its weights. And let this process
+    keep memory that tensors give back.
 
     `device` is where the network will compute, if not where its weights are.
     """
@@ -43,6 +45,7 @@ def quicken(model: nn.Module, device: torch.device | None = None) -> None:
     if weight.dtype == torch.bfloat16 and usable():
         own |= {nn.GroupNorm: QuickNorm, GEGLU: QuickGEGLU}
     replace(model, own)
+    keep_freed()
 
 
 @cache

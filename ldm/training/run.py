@@ -39,6 +39,7 @@ from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, first_line
 from ldm.evaluation import evaluation, stored
+from ldm.kernels.memory import keep_freed
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.sampling.compilation import check_compiling
@@ -288,6 +289,8 @@ class Run:
             self._warn_of_long_captions(model)
         caches = self._caches(accelerator, section, model) if name in ("base", "refiner") else Caches()
         stage = self._make(name, section, model, accelerator, caches)
+        if accelerator.device.type == "cpu":
+            keep_freed()
         for player in stage.players.values():
             if section.checkpointing:
                 checkpointed(player.module)
