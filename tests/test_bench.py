@@ -15,6 +15,7 @@ from test_cli import run
 
 from ldm.cli import bench
 from ldm.cli.bench import Call, Seconds, ours, ratios, theirs, timed
+from ldm.errors import LdmError
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2-v", "sdxl"])
@@ -86,3 +87,20 @@ def test_bad_input(
     assert code != 0
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_side_that_cannot_be_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its process says comes out as one line; so does its death."""
+    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    code, _, err = run(capsys, monkeypatch, "bench", tmp_path / "model", "--quantize", "int9")
+    assert code == 1
+    assert err.startswith("ldm: quantize 'int9' is not known") and len(err.splitlines()) == 1
+    options, call = bench.Options(str(tmp_path / "model")), Call(64, 64, 1, 5.0)
+    side = bench.Process("plain", options, call, torch.device("cpu"), torch.float32)
+    seconds, memory = side.picture(2)
+    assert seconds.image > 0 and 0.1 < memory < 100
+    side.process.kill()
+    with pytest.raises(LdmError, match="the process of plain has died; does memory suffice"):
+        side.picture(2)

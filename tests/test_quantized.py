@@ -229,18 +229,11 @@ def test_a_picture_says_so_and_is_made_again(
     assert call(*common, "--quantize", "int9", "--out", "c.png") == (1, "", message)
 
 
-def test_bench_measures_it(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_measures_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours alone; the others keep the weights as they are."""
-    monkeypatch.setattr(bench, "SIZE", 64)
-    seen: dict[str, LatentDiffusion] = {}
-
-    def side(name: str) -> Any:
-        made = getattr(bench, name)
-        return lambda model, call: (seen.setdefault(name, model), made(model, call))[1]
-
-    sides = {name: side(name) for name in ("plain", "ours")}
-    for name, make in sides.items():
-        monkeypatch.setattr(bench, name, make)
-    arguments = ("--rounds", 1, "--steps", 2, "--against", "plain", "--quantize", "int8", "--device", "cpu")
-    assert run(capsys, monkeypatch, "bench", models / "sd15", *arguments)[0] == 0
-    assert quantised(seen["ours"].unet) and not quantised(seen["plain"].unet)
+    seen: list[LatentDiffusion] = []
+    monkeypatch.setattr(bench, "ours", lambda model, call: seen.append(model))
+    options, call = bench.Options(str(models / "sd15"), quantize="int8"), bench.Call(64, 64, 1, 5.0)
+    for name in (bench.OURS, "plain"):
+        bench.make_side(name, options, call, torch.device("cpu"), torch.bfloat16)
+    assert quantised(seen[0].unet) and not quantised(seen[1].unet)

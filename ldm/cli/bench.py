@@ -1,19 +1,24 @@
 """`ldm bench`: how fast pictures are made, beside diffusers with the same weights, prompts, steps and noise schedule.
 
-All sides live in one process and take turns, a picture each, so that what else the machine does meets all of them.
+Each side lives in a process of its own, as its users have it, and they take turns, a picture each, so that what else
+the machine does meets all of them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 import platform
+import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -31,15 +36,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size
 from ldm.errors import LdmError, first_line
-from ldm.families import FAMILIES
+from ldm.families import FAMILIES, Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNet
 from ldm.training.forecast import blank
 from ldm.weights.builtin import DEFAULT, builtin
-from ldm.weights.components import build
 from ldm.weights.configs import write_autoencoder, write_schedule, write_text, write_unet
 from ldm.weights.files import replacing, write_json
+from ldm.weights.sources import open_source
 from ldm.weights.tokenizer import write_tokenizer
 from pipelines import Pipeline
 from pipelines.tuning import Tuning, default_device, default_dtype, device_named
@@ -111,31 +116,28 @@ def run(options: Options) -> None:
         raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
     device = device_named(options.device or default_device())
     dtype = to_dtype(options.dtype) or default_dtype(device)
-    tuning = Tuning(compile=options.compile, quantize=options.quantize)
-    own = _model(options.source, device, dtype, tuning)
-    model = own if options.quantize is None else _model(options.source, device, dtype, Tuning(quick=False))
-    width, height = parse_size(options.size) if options.size else (model.family.size,) * 2
-    call = Call(width, height, options.batch, model.family.guidance)
-    sides: dict[str, Side] = {OURS: ours(own, call)}
-    rival_dtype = to_dtype(options.rival_dtype) or dtype
-    for name in rivals:
-        sides[name] = plain(model, call) if name == "plain" else theirs(model, call, rival_dtype, name)
+    known = options.source in FAMILIES and not builtin(options.source)
+    family = FAMILIES[options.source] if known else open_source(options.source, verify=False).family
+    width, height = parse_size(options.size) if options.size else (family.size,) * 2
+    call = Call(width, height, options.batch, family.guidance)
+    sides = {name: Process(name, options, call, device, dtype) for name in (OURS, *rivals)}
     found: dict[str, list[Seconds]] = {name: [] for name in sides}
+    memory: dict[str, float] = {}
     fastest = 0.0
     for number in range(options.rounds + 1):
         fastest = max(fastest, speed(device, dtype))
         for name, side in sides.items():
-            seconds = timed(side, options.steps, device)
+            seconds, memory[name] = side.picture(options.steps)
             if number:  # the first warms up
                 found[name].append(seconds)
-    limit = products(model, call) / fastest
+    limit = products(family, call) / fastest
     result = {
         "options": asdict(options), "device": device_name(device), "dtype": str(dtype), "size": [width, height],
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-        "limit of a step": limit, "seconds": {name: [asdict(one) for one in rows] for name, rows in found.items()},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}, "limit of a step": limit,
+        "seconds": {name: [asdict(one) for one in rows] for name, rows in found.items()}, "memory": memory,
     }  # fmt: skip
     console = Console()
-    console.print(*_tables(found, limit))
+    console.print(*_tables(found, memory, limit))
     if options.cold:
         cold = cold_starts(path, options.rounds, options.quantize)
         result["cold"] = {name: [asdict(one) for one in rows] for name, rows in cold.items()}
@@ -156,6 +158,87 @@ class Call:
     height: int
     batch: int
     guidance: float
+
+
+class Process:
+    """A side in a process of its own."""
+
+    def __init__(self, name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            LdmError: it has no such model, or a package is missing.
+        """
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, name, options, call, device, dtype), daemon=True)
+        self.process.start()
+        other.close()
+        self._answer()
+
+    def picture(self, steps: int) -> tuple[Seconds, float]:
+        """Make one; how long it took, and the most memory since it was ready, GB.
+
+        Raises:
+            LdmError: the process has died.
+        """
+        return self._answer(steps)
+
+    def _answer(self, *question: int) -> Any:
+        try:
+            for steps in question:
+                self.pipe.send(steps)
+            problem, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise LdmError(f"the process of {self.name} has died; does memory suffice for all sides?") from None
+        if problem:
+            raise LdmError(problem)
+        return answer
+
+
+def _serve(pipe: Any, name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> None:
+    """Make pictures in the way of a side until nobody asks any more."""
+    try:
+        side = make_side(name, options, call, device, dtype)
+        reset_peak(device)
+        pipe.send(("", None))
+        while True:
+            steps = pipe.recv()
+            pipe.send(("", (timed(side, steps, device), peak(device))))
+    except LdmError as error:
+        pipe.send((str(error), None))
+    except (EOFError, KeyboardInterrupt):
+        pass
+
+
+def make_side(name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> Side:
+    """A side by its name: ours, or one of `RIVALS`."""
+    if name == OURS:
+        return ours(
+            _model(options.source, device, dtype, Tuning(compile=options.compile, quantize=options.quantize)), call
+        )
+    model = _model(options.source, device, dtype, Tuning("sdpa", quick=False))
+    return ours(model, call) if name == "plain" else theirs(model, call, to_dtype(options.rival_dtype) or dtype, name)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget how much memory was needed so far, where that can be done."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux's highest resident size
+
+
+def peak(device: torch.device) -> float:
+    """The most memory that was needed, GB: a GPU's, or what was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning) -> LatentDiffusion:
@@ -180,16 +263,6 @@ def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
         )  # fmt: skip
 
     return make
-
-
-def plain(model: LatentDiffusion, call: Call) -> Side:
-    """This package's pipeline with layers as they are written, on the same weights in memory."""
-    with torch.device("meta"):
-        other = LatentDiffusion.of(build(model.family, model.text_encoders.tokenizers))
-    for name, module in model.modules().items():
-        other.modules()[name].load_state_dict(module.state_dict(), assign=True)
-        other.modules()[name].to(memory_format=torch.contiguous_format)
-    return ours(other, call)
 
 
 def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "diffusers") -> Side:
@@ -222,9 +295,9 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = diffusers.StableDiffusionPipeline(**parts, **none)
     pipeline.set_progress_bar_config(disable=True)
-    last = name in ("channels-last", "compiled")
-    for part in (pipeline.unet, pipeline.vae):  # quick layers on a GPU have left the weights channels last
-        part.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    if name in ("channels-last", "compiled"):
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
     if name == "openvino":
         pipeline.to(torch.float32)  # numpy knows no bf16; OpenVINO computes in it
         run_by_openvino(pipeline, model, call, dtype)
@@ -320,13 +393,13 @@ def timed(side: Side, steps: int, device: torch.device) -> Seconds:
     return Seconds(after[0] - start - step, step, end - after[-1], end - start)
 
 
-def products(model: LatentDiffusion, call: Call) -> int:
+def products(family: Family, call: Call) -> int:
     """Floating-point operations of the multiplications of a step with guidance."""
-    factor = model.family.autoencoder.factor
+    factor = family.autoencoder.factor
     with torch.device("meta"):
-        unet = UNet(model.family.unet)
+        unet = UNet(family.unet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(*blank(model.family, call.height // factor, call.width // factor))
+        unet(*blank(family, call.height // factor, call.width // factor))
     return 2 * call.batch * counter.get_total_flops()
 
 
@@ -403,14 +476,15 @@ def ratios(others: Sequence[float], own: Sequence[float]) -> str:
     return f"{median(found):.2f} ({low:.2f}–{high:.2f})"
 
 
-def _tables(found: dict[str, list[Seconds]], limit: float) -> tuple[Table, Table]:
+def _tables(found: dict[str, list[Seconds]], memory: dict[str, float], limit: float) -> tuple[Table, Table]:
     """Seconds of all sides, and how many times as long as ours those of the others are."""
-    seconds = Table("seconds", *STAGES, "of the limit", box=SIMPLE)
+    seconds = Table("seconds", *STAGES, "of the limit", "memory, GB", box=SIMPLE)
     against = Table("times ours", *STAGES, box=SIMPLE)
     for name, rows in found.items():
         columns = [[getattr(one, stage) for one in rows] for stage in STAGES]
         share = limit / median(one.step for one in rows)
-        seconds.add_row(name, *(f"{median(column):.3f}" for column in columns), f"{share:.0%}")
+        times = (f"{median(column):.3f}" for column in columns)
+        seconds.add_row(name, *times, f"{share:.0%}", f"{memory[name]:.2f}")
         if name != OURS:
             own = [[getattr(one, stage) for one in found[OURS]] for stage in STAGES]
             against.add_row(name, *(ratios(*both) for both in zip(columns, own, strict=True)))
