@@ -1,5 +1,6 @@
 """Check a GPU within ten minutes. Training: the same curves as on the CPU, memory that does not suffice, speed.
-Pictures: quick layers beside plain ones, on the shapes of SD 1.5 at 512² and SDXL at 1024².
+Pictures: the same in every way of making them; quick layers beside plain ones, on the shapes of SD 1.5 at 512² and SDXL
+at 1024².
 
     python tools/check_gpu.py --out benchmarks/gpu-training.json
 
@@ -33,6 +34,7 @@ from ldm.sampling import on_gpu
 from ldm.training.config import load
 from ldm.training.run import train
 from ldm.training.selftest import Ground, draw_pictures
+from pipelines import Pipeline
 
 STEPS = 30
 NEAR, NEAR_16_BIT = 2e-3, 3e-2  # relative differences of losses that are taken as rounding
@@ -63,6 +65,7 @@ def main() -> None:
     checks: dict[str, Callable[[], Finding]] = {
         "selftest, bf16": lambda: selftest("bf16"),
         "losses as on the CPU": curves,
+        "pictures": lambda: pictures(not options.small),
     }
     if not options.small:
         checks |= {"selftest, fp16": lambda: selftest("fp16"), "too little memory": memory}
@@ -125,6 +128,25 @@ def memory() -> Finding:
     far = distance(found, expected)
     cut = said.count("out of memory with")
     return cut > 0 and far < NEAR, f"cut {cut} times, losses at most {far:.1e} away", {"peak": peak, "limit": ROOM}
+
+
+def pictures(compiled: bool) -> Finding:
+    """The built-in model's in fp32 by quick layers, compiled and recorded, with networks that take turns: as plain ones."""
+    ways: dict[str, dict[str, Any]] = {
+        "quick": {}, "components": {"offload": "components"}, "layers": {"offload": "layers"},
+    }  # fmt: skip
+    if compiled:
+        ways["compiled"] = {"compile": True}
+    plain = Pipeline(dtype=torch.float32, quick=False, offload="none")
+    far = {}
+    for name, settings in ways.items():
+        pipeline, far[name] = Pipeline(dtype=torch.float32, **settings), 0.0
+        for prompt in ("a cat, noto style", "two very happy dogs, fluent flat style"):  # one recording for both
+            for more in ({"n": 3, "batch": 2}, {"guidance": 1.0}, {"hires": 1.5}, {"reuse": 2}, {"merge": 0.5}):
+                made, wanted = (one(prompt, seed=1, steps=8, **more).latents for one in (pipeline, plain))
+                for a, b in zip(made, wanted, strict=True):
+                    far[name] = max(far[name], float((a - b).abs().max() / b.abs().max()))
+    return max(far.values()) < NEAR, ", ".join(f"{name} {value:.1e}" for name, value in far.items()) + " away", far
 
 
 def layers(dtype: torch.dtype) -> Finding:
