@@ -131,7 +131,7 @@ def memory() -> Finding:
 
 
 def pictures(compiled: bool) -> Finding:
-    """The built-in model's in fp32 by quick layers, compiled and recorded, with networks that take turns: as plain ones."""
+    """The built-in model's in fp32 by quick layers, compiled and recorded, with networks in turns: as plain ones."""
     ways: dict[str, dict[str, Any]] = {
         "quick": {}, "components": {"offload": "components"}, "layers": {"offload": "layers"},
     }  # fmt: skip
