@@ -45,9 +45,15 @@ class Room:
         """Let a network in, and the one that is there out."""
         if network not in self.guests or network is self.present:
             return
-        if self.present is not None:
-            self.present.to("cpu")
-        network.to(self.device)
+        present, self.present = self.present, None
+        with torch.inference_mode(False), torch.no_grad():  # where quantised weights could not move
+            if present is not None:
+                present.to("cpu")
+            try:
+                network.to(self.device)
+            except BaseException:
+                network.to("cpu")  # whole again
+                raise
         self.present = network
 
 
@@ -72,6 +78,7 @@ def room_for(models: Iterable[Components], offload: str, device: torch.device, d
         if device.type != "cuda":
             return None
         free, sizes = torch.cuda.mem_get_info(device)[0], nbytes(models, dtype)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # which PyTorch keeps
         offload = choice(sizes, free)
         if offload != "none":
             log.warning(

@@ -36,7 +36,7 @@ from pipelines.inpaint import inpaint, pasted
 from pipelines.request import Request, fitted, seeds, texts, whole_steps
 from pipelines.run import OnStep, Run, decode
 from pipelines.text_to_image import text_to_image
-from pipelines.tuning import Tuned, Tuning, default_device, device_named
+from pipelines.tuning import Tuning, default_device, device_named, room_of
 
 log = logging.getLogger(__name__)
 TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpaint": inpaint, "edit": edit}
@@ -241,10 +241,9 @@ class Pipeline:
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
         for start in range(0, len(request.prompts), batch):
-            with reported() if self.compiled else nullcontext():
-                with self.model.alone():
-                    result = self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
-                yield result
+            with reported() if self.compiled else nullcontext(), self.model.alone():
+                result = self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
+            yield result
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
@@ -430,9 +429,9 @@ def _check_count(name: str, value: Any) -> None:
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
     """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one.
 
-    Not where only one of the two has weights that take turns.
+    Not where the weights of only one of the two take turns.
     """
-    if isinstance(model, Tuned) != isinstance(refiner, Tuned):
+    if room_of(model) is not room_of(refiner):
         return
     refiner.autoencoder = model.autoencoder
     ours, theirs = model.text_encoders.towers[-1].state_dict(), refiner.text_encoders.towers[0].state_dict()

@@ -147,6 +147,7 @@ class Run:
                 x = step.latents if keep is None else keep(step.latents, step)
                 if self.on_step:
                     self.on_step(replace(step, latents=x))
+                self.model.bring(self.model.unet)  # which a caller may have sent away
                 step = steps.send(x)
         except StopIteration:
             pass

@@ -49,12 +49,12 @@ class Tuning:
             LdmError: they cannot be loaded, or tuned like that.
         """
         dtype = dtype or default_dtype(device)
+        given = {"quantize": self.quantize, "compile": self.compile, "offload": self.offload}
+        for name, value in given.items():
+            loaded = any(isinstance(one, LatentDiffusion) for one in (source, refiner))
+            if loaded and value not in (None, False, "auto", "none"):
+                raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
         if self.quantize is not None:
-            for one in (source, refiner):
-                if isinstance(one, LatentDiffusion):
-                    raise LdmError(
-                        f"quantize {self.quantize!r}: a model that is loaded already stays as it is; name its source"
-                    )
             check_quantize(self.quantize, device, dtype)
         pairs = [(source, options)] if refiner is None else [(source, options), (refiner, {})]
         found = [one if isinstance(one, LatentDiffusion) else open_source(one, **more) for one, more in pairs]
@@ -101,6 +101,11 @@ class Tuning:
         if self.compile and device.type == "cuda" and not room:
             record_steps(model.unet)
         return model
+
+
+def room_of(model: LatentDiffusion) -> Room | None:
+    """Where a model's networks take turns, if they do."""
+    return model.room if isinstance(model, Tuned) else None
 
 
 class Tuned(LatentDiffusion):

@@ -38,7 +38,7 @@ def count() -> Callable[[], int]:
 
 
 def recorded(model: LatentDiffusion) -> LatentDiffusion:
-    model.unet.recordings = Recordings(model.unet, Recorder)  # type: ignore[assignment]
+    model.unet.recordings = Recordings(model.unet, Recorder())  # type: ignore[assignment]
     model.unet.__class__ = RecordedUNet
     return model
 

@@ -115,3 +115,37 @@ def test_what_cannot_be_done(models: Path, tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="a layer at a time .* are not written"):
         pipeline(models, "sd15", "layers").model.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_quantised_networks_take_turns(models: Path) -> None:
+    made, wanted = (
+        pipeline(models, "sd15", offload, quantize="int8")("a fox", seed=1, steps=2, output="latents").latents[0]
+        for offload in ("components", "none")
+    )
+    assert torch.equal(made, wanted)
+
+
+def test_a_network_that_does_not_fit_leaves_all_as_it_was() -> None:
+    model = tiny.model("sd15")
+    room = Room(CPU, layers=False)
+    room.add(model)
+    room.bring(model.unet)
+    moves: list[str] = []
+
+    def full(device: Any) -> None:
+        moves.append(str(device))
+        if len(moves) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.autoencoder.to = full  # type: ignore[assignment]
+    with pytest.raises(torch.OutOfMemoryError):
+        room.bring(model.autoencoder)
+    assert moves == ["cpu", "cpu"] and room.present is None
+    room.bring(model.unet)
+    assert room.present is model.unet
+
+
+def test_a_loaded_model_stays_as_it_is() -> None:
+    for settings in ({"offload": "layers"}, {"compile": True}):
+        with pytest.raises(LdmError, match="a model that is loaded already stays as it is; name its source"):
+            Pipeline(tiny.model("sd15"), **settings)

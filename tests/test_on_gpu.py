@@ -173,7 +173,7 @@ def test_where_the_kernels_fail(
 def test_a_model_is_tuned_by_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of quick layers is offered both networks."""
     seen: list[nn.Module] = []
-    monkeypatch.setattr(on_gpu, "quicken", seen.append)
+    monkeypatch.setattr(on_gpu, "quicken", lambda network, device: seen.append(network))
     model = tiny.model("sd15")
     Tuning().apply(model)
     assert seen == [model.unet, model.autoencoder]

@@ -24,7 +24,7 @@ from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, pro
 from ldm.training.config import EmaSection, ModelSection, OptimizerSection, describe, dump, load
 from ldm.training.diffusion import DiffusionLoss, Draw, Timesteps
 from ldm.training.ema import Averages, coefficients, exponent, recombine
-from ldm.training.optimizers import learning_rate, make_optimizer
+from ldm.training.optimizers import lay_out_state, learning_rate, make_optimizer
 from ldm.training.phases import phases
 from ldm.training.start import starting_model
 
@@ -389,3 +389,21 @@ def test_compiling_changes_no_gradient() -> None:
         gradients.append([parameter.grad for parameter in unet.parameters()])
     for plain, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_moments_lie_as_their_weights_do() -> None:
+    """As after a run on a device where convolutions lie otherwise."""
+    weights, there = (torch.nn.Parameter(torch.randn(8, 4, 3, 3)) for _ in range(2))
+    there.data = weights.detach().clone(memory_format=torch.channels_last)
+    section = OptimizerSection(name="adamw", learning_rate=0.01)
+    ours, theirs = (make_optimizer(section, [([one], 0.01)]) for one in (weights, there))
+    gradient = torch.randn(8, 4, 3, 3)
+    there.grad = gradient.contiguous(memory_format=torch.channels_last)
+    theirs.step()
+    weights.data.copy_(there.data)
+    ours.load_state_dict(theirs.state_dict())
+    lay_out_state(ours)
+    for one, optimizer in ((weights, ours), (there, theirs)):
+        one.grad = torch.empty_like(one).copy_(gradient)
+        optimizer.step()
+    torch.testing.assert_close(weights, there, rtol=1e-6, atol=1e-6)

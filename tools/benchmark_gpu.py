@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,16 +87,18 @@ def measured(command: list[str], arguments: str, file: Path, seconds: float) -> 
     """Whether a command wrote its numbers in time; if not, its last line says why."""
     if seconds <= 0:
         return False
+    done = subprocess.Popen(
+        [*command, *arguments.split(), "--out", str(file)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            [*command, *arguments.split(), "--out", str(file)],
-            capture_output=True, text=True, check=False, timeout=seconds,
-        )  # fmt: skip
+        _, said = done.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(done.pid, signal.SIGKILL)  # and what it started
         print(f"{arguments}: no time is left", file=sys.stderr)
         return False
     if done.returncode:
-        print(f"{arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        print(f"{arguments}: {said.strip().splitlines()[-1:]}", file=sys.stderr)
     return not done.returncode
 
 

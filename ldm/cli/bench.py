@@ -139,7 +139,7 @@ def run(options: Options) -> None:
     console = Console()
     console.print(*_tables(found, memory, limit))
     if options.cold:
-        cold = cold_starts(path, options.rounds, options.quantize)
+        cold = cold_starts(path, options.rounds, str(device), options.quantize)
         result["cold"] = {name: [asdict(one) for one in rows] for name, rows in cold.items()}
         console.print(_cold_table(cold))
     if options.out:
@@ -185,9 +185,9 @@ class Process:
         """
         return self._answer(steps)
 
-    def _answer(self, *question: int) -> Any:
+    def _answer(self, steps: int = 0) -> Any:
         try:
-            for steps in question:
+            if steps:
                 self.pipe.send(steps)
             problem, answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -215,10 +215,9 @@ def _serve(pipe: Any, name: str, options: Options, call: Call, device: torch.dev
 def make_side(name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> Side:
     """A side by its name: ours, or one of `RIVALS`."""
     if name == OURS:
-        return ours(
-            _model(options.source, device, dtype, Tuning(compile=options.compile, quantize=options.quantize)), call
-        )
-    model = _model(options.source, device, dtype, Tuning("sdpa", quick=False))
+        tuning = Tuning(compile=options.compile, quantize=options.quantize, offload="none")
+        return ours(_model(options.source, device, dtype, tuning), call)
+    model = _model(options.source, device, dtype, Tuning("sdpa", quick=False, offload="none"))
     return ours(model, call) if name == "plain" else theirs(model, call, to_dtype(options.rival_dtype) or dtype, name)
 
 
@@ -303,8 +302,9 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "
         run_by_openvino(pipeline, model, call, dtype)
     if name == "compiled":
         pipeline.fuse_qkv_projections()
-        pipeline.unet = torch.compile(pipeline.unet)
-        pipeline.vae.decode = torch.compile(pipeline.vae.decode)
+        how: Any = {"mode": "max-autotune", "fullgraph": True} if unet.device.type == "cuda" else {}
+        pipeline.unet = torch.compile(pipeline.unet, **how)
+        pipeline.vae.decode = torch.compile(pipeline.vae.decode, **how)
 
     def make(steps: int, tell: Callable[[], None]) -> None:
         def after(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -429,20 +429,20 @@ class Cold:
     memory: float  # the most that was resident, GB
 
 
-def cold_starts(path: Path, rounds: int, quantize: str | None = None) -> dict[str, list[Cold]]:
+def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = None) -> dict[str, list[Cold]]:
     """New processes that make a picture: `ldm generate`, and a script that uses diffusers."""
     script = (
         "import sys, torch, diffusers\n"
         "p = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)\n"
-        "p(sys.argv[2], num_inference_steps=20).images[0].save(sys.argv[3])\n"
+        "p.to(sys.argv[4])(sys.argv[2], num_inference_steps=20).images[0].save(sys.argv[3])\n"
     )
     found: dict[str, list[Cold]] = {OURS: [], "diffusers": []}
-    more = [] if quantize is None else ["--quantize", quantize]
+    more = ["--device", device, *([] if quantize is None else ["--quantize", quantize])]
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder, "picture.png"))
         commands = {
             OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", picture, *more],
-            "diffusers": ["-c", script, str(path), PROMPT, picture],
+            "diffusers": ["-c", script, str(path), PROMPT, picture, device],
         }
         for number in range(rounds + 1):
             for name, command in commands.items():

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +23,40 @@ from ldm.models.unet import Conditioning, NoEmbedding, UNet
 from ldm.sampling.prepared import Given, known
 
 Step = Callable[[], Tensor]
-MOST = 8  # recordings of a thread
+LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
+MOST = 8  # recordings of a U-Net
 
 
 def record_steps(unet: UNet) -> None:
     """Make a U-Net on a GPU record its steps, where nobody wants gradients and the text is known (`prepared`)."""
-    unet.recordings = Recordings(unet, CudaRecorder)  # type: ignore[assignment]
+    recorder = CudaRecorder(next(unet.parameters()).device)
+    unet.recordings = Recordings(unet, recorder)  # type: ignore[assignment]
     unet.__class__ = RecordedUNet
 
 
 class CudaRecorder:
     """Records steps in memory that they share, since they never run at the same time."""
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, step: Step) -> Step:
         """Run a step a few times, record it, and return what replays it: always the same tensor, filled anew."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # what is compiled or chosen at the first calls must not be recorded
-                step()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may go on
-            out = step()
+        with torch.cuda.device(self.device):
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                for _ in range(2):  # what is compiled or chosen at the first calls must not be recorded
+                    step()
+            here.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            recording = torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            )  # other threads may go on
+            with recording:
+                out = step()
 
         def replay() -> Tensor:
             graph.replay()
@@ -63,8 +71,13 @@ class RecordedUNet(UNet):
     recordings: Recordings
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        recording = None if torch.is_grad_enabled() else self.recordings.of(self, x, t, cond)
-        return super().forward(x, t, cond) if recording is None else recording(self, x, t)
+        if torch.is_grad_enabled():
+            return super().forward(x, t, cond)
+        with LOCK:
+            recording = self.recordings.of(self, x, t, cond)
+            if recording is not None:
+                return recording(self, x, t)
+        return super().forward(x, t, cond)
 
     def step(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The plain forward pass."""
@@ -76,29 +89,30 @@ class Recording:
 
     def __init__(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning, record: Callable[[Step], Step]):
         self.unet = twin(unet)  # which has its own places for what is known of the text
+        del self.unet.recordings  # among which this will be
         self.x, self.t, self.known = x.clone(), t.clone(), known(self.unet)
-        self.holds = unet  # whose text lies there
+        self.holds = ref(unet)  # whose text lies there
         self.replay = record(lambda: self.unet.step(self.x, self.t, cond))
 
     def __call__(self, unet: RecordedUNet, x: Tensor, t: Tensor) -> Tensor:
-        if self.holds is not unet:
+        if self.holds() is not unet:
             torch._foreach_copy_(self.known, known(unet))
-            self.holds = unet
+            self.holds = ref(unet)
         self.x.copy_(x)
         self.t.copy_(t)
         return self.replay().clone()
 
 
 class Recordings:
-    """Those of one U-Net, for each thread its own."""
+    """Those of one U-Net."""
 
-    def __init__(self, unet: UNet, recorder: Callable[[], Callable[[Step], Step]]) -> None:
-        self.recorder = recorder
+    def __init__(self, unet: UNet, record: Callable[[Step], Step]) -> None:
+        self.record = record
         self.own = {id(module) for module in unet.modules() if not any(module.children())}
         self.kinds = {RecordedUNet, Given, *(type(module) for module in unet.modules())}
         self.kernels = {layer.kernel for layer in attention_layers(unet)}
         self.served: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what tells a copy's graphs from others
-        self.thread = threading.local()
+        self.found: OrderedDict[Any, Recording] = OrderedDict()
 
     def __deepcopy__(self, memo: Any) -> Recordings:
         return self
@@ -114,17 +128,13 @@ class Recordings:
             self.served[unet] = (*places, *shapes) if self._steady(unet) else None
         if self.served[unet] is None:
             return None
-        own: Any = self.thread.__dict__
-        if not own:
-            own.update(found=OrderedDict(), record=self.recorder())
-        found: OrderedDict[Any, Recording] = own["found"]
         key = (self.served[unet], x.shape, x.dtype, t.shape, t.dtype)
-        if key not in found:
-            found[key] = Recording(unet, x, t, cond, own["record"])
-        found.move_to_end(key)
-        while len(found) > MOST:
-            found.popitem(last=False)
-        return found[key]
+        if key not in self.found:
+            self.found[key] = Recording(unet, x, t, cond, self.record)
+        self.found.move_to_end(key)
+        while len(self.found) > MOST:
+            self.found.popitem(last=False)
+        return self.found[key]
 
     def _steady(self, unet: RecordedUNet) -> bool:
         """Whether its layers are those of the U-Net, and `Given`."""

@@ -35,7 +35,7 @@ from ldm.training import checkpoint, sharded
 from ldm.training.ema import Averages
 from ldm.training.evaluator import Best, Evaluator
 from ldm.training.forecast import STATE
-from ldm.training.optimizers import learning_rate, set_learning_rate
+from ldm.training.optimizers import lay_out_state, learning_rate, set_learning_rate
 from ldm.training.sharded import Skeleton, is_sharded, whole
 from ldm.training.stage import Stage
 
@@ -487,6 +487,8 @@ class Training:
                 [{k: v for k, v in group.items() if k in OPTIONS} for group in o.param_groups] for o in optimizers
             ]
             self.accelerator.load_state(str(path))
+            for optimizer in optimizers:
+                lay_out_state(optimizer)
             if self.skeletons:
                 sharded.load({name: one.named() for name, one in self.averages.items()}, path / AVERAGES)
             for optimizer, groups in zip(optimizers, wanted, strict=True):  # those of the configuration, if it changed

@@ -9,7 +9,8 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm.errors import LdmError
 from ldm.training.config import OptimizerSection
@@ -49,6 +50,15 @@ def make_optimizer(
         ) from None
     with redirect_stdout(None):  # Prodigy's greeting
         return kind(rows, **common)
+
+
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have moments lie in memory as their weights do, as fused optimisers take them: those of a run on another device
+    may not."""
+    for parameter, state in optimizer.state.items():
+        for name, moment in state.items():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape and not isinstance(moment, DTensor):
+                state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
