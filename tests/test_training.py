@@ -401,7 +401,7 @@ def test_moments_lie_as_their_weights_do() -> None:
     there.grad = gradient.contiguous(memory_format=torch.channels_last)
     theirs.step()
     weights.data.copy_(there.data)
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     lay_out_state(ours)
     for one, optimizer in ((weights, ours), (there, theirs)):
         one.grad = torch.empty_like(one).copy_(gradient)
