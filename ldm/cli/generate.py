@@ -30,6 +30,7 @@ from ldm.weights.components import build
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
 from pipelines.pipeline import named
+from pipelines.tuning import room_of
 
 LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
     "negative", "prompt_2", "negative_2", "seed", "width", "height", "steps", "guidance", "scheduler", "spacing",
@@ -128,7 +129,11 @@ def run(options: Options) -> None:
         "attention": options.attention,
         "compile": options.compile,
     }
-    given = {"source_family": options.family, "variant": options.variant, "quantize": options.quantize}
+    room = room_of(pipeline.model)
+    given = {
+        "source_family": options.family, "variant": options.variant, "quantize": options.quantize,
+        "offload": "layers" if room and room.layers else None,  # which excludes quick layers, and so rounds otherwise
+    }  # fmt: skip
     provenance |= {name: value for name, value in given.items() if value is not None}
     if options.refiner:
         provenance["refiner"] = _absolute(options.refiner)

@@ -22,6 +22,7 @@ SETTINGS = {
 }  # fmt: skip
 NAMES = {
     "version", "model", "model_hash", "source", "source_family", "variant", "refiner", "dtype", "attention", "quantize",
+    "offload",
 }  # fmt: skip
 DESCRIPTION = {"task", "family", "image", "mask", "compile"}  # the rest of a record
 
@@ -55,8 +56,8 @@ def run(
     pipeline = Pipeline(
         source, refiner=refiner or record.get("refiner"), device=device, dtype=to_dtype(dtype or record.get("dtype")),
         attention=record.get("attention", "sdpa"), compile=record.get("compile") is True,
-        quantize=record.get("quantize"), family=record.get("source_family"), variant=record.get("variant"),
-        allow_pickle=allow_pickle,
+        quantize=record.get("quantize"), offload=record.get("offload", "auto"), family=record.get("source_family"),
+        variant=record.get("variant"), allow_pickle=allow_pickle,
     )  # fmt: skip
     found, stated = pipeline.model.fingerprint(), record.get("model_hash")
     if stated and found != stated:
