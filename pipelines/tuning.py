@@ -49,11 +49,11 @@ class Tuning:
             LdmError: they cannot be loaded, or tuned like that.
         """
         dtype = dtype or default_dtype(device)
-        given = {"quantize": self.quantize, "compile": self.compile, "offload": self.offload}
-        for name, value in given.items():
-            loaded = any(isinstance(one, LatentDiffusion) for one in (source, refiner))
-            if loaded and value not in (None, False, "auto", "none"):
-                raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
+        if isinstance(source, LatentDiffusion) or isinstance(refiner, LatentDiffusion):
+            for name in ("quantize", "compile", "offload"):
+                value = getattr(self, name)
+                if value not in (None, False, "auto", "none"):
+                    raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
         if self.quantize is not None:
             check_quantize(self.quantize, device, dtype)
         pairs = [(source, options)] if refiner is None else [(source, options), (refiner, {})]

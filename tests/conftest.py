@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -20,3 +22,12 @@ transformers.logging.disable_progress_bar()
 def fixed_seed() -> None:
     """Random inputs are the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models, by the names of their families."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("sd15", "sd15-edit", "sdxl", "sdxl-refiner"):
+        tiny.model(name).save_pretrained(root / name)
+    return root

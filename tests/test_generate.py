@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from launched import on_two
 from PIL import Image
 from test_cli import COMMAND, run
@@ -21,14 +20,6 @@ from test_cli import COMMAND, run
 from ldm.cli.record import from_parameters, to_parameters
 from ldm.errors import LdmError
 from ldm.images import load_image, read_settings, save_png
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for name in ("sd15", "sdxl", "sdxl-refiner", "sd15-edit"):
-        tiny.model(name).save_pretrained(root / name)
-    return root
 
 
 @pytest.fixture

@@ -19,14 +19,6 @@ from pipelines.tuning import Tuned
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for name in ("sd15", "sd15-edit", "sdxl", "sdxl-refiner"):
-        tiny.model(name).save_pretrained(root / name)
-    return root
-
-
 def pipeline(models: Path, name: str, offload: str, **more: Any) -> Pipeline:
     return Pipeline(models / name, device="cpu", dtype=torch.float32, offload=offload, **more)
 

@@ -37,14 +37,6 @@ def quantised(unet: UNet) -> set[str]:
     return {name for name, weight in unet.named_parameters() if type(weight) is not nn.Parameter}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for name in ("sd15", "sdxl", "sdxl-refiner"):
-        tiny.model(name).save_pretrained(root / name)
-    return root
-
-
 @pytest.mark.parametrize("name", INT8)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "emoji"])

@@ -26,9 +26,8 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.cli.bench import device_name
+from ldm.cli.bench import device_name, products
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.families import FAMILIES
@@ -38,7 +37,7 @@ from ldm.models.unet import Conditioning, UNet
 from ldm.training.checkpointing import checkpointed
 from ldm.training.config import DenoiserSection, EmaSection
 from ldm.training.denoiser import DenoiserStage
-from ldm.training.forecast import blank, peak_tflops
+from ldm.training.forecast import peak_tflops
 from ldm.training.loop import Training
 from ldm.weights.configs import write_unet
 
@@ -166,7 +165,10 @@ def main() -> None:
                 found[side] += json.loads(result.stdout.splitlines()[-1])
     mine, other = median(found["ours"]), median(found["theirs"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tflops, peak = work(options) / mine / 1e12, peak_tflops(device, options.precision)
+    family = FAMILIES[options.family]
+    side = options.size // family.autoencoder.factor
+    work = 3 * options.batch * products(family, side, side)  # forward and backward
+    tflops, peak = work / mine / 1e12, peak_tflops(device, options.precision)
     print(
         f"ours {mine:.3f} s   diffusers {other:.3f} s   ratio {other / mine:.2f}   images/s {options.batch / mine:.3f}"
         f"   TFLOP/s {tflops:.2f}" + (f"   use {tflops / peak:.0%}" if peak else "")
@@ -180,17 +182,6 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
     else:
         print(json.dumps(result))
-
-
-def work(options: argparse.Namespace) -> int:
-    """Operations of the U-Net's multiplications in a step, forward and backward."""
-    family = FAMILIES[options.family]
-    side = options.size // family.autoencoder.factor
-    with torch.device("meta"):
-        unet = UNet(family.unet)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(*blank(family, side, side))
-    return 3 * options.batch * counter.get_total_flops()
 
 
 if __name__ == "__main__":

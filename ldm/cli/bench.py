@@ -116,8 +116,7 @@ def run(options: Options) -> None:
         raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
     device = device_named(options.device or default_device())
     dtype = to_dtype(options.dtype) or default_dtype(device)
-    known = options.source in FAMILIES and not builtin(options.source)
-    family = FAMILIES[options.source] if known else open_source(options.source, verify=False).family
+    family = _family(options.source) or open_source(options.source, verify=False).family
     width, height = parse_size(options.size) if options.size else (family.size,) * 2
     call = Call(width, height, options.batch, family.guidance)
     sides = {name: Process(name, options, call, device, dtype) for name in (OURS, *rivals)}
@@ -130,7 +129,8 @@ def run(options: Options) -> None:
             seconds, memory[name] = side.picture(options.steps)
             if number:  # the first warms up
                 found[name].append(seconds)
-    limit = products(family, call) / fastest
+    factor = family.autoencoder.factor
+    limit = 2 * call.batch * products(family, call.height // factor, call.width // factor) / fastest
     result = {
         "options": asdict(options), "device": device_name(device), "dtype": str(dtype), "size": [width, height],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}, "limit of a step": limit,
@@ -240,11 +240,16 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def _family(source: str) -> Family | None:
+    """The family whose name a source is, if it is not a model's."""
+    return None if builtin(source) else FAMILIES.get(source)
+
+
 def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning) -> LatentDiffusion:
     """A model as pipelines have it by default; with the name of a family, one of its shape with random weights."""
-    if source in FAMILIES and not builtin(source):
+    if family := _family(source):
         with device:  # which fills its memory faster than this one could
-            model = LatentDiffusion.from_family(source)
+            model = LatentDiffusion.from_family(family)
         for module in model.modules().values():
             module.to(dtype)
         return tuning.apply(model)
@@ -393,14 +398,13 @@ def timed(side: Side, steps: int, device: torch.device) -> Seconds:
     return Seconds(after[0] - start - step, step, end - after[-1], end - start)
 
 
-def products(family: Family, call: Call) -> int:
-    """Floating-point operations of the multiplications of a step with guidance."""
-    factor = family.autoencoder.factor
+def products(family: Family, height: int, width: int) -> int:
+    """Floating-point operations of the U-Net's multiplications, for one picture of these many latents, once."""
     with torch.device("meta"):
         unet = UNet(family.unet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(*blank(family, call.height // factor, call.width // factor))
-    return 2 * call.batch * counter.get_total_flops()
+        unet(*blank(family, height, width))
+    return counter.get_total_flops()
 
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:

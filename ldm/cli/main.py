@@ -193,8 +193,8 @@ def generate(
             guidance=guidance, guidance_rescale=rescale, guidance_interval=interval, threshold=threshold,
             perturbed=perturbed, image_guidance=image_guidance, prompts_file=prompts_file, out=out, sheet=sheet,
             device=device, dtype=dtype, attention=attention, compile=compile, quantize=quantize, offload=offload,
-            as_json=json, dry_run=dry_run,
-            family=family, variant=variant, allow_pickle=allow_pickle, settings=settings,
+            as_json=json, dry_run=dry_run, family=family, variant=variant, allow_pickle=allow_pickle,
+            settings=settings,
         )
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from ldm.caches import cache_folder
 from ldm.errors import LdmError, first_line
 from ldm.models.layers import ResnetBlock, TransformerBlock
 from ldm.sampling.prepared import known
+from ldm.sampling.quick import LAST, replace
 
 log = logging.getLogger(__name__)
 VARIANTS = 256  # of a kind of block: widths, sizes of pictures; PyTorch stops compiling after 8 unless told otherwise
@@ -37,10 +38,8 @@ def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None
         LdmError: nothing can be compiled for the device here.
     """
     check_compiling(device or next(model.parameters()).device)
-    model.to(memory_format=torch.channels_last)
-    own = _blocks()
-    for module in model.modules():
-        module.__class__ = own.get(type(module), type(module))
+    model.to(memory_format=LAST)
+    replace(model, _blocks())
 
 
 def check_compiling(device: torch.device) -> None:
