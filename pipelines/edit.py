@@ -21,4 +21,5 @@ def edit(run: Run) -> Tensor:
     x = run.noise.draw(run.shape, run.dtype, run.device) * run.plan.scheduler.init_noise_sigma
     cond, negative, _ = run.conditioning
     image = picture.to(run.device, run.dtype).expand(len(x), -1, -1, -1)
-    return run.sample(x, run.plan, edited(run.unet(), cond, negative, request.guidance, model.family.schedule, image))
+    schedule, times = model.family.schedule, run.plan.times
+    return run.sample(x, run.plan, edited(run.unet(), cond, negative, request.guidance, schedule, times, image))

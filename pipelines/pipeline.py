@@ -7,7 +7,7 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,8 +33,9 @@ from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.edit import edit
 from pipelines.image_to_image import continued, image_to_image, renoised
 from pipelines.inpaint import inpaint, pasted
+from pipelines.packing import alike, shared, together
 from pipelines.request import Request, fitted, seeds, texts, whole_steps
-from pipelines.run import OnStep, Run, decode
+from pipelines.run import OnStep, Run, TooManyError, decode
 from pipelines.text_to_image import text_to_image
 from pipelines.tuning import Tuning, default_device, device_named, room_of
 
@@ -50,6 +51,7 @@ class Result:
     settings: list[dict[str, Any]] = field(default_factory=list)  # one for each picture
     latents: list[Tensor] = field(default_factory=list)  # (C, h, w) each, scaled
     reports: list[TokenReport] = field(default_factory=list)  # tokens of every prompt, by text encoder
+    rows: range = range(0)  # which pictures of the call they are
 
 
 class Pipeline:
@@ -115,34 +117,39 @@ class Pipeline:
             result.settings += part.settings
             result.latents += part.latents
             result.reports += part.reports
+            result.rows = range(part.rows.stop)
         return result
 
     def stream(
         self,
         prompt: str | Sequence[str],
         *,
-        batch: int = 1,
+        batch: int | None = None,
         output: str = "images",
         on_step: OnStep | None = None,
+        needed: Callable[[range], bool] | None = None,
         **settings: Any,
     ) -> Iterator[Result]:
         """Pictures as they are finished, a `Result` for each batch. All settings are checked before the first.
 
         Args:
             prompt: one or several.
-            batch: pictures made at a time; it changes nothing in them.
+            batch: pictures made at a time, at most; it changes nothing in them, but for rng="diffusers". By default as
+                many as keep the device busy, or as its memory takes.
             output: "images" or "latents".
             on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small picture of it.
+            needed: asked before each batch whether it shall be made, with the numbers of its pictures.
             **settings: those of `request`.
 
         Raises:
             LdmError: a setting is out of bounds or does not fit the model.
         """
-        _check_count("batch", batch)
+        if batch is not None:
+            _check_count("batch", batch)
         if output not in ("images", "latents"):
             raise LdmError(f"output {output!r} is not known; choose images or latents")
         request, passes = self.request(prompt, **settings)
-        return self._batches(request, batch, passes, output, on_step)
+        return self._batches(request, batch, passes, output, on_step, needed)
 
     def request(
         self,
@@ -237,13 +244,36 @@ class Pipeline:
         return self.model.family.preview or fit(self.model.autoencoder)
 
     def _batches(
-        self, request: Request, batch: int, passes: Passes, output: str, on_step: OnStep | None
+        self,
+        request: Request,
+        batch: int | None,
+        passes: Passes,
+        output: str,
+        on_step: OnStep | None,
+        needed: Callable[[range], bool] | None,
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
-        for start in range(0, len(request.prompts), batch):
-            with reported() if self.compiled else nullcontext(), self.model.alone():
-                result = self._batch(request.part(slice(start, start + batch)), passes, output, on_step)
-            yield result
+        largest = passes.larger(request, self.model.family) if passes.hires else request
+        most = batch or together(largest, self.model.family, self.model.device)
+        count, done = len(request.prompts), 0
+        while done < count:
+            part = request.part(slice(done, done + (batch or shared(count - done, most))))
+            part = part.part(slice(alike(part, self.model.text_encoders)))
+            rows, result = range(done, done + len(part.prompts)), None
+            if needed and not needed(rows):
+                done = rows.stop
+                continue
+            try:
+                with reported() if self.compiled else nullcontext(), self.model.alone():
+                    result = self._batch(part, passes, output, on_step)
+            except TooManyError:
+                if batch or len(part.prompts) == 1:
+                    raise
+                most = (len(part.prompts) + 1) // 2
+                log.warning("memory does not suffice for %d pictures at a time: %d", len(part.prompts), most)
+            if result:
+                result.rows, done = rows, rows.stop
+                yield result
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
@@ -327,6 +357,8 @@ class Pipeline:
         rows = []
         for index, prompt in enumerate(request.prompts):
             row = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index], **common}
+            if len(request.prompts) > 1:
+                row |= {"batch": len(request.prompts), "place": index}  # which others it rounds like
             if request.prompts_2:
                 row["prompt_2"] = request.prompts_2[index]
             if request.negative_2:

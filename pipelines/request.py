@@ -62,6 +62,18 @@ class Request:
         """What is asked for, by what is given."""
         return "inpaint" if self.mask else "image-to-image" if self.image else "text-to-image"
 
+    def texts(self, encoders: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Prompts, and negative prompts where guidance looks at them, as each of so many text encoders reads them."""
+        negative, negative_2 = (tuple(text or "" for text in texts) for texts in self.spoken)
+        if not self.guidance.classifier_free:
+            negative = negative_2 = ()
+        return [self.prompts, self.prompts_2 or self.prompts][-encoders:], [negative, negative_2][-encoders:]
+
+    @property
+    def spoken(self) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        """The negative prompts for the first text encoder and for the second."""
+        return self.negative, self.negative_2 or self.negative
+
     def part(self, rows: slice) -> Request:
         """The same request for some of its pictures."""
         names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")

@@ -21,7 +21,7 @@ from ldm.images import to_images, to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
-from ldm.models.tiling import tiled_decode, tiled_encode
+from ldm.models.tiling import sliced_decode, sliced_encode, tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
@@ -30,11 +30,16 @@ from ldm.sampling.merging import merging
 from ldm.sampling.noise import Noise
 from ldm.sampling.reuse import reusing
 from ldm.sampling.schedulers import Plan
+from pipelines.packing import decodable
 from pipelines.request import Request
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[Step], None]
 T = TypeVar("T")
+
+
+class TooManyError(LdmError):
+    """Memory does not suffice for so many pictures at a time."""
 
 
 class Run:
@@ -69,12 +74,8 @@ class Run:
     def conditioning(self) -> tuple[Conditioning, Conditioning, list[TokenReport]]:
         """For the prompts, for the negative prompts where guidance looks at them, and the report on their tokens."""
         request, family = self.request, self.model.family
-        positive = [request.prompts, request.prompts_2 or request.prompts][-len(family.text) :]
-        spoken = [request.negative, request.negative_2 or request.negative][-len(family.text) :]
-        negative = [tuple(text or "" for text in column) for column in spoken]
-        if not request.guidance.classifier_free:
-            negative = [() for _ in negative]
-        both = [[*first, *second] for first, second in zip(positive, negative, strict=True)]
+        prompts, negative = request.texts(len(family.text))
+        both = [[*first, *second] for first, second in zip(prompts, negative, strict=True)]
         self.model.bring(self.model.text_encoders)
         encoded, reports = encode_prompts(
             self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, weights=request.weights
@@ -82,7 +83,8 @@ class Run:
         size, negative_size = self._size_ids()
         cond, uncond = (encoded.rows(part) for part in (slice(self.shape[0]), slice(-self.shape[0], None)))
         if family.zero_empty_prompt:
-            uncond = _silenced(uncond, [all(row is None for row in rows) for rows in zip(*spoken, strict=True)])
+            unspoken = zip(*request.spoken[-len(family.text) :], strict=True)
+            uncond = _silenced(uncond, [all(text is None for text in row) for row in unspoken])
         return replace(cond, size=size), replace(uncond, size=negative_size), reports
 
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
@@ -123,7 +125,8 @@ class Run:
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""
         cond, negative, _ = self.conditioning
-        return guided(self.unet(), cond, negative, self.request.guidance, self.model.family.schedule, extra)
+        schedule, times = self.model.family.schedule, self.plan.times
+        return guided(self.unet(), cond, negative, self.request.guidance, schedule, times, extra)
 
     def sample(
         self,
@@ -136,7 +139,7 @@ class Run:
         latents after each step.
 
         Raises:
-            LdmError: the result is not finite, or memory runs out.
+            LdmError: the result is not finite, or memory runs out (`TooManyError`).
         """
         denoise = denoise or self.denoiser()
         arguments = schedulers.step_arguments(plan.scheduler, self.noise.generator, self.request.eta)
@@ -154,7 +157,7 @@ class Run:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise LdmError(_too_large(self.request, len(self.request.prompts))) from None
+            raise TooManyError(_too_large(self.request, len(self.request.prompts))) from None
         check_finite(x, "U-Net", "its weights or this dtype are at fault: try another dtype (bf16, fp32)")
         return x
 
@@ -166,7 +169,11 @@ class Run:
         self.model.bring(autoencoder)
         weight = next(autoencoder.parameters())
         x = pixels.to(weight.device, weight.dtype)
-        posterior = _or_in_tiles(lambda: autoencoder.encode(x), lambda: tiled_encode(autoencoder, x), "encoding")
+        posterior = _or_in_tiles(
+            lambda: sliced_encode(autoencoder, x, decodable(*x.shape[2:])),
+            lambda: tiled_encode(autoencoder, x),
+            "encoding",
+        )
         latents = posterior.mode()
         if isinstance(autoencoder, AutoencoderKL):
             shape = (self.shape[0] if self.noise.rng == "ldm" else len(pixels), *latents.shape[1:])
@@ -194,8 +201,9 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     config = autoencoder.config
     weight = next(autoencoder.parameters())
     z = (latents / config.scaling_factor + config.shift_factor).to(weight.device, weight.dtype)
+    side = config.factor
     pixels = _or_in_tiles(
-        lambda: autoencoder.decode(z),
+        lambda: sliced_decode(autoencoder, z, decodable(side * z.shape[2], side * z.shape[3])),
         lambda: torch.cat([tiled_decode(autoencoder, row) for row in z.split(1)]),
         "decoding",
     )

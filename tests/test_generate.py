@@ -67,6 +67,15 @@ def test_a_picture_can_be_made_again(ldm: Any, arguments: list[str]) -> None:
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
 
 
+def test_a_picture_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path) -> None:
+    """To the bit, though numbers are rounded otherwise in a batch of another size."""
+    made = ldm("generate", "a cat", "a dog", "-n", 2, "--steps", 3, "--seed", 7, "--dtype", "bf16")[1].split()
+    records = [read_settings(tmp_path / path)[0] or {} for path in made]
+    assert [(record["batch"], record["place"]) for record in records] == [(4, 0), (4, 1), (4, 2), (4, 3)]
+    for path in made[1:3]:
+        assert ldm("repro", path, "--device", "cpu")[1].startswith("identical")
+
+
 def test_pictures_from_pictures_and_refined_ones_can_be_made_again(ldm: Any, models: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save("in.png")
@@ -130,6 +139,8 @@ def test_a_wrong_line_is_found_before_the_first_picture(ldm: Any, tmp_path: Path
         ({"crop": 5}, "crop 5: two whole numbers"),
         ({"guidance": {"interval": [1]}}, "guidance interval"),
         ({"strength": 0.5}, "was made from a picture, which it does not name"),
+        ({"batch": 2, "place": 2}, "the picture's record is damaged"),
+        ({"batch": "2"}, "the picture's record is damaged"),
     ],
 )
 def test_damaged_records_are_refused(ldm: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -52,7 +53,7 @@ class Options:
     model: str | None
     refiner: str | None = None
     n: int = 1
-    batch: int = 1
+    batch: int | None = None
     seed: int | None = None
     size: str | None = None
     guidance: float | None = None
@@ -106,12 +107,12 @@ def run(options: Options) -> None:
     jobs = list(make_jobs(options))
     targets = _targets(options, jobs, common | {name: getattr(options, name) for name in IDENTITY})
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = [job for job in jobs[rank::world] if not (options.prompts_file and targets[job.index].exists())]
+    left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
     if options.dry_run:
-        print(json.dumps(_describe(options, common, jobs, mine), indent=2, default=str))
+        print(json.dumps(_describe(options, common, jobs, len(left)), indent=2, default=str))
         return
-    if not mine:
-        print(f"ldm: nothing to do: all {len(jobs[rank::world])} pictures are there", file=sys.stderr)
+    if not left:
+        print(f"ldm: nothing to do: all {len(jobs)} pictures are there", file=sys.stderr)
         return
     device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and _cuda() else None)
     pipeline = Pipeline(
@@ -119,7 +120,7 @@ def run(options: Options) -> None:
         attention=options.attention, compile=options.compile, quantize=options.quantize, offload=options.offload,
         family=options.family, variant=options.variant, allow_pickle=options.allow_pickle,
     )  # fmt: skip
-    groups = list(_groups(options, pipeline, common, mine))
+    groups = list(_groups(options, pipeline, common, jobs))
     provenance: dict[str, Any] = {
         "version": f"ldm {ldm.__version__}",
         "model": Path(options.model or DEFAULT).stem,
@@ -138,15 +139,22 @@ def run(options: Options) -> None:
     if options.refiner:
         provenance["refiner"] = _absolute(options.refiner)
     made = []
-    with counter("pictures", len(mine)) as advance:
+    batches = itertools.count()
+    with counter("pictures", -(-len(left) // world)) as advance:
         for batchable, settings in groups:
-            own = provenance | {name: _file(settings[name]) for name in ("image", "mask") if settings.get(name)}
-            position = 0
-            for result in pipeline.stream(**settings, batch=options.batch):
-                for image, record in zip(result.images, result.settings, strict=True):
-                    job = batchable[position]
-                    position += 1
-                    full = {**record, **own}
+            files = {name: _file(settings[name]) for name in ("image", "mask") if settings.get(name)}
+            numbers = [job.index for job in batchable]
+
+            def ours(rows: range, numbers: list[int] = numbers) -> bool:
+                """Whether a batch is this process's, and not all there: batches are those of the whole list, so that
+                pictures are the same to the bit whoever makes them, and whatever is there already."""
+                return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
+
+            for result in pipeline.stream(**settings, batch=options.batch, needed=ours):
+                for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
+                    if numbers[row] not in left:
+                        continue
+                    job, full = batchable[row], {**record, **provenance, **files}
                     target = targets[job.index] if options.prompts_file else _free(targets[job.index], options.out)
                     save_png(image, target, full, to_parameters(full))
                     print(json.dumps({"path": str(target), **full}) if options.as_json else target, flush=True)
@@ -154,7 +162,7 @@ def run(options: Options) -> None:
                     if options.sheet:
                         made.append(image)
     if options.sheet and made:
-        sheet = targets[mine[0].index].with_name("grid.png")
+        sheet = targets[jobs[0].index].with_name("grid.png")
         save_png(grid(made), sheet)
         print(sheet)
 
@@ -296,7 +304,7 @@ def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) 
     )
 
 
-def _describe(options: Options, common: dict[str, Any], jobs: list[Job], mine: list[Job]) -> dict[str, Any]:
+def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: int) -> dict[str, Any]:
     """What `--dry-run` prints: all is checked, but no weights are loaded for it."""
     opened = open_source(
         named(options.model),
@@ -310,7 +318,7 @@ def _describe(options: Options, common: dict[str, Any], jobs: list[Job], mine: l
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
         )
-    (_, first), *_ = _groups(options, pipeline, common, mine or jobs)
+    (_, first), *_ = _groups(options, pipeline, common, jobs)
     request, _ = pipeline.request(**first)
     family = opened.family
     plan = request.plan(family.schedule, bool(family.unet.pooled_dim))
@@ -323,7 +331,7 @@ def _describe(options: Options, common: dict[str, Any], jobs: list[Job], mine: l
         },
         "timesteps": [round(float(t), 2) for t in plan.timesteps],
         "pictures": len(jobs),
-        "left_to_make": len(mine),
+        "left_to_make": left,
         "first": {"prompt": jobs[0].prompt, "seed": jobs[0].seed},
     }  # fmt: skip
 

@@ -105,7 +105,9 @@ def generate(
     model: Annotated[str | None, typer.Option(help="A model folder, a checkpoint file, or a Hub name.")] = None,
     negative: Annotated[str | None, typer.Option(help="What should not be seen.")] = None,
     n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
-    batch: Annotated[int, typer.Option(help="Pictures made at a time.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(help="Pictures made at a time; by default as many as keep the device busy.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the scheduler; the built-in model 20, others 30.")] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Scale of classifier-free guidance; by default the family's.")

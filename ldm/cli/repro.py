@@ -24,7 +24,7 @@ NAMES = {
     "version", "model", "model_hash", "source", "source_family", "variant", "refiner", "dtype", "attention", "quantize",
     "offload",
 }  # fmt: skip
-DESCRIPTION = {"task", "family", "image", "mask", "compile"}  # the rest of a record
+DESCRIPTION = {"task", "family", "image", "mask", "compile", "batch", "place"}  # the rest of a record
 
 
 def run(
@@ -64,8 +64,11 @@ def run(
         raise LdmError(
             f"{path} was made with other weights ({stated}) than {source} has ({found}); name the right model"
         )
-    prompt = settings.pop("prompt")
-    made = pipeline(prompt, **settings).images[0]
+    batch, place = record.get("batch", 1), record.get("place", 0)
+    if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:
+        raise LdmError("the picture's record is damaged")
+    settings |= {name: [settings[name]] * batch for name in ("prompt", "seed") if name in settings}
+    made = pipeline(**settings, batch=batch).images[place]  # among as many others, which numbers are rounded like
     original = load_image(path)
     if original.size != made.size:
         raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: it was changed since")

@@ -29,7 +29,7 @@ def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
-    """Two 3×3 convolutions around a skip connection; the time embedding, if there is one, is added between them."""
+    """Two 3×3 convolutions around a skip connection; between them the time (B, E), if there is one, is added."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, eps: float, time_dim: int = 0) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+            h = h + self.time_emb_proj(time)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 

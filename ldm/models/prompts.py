@@ -125,6 +125,15 @@ def split_into_chunks(tokenizer: Tokenizer, parts: Sequence[tuple[str, float]], 
     return chunks
 
 
+def count_chunks(encoders: TextEncoders, prompts: Sequence[Sequence[str]], weights: bool = True) -> list[int]:
+    """Into how many chunks each of B prompts is split; `prompts` and `weights` are as for `encode_prompts`."""
+    columns = [
+        [len(split_into_chunks(tokenizer, read(prompt, weights), config.context - 2)) for prompt in texts]
+        for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True)
+    ]
+    return [max(row) for row in zip(*columns, strict=True)]
+
+
 def encode_prompts(
     encoders: TextEncoders,
     prompts: Sequence[Sequence[str]],

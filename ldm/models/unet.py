@@ -102,6 +102,17 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class TimeEmbedding(Embedding):
+    """Timesteps to the time embedding."""
+
+    def __init__(self, dim: int, time_dim: int) -> None:
+        super().__init__(dim, time_dim)
+        self.dim = dim
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return super().forward(sinusoids(t, self.dim).to(dtype))
+
+
 class NoEmbedding(nn.Module):
     """Stands where a U-Net takes no pooled text and no size ids."""
 
@@ -208,7 +219,7 @@ class UNet(nn.Module):
         levels = range(len(config.channels))
         first, time_dim = config.channels[0], 4 * config.channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
-        self.time_embedding = Embedding(first, time_dim)
+        self.time_embedding = TimeEmbedding(first, time_dim)
         self.add_embedding = SizeEmbedding(config, time_dim) if config.pooled_dim else NoEmbedding()
         self.down_blocks = nn.ModuleList(DownBlock(config, level, time_dim) for level in levels)
         self.mid_block = MidBlock(config, time_dim)
@@ -217,9 +228,8 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def embed_time(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Timestep, pooled text and size ids to one vector an image: (B, E)."""
-        waves = sinusoids(t.expand(len(x)), self.config.channels[0]).to(x.dtype)
-        return self.time_embedding(waves) + self.add_embedding(cond)
+        """Timestep, pooled text and size ids to one vector an image, as residual blocks take it: (B, E)."""
+        return F.silu(self.time_embedding(t.expand(len(x)), x.dtype) + self.add_embedding(cond))
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Noisy latents `x` (B, in_channels, H, W) at timestep `t`, () or (B,), in 0 … 999: (B, out_channels, H, W).

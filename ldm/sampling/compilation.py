@@ -91,8 +91,8 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
         for tensor in inputs:
             if tensor is not None:
                 mark(tensor, 0)
-        for text in known(self):  # keys and values (B, M, C)
-            mark(text, (0, 1))
+        for layer in known(self):  # keys and values (B, M, C), time (B, C)
+            mark(layer.result, tuple(range(layer.result.dim() - 1)))
         return body(self, *inputs)
 
     return type(f"Compiled{kind.__name__}", (kind,), {"forward": forward})

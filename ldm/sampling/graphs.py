@@ -1,7 +1,7 @@
 """A U-Net whose step is recorded once as a CUDA graph and then replayed: no time goes into starting its kernels.
 
-A graph reads and writes the same places in memory every time: inputs are copied there, as are the text's keys and
-values, and the result is copied out. So one recording serves all prompts, and weights that change in their place.
+A graph reads and writes the same places in memory every time: inputs are copied there, as is what is known of text and
+time, and the result is copied out. So one recording serves all prompts, and weights that change in their place.
 
 B batch, C channels, H×W height and width of the latents
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ldm.models.attention import attention_layers
 from ldm.models.layers import TransformerBlock, twin
 from ldm.models.unet import Conditioning, NoEmbedding, UNet
-from ldm.sampling.prepared import Given, known
+from ldm.sampling.prepared import Given, GivenTime, known
 
 Step = Callable[[], Tensor]
 LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
@@ -74,14 +75,29 @@ class RecordedUNet(UNet):
         if torch.is_grad_enabled():
             return super().forward(x, t, cond)
         with LOCK:
-            recording = self.recordings.of(self, x, t, cond)
-            if recording is not None:
-                return recording(self, x, t)
-        return super().forward(x, t, cond)
+            found = self.recordings.replayed(self, x, t, cond)
+        return super().forward(x, t, cond) if found is None else found
 
     def step(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The plain forward pass."""
         return super().forward(x, t, cond)
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A copy of a U-Net that runs the same layers at every step."""
+
+    key: tuple[Any, ...]  # what tells its graphs from others
+    text: list[Given]  # what it knows but for the time, and pooled text
+    time: list[GivenTime]
+
+    @classmethod
+    def of(cls, unet: UNet) -> Served:
+        """One that does."""
+        given = known(unet)
+        key = (*(_place(parameter) for parameter in unet.parameters()), *(layer.result.shape for layer in given))
+        time = [layer for layer in given if isinstance(layer, GivenTime)]
+        return cls(key, [layer for layer in given if not isinstance(layer, GivenTime)], time)
 
 
 class Recording:
@@ -90,14 +106,17 @@ class Recording:
     def __init__(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning, record: Callable[[Step], Step]):
         self.unet = twin(unet)  # which has its own places for what is known of the text
         del self.unet.recordings  # among which this will be
-        self.x, self.t, self.known = x.clone(), t.clone(), known(self.unet)
-        self.holds = ref(unet)  # whose text lies there
+        self.x, self.t, self.places = x.clone(), t.clone(), Served.of(self.unet)
+        for layer in self.places.time:
+            layer.result = layer.result.clone()  # of one timestep, where it was a part of many
+        self.holds: ref[Served] | None = None  # whose text lies there
         self.replay = record(lambda: self.unet.step(self.x, self.t, cond))
 
-    def __call__(self, unet: RecordedUNet, x: Tensor, t: Tensor) -> Tensor:
-        if self.holds() is not unet:
-            torch._foreach_copy_(self.known, known(unet))
-            self.holds = ref(unet)
+    def __call__(self, served: Served, x: Tensor, t: Tensor) -> Tensor:
+        if self.holds is None or self.holds() is not served:
+            _copy(self.places.text, served.text)
+            self.holds = ref(served)
+        _copy(self.places.time, served.time)
         self.x.copy_(x)
         self.t.copy_(t)
         return self.replay().clone()
@@ -109,32 +128,31 @@ class Recordings:
     def __init__(self, unet: UNet, record: Callable[[Step], Step]) -> None:
         self.record = record
         self.own = {id(module) for module in unet.modules() if not any(module.children())}
-        self.kinds = {RecordedUNet, Given, *(type(module) for module in unet.modules())}
+        self.kinds = {RecordedUNet, Given, GivenTime, *(type(module) for module in unet.modules())}
         self.kernels = {layer.kernel for layer in attention_layers(unet)}
-        self.served: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what tells a copy's graphs from others
+        self.served: WeakKeyDictionary[nn.Module, Served | None] = WeakKeyDictionary()
         self.found: OrderedDict[Any, Recording] = OrderedDict()
 
     def __deepcopy__(self, memo: Any) -> Recordings:
         return self
 
-    def of(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning) -> Recording | None:
-        """The recording for inputs of that shape; the least recently used one goes where there are too many.
+    def replayed(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor | None:
+        """What the recording for inputs of that shape gives; the least recently used one goes where there are too many.
 
         None for a copy of the U-Net that does not run the same layers at every step, or reads the text itself.
         """
         if unet not in self.served:
-            places = [_place(parameter) for parameter in unet.parameters()]
-            shapes = [tensor.shape for tensor in known(unet)]
-            self.served[unet] = (*places, *shapes) if self._steady(unet) else None
-        if self.served[unet] is None:
+            self.served[unet] = Served.of(unet) if self._steady(unet) else None
+        served = self.served[unet]
+        if served is None:
             return None
-        key = (self.served[unet], x.shape, x.dtype, t.shape, t.dtype)
+        key = (served.key, x.shape, x.dtype, t.shape, t.dtype)
         if key not in self.found:
             self.found[key] = Recording(unet, x, t, cond, self.record)
         self.found.move_to_end(key)
         while len(self.found) > MOST:
             self.found.popitem(last=False)
-        return self.found[key]
+        return self.found[key](served, x, t)
 
     def _steady(self, unet: RecordedUNet) -> bool:
         """Whether its layers are those of the U-Net, and `Given`."""
@@ -147,6 +165,13 @@ class Recordings:
             and all(id(module) in self.own for module in leaves)
             and self.kernels.issuperset(layer.kernel for layer in attention_layers(unet))
         )
+
+
+def _copy(places: Iterable[Given], layers: Iterable[Given]) -> None:
+    """Copy what is given in layers to the places of others."""
+    pairs = list(zip(places, layers, strict=True))
+    if pairs:
+        torch._foreach_copy_([place.result for place, _ in pairs], [layer.result for _, layer in pairs])
 
 
 def _place(weight: nn.Parameter) -> int:

@@ -6,7 +6,7 @@ B images, C latent channels, h×w height and width of the latents
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 
@@ -19,7 +19,7 @@ from ldm.models.attention import Kernel
 from ldm.models.layers import TransformerBlock, twin
 from ldm.models.unet import Conditioning, UNet
 from ldm.sampling.loop import Denoise, Time
-from ldm.sampling.prepared import prepared
+from ldm.sampling.prepared import Clock, prepared
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,17 @@ def join(*conds: Conditioning) -> Conditioning:
     return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
-def plain(unet: UNet, cond: Conditioning, extra: Tensor | None = None) -> Denoise:
-    """The U-Net's own prediction; `extra` (B or 1, C, h, w) are more channels that it reads: the mask …"""
-    model = prepared(unet, cond)
-    if extra is None:
-        return lambda x, time: model(x, time.tensor, cond)
-    channels = extra.expand(len(cond.text), -1, -1, -1)
-    return lambda x, time: model(torch.cat([x, channels], dim=1), time.tensor, cond)
+def plain(unet: UNet, cond: Conditioning, times: Sequence[float], extra: Tensor | None = None) -> Denoise:
+    """The U-Net's own prediction at the timesteps of a run; `extra` (B or 1, C, h, w) are more channels that it reads:
+    the mask …"""
+    clock = Clock(prepared(unet, cond), cond, times)
+    channels = None if extra is None else extra.expand(len(cond.text), -1, -1, -1)
+
+    def denoise(x: Tensor, time: Time) -> Tensor:
+        clock.set(time.value)
+        return clock.unet(x if channels is None else torch.cat([x, channels], dim=1), time.tensor, cond)
+
+    return denoise
 
 
 def guided(
@@ -72,21 +76,22 @@ def guided(
     negative: Conditioning,
     guidance: Guidance,
     schedule: NoiseSchedule,
+    times: Sequence[float],
     extra: Tensor | None = None,
 ) -> Denoise:
     """The U-Net's prediction for `cond`, pushed away from the one for `negative` as `guidance` says.
 
-    Where guidance is off, the U-Net runs once for each image. `extra` is as for `plain`, with B rows or one.
+    Where guidance is off, the U-Net runs once for each image. `times` and `extra` (B rows, or one) are as for `plain`.
     """
     g = guidance
-    alone = cache(partial(plain, unet, cond, extra))  # which most runs with guidance never need
+    alone = cache(partial(plain, unet, cond, times, extra))  # which most runs with guidance never need
     classifier_free = g.classifier_free
     if not classifier_free and not g.perturbed:
         return thresholded(alone(), g.threshold, schedule) if g.threshold else alone()
     groups = [negative] * classifier_free + [cond] + [cond] * bool(g.perturbed)
     model = _perturbed_twin(unet, len(groups)) if g.perturbed else unet
     rows = None if extra is None else torch.cat([extra.expand(len(cond.text), -1, -1, -1)] * len(groups))
-    together = plain(model, join(*groups), rows)
+    together = plain(model, join(*groups), times, rows)
 
     def denoise(x: Tensor, time: Time) -> Tensor:
         progress = 1 - time.value / (schedule.train_steps - 1)
@@ -107,7 +112,13 @@ def guided(
 
 
 def edited(
-    unet: UNet, cond: Conditioning, negative: Conditioning, guidance: Guidance, schedule: NoiseSchedule, image: Tensor
+    unet: UNet,
+    cond: Conditioning,
+    negative: Conditioning,
+    guidance: Guidance,
+    schedule: NoiseSchedule,
+    times: Sequence[float],
+    image: Tensor,
 ) -> Denoise:
     """The prediction of a U-Net that edits: away from one without instruction, and away from one without the picture.
 
@@ -115,9 +126,10 @@ def edited(
     """
     g = guidance
     if not g.classifier_free:
-        alone = plain(unet, cond, image)
+        alone = plain(unet, cond, times, image)
         return thresholded(alone, g.threshold, schedule) if g.threshold else alone
-    together = plain(unet, join(cond, negative, negative), torch.cat([image, image, torch.zeros_like(image)]))
+    images = torch.cat([image, image, torch.zeros_like(image)])
+    together = plain(unet, join(cond, negative, negative), times, images)
 
     def denoise(x: Tensor, time: Time) -> Tensor:
         told, shown, alone = together(torch.cat([x] * 3), time).chunk(3)

@@ -45,7 +45,7 @@ def sample(
     A caller that wants to change the latents between steps sends new ones into the generator.
     """
     scheduler = plan.scheduler
-    values = [float(t) for t in plan.timesteps]
+    values = plan.times
     on_device = [t.to(x.device, non_blocking=True) for t in plan.timesteps]
     for index, t in enumerate(plan.timesteps):
         time = Time(values[index], on_device[index])

@@ -52,7 +52,7 @@ class FusedResnetBlock(ResnetBlock):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(_activated(self.norm1, x))
-        offset = None if time is None else self.time_emb_proj(F.silu(time))
+        offset = None if time is None else self.time_emb_proj(time)
         return self.end(_activated(self.norm2, h, offset), self.conv_shortcut(x))
 
     def end(self, h: Tensor, x: Tensor) -> Tensor:

@@ -113,10 +113,15 @@ class Plan:
         """The same run up to call number `end`."""
         return Plan(self.scheduler, self.timesteps[:end], self.begin)
 
+    @property
+    def times(self) -> list[float]:
+        """The timesteps as numbers."""
+        return [float(t) for t in self.timesteps]
+
     def calls_before(self, part: float, train_steps: int) -> int:
         """Calls of the denoiser in the first `part` (0 to 1) of the noise levels, whole steps only."""
         cutoff = round(train_steps * (1 - part))
-        calls = sum(float(t) >= cutoff for t in self.timesteps)
+        calls = sum(t >= cutoff for t in self.times)
         return calls - calls % self.scheduler.order
 
 
