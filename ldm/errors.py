@@ -37,9 +37,15 @@ def suggestion(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
+NO_MEMORY = (
+    "out of memory", "allocate memory", "_STATUS_ALLOC_FAILED",  # cuBLAS' and cuDNN's handles and workspaces
+    "unable to find an engine to execute this computation",  # cuDNN: none with the workspace that there is
+)  # fmt: skip
+
+
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch's error is about memory: only CUDA has an exception of its own for that."""
-    return "out of memory" in str(error) or "allocate memory" in str(error)
+    """Whether PyTorch's error is about memory: only CUDA's allocator has an exception of its own for that."""
+    return any(text in str(error) for text in NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

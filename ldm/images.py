@@ -119,8 +119,8 @@ def mask_to_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] as pictures of 8 bits."""
-    array = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+    numbers = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in numbers.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:

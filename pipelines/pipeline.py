@@ -81,11 +81,11 @@ class Pipeline:
             attention: a name of `ldm.models.attention.KERNELS`; "auto" is the best for device and dtype.
             quick: on a CPU or a CUDA GPU, layers that are quicker in place of plain ones, on the same weights; results
                 differ by rounding. Weights may change afterwards, but on a CPU not through `.data`, which nobody can
-                notice. On a CPU, this process then keeps memory that tensors give back. A model that is loaded already
-                stays as it is.
-            compile: compile the networks with `torch.compile` and, on a GPU, record the steps of the U-Net as CUDA
-                graphs. That takes a minute or two once for each size of picture, and less in the next process. On a
-                CPU, quick layers are faster.
+                notice. On a CPU, this process then keeps memory that tensors give back; on a GPU, the steps of the
+                U-Net are recorded as CUDA graphs. A model that is loaded already stays as it is.
+            compile: compile the networks with `torch.compile` in place of that; steps are recorded likewise. That takes
+                a minute or two once for each size of picture, and less in the next process. On a CPU, quick layers are
+                faster.
             quantize: a name of `ldm.sampling.quantized.QUANTIZED`, for U-Nets with weights of 8 bits; pictures differ a
                 little. Of models that are loaded here: with one that is loaded already it is refused.
             offload: a name of `pipelines.offload.OFFLOAD`, for models that are larger than a GPU's memory.

@@ -98,7 +98,7 @@ class Tuning:
             set_attention(model.autoencoder, name, device)
         if self.quantize or room:
             model = Tuned(model, self.quantize, room)
-        if self.compile and device.type == "cuda" and not room:
+        if (self.compile or self.quick) and device.type == "cuda" and not room:
             record_steps(model.unet)
         return model
 

@@ -53,7 +53,7 @@ def test_a_call_by_its_stages() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.model("sd15").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(bench, "SIZE", 64)
+    monkeypatch.setitem(bench.SIZES, "cpu", 64)
     out = tmp_path / "bench.json"
     code, said, _ = run(
         capsys, monkeypatch, "bench", tmp_path / "model", "--rounds", 2, "--steps", 2, "--dtype", "fp32", "--out", out
@@ -99,8 +99,34 @@ def test_a_side_that_cannot_be_had(
     assert err.startswith("ldm: quantize 'int9' is not known") and len(err.splitlines()) == 1
     options, call = bench.Options(str(tmp_path / "model")), Call(64, 64, 1, 5.0)
     side = bench.Process("plain", options, call, torch.device("cpu"), torch.float32)
+    side.wait()
     seconds, memory = side.picture(2)
     assert seconds.image > 0 and 0.1 < memory < 100
     side.process.kill()
     with pytest.raises(LdmError, match="the process of plain has died; does memory suffice"):
         side.picture(2)
+
+
+def test_a_rival_that_fails_is_left_out(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(bench.SIZES, "cpu", 64)
+    picture = bench.Process.picture
+
+    def fails(self: bench.Process, steps: int) -> Any:
+        if self.name == "plain":
+            self.process.kill()
+        return picture(self, steps)
+
+    monkeypatch.setattr(bench.Process, "picture", fails)
+    out = tmp_path / "bench.json"
+    arguments = ["--rounds", 1, "--steps", 2, "--dtype", "fp32", "--against", "plain", "--out", out]
+    assert run(capsys, monkeypatch, "bench", tmp_path / "model", *arguments)[0] == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "without plain: the process of plain has died; does memory suffice for all sides?"
+    ]
+    assert list(json.loads(out.read_text())["seconds"]) == ["ldm"]

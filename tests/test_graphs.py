@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
+from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.sampling.graphs import MOST, RecordedUNet, Recordings, Step
@@ -122,3 +124,46 @@ def test_threads_and_how_many_are_kept(count: Callable[[], int]) -> None:
     assert count() == before
     pipeline("a fox", width=64, height=64, steps=1)  # the oldest is gone
     assert count() == before + 1
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """And memory that does not suffice for a recording is said as it is elsewhere."""
+    attempts = 0
+
+    def fails(step: Step) -> Step:
+        nonlocal attempts
+        attempts += 1
+        raise RuntimeError(problem)
+
+    model, plain = recorded(tiny.model("sd15")), Pipeline(tiny.model("sd15"))
+    model.unet.recordings = Recordings(model.unet, fails)  # type: ignore[assignment]
+    settings: dict[str, Any] = {"n": 2, "width": 64, "height": 64, "seed": 1, "steps": 3, "output": "latents"}
+    problem = "CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(LdmError, match="out of memory with 1 pictures of 64×64"):
+        Pipeline(model)("a fox", **settings)
+    assert attempts == 2  # two pictures, then one
+    problem = "operation not permitted when stream is capturing"
+    caplog.clear()
+    for prompt in ("a fox", "two dogs"):
+        made, wanted = (pipeline(prompt, **settings).latents for pipeline in (Pipeline(model), plain))
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+    assert attempts == 3
+    assert [record.getMessage() for record in caplog.records] == [f"steps are not recorded: {problem}"]
+
+
+def test_hooks_and_other_modes_are_seen(count: Callable[[], int]) -> None:
+    unet = recorded(tiny.model("sd15")).unet
+    cond = Conditioning(torch.randn(2, 9, unet.config.text_dim))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(5.0)
+    with torch.inference_mode():
+        first = prepared(unet, cond)(x, t, cond)
+    with torch.no_grad():
+        assert torch.equal(prepared(unet, cond)(x, t, cond), first)
+    assert count() == 2
+    seen: list[Tensor] = []
+    unet.conv_out.register_forward_hook(lambda module, given, made: seen.append(made))
+    with torch.inference_mode():
+        for _ in range(3):
+            prepared(unet, cond)(x, t, cond)
+    assert len(seen) == 3
+    assert count() == 2

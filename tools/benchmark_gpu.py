@@ -5,8 +5,8 @@
     python tools/benchmark_gpu.py training --out benchmarks/gpu
 
 Each takes ten minutes at the most: what does not begin in time is left out, and said. All numbers go to a JSON file for
-each row. Weights are random, of the real shapes. `--small` does the same with the built-in model and few steps, to try
-the script itself.
+each row, after every round of it, and what is said meanwhile to a log beside it. Weights are random, of the real
+shapes. `--small` does the same with the built-in model and few steps, to try the script itself.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ GROUPS = {  # what is measured -> name of the file, and the command's arguments;
         "sd15": "sd15 --size 512 --steps 50 --rounds 5 --against diffusers,channels-last",
         "sd15-batch": "sd15 --size 512 --steps 50 --rounds 2 --batch 16 --against diffusers,channels-last",
         "sdxl-batch": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --against channels-last",
-        "emoji": "emoji --steps 20 --rounds 9 --cold --against diffusers,channels-last",
+        "emoji": "emoji --steps 20 --rounds 5 --against diffusers",
     },
     "compiled": {
-        "sdxl-compiled": "sdxl --size 1024 --steps 30 --rounds 3 --compile --against compiled",
-        "sd15-compiled": "sd15 --size 512 --steps 50 --rounds 5 --compile --against compiled",
-        "sdxl-fp8": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --compile --quantize fp8 --against plain",
-        "sdxl-compiled-batch": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --compile --against plain",
-        "sd15-compiled-batch": "sd15 --size 512 --steps 50 --rounds 2 --batch 16 --compile --against plain",
+        "sdxl-compiled": "sdxl --size 1024 --steps 30 --rounds 3 --compile --against compiled-blocks",
+        "sd15-compiled": "sd15 --size 512 --steps 50 --rounds 5 --compile --against compiled-blocks",
+        "sdxl-fp8": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --compile --quantize fp8 --against ",
+        "sdxl-compiled-batch": "sdxl --size 1024 --steps 20 --rounds 2 --batch 8 --compile --against ",
+        "sd15-compiled-batch": "sd15 --size 512 --steps 50 --rounds 2 --batch 16 --compile --against ",
+        "sd15-autotuned": "sd15 --size 512 --steps 50 --rounds 3 --compile --against compiled",
     },
     "training": {
-        "train-sd15": "--family sd15 --size 512 --batch 64 --precision bf16 --compile --steps 10 --rounds 1",
-        "train-sdxl": "--family sdxl --size 1024 --batch 8 --precision bf16 --compile --steps 8 --rounds 1",
-        "train-sd15-plain": "--family sd15 --size 512 --batch 64 --precision bf16 --steps 10 --rounds 1",
+        "train-sd15-plain": "--family sd15 --size 512 --batch 32 --precision bf16 --steps 10 --rounds 1",
+        "train-sd15": "--family sd15 --size 512 --batch 32 --precision bf16 --compile --steps 10 --rounds 1",
+        "train-sdxl": "--family sdxl --size 1024 --batch 8 --checkpointing --precision bf16 --steps 5 --rounds 1",
     },
 }
 SMALL = {
@@ -84,22 +85,24 @@ def main() -> None:
 
 
 def measured(command: list[str], arguments: str, file: Path, seconds: float) -> bool:
-    """Whether a command wrote its numbers in time; if not, its last line says why."""
+    """Whether a command wrote numbers in time, of some rounds at least; if not of all, its last line says why."""
     if seconds <= 0:
         return False
-    done = subprocess.Popen(
-        [*command, *arguments.split(), "--out", str(file)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        _, said = done.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(done.pid, signal.SIGKILL)  # and what it started
-        print(f"{arguments}: no time is left", file=sys.stderr)
-        return False
-    if done.returncode:
-        print(f"{arguments}: {said.strip().splitlines()[-1:]}", file=sys.stderr)
-    return not done.returncode
+    file.unlink(missing_ok=True)
+    log = file.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as stream:
+        done = subprocess.Popen(
+            [*command, *arguments.split(" "), "--out", str(file)], stdout=stream, stderr=stream, start_new_session=True
+        )
+        try:
+            code: int | None = done.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGKILL)  # and what it started
+            code = None
+    if code != 0:
+        said = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        print(f"{arguments}: {'no time is left' if code is None else said}", file=sys.stderr)
+    return file.exists()
 
 
 def made(found: dict[str, Any]) -> list[list[str]]:

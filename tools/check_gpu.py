@@ -1,10 +1,11 @@
-"""Check a GPU within ten minutes. Training: the same curves as on the CPU, memory that does not suffice, speed.
-Pictures: the same in every way of making them; quick layers beside plain ones, on the shapes of SD 1.5 at 512² and SDXL
-at 1024².
+"""Check a GPU within ten minutes. Quick layers beside plain ones, on the shapes of SD 1.5 at 512² and SDXL at 1024²;
+pictures: the same in every way of making them. Training: the same curves as on the CPU, memory that does not suffice,
+speed.
 
-    python tools/check_gpu.py --out benchmarks/gpu-training.json
+    python tools/check_gpu.py --out benchmarks/gpu-checks.json
 
-`--small` makes everything small enough for a CPU, where what needs a GPU is left out.
+What a check found is printed and kept when it ends, the most telling ones first. `--small` makes everything small
+enough for a CPU, where what needs a GPU is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ NORMS = [  # batch, channels, height and width
 ]  # fmt: skip
 GATED = [(2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 4096, 640), (2, 1024, 1280)]  # batch, tokens, channels
 CALLS = 10  # of a layer in one CUDA graph
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # of fp32: without rounding factors to 10 bits, as convolutions do by default
+PATIENCE = 300  # seconds for a process
 HERE = Path(__file__).parent
 Finding = tuple[bool, str, Any]  # whether it is as it should be, in words, and in numbers
 
@@ -62,28 +66,35 @@ def main() -> None:
         return run_here(Path(options.run), options.memory)
     if not (options.small or torch.cuda.is_available()):
         raise SystemExit("check_gpu: no GPU is found; --small tries the script itself")
-    checks: dict[str, Callable[[], Finding]] = {
+    large: dict[str, Callable[[], Finding]] = {
+        "quick layers, bf16": lambda: layers(torch.bfloat16),
+        "pictures": lambda: pictures({"quick": {}}),
+        "training step, sd15": lambda: steps("sd15", 512, 8),
+        "pictures, compiled": lambda: pictures({"compiled": {"compile": True}}),
+        "pictures, offload": lambda: pictures({name: {"offload": name} for name in ("components", "layers")}),
         "selftest, bf16": lambda: selftest("bf16"),
         "losses as on the CPU": curves,
-        "pictures": lambda: pictures(not options.small),
+        "quick layers, fp16": lambda: layers(torch.float16),
+        "too little memory": memory,
+        "training step, sdxl": lambda: steps("sdxl", 1024, 2),
+        "selftest, fp16": lambda: selftest("fp16"),
     }
-    if not options.small:
-        checks |= {"selftest, fp16": lambda: selftest("fp16"), "too little memory": memory}
-    sizes = [("sd15", 64, 1)] if options.small else [("sd15", 512, 32), ("sdxl", 1024, 4)]
-    for family, size, batch in sizes:
-        checks[f"training step, {family}"] = lambda f=family, s=size, b=batch: steps(f, s, b, options.small)
-    if not options.small:
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            checks[f"quick layers, {name}"] = lambda d=dtype: layers(d)
-    results = {name: timed(check) for name, check in checks.items()}
-    table = Table("check", "", "what was found", "seconds")
-    for name, result in results.items():
-        table.add_row(name, "ok" if result["well"] else "FAILED", result["found"], f"{result['seconds']:.0f}")
-    Console(width=120).print(table)
+    small: dict[str, Callable[[], Finding]] = {
+        "pictures": lambda: pictures({"quick": {}, "components": {"offload": "components"}}),
+        "training step, sd15": lambda: steps("sd15", 64, 1),
+        "selftest, bf16": large["selftest, bf16"],
+        "losses as on the CPU": curves,
+    }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    if options.out:
-        content = {"device": device, "torch": torch.__version__, "checks": results}
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results: dict[str, Any] = {}
+    for name, check in (small if options.small else large).items():
+        result = results[name] = timed(check)
+        print(
+            f"{name}: {'ok' if result['well'] else 'FAILED'}, {result['found']}, {result['seconds']:.0f} s", flush=True
+        )
+        if options.out:
+            content = {"device": device, "torch": torch.__version__, "checks": results}
+            options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     raise SystemExit(not all(result["well"] for result in results.values()))
 
 
@@ -94,8 +105,9 @@ def timed(check: Callable[[], Finding]) -> dict[str, Any]:
         well, found, numbers = check()
     except subprocess.CalledProcessError as error:
         well, found, numbers = False, " ".join((error.stderr or error.stdout or str(error)).split())[-300:], None
-    except RuntimeError as error:
-        well, found, numbers = False, first_line(error), None
+    except Exception as error:  # of whatever package
+        traceback.print_exc()
+        well, found, numbers = False, f"{type(error).__name__}: {first_line(error)}", None
     return {"well": well, "found": found, "numbers": numbers, "seconds": time.monotonic() - began}
 
 
@@ -110,7 +122,7 @@ def curves() -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         draw_pictures(Path(folder, "pictures"))
         expected = losses(Path(folder), "cpu", "no", ACCELERATE_USE_CPU="true")
-        found = {precision: losses(Path(folder), precision, precision) for precision in ("no", "bf16")}
+        found = {precision: losses(Path(folder), precision, precision, **EXACT) for precision in ("no", "bf16")}
     far = {name: distance(own, expected) for name, own in found.items()}
     well = far["no"] < NEAR and far["bf16"] < NEAR_16_BIT
     return well, f"at most {far['no']:.1e} away in fp32, {far['bf16']:.1e} in bf16", {"cpu": expected, **found}
@@ -118,31 +130,28 @@ def curves() -> Finding:
 
 def memory() -> Finding:
     """A run with too little memory takes smaller parts, and its losses are the same."""
-    changes = {"base__sizes": [{"size": 256}], "base__batch": 64}
+    changes: dict[str, Any] = {"base__sizes": [{"size": 256}], "base__batch": 64}
     with tempfile.TemporaryDirectory() as folder:
         draw_pictures(Path(folder, "pictures"))
-        expected = losses(Path(folder), "whole", "no", **changes)
+        expected = losses(Path(folder), "whole", "no", **changes, **EXACT)
         peak = int((Path(folder) / "whole.peak").read_text())
-        found = losses(Path(folder), "cut", "no", limit=int(ROOM * peak), **changes)
+        found = losses(Path(folder), "cut", "no", limit=int(ROOM * peak), **changes, **EXACT)
         said = (Path(folder) / "cut.log").read_text()
     far = distance(found, expected)
     cut = said.count("out of memory with")
     return cut > 0 and far < NEAR, f"cut {cut} times, losses at most {far:.1e} away", {"peak": peak, "limit": ROOM}
 
 
-def pictures(compiled: bool) -> Finding:
-    """The built-in model's in fp32 by quick layers, compiled and recorded, with networks in turns: as plain ones."""
-    ways: dict[str, dict[str, Any]] = {
-        "quick": {}, "components": {"offload": "components"}, "layers": {"offload": "layers"},
-    }  # fmt: skip
-    if compiled:
-        ways["compiled"] = {"compile": True}
+def pictures(ways: dict[str, dict[str, Any]]) -> Finding:
+    """The built-in model's in fp32, by pipelines in several ways (quick layers and recorded steps …): as plain ones."""
+    torch.backends.cudnn.allow_tf32 = False
     plain = Pipeline(dtype=torch.float32, quick=False, offload="none")
+    several = [{"n": 3}, {"n": 3, "batch": 2}, {"guidance": 1.0}, {"hires": 1.5}, {"reuse": 2}, {"merge": 0.5}]
     far = {}
     for name, settings in ways.items():
         pipeline, far[name] = Pipeline(dtype=torch.float32, **settings), 0.0
         for prompt in ("a cat, noto style", "two very happy dogs, fluent flat style"):  # one recording for both
-            for more in ({"n": 3, "batch": 2}, {"guidance": 1.0}, {"hires": 1.5}, {"reuse": 2}, {"merge": 0.5}):
+            for more in several:
                 made, wanted = (one(prompt, seed=1, steps=8, **more).latents for one in (pipeline, plain))
                 for a, b in zip(made, wanted, strict=True):
                     far[name] = max(far[name], float((a - b).abs().max() / b.abs().max()))
@@ -265,12 +274,10 @@ def run_here(path: Path, limit: int | None) -> None:
         path.with_suffix(".peak").write_text(str(torch.cuda.max_memory_reserved()), encoding="utf-8")
 
 
-def steps(family: str, size: int, batch: int, once: bool) -> Finding:
+def steps(family: str, size: int, batch: int) -> Finding:
     """Ours beside diffusers' example script's, in bf16."""
     options = ["--family", family, "--size", str(size), "--batch", str(batch), "--precision", "bf16"]
-    done = python(
-        str(HERE / "measure_training.py"), *options, "--steps", "1" if once else "5", "--rounds", "1" if once else "2"
-    )
+    done = python(str(HERE / "measure_training.py"), *options, "--steps", "3", "--rounds", "1")
     said, numbers = done.stdout.splitlines()[-2:]
     return True, said, json.loads(numbers)
 
@@ -278,8 +285,9 @@ def steps(family: str, size: int, batch: int, once: bool) -> Finding:
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process that must succeed."""
     return subprocess.run(
-        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, check=True,
+        timeout=PATIENCE,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from ldm.weights.tokenizer import write_tokenizer
 from pipelines import Pipeline
 from pipelines.tuning import Tuning, default_device, default_dtype, device_named
 
+log = logging.getLogger(__name__)
 PROMPT = "a photograph of an astronaut riding a horse"
 OURS = "ldm"
 STAGES = ("before", "step", "decode", "image")  # of a call: text and all else before the steps; one step; the end; all
@@ -56,10 +57,11 @@ RIVALS = {
     "diffusers": "diffusers as it comes",
     "channels-last": "diffusers at its best without compiling",
     "compiled": "diffusers as its documentation says: channels last, fused projections, torch.compile",
+    "compiled-blocks": "the same, with the blocks of the U-Net compiled each for itself",
     "openvino": "diffusers' pipeline with its networks run by OpenVINO, on the CPU",
     "plain": "ours, with plain layers and PyTorch's attention",
 }
-SIZE = 4096  # of the matrices whose multiplication says what the device can do at the most
+SIZES = {"cpu": 4096, "cuda": 8192}  # of the matrices whose multiplication says what a device can do at the most
 
 
 @dataclass(frozen=True)
@@ -119,31 +121,53 @@ def run(options: Options) -> None:
     family = _family(options.source) or open_source(options.source, verify=False).family
     width, height = parse_size(options.size) if options.size else (family.size,) * 2
     call = Call(width, height, options.batch, family.guidance)
-    sides = {name: Process(name, options, call, device, dtype) for name in (OURS, *rivals)}
+    factor = family.autoencoder.factor
+    work = 2 * call.batch * products(family, call.height // factor, call.width // factor)
+    sides: dict[str, Process] = {}
+    for name in (OURS, *rivals):
+        sides[name] = Process(name, options, call, device, dtype)
+        if device.type != "cuda":  # where memory is shared, of which models need most while they are made
+            sides[name].wait()
+    if device.type == "cuda":
+        for side in sides.values():
+            side.wait()
     found: dict[str, list[Seconds]] = {name: [] for name in sides}
     memory: dict[str, float] = {}
+    result: dict[str, Any] = {
+        "options": asdict(options), "device": device_name(device), "dtype": str(dtype), "size": [width, height],
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}, "memory": memory,
+    }  # fmt: skip
     fastest = 0.0
     for number in range(options.rounds + 1):
         fastest = max(fastest, speed(device, dtype))
-        for name, side in sides.items():
-            seconds, memory[name] = side.picture(options.steps)
+        for name in list(found):
+            try:
+                seconds, memory[name] = sides[name].picture(options.steps)
+            except LdmError as error:
+                if name == OURS or number:
+                    raise
+                log.warning("without %s: %s", name, error)  # which can do less than the others
+                del found[name]
+                continue
             if number:  # the first warms up
                 found[name].append(seconds)
-    factor = family.autoencoder.factor
-    limit = 2 * call.batch * products(family, call.height // factor, call.width // factor) / fastest
-    result = {
-        "options": asdict(options), "device": device_name(device), "dtype": str(dtype), "size": [width, height],
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}, "limit of a step": limit,
-        "seconds": {name: [asdict(one) for one in rows] for name, rows in found.items()}, "memory": memory,
-    }  # fmt: skip
+        if number:
+            result["limit of a step"] = work / fastest
+            result["seconds"] = {name: [asdict(one) for one in rows] for name, rows in found.items()}
+            _write(options.out, result)
     console = Console()
-    console.print(*_tables(found, memory, limit))
+    console.print(*_tables(found, memory, work / fastest))
     if options.cold:
         cold = cold_starts(path, options.rounds, str(device), options.quantize)
         result["cold"] = {name: [asdict(one) for one in rows] for name, rows in cold.items()}
         console.print(_cold_table(cold))
-    if options.out:
-        with replacing(Path(options.out), folder=False, overwrite=True, need=0) as temporary:
+        _write(options.out, result)
+
+
+def _write(out: str | None, result: dict[str, Any]) -> None:
+    """All that was found so far, into the file that is asked for."""
+    if out:
+        with replacing(Path(out), folder=False, overwrite=True, need=0) as temporary:
             write_json(temporary, result)
 
 
@@ -164,17 +188,20 @@ class Process:
     """A side in a process of its own."""
 
     def __init__(self, name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> None:
-        """Start it and wait until it is ready.
-
-        Raises:
-            LdmError: it has no such model, or a package is missing.
-        """
+        """Start it."""
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, name, options, call, device, dtype), daemon=True)
         self.process.start()
         other.close()
+
+    def wait(self) -> None:
+        """Until it is ready.
+
+        Raises:
+            LdmError: it has no such model, or a package is missing.
+        """
         self._answer()
 
     def picture(self, steps: int) -> tuple[Seconds, float]:
@@ -210,6 +237,8 @@ def _serve(pipe: Any, name: str, options: Options, call: Call, device: torch.dev
         pipe.send((str(error), None))
     except (EOFError, KeyboardInterrupt):
         pass
+    except Exception as error:  # of the other side's packages, say
+        pipe.send((f"{name}: {type(error).__name__}: {first_line(error)}", None))
 
 
 def make_side(name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> Side:
@@ -252,6 +281,8 @@ def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning
             model = LatentDiffusion.from_family(family)
         for module in model.modules().values():
             module.to(dtype)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what lay there in fp32
         return tuning.apply(model)
     return Pipeline(source, device=device, dtype=dtype, **vars(tuning)).model
 
@@ -299,16 +330,20 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = diffusers.StableDiffusionPipeline(**parts, **none)
     pipeline.set_progress_bar_config(disable=True)
-    if name in ("channels-last", "compiled"):
+    if name in ("channels-last", "compiled", "compiled-blocks"):
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
     if name == "openvino":
         pipeline.to(torch.float32)  # numpy knows no bf16; OpenVINO computes in it
         run_by_openvino(pipeline, model, call, dtype)
-    if name == "compiled":
+    if name in ("compiled", "compiled-blocks"):
         pipeline.fuse_qkv_projections()
-        how: Any = {"mode": "max-autotune", "fullgraph": True} if unet.device.type == "cuda" else {}
-        pipeline.unet = torch.compile(pipeline.unet, **how)
+        blocks = name == "compiled-blocks"
+        how: Any = {} if blocks or unet.device.type != "cuda" else {"mode": "max-autotune", "fullgraph": True}
+        if blocks:
+            pipeline.unet.compile_repeated_blocks(fullgraph=True)
+        else:
+            pipeline.unet = torch.compile(pipeline.unet, **how)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, **how)
 
     def make(steps: int, tell: Callable[[], None]) -> None:
@@ -385,14 +420,21 @@ def their_tower(config: TextEncoderConfig, tower: nn.Module, end_id: int) -> nn.
 
 def timed(side: Side, steps: int, device: torch.device) -> Seconds:
     """One call, by its stages."""
-    marks: list[float] = []
+    marks: list[Any] = []
 
     def mark() -> None:
-        marks.append(now(device))
+        if device.type == "cuda":  # which goes on meanwhile
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
 
     mark()
     side(steps, mark)
     mark()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        marks = [marks[0].elapsed_time(event) / 1000 for event in marks]
     start, *after, end = marks
     step = median(later - earlier for earlier, later in pairwise(after))
     return Seconds(after[0] - start - step, step, end - after[-1], end - start)
@@ -409,13 +451,14 @@ def products(family: Family, height: int, width: int) -> int:
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a plain product of large matrices: what a device can do at the most."""
-    a, b = torch.randn(2, SIZE, SIZE, device=device).to(dtype)
+    size = SIZES.get(device.type, SIZES["cpu"])
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = math.inf
     for _ in range(4):
         began = now(device)
         a @ b
         best = min(best, now(device) - began)
-    return 2 * SIZE**3 / best
+    return 2 * size**3 / best
 
 
 def now(device: torch.device) -> float:

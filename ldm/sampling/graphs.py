@@ -8,6 +8,7 @@ B batch, C channels, H×W height and width of the latents
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -18,11 +19,14 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import first_line, out_of_memory
 from ldm.models.attention import attention_layers
 from ldm.models.layers import TransformerBlock, twin
 from ldm.models.unet import Conditioning, NoEmbedding, UNet
 from ldm.sampling.prepared import Given, GivenTime, known
+from ldm.sampling.quick import hooked
 
+log = logging.getLogger(__name__)
 Step = Callable[[], Tensor]
 LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
 MOST = 8  # recordings of a U-Net
@@ -56,8 +60,11 @@ class CudaRecorder:
             recording = torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             )  # other threads may go on
-            with recording:
-                out = step()
+            try:
+                with recording:
+                    out = step()
+            finally:
+                torch.cuda.set_stream(here)  # where PyTorch does not go back after an error
 
         def replay() -> Tensor:
             graph.replay()
@@ -127,6 +134,7 @@ class Recordings:
 
     def __init__(self, unet: UNet, record: Callable[[Step], Step]) -> None:
         self.record = record
+        self.works = True  # until something cannot be recorded
         self.own = {id(module) for module in unet.modules() if not any(module.children())}
         self.kinds = {RecordedUNet, Given, GivenTime, *(type(module) for module in unet.modules())}
         self.kernels = {layer.kernel for layer in attention_layers(unet)}
@@ -142,25 +150,34 @@ class Recordings:
         None for a copy of the U-Net that does not run the same layers at every step, or reads the text itself.
         """
         if unet not in self.served:
-            self.served[unet] = Served.of(unet) if self._steady(unet) else None
+            self.served[unet] = Served.of(unet) if self.works and self._steady(unet) else None
         served = self.served[unet]
         if served is None:
             return None
-        key = (served.key, x.shape, x.dtype, t.shape, t.dtype)
+        # tensors of inference mode cannot be written outside of it
+        key = (served.key, x.shape, x.dtype, t.shape, t.dtype, torch.is_inference_mode_enabled())
         if key not in self.found:
-            self.found[key] = Recording(unet, x, t, cond, self.record)
+            try:
+                self.found[key] = Recording(unet, x, t, cond, self.record)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                log.warning("steps are not recorded: %s", first_line(error))
+                self.served, self.works = WeakKeyDictionary(), False
+                return None
         self.found.move_to_end(key)
         while len(self.found) > MOST:
             self.found.popitem(last=False)
         return self.found[key](served, x, t)
 
     def _steady(self, unet: RecordedUNet) -> bool:
-        """Whether its layers are those of the U-Net, and `Given`."""
+        """Whether its layers are those of the U-Net, and `Given`, and nobody looks at what they do."""
         blocks = [module for module in unet.modules() if isinstance(module, TransformerBlock)]
         given = [unet.add_embedding, *(layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))]
         leaves = [module for module in unet.modules() if not any(module.children()) and not isinstance(module, Given)]
         return (
             all(isinstance(layer, (Given, NoEmbedding)) for layer in given)
+            and not any(hooked(module) for module in unet.modules())
             and all(type(module) in self.kinds for module in unet.modules())
             and all(id(module) in self.own for module in leaves)
             and self.kernels.issuperset(layer.kernel for layer in attention_layers(unet))

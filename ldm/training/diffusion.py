@@ -102,7 +102,7 @@ class DiffusionLoss:
         """Weights (B,) of the squared errors: 1, or min-SNR-γ (Hang et al. 2023, arXiv 2303.09556, section 3.4)."""
         if not self.min_snr:
             return torch.ones(timestep.shape, device=timestep.device)
-        snr = self.snr.to(timestep.device)[timestep]
+        snr = self._of("snr", timestep)
         capped = snr.clamp(max=self.min_snr)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
         return capped / divisor[self.schedule.prediction_type]
@@ -113,6 +113,11 @@ class DiffusionLoss:
         return self.weight(draw.timestep) * errors.mean(dim=(1, 2, 3))
 
     def _scales(self, draw: Draw, like: Tensor) -> tuple[Tensor, Tensor]:
-        rows = draw.timestep.to(self.signal.device)
-        a, s = self.signal[rows].to(like), self.sigma[rows].to(like)
+        a, s = (self._of(table, draw.timestep).to(like) for table in ("signal", "sigma"))
         return a[:, None, None, None], s[:, None, None, None]
+
+    def _of(self, table: str, timestep: Tensor) -> Tensor:
+        """The numbers of a table at timesteps (B,): it goes where they are and stays there, so that nobody waits."""
+        values = getattr(self, table).to(timestep.device)
+        setattr(self, table, values)
+        return values[timestep]

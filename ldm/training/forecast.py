@@ -192,7 +192,8 @@ def _count(run: Pass) -> tuple[int, int]:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        weight = tensor if tensor._base is None else tensor._base  # of which a product keeps a view
+        if not isinstance(weight, nn.Parameter):
             storage = tensor.untyped_storage()
             kept[storage._cdata] = storage.nbytes()
         return tensor
