@@ -15,8 +15,10 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DIGEST = "ldm.sha256"
 LINEAGE = "ldm.lineage"  # JSON in a header: how the weights were made
-PIECE = 512 * 2**20  # bytes: how much is mapped at a time when tensors change their dtype, and hashed between reports
+PIECE = 512 * 2**20  # bytes: how much is mapped at a time when tensors change their dtype
+HASHED = 64 * 2**20  # and when it is hashed
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
 
@@ -257,10 +260,11 @@ def file_digest(path: Path, progress: Progress = silent) -> str:
     digest = hashlib.sha256(header)
     total = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(len(header))
-        while piece := file.read(2**22):
-            digest.update(piece)
-            progress(f"checking {path.name}", file.tell(), total)
+        for start in range(0, total, HASHED):
+            end = min(start + HASHED, total)
+            with mmap(file.fileno(), end - start, access=ACCESS_READ, offset=start) as piece, memoryview(piece) as view:
+                digest.update(view[max(len(header) - start, 0) :])
+            progress(f"checking {path.name}", end, total)
     return digest.hexdigest()
 
 
@@ -286,6 +290,17 @@ def check_digest(path: Path, expected: str | None = None, progress: Progress = s
             "fetch or write it again"
         )
     return True
+
+
+@contextmanager
+def alongside(check: Callable[[], object]) -> Iterator[None]:
+    """Check something while the body goes on, since hashing leaves a core to it; what the check raises comes first."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(check)
+        try:
+            yield
+        finally:
+            result.result()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from ldm.weights.files import (
     Progress,
     Store,
     TensorInfo,
+    alongside,
     open_store,
     read_header,
     read_json,
@@ -96,10 +98,19 @@ def open_folder(
     if absent or not towers:
         raise LdmError(f"{folder}: {listing(absent or ['text_encoder'])} missing; a whole model is needed")
     files = {name: weight_files(places[name], name, variant, allow_pickle) for name in ("unet", "vae", *towers)}
-    if verify:
+
+    def check() -> None:
         for place in {path.parent for path in places.values()}:
             own = [file for name, group in files.items() if places[name].parent == place for file in group]
             check_manifest(place, own, progress)
+
+    with alongside(check) if verify else nullcontext():
+        return _described(folder, index, places, {name: store_of(group, allow_pickle) for name, group in files.items()})
+
+
+def _described(folder: Path, index: dict[str, Any], places: dict[str, Path], stores: dict[str, Store]) -> Opened:
+    """What the configurations of a folder and the headers of its weights say."""
+    towers = [name for name in stores if name.startswith("text_encoder")]
     tokenizers = [read_tokenizer(places[name.replace("text_encoder", "tokenizer")]) for name in towers]
     text = tuple(
         read_text_config(places[name], name, tokenizer) for name, tokenizer in zip(towers, tokenizers, strict=True)
@@ -118,7 +129,7 @@ def open_folder(
     if not isinstance(zeros, bool):
         raise LdmError(f"{folder / INDEX}: force_zeros_for_empty_prompt is {zeros!r}; true or false is needed")
     family = recognised(Family("custom", unet, vae, text, schedule, zeros))
-    parts = {name: component_part(name, store_of(group, allow_pickle), family) for name, group in files.items()}
+    parts = {name: component_part(name, store, family) for name, store in stores.items()}
     ignored = [name for name, value in index.items() if name in _UNUSED and _class_of(value)]
     return Opened(str(folder), "diffusers folder", family, tokenizers, parts, ignored)
 

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ldm.weights.files import (
     Output,
     Progress,
     Store,
+    alongside,
     check_digest,
     open_store,
     replacing,
@@ -90,8 +92,12 @@ def open_single_file(
         LdmError: the file is no such checkpoint, is damaged, or its family cannot be told.
     """
     store = open_store(path, allow_pickle)
-    if verify:
-        check_digest(path, progress=progress)
+    with alongside(lambda: check_digest(path, progress=progress)) if verify else nullcontext():
+        return _described(path, store, family)
+
+
+def _described(path: Path, store: Store, family: str | None) -> Opened:
+    """What the names and shapes of a checkpoint's tensors say, and its metadata."""
     names = store.infos
     if not any(name.startswith(layouts.UNET_PREFIX) for name in names):
         raise LdmError(f"{path} is not a checkpoint of a whole model: {_what(names)}")
