@@ -14,7 +14,7 @@ import torch
 from test_cli import run
 
 from ldm.cli import bench
-from ldm.cli.bench import Call, Seconds, ours, ratios, theirs, timed
+from ldm.cli.bench import TIMED, Call, Cold, Seconds, cold_starts, ours, printed, ratios, theirs, timed
 from ldm.errors import LdmError
 
 
@@ -66,6 +66,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         rows = [Seconds(**row) for row in found["seconds"][name]]
         assert len(rows) == 2
         assert all(np.isclose(row.before + 2 * row.step + row.decode, row.image, rtol=0.5) for row in rows)
+
+
+def test_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they print of themselves; and that both sides are asked in turns, once more than is counted."""
+    code = TIMED.format(imports="import json", loads="json.loads(sys.argv[1])")
+    imports, load = printed("ours", [code, "[1]"])
+    assert 0 < imports < 10 > load > 0
+    with pytest.raises(LdmError, match="a new process of ours failed: ModuleNotFoundError: No module named 'nothing'"):
+        printed("ours", ["import nothing"])
+    asked: list[str] = []
+
+    def fake(name: str, command: list[str]) -> list[float]:
+        asked.append(name)
+        for argument in command:
+            if argument.endswith(".png"):
+                Path(argument).touch()
+        return [3.0, 1e6] if command[0] == bench.WATCHED else [1.0, 0.5]
+
+    monkeypatch.setattr(bench, "printed", fake)
+    found = cold_starts(tmp_path, 2, "cpu")
+    assert asked == (["ldm"] * 2 + ["diffusers"] * 2) * 3
+    assert found == {name: [Cold(3.0, 1.024, 1.0, 0.5)] * 2 for name in ("ldm", "diffusers")}
 
 
 @pytest.mark.parametrize(

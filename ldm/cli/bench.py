@@ -99,6 +99,14 @@ began = time.perf_counter()
 subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
 print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """  # a small process that starts another: one forked off a large one would count its memory from that
+TIMED = """
+import sys, time
+began = time.perf_counter()
+{imports}
+imported = time.perf_counter()
+model = {loads}
+print(imported - began, time.perf_counter() - imported)
+"""
 Side = Callable[[int, Callable[[], None]], None]  # make pictures with that many steps, and tell after each
 
 
@@ -474,14 +482,23 @@ class Cold:
 
     seconds: float
     memory: float  # the most that was resident, GB
+    imports: float  # seconds, of another new process that loads the model
+    load: float
 
 
 def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = None) -> dict[str, list[Cold]]:
     """New processes that make a picture: `ldm generate`, and a script that uses diffusers."""
+    imports = {
+        OURS: "from pipelines import Pipeline",
+        "diffusers": "import torch; from diffusers import DiffusionPipeline",
+    }
+    loads = {
+        OURS: f"Pipeline(sys.argv[1], device=sys.argv[2], quantize={quantize!r})",
+        "diffusers": "DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16).to(sys.argv[2])",
+    }
     script = (
-        "import sys, torch, diffusers\n"
-        "p = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)\n"
-        "p.to(sys.argv[4])(sys.argv[2], num_inference_steps=20).images[0].save(sys.argv[3])\n"
+        f"import sys; {imports['diffusers']}; p = {loads['diffusers']}\n"
+        "p(sys.argv[3], num_inference_steps=20).images[0].save(sys.argv[4])\n"
     )
     found: dict[str, list[Cold]] = {OURS: [], "diffusers": []}
     more = ["--device", device, *([] if quantize is None else ["--quantize", quantize])]
@@ -489,21 +506,31 @@ def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = Non
         picture = str(Path(folder, "picture.png"))
         commands = {
             OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", picture, *more],
-            "diffusers": ["-c", script, str(path), PROMPT, picture, device],
+            "diffusers": ["-c", script, str(path), device, PROMPT, picture],
         }
         for number in range(rounds + 1):
             for name, command in commands.items():
                 Path(picture).unlink(missing_ok=True)
-                done = subprocess.run(
-                    [sys.executable, "-c", WATCHED, *command], capture_output=True, text=True, check=False
-                )
-                if done.returncode or not Path(picture).is_file():
-                    last = first_line(RuntimeError("\n".join(done.stderr.strip().splitlines()[-1:])))
-                    raise LdmError(f"a new process of {name} made no picture: {last}")
+                seconds, kilobytes = printed(name, [WATCHED, *command])
+                if not Path(picture).is_file():
+                    raise LdmError(f"a new process of {name} made no picture")
+                parts = printed(name, [TIMED.format(imports=imports[name], loads=loads[name]), str(path), device])
                 if number:
-                    seconds, kilobytes = map(float, done.stdout.split())
-                    found[name].append(Cold(seconds, kilobytes * 1024 / 1e9))
+                    found[name].append(Cold(seconds, kilobytes * 1024 / 1e9, *parts))
     return found
+
+
+def printed(name: str, command: Sequence[str]) -> list[float]:
+    """The numbers that a new process prints last, of a Python program with arguments.
+
+    Raises:
+        LdmError: it fails.
+    """
+    done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = first_line(RuntimeError("\n".join(done.stderr.strip().splitlines()[-1:])))
+        raise LdmError(f"a new process of {name} failed: {last}")
+    return [float(number) for number in done.stdout.split("\n")[-2].split()]
 
 
 def device_name(device: torch.device) -> str:
@@ -540,7 +567,10 @@ def _tables(found: dict[str, list[Seconds]], memory: dict[str, float], limit: fl
 
 def _cold_table(found: dict[str, list[Cold]]) -> Table:
     table = Table("new process", *found, "times ours", box=SIMPLE)
-    for label, field in (("command to picture, s", "seconds"), ("memory, GB", "memory")):
+    labels = {
+        "seconds": "command to picture, s", "memory": "memory, GB", "imports": "importing, s", "load": "loading, s",
+    }  # fmt: skip
+    for field, label in labels.items():
         columns = {name: [getattr(one, field) for one in rows] for name, rows in found.items()}
         medians = (f"{median(column):.2f}" for column in columns.values())
         table.add_row(label, *medians, ratios(columns["diffusers"], columns[OURS]))
