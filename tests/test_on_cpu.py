@@ -20,7 +20,18 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.tiling import tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
 from ldm.sampling import on_cpu
-from ldm.sampling.on_cpu import QuickConv2d, QuickGEGLU, QuickNorm, QuickResnetBlock, QuickUpsample, quicken
+from ldm.sampling.on_cpu import (
+    FEW,
+    QuickConv2d,
+    QuickGEGLU,
+    QuickLinear,
+    QuickNorm,
+    QuickResnetBlock,
+    QuickTokenLinear,
+    QuickUpsample,
+    matrices,
+    quicken,
+)
 from ldm.sampling.prepared import prepared
 from pipelines import Pipeline
 
@@ -93,7 +104,7 @@ def test_which_layers(dtype: torch.dtype) -> None:
     names = [name for name, _ in unet.named_parameters()]
     quicken(unet)
     kinds = {type(module) for module in unet.modules()}
-    fused = {QuickNorm, QuickGEGLU}
+    fused = {QuickNorm, QuickGEGLU, QuickLinear, QuickTokenLinear}
     assert {QuickConv2d, QuickUpsample, QuickResnetBlock} <= kinds
     assert kinds & fused == (fused if dtype == torch.bfloat16 else set())
     assert [name for name, _ in unet.named_parameters()] == names
@@ -115,7 +126,7 @@ def test_gradients_and_changed_weights(dtype: torch.dtype) -> None:
         before = quick(x, t, cond)
         for unet in (plain, quick):
             for module in unet.modules():
-                if isinstance(module, nn.Conv2d):
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.weight.mul_(1.5)
         after = quick(x, t, cond)
         assert distance(after, before) > 0.01
@@ -244,3 +255,23 @@ def test_geglu(shape: tuple[int, ...]) -> None:
     found = kernels.geglu(x, bias)
     assert found.shape == value.shape
     assert distance(found, value * F.gelu(gate)) < 4e-3
+
+
+@runs
+def test_products_of_few_rows() -> None:
+    """By ordered weights, of which no copy is made for many rows; in any layout, with or without a bias."""
+    plain = nn.Linear(24, 40).bfloat16()
+    quick = copy.deepcopy(plain)
+    quick.__class__ = QuickLinear
+    exact = copy.deepcopy(plain).double()
+    with torch.inference_mode():
+        many = torch.randn(FEW + 1, 24).bfloat16()
+        assert torch.equal(quick(many), plain(many))
+        assert quick.weight not in matrices.made
+        for x in (many[:5], many[:24].t(), many[:24].view(2, 3, 4, 24), many[0]):
+            assert quick(x).shape == plain(x).shape
+            check(quick(x), plain(x), exact(x.double()))
+        assert quick.weight in matrices.made
+        assert quick(many[:0]).shape == (0, 40)
+        quick.bias = None
+        torch.testing.assert_close(quick(many[:5]), F.linear(many[:5], plain.weight), atol=1e-2, rtol=1e-2)

@@ -1,8 +1,8 @@
 """What makes pictures quicker on a CPU: layers that read memory less often, for pictures that lie channels last.
 
 Each gives the numbers of the layer that it stands in for, but for rounding (`quick.py`). Where gradients are wanted it
-does what that layer does. Of the weights of convolutions there is a copy in the order that oneDNN multiplies in, which
-it would otherwise make at each call: for small pictures that takes longer than the convolution.
+does what that layer does. Of weights there is a copy in the order that oneDNN multiplies in, which it would otherwise
+make at each call, for convolutions and for products of few rows: there, that takes as long as the product.
 
 B batch, C channels, H×W height and width
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeGuard, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -23,7 +25,7 @@ from ldm.errors import first_line
 from ldm.kernels import layers as kernels
 from ldm.kernels.compiled import fits, learns, usable
 from ldm.kernels.memory import keep_freed
-from ldm.models.layers import GEGLU, ResnetBlock, Upsample
+from ldm.models.layers import GEGLU, ResnetBlock, TokenLinear, Upsample
 from ldm.sampling.quick import LAST, FusedGEGLU, FusedNorm, FusedResnetBlock, hooked, replace
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def quicken(model: nn.Module, device: torch.device | None = None) -> None:
         nn.Conv2d: QuickConv2d, Upsample: QuickUpsample, ResnetBlock: QuickResnetBlock,
     }  # fmt: skip
     if weight.dtype == torch.bfloat16 and usable():
-        own |= {nn.GroupNorm: QuickNorm, GEGLU: QuickGEGLU}
+        own |= {nn.GroupNorm: QuickNorm, GEGLU: QuickGEGLU, nn.Linear: QuickLinear, TokenLinear: QuickTokenLinear}
     replace(model, own)
     keep_freed()
 
@@ -63,6 +65,8 @@ def works(dtype: torch.dtype) -> bool:
                 return False
             found = quick(x, torch.Size((6, 6)))
             found = cast("QuickConv2d", quick.conv).plus(found, found)
+            if dtype == torch.bfloat16:
+                onednn._linear_pointwise(x[0, 0], onednn._reorder_linear_weight(x[0, 1], 3), None, "none", [], "")
         except (AttributeError, RuntimeError, TypeError) as error:
             log.warning("without quick layers: %s", first_line(error))
             return False
@@ -73,11 +77,11 @@ def works(dtype: torch.dtype) -> bool:
 class Copies:
     """Copies of weights in oneDNN's order, which are made again when the weights have changed, and go with them."""
 
-    def __init__(self, make: Callable[[Tensor, nn.Conv2d, list[int]], Tensor]) -> None:
+    def __init__(self, make: Callable[[Tensor, Any, list[int]], Tensor]) -> None:
         self.make = make  # from weights, their layer, and the shape of its input
         self.made: Any = WeakTensorKeyDictionary()
 
-    def of(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def of(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
         """That of a layer which is given `x`; with another shape it does as well."""
         weight = layer.weight
         state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
@@ -106,8 +110,10 @@ def doubling(weight: Tensor) -> Tensor:
     return total.transpose(0, 1).to(weight.dtype, memory_format=LAST)
 
 
+FEW = 384  # rows of a product whose weights are worth a copy
 DOUBLING = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # its padding, that of the output, stride, dilation, groups
 convolutions = Copies(_ordered)
+matrices = Copies(lambda weight, layer, shape: onednn._reorder_linear_weight(weight, math.prod(shape[:-1])))
 doublings = Copies(
     lambda weight, layer, shape: onednn._reorder_convolution_transpose_weight(doubling(weight), *DOUBLING, shape)
 )
@@ -175,8 +181,31 @@ class QuickResnetBlock(FusedResnetBlock):
         return self.conv2.plus(h, x) if _quick(self.conv2, h, x) else super().end(h, x)
 
 
+class QuickLinear(nn.Linear):
+    """With few rows, by weights in oneDNN's order; with many, it takes no longer to make that at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` (…, C) by the weights, and a bias."""
+        rows = x.numel() // x.shape[-1]
+        if rows > FEW or not fits(x, self.weight):
+            return F.linear(x, self.weight, bias)
+        return onednn._linear_pointwise(x, matrices.of(self, x), bias, "none", [], "")
+
+
+class QuickTokenLinear(TokenLinear, QuickLinear):
+    """Likewise, over the channels of a map."""
+
+
 class QuickGEGLU(FusedGEGLU):
     """By our own kernel, in bf16."""
+
+    known = (nn.Linear, QuickLinear)
+
+    def product(self, x: Tensor) -> Tensor:
+        return QuickLinear.product(self.proj, x)  # type: ignore[arg-type]
 
     def fits(self, *tensors: Tensor) -> bool:
         return fits(*tensors, self.proj.weight)

@@ -44,7 +44,7 @@ def quantize(model: nn.Module, name: str) -> int:
         for block in model.modules()
         if isinstance(block, TransformerBlock)
         for layer in block.modules()
-        if type(layer) is nn.Linear and _suits(layer.weight)
+        if isinstance(layer, nn.Linear) and _suits(layer.weight)
     ]
     if not chosen:
         raise LdmError(f"quantize {name!r}: no layer is left to do it to; is the model quantised already?")

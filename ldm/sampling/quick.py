@@ -71,6 +71,8 @@ def _activated(norm: nn.Module, x: Tensor, offset: Tensor | None = None) -> Tens
 class FusedGEGLU(GEGLU):
     """With the bias, GELU and the product as one."""
 
+    known: tuple[type[nn.Module], ...] = (nn.Linear,)  # whose product without bias is `product`
+
     def fits(self, *tensors: Tensor) -> bool:
         """Whether the kernel can compute with these and the layer's own, and nobody wants gradients."""
         raise NotImplementedError
@@ -79,7 +81,11 @@ class FusedGEGLU(GEGLU):
         """GELU of the second half of `x` (…, 2 C) plus a bias (2 C,), times the first: (…, C)."""
         raise NotImplementedError
 
+    def product(self, x: Tensor) -> Tensor:
+        """`x` (…, C) by the weights alone."""
+        return F.linear(x, self.proj.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.proj) is not nn.Linear or hooked(self.proj) or not self.fits(x):
+        if type(self.proj) not in self.known or hooked(self.proj) or not self.fits(x):
             return super().forward(x)
-        return self.kernel(F.linear(x, self.proj.weight), self.proj.bias)
+        return self.kernel(self.product(x), self.proj.bias)
