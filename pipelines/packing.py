@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import takewhile
 
 import torch
@@ -30,6 +31,14 @@ def shared(count: int, most: int) -> int:
     """Of `count` pictures, how many come next, so that batches of at most `most` are about as large as each other."""
     batches = -(-count // most)
     return -(-count // batches)
+
+
+def batches(request: Request, batch: int | None, most: int, encoders: TextEncoders) -> Iterator[range]:
+    """Which pictures of a request are made together: `batch` at a time, or at most `most` where that is not said."""
+    done, count = 0, len(request.prompts)
+    while done < count:
+        next_ones = request.part(slice(done, done + (batch or shared(count - done, most))))
+        yield range(done, done := done + alike(next_ones, encoders))
 
 
 def alike(request: Request, encoders: TextEncoders) -> int:

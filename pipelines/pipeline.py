@@ -33,7 +33,7 @@ from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.edit import edit
 from pipelines.image_to_image import continued, image_to_image, renoised
 from pipelines.inpaint import inpaint, pasted
-from pipelines.packing import alike, shared, together
+from pipelines.packing import batches, together
 from pipelines.request import Request, fitted, seeds, texts, whole_steps
 from pipelines.run import OnStep, Run, TooManyError, decode
 from pipelines.text_to_image import text_to_image
@@ -138,7 +138,8 @@ class Pipeline:
                 many as keep the device busy, or as its memory takes.
             output: "images" or "latents".
             on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small picture of it.
-            needed: asked before each batch whether it shall be made, with the numbers of its pictures.
+            needed: asked for each batch whether it shall be made, with the numbers of its pictures. Which pictures
+                are batches does not depend on memory: where it does not suffice, one is made in parts.
             **settings: those of `request`.
 
         Raises:
@@ -254,26 +255,23 @@ class Pipeline:
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
         largest = passes.larger(request, self.model.family) if passes.hires else request
-        most = batch or together(largest, self.model.family, self.model.device)
-        count, done = len(request.prompts), 0
-        while done < count:
-            part = request.part(slice(done, done + (batch or shared(count - done, most))))
-            part = part.part(slice(alike(part, self.model.text_encoders)))
-            rows, result = range(done, done + len(part.prompts)), None
-            if needed and not needed(rows):
-                done = rows.stop
-                continue
-            try:
-                with reported() if self.compiled else nullcontext(), self.model.alone():
-                    result = self._batch(part, passes, output, on_step)
-            except TooManyError:
-                if batch or len(part.prompts) == 1:
-                    raise
-                most = (len(part.prompts) + 1) // 2
-                log.warning("memory does not suffice for %d pictures at a time: %d", len(part.prompts), most)
-            if result:
-                result.rows, done = rows, rows.stop
-                yield result
+        most = fits = batch or together(largest, self.model.family, self.model.device)
+        for rows in batches(request, batch, most, self.model.text_encoders):
+            done = rows.start if needed is None or needed(rows) else rows.stop
+            while done < rows.stop:
+                part, result = request.part(slice(done, min(done + fits, rows.stop))), None
+                try:
+                    with reported() if self.compiled else nullcontext(), self.model.alone():
+                        result = self._batch(part, passes, output, on_step)
+                except TooManyError:
+                    if batch or len(part.prompts) == 1:
+                        raise
+                    fits = (len(part.prompts) + 1) // 2
+                    log.warning("memory does not suffice for %d pictures at a time: %d", len(part.prompts), fits)
+                if result:
+                    result.rows = range(done, done + len(part.prompts))
+                    done = result.rows.stop
+                    yield result
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:

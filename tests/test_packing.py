@@ -102,13 +102,19 @@ def test_less_memory_makes_fewer(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(model.unet, "forward", small)
     settings: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1, "output": "latents"}
     seen = Batches()
-    made = pipeline("a fox", n=7, on_step=seen, **settings)
+    asked: list[range] = []
+    parts = list(
+        pipeline.stream("a fox", n=7, on_step=seen, needed=lambda rows: not asked.append(rows), **settings)  # type: ignore[func-returns-value]
+    )
+    assert [part.rows for part in parts] == [range(2), range(2, 4), range(4, 6), range(6, 7)]
+    made = [latents for part in parts for latents in part.latents]
     assert seen.sizes == [2, 2, 2, 1]
+    assert asked == [range(7)]
     assert [record.getMessage() for record in caplog.records] == [
         "memory does not suffice for 7 pictures at a time: 4",
         "memory does not suffice for 4 pictures at a time: 2",
     ]
-    for a, b in zip(made.latents, plain("a fox", n=7, **settings).latents, strict=True):
+    for a, b in zip(made, plain("a fox", n=7, **settings).latents, strict=True):
         torch.testing.assert_close(a, b, **SAME)
     with pytest.raises(LdmError, match="a batch of 2 would fit better"):
         pipeline("a fox", n=4, batch=4, **settings)
@@ -130,3 +136,12 @@ def test_numbers() -> None:
     assert sizes == [25, 25, 25, 25]
     encoders = tiny.model("sdxl").text_encoders
     assert count_chunks(encoders, [["a", LONG], ["a BREAK b", ""]]) == [2, 4]
+
+
+def test_batches_that_are_not_needed() -> None:
+    pipeline, seen = Pipeline(tiny.model("sd15")), Batches()
+    settings: dict[str, Any] = {"width": 256, "height": 256, "steps": 1, "seed": 0, "output": "latents"}
+    parts = list(pipeline.stream("a fox", n=10, on_step=seen, needed=lambda rows: 5 in rows, **settings))
+    assert [part.rows for part in parts] == [range(4, 7)]
+    assert seen.sizes == [3]
+    assert [row["seed"] for row in parts[0].settings] == [4, 5, 6]
