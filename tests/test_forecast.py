@@ -67,3 +67,10 @@ def test_the_arithmetic_of_known_models(family: str, size: int, tflop: float) ->
     assert whole.flops_per_image == pytest.approx(3e12 * tflop, rel=0.01)
     assert whole.flops_per_step == 4 * whole.flops_per_image
     assert half.activations == whole.activations // 2 + 2 * whole.trained
+
+
+def test_weights_are_no_activations() -> None:
+    """A product keeps its weights too, as a view of them."""
+    layer, x = torch.nn.Linear(64, 32), torch.randn(3, 64, requires_grad=True)
+    kept, work = _count(lambda: layer(x))
+    assert (kept, work) == (3 * 64 * 4, 2 * 3 * 64 * 32)
