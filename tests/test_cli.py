@@ -178,6 +178,28 @@ def test_the_end_of_the_output_is_noticed(model: Path) -> None:
     assert result.stderr == "ldm: the output cannot be written: No space left on device\n"
 
 
+def test_a_signal_in_a_callback_is_not_lost() -> None:
+    """Python drops what is raised in callbacks of weak references, and prints it."""
+    program = (
+        "import os, signal, time, weakref\n"
+        "from ldm.cli import main as cli\n"
+        "class Thing: pass\n"
+        "def callback(_):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.01)\n"
+        "def app():\n"
+        "    thing = Thing()\n"
+        "    here = weakref.ref(thing, callback)\n"
+        "    del thing\n"
+        "    time.sleep(30)\n"
+        "    print('not interrupted')\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "ldm: interrupted\n")
+
+
 def test_a_family_has_no_weights_to_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = run(capsys, monkeypatch, "info", "sdxl", "--verify")
     assert code == 1

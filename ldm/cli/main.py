@@ -10,7 +10,8 @@ import io
 import os
 import signal
 import sys
-from typing import Annotated, NoReturn
+import threading
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -390,8 +391,18 @@ def main() -> None:
         interrupted.append(number)
         raise KeyboardInterrupt
 
+    def unraisable(lost: Any) -> None:
+        """A signal that came in a callback whose exceptions Python drops comes once more; the rest is told as usual."""
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(lost)
+        elif interrupted:
+            again = threading.Timer(0.05, os.kill, (os.getpid(), interrupted[-1]))
+            again.daemon = True
+            again.start()
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
+    sys.unraisablehook = unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):  # it may not know arrows, or the bytes of a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -404,11 +415,11 @@ def main() -> None:
             _fail(str(error), 1)
         if isinstance(error, MemoryError):
             _fail("out of memory", 1)
-        if isinstance(error, BrokenPipeError):  # the reader of our output has gone: so do we, without a word
-            with contextlib.suppress(OSError):
+        if isinstance(error, OSError):  # of the output: everything else is caught where it happens
+            with contextlib.suppress(OSError):  # what is left of it would fail once more at the end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        if isinstance(error, OSError):  # everything else is caught where it happens
+            if isinstance(error, BrokenPipeError):  # its reader has gone: so do we, without a word
+                sys.exit(141)
             _fail(f"the output cannot be written: {error.strerror or error}", 1)
         raise
 
