@@ -18,9 +18,9 @@ from torch import nn
 
 from ldm.errors import LdmError
 from ldm.families import Family, NoiseSchedule, family_named
+from ldm.files import Progress, silent
 from ldm.models.unet import Conditioning
 from ldm.weights.components import Components, build, fingerprint
-from ldm.weights.files import Progress, silent
 from ldm.weights.folder import write_folder
 from ldm.weights.single_file import write_single_file
 from ldm.weights.sources import Source, open_source

@@ -23,20 +23,20 @@ from ldm.families import Family
 from ldm.images import load_image, to_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.prompts import TokenReport
-from ldm.sampling.compilation import reported
+from ldm.runtime.compilation import reported
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.sampling.schedulers import own_name
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
-from pipelines.edit import edit
-from pipelines.image_to_image import continued, image_to_image, renoised
-from pipelines.inpaint import inpaint, pasted
 from pipelines.packing import batches, together
 from pipelines.request import Request, fitted, seeds, texts, whole_steps
 from pipelines.run import OnStep, Run, TooManyError, decode
-from pipelines.text_to_image import text_to_image
+from pipelines.tasks.edit import edit
+from pipelines.tasks.image_to_image import continued, image_to_image, renoised
+from pipelines.tasks.inpaint import inpaint, pasted
+from pipelines.tasks.text_to_image import text_to_image
 from pipelines.tuning import Tuning, default_device, device_named, room_of
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Pipeline:
             refiner: likewise, a model of the family sdxl-refiner, or emoji-refiner.
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
-            attention: a name of `ldm.models.attention.KERNELS`; "auto" is the best for device and dtype.
+            attention: a name of `ldm.runtime.attention.KERNELS`; "auto" is the best for device and dtype.
             quick: on a CPU or a CUDA GPU, layers that are quicker in place of plain ones, on the same weights; results
                 differ by rounding. Weights may change afterwards, but on a CPU not through `.data`, which nobody can
                 notice. On a CPU, this process then keeps memory that tensors give back; on a GPU, the steps of the
@@ -86,9 +86,9 @@ class Pipeline:
             compile: compile the networks with `torch.compile` in place of that; steps are recorded likewise. That takes
                 a minute or two once for each size of picture, and less in the next process. On a CPU, quick layers are
                 faster.
-            quantize: a name of `ldm.sampling.quantized.QUANTIZED`, for U-Nets with weights of 8 bits; pictures differ a
-                little. Of models that are loaded here: with one that is loaded already it is refused.
-            offload: a name of `pipelines.offload.OFFLOAD`, for models that are larger than a GPU's memory.
+            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with weights of 8 bits; pictures
+                differ a little. Of models that are loaded here: with one that is loaded already it is refused.
+            offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
 
         Raises:

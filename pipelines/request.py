@@ -13,8 +13,8 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.families import Family, NoiseSchedule
 from ldm.models.prompts import read
+from ldm.patches.token_merging import MOST as MOST_MERGED
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.merging import MOST as MOST_MERGED
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS, Plan, Scheduler, make
 

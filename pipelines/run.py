@@ -23,12 +23,12 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import sliced_decode, sliced_encode, tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
+from ldm.patches.deepcache import reusing
+from ldm.patches.token_merging import merging
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
-from ldm.sampling.merging import merging
 from ldm.sampling.noise import Noise
-from ldm.sampling.reuse import reusing
 from ldm.sampling.schedulers import Plan
 from pipelines.packing import decodable
 from pipelines.request import Request

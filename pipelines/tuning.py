@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
-from ldm.kernels.processor import can
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.attention import best_attention, set_attention
-from ldm.sampling import on_cpu, on_gpu
-from ldm.sampling.compilation import compile_blocks
-from ldm.sampling.graphs import record_steps
-from ldm.sampling.quantized import check_quantize, quantize
+from ldm.runtime import fused_cpu, fused_gpu
+from ldm.runtime.attention import best_attention, set_attention
+from ldm.runtime.compilation import compile_blocks
+from ldm.runtime.graphs import record_steps
+from ldm.runtime.kernels.processor import can
+from ldm.runtime.offload import Room, room_for
+from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
-from pipelines.offload import Room, room_for
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Tuning:
             if self.compile:
                 compile_blocks(network, device)
             elif self.quick and not (room and room.layers):
-                on_cpu.quicken(network, device)
-                on_gpu.quicken(network, device)
+                fused_cpu.quicken(network, device)
+                fused_gpu.quicken(network, device)
         name = self.attention
         if name == "auto":
             name = "sdpa" if self.compile else best_attention(device, dtype)
@@ -112,7 +112,7 @@ class Tuned(LatentDiffusion):
     """A model whose weights are quantised, or take turns in a room; it is known by those that it was loaded with."""
 
     def __init__(self, model: LatentDiffusion, quantized: str | None, room: Room | None) -> None:
-        """A model around the networks of another; `quantized` is a name of `ldm.sampling.quantized.QUANTIZED`.
+        """A model around the networks of another; `quantized` is a name of `ldm.runtime.quantization.QUANTIZED`.
 
         Raises:
             LdmError: it cannot be quantised here.

@@ -1,6 +1,6 @@
 """Kernels for GPUs in Triton's interpreter, on the CPU, beside the formula in fp64.
 
-The interpreter must be chosen before the kernels are imported, which no other test should see: `test_on_gpu.py` runs
+The interpreter must be chosen before the kernels are imported, which no other test should see: `test_fused_gpu.py` runs
 these in a process of their own. In bf16 it cuts off what a GPU rounds, which doubles the error of the last bit.
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_on_cpu import distance
-from test_on_gpu import DTYPES, device, formula
+from test_fused_cpu import distance
+from test_fused_gpu import DTYPES, device, formula
 from torch import nn
 
 from ldm.models.layers import GEGLU, ResnetBlock
-from ldm.sampling import on_gpu
-from ldm.sampling.on_gpu import QuickGEGLU, quicken
-from ldm.sampling.quick import LAST, FusedResnetBlock
+from ldm.runtime import fused_gpu
+from ldm.runtime.fused import LAST, FusedResnetBlock
+from ldm.runtime.fused_gpu import QuickGEGLU, quicken
 
 __all__ = ["device"]  # a fixture
 LAST_BIT = {torch.float32: 2e-7, torch.float16: 5e-4, torch.bfloat16: 8e-3}  # relative errors
@@ -28,7 +28,7 @@ LAST_BIT = {torch.float32: 2e-7, torch.float16: 5e-4, torch.bfloat16: 8e-3}  # r
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    return on_gpu.kernels()
+    return fused_gpu.kernels()
 
 
 def random(layer: nn.Module, dtype: torch.dtype) -> Any:

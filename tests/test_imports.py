@@ -12,24 +12,32 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # what each part may import of the project, besides itself and ldm.errors
-MODELS = {"ldm.models", "ldm.kernels", "ldm.caches"}
-LOW = MODELS | {"ldm.families", "ldm.weights", "ldm.sampling", "ldm.images"}
+MODELS = {"ldm.models"}
+LOW = MODELS | {
+    "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels", "ldm.images",
+    "ldm.files", "ldm.caches",
+}  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
+BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
 ALLOWED = {
     "ldm.errors": set(),
     "ldm.caches": set(),
-    "ldm.kernels": {"ldm.caches"},
+    "ldm.files": set(),
     "ldm.models": MODELS,
     "ldm.families": LOW,
     "ldm.weights": LOW,
     "ldm.sampling": LOW,
+    "ldm.patches": LOW,
+    "ldm.runtime": LOW,
+    "ldm.runtime.kernels": {"ldm.caches"},
     "ldm.images": LOW,
     "ldm.latent_diffusion": BUNDLE,
     "ldm.data": BUNDLE | {"ldm.data"},
-    "ldm.training": BUNDLE | {"ldm.data", "ldm.training", "ldm.evaluation"},
+    "ldm.training": BESIDE,
     "ldm.evaluation": BUNDLE | {"ldm.data", "ldm.evaluation"},
     "pipelines": BUNDLE | {"pipelines"},
-    "ldm.cli": BUNDLE | {"pipelines", "ldm.cli", "ldm.data", "ldm.training", "ldm.evaluation"},
+    "ldm.bench": BESIDE | {"pipelines", "ldm.bench", "ldm.cli"},
+    "ldm.cli": BESIDE | {"pipelines", "ldm.bench", "ldm.cli"},
     "ldm.__main__": {"ldm.cli"},
     "ldm": {"ldm.latent_diffusion"},
 }

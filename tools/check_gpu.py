@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ldm.errors import first_line
 from ldm.models.layers import GEGLU
-from ldm.sampling import on_gpu
+from ldm.runtime import fused_gpu
 from ldm.training.config import load
 from ldm.training.run import train
 from ldm.training.selftest import Ground, draw_pictures
@@ -160,7 +160,7 @@ def pictures(ways: dict[str, dict[str, Any]]) -> Finding:
 
 def layers(dtype: torch.dtype) -> Finding:
     """Each kernel beside the plain layer, both in a CUDA graph: no further from fp64 (and a tenth), how much faster."""
-    if not on_gpu.works(torch.device("cuda"), dtype):
+    if not fused_gpu.works(torch.device("cuda"), dtype):
         return False, "the kernels do not work here", None
     rows = []
     with torch.inference_mode():
@@ -194,7 +194,7 @@ def norm_row(shape: tuple[int, int, int], with_offset: bool, dtype: torch.dtype)
     exact = plain(copy.deepcopy(norm).double(), x.double(), None if offset is None else offset.double())
     name = "group norm, SiLU, offset" if with_offset else "group norm, SiLU"
     return row(
-        name, shape, exact, lambda: on_gpu.kernels().group_norm(norm, last, offset, silu=True),
+        name, shape, exact, lambda: fused_gpu.kernels().group_norm(norm, last, offset, silu=True),
         lambda: plain(norm, x, offset),
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def gated_row(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]
     exact = copy.deepcopy(layer).double()(x.double())
     weight, bias = layer.proj.weight, layer.proj.bias
     return row(
-        "GEGLU", shape, exact, lambda: on_gpu.kernels().geglu(F.linear(x, weight), bias), lambda: layer(x)
+        "GEGLU", shape, exact, lambda: fused_gpu.kernels().geglu(F.linear(x, weight), bias), lambda: layer(x)
     )  # fmt: skip
 
 

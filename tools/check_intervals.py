@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from gaussians import Gaussian, coverage, detections, pair
 
-from ldm.evaluation.comparison import (
+from ldm.evaluation.metrics.comparison import (
     Comparison,
     compare,
     compare_coverage,
@@ -29,9 +29,9 @@ from ldm.evaluation.comparison import (
     manifold_parts,
     mmd_parts,
 )
-from ldm.evaluation.metrics import information, kid, manifold, polynomial
-from ldm.evaluation.statistics import measure
-from ldm.evaluation.uncertainty import frechet_interval, inception_interval, manifold_intervals, mmd_interval
+from ldm.evaluation.metrics.distances import information, kid, manifold, polynomial
+from ldm.evaluation.metrics.intervals import frechet_interval, inception_interval, manifold_intervals, mmd_interval
+from ldm.evaluation.metrics.moments import measure
 
 Draw = torch.Generator
 NAMES = ("precision", "recall", "density", "coverage")

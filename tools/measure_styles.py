@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.evaluation.extractors import TextExtractor, open_text_extractor
-from ldm.evaluation.uncertainty import share_interval
+from ldm.evaluation.metrics.intervals import share_interval
+from ldm.evaluation.networks.extractors import TextExtractor, open_text_extractor
 from pipelines import Pipeline
 
 OTHERS = 99  # concepts that each is compared with

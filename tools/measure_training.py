@@ -27,18 +27,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ldm.cli.bench import device_name, products
+from ldm.bench.bench import device_name, products
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.families import FAMILIES
-from ldm.kernels.memory import keep_freed
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning, UNet
-from ldm.training.checkpointing import checkpointed
+from ldm.runtime.kernels.memory import keep_freed
 from ldm.training.config import DenoiserSection, EmaSection
-from ldm.training.denoiser import DenoiserStage
 from ldm.training.forecast import peak_tflops
+from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.loop import Training
+from ldm.training.stages.denoiser import DenoiserStage
 from ldm.weights.configs import write_unet
 
 

@@ -16,11 +16,11 @@ import torch
 
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
+from ldm.files import replacing
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.builtin import DEFAULT, FOLDER, REFINER, WORDS, vocabulary
 from ldm.weights.components import fingerprint
 from ldm.weights.contrastive import load_clip, write_clip
-from ldm.weights.files import replacing
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import write_manifest
 

@@ -34,7 +34,7 @@ from PIL import Image
 from rich.progress import track
 
 from ldm.errors import LdmError, suggestion
-from ldm.weights.files import read_json, write_json
+from ldm.files import read_json, write_json
 
 LABELS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 FLAGS, COMPONENTS = 9, 2  # groups of emojibase that are left out

@@ -23,9 +23,9 @@ from rich.progress import (
 )
 
 from ldm.errors import LdmError
+from ldm.files import Progress as Report
+from ldm.files import silent
 from ldm.weights.components import Opened
-from ldm.weights.files import Progress as Report
-from ldm.weights.files import silent
 from ldm.weights.sources import open_source
 
 DTYPES = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ldm.cli.common import SourceOptions, progress, to_bytes, to_dtype
 from ldm.errors import LdmError
+from ldm.files import check_destination
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.weights.files import check_destination
 
 
 def run(

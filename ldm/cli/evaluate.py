@@ -22,13 +22,13 @@ from ldm.cli.generate import parse_size, read_prompts
 from ldm.data.image_set import made
 from ldm.errors import LdmError, first_line, suggestion
 from ldm.evaluation.evaluation import Model, Plan, check, evaluate
-from ldm.evaluation.page import write_page
+from ldm.evaluation.pages.page import write_page
+from ldm.evaluation.pages.tables import tables
 from ldm.evaluation.report import Value, save_report
 from ldm.evaluation.stored import Ranks, Work, alone
-from ldm.evaluation.tables import tables
+from ldm.files import Progress as Tell
+from ldm.files import silent
 from ldm.weights.builtin import builtin
-from ldm.weights.files import Progress as Tell
-from ldm.weights.files import silent
 from ldm.weights.hub import HUB_ID
 from pipelines import Pipeline
 from pipelines.run import reconstruct

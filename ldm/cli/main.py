@@ -312,7 +312,7 @@ def bench(
     out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
 ) -> None:
     """Measure how fast pictures are made, beside diffusers with the same weights."""
-    from ldm.cli import bench as command
+    from ldm.bench import bench as command
 
     command.run(
         command.Options(

@@ -34,7 +34,8 @@ from ldm.data.image_set import made
 from ldm.data.plan import Plan
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError
-from ldm.weights.files import Output, TensorInfo, read_header, read_json, replacing, write_json, write_safetensors
+from ldm.files import read_json, replacing, write_json
+from ldm.weights.tensors import Output, TensorInfo, read_header, write_safetensors
 
 SHARD = 256 * 2**20  # bytes
 _STALE = 3600  # seconds after which a temporary file belongs to no living process

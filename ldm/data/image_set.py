@@ -24,8 +24,8 @@ from PIL import Image
 
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError, listing
+from ldm.files import replacing
 from ldm.images import image_size, load_image
-from ldm.weights.files import replacing
 
 IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",

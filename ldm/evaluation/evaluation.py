@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.errors import LdmError, check_whole, listing
-from ldm.evaluation import galleries
-from ldm.evaluation.looking import Looked, Networks, digest_of, in_pairs, neighbours
-from ldm.evaluation.measures import DISTRACTORS, METRICS, comparison, copying, distractors, estimates, metric
-from ldm.evaluation.pictures import Pictures, open_pictures, write_pictures
+from ldm.evaluation.features import Looked, Networks, digest_of, in_pairs, neighbours
+from ldm.evaluation.images import Pictures, open_pictures, write_pictures
+from ldm.evaluation.metrics.table import DISTRACTORS, METRICS, comparison, copying, distractors, estimates, metric
+from ldm.evaluation.pages import galleries
+from ldm.evaluation.pages.words import p_said, verdict
 from ldm.evaluation.report import Report, Row, Side, Sweep, Table, Value, shown
 from ldm.evaluation.stored import Work
-from ldm.evaluation.words import p_said, verdict
 
 NAMES = ("A", "B")  # of the sides
 

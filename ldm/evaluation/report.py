@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
-from ldm.evaluation.comparison import Comparison
-from ldm.evaluation.uncertainty import Estimate
-from ldm.weights.files import replacing, write_json
+from ldm.evaluation.metrics.comparison import Comparison
+from ldm.evaluation.metrics.intervals import Estimate
+from ldm.files import replacing, write_json
 
 DISTANCES = ("fid", "kid", "fd-clip")  # metrics that a sweep draws against the CLIP score, if it has both
 CLIP_SCORE = "clip-score"

@@ -25,16 +25,8 @@ from torch import Tensor
 
 from ldm.data.image_set import made
 from ldm.errors import LdmError
-from ldm.weights.files import (
-    Output,
-    Progress,
-    Store,
-    TensorInfo,
-    check_digest,
-    replacing,
-    silent,
-    write_safetensors,
-)
+from ldm.files import Progress, check_digest, replacing, silent
+from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
 CHUNK = 256  # pictures
 BATCH = 32  # pictures of them that a network looks at together

@@ -5,7 +5,6 @@ B batch, C channels, H×W height and width, N = H·W image tokens, M text tokens
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 import torch
@@ -15,11 +14,6 @@ from torch import Tensor, nn
 from ldm.models.attention import AttentionLayer
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def twin(module: M) -> M:
-    """A copy of a module on the same parameters, for changes that no other user of them may see."""
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def laid_out_like(x: Tensor, other: Tensor) -> Tensor:

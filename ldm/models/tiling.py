@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, Point, VQModel
-from ldm.models.layers import twin
+from ldm.models.surgery import twin
 
 
 def sliced_decode(autoencoder: Autoencoder, z: Tensor, size: int = 1) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.families import NoiseSchedule
 from ldm.models.attention import Kernel
-from ldm.models.layers import TransformerBlock, twin
+from ldm.models.layers import TransformerBlock
+from ldm.models.surgery import twin
 from ldm.models.unet import Conditioning, UNet
+from ldm.runtime.precomputing import Clock, prepared
 from ldm.sampling.loop import Denoise, Time
-from ldm.sampling.prepared import Clock, prepared
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.files import check_digest, replacing
 from ldm.training.config import EmaSection
-from ldm.weights.files import Output, Store, TensorInfo, check_digest, replacing, write_safetensors
+from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
 SNAPSHOT = re.compile(r"(\d+)-([\d.]+)\.safetensors")
 

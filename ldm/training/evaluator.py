@@ -22,17 +22,17 @@ from PIL import Image
 from ldm.data.image_set import ImageSet, made
 from ldm.errors import LdmError, out_of_memory
 from ldm.evaluation.evaluation import Evaluation, Model, Plan, begin, check
-from ldm.evaluation.looking import digest_of
-from ldm.evaluation.measures import METRICS
-from ldm.evaluation.page import write_page
-from ldm.evaluation.pictures import Pictures
+from ldm.evaluation.features import digest_of
+from ldm.evaluation.images import Pictures
+from ldm.evaluation.metrics.table import METRICS
+from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.report import Value, save_report
 from ldm.evaluation.stored import Work
+from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import DenoiserSection, EvaluationSection
 from ldm.training.phases import phases
-from ldm.training.stage import MakePictures
-from ldm.weights.files import read_json, replacing, write_json
+from ldm.training.stages.stage import MakePictures
 
 log = logging.getLogger(__name__)
 FIGURES = "figures.json"

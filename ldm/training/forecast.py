@@ -21,10 +21,10 @@ from ldm.families import Family
 from ldm.models.attention import attention_layers, math
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.models.unet import Conditioning
-from ldm.training.checkpointing import checkpointed
 from ldm.training.config import Config, StageName, StageSection
-from ldm.training.contrastive import contrastive_pair
+from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.phases import Phase, phases
+from ldm.training.stages.text import contrastive_pair
 from ldm.training.start import starting_family
 from ldm.weights.components import Components, build
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.training.ranks import Reduce
+from ldm.training.parallel.ranks import Reduce
 
 
 @dataclass(frozen=True)

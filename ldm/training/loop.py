@@ -31,13 +31,14 @@ from torch import Tensor
 from ldm.data.loader import Batch
 from ldm.errors import LdmError, listing, out_of_memory
 from ldm.images import grid, save_png
-from ldm.training import checkpoint, sharded
+from ldm.training import checkpoint
 from ldm.training.ema import Averages
 from ldm.training.evaluator import Best, Evaluator
 from ldm.training.forecast import STATE
 from ldm.training.optimizers import lay_out_state, learning_rate, set_learning_rate
-from ldm.training.sharded import Skeleton, is_sharded, whole
-from ldm.training.stage import Stage
+from ldm.training.parallel import sharded
+from ldm.training.parallel.sharded import Skeleton, is_sharded, whole
+from ldm.training.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures

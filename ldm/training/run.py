@@ -39,26 +39,26 @@ from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, first_line
 from ldm.evaluation import evaluation, stored
-from ldm.kernels.memory import keep_freed
+from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
-from ldm.sampling.compilation import check_compiling
-from ldm.training.agreement import check_agreement, differences
-from ldm.training.autoencoder import AutoencoderStage
-from ldm.training.checkpointing import checkpointed
+from ldm.runtime.compilation import check_compiling
+from ldm.runtime.kernels.memory import keep_freed
 from ldm.training.conditioning import encode
 from ldm.training.config import Config, DataSection, DenoiserSection, EvaluationSection, StageName, StageSection, dump
-from ldm.training.contrastive import ContrastiveStage, check_differ
-from ldm.training.denoiser import DenoiserStage, encode_pictures
 from ldm.training.evaluator import Best, Evaluator, check_evaluation, evaluation_plan
 from ldm.training.forecast import Forecast, forecast, peak_tflops
+from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.loop import Report, Training, Work, in_parts
+from ldm.training.parallel.agreement import check_agreement, differences
+from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import Phase, phases
-from ldm.training.sharded import is_sharded
-from ldm.training.stage import MakePictures, Stage
+from ldm.training.stages.autoencoder import AutoencoderStage
+from ldm.training.stages.denoiser import DenoiserStage, encode_pictures
+from ldm.training.stages.stage import MakePictures, Stage
+from ldm.training.stages.text import ContrastiveStage, check_differ
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
-from ldm.weights.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 LOOKED_AT = 10_000  # captions, to see whether they are too long

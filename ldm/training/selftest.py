@@ -26,14 +26,14 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.agreement import differences
-from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.conditioning import DropOut
 from ldm.training.config import Config, StageName
-from ldm.training.denoiser import encode_pictures
 from ldm.training.loop import Training
+from ldm.training.parallel.agreement import differences
 from ldm.training.run import Run
-from ldm.training.stage import Loss, Stage
+from ldm.training.stages.autoencoder import AutoencoderStage
+from ldm.training.stages.denoiser import encode_pictures
+from ldm.training.stages.stage import Loss, Stage
 
 STAGES: tuple[StageName, ...] = ("autoencoder", "text", "base", "refiner")
 PICTURES = 32

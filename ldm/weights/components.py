@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.families import Family
+from ldm.files import Progress, silent
 from ldm.models.autoencoder import Autoencoder, build_autoencoder
 from ldm.models.text import TextEncoders
 from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.models.unet import UNet
-from ldm.weights.files import Progress, Store, TensorInfo, silent
 from ldm.weights.layouts import Layout, Link
+from ldm.weights.tensors import Store, TensorInfo
 
 Shape = tuple[int, ...]
 NOTHING = re.compile("(?!)")  # matches no name

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
+from ldm.files import read_json, replacing, write_json
 from ldm.models.contrastive import ContrastivePair, ImageEncoderConfig
 from ldm.weights import layouts
 from ldm.weights.components import Components, Part, fingerprint
 from ldm.weights.configs import Reader
-from ldm.weights.files import read_json, replacing, write_json, write_safetensors
 from ldm.weights.folder import link_outputs, store_of
 from ldm.weights.manifest import check_manifest, write_manifest
+from ldm.weights.tensors import write_safetensors
 
 _IMAGE, _HEADS = Path("image_encoder", "model.safetensors"), Path("heads.safetensors")
 _TEXT_ENCODERS = "ldm.text_encoders"  # in a header: fingerprint of the text encoders that a pair was trained with

@@ -20,30 +20,16 @@ from torch import Tensor, nn
 import ldm
 from ldm.errors import LdmError, listing
 from ldm.families import Family, NoiseSchedule, recognised
+from ldm.files import Progress, alongside, read_json, replacing, silent, write_json
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
 from ldm.weights.components import Components, Opened, Part
-from ldm.weights.files import (
-    LINEAGE,
-    NAMES,
-    Output,
-    Progress,
-    Store,
-    TensorInfo,
-    alongside,
-    open_store,
-    read_header,
-    read_json,
-    replacing,
-    silent,
-    write_json,
-    write_safetensors,
-)
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
+from ldm.weights.tensors import LINEAGE, NAMES, Output, Store, TensorInfo, open_store, read_header, write_safetensors
 from ldm.weights.tokenizer import read_tokenizer, write_tokenizer
 
 INDEX = "model_index.json"

@@ -19,7 +19,7 @@ from ldm.families import Family, NoiseSchedule
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
-from ldm.weights.files import TensorInfo
+from ldm.weights.tensors import TensorInfo
 
 Kind = Literal["same", "pointwise", "stack", "transpose"]
 Shape = tuple[int, ...]

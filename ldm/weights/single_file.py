@@ -20,22 +20,12 @@ import yaml
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.families import FAMILIES, Family, family_named, recognised
+from ldm.files import Progress, alongside, check_digest, replacing, silent
 from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights import configs, layouts
 from ldm.weights.components import NOTHING, Components, Opened, Part, is_adapter
-from ldm.weights.files import (
-    LINEAGE,
-    Output,
-    Progress,
-    Store,
-    alongside,
-    check_digest,
-    open_store,
-    replacing,
-    silent,
-    write_safetensors,
-)
 from ldm.weights.folder import IGNORED, check_float, link_outputs, tower_ignored
+from ldm.weights.tensors import LINEAGE, Output, Store, open_store, write_safetensors
 
 CONFIG = "ldm.config"
 _PREDICTION = {

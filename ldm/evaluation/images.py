@@ -1,0 +1,130 @@
+"""Pictures that are evaluated, and those they are compared with: which of a source, in which order, their captions.
+
+Pictures that a model makes are written as PNG files first, so that everything that is looked at comes from 8 bits, and
+a run that is stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from ldm.data.image_set import ImageSet, made
+from ldm.data.keyed import uniform
+from ldm.data.sources import open_images
+from ldm.errors import LdmError
+from ldm.evaluation.stored import Work
+from ldm.files import replacing
+from ldm.images import save_png
+
+Make = Callable[[range], list[Image.Image]]  # the pictures of these numbers
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Some pictures of a source, in an order that does not depend on how it is stored."""
+
+    images: ImageSet
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        name = self.images.source.name
+        return name if len(self) == len(self.images) else f"{len(self)} of {name}"
+
+    def key(self, number: int) -> str:
+        """The name of a picture."""
+        return self.images.key(self.rows[number])
+
+    def caption(self, number: int) -> str:
+        """Its first caption, or nothing."""
+        return next(iter(self.images.example(self.rows[number]).captions), "")
+
+    def read(self, number: int) -> tuple[str, Image.Image]:
+        """The name of a picture, and itself in RGB. Raises LdmError if it is damaged."""
+        try:
+            return self.key(number), self.images.read(self.rows[number])
+        except LdmError as error:
+            raise LdmError(f"{self.key(number)}: {error}") from None
+
+    def shuffled(self, seed: int) -> Pictures:
+        """The same, in an order that depends on the seed and the names alone."""
+        return Pictures(
+            self.images, tuple(sorted(self.rows, key=lambda row: uniform(seed, "evaluation", self.images.key(row))))
+        )
+
+    @cached_property
+    def stamp(self) -> str:
+        """Changes when a file does, as far as its size and time of modification say."""
+        stamps, digest = self.images.all_stamps(), hashlib.sha256()
+        for row in self.rows:
+            digest.update(ascii((self.images.key(row), stamps[row])).encode())
+        return digest.hexdigest()
+
+
+def open_pictures(source: str | Path, work: Work, count: int | None = None) -> Pictures:
+    """Pictures of a folder, shards or a dataset (`ldm.data.sources`); captions are not needed.
+
+    Args:
+        source: where they are.
+        work: its folder takes the index.
+        count: only so many, the first by name.
+
+    Raises:
+        LdmError: there is no picture, or fewer than `count`.
+    """
+    if not work.ranks.first:
+        work.ranks.wait()
+    images = open_images(str(source), work.folder / "index", captions="optional")
+    if work.ranks.first:
+        work.ranks.wait()
+    if count is not None and count > len(images):
+        raise LdmError(f"{source} holds {len(images)} pictures, but {count} are asked for; ask for fewer")
+    return Pictures(images, tuple(range(len(images) if count is None else count)))
+
+
+def write_pictures(what: str, name: str, prompts: Sequence[str], make: Make, batch: int, work: Work) -> Pictures:
+    """A picture for each prompt, made if it is not there yet: `000000.png` and so on, and `metadata.jsonl`.
+
+    A batch is the same pictures whichever process makes it, and is made whole, so that the result is the same.
+
+    Args:
+        what: is done, for people.
+        name: of the folder; changes with everything that changes the pictures.
+        prompts: one for each picture.
+        make: gives the pictures of some numbers.
+        batch: pictures made together.
+        work: where and with whom.
+
+    Raises:
+        LdmError: a file cannot be written; and what `make` raises.
+    """
+    folder, ranks = made(work.folder / "pictures" / name), work.ranks
+    batches = [range(start, min(start + batch, len(prompts))) for start in range(0, len(prompts), batch)]
+    mine = batches[ranks.rank :: ranks.world]
+    total = sum(map(len, mine))
+    for done, numbers in enumerate(mine):
+        work.tell(what, done * batch, total)
+        targets = [folder / f"{number:06d}.png" for number in numbers]
+        if not all(target.exists() for target in targets):
+            for target, image in zip(targets, make(numbers), strict=True):
+                save_png(image, target)
+    work.tell(what, total, total)
+    ranks.wait()
+    if ranks.first:
+        lines = [
+            json.dumps({"file_name": f"{number:06d}.png", "text": prompt}, ensure_ascii=False)
+            for number, prompt in enumerate(prompts)
+        ]
+        with replacing(folder / "metadata.jsonl", folder=False, overwrite=True, need=0) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    ranks.wait()
+    return open_pictures(folder, work)

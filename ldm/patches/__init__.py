@@ -1,0 +1,1 @@
+"""What changes a network's result: one function `network -> network` for each method."""

@@ -1,0 +1,362 @@
+"""The stage `autoencoder`: pictures through latents and back, until the reconstruction looks like the picture.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1: pixels and LPIPS, a faint KL term or a codebook, and from some
+update on a discriminator. At the end the latents' scale is measured and written into the model.
+
+B batch, C latent channels, h×w height and width of the latents, H×W those of the pictures
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.data.keyed import generator, normal
+from ldm.data.loader import Batch
+from ldm.errors import LdmError
+from ldm.evaluation.metrics.reconstruction import WINDOW, psnr, ssim
+from ldm.evaluation.networks.lpips import BACKBONES, LPIPS, load_lpips
+from ldm.images import grid, to_images
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian, Point, VQModel
+from ldm.models.discriminator import Discriminator, DiscriminatorConfig
+from ldm.training.config import AutoencoderSection
+from ldm.training.latents import Moments, measure, merge, over_ranks
+from ldm.training.losses.codebook import MovingCodebook, codebook_losses
+from ldm.training.losses.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
+from ldm.training.optimizers import make_optimizer
+from ldm.training.stages.stage import Loss, Player
+from ldm.training.start import with_changes
+
+HIGHEST = 100.0  # PSNR in dB of a picture that comes back exactly, whose ratio is infinite
+SHOWN = 4  # pairs of a preview
+
+
+class Sampled(nn.Module):
+    """An `AutoencoderKL` to which the noise of its latents is handed, as one forward pass."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures (B, 3, H, W) and standard normal noise (B, C, h, w) to reconstructions (B, 3, H, W), and the mean
+        and log-variance of the latents, (B, C, h, w) each."""
+        posterior = self.autoencoder.encode(x)
+        return self.autoencoder.decode(posterior.mean + posterior.std * noise), posterior.mean, posterior.logvar
+
+
+@dataclass
+class Spread:
+    """The moments of the latents of the first pictures that come by."""
+
+    most: int  # pictures
+    moments: Moments
+    pictures: int = 0
+
+    @property
+    def full(self) -> bool:
+        return self.pictures == self.most
+
+    def add(self, latents: Tensor) -> None:
+        """Take in unscaled latents (B, C, h, w), as long as there is room."""
+        latents = latents[: self.most - self.pictures]
+        if len(latents):
+            self.moments = merge(self.moments, measure(latents))
+            self.pictures += len(latents)
+
+
+class AutoencoderStage:
+    """Training of an autoencoder, with KL or with a codebook."""
+
+    name = "autoencoder"
+    divisible = True
+
+    def __init__(
+        self,
+        section: AutoencoderSection,
+        model: LatentDiffusion,
+        accelerator: Accelerator,
+        seed: int,
+        sides: Sequence[tuple[int, int]],
+        pictures: Callable[[], Iterable[Batch]],
+    ) -> None:
+        """Args:
+            section: of the configuration.
+            model: on the accelerator's device, weights in fp32.
+            accelerator: for autocast and sums over ranks.
+            seed: of the run.
+            sides: width and height of every size that the pictures may come in.
+            pictures: batches of training pictures, this rank's, to measure latents on if no pictures are held out.
+
+        Raises:
+            LdmError: the file of LPIPS cannot be used, or options do not go together or with the pictures.
+        """
+        self.section, self.model, self.accelerator, self.seed, self.pictures = (
+            section, model, accelerator, seed, pictures,
+        )  # fmt: skip
+        shape = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
+        _check(section, model, accelerator.mixed_precision)
+        self.perceptual = load_lpips(section.perceptual, accelerator.device) if section.perceptual else None
+        _check_sizes(sides, model, self.perceptual, shape if section.adversarial_weight else None)
+        for network in model.modules().values():
+            network.requires_grad_(False)
+        autoencoder = model.autoencoder.requires_grad_(True).train()
+        if section.decoder_only:
+            autoencoder.encoder.requires_grad_(False)
+            autoencoder.quant_conv.requires_grad_(False)
+        self.adaptive = AdaptiveWeight().to(accelerator.device)
+        self.extra: dict[str, nn.Module] = {"adaptive": self.adaptive}
+        self.moving: MovingCodebook | None = None
+        module: nn.Module = autoencoder
+        if isinstance(autoencoder, AutoencoderKL):
+            module = Sampled(autoencoder)
+        elif section.codebook_decay:
+            self.moving = MovingCodebook(autoencoder.quantize, section.codebook_decay, section.codebook_patience)
+            self.extra["codebook"] = self.moving
+        self.players = {"autoencoder": self._player(module, section.optimizer.learning_rate)}
+        if section.adversarial_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                discriminator = Discriminator(shape).to(accelerator.device)
+            rate = section.discriminator_learning_rate or section.optimizer.learning_rate
+            self.players["discriminator"] = self._player(discriminator, rate, averaged=False)
+
+    def _player(self, module: nn.Module, rate: float, averaged: bool = True) -> Player:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(self.section.optimizer, [(trained, rate)])
+        return Player(module, optimizer, self.section.optimizer.clip, averaged)
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
+        """The autoencoder's loss, and once the adversary takes part, the discriminator's."""
+        section, target = self.section, _pixels(batch)
+        adversary = self.players.get("discriminator") if step >= section.adversarial_start else None
+        reconstruction, regularisation, report = self._forward(batch)
+        with self.accelerator.autocast():
+            perceptual = self.perceptual if section.perceptual_weight else None
+            loss = reconstruction_loss(
+                reconstruction, target, section.pixel_loss, perceptual, section.perceptual_weight
+            )
+            total = loss.total
+            if adversary:
+                last_layer = self.model.autoencoder.decoder.conv_out.weight
+                assert isinstance(last_layer, nn.Parameter)
+                discriminator = self.accelerator.unwrap_model(adversary.module)
+                joined = self.adaptive.join(
+                    total, reconstruction, last_layer, discriminator, section.adversarial_weight
+                )
+                total = joined.total
+                report |= {"adversarial": joined.adversarial, "adaptive_weight": self.adaptive.value}
+        report["pixels"] = loss.pixels
+        if perceptual:
+            report["perceptual"] = loss.perceptual
+        yield Loss("autoencoder", total + regularisation, report)
+        if adversary:
+            judged = discriminator_loss(adversary.module, target, reconstruction)
+            yield Loss("discriminator", judged.total, {"real": judged.real, "fake": judged.fake})
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstructions (B, 3, H, W), the loss () that keeps the latents in order, and its parts for the log."""
+        autoencoder, module, target = self.model.autoencoder, self.players["autoencoder"].module, _pixels(batch)
+        if isinstance(autoencoder, VQModel):
+            reconstruction, latents, index = module(target)
+            vectors, commitment = codebook_losses(autoencoder.quantize, latents, index)
+            loss = self.section.commitment_weight * commitment
+            if self.moving:
+                self.moving.add(latents, index)
+            else:
+                loss = loss + vectors
+            return reconstruction, loss, {"commitment": commitment.detach()}
+        reconstruction, mean, logvar = module(target, self._noise(batch, "posterior"))
+        kl = kl_loss(DiagonalGaussian(mean, logvar), target)
+        return reconstruction, self.section.kl_weight * kl, {"kl": kl.detach()}
+
+    def _noise(self, batch: Batch, purpose: str) -> Tensor:
+        """Standard normal noise (B, C, h, w) for the latents of a batch."""
+        config = self.model.autoencoder.config
+        height, width = (side // config.factor for side in _pixels(batch).shape[2:])
+        shape = (config.latent_channels, height, width)
+        return normal(shape, self.seed, purpose, batch.keys, batch.epochs).to(self.accelerator.device)
+
+    def forget(self) -> None:
+        """The adversary's weight and the codebook measure a step as a whole."""
+        self.adaptive.forget()
+        if self.moving:
+            self.moving.forget()
+
+    def updated(self, step: int) -> dict[str, float]:
+        """The adversary's weight and the codebook follow the update."""
+        self.adaptive.update(self._sum)
+        if not self.moving:
+            return {}
+        autoencoder, accelerator = self.model.autoencoder, self.accelerator
+        assert isinstance(autoencoder, VQModel)
+        random = generator(self.seed, "codebook", step)
+        self.moving.update(
+            autoencoder.quantize, random, self._sum, accelerator.process_index, accelerator.num_processes
+        )
+        return {"codebook/usage": self.moving.usage(), "codebook/perplexity": self.moving.perplexity()}
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, which exchange tensors on their devices only."""
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
+
+    # --- now and then -----------------------------------------------------------------------------------------------
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means over held-out pictures, decoded from the most probable latents: the reconstruction loss, PSNR in dB,
+        SSIM, and LPIPS where it is there."""
+        return self._look(batches, self._spread())
+
+    def preview(self, batch: Batch, step: int) -> list[Image.Image]:
+        """Pairs of a picture and its reconstruction."""
+        target = _pixels(batch)[:SHOWN]
+        with torch.no_grad(), self.accelerator.autocast():
+            reconstruction = self._reconstruct(target)[0]
+        pairs = zip(to_images(target), to_images(reconstruction), strict=True)
+        return [grid(pair, columns=2) for pair in pairs]
+
+    def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Measure the latents' scale, on held-out pictures or else on training pictures, and write it into the model,
+        unless the encoder is what it was.
+
+        Raises:
+            LdmError: the latents are all the same, so that they have no scale.
+        """
+        spread = self._spread()
+        figures = self._look(batches, spread)
+        if not figures:  # the same on every rank
+            for batch in self.pictures():
+                with torch.no_grad(), self.accelerator.autocast():
+                    posterior = self.model.autoencoder.encode(_pixels(batch))
+                spread.add(self._latents(posterior, batch))
+                if spread.full:
+                    break
+        moments, count = over_ranks(spread.moments, self._sum), int(self._sum(torch.tensor(spread.pictures)))
+        config = self.model.autoencoder.config
+        if not self.section.decoder_only:
+            shift = moments.shift if self.section.measure_shift else config.shift_factor
+            config = replace(config, scaling_factor=moments.scale, shift_factor=shift)
+            self.model.autoencoder.config = config
+            self.model.family = replace(self.model.family, autoencoder=config, preview=())  # colours of other latents
+        return {
+            "scaling_factor": config.scaling_factor,
+            "shift_factor": config.shift_factor,
+            "latent_mean": moments.mean.tolist(),
+            "latent_std": moments.channel_std.tolist(),
+            "measured_on": f"{count} held-out pictures" if figures else f"{count} views of training pictures",
+            **figures,
+        }
+
+    def _spread(self) -> Spread:
+        """Room for this rank's share of the pictures to measure."""
+        channels = torch.zeros(self.model.autoencoder.config.channels_out, dtype=torch.float64)
+        share = -(-self.section.measure // self.accelerator.num_processes)
+        return Spread(share, Moments(torch.zeros((), dtype=torch.float64), channels, channels))
+
+    @torch.no_grad()
+    def _look(self, batches: Iterable[Batch], spread: Spread) -> dict[str, float]:
+        """The figures of `validate`, none if there are no pictures; the latents are added to `spread`."""
+        section = self.section
+        names = ("loss", "psnr", "ssim", "lpips")
+        total = torch.zeros(len(names) + 1, dtype=torch.float64)
+        for batch in batches:
+            target = _pixels(batch)
+            with self.accelerator.autocast():
+                reconstruction, posterior = self._reconstruct(target)
+                loss = reconstruction_loss(
+                    reconstruction, target, section.pixel_loss, self.perceptual, section.perceptual_weight
+                )
+            peaks = psnr(reconstruction, target).clamp(max=HIGHEST).mean()
+            means = [loss.total, peaks, ssim(reconstruction, target).mean(), loss.perceptual, torch.ones_like(peaks)]
+            total += len(batch.keys) * torch.stack(means).to(total)
+            spread.add(self._latents(posterior, batch))
+        *sums, count = self._sum(total).tolist()
+        means_of = {name: value / count for name, value in zip(names, sums, strict=True)} if count else {}
+        if not self.perceptual:
+            means_of.pop("lpips", None)
+        return means_of
+
+    def _reconstruct(self, target: Tensor) -> tuple[Tensor, DiagonalGaussian | Point]:
+        """Reconstructions (B, 3, H, W) from the most probable latents, and how the latents are distributed."""
+        posterior = self.model.autoencoder.encode(target)
+        return self.model.autoencoder.decode(posterior.mode()), posterior
+
+    def _latents(self, posterior: DiagonalGaussian | Point, batch: Batch) -> Tensor:
+        """Unscaled latents (B, C, h, w) as the U-Net will be trained on: sampled, and before they are quantised."""
+        if isinstance(posterior, Point):
+            return posterior.value
+        return posterior.mean + posterior.std * self._noise(batch, "validation")
+
+
+def _pixels(batch: Batch) -> Tensor:
+    """Pictures (B, 3, H, W), which this stage's batches always have."""
+    assert batch.pixels is not None
+    return batch.pixels
+
+
+def _check(section: AutoencoderSection, model: LatentDiffusion, precision: str) -> None:
+    """Raise where options do not go together."""
+    config = model.autoencoder.config
+    if section.perceptual_weight and not section.perceptual:
+        raise LdmError(
+            "autoencoder.perceptual is not set: choose vgg16 (fetch LPIPS with tools/fetch_weights.py), or set "
+            "autoencoder.perceptual_weight=0 to train without"
+        )
+    if section.adversarial_weight and precision == "fp16":
+        raise LdmError(
+            "precision fp16: its loss scale cannot serve an autoencoder and its adversary; set precision=bf16, or "
+            "autoencoder.adversarial_weight=0"
+        )
+    if section.adversarial_weight and section.compile:
+        raise LdmError(
+            "autoencoder.compile: the adversary needs gradients in the middle of the network; set it to false, or "
+            "autoencoder.adversarial_weight=0"
+        )
+    if section.adversarial_weight and section.adversarial_start >= section.steps:
+        raise LdmError(
+            f"autoencoder.adversarial_start is {section.adversarial_start}, but there are {section.steps} steps: the "
+            "adversary would never take part; lower it, or set autoencoder.adversarial_weight=0"
+        )
+    if section.measure_shift and config.codebook:
+        raise LdmError("autoencoder.measure_shift: files of autoencoders with a codebook hold no shift; leave it out")
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise LdmError(
+            f"model.autoencoder: in_channels {config.in_channels} and out_channels {config.out_channels}; pictures "
+            "have 3"
+        )
+
+
+def _check_sizes(
+    sides: Sequence[tuple[int, int]],
+    model: LatentDiffusion,
+    perceptual: LPIPS | None,
+    discriminator: DiscriminatorConfig | None,
+) -> None:
+    """Raise where pictures are too small, or do not come back in their size."""
+    least = {"SSIM": WINDOW}
+    if perceptual:
+        least["LPIPS"] = BACKBONES[perceptual.backbone].smallest
+    if discriminator:
+        least["the discriminator"] = discriminator.smallest
+    name = max(least, key=lambda name: least[name])
+    factor = model.autoencoder.config.factor
+    for width, height in sides:
+        if min(width, height) < least[name]:
+            raise LdmError(
+                f"autoencoder.sizes: pictures of {width}×{height} pixels are too small for {name}, which needs "
+                f"{least[name]}×{least[name]}; choose a larger size, or a smaller data.aspect"
+            )
+        if width % factor or height % factor:
+            raise LdmError(
+                f"data.bucket_step: pictures of {width}×{height} pixels do not divide by the autoencoder's factor "
+                f"{factor}; choose a multiple of it"
+            )
