@@ -53,7 +53,7 @@ class NoiseSchedule:
         return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
 
     def alpha_bars(self) -> torch.Tensor:
-        """Share of the picture in the variance of the noisy picture at each timestep: (train_steps,), float64.
+        """Share of the image in the variance of the noisy image at each timestep: (train_steps,), float64.
 
         With `zero_terminal_snr`, rescaled so that the last is 0 (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
         """
@@ -104,7 +104,7 @@ class Family:
 
     @property
     def size(self) -> int:
-        """Height and width, in pixels, of the pictures that it was trained on."""
+        """Height and width, in pixels, of the images that it was trained on."""
         return self.unet.sample_size * self.autoencoder.factor
 
     @property

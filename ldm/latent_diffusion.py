@@ -93,7 +93,7 @@ class LatentDiffusion(Components):
         """Have one of its networks where it computes: all of them are, unless their weights take turns."""
 
     def alone(self) -> AbstractContextManager[Any]:
-        """While one batch of pictures is made: several can be at once, unless weights take turns."""
+        """While one batch of images is made: several can be at once, unless weights take turns."""
         return nullcontext()
 
     def fingerprint(self) -> str:
@@ -131,7 +131,7 @@ class LatentDiffusion(Components):
         """Prompts to what the U-Net is conditioned on: text (B, M, T) and, for SDXL, pooled text (B, P) and size ids.
 
         `size` holds the size ids for all prompts: original height and width, crop top and left, then target height and
-        width (SDXL), or the aesthetic score (its refiner). The default is an uncropped picture of the trained size,
+        width (SDXL), or the aesthetic score (its refiner). The default is an uncropped image of the trained size,
         with a score of 6.
 
         Raises:

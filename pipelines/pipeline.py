@@ -1,4 +1,4 @@
-"""`Pipeline`: prompts in, pictures out. It picks the task from what it is given and makes the batches.
+"""`Pipeline`: prompts in, images out. It picks the task from what it is given and makes the batches.
 
 pipeline = Pipeline("sd_xl_base_1.0.safetensors")
 pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
@@ -45,17 +45,17 @@ TASKS = {"text-to-image": text_to_image, "image-to-image": image_to_image, "inpa
 
 @dataclass
 class Result:
-    """What a call made: pictures, and for each what is needed to make it again."""
+    """What a call made: images, and for each what is needed to make it again."""
 
     images: list[Image.Image] = field(default_factory=list)
-    settings: list[dict[str, Any]] = field(default_factory=list)  # one for each picture
+    settings: list[dict[str, Any]] = field(default_factory=list)  # one for each image
     latents: list[Tensor] = field(default_factory=list)  # (C, h, w) each, scaled
     reports: list[TokenReport] = field(default_factory=list)  # tokens of every prompt, by text encoder
-    rows: range = range(0)  # which pictures of the call they are
+    rows: range = range(0)  # which images of the call they are
 
 
 class Pipeline:
-    """A model ready to make pictures, and perhaps a refiner. Several threads may call one pipeline at once."""
+    """A model ready to make images, and perhaps a refiner. Several threads may call one pipeline at once."""
 
     def __init__(
         self,
@@ -84,9 +84,9 @@ class Pipeline:
                 notice. On a CPU, this process then keeps memory that tensors give back; on a GPU, the steps of the
                 U-Net are recorded as CUDA graphs. A model that is loaded already stays as it is.
             compile: compile the networks with `torch.compile` in place of that; steps are recorded likewise. That takes
-                a minute or two once for each size of picture, and less in the next process. On a CPU, quick layers are
+                a minute or two once for each size of image, and less in the next process. On a CPU, quick layers are
                 faster.
-            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with weights of 8 bits; pictures
+            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with weights of 8 bits; images
                 differ a little. Of models that are loaded here: with one that is loaded already it is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
@@ -106,7 +106,7 @@ class Pipeline:
             _share(self.model, self.refiner)
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> Result:
-        """Pictures for a prompt or several, all at once; see `stream` and `request` for the settings.
+        """Images for a prompt or several, all at once; see `stream` and `request` for the settings.
 
         Raises:
             LdmError: a setting is out of bounds or does not fit the model.
@@ -130,15 +130,15 @@ class Pipeline:
         needed: Callable[[range], bool] | None = None,
         **settings: Any,
     ) -> Iterator[Result]:
-        """Pictures as they are finished, a `Result` for each batch. All settings are checked before the first.
+        """Images as they are finished, a `Result` for each batch. All settings are checked before the first.
 
         Args:
             prompt: one or several.
-            batch: pictures made at a time, at most; it changes nothing in them, but for rng="diffusers". By default as
+            batch: images made at a time, at most; it changes nothing in them, but for rng="diffusers". By default as
                 many as keep the device busy, or as its memory takes.
             output: "images" or "latents".
-            on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small picture of it.
-            needed: asked for each batch whether it shall be made, with the numbers of its pictures. Which pictures
+            on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small image of it.
+            needed: asked for each batch whether it shall be made, with the numbers of its images. Which images
                 are batches does not depend on memory: where it does not suffice, one is made in parts.
             **settings: those of `request`.
 
@@ -182,20 +182,20 @@ class Pipeline:
             negative: what should not be seen; one, or one for each prompt.
             prompt_2: for the second text encoder, if it should read another one.
             negative_2: likewise.
-            n: pictures of each prompt.
-            seed: of the first picture; the others have the numbers after it. Or one for each. By default random.
-            width: pixels; by default what the model was trained on, or the given picture's.
+            n: images of each prompt.
+            seed: of the first image; the others have the numbers after it. Or one for each. By default random.
+            width: pixels; by default what the model was trained on, or the given image's.
             height: likewise.
             steps: of the scheduler; by default what is usual for the model's family, as is the guidance.
             guidance: scale of classifier-free guidance, or a `Guidance` with more.
-            image: a picture (PIL or a path) to start from.
+            image: an image (PIL or a path) to start from.
             mask: which of its pixels (white) to make anew.
-            strength: how much of the picture is made anew, 0 to 1 (default 0.8, with a mask 1).
-            refiner_at: part of the run after which the refiner takes over; without, it refines the finished picture.
+            strength: how much of the image is made anew, 0 to 1 (default 0.8, with a mask 1).
+            refiner_at: part of the run after which the refiner takes over; without, it refines the finished image.
             refiner_strength: of that.
-            hires: factor by which a second pass enlarges the picture.
+            hires: factor by which a second pass enlarges the image.
             hires_strength: of that pass.
-            hires_latents: enlarge the latents instead of the picture.
+            hires_latents: enlarge the latents instead of the image.
             **more: fields of `pipelines.request.Request`: scheduler, spacing, eta, rng, reuse, merge, clip_skip,
                 chunks, weights, original_size, crop, target_size and their negatives, aesthetic_score.
 
@@ -207,8 +207,8 @@ class Pipeline:
         if not prompts:
             raise LdmError("no prompt: at least one text is needed")
         count, family = len(prompts), self.model.family
-        picture = None if image is None else load_image(image)
-        side = (family.size, family.size) if picture is None else fitted(picture, family.autoencoder.factor)
+        start = None if image is None else load_image(image)
+        side = (family.size, family.size) if start is None else fitted(start, family.autoencoder.factor)
         try:
             request = Request(
                 prompts=texts(prompts, count, n, "prompt"),
@@ -222,7 +222,7 @@ class Pipeline:
                 guidance=guidance
                 if isinstance(guidance, Guidance)
                 else Guidance(family.guidance if guidance is None else guidance),
-                image=picture,
+                image=start,
                 mask=None if mask is None else load_image(mask, "L"),
                 strength=(1.0 if mask is not None else 0.8) if strength is None else strength,
                 end=1.0 if refiner_at is None else refiner_at,
@@ -236,7 +236,7 @@ class Pipeline:
         return request, passes
 
     def preview(self, step: Step) -> list[Image.Image]:
-        """What the pictures of a batch look like after a step (`on_step`), small: a pixel for each latent."""
+        """What the images of a batch look like after a step (`on_step`), small: a pixel for each latent."""
         latents = clean(step, self.model.family.schedule)
         return to_images(to_pixels(latents, self._preview_factors))
 
@@ -267,7 +267,7 @@ class Pipeline:
                     if batch or len(part.prompts) == 1:
                         raise
                     fits = (len(part.prompts) + 1) // 2
-                    log.warning("memory does not suffice for %d pictures at a time: %d", len(part.prompts), fits)
+                    log.warning("memory does not suffice for %d images at a time: %d", len(part.prompts), fits)
                 if result:
                     result.rows = range(done, done + len(part.prompts))
                     done = result.rows.stop
@@ -309,14 +309,14 @@ class Pipeline:
                 log.warning("words that this model never saw in training: %s", listing(unknown))
 
     def _enlarged(self, first: Run, latents: Tensor, passes: Passes) -> Tensor:
-        """The second pass at a higher resolution: image to image on the enlarged picture or latents."""
+        """The second pass at a higher resolution: image to image on the enlarged image or latents."""
         larger = passes.larger(first.request, self.model.family)
         run = Run(self.model, larger, first.noise, first.on_step)
         if passes.hires_latents:
             enlarged = torch.nn.functional.interpolate(latents, size=run.shape[2:], mode="bicubic", antialias=True)
         else:
-            pictures = to_images(decode(self.model, latents))
-            enlarged = run.encode(torch.cat([run.pixels_of(picture) for picture in pictures]))
+            images = to_images(decode(self.model, latents))
+            enlarged = run.encode(torch.cat([run.pixels_of(image) for image in images]))
         return renoised(run, enlarged)
 
     def _refined(self, first: Run, refiner: LatentDiffusion, latents: Tensor, passes: Passes) -> Tensor:
@@ -339,7 +339,7 @@ class Pipeline:
         return continued(Run(refiner, asked, first.noise, first.on_step, schedule), latents)
 
     def _settings(self, request: Request, passes: Passes) -> list[dict[str, Any]]:
-        """For each picture, all that it was made with, as JSON takes it."""
+        """For each image, all that it was made with, as JSON takes it."""
         family = self.model.family
         common: dict[str, Any] = {
             "task": _task(request, family),

@@ -25,11 +25,11 @@ LARGEST_SIDE = 16_384  # pixels
 class Request:
     """One call of a pipeline, for one batch or many."""
 
-    prompts: tuple[str, ...]  # one for each picture
+    prompts: tuple[str, ...]  # one for each image
     negative: tuple[str | None, ...]  # likewise; None: nothing was said
     prompts_2: tuple[str, ...] | None = None  # for the second text encoder, where they differ
     negative_2: tuple[str | None, ...] | None = None
-    seeds: tuple[int, ...] = ()  # one for each picture
+    seeds: tuple[int, ...] = ()  # one for each image
     width: int = 0  # pixels
     height: int = 0
     steps: int = 30
@@ -46,7 +46,7 @@ class Request:
     image: Image.Image | None = None  # to start from
     strength: float = 0.8  # how much of it is made anew: 0 nothing, 1 all
     mask: Image.Image | None = None  # white: to be made anew
-    original_size: tuple[int, int] | None = None  # height, width: what SDXL is told of the picture before its cropping
+    original_size: tuple[int, int] | None = None  # height, width: what SDXL is told of the image before its cropping
     crop: tuple[int, int] = (0, 0)  # top, left
     target_size: tuple[int, int] | None = None  # height, width
     negative_original_size: tuple[int, int] | None = None  # the same for the negative prompt; None: like the others
@@ -75,7 +75,7 @@ class Request:
         return self.negative, self.negative_2 or self.negative
 
     def part(self, rows: slice) -> Request:
-        """The same request for some of its pictures."""
+        """The same request for some of its images."""
         names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")
         return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
@@ -131,17 +131,15 @@ class Request:
         if self.image:
             whole_steps(self.steps, "strength", self.strength)
         if self.mask and not self.image:
-            raise LdmError("a mask without a picture: give the picture that it belongs to (image=, --image)")
+            raise LdmError("a mask without an image: give the image that it belongs to (image=, --image)")
         if family.task == "inpaint" and not self.mask:
-            raise LdmError(f"a {family.name} model fills in pictures: give a picture and a mask (--image, --mask)")
+            raise LdmError(f"a {family.name} model fills in images: give an image and a mask (--image, --mask)")
         if family.task == "edit" and (self.mask or not self.image):
-            raise LdmError(f"a {family.name} model edits a picture by instruction: give one, and no mask (--image)")
+            raise LdmError(f"a {family.name} model edits an image by instruction: give one, and no mask (--image)")
         if family.task == "edit" and (self.guidance.perturbed or self.guidance.interval != (0, 1)):
             raise LdmError(f"a {family.name} model has guidance of its own; leave perturbed and interval out")
         if self.mask and self.image and self.mask.size != self.image.size:
-            raise LdmError(
-                f"the mask has {_size(self.mask)} pixels, its picture {_size(self.image)}; they must be alike"
-            )
+            raise LdmError(f"the mask has {_size(self.mask)} pixels, its image {_size(self.image)}; they must be alike")
         for name in (
             "original_size",
             "crop",
@@ -197,7 +195,7 @@ def _size(image: Image.Image) -> str:
 
 
 def texts(value: str | Sequence[str | None] | None, count: int, each: int, what: str) -> tuple[Any, ...]:
-    """A prompt, or one for each of `count` different ones, repeated for `each` picture of the same.
+    """A prompt, or one for each of `count` different ones, repeated for `each` image of the same.
 
     Raises:
         LdmError: there are neither one nor `count` of them, or one is no text.
@@ -209,7 +207,7 @@ def texts(value: str | Sequence[str | None] | None, count: int, each: int, what:
 
 
 def seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Seeds of `count` pictures: `seed` and the numbers after it, or those given; without any, a random one first.
+    """Seeds of `count` images: `seed` and the numbers after it, or those given; without any, a random one first.
 
     Raises:
         LdmError: a seed is no whole number, or out of range, or there are too many or too few.
@@ -228,5 +226,5 @@ def seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
 
 
 def fitted(image: Image.Image, factor: int) -> tuple[int, int]:
-    """Width and height of a picture, each rounded down to a multiple of `factor`, at least one."""
+    """Width and height of an image, each rounded down to a multiple of `factor`, at least one."""
     return tuple(max(factor, math.floor(side / factor) * factor) for side in image.size)  # type: ignore[return-value]

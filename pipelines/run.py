@@ -1,6 +1,6 @@
 """What every task needs: conditioning, scheduler, noise, the way into the latents and out. One `Run` is one batch.
 
-B pictures, H×W height and width in pixels, C latent channels, h×w height and width of the latents
+B images, H×W height and width in pixels, C latent channels, h×w height and width of the latents
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class TooManyError(LdmError):
-    """Memory does not suffice for so many pictures at a time."""
+    """Memory does not suffice for so many images at a time."""
 
 
 class Run:
@@ -164,7 +164,7 @@ class Run:
     # --- into the latents and out -----------------------------------------------------------------------------------
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
+        """Images (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
         autoencoder = self.model.autoencoder
         self.model.bring(autoencoder)
         weight = next(autoencoder.parameters())
@@ -186,15 +186,15 @@ class Run:
         )
 
     def pixels_of(self, image: Any) -> Tensor:
-        """A picture at this run's size: (1, 3, H, W) in [-1, 1]."""
+        """An image at this run's size: (1, 3, H, W) in [-1, 1]."""
         return to_tensor([image], self.request.width, self.request.height)
 
 
 def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) to pictures (B, 3, H, W) in about [-1, 1]; in tiles if memory does not suffice.
+    """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1]; in tiles if memory does not suffice.
 
     Raises:
-        LdmError: the pictures are not finite, or memory does not suffice for tiles either.
+        LdmError: the images are not finite, or memory does not suffice for tiles either.
     """
     autoencoder = model.autoencoder
     model.bring(autoencoder)
@@ -208,14 +208,14 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
         "decoding",
     )
     if bool((pixels.amax(dim=(1, 2, 3)) <= -1).any()):
-        raise LdmError("the autoencoder gave a picture that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
+        raise LdmError("the autoencoder gave an image that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
     check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
     return pixels
 
 
 @torch.inference_mode()
 def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Pictures of one size, a multiple of the autoencoder's factor, through it and back: what it can keep of them.
+    """Images of one size, a multiple of the autoencoder's factor, through it and back: what it can keep of them.
 
     Raises:
         LdmError: as `decode`.
@@ -236,13 +236,13 @@ def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> 
         if not out_of_memory(error):
             raise
     # outside of the handler, which would keep the failed attempt's tensors alive
-    log.warning("the pictures do not fit into memory at once: %s them in tiles", doing)
+    log.warning("the images do not fit into memory at once: %s them in tiles", doing)
     try:
         return tiled()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise LdmError(f"out of memory while {doing}, even in tiles; make smaller pictures") from None
+        raise LdmError(f"out of memory while {doing}, even in tiles; make smaller images") from None
 
 
 def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:
@@ -256,4 +256,4 @@ def _too_large(request: Request, batch: int) -> str:
     size = f"{request.width}×{request.height}"
     smaller = f"{request.width // 2 // 64 * 64 or 64}×{request.height // 2 // 64 * 64 or 64}"
     what = f"a batch of {batch // 2} would fit better (batch=, --batch)" if batch > 1 else f"try {smaller} (--size)"
-    return f"out of memory with {batch} pictures of {size} at a time; {what}"
+    return f"out of memory with {batch} images of {size} at a time; {what}"

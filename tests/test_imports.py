@@ -108,14 +108,14 @@ assert not found, found
 """
 
 
-def test_a_picture_needs_little_beside_torch(tmp_path: Path) -> None:
+def test_a_image_needs_little_beside_torch(tmp_path: Path) -> None:
     """With the built-in model and its own scheduler; what `import torch` brings does not count."""
-    picture = tmp_path / "fox.png"
+    image = tmp_path / "fox.png"
     done = subprocess.run(
-        [sys.executable, "-c", HEAVY, str(picture)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", HEAVY, str(image)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert picture.is_file()
+    assert image.is_file()
 
 
 def test_names_of_the_package() -> None:

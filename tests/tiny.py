@@ -25,7 +25,7 @@ def tower(config: TextEncoderConfig) -> TextEncoderConfig:
 
 
 def family(name: str) -> Family:
-    """The named family, small: latents 8 times smaller than the picture, all levels there."""
+    """The named family, small: latents 8 times smaller than the image, all levels there."""
     real = FAMILIES[name]
     levels = len(real.unet.channels)
     text = tuple(tower(config) for config in real.text)

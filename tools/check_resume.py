@@ -31,7 +31,7 @@ from rich.table import Table
 from ldm.training.config import Config, StageName
 from ldm.training.loop import Stopped
 from ldm.training.run import train
-from ldm.training.selftest import STAGES, Ground, draw_pictures
+from ldm.training.selftest import STAGES, Ground, draw_images
 
 STEPS = 12
 TIMING = ("images_per_s", "waiting", "tflops")  # figures that no two runs share
@@ -83,7 +83,7 @@ def check(
     """Runs of these kinds, which share the ends, of so many processes each."""
     torch.set_num_threads(1)
     ground = Ground(folder, "no", 8)
-    draw_pictures(folder / "pictures")
+    draw_images(folder / "images")
     draw.shuffle(ends)
     for number, kind in enumerate(kinds):
         yield check_kind(ground, kind, ends[number :: len(kinds)], draw, processes)

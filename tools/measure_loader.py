@@ -42,11 +42,11 @@ def write(folder: Path, count: int, side: int) -> None:
         if path.exists():
             continue
         layers = [generator.normal(0, 40 / 2**level, (side >> 5 - level, side >> 5 - level, 3)) for level in range(5)]
-        picture = np.full((side, side, 3), 128.0)
+        image = np.full((side, side, 3), 128.0)
         for layer in layers:
             scaled = [Image.fromarray(layer[..., c].astype(np.float32)).resize((side, side)) for c in range(3)]
-            picture += np.stack([np.asarray(channel) for channel in scaled], axis=2)
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+            image += np.stack([np.asarray(channel) for channel in scaled], axis=2)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def rate(batches: Iterable[object], count: int) -> float:

@@ -1,4 +1,4 @@
-"""Make the built-in models of trained ones: weights in fp16, the pair that compares texts and pictures, known words.
+"""Make the built-in models of trained ones: weights in fp16, the pair that compares texts and images, known words.
 
     python tools/pack_builtin.py runs/emoji-small/base/model --refiner runs/emoji-small/refiner/model \\
         --clip runs/emoji-small/text/clip --data emoji

@@ -1,6 +1,6 @@
-"""`ldm bench`: how fast pictures are made, beside diffusers with the same weights, prompts, steps and noise schedule.
+"""`ldm bench`: how fast images are made, beside diffusers with the same weights, prompts, steps and noise schedule.
 
-Each side lives in a process of its own, as its users have it, and they take turns, a picture each, so that what else
+Each side lives in a process of its own, as its users have it, and they take turns, an image each, so that what else
 the machine does meets all of them.
 """
 
@@ -107,7 +107,7 @@ imported = time.perf_counter()
 model = {loads}
 print(imported - began, time.perf_counter() - imported)
 """
-Side = Callable[[int, Callable[[], None]], None]  # make pictures with that many steps, and tell after each
+Side = Callable[[int, Callable[[], None]], None]  # make images with that many steps, and tell after each
 
 
 def run(options: Options) -> None:
@@ -150,7 +150,7 @@ def run(options: Options) -> None:
         fastest = max(fastest, speed(device, dtype))
         for name in list(found):
             try:
-                seconds, memory[name] = sides[name].picture(options.steps)
+                seconds, memory[name] = sides[name].image(options.steps)
             except LdmError as error:
                 if name == OURS or number:
                     raise
@@ -212,7 +212,7 @@ class Process:
         """
         self._answer()
 
-    def picture(self, steps: int) -> tuple[Seconds, float]:
+    def image(self, steps: int) -> tuple[Seconds, float]:
         """Make one; how long it took, and the most memory since it was ready, GB.
 
         Raises:
@@ -233,7 +233,7 @@ class Process:
 
 
 def _serve(pipe: Any, name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> None:
-    """Make pictures in the way of a side until nobody asks any more."""
+    """Make images in the way of a side until nobody asks any more."""
     try:
         side = make_side(name, options, call, device, dtype)
         reset_peak(device)
@@ -449,7 +449,7 @@ def timed(side: Side, steps: int, device: torch.device) -> Seconds:
 
 
 def products(family: Family, height: int, width: int) -> int:
-    """Floating-point operations of the U-Net's multiplications, for one picture of these many latents, once."""
+    """Floating-point operations of the U-Net's multiplications, for one image of these many latents, once."""
     with torch.device("meta"):
         unet = UNet(family.unet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -478,7 +478,7 @@ def now(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Cold:
-    """Of a new process, from the command to the picture."""
+    """Of a new process, from the command to the image."""
 
     seconds: float
     memory: float  # the most that was resident, GB
@@ -487,7 +487,7 @@ class Cold:
 
 
 def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = None) -> dict[str, list[Cold]]:
-    """New processes that make a picture: `ldm generate`, and a script that uses diffusers."""
+    """New processes that make an image: `ldm generate`, and a script that uses diffusers."""
     imports = {
         OURS: "from pipelines import Pipeline",
         "diffusers": "import torch; from diffusers import DiffusionPipeline",
@@ -503,17 +503,17 @@ def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = Non
     found: dict[str, list[Cold]] = {OURS: [], "diffusers": []}
     more = ["--device", device, *([] if quantize is None else ["--quantize", quantize])]
     with tempfile.TemporaryDirectory() as folder:
-        picture = str(Path(folder, "picture.png"))
+        image = str(Path(folder, "image.png"))
         commands = {
-            OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", picture, *more],
-            "diffusers": ["-c", script, str(path), device, PROMPT, picture],
+            OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", image, *more],
+            "diffusers": ["-c", script, str(path), device, PROMPT, image],
         }
         for number in range(rounds + 1):
             for name, command in commands.items():
-                Path(picture).unlink(missing_ok=True)
+                Path(image).unlink(missing_ok=True)
                 seconds, kilobytes = printed(name, [WATCHED, *command])
-                if not Path(picture).is_file():
-                    raise LdmError(f"a new process of {name} made no picture")
+                if not Path(image).is_file():
+                    raise LdmError(f"a new process of {name} made no image")
                 parts = printed(name, [TIMED.format(imports=imports[name], loads=loads[name]), str(path), device])
                 if number:
                     found[name].append(Cold(seconds, kilobytes * 1024 / 1e9, *parts))
@@ -568,7 +568,7 @@ def _tables(found: dict[str, list[Seconds]], memory: dict[str, float], limit: fl
 def _cold_table(found: dict[str, list[Cold]]) -> Table:
     table = Table("new process", *found, "times ours", box=SIMPLE)
     labels = {
-        "seconds": "command to picture, s", "memory": "memory, GB", "imports": "importing, s", "load": "loading, s",
+        "seconds": "command to image, s", "memory": "memory, GB", "imports": "importing, s", "load": "loading, s",
     }  # fmt: skip
     for field, label in labels.items():
         columns = {name: [getattr(one, field) for one in rows] for name, rows in found.items()}

@@ -1,4 +1,4 @@
-"""`ldm eval`: one or two models, or folders of pictures, to a table, a JSON file and a page."""
+"""`ldm eval`: one or two models, or folders of images, to a table, a JSON file and a page."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MAKING = (  # and of `Pipeline.request`
 )  # fmt: skip
 NAMED = ("scheduler", "spacing")  # of these, those whose values are names
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
-PICTURES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
+IMAGES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
 PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
 
 
@@ -89,7 +89,7 @@ def run(options: Options) -> None:
         own = given.get("both", {}) | given.get(name, {})
         if own and not is_model(source):
             raise LdmError(
-                f"{source} is a folder of pictures, which are not made here; leave out --with {next(iter(own))}"
+                f"{source} is a folder of images, which are not made here; leave out --with {next(iter(own))}"
             )
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
@@ -114,7 +114,7 @@ def run(options: Options) -> None:
 
 
 def _metrics(options: Options) -> tuple[str, ...]:
-    """`--metrics`, or what there are weights and pictures for."""
+    """`--metrics`, or what there are weights and images for."""
     if options.metrics is not None:
         return tuple(name.strip().lower() for name in options.metrics.split(",") if name.strip())
     about_images = IMAGE_METRICS if options.data else ()
@@ -163,12 +163,12 @@ def _sweep(text: str) -> tuple[str, tuple[Value, ...]]:
 def _known(option: str, name: str, names: Sequence[str]) -> str:
     """A setting's name, with hyphens or without."""
     if (plain := name.replace("-", "_")) not in names:
-        raise LdmError(f"{option} {name}: that is no setting of pictures here; {suggestion(plain, list(names))}")
+        raise LdmError(f"{option} {name}: that is no setting of images here; {suggestion(plain, list(names))}")
     return plain
 
 
 def is_model(source: str) -> bool:
-    """Whether a source is a model; else it is pictures.
+    """Whether a source is a model; else it is images.
 
     Raises:
         LdmError: it is nothing that exists.
@@ -176,10 +176,10 @@ def is_model(source: str) -> bool:
     path = builtin(source) or Path(source)
     if path.is_dir():
         return (path / "model_index.json").exists()
-    if path.suffix.lower() in PICTURES or "*" in source or "{" in source:
+    if path.suffix.lower() in IMAGES or "*" in source or "{" in source:
         return False
     if not path.exists() and not HUB_ID.fullmatch(source):
-        raise LdmError(f"{source} does not exist; name a model (folder, file, Hub name) or pictures (folder, shards)")
+        raise LdmError(f"{source} does not exist; name a model (folder, file, Hub name) or images (folder, shards)")
     return True
 
 
@@ -196,7 +196,7 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: Plan) -> Mo
     pipeline = Pipeline(source, device=device, **{**loading, "dtype": to_dtype(loading.get("dtype"))})
     family = pipeline.model.family
     if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:
-        raise LdmError(f"{source} is a model of {family.name}, which makes no pictures of prompts alone")
+        raise LdmError(f"{source} is a model of {family.name}, which makes no images of prompts alone")
     for changes in ({}, *({name: value} for name, values in plan.sweeps.items() for value in values)):
         pipeline.request("", **{**settings, **changes})
     size = int(settings.get("height", family.size)), int(settings.get("width", family.size))

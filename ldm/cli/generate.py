@@ -37,11 +37,11 @@ LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
     "negative", "prompt_2", "negative_2", "seed", "width", "height", "steps", "guidance", "scheduler", "spacing",
     "clip_skip", "image", "mask", "strength", "eta", "reuse", "merge",
 }  # fmt: skip
-IDENTITY = (  # what changes a picture, of `Options`, beside its settings
+IDENTITY = (  # what changes an image, of `Options`, beside its settings
     "model", "family", "variant", "refiner", "guidance", "guidance_rescale", "guidance_interval", "threshold",
     "perturbed", "image_guidance", "dtype", "attention", "compile", "quantize",
 )  # fmt: skip
-MOST = 100_000  # pictures of each prompt
+MOST = 100_000  # images of each prompt
 LARGEST_FILE = 256 * 2**20
 
 
@@ -81,7 +81,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make."""
+    """One image to make."""
 
     index: int
     prompt: str
@@ -90,13 +90,13 @@ class Job:
     place: str = ""  # where that line is, for errors
 
     def name(self, common: dict[str, Any]) -> str:
-        """A file name that changes with everything that changes the picture."""
+        """A file name that changes with everything that changes the image."""
         text = json.dumps([self.prompt, self.seed, self.settings, common], sort_keys=True, default=str)
         return f"{self.index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
 
 
 def run(options: Options) -> None:
-    """Make what is asked for; print a path (or JSON) for each picture on stdout."""
+    """Make what is asked for; print a path (or JSON) for each image on stdout."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     common = dict(options.settings)
     if options.size:
@@ -112,7 +112,7 @@ def run(options: Options) -> None:
         print(json.dumps(_describe(options, common, jobs, len(left)), indent=2, default=str))
         return
     if not left:
-        print(f"ldm: nothing to do: all {len(jobs)} pictures are there", file=sys.stderr)
+        print(f"ldm: nothing to do: all {len(jobs)} images are there", file=sys.stderr)
         return
     device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and _cuda() else None)
     pipeline = Pipeline(
@@ -140,14 +140,14 @@ def run(options: Options) -> None:
         provenance["refiner"] = _absolute(options.refiner)
     made = []
     batches = itertools.count()
-    with counter("pictures", -(-len(left) // world)) as advance:
+    with counter("images", -(-len(left) // world)) as advance:
         for batchable, settings in groups:
             files = {name: _file(settings[name]) for name in ("image", "mask") if settings.get(name)}
             numbers = [job.index for job in batchable]
 
             def ours(rows: range, numbers: list[int] = numbers) -> bool:
                 """Whether a batch is this process's, and not all there: batches are those of the whole list, so that
-                pictures are the same to the bit whoever makes them, and whatever is there already."""
+                images are the same to the bit whoever makes them, and whatever is there already."""
                 return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
 
             for result in pipeline.stream(**settings, batch=options.batch, needed=ours):
@@ -170,7 +170,7 @@ def run(options: Options) -> None:
 def _groups(
     options: Options, pipeline: Pipeline, common: dict[str, Any], jobs: list[Job]
 ) -> Iterator[tuple[list[Job], dict[str, Any]]]:
-    """Pictures with the same settings, which can be made together, and the arguments of `Pipeline.stream`, checked."""
+    """Images with the same settings, which can be made together, and the arguments of `Pipeline.stream`, checked."""
     for line, group in groupby(jobs, key=lambda job: job.settings):
         together = list(group)
         own = {name: value for name, value in line if value is not None}
@@ -190,7 +190,7 @@ def _groups(
 
 
 def make_jobs(options: Options) -> Iterator[Job]:
-    """Every picture that is asked for, from the command line or from a file of prompts."""
+    """Every image that is asked for, from the command line or from a file of prompts."""
     lines = list(read_prompts(options.prompts_file)) if options.prompts_file else []
     lines += [(prompt, {}, "") for prompt in options.prompts]
     if not lines:
@@ -240,11 +240,11 @@ def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[int, Path]:
-    """Where each picture goes. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
+    """Where each image goes. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
     out = Path(options.out)
     if out.suffix.lower() == ".png":
         if len(jobs) > 1:
-            raise LdmError(f"--out {out}: {len(jobs)} pictures need a folder, not one file")
+            raise LdmError(f"--out {out}: {len(jobs)} images need a folder, not one file")
         return {jobs[0].index: to_png(options.out)}
     if out.suffix and not out.is_dir():
         raise LdmError(f"--out {out}: name a folder, or a file that ends in .png")
@@ -263,7 +263,7 @@ def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[
 
 
 def _free(target: Path, out: str) -> Path:
-    """The target, or the next number's if another run has put a picture there; a file named by --out is replaced."""
+    """The target, or the next number's if another run has put an image there; a file named by --out is replaced."""
     while target != Path(out) and target.exists():
         number, _, rest = target.name.partition("-")
         target = target.with_name(f"{int(number) + 1:05d}-{rest}")
@@ -330,14 +330,14 @@ def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: i
             "guidance": vars(request.guidance),
         },
         "timesteps": [round(float(t), 2) for t in plan.timesteps],
-        "pictures": len(jobs),
+        "images": len(jobs),
         "left_to_make": left,
         "first": {"prompt": jobs[0].prompt, "seed": jobs[0].seed},
     }  # fmt: skip
 
 
 def _file(path: Any) -> dict[str, str]:
-    """A picture that was started from: where it was, and its digest, so that it can be found again."""
+    """An image that was started from: where it was, and its digest, so that it can be found again."""
     return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 

@@ -102,12 +102,12 @@ def convert(
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to make pictures of.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to make images of.")] = None,
     model: Annotated[str | None, typer.Option(help="A model folder, a checkpoint file, or a Hub name.")] = None,
     negative: Annotated[str | None, typer.Option(help="What should not be seen.")] = None,
-    n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
+    n: Annotated[int, typer.Option("-n", help="Images of each prompt.")] = 1,
     batch: Annotated[
-        int | None, typer.Option(help="Pictures made at a time; by default as many as keep the device busy.")
+        int | None, typer.Option(help="Images made at a time; by default as many as keep the device busy.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the scheduler; the built-in model 20, others 30.")] = None,
     guidance: Annotated[
@@ -117,11 +117,9 @@ def generate(
     spacing: Annotated[
         str, typer.Option(help="See `ldm schedulers`; or falling noise levels, as 14.6,7,3,1,0.1.")
     ] = "default",
-    seed: Annotated[
-        int | None, typer.Option(help="Of the first picture; the others have the numbers after it.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first image; the others have the numbers after it.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; by default the trained size.")] = None,
-    image: Annotated[str | None, typer.Option(help="A picture to start from.")] = None,
+    image: Annotated[str | None, typer.Option(help="An image to start from.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of it is made anew, 0 to 1.")] = None,
     mask: Annotated[str | None, typer.Option(help="Which of its pixels (white) are made anew.")] = None,
     refiner: Annotated[str | None, typer.Option(help="A model of the family sdxl-refiner.")] = None,
@@ -140,9 +138,7 @@ def generate(
     interval: Annotated[str, typer.Option(help="START,END of the run in which guidance is on.")] = "0,1",
     threshold: Annotated[float, typer.Option(help="Dynamic threshold's percentile, such as 0.995.")] = 0.0,
     perturbed: Annotated[float, typer.Option(help="Scale of perturbed-attention guidance.")] = 0.0,
-    image_guidance: Annotated[
-        float, typer.Option(help="With a model that edits: how much of the picture stays.")
-    ] = 1.5,
+    image_guidance: Annotated[float, typer.Option(help="With a model that edits: how much of the image stays.")] = 1.5,
     rng: Annotated[str, typer.Option(help="Random numbers: ldm, or diffusers for its own.")] = "ldm",
     reuse: Annotated[
         int, typer.Option(help="Run the U-Net's inner levels in one call of so many: faster, rougher.")
@@ -153,8 +149,8 @@ def generate(
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
     ] = None,
-    out: Annotated[str, typer.Option(help="A folder, or a .png for one picture.")] = "outputs",
-    sheet: Annotated[bool, typer.Option("--grid", help="Also all pictures on one sheet.")] = False,
+    out: Annotated[str, typer.Option(help="A folder, or a .png for one image.")] = "outputs",
+    sheet: Annotated[bool, typer.Option("--grid", help="Also all images on one sheet.")] = False,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; by default what the device is good at.")
@@ -163,20 +159,20 @@ def generate(
         str,
         typer.Option(help="sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; by default the best."),
     ] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks first: for many pictures.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks first: for many images.")] = False,
     quantize: Annotated[
         str | None, typer.Option(help="int8, int8-weights or fp8: linear layers with weights of 8 bits, by torchao.")
     ] = None,
     offload: Annotated[
         str, typer.Option(help="For large models on a GPU: none, components or layers; by default what fits.")
     ] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
     family: FamilyOption = None,
     variant: Variant = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Make pictures of prompts, as PNG files that say how they were made."""
+    """Make images of prompts, as PNG files that say how they were made."""
     from ldm.cli import generate as command
 
     given = {
@@ -204,24 +200,25 @@ def generate(
 
 @app.command()
 def repro(
-    picture: Annotated[
-        str, typer.Argument(help="A PNG made by `ldm generate`, or by a program of AUTOMATIC1111's kind.")
+    file: Annotated[
+        str,
+        typer.Argument(metavar="IMAGE", help="A PNG made by `ldm generate`, or by a program of AUTOMATIC1111's kind."),
     ],
     model: Annotated[
         str | None, typer.Option(help="The model that it was made with, if it is not where it was.")
     ] = None,
     refiner: Annotated[str | None, typer.Option(help="The refiner, if one was used.")] = None,
-    image: Annotated[str | None, typer.Option(help="The picture that it started from, likewise.")] = None,
+    image: Annotated[str | None, typer.Option(help="The image that it started from, likewise.")] = None,
     mask: Annotated[str | None, typer.Option(help="The mask, likewise.")] = None,
-    out: Annotated[str | None, typer.Option(help="Also write the picture, to this .png.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write the image, to this .png.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default as it was made.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Make a picture again from what it says of itself, and report how the pixels differ."""
+    """Make an image again from what it says of itself, and report how the pixels differ."""
     from ldm.cli import repro as command
 
-    command.run(picture, model, refiner, image, mask, out, device, dtype, allow_pickle)
+    command.run(file, model, refiner, image, mask, out, device, dtype, allow_pickle)
 
 
 @app.command()
@@ -295,8 +292,8 @@ def bench(
         "emoji"
     ),
     size: Annotated[str | None, typer.Option(help="Pixels, WxH; by default the model's own.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 1,
-    steps: Annotated[int, typer.Option(help="Of each picture; the median one counts.")] = 4,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    steps: Annotated[int, typer.Option(help="Of each image; the median one counts.")] = 4,
     rounds: Annotated[int, typer.Option(help="Calls of each side, after one that warms up.")] = 5,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16; by default what the device is good at.")
@@ -308,10 +305,10 @@ def bench(
     ] = "diffusers",
     compile: Annotated[bool, typer.Option("--compile", help="Compile ours.")] = False,
     quantize: Annotated[str | None, typer.Option(help="Of ours: int8, int8-weights or fp8.")] = None,
-    cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the picture.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the image.")] = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
 ) -> None:
-    """Measure how fast pictures are made, beside diffusers with the same weights."""
+    """Measure how fast images are made, beside diffusers with the same weights."""
     from ldm.bench import bench as command
 
     command.run(
@@ -324,9 +321,9 @@ def bench(
 
 @app.command("eval")
 def evaluate(
-    sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of pictures, one or two.")],
+    sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of images, one or two.")],
     data: Annotated[
-        str | None, typer.Option(help="Pictures to compare with, whose captions are prompts: a folder, shards.")
+        str | None, typer.Option(help="Images to compare with, whose captions are prompts: a folder, shards.")
     ] = None,
     metrics: Annotated[
         str | None,
@@ -335,39 +332,37 @@ def evaluate(
             "clip-score, r-precision; memorisation; rfid, psnr, ssim, lpips (autoencoder)."
         ),
     ] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", "-n", help="Pictures of each; by default one for each caption.")
-    ] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Images of each; by default one for each caption.")] = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts, one a line, in place of captions.")
     ] = None,
-    training: Annotated[str | None, typer.Option(help="Training pictures, to look for copies of them.")] = None,
+    training: Annotated[str | None, typer.Option(help="Training images, to look for copies of them.")] = None,
     features: Annotated[
         str, typer.Option(help="Network for FID and the like: inception[:FILE], or clip:… as for --clip.")
     ] = "inception",
     clip: Annotated[
         str | None, typer.Option(help="Network for prompts: clip:NAME@WEIGHTS of open_clip, or clip:FOLDER of ours.")
     ] = None,
-    copies: Annotated[str, typer.Option(help="Network that knows pictures again: sscd[:FILE].")] = "sscd",
+    copies: Annotated[str, typer.Option(help="Network that knows images again: sscd[:FILE].")] = "sscd",
     lpips: Annotated[str, typer.Option(help="Backbone of LPIPS, alex or vgg16, or a file of its weights.")] = "alex",
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V,V", help="Also with these values: guidance=1,3,5, steps=10,20.")
     ] = None,
     both: Annotated[
-        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="How pictures are made, such as steps=20.")
+        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="How images are made, such as steps=20.")
     ] = None,
     with_a: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the first alone.")] = None,
     with_b: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the second.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the others have the numbers after it.")] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures made at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the first image; the others have the numbers after it.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images made at a time.")] = 8,
     out: Annotated[
-        str, typer.Option(help="A folder for pictures and report; the same one again goes on.")
+        str, typer.Option(help="A folder for images and report; the same one again goes on.")
     ] = "evaluation",
-    cache: Annotated[str | None, typer.Option(help="Folder for what is found in reference pictures.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder for what is found in reference images.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print report.json in place of tables.")] = False,
 ) -> None:
-    """Say how good pictures are, with intervals, and which of two models is better: ldm eval A B --data FOLDER.
+    """Say how good images are, with intervals, and which of two models is better: ldm eval A B --data FOLDER.
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """

@@ -54,7 +54,7 @@ def from_parameters(text: str) -> dict[str, Any]:
     lines = text.strip().split("\n")
     pairs = dict(_PAIR.findall(lines[-1])) if lines else {}
     if "Steps" not in pairs:
-        raise LdmError("the picture's text does not say how it was made: it has no line with Steps")
+        raise LdmError("the image's text does not say how it was made: it has no line with Steps")
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
@@ -70,10 +70,10 @@ def from_parameters(text: str) -> dict[str, Any]:
             if sampler.endswith(f" {name}"):
                 sampler, spacing = sampler.removesuffix(f" {name}"), name
         if sampler and sampler not in SAMPLERS:
-            raise LdmError(f"the picture was made with sampler {sampler!r}, which does not exist here")
+            raise LdmError(f"the image was made with sampler {sampler!r}, which does not exist here")
         settings["scheduler"] = SAMPLERS.get(sampler)
         if spacing not in (*SPACINGS, *USUAL):
-            raise LdmError(f"the picture was made with schedule type {spacing!r}, which does not exist here")
+            raise LdmError(f"the image was made with schedule type {spacing!r}, which does not exist here")
         settings["spacing"] = SPACINGS.get(spacing, "default")
         if "CFG scale" in pairs:
             settings["guidance"] = float(pairs["CFG scale"])
@@ -90,5 +90,5 @@ def from_parameters(text: str) -> dict[str, Any]:
     except LdmError:
         raise
     except ValueError as error:
-        raise LdmError(f"the picture's text is damaged: {error}") from None
+        raise LdmError(f"the image's text is damaged: {error}") from None
     return settings

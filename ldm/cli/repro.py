@@ -1,4 +1,4 @@
-"""`ldm repro`: a picture made again from its own record."""
+"""`ldm repro`: an image made again from its own record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DESCRIPTION = {"task", "family", "image", "mask", "compile", "batch", "place"}  
 
 
 def run(
-    picture: str,
+    file: str,
     model: str | None,
     refiner: str | None,
     image: str | None,
@@ -39,7 +39,7 @@ def run(
     allow_pickle: bool,
 ) -> None:
     """Print the largest and the mean difference of the pixels, 0 to 255."""
-    path, target = Path(picture), to_png(out) if out else None
+    path, target = Path(file), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:
         raise LdmError(f"{path} does not say how it was made")
@@ -52,7 +52,7 @@ def run(
         if given or name in record:
             settings[name] = given or _found(name, record[name])
     if "strength" in settings and "image" not in settings:
-        raise LdmError(f"{path} was made from a picture, which it does not name; name it (--image)")
+        raise LdmError(f"{path} was made from an image, which it does not name; name it (--image)")
     pipeline = Pipeline(
         source, refiner=refiner or record.get("refiner"), device=device, dtype=to_dtype(dtype or record.get("dtype")),
         attention=record.get("attention", "sdpa"), compile=record.get("compile") is True,
@@ -66,7 +66,7 @@ def run(
         )
     batch, place = record.get("batch", 1), record.get("place", 0)
     if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:
-        raise LdmError("the picture's record is damaged")
+        raise LdmError("the image's record is damaged")
     settings |= {name: [settings[name]] * batch for name in ("prompt", "seed") if name in settings}
     made = pipeline(**settings, batch=batch).images[place]  # among as many others, which numbers are rounded like
     original = load_image(path)
@@ -83,7 +83,7 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Pipeline.stream` in our own record."""
     unknown = sorted(record.keys() - SETTINGS - NAMES - DESCRIPTION)
     if unknown:
-        raise LdmError(f"the picture's record has {listing(unknown)}, which this version of ldm does not know")
+        raise LdmError(f"the image's record has {listing(unknown)}, which this version of ldm does not know")
     settings = {name: value for name, value in record.items() if name in SETTINGS}
     try:
         guidance = settings["guidance"]
@@ -93,14 +93,14 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
         ):
             raise TypeError
     except (KeyError, TypeError):
-        raise LdmError("the picture's record is damaged") from None
+        raise LdmError("the image's record is damaged") from None
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _found(name: str, record: Any) -> str:
-    """The file that a picture was made from, if it is still the same."""
+    """The file that an image was made from, if it is still the same."""
     if not isinstance(record, dict) or not isinstance(record.get("path"), str):
-        raise LdmError(f"the picture's record of its {name} is damaged")
+        raise LdmError(f"the image's record of its {name} is damaged")
     path = Path(record["path"])
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record.get("sha256"):
         raise LdmError(f"the {name} that it was made from, {path}, is gone or has changed; name it (--{name})")

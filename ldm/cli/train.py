@@ -29,7 +29,7 @@ def run(config: str, overrides: Sequence[str]) -> None:
     display = Display(Console(stderr=True))
     try:
         with display.bar:
-            train(settings, make_pictures, display.report)
+            train(settings, make_images, display.report)
     except Stopped as stopped:
         if first:
             print(f"ldm: {stopped}; run the same command again to go on", file=sys.stderr)
@@ -73,13 +73,13 @@ def _short(name: str, value: float) -> str:
     return f"{100 * value:.0f} %" if name in ("waiting", "model_flops_use") else f"{value:.4g}"
 
 
-def make_pictures(
+def make_images(
     model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int], settings: Mapping[str, Any]
 ) -> list[Image.Image]:
-    """A picture of each prompt, all at once; the settings are those of `Pipeline.request`."""
+    """An image of each prompt, all at once; the settings are those of `Pipeline.request`."""
     width, height = size
-    pictures = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
-    return pictures.images
+    images = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
+    return images.images
 
 
 def fields() -> str:

@@ -8,7 +8,7 @@ under its name, and is encoded again; what is there stays.
 Rows come in shards, safetensors files that are written whole or not at all: a build that is stopped goes on where it
 was, and several processes can build at once. Rows are read through the memory map, one by one.
 
-B rows, C latent channels, H×W and h×w sides of pictures and latents, T tokens, D and P widths of text
+B rows, C latent channels, H×W and h×w sides of images and latents, T tokens, D and P widths of text
 """
 
 from __future__ import annotations

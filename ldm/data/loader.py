@@ -50,7 +50,7 @@ class Batch:
         return replace(self, pixels=pixels, moments=moments, size=change(self.size), scores=change(self.scores))
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch cut into `count` parts of equal length, or nearly so; into fewer if it has fewer pictures."""
+        """The batch cut into `count` parts of equal length, or nearly so; into fewer if it has fewer images."""
         edges = [len(self.keys) * k // count for k in range(count + 1)]
         rows = [slice(start, end) for start, end in pairwise(edges) if start < end]
         return [
@@ -181,7 +181,7 @@ def _named(loading: Iterable[T]) -> Iterator[T]:
         said = first_line(error) if isinstance(error, RuntimeError) else "DataLoader worker closed its connection"
         if "DataLoader worker" not in said:
             raise
-        raise LdmError(f"a process that loads pictures ended ({said}); if memory ran out, lower data.workers") from None
+        raise LdmError(f"a process that loads images ended ({said}); if memory ran out, lower data.workers") from None
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:

@@ -1,4 +1,4 @@
-"""How good generated pictures are, in figures with their intervals, and whether one model is better than another.
+"""How good generated images are, in figures with their intervals, and whether one model is better than another.
 
 from ldm.evaluation import Model, Plan, Work, evaluate
 """

@@ -1,6 +1,6 @@
-"""An evaluation from beginning to end: pictures, what networks find in them, figures, comparisons, the report.
+"""An evaluation from beginning to end: images, what networks find in them, figures, comparisons, the report.
 
-A side is a folder of pictures, or a model handed in as functions; models make the same prompts with the same seeds.
+A side is a folder of images, or a model handed in as functions; models make the same prompts with the same seeds.
 Everything is kept in the evaluation's folder, so that the same call goes on where it stopped.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError, check_whole, listing
 from ldm.evaluation.features import Looked, Networks, digest_of, in_pairs, neighbours
-from ldm.evaluation.images import Pictures, open_pictures, write_pictures
+from ldm.evaluation.images import Images, images_of, write_images
 from ldm.evaluation.metrics.table import DISTRACTORS, METRICS, comparison, copying, distractors, estimates, metric
 from ldm.evaluation.pages import galleries
 from ldm.evaluation.pages.words import p_said, verdict
@@ -33,12 +33,12 @@ class Model:
 
     source: str  # as it stands in the report
     digest: str  # of its weights
-    size: int  # pixels of the sides of pictures that its autoencoder is tried with
+    size: int  # pixels of the sides of images that its autoencoder is tried with
     make: Callable[
         [list[str], list[int], Mapping[str, Value]], list[Image.Image]
     ]  # prompts, seeds, settings swept over
     reconstruct: Callable[[list[Image.Image]], list[Image.Image]] | None = None  # through its autoencoder and back
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of `make`; other settings make other pictures
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `make`; other settings make other images
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Plan:
     """What to evaluate and how."""
 
     metrics: Sequence[str]  # names of `METRICS`
-    data: str | Pictures | None = None  # pictures to compare with, and captions to make pictures of
-    n: int | None = None  # pictures of each side; by default all of a folder, and of a model as many as `data` holds
+    data: str | Images | None = None  # images to compare with, and captions to make images of
+    n: int | None = None  # images of each side; by default all of a folder, and of a model as many as `data` holds
     prompts: Sequence[str] | None = None  # instead of the captions
-    training: str | Pictures | None = None  # pictures that the models were trained on, to look for copies of
+    training: str | Images | None = None  # images that the models were trained on, to look for copies of
     features: str = "inception"  # network for FID and the like
     clip: str | None = None  # network for what is about prompts
-    copies: str = "sscd"  # network that knows a picture again
+    copies: str = "sscd"  # network that knows an image again
     lpips: str = "alex"  # LPIPS's backbone, alex or vgg16, or its file
     sweeps: Mapping[str, Sequence[Value]] = field(default_factory=dict)  # values of settings, one setting at a time
-    seed: int = 0  # of the first picture, and of the choice of prompts
-    batch: int = 8  # pictures that a model makes at a time
+    seed: int = 0  # of the first image, and of the choice of prompts
+    batch: int = 8  # images that a model makes at a time
     device: str = "cpu"
 
 
@@ -64,9 +64,9 @@ def evaluate(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Rep
     """Evaluate one side, or two and whether they differ; the same call goes on where an earlier one stopped.
 
     Args:
-        sides: models, or folders of pictures (or shards, or datasets).
+        sides: models, or folders of images (or shards, or datasets).
         plan: what to do.
-        work: where to keep pictures and what was found in them, and with whom to share it.
+        work: where to keep images and what was found in them, and with whom to share it.
 
     Returns:
         The report, on the first rank. `save_report` and `write_page` write it.
@@ -78,7 +78,7 @@ def evaluate(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Rep
 
 
 def begin(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Evaluation:
-    """What needs no side: the plan is checked, networks are opened, and the pictures to compare with are looked at.
+    """What needs no side: the plan is checked, networks are opened, and the images to compare with are looked at.
 
     Arguments and errors are those of `evaluate`, which `run` of the result finishes.
     """
@@ -101,20 +101,18 @@ def check(models: Sequence[bool], plan: Plan) -> None:
     check_whole("evaluation", "seed", plan.seed, 0, 2**32)
     for name, one in metrics.items():
         if one.reference and plan.data is None:
-            raise LdmError(f"{name} compares with other pictures: name them (data=, --data)")
+            raise LdmError(f"{name} compares with other images: name them (data=, --data)")
         if one.network == "clip" and plan.clip is None:
-            raise LdmError(f"{name} needs a network for pictures and texts: name one (clip=, --clip)")
+            raise LdmError(f"{name} needs a network for images and texts: name one (clip=, --clip)")
         if one.reconstruction and not all(models):
-            raise LdmError(f"{name} is about a model's autoencoder, which a folder of pictures does not have")
+            raise LdmError(f"{name} is about a model's autoencoder, which a folder of images does not have")
         if plan.n is not None and plan.n < one.least:
-            raise LdmError(f"{name} needs at least {one.least} pictures, and n is {plan.n}")
+            raise LdmError(f"{name} needs at least {one.least} images, and n is {plan.n}")
     if "memorisation" in metrics and plan.training is None:
-        raise LdmError(
-            "memorisation needs the pictures that the model was trained on: name them (training=, --training)"
-        )
+        raise LdmError("memorisation needs the images that the model was trained on: name them (training=, --training)")
     if plan.sweeps and not all(models):
         raise LdmError(
-            "only a model's pictures can be made with other settings (sweeps=, --sweep), not those of a folder"
+            "only a model's images can be made with other settings (sweeps=, --sweep), not those of a folder"
         )
     if any(models) and plan.data is None and not plan.prompts:
         raise LdmError("a model needs prompts: those of a reference set (data=, --data), or some (prompts=, --prompts)")
@@ -137,59 +135,57 @@ class Evaluation:
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """All that the figures depend on, but for the sides and how their pictures are made."""
-        sets = (self.data, None if self.training is None else self.training.pictures)
+        """All that the figures depend on, but for the sides and how their images are made."""
+        sets = (self.data, None if self.training is None else self.training.images)
         stamps = [None if one is None else one.stamp for one in sets]
         networks = sorted((role, used.digest, used.preparation) for role, used in self.networks.used.items())
         return (*stamps, *networks, sorted(self.metrics), self.prompts, self.plan.seed)
 
-    # --- pictures ---------------------------------------------------------------------------------------------------
+    # --- images ---------------------------------------------------------------------------------------------------
 
-    def _opened(self, source: str | Path | Pictures, work: Work, count: int | None = None) -> Pictures:
-        if isinstance(source, Pictures):
+    def _opened(self, source: str | Path | Images, work: Work, count: int | None = None) -> Images:
+        if isinstance(source, Images):
             return source
-        pictures = open_pictures(source, work, count)
-        if reasons := pictures.images.skipped.reasons:
+        images = images_of(source, work, count)
+        if reasons := images.source.skipped.reasons:
             first = listing([f"{key} ({reason})" for key, reason in reasons.items()], 3)
-            self.note(
-                f"{source}: {len(reasons)} of {len(reasons) + len(pictures.images)} pictures cannot be used: {first}"
-            )
-        return pictures
+            self.note(f"{source}: {len(reasons)} of {len(reasons) + len(images.source)} images cannot be used: {first}")
+        return images
 
     def _prompts(self) -> list[str]:
-        """A prompt for each picture; they begin again when there are not enough."""
+        """A prompt for each image; they begin again when there are not enough."""
         texts = list(self.plan.prompts or ())
         if not texts:
             assert self.data is not None
             mixed = self.data.shuffled(self.plan.seed)
             texts = [text for number in range(len(mixed)) if (text := mixed.caption(number))]
         if not texts:
-            raise LdmError(f"{self.plan.data} has no captions to make pictures of; write some, or give prompts")
+            raise LdmError(f"{self.plan.data} has no captions to make images of; write some, or give prompts")
         count = self.plan.n or len(texts)
         if count > len(texts) and self.about_sides:
             self.note(
-                f"{count} pictures of {len(texts)} prompts: pictures of one prompt are not independent, so that "
+                f"{count} images of {len(texts)} prompts: images of one prompt are not independent, so that "
                 "intervals are too narrow"
             )
         return [texts[number % len(texts)] for number in range(count)]
 
     def _check_counts(self) -> None:
-        """Raise LdmError where there are too few pictures, before any are made."""
+        """Raise LdmError where there are too few images, before any are made."""
         for name, one in self.metrics.items():
-            for what, count in (("prompts", len(self.prompts)), ("pictures in the reference", len(self.data or ()))):
+            for what, count in (("prompts", len(self.prompts)), ("images in the reference", len(self.data or ()))):
                 wanted = bool(self.prompts) if what == "prompts" else one.reference
                 if wanted and count < one.least:
-                    raise LdmError(f"{name} needs at least {one.least} pictures, and there are {count} {what}")
+                    raise LdmError(f"{name} needs at least {one.least} images, and there are {count} {what}")
         if "r-precision" in self.metrics and self.prompts and distractors(self.prompts) < 1:
             raise LdmError("r-precision needs different prompts, and all are the same")
 
     def _roles(self, names: Iterable[str]) -> list[str]:
-        """The networks that metrics need to look at single pictures."""
+        """The networks that metrics need to look at single images."""
         wanted = {self.metrics[name].network for name in names}
         return [role for role in self.networks.opened if role in wanted]
 
-    def _look(self, pictures: Pictures, what: str, names: Iterable[str], work: Work, captions: bool = False) -> Looked:
-        looked, notes = self.networks.look(pictures, what, self._roles(names), work, captions)
+    def _look(self, images: Images, what: str, names: Iterable[str], work: Work, captions: bool = False) -> Looked:
+        looked, notes = self.networks.look(images, what, self._roles(names), work, captions)
         for text in notes:
             self.note(text)
         return looked
@@ -197,8 +193,8 @@ class Evaluation:
     def _training(self) -> Looked | None:
         if self.plan.training is None or "memorisation" not in self.metrics:
             return None
-        pictures = self._opened(self.plan.training, self.work.shared)
-        return self._look(pictures, "the training pictures", ["memorisation"], self.work.shared)
+        images = self._opened(self.plan.training, self.work.shared)
+        return self._look(images, "the training images", ["memorisation"], self.work.shared)
 
     def _reference(self) -> Looked | None:
         names = [name for name in self.about_sides if self.metrics[name].reference]
@@ -210,20 +206,18 @@ class Evaluation:
         looked, _ = neighbours(looked, self.training)
         assert looked.seen.apart is not None
         if float(looked.seen.apart.kthvalue(max(1, len(looked.index) // 20)).values) < 1e-4:
-            self.note(
-                "the reference holds pictures of the training set: it says nothing about how close new pictures are"
-            )
+            self.note("the reference holds images of the training set: it says nothing about how close new images are")
         return looked
 
-    def made(self, side: Model | str | Path, name: str, changes: Mapping[str, Value]) -> Pictures:
-        """The pictures of a side, made if it is a model."""
+    def made(self, side: Model | str | Path, name: str, changes: Mapping[str, Value]) -> Images:
+        """The images of a side, made if it is a model."""
         plan = self.plan
         if not isinstance(side, Model):
-            pictures = self._opened(side, self.work, plan.n)
+            images = self._opened(side, self.work, plan.n)
             least = max((self.metrics[one].least for one in self.about_sides), default=2)
-            if len(pictures) < least:
-                raise LdmError(f"{side} holds {len(pictures)} pictures; at least {least} are needed")
-            return pictures
+            if len(images) < least:
+                raise LdmError(f"{side} holds {len(images)} images; at least {least} are needed")
+            return images
 
         def make(numbers: range) -> list[Image.Image]:
             prompts = [self.prompts[number] for number in numbers]
@@ -231,13 +225,13 @@ class Evaluation:
 
         what = " ".join(["making", name, *(f"{key} {shown(value)}" for key, value in changes.items())])
         facts = (side.digest, sorted(side.settings.items()), sorted(changes.items()), self.prompts, plan.seed)
-        return write_pictures(what, digest_of(facts, plan.batch), self.prompts, make, plan.batch, self.work)
+        return write_images(what, digest_of(facts, plan.batch), self.prompts, make, plan.batch, self.work)
 
     def _seen(self, side: Model | str | Path, name: str, changes: Mapping[str, Value]) -> tuple[Looked, Tensor | None]:
-        """A side's pictures, what was found in them, and the training pictures that are nearest."""
+        """A side's images, what was found in them, and the training images that are nearest."""
         captions = any(self.metrics[one].captions for one in self.about_sides)
-        pictures = self.made(side, name, changes)
-        looked = self._look(pictures, f"the pictures of {name}", self.about_sides, self.work, captions)
+        images = self.made(side, name, changes)
+        looked = self._look(images, f"the images of {name}", self.about_sides, self.work, captions)
         return neighbours(looked, self.training) if self.training is not None else (looked, None)
 
     def _reconstructed(self, side: Model, name: str) -> tuple[Looked, Looked]:
@@ -257,13 +251,13 @@ class Evaluation:
             return [ImageOps.fit(image, (side.size, side.size), Image.Resampling.LANCZOS) for image in read]
 
         facts = data.stamp, side.size, keys
-        originals = write_pictures("cutting", digest_of(facts), keys, cut, plan.batch, work)
+        originals = write_images("cutting", digest_of(facts), keys, cut, plan.batch, work)
 
         def there_and_back(numbers: range) -> list[Image.Image]:
             return reconstruct([originals.read(number)[1] for number in numbers])
 
         name_of = digest_of(facts, side.digest, sorted(side.settings.items()), plan.batch)
-        rebuilt = write_pictures(f"reconstructing with {name}", name_of, keys, there_and_back, plan.batch, work)
+        rebuilt = write_images(f"reconstructing with {name}", name_of, keys, there_and_back, plan.batch, work)
         values = self.networks.compare(rebuilt, originals, f"{name} with the originals", work)
         names = self.about_autoencoders
         first = self._look(rebuilt, f"the reconstructions of {name}", names, work)
@@ -296,7 +290,7 @@ class Evaluation:
         rows = self._rows(self.about_sides, together, [self.reference] * len(together), bool(pairs))
         one_size = len({side.size for side in self.sides if isinstance(side, Model)}) < 2
         if rebuilt and not one_size:
-            self.note("A and B are for pictures of different sizes: their autoencoders are not compared")
+            self.note("A and B are for images of different sizes: their autoencoders are not compared")
         compare = one_size and len(rebuilt) == 2
         rows += self._rows(self.about_autoencoders, made_again, [one for _, one in rebuilt], compare)
         sweeps = [
@@ -331,17 +325,17 @@ class Evaluation:
             self.notes.append(text)
 
     def _paired(self, looked: Sequence[Looked]) -> tuple[Looked, Looked] | None:
-        """Two sides cut down to the pictures that both have, if they can be compared."""
+        """Two sides cut down to the images that both have, if they can be compared."""
         if len(looked) < 2:
             return None
         a, b = looked
         pairs = in_pairs(a, b)
         if pairs is None:
             self.note(
-                "A and B are not compared: that needs the same names, or prompts and seeds, for the pictures of both"
+                "A and B are not compared: that needs the same names, or prompts and seeds, for the images of both"
             )
-        elif len(pairs[0].index) < max(len(a.pictures), len(b.pictures)):
-            self.note(f"figures are of the {len(pairs[0].index)} pictures that both A and B have")
+        elif len(pairs[0].index) < max(len(a.images), len(b.images)):
+            self.note(f"figures are of the {len(pairs[0].index)} images that both A and B have")
         return pairs
 
     def _rows(
@@ -405,7 +399,7 @@ class Evaluation:
             return
         if shared := int(torch.isin(looked.pixels, self.reference.pixels).sum()):
             self.note(
-                f"{shared} of {len(looked.index)} pictures of {name} are in the reference too, so that distances from "
+                f"{shared} of {len(looked.index)} images of {name} are in the reference too, so that distances from "
                 "it are too small"
             )
 
@@ -415,6 +409,6 @@ class Evaluation:
         found = [copying(one.seen, self.reference.seen) for one in looked]
         chances = ", ".join(f"{name} {p_said(one.p)}" for name, one in zip(NAMES, found, strict=False))
         self.note(
-            "near copies are closer to the training set than nearly all of the reference: of new pictures, a share of "
+            "near copies are closer to the training set than nearly all of the reference: of new images, a share of "
             f"{found[0].expected:.3f} is to be expected; as many as there are, or more, have {chances}"
         )

@@ -1,6 +1,6 @@
-"""What the networks find in a set of pictures and its captions, from files where it was found before.
+"""What the networks find in a set of images and its captions, from files where it was found before.
 
-N pictures, D features of a picture
+N images, D features of an image
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.data.skipped import HANDFUL, MOST
 from ldm.errors import LdmError, listing
-from ldm.evaluation.images import Pictures
+from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.distances import nearest, unit
 from ldm.evaluation.metrics.reconstruction import psnr, ssim
 from ldm.evaluation.metrics.table import Metric, Seen
@@ -28,37 +28,37 @@ from ldm.evaluation.stored import BATCH, PIXELS, Part, Rows, Work, in_chunks, lo
 from ldm.files import file_digest
 from ldm.images import to_tensor
 
-MOST_DB = 100.0  # PSNR of pictures that are equal, for which it is infinite
+MOST_DB = 100.0  # PSNR of images that are equal, for which it is infinite
 
 
 @dataclass(frozen=True)
 class Looked:
-    """A set of pictures and what was found in it."""
+    """A set of images and what was found in it."""
 
-    pictures: Pictures
+    images: Images
     seen: Seen
     index: Tensor  # (N,): those that could be read
     digest: str = ""  # of their pixels; nothing if nobody had to look
     pixels: Tensor | None = None  # (N,): numbers that are the same for the same pixels
 
     def take(self, places: Tensor) -> Looked:
-        """The same, of the pictures at these places alone, in this order."""
+        """The same, of the images at these places alone, in this order."""
         if torch.equal(places, torch.arange(len(self.index))):
             return self  # and nothing that is mapped is copied to memory
         pixels = None if self.pixels is None else self.pixels[places]
         return replace(self, seen=self.seen.take(places), index=self.index[places], pixels=pixels)
 
     def prompts(self) -> Iterator[tuple[str, str, int]]:
-        """What each picture is of, as far as its name and its caption tell, and how many before it are of the same."""
+        """What each image is of, as far as its name and its caption tell, and how many before it are of the same."""
         before: Counter[tuple[str, str]] = Counter()
         for number in self.index.tolist():
-            prompt = PurePath(self.pictures.key(number)).stem, self.pictures.caption(number)
+            prompt = PurePath(self.images.key(number)).stem, self.images.caption(number)
             yield *prompt, before[prompt]
             before[prompt] += 1
 
 
 class Networks:
-    """What looks at pictures, for the metrics that are asked for."""
+    """What looks at images, for the metrics that are asked for."""
 
     def __init__(self, metrics: Mapping[str, Metric], specs: Mapping[str, str | None], device: str) -> None:
         """Args:
@@ -95,22 +95,22 @@ class Networks:
                 )
 
     def look(
-        self, pictures: Pictures, what: str, roles: Iterable[str], work: Work, captions: bool = False
+        self, images: Images, what: str, roles: Iterable[str], work: Work, captions: bool = False
     ) -> tuple[Looked, list[str]]:
-        """What the networks of some roles find in pictures, and notes about those that cannot be read.
+        """What the networks of some roles find in images, and notes about those that cannot be read.
 
         Raises:
             LdmError: more than 5 % of them cannot be read, or captions are asked for and missing.
         """
-        found = {role: self._rows(role, pictures, what, work) for role in roles}
+        found = {role: self._rows(role, images, what, work) for role in roles}
         first = next(iter(found.values()), None)
-        index = torch.arange(len(pictures)) if first is None else first.index
-        notes = _skipped(what, first.skipped, len(pictures)) if first is not None and first.skipped else []
-        texts = [pictures.caption(number) for number in index.tolist()] if captions else []
+        index = torch.arange(len(images)) if first is None else first.index
+        notes = _skipped(what, first.skipped, len(images)) if first is not None and first.skipped else []
+        texts = [images.caption(number) for number in index.tolist()] if captions else []
         if not all(texts):
             raise LdmError(
-                f"{what}: {pictures.key(int(index[texts.index('')]))} has no caption, which metrics of prompts need; "
-                "write captions beside the pictures (a.txt or metadata.jsonl), or leave these metrics out"
+                f"{what}: {images.key(int(index[texts.index('')]))} has no caption, which metrics of prompts need; "
+                "write captions beside the images (a.txt or metadata.jsonl), or leave these metrics out"
             )
         seen = Seen(
             features=found["features"].values if "features" in found else {},
@@ -120,9 +120,9 @@ class Networks:
             copies=unit(found["copies"].values["features"]) if "copies" in found else None,
         )
         pixels = None if first is None else first.pixels
-        return Looked(pictures, seen, index, first.digest if first else "", pixels), notes
+        return Looked(images, seen, index, first.digest if first else "", pixels), notes
 
-    def _rows(self, role: str, pictures: Pictures, what: str, work: Work) -> Rows:
+    def _rows(self, role: str, images: Images, what: str, work: Work) -> Rows:
         network = self.opened[role]
         wanted = sorted({one.gives for one in self.metrics.values() if one.network == role})
 
@@ -130,9 +130,9 @@ class Networks:
             given = network(inputs)
             return {name: given[name] for name in wanted}
 
-        name = f"{role}-{digest_of(pictures.stamp, network.digest, network.preparation, wanted, PIXELS)}"
-        find = partial(look, read=pictures.read, prepare=network.prepare, see=see)
-        return in_chunks(f"{network.name}: {what}", name, len(pictures), find, work)
+        name = f"{role}-{digest_of(images.stamp, network.digest, network.preparation, wanted, PIXELS)}"
+        find = partial(look, read=images.read, prepare=network.prepare, see=see)
+        return in_chunks(f"{network.name}: {what}", name, len(images), find, work)
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Embeddings of captions (N, D); each different one is encoded once."""
@@ -142,8 +142,8 @@ class Networks:
         encoded = [self.reader.texts(different[start : start + BATCH]) for start in range(0, len(different), BATCH)]
         return torch.cat(encoded)[[place[caption] for caption in captions]]
 
-    def compare(self, made: Pictures, originals: Pictures, what: str, work: Work) -> dict[str, Tensor]:
-        """PSNR, SSIM and LPIPS, as far as they are asked for, of each picture (N,) beside its original."""
+    def compare(self, made: Images, originals: Images, what: str, work: Work) -> dict[str, Tensor]:
+        """PSNR, SSIM and LPIPS, as far as they are asked for, of each image (N,) beside its original."""
         wanted = [name for name in ("psnr", "ssim", "lpips") if name in self.metrics]
         if not wanted:
             return {}
@@ -151,8 +151,8 @@ class Networks:
         def find(numbers: range) -> Part:
             values: dict[str, list[Tensor]] = {name: [] for name in wanted}
             for number in numbers:
-                (_, picture), (_, original) = made.read(number), originals.read(number)
-                x, y = (to_tensor([image], *image.size).to(self.device) for image in (picture, original))
+                (_, result), (_, original) = made.read(number), originals.read(number)
+                x, y = (to_tensor([image], *image.size).to(self.device) for image in (result, original))
                 for name in wanted:
                     values[name].append(self._pair(name, x, y).float().cpu())
             return Part({name: torch.cat(parts) for name, parts in values.items()}, list(numbers), "", {})
@@ -172,13 +172,13 @@ class Networks:
 
 
 def in_pairs(a: Looked, b: Looked) -> tuple[Looked, Looked] | None:
-    """The pictures that both sets have, in the same order; None if they are not of the same prompts.
+    """The images that both sets have, in the same order; None if they are not of the same prompts.
 
-    A few may be missing from either, as pictures that cannot be read are.
+    A few may be missing from either, as images that cannot be read are.
     """
     of_b = {prompt: place for place, prompt in enumerate(b.prompts())}
     pairs = [(place, of_b[prompt]) for place, prompt in enumerate(a.prompts()) if prompt in of_b]
-    larger = max(len(a.pictures), len(b.pictures))
+    larger = max(len(a.images), len(b.images))
     if len(pairs) < 2 or larger - len(pairs) > max(MOST * larger, min(HANDFUL - 1, larger // 2)):
         return None
     places = torch.tensor(pairs)
@@ -186,7 +186,7 @@ def in_pairs(a: Looked, b: Looked) -> tuple[Looked, Looked] | None:
 
 
 def neighbours(looked: Looked, training: Looked) -> tuple[Looked, Tensor]:
-    """The pictures with their distances to the nearest training pictures, and which these are (N,)."""
+    """The images with their distances to the nearest training images, and which these are (N,)."""
     assert looked.seen.copies is not None
     assert training.seen.copies is not None
     apart, closest = nearest(looked.seen.copies, training.seen.copies)
@@ -195,7 +195,7 @@ def neighbours(looked: Looked, training: Looked) -> tuple[Looked, Tensor]:
 
 def _skipped(what: str, skipped: Mapping[str, str], count: int) -> list[str]:
     reasons = list(skipped.values())
-    text = f"{what}: {len(reasons)} of {count} pictures cannot be read: {listing(reasons, 3)}"
+    text = f"{what}: {len(reasons)} of {count} images cannot be read: {listing(reasons, 3)}"
     if len(reasons) >= HANDFUL and len(reasons) > MOST * count:
         raise LdmError(f"{text}; mend or remove them")
     return [text]

@@ -1,6 +1,6 @@
-"""Pictures that are evaluated, and those they are compared with: which of a source, in which order, their captions.
+"""Images that are evaluated, and those they are compared with: which of a source, in which order, their captions.
 
-Pictures that a model makes are written as PNG files first, so that everything that is looked at comes from 8 bits, and
+Images that a model makes are written as PNG files first, so that everything that is looked at comes from 8 bits, and
 a run that is stopped goes on.
 """
 
@@ -23,55 +23,55 @@ from ldm.evaluation.stored import Work
 from ldm.files import replacing
 from ldm.images import save_png
 
-Make = Callable[[range], list[Image.Image]]  # the pictures of these numbers
+Make = Callable[[range], list[Image.Image]]  # the images of these numbers
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Some pictures of a source, in an order that does not depend on how it is stored."""
+class Images:
+    """Some images of a source, in an order that does not depend on how it is stored."""
 
-    images: ImageSet
+    source: ImageSet
     rows: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __str__(self) -> str:
-        name = self.images.source.name
-        return name if len(self) == len(self.images) else f"{len(self)} of {name}"
+        name = self.source.source.name
+        return name if len(self) == len(self.source) else f"{len(self)} of {name}"
 
     def key(self, number: int) -> str:
-        """The name of a picture."""
-        return self.images.key(self.rows[number])
+        """The name of an image."""
+        return self.source.key(self.rows[number])
 
     def caption(self, number: int) -> str:
         """Its first caption, or nothing."""
-        return next(iter(self.images.example(self.rows[number]).captions), "")
+        return next(iter(self.source.example(self.rows[number]).captions), "")
 
     def read(self, number: int) -> tuple[str, Image.Image]:
-        """The name of a picture, and itself in RGB. Raises LdmError if it is damaged."""
+        """The name of an image, and itself in RGB. Raises LdmError if it is damaged."""
         try:
-            return self.key(number), self.images.read(self.rows[number])
+            return self.key(number), self.source.read(self.rows[number])
         except LdmError as error:
             raise LdmError(f"{self.key(number)}: {error}") from None
 
-    def shuffled(self, seed: int) -> Pictures:
+    def shuffled(self, seed: int) -> Images:
         """The same, in an order that depends on the seed and the names alone."""
-        return Pictures(
-            self.images, tuple(sorted(self.rows, key=lambda row: uniform(seed, "evaluation", self.images.key(row))))
+        return Images(
+            self.source, tuple(sorted(self.rows, key=lambda row: uniform(seed, "evaluation", self.source.key(row))))
         )
 
     @cached_property
     def stamp(self) -> str:
         """Changes when a file does, as far as its size and time of modification say."""
-        stamps, digest = self.images.all_stamps(), hashlib.sha256()
+        stamps, digest = self.source.all_stamps(), hashlib.sha256()
         for row in self.rows:
-            digest.update(ascii((self.images.key(row), stamps[row])).encode())
+            digest.update(ascii((self.source.key(row), stamps[row])).encode())
         return digest.hexdigest()
 
 
-def open_pictures(source: str | Path, work: Work, count: int | None = None) -> Pictures:
-    """Pictures of a folder, shards or a dataset (`ldm.data.sources`); captions are not needed.
+def images_of(source: str | Path, work: Work, count: int | None = None) -> Images:
+    """Images of a folder, shards or a dataset (`ldm.data.sources`); captions are not needed.
 
     Args:
         source: where they are.
@@ -79,7 +79,7 @@ def open_pictures(source: str | Path, work: Work, count: int | None = None) -> P
         count: only so many, the first by name.
 
     Raises:
-        LdmError: there is no picture, or fewer than `count`.
+        LdmError: there is no image, or fewer than `count`.
     """
     if not work.ranks.first:
         work.ranks.wait()
@@ -87,27 +87,27 @@ def open_pictures(source: str | Path, work: Work, count: int | None = None) -> P
     if work.ranks.first:
         work.ranks.wait()
     if count is not None and count > len(images):
-        raise LdmError(f"{source} holds {len(images)} pictures, but {count} are asked for; ask for fewer")
-    return Pictures(images, tuple(range(len(images) if count is None else count)))
+        raise LdmError(f"{source} holds {len(images)} images, but {count} are asked for; ask for fewer")
+    return Images(images, tuple(range(len(images) if count is None else count)))
 
 
-def write_pictures(what: str, name: str, prompts: Sequence[str], make: Make, batch: int, work: Work) -> Pictures:
-    """A picture for each prompt, made if it is not there yet: `000000.png` and so on, and `metadata.jsonl`.
+def write_images(what: str, name: str, prompts: Sequence[str], make: Make, batch: int, work: Work) -> Images:
+    """An image for each prompt, made if it is not there yet: `000000.png` and so on, and `metadata.jsonl`.
 
-    A batch is the same pictures whichever process makes it, and is made whole, so that the result is the same.
+    A batch is the same images whichever process makes it, and is made whole, so that the result is the same.
 
     Args:
         what: is done, for people.
-        name: of the folder; changes with everything that changes the pictures.
-        prompts: one for each picture.
-        make: gives the pictures of some numbers.
-        batch: pictures made together.
+        name: of the folder; changes with everything that changes the images.
+        prompts: one for each image.
+        make: gives the images of some numbers.
+        batch: images made together.
         work: where and with whom.
 
     Raises:
         LdmError: a file cannot be written; and what `make` raises.
     """
-    folder, ranks = made(work.folder / "pictures" / name), work.ranks
+    folder, ranks = made(work.folder / "images" / name), work.ranks
     batches = [range(start, min(start + batch, len(prompts))) for start in range(0, len(prompts), batch)]
     mine = batches[ranks.rank :: ranks.world]
     total = sum(map(len, mine))
@@ -127,4 +127,4 @@ def write_pictures(what: str, name: str, prompts: Sequence[str], make: Make, bat
         with replacing(folder / "metadata.jsonl", folder=False, overwrite=True, need=0) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     ranks.wait()
-    return open_pictures(folder, work)
+    return images_of(folder, work)

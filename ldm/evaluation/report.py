@@ -21,22 +21,22 @@ CLIP_SCORE = "clip-score"
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are evaluated: a model, or a folder of pictures."""
+    """One of the things that are evaluated: a model, or a folder of images."""
 
     name: str  # "A" or "B"
     source: str  # as it was given
-    digest: str  # of the model's weights, or of the pictures
-    count: int  # pictures
+    digest: str  # of the model's weights, or of the images
+    count: int  # images
     settings: dict[str, Any] = field(default_factory=dict)  # they were made with; none for a folder
 
 
 @dataclass(frozen=True)
 class Used:
-    """A network that pictures were looked at with. Figures of different ones are never in one table."""
+    """A network that images were looked at with. Figures of different ones are never in one table."""
 
     name: str
     digest: str  # SHA-256 of its weights
-    preparation: str  # how pictures were resized for it
+    preparation: str  # how images were resized for it
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,26 @@ class Table:
 
 @dataclass(frozen=True)
 class Shown:
-    """Pictures to look at: one prompt, or one picture of the reference, and what each side made of it."""
+    """Images to look at: one prompt, or one image of the reference, and what each side made of it."""
 
     text: str  # the prompt
-    pictures: tuple[str, ...]  # of each side; files relative to the report's folder
+    images: tuple[str, ...]  # of each side; files relative to the report's folder
     scores: tuple[float, ...] = ()  # of the first of them, as many as have one
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under one heading, such as those that follow their prompts worst."""
+    """Images under one heading, such as those that follow their prompts worst."""
 
     title: str
-    columns: tuple[str, ...]  # what each picture of a row is, such as the sides' names
+    columns: tuple[str, ...]  # what each image of a row is, such as the sides' names
     score: str  # what the scores are; "" if there are none
     rows: tuple[Shown, ...]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How the values of single pictures are distributed."""
+    """How the values of single images are distributed."""
 
     title: str
     edges: tuple[float, ...]  # of the bins, one more than there are bins
@@ -127,7 +127,7 @@ class Report:
     galleries: tuple[Gallery, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
-    notes: tuple[str, ...] = ()  # what a reader must know: skipped pictures, too few images
+    notes: tuple[str, ...] = ()  # what a reader must know: skipped images, too few images
 
 
 def check_report(report: Report) -> None:

@@ -1,9 +1,9 @@
-"""Numbers of each picture, made in chunks and kept in files: what is stopped goes on, and processes share the work.
+"""Numbers of each image, made in chunks and kept in files: what is stopped goes on, and processes share the work.
 
-A chunk is the same pictures in the same batches whichever process works on it, so that the result does not depend on
-how many there are. At the end the chunks become one file, which is mapped: memory does not grow with the pictures.
+A chunk is the same images in the same batches whichever process works on it, so that the result does not depend on
+how many there are. At the end the chunks become one file, which is mapped: memory does not grow with the images.
 
-N pictures
+N images
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ldm.errors import LdmError
 from ldm.files import Progress, check_digest, replacing, silent
 from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
-CHUNK = 256  # pictures
-BATCH = 32  # pictures of them that a network looks at together
-THREADS = 8  # that decode and resize pictures
+CHUNK = 256  # images
+BATCH = 32  # images of them that a network looks at together
+THREADS = 8  # that decode and resize images
 
 WHOLE = "all.safetensors"
-ROWS, DIGEST, SKIPPED = "rows", "ldm.pictures", "ldm.skipped"  # a tensor; two entries of the metadata
-PIXELS = "pixels"  # a tensor: what tells pictures apart
+ROWS, DIGEST, SKIPPED = "rows", "ldm.images", "ldm.skipped"  # a tensor; two entries of the metadata
+PIXELS = "pixels"  # a tensor: what tells images apart
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Work:
 
     folder: Path
     ranks: Ranks = field(default_factory=Ranks)
-    tell: Progress = silent  # what is going on, pictures done, pictures in all
-    cache: Path | None = None  # of what was found in pictures that no model made; by default the folder
+    tell: Progress = silent  # what is going on, images done, images in all
+    cache: Path | None = None  # of what was found in images that no model made; by default the folder
 
     @property
     def shared(self) -> Work:
@@ -67,10 +67,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was found of each picture that could be read."""
+    """What was found of each image that could be read."""
 
     values: dict[str, Tensor]  # (N, …) each, mapped
-    index: Tensor  # (N,): which pictures these are
+    index: Tensor  # (N,): which images these are
     digest: str  # SHA-256 of their pixels, or of what stands for them
     skipped: dict[str, str]  # why the others could not be read, by number
     pixels: Tensor | None = None  # (N,): see `look`
@@ -78,7 +78,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Part:
-    """What was found of some pictures."""
+    """What was found of some images."""
 
     values: dict[str, Tensor]
     index: list[int]
@@ -87,17 +87,17 @@ class Part:
 
 
 def in_chunks(what: str, name: str, count: int, find: Callable[[range], Part], work: Work) -> Rows:
-    """What `find` says of `count` pictures, from the folder `name` as far as it is there already.
+    """What `find` says of `count` images, from the folder `name` as far as it is there already.
 
     Args:
         what: is done, for people.
         name: changes with everything that changes the result.
-        count: pictures.
-        find: looks at the pictures of a range.
+        count: images.
+        find: looks at the images of a range.
         work: where and with whom.
 
     Raises:
-        LdmError: no picture could be read, or the folder cannot be used; and what `find` raises.
+        LdmError: no image could be read, or the folder cannot be used; and what `find` raises.
     """
     folder, ranks = made(work.folder / "found" / name), work.ranks
     with alone(folder / ".lock") if ranks.first else contextlib.nullcontext():  # a cache may have several users
@@ -132,16 +132,16 @@ def look(
     prepare: Callable[[Image.Image], Tensor],
     see: Callable[[Tensor], dict[str, Tensor]],
 ) -> Part:
-    """Read some pictures, in threads, and look at them in batches.
+    """Read some images, in threads, and look at them in batches.
 
     Args:
-        numbers: which pictures.
-        read: gives the name of a picture and itself; raises LdmError if it cannot.
-        prepare: makes the network's input of one picture.
+        numbers: which images.
+        read: gives the name of an image and itself; raises LdmError if it cannot.
+        prepare: makes the network's input of one image.
         see: what is found in a batch: (B, …) each.
 
     Returns:
-        What was found, and as `PIXELS` a number of each picture that is the same for the same pixels.
+        What was found, and as `PIXELS` a number of each image that is the same for the same pixels.
     """
     digest = hashlib.sha256()
     index: list[int] = []
@@ -150,11 +150,11 @@ def look(
 
     def opened(number: int) -> tuple[Tensor, str, bytes] | str:
         try:
-            name, picture = read(number)
+            name, image = read(number)
         except LdmError as error:
             return str(error)
-        pixels = hashlib.sha256(ascii(picture.size).encode() + picture.tobytes())
-        return prepare(picture), name, pixels.digest()
+        pixels = hashlib.sha256(ascii(image.size).encode() + image.tobytes())
+        return prepare(image), name, pixels.digest()
 
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(numbers), BATCH):
@@ -164,8 +164,8 @@ def look(
                 if isinstance(result, str):
                     skipped[str(number)] = result
                     continue
-                picture, name, same = result
-                inputs.append(picture)
+                image, name, same = result
+                inputs.append(image)
                 pixels.append(int.from_bytes(same[:8], signed=True))
                 digest.update(ascii(name).encode() + same)
                 index.append(number)
@@ -236,7 +236,7 @@ def _join(paths: list[Path], whole: Path) -> None:
         digest.update(store.metadata[DIGEST].encode())
         skipped |= json.loads(store.metadata[SKIPPED])
     if not total:
-        raise LdmError(f"no picture can be read: {next(iter(skipped.values()), 'there is none')}")
+        raise LdmError(f"no image can be read: {next(iter(skipped.values()), 'there is none')}")
     with tempfile.TemporaryDirectory(dir=whole.parent) as folder, contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(Path(folder, name).open("wb")) for name in shapes}
         for path in paths:

@@ -1,12 +1,12 @@
-"""Encode and decode large pictures piece by piece, so that memory depends on the piece and not on the picture.
+"""Encode and decode large images piece by piece, so that memory depends on the piece and not on the image.
 
-Convolutions see a small neighbourhood, so a tile with a margin as wide as that gives exactly the whole picture's
-pixels, if only it is normalised like the whole picture. A first pass over the tiles therefore adds up the statistics
+Convolutions see a small neighbourhood, so a tile with a margin as wide as that gives exactly the whole image's
+pixels, if only it is normalised like the whole image. A first pass over the tiles therefore adds up the statistics
 of every group norm, a second one computes with them: neighbouring tiles agree, and there is nothing to blend. The
-middle of the network, which has the attention, is small and runs on the whole picture. What is approximate is that the
+middle of the network, which has the attention, is small and runs on the whole image. What is approximate is that the
 first pass normalises each tile by itself.
 
-B batch, C channels, H×W height and width of the picture, h×w those of the latents
+B batch, C channels, H×W height and width of the image, h×w those of the latents
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ldm.models.layers import Downsample, NoAttention, ResnetBlock, Transformer,
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net. One entry of `channels`, `depth` and `heads` for each level, widest picture first."""
+    """The shape of a U-Net. One entry of `channels`, `depth` and `heads` for each level, widest image first."""
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of the feature maps
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks in each transformer; 0: the level has none

@@ -1,7 +1,7 @@
 """A U-Net whose inner levels run in one call of several; in the others their last result counts.
 
 Ma et al. 2023 (arXiv 2312.00858), DeepCache: from step to step little changes in there, and most of the work is done
-there. What the pictures lose by it has to be looked at: it is for drafts, and for schedules of many steps.
+there. What the images lose by it has to be looked at: it is for drafts, and for schedules of many steps.
 """
 
 from __future__ import annotations

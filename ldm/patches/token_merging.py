@@ -1,8 +1,8 @@
 """A U-Net whose self-attentions of the level with the most tokens see similar tokens as one.
 
 Bolya and Hoffman 2023 (arXiv 2303.17604), token merging: what an attention costs grows with the square of its tokens,
-of which many say nearly the same. What the pictures lose by it has to be looked at: it is for drafts, and for large
-pictures.
+of which many say nearly the same. What the images lose by it has to be looked at: it is for drafts, and for large
+images.
 
 B batch, H×W height and width of the map, N = H·W tokens, D targets (a token of each cell of 2×2), S = N - D others,
 R of them are merged, C channels
@@ -52,7 +52,7 @@ class Layout:
     def fit(self, height: int, width: int, device: torch.device) -> None:
         """A map of that size: the targets lie top left and bottom right in turns, like the fields of a chessboard.
 
-        Pictures change less by that than with all of them top left. Cells at odd edges have fewer rows or columns.
+        Images change less by that than with all of them top left. Cells at odd edges have fewer rows or columns.
         """
         row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
         odd = (row // 2 + column // 2) % 2

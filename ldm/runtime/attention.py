@@ -58,7 +58,7 @@ KERNELS: dict[str, tuple[Kernel, str]] = {  # name -> the kernel, what it needs
 
 
 def best_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel to make pictures with: ours on the CPU in bf16 where it runs, else PyTorch's own choice."""
+    """The kernel to make images with: ours on the CPU in bf16 where it runs, else PyTorch's own choice."""
     if device.type == "cpu" and dtype == torch.bfloat16:
         from ldm.runtime.kernels.compiled import usable
 

@@ -25,14 +25,14 @@ from ldm.runtime.fused import LAST
 from ldm.runtime.precomputing import known
 
 log = logging.getLogger(__name__)
-VARIANTS = 256  # of a kind of block: widths, sizes of pictures; PyTorch stops compiling after 8 unless told otherwise
+VARIANTS = 256  # of a kind of block: widths, sizes of images; PyTorch stops compiling after 8 unless told otherwise
 
 
 def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None:
     """Put compiled blocks in the place of a network's own; they are compiled at the first call.
 
-    A block is compiled for its channels and the height and width of its pictures, and for any length of text; for one
-    picture and for several. Convolutions get their weights channels last, in place. `device` is where the network will
+    A block is compiled for its channels and the height and width of its images, and for any length of text; for one
+    image and for several. Convolutions get their weights channels last, in place. `device` is where the network will
     compute, if not where its weights are.
 
     Raises:
@@ -109,7 +109,7 @@ def reported() -> Iterator[None]:
     def start(*_: Any) -> None:
         nonlocal began, count
         if not count:
-            log.warning("compiling for pictures of this size, once")
+            log.warning("compiling for images of this size, once")
         began, count = time.monotonic(), count + 1
 
     def end(*_: Any) -> None:

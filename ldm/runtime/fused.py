@@ -31,7 +31,7 @@ class FusedNorm(nn.GroupNorm):
         raise NotImplementedError
 
     def kernel(self, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
-        """The norm of pictures (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it."""
+        """The norm of images (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What makes pictures quicker on a CPU: layers that read memory less often, for pictures that lie channels last.
+"""What makes images quicker on a CPU: layers that read memory less often, for images that lie channels last.
 
 Each gives the numbers of the layer that it stands in for, but for rounding (`quick.py`). Where gradients are wanted it
 does what that layer does. Of weights there is a copy in the order that oneDNN multiplies in, which it would otherwise

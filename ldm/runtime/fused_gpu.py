@@ -1,4 +1,4 @@
-"""What makes pictures quicker on a CUDA GPU: layers that read memory less often, for pictures that lie channels last,
+"""What makes images quicker on a CUDA GPU: layers that read memory less often, for images that lie channels last,
 as the multiplying units of GPUs take them. Convolutions stay cuDNN's.
 
 Each gives the numbers of the layer that it stands in for, but for rounding (`quick.py`).
@@ -28,7 +28,7 @@ WIDEST = 4096  # channels of a group that fit into a program's registers
 
 def quicken(model: nn.Module, device: torch.device | None = None) -> None:
     """Put quicker layers in the place of a network's own, if that is a CUDA GPU; they stay its weights, but those of
-    convolutions lie channels last in memory from then on, and so do the pictures that come out.
+    convolutions lie channels last in memory from then on, and so do the images that come out.
 
     `device` is where the network will compute, if not where its weights are.
     """
@@ -59,7 +59,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels give what plain layers give: for pictures in one piece and in chunks, and for GEGLU."""
+    """Whether kernels give what plain layers give: for images in one piece and in chunks, and for GEGLU."""
     norm, gated = nn.GroupNorm(4, 64), GEGLU(8, 40)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)

@@ -20,11 +20,11 @@ OFFLOAD = {  # name -> what it does
     "components": "text encoders, U-Net and autoencoder are there one at a time",
     "layers": "the same, and of the U-Net one layer at a time",
 }
-WORK = 2 * 2**30  # bytes beside the weights: what a picture of usual size needs on its way
+WORK = 2 * 2**30  # bytes beside the weights: what an image of usual size needs on its way
 
 
 class Room:
-    """Memory of a device, for one of several networks at a time; one batch of pictures at a time uses it."""
+    """Memory of a device, for one of several networks at a time; one batch of images at a time uses it."""
 
     def __init__(self, device: torch.device, layers: bool) -> None:
         self.device = device

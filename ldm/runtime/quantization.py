@@ -1,4 +1,4 @@
-"""Linear layers with weights of 8 bits, by the library torchao: for making pictures, not for training.
+"""Linear layers with weights of 8 bits, by the library torchao: for making images, not for training.
 
 Those of a U-Net's transformer blocks, attention and feed-forward: 85 % of the weights of SDXL, 28 % of SD 1.5. All else
 stays as it is. The first and the last layer, and those of the embedding of time and size, are small, and their errors

@@ -1,4 +1,4 @@
-"""Euler's method, SDXL's scheduler, without diffusers, whose import takes longer than a small picture.
+"""Euler's method, SDXL's scheduler, without diffusers, whose import takes longer than a small image.
 
 Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn. Its numbers are those of diffusers' class of the same
 name, to the bit: all is computed in the same precision and order.

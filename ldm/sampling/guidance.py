@@ -32,7 +32,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)  # of the run in which it is on (Kynkäänniemi et al. 2024, 2404.07724)
     threshold: float = 0.0  # dynamic threshold's percentile of the predicted latents (Saharia et al. 2022); 0: none
     perturbed: float = 0.0  # scale of perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377)
-    image: float = 1.5  # of editing by instruction: how much of the picture stays (Brooks et al. 2022, 2211.09800)
+    image: float = 1.5  # of editing by instruction: how much of the image stays (Brooks et al. 2022, 2211.09800)
 
     @property
     def classifier_free(self) -> bool:
@@ -48,7 +48,7 @@ class Guidance:
         numbers = [value for value in self.interval if isinstance(value, (int, float))]
         if len(numbers) != 2 or len(self.interval) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
             raise LdmError(
-                f"guidance interval {self.interval}: two rising numbers from 0 (noise) to 1 (picture) are needed"
+                f"guidance interval {self.interval}: two rising numbers from 0 (noise) to 1 (image) are needed"
             )
 
 
@@ -121,9 +121,9 @@ def edited(
     times: Sequence[float],
     image: Tensor,
 ) -> Denoise:
-    """The prediction of a U-Net that edits: away from one without instruction, and away from one without the picture.
+    """The prediction of a U-Net that edits: away from one without instruction, and away from one without the image.
 
-    Brooks et al. 2022 (arXiv 2211.09800), equation 3. `image` (B, C, h, w) are the picture's latents, not scaled.
+    Brooks et al. 2022 (arXiv 2211.09800), equation 3. `image` (B, C, h, w) are the image's latents, not scaled.
     """
     g = guidance
     if not g.classifier_free:

@@ -1,6 +1,6 @@
 """A cheap look at latents: each pixel's colour as a linear function of its latent channels, without the autoencoder.
 
-B pictures, C latent channels, h×w height and width of the latents, and of the preview in pixels
+B images, C latent channels, h×w height and width of the latents, and of the preview in pixels
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fit(autoencoder: Autoencoder, pixels: Tensor | None = None) -> list[list[flo
 
     Args:
         autoencoder: whose latents are to be seen.
-        pixels: pictures (B, 3, H, W) in [-1, 1] to fit to; by default smooth random colours.
+        pixels: images (B, 3, H, W) in [-1, 1] to fit to; by default smooth random colours.
     """
     config, weight = autoencoder.config, next(autoencoder.parameters())
     if pixels is None:

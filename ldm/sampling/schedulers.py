@@ -99,7 +99,7 @@ class Plan:
     """A scheduler set up for one run, and the timesteps that it will be called with."""
 
     scheduler: Scheduler
-    timesteps: list[Tensor]  # scalars on the CPU, one for each call of the denoiser, from noise to picture
+    timesteps: list[Tensor]  # scalars on the CPU, one for each call of the denoiser, from noise to image
     begin: int = 0  # calls left out at the start (image to image)
 
     def tail(self, begin: int) -> Plan:
@@ -197,7 +197,7 @@ def make(
         raise LdmError(f"spacing {label!r} {why}; choose one of: {', '.join(spacings(name))}{more}")
     if schedule.prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
         fits = [other for other in SCHEDULERS if other not in NO_SAMPLE_PREDICTION]
-        raise LdmError(f"scheduler {name} cannot use a model that predicts the picture; choose {', '.join(fits)}")
+        raise LdmError(f"scheduler {name} cannot use a model that predicts the image; choose {', '.join(fits)}")
     options = {
         "clip_sample": False,  # to [-1, 1], which diffusers does by default, and which latents do not keep to
         **schedule.options,

@@ -77,19 +77,19 @@ class EmaSection(Section):
 class SizeSection(Section):
     """A part of a run at one resolution."""
 
-    size: int = Field(512, ge=8, le=8192, description="pixels: pictures have about size² of them")
+    size: int = Field(512, ge=8, le=8192, description="pixels: images have about size² of them")
     steps: int | None = Field(None, ge=1, description="updates at this size; without: the rest")
-    batch: int | None = Field(None, ge=1, description="pictures in an update at this size, if it differs")
-    micro_batch: int | None = Field(None, ge=1, description="pictures at a time on each device, if it differs")
+    batch: int | None = Field(None, ge=1, description="images in an update at this size, if it differs")
+    micro_batch: int | None = Field(None, ge=1, description="images at a time on each device, if it differs")
 
 
 class StageSection(Section):
     """What all stages have."""
 
     steps: int = Field(100_000, ge=1, description="updates of the weights")
-    batch: int = Field(32, ge=1, description="pictures in an update, over all devices")
+    batch: int = Field(32, ge=1, description="images in an update, over all devices")
     micro_batch: int | None = Field(
-        None, ge=1, description="pictures at a time on each device, at the most; without: all of its share"
+        None, ge=1, description="images at a time on each device, at the most; without: all of its share"
     )
     sizes: list[SizeSection] = Field([SizeSection()], min_length=1, description="resolutions, one after the other")
     optimizer: OptimizerSection = OptimizerSection()
@@ -99,12 +99,12 @@ class StageSection(Section):
     log_every: int = Field(10, ge=1, description="updates between lines of the log")
     save_every: int = Field(1000, ge=1, description="updates between checkpoints")
     keep: int = Field(2, ge=2, description="checkpoints that are kept")
-    validate_every: int = Field(1000, ge=1, description="updates between validations on the held-out pictures")
+    validate_every: int = Field(1000, ge=1, description="updates between validations on the held-out images")
     preview_every: int = Field(1000, ge=1, description="updates between previews")
 
 
 class AutoencoderSection(StageSection):
-    """The autoencoder: pictures through latents and back."""
+    """The autoencoder: images through latents and back."""
 
     pixel_loss: Literal["l1", "l2"] = Field("l1", description="distance of pixels")
     perceptual: str | None = Field(
@@ -120,7 +120,7 @@ class AutoencoderSection(StageSection):
     discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="if it differs")
     decoder_only: bool = Field(False, description="leave the encoder as it is, so that U-Nets of its latents still fit")
-    measure: int = Field(10_000, ge=1, description="at most so many pictures tell the latents' scale at the end")
+    measure: int = Field(10_000, ge=1, description="at most so many images tell the latents' scale at the end")
     measure_shift: bool = Field(False, description="measure their mean too, not only their scale")
 
 
@@ -130,7 +130,7 @@ class TextSection(StageSection):
     image_width: int = Field(768, ge=8, description="channels of the image encoder")
     image_layers: int = Field(12, ge=1, description="its layers")
     image_heads: int = Field(12, ge=1, description="heads of its attention")
-    patch: int = Field(32, ge=1, description="pixels of a patch, on each side; it divides those of all pictures")
+    patch: int = Field(32, ge=1, description="pixels of a patch, on each side; it divides those of all images")
     embed_dim: int | None = Field(
         None, ge=1, description="channels of the comparison; without: the text encoders' projection, or 512"
     )
@@ -140,17 +140,17 @@ class TextSection(StageSection):
 
 
 class EvaluationSection(Section):
-    """Pictures made and measured while training, for each average of the weights (`ldm eval` measures a result)."""
+    """Images made and measured while training, for each average of the weights (`ldm eval` measures a result)."""
 
     every: int = Field(0, ge=0, description="updates between evaluations; 0: none")
     metrics: list[str] = Field(["kid"], min_length=1, description="those of `ldm eval` that are not reconstructions'")
-    n: int | None = Field(None, ge=2, description="pictures to make; without: one for each caption of the data")
-    data: str | None = Field(None, description="pictures to compare with, with captions; without: those held out")
+    n: int | None = Field(None, ge=2, description="images to make; without: one for each caption of the data")
+    data: str | None = Field(None, description="images to compare with, with captions; without: those held out")
     features: str = Field("inception", description="network for FID, KID and the like")
     clip: str | None = Field(None, description="network for metrics of prompts: clip:MODEL@WEIGHTS, clip:FOLDER")
     steps: int = Field(30, ge=1, le=1000, description="of the scheduler")
     guidance: float | None = Field(None, ge=0, le=1000, description="scale; without: the family's usual one")
-    batch: int = Field(8, ge=1, description="pictures made at a time on each device")
+    batch: int = Field(8, ge=1, description="images made at a time on each device")
     choose: str | None = Field(None, description="metric whose best weights become the result; without: the last ones")
 
     @field_validator("choose")
@@ -196,33 +196,29 @@ class RefinerSection(DenoiserSection):
     """The refiner: the last 200 timesteps, with its own text encoder and an aesthetic score."""
 
     model: RefinerModelSection = RefinerModelSection()
-    default_score: float = Field(6.0, ge=0, le=10, description="aesthetic score of pictures that have none")
+    default_score: float = Field(6.0, ge=0, le=10, description="aesthetic score of images that have none")
 
 
 class DataSection(Section):
-    """The pictures and their captions."""
+    """The images and their captions."""
 
     source: str | None = Field(
         None, description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub"
     )
     split: str = Field("train", description="of a dataset")
     caption_column: str | None = Field(None, description="of a dataset; without: text, caption, captions or prompt")
-    captions: Literal["required", "optional"] = Field("required", description="what to do about pictures without")
-    holdout: float = Field(
-        64, ge=0, description="pictures kept out of training for validation; below 1: a part of them"
-    )
+    captions: Literal["required", "optional"] = Field("required", description="what to do about images without")
+    holdout: float = Field(64, ge=0, description="images kept out of training for validation; below 1: a part of them")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
     bucket_step: int = Field(64, ge=8, description="sides of the buckets are multiples of it, in pixels")
     aspect: float = Field(4.0, ge=1, description="width / height of the widest bucket")
     crop: Literal["random", "center"] = Field("random", description="where to crop")
-    flip: bool = Field(
-        False, description="mirror half of the pictures: only where neither they nor captions have a side"
-    )
-    upscale: float = Field(1.25, ge=1, description="pictures that would be enlarged more are left out, and counted")
+    flip: bool = Field(False, description="mirror half of the images: only where neither they nor captions have a side")
+    upscale: float = Field(1.25, ge=1, description="images that would be enlarged more are left out, and counted")
     stream: bool = Field(False, description="read shards or a dataset from the beginning, without a copy on disk")
-    workers: int = Field(2, ge=0, description="processes that load pictures")
-    cache: bool = Field(False, description="encode pictures and captions once, and keep them in the run's folder")
-    crops: int = Field(1, ge=1, description="crops of each picture in the cache")
+    workers: int = Field(2, ge=0, description="processes that load images")
+    cache: bool = Field(False, description="encode images and captions once, and keep them in the run's folder")
+    crops: int = Field(1, ge=1, description="crops of each image in the cache")
 
 
 class Config(Section):

@@ -100,7 +100,7 @@ def _forecast(
     )  # fmt: skip
 
 
-Pass = Callable[[], Tensor]  # one forward pass of one picture
+Pass = Callable[[], Tensor]  # one forward pass of one image
 
 
 def _work(
@@ -109,14 +109,14 @@ def _work(
     """Networks that are trained and that are not, the pass that is learned from, and those that only run."""
     family = parts.family
     side = size // family.autoencoder.factor
-    picture = torch.empty(1, 3, size, size, device="meta")
+    image = torch.empty(1, 3, size, size, device="meta")
     texts = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in family.text]
 
     def read() -> Conditioning:
         return parts.text_encoders.encode(texts)
 
     def encode() -> Tensor:
-        return parts.autoencoder.encode(picture).mode()
+        return parts.autoencoder.encode(image).mode()
 
     if name == "autoencoder":
         trained: list[nn.Module] = [parts.autoencoder]
@@ -125,7 +125,7 @@ def _work(
                 trained.append(Discriminator(DiscriminatorConfig()))
 
         def reconstruct() -> Tensor:
-            made = parts.autoencoder(picture)[0]
+            made = parts.autoencoder(image)[0]
             return sum((judge(made).mean() for judge in trained[1:]), made.mean())
 
         return trained, [], reconstruct, []
@@ -136,8 +136,8 @@ def _work(
         if config.text.image_only:
             images, heads = pair.image_encoder, pair.heads
             read_texts = partial(pair.embed_texts, texts)
-            return [images, heads], [*rest, parts.text_encoders], partial(pair.embed_images, picture), [read_texts]
-        return [pair], rest, lambda: torch.stack([part.mean() for part in pair(picture, texts)[:2]]).sum(), []
+            return [images, heads], [*rest, parts.text_encoders], partial(pair.embed_images, image), [read_texts]
+        return [pair], rest, lambda: torch.stack([part.mean() for part in pair(image, texts)[:2]]).sum(), []
     latents, time, cond = blank(family, side, side)
     section = config.refiner if name == "refiner" else config.base
     if section.attention == "math":  # which alone keeps its scores
@@ -157,7 +157,7 @@ def _work(
 
 
 def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """What a family's U-Net is given for one picture, of these many latents, without memory: to count with."""
+    """What a family's U-Net is given for one image, of these many latents, without memory: to count with."""
     unet = family.unet
     with torch.device("meta"):
         cond = Conditioning(

@@ -69,12 +69,12 @@ class Clock:
 
     since: float = field(default_factory=time.monotonic)
     waiting: float = 0.0  # seconds for data
-    pictures: int = 0
+    images: int = 0
 
     def figures(self) -> dict[str, float]:
-        """Pictures a second over all ranks, and the part of the time spent waiting for data."""
+        """Images a second over all ranks, and the part of the time spent waiting for data."""
         seconds = time.monotonic() - self.since
-        return {"images_per_s": self.pictures / seconds, "waiting": self.waiting / seconds}
+        return {"images_per_s": self.images / seconds, "waiting": self.waiting / seconds}
 
 
 class Training:
@@ -99,7 +99,7 @@ class Training:
         held_out: the batches to validate on, those of this rank.
         report: takes every line of the log, on the main process.
         work: what an image costs at a step, for the log.
-        evaluator: of the pictures that the stage's model makes, if it is to be evaluated.
+        evaluator: of the images that the stage's model makes, if it is to be evaluated.
         """
         self.accelerator = accelerator
         self.stage = stage
@@ -183,7 +183,7 @@ class Training:
         """
         while not self._fits(micro_batches):
             self.cut_smaller(micro_batches[0])
-        self.clock.pictures += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
+        self.clock.images += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
 
     def _fits(self, micro_batches: Sequence[Batch]) -> bool:
         """Do the step, unless memory does not suffice; what did not fit is gone with the error when this returns."""
@@ -210,19 +210,19 @@ class Training:
         clear_device_cache(garbage_collection=True)
         self.pieces *= 2
         log.warning(
-            "out of memory with %d pictures at a time on process %d; from now on it takes %d, and the same updates",
+            "out of memory with %d images at a time on process %d; from now on it takes %d, and the same updates",
             at_a_time, self.accelerator.process_index, -(-len(batch.keys) // self.pieces),
         )  # fmt: skip
 
     def _train_step(self, micro_batches: Sequence[Batch]) -> None:
         players, accelerator = self.stage.players, self.accelerator
-        pictures = sum(len(batch.keys) for batch in micro_batches)
+        images = sum(len(batch.keys) for batch in micro_batches)
         self.committed = bool(self.skeletons)  # whose ranks exchange weights in the forward pass already
         rate = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
         sums: dict[str, Tensor] = {}
         bad: list[tuple[list[str], Tensor]] = []  # keys, and which of them have a loss that is not finite
         for index, batch in enumerate(micro_batches):
-            last, share = index == len(micro_batches) - 1, pictures / len(batch.keys)
+            last, share = index == len(micro_batches) - 1, images / len(batch.keys)
             with self.gradients_stay_here(not last):
                 for loss in self.stage.losses(batch, self.step):
                     mean = loss.values.mean() / share
@@ -282,7 +282,7 @@ class Training:
         return (
             f"{what} of step {self.step + 1} is not finite (samples here: {listing(sorted(found), 8)}); nothing was "
             f"updated, the last checkpoint is {saved[-1].name if saved else 'none yet'}. A lower learning rate, bf16 "
-            "in place of fp16, or leaving these pictures out may help"
+            "in place of fp16, or leaving these images out may help"
         )
 
     @contextmanager
@@ -346,7 +346,7 @@ class Training:
             raise Stopped(self.stage.name, self.step, self.asked)
 
     def validate(self) -> None:
-        """Figures over the held-out pictures, with the averages in place."""
+        """Figures over the held-out images, with the averages in place."""
         batches = (part for batch in self.held_out() for part in batch.parts(self.pieces))
         with self.averaged():
             figures = self.stage.validate(batches)
@@ -355,7 +355,7 @@ class Training:
         self.clock = Clock()
 
     def preview(self, batch: Batch | None) -> None:
-        """Pictures to look at, on the main process: of held-out samples, always the same, or else of this batch."""
+        """Images to look at, on the main process: of held-out samples, always the same, or else of this batch."""
         with self.averaged():
             if self.accelerator.is_main_process and (shown := next(iter(self.held_out()), batch)):
                 try:
@@ -367,14 +367,14 @@ class Training:
         self.accelerator.wait_for_everyone()
         self.clock = Clock()
 
-    def show(self, pictures: list[Image.Image]) -> None:
+    def show(self, images: list[Image.Image]) -> None:
         """Keep them as one file."""
-        if pictures:
+        if images:
             (self.folder / "previews").mkdir(exist_ok=True)
-            save_png(grid(pictures), self.folder / "previews" / f"step-{self.step:08d}.png")
+            save_png(grid(images), self.folder / "previews" / f"step-{self.step:08d}.png")
 
     def evaluate(self) -> None:
-        """Figures of the pictures that each average makes; if one chooses by them, the best weights so far are kept."""
+        """Figures of the images that each average makes; if one chooses by them, the best weights so far are kept."""
         evaluator = self.evaluator
         if evaluator is None:  # the configuration no longer asks for what a checkpoint owes
             return
@@ -570,7 +570,7 @@ def _too_large(stage: Stage, batch: Batch, at_a_time: int) -> str:
     if not stage.divisible:
         fewer = f"a smaller {stage.name}.batch, "
     return (
-        f"out of memory with {at_a_time} pictures of {width}×{height} at a time; set {fewer}"
+        f"out of memory with {at_a_time} images of {width}×{height} at a time; set {fewer}"
         f"{stage.name}.checkpointing=true, or a smaller size"
     )
 

@@ -1,9 +1,9 @@
 """A run: the stages of a configuration one after the other, each from where it stopped, each ending in a model folder.
 
 runs/x/config.yaml        the whole configuration, defaults included
-runs/x/data/              index of the pictures, list of those that cannot be used, caches
+runs/x/data/              index of the images, list of those that cannot be used, caches
 runs/x/base/              of each stage: checkpoints/, previews/, averages/, metrics.jsonl
-runs/x/base/evaluation/   reports on pictures that it makes, if they are asked for (`ldm.training.evaluator`)
+runs/x/base/evaluation/   reports on images that it makes, if they are asked for (`ldm.training.evaluator`)
 runs/x/base/model/        its result, a folder that diffusers opens; model.safetensors, the same as a single file
 runs/x/text/clip/         besides, of the stage text: the image encoder (`ldm.weights.contrastive.load_clip`)
 runs/x/base/done.json     written last
@@ -54,8 +54,8 @@ from ldm.training.parallel.agreement import check_agreement, differences
 from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import Phase, phases
 from ldm.training.stages.autoencoder import AutoencoderStage
-from ldm.training.stages.denoiser import DenoiserStage, encode_pictures
-from ldm.training.stages.stage import MakePictures, Stage
+from ldm.training.stages.denoiser import DenoiserStage, encode_images
+from ldm.training.stages.stage import MakeImages, Stage
 from ldm.training.stages.text import ContrastiveStage, check_differ
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
@@ -66,8 +66,8 @@ EVERY = 10.0  # seconds between lines about a cache that is built
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What a run trains on: pictures with random access, or a stream."""
+class TrainingImages:
+    """What a run trains on: images with random access, or a stream."""
 
     section: DataSection
     folder: Path  # of indexes and caches
@@ -75,13 +75,13 @@ class Pictures:
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the pictures to train with, and of those that are held out. Raises as `split`."""
+        """Indices of the images to train with, and of those that are held out. Raises as `split`."""
         assert self.images is not None
         return split(self.images, self.section.holdout)
 
     @cached_property
     def digest(self) -> str | None:
-        """Names the set of pictures and captions, wherever it lies; nothing names a stream."""
+        """Names the set of images and captions, wherever it lies; nothing names a stream."""
         if self.images is None:
             return None
         digest = hashlib.sha256()
@@ -90,13 +90,16 @@ class Pictures:
         return digest.hexdigest()[:16]
 
     def notice_changes(self) -> None:
-        """Say how many pictures there are, and whether they are still those that the run began with."""
+        """Say how many images there are, and whether they are still those that the run began with."""
         assert self.images is not None
         name, bad = self.images.source.name, len(self.images.skipped.reasons)
         log.info(
             "%s: %d images%s", name, len(self.images), f"; {bad} cannot be used: {self.images.skipped.path}" * bool(bad)
         )
-        path, now = self.folder / "pictures.json", {"digest": self.digest, "images": len(self.images)}
+        path, old = self.folder / "images.json", self.folder / "pictures.json"
+        if old.exists():  # of a run that an earlier version began
+            old.replace(path)
+        now = {"digest": self.digest, "images": len(self.images)}
         try:
             before = read_json(path) if path.exists() else now
         except LdmError:
@@ -142,9 +145,9 @@ class Caching:
 class Run:
     """Everything that the stages of a run share."""
 
-    def __init__(self, config: Config, make_pictures: MakePictures | None, report: Report) -> None:
+    def __init__(self, config: Config, make_images: MakeImages | None, report: Report) -> None:
         self.config = config
-        self.make_pictures = make_pictures
+        self.make_images = make_images
         self.report = report
         self.folder = Path(config.output)
         try:
@@ -155,7 +158,7 @@ class Run:
             raise LdmError("precision fp16 needs a GPU, and none is used here; set precision=bf16 or precision=no")
         check_agreement({"ldm": ldm.__version__, "torch": torch.__version__, **config.model_dump(mode="json")})
         self.lock = self._open_folder()
-        self.pictures = self._open_pictures()
+        self.data = self._open_data()
 
     def _tracked(self, folder: Path) -> Accelerator:
         """An accelerator for one stage: what is prepared with it is what checkpoints hold; its log goes to trackers."""
@@ -187,9 +190,7 @@ class Run:
         except yaml.YAMLError:
             before = None
         try:
-            fcntl.lockf(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # not flock: processes that load pictures would have it too
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: processes that load images would have it too
         except (BlockingIOError, PermissionError):
             raise LdmError(
                 f"output {self.folder} is in use by another run; wait for its end, or choose another output"
@@ -203,24 +204,24 @@ class Run:
             temporary.write_text(dump(self.config), encoding="utf-8")
         return lock
 
-    def _open_pictures(self) -> Pictures:
+    def _open_data(self) -> TrainingImages:
         data = self.config.data
         if not data.source:
-            raise LdmError("data.source is not set: name a folder of pictures, shards, or a dataset")
+            raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")
         folder = self.folder / "data"
         if data.stream:
             if data.cache:
                 raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
-            return Pictures(data, folder)
+            return TrainingImages(data, folder)
         with self.accelerator.main_process_first():  # the first one makes the index, the others read it
             images = open_images(
                 data.source, folder, captions=data.captions, split=data.split, caption_column=data.caption_column
             )
-            pictures = Pictures(data, folder, images)
+            opened = TrainingImages(data, folder, images)
         if self.accelerator.is_main_process:
-            pictures.notice_changes()
-        check_agreement({"the number of pictures": len(images), "the digest of pictures": pictures.digest})
-        return pictures
+            opened.notice_changes()
+        check_agreement({"the number of images": len(images), "the digest of images": opened.digest})
+        return opened
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
@@ -321,29 +322,29 @@ class Run:
             section = getattr(self.config, name)
             if isinstance(section, DenoiserSection) and section.evaluation.every:
                 check_evaluation(name, self._evaluation_plan(section.evaluation, "cpu"))
-                if self.make_pictures is None:
-                    raise LdmError(f"{name}.evaluation.every: nothing is given that makes pictures (make_pictures)")
+                if self.make_images is None:
+                    raise LdmError(f"{name}.evaluation.every: nothing is given that makes images (make_images)")
 
     def _evaluation_plan(self, section: EvaluationSection, device: str) -> evaluation.Plan:
-        images = self.pictures.images
-        return evaluation_plan(section, images, self.pictures.rows if images else (), device)
+        images = self.data.images
+        return evaluation_plan(section, images, self.data.rows if images else (), device)
 
     def _evaluator(
         self, name: str, section: StageSection, model: LatentDiffusion, accelerator: Accelerator, folder: Path
     ) -> Evaluator | None:
-        """What evaluates a stage's pictures, if that is asked for."""
-        if self.make_pictures is None or not isinstance(section, DenoiserSection) or not section.evaluation.every:
+        """What evaluates a stage's images, if that is asked for."""
+        if self.make_images is None or not isinstance(section, DenoiserSection) or not section.evaluation.every:
             return None
         plan = self._evaluation_plan(section.evaluation, str(accelerator.device))
         ranks = stored.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         work = stored.Work(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
-        return Evaluator(name, section, plan, model, self.make_pictures, self.config.precision, work)
+        return Evaluator(name, section, plan, model, self.make_images, self.config.precision, work)
 
     # --- what a stage needs -----------------------------------------------------------------------------------------
 
     def _warn_of_long_captions(self, model: LatentDiffusion) -> None:
         """Say how many captions are longer than the text encoders read, judged by some of them."""
-        some = self.pictures.images.captions()[:LOOKED_AT] if self.pictures.images else []
+        some = self.data.images.captions()[:LOOKED_AT] if self.data.images else []
         room = min(config.context for config in model.family.text) - 2  # start and end
         long = sum(len(ids) > room for ids in model.text_encoders.tokenizers[0].encode(some))
         if long:
@@ -365,15 +366,15 @@ class Run:
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
     ) -> Stage:
         seed = self.config.seed
-        sides = [pair for phase in phases(section) for pair in self.pictures.framing(phase.size).sides()]
+        sides = [pair for phase in phases(section) for pair in self.data.framing(phase.size).sides()]
         if name == "autoencoder":
             again = partial(self._batches, accelerator, section, caches, phases(section)[-1].first)
             return AutoencoderStage(section, model, accelerator, seed, sides, lambda: chain.from_iterable(again()))
         if name == "text":
-            if self.pictures.images is not None:
-                check_differ(self.pictures.images, self.pictures.rows[0])
+            if self.data.images is not None:
+                check_differ(self.data.images, self.data.rows[0])
             return ContrastiveStage(section, model, accelerator, seed, sides, self.folder / name)
-        return DenoiserStage(name, section, model, accelerator, seed, self.make_pictures, caches.texts)
+        return DenoiserStage(name, section, model, accelerator, seed, self.make_images, caches.texts)
 
     def _write_result(
         self, accelerator: Accelerator, stage: Stage, folder: Path, record: dict[str, Any], best: Best | None
@@ -385,7 +386,7 @@ class Run:
                 "code": f"ldm {ldm.__version__}",
                 "stage": stage.name,
                 "steps": stage.section.steps,
-                "data": {"source": self.config.data.source, "digest": self.pictures.digest},
+                "data": {"source": self.config.data.source, "digest": self.data.digest},
                 "parents": self._parents(stage.name),
                 "metrics": record,
                 **chosen,
@@ -413,23 +414,21 @@ class Run:
     # --- batches ----------------------------------------------------------------------------------------------------
 
     def _plan(self, phase: Phase, held_out: bool = False) -> Plan | StreamPlan | None:
-        """The batches of a phase, or the held-out pictures, if there are any that are large enough."""
-        pictures, config = self.pictures, self.config
-        framing = pictures.framing(phase.size)
-        if pictures.images is None:
+        """The batches of a phase, or the held-out images, if there are any that are large enough."""
+        data, config = self.data, self.config
+        framing = data.framing(phase.size)
+        if data.images is None:
             assert config.data.source
             stream = open_stream(config.data.source, split=config.data.split, caption_column=config.data.caption_column)
             rank = self.accelerator.process_index
-            return StreamPlan(
-                stream, framing, phase.batch, config.seed, pictures.folder, config.data.captions, rank=rank
-            )
-        rows = pictures.rows[held_out]
+            return StreamPlan(stream, framing, phase.batch, config.seed, data.folder, config.data.captions, rank=rank)
+        rows = data.rows[held_out]
         if held_out:
             framing = replace(framing, crop="center", crops=0, flip=False)
-            width, height = (lengths[rows] for lengths in pictures.images.sizes())
+            width, height = (lengths[rows] for lengths in data.images.sizes())
             if (choose_buckets(framing, width, height)[1] > framing.upscale).all():
                 return None
-        return Plan(pictures.images, framing, phase.batch, config.seed, rows)
+        return Plan(data.images, framing, phase.batch, config.seed, rows)
 
     def _batches(
         self, accelerator: Accelerator, section: StageSection, caches: Caches, start: int
@@ -453,8 +452,8 @@ class Run:
                 yield next(steps)
 
     def _held_out(self, accelerator: Accelerator, section: StageSection) -> Iterable[Batch]:
-        """This rank's share of the held-out pictures, at the last resolution."""
-        if self.pictures.images is None or not self.config.data.holdout:
+        """This rank's share of the held-out images, at the last resolution."""
+        if self.data.images is None or not self.config.data.holdout:
             return ()
         phase = phases(section)[-1]
         plan = self._plan(phase, held_out=True)
@@ -467,10 +466,10 @@ class Run:
         """Latents at every resolution and texts, encoded where they are not yet."""
         if not self.config.data.cache:
             return Caches()
-        folder, images = self.pictures.folder, self.pictures.images
+        folder, images = self.data.folder, self.data.images
         assert images is not None
         rank, world = accelerator.process_index, accelerator.num_processes
-        pictures, texts = (  # in 16 bits, the same network gives other numbers
+        latents_of, texts = (  # in 16 bits, the same network gives other numbers
             f"{fingerprint(network)} {self.config.precision}"
             for network in ({"vae": model.autoencoder}, {"text": model.text_encoders})
         )
@@ -485,9 +484,9 @@ class Run:
         for plan in plans:
             assert isinstance(plan, Plan)
             build_latents(
-                folder, plan, pictures, partial(encode_pictures, model.autoencoder, accelerator),
+                folder, plan, latents_of, partial(encode_images, model.autoencoder, accelerator),
                 workers=self.config.data.workers, rank=rank, world=world,
-                report=Caching("pictures"),
+                report=Caching("images"),
             )  # fmt: skip
         train_text = getattr(section, "train_text", False)
         if not train_text:
@@ -495,7 +494,7 @@ class Run:
                 folder, images.captions(), texts, encode_captions, rank=rank, world=world, report=Caching("captions")
             )
         accelerator.wait_for_everyone()
-        found = [Latents(folder, plan, pictures) for plan in plans if isinstance(plan, Plan)]
+        found = [Latents(folder, plan, latents_of) for plan in plans if isinstance(plan, Plan)]
         if train_text:
             return Caches(found)
         return Caches(found, _cached_encode(Texts(folder, texts), model, accelerator.device))
@@ -538,18 +537,18 @@ def _refiner(model: LatentDiffusion, config: Config, base: LatentDiffusion | Non
 
 def train(
     config: Config,
-    make_pictures: MakePictures | None = None,
+    make_images: MakeImages | None = None,
     report: Report = lambda stage, step, steps, figures: None,
 ) -> None:
     """Train what a configuration says; the same call again goes on where it stopped.
 
     Args:
         config: the run.
-        make_pictures: makes pictures with a model, for previews and evaluation.
+        make_images: makes images with a model, for previews and evaluation.
         report: takes the lines of the log, on the main process.
 
     Raises:
         LdmError: in one line, what is wrong and what to do.
         Stopped: a signal asked for it; a checkpoint was written.
     """
-    Run(config, make_pictures, report).all()
+    Run(config, make_images, report).all()

@@ -32,11 +32,11 @@ from ldm.training.loop import Training
 from ldm.training.parallel.agreement import differences
 from ldm.training.run import Run
 from ldm.training.stages.autoencoder import AutoencoderStage
-from ldm.training.stages.denoiser import encode_pictures
+from ldm.training.stages.denoiser import encode_images
 from ldm.training.stages.stage import Loss, Stage
 
 STAGES: tuple[StageName, ...] = ("autoencoder", "text", "base", "refiner")
-PICTURES = 32
+IMAGES = 32
 SIDE = 32  # pixels, of the squares that are cropped
 STEPS = 4
 RATE, WARMUP = 1e-3, 2
@@ -73,7 +73,7 @@ class Ground:
             "stages": list(STAGES),
             "trackers": [],
             "data": {
-                "source": str(self.folder / "pictures"), "holdout": 0, "workers": 0, "buckets": False, "bucket_step": 8,
+                "source": str(self.folder / "images"), "holdout": 0, "workers": 0, "buckets": False, "bucket_step": 8,
             },
             "model": {
                 "family": "sdxl", "unet": {**UNET, "text_dim": 64}, "autoencoder": AUTOENCODER,
@@ -141,10 +141,10 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
     """
     accelerator = Accelerator(mixed_precision=precision)
     batch = 4 * accelerator.num_processes
-    if batch > PICTURES:
-        raise LdmError(f"{accelerator.num_processes} processes: the test is made for {PICTURES // 4} at the most")
+    if batch > IMAGES:
+        raise LdmError(f"{accelerator.num_processes} processes: the test is made for {IMAGES // 4} at the most")
     if accelerator.is_main_process:
-        draw_pictures(folder / "pictures")
+        draw_images(folder / "images")
     accelerator.wait_for_everyone()
     ground, well = Ground(folder, precision, batch), True
     for check in CHECKS:
@@ -156,14 +156,14 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
     return well
 
 
-def draw_pictures(folder: Path) -> None:
-    """Wide pictures whose colours tell where in them a pixel is, each with a caption of its own."""
+def draw_images(folder: Path) -> None:
+    """Wide images whose colours tell where in them a pixel is, each with a caption of its own."""
     folder.mkdir(parents=True)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         across, down = np.meshgrid(np.arange(48), np.arange(40))
         pixels = np.stack([across * 5, down * 6, np.full_like(down, number * 7)], axis=-1)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(f"picture number {number}", encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(f"image number {number}", encoding="utf-8")
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------
@@ -219,15 +219,15 @@ def gradients(ground: Ground) -> Iterator[str]:
 def crops(ground: Ground) -> Iterator[str]:
     """Cached latents are those of the crop that the size conditioning speaks of."""
     training, batch = ground.built("crops", "base", data__cache=True, data__crops=3)
-    pictures = []
+    images = []
     for key, size in zip(batch.keys, batch.size.int().tolist(), strict=True):
-        with Image.open(ground.folder / "pictures" / Path(key).name) as image:
+        with Image.open(ground.folder / "images" / Path(key).name) as image:
             top, left = size[2:4]
             scale = SIDE / 40  # the shorter side becomes the square's
             whole = image.convert("RGB").resize((round(48 * scale), SIDE), Image.Resampling.LANCZOS)
-            pictures.append(whole.crop((left, top, left + SIDE, top + SIDE)))
-    pixels = to_tensor(pictures, SIDE, SIDE)
-    mean, _ = encode_pictures(training.stage.model.autoencoder, training.accelerator, pixels)
+            images.append(whole.crop((left, top, left + SIDE, top + SIDE)))
+    pixels = to_tensor(images, SIDE, SIDE)
+    mean, _ = encode_images(training.stage.model.autoencoder, training.accelerator, pixels)
     assert batch.moments is not None
     cached = batch.moments.chunk(2, dim=1)[0].to(mean)
     if len({tuple(row) for row in batch.size.int().tolist()}) < 2:
@@ -240,7 +240,7 @@ def crops(ground: Ground) -> Iterator[str]:
 
 def drop_out(ground: Ground) -> Iterator[str]:
     """Captions are left out as often as asked."""
-    keys = [f"picture {number}" for number in range(DRAWS)]
+    keys = [f"image {number}" for number in range(DRAWS)]
     for rate in (0.1, 0.5):
         found = float(DropOut((rate,)).captions(0, keys, [0] * DRAWS, 1).float().mean())
         if abs(found - rate) > 5 * math.sqrt(rate * (1 - rate) / DRAWS):

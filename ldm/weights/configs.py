@@ -1,7 +1,7 @@
 """`config.json` of diffusers and transformers, to our dataclasses and back.
 
 Every option is either translated, or must have the one value that our networks are built for. What is not listed here
-is refused by name: an unknown option must never be a wrong picture.
+is refused by name: an unknown option must never be a wrong image.
 """
 
 from __future__ import annotations

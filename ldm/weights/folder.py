@@ -45,7 +45,7 @@ _CLASSES: dict[str, frozenset[str]] = {
     "scheduler": configs.SCHEDULERS,
 }
 COMPONENTS = tuple(_CLASSES)
-_UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})  # no picture depends on them
+_UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})  # no image depends on them
 _PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline(Legacy)?")
 
 # names beside a component's own that files of some age hold
@@ -361,7 +361,7 @@ def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtyp
     if any(parameter.is_meta for parameter in parameters.values()):
         raise LdmError("weights that come a layer at a time (offload) are not written; load the model without that")
     if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters.values()):
-        raise LdmError("quantised weights are for making pictures, and are not written; load the model without them")
+        raise LdmError("quantised weights are for making images, and are not written; load the model without them")
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return [
         Output(

@@ -53,7 +53,7 @@ _YAML_NUMBERS = {
     "timesteps": "train_steps",
     "scale_factor": "scaling_factor",
 }
-# what checkpoints hold beside the three networks, and what no picture depends on
+# what checkpoints hold beside the three networks, and what no image depends on
 _LEFTOVERS = re.compile(
     r"model_ema\..*|embedding_manager\..*|denoiser\.sigmas|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod"
     r"(_prev)?|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|global_step"

@@ -1,6 +1,6 @@
-"""Editing by instruction: a picture and what to do to it (InstructPix2Pix: Brooks et al. 2022, arXiv 2211.09800).
+"""Editing by instruction: an image and what to do to it (InstructPix2Pix: Brooks et al. 2022, arXiv 2211.09800).
 
-The U-Net reads the picture's latents, as the autoencoder gives them, beside the noisy ones.
+The U-Net reads the image's latents, as the autoencoder gives them, beside the noisy ones.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pipelines.run import Run
 
 
 def edit(run: Run) -> Tensor:
-    """Latents (B, C, h, w) of the request's picture after the edit, from pure noise."""
+    """Latents (B, C, h, w) of the request's image after the edit, from pure noise."""
     request, model = run.request, run.model
     assert request.image is not None
     model.bring(model.autoencoder)
     weight = next(model.autoencoder.parameters())
-    picture = model.autoencoder.encode(run.pixels_of(request.image).to(weight.device, weight.dtype)).mode()
+    latents = model.autoencoder.encode(run.pixels_of(request.image).to(weight.device, weight.dtype)).mode()
     x = run.noise.draw(run.shape, run.dtype, run.device) * run.plan.scheduler.init_noise_sigma
     cond, negative, _ = run.conditioning
-    image = picture.to(run.device, run.dtype).expand(len(x), -1, -1, -1)
+    image = latents.to(run.device, run.dtype).expand(len(x), -1, -1, -1)
     schedule, times = model.family.schedule, run.plan.times
     return run.sample(x, run.plan, edited(run.unet(), cond, negative, request.guidance, schedule, times, image))

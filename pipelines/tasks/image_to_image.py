@@ -1,4 +1,4 @@
-"""Image to image: from a picture with some noise on it (Meng et al. 2021, arXiv 2108.01073); and refining latents."""
+"""Image to image: from an image with some noise on it (Meng et al. 2021, arXiv 2108.01073); and refining latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def first_call(run: Run) -> int:
 
 
 def image_to_image(run: Run) -> Tensor:
-    """Latents (B, C, h, w) that keep as much of the request's picture as its strength leaves."""
+    """Latents (B, C, h, w) that keep as much of the request's image as its strength leaves."""
     assert run.request.image is not None
     return renoised(run, run.encode(run.pixels_of(run.request.image)))
 

@@ -1,7 +1,7 @@
-"""Inpainting: a picture of which only the masked part is made anew.
+"""Inpainting: an image of which only the masked part is made anew.
 
 An ordinary U-Net gets the known part back, noised as it should be, after each step (Lugmayr et al. 2022, arXiv
-2201.09865, without its resampling). One with 9 channels reads the mask and the masked picture beside the noisy latents.
+2201.09865, without its resampling). One with 9 channels reads the mask and the masked image beside the noisy latents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.tasks.image_to_image import first_call
 
 
 def inpaint(run: Run) -> Tensor:
-    """Latents (B, C, h, w) of the request's picture with the masked part made anew."""
+    """Latents (B, C, h, w) of the request's image with the masked part made anew."""
     request = run.request
     assert request.image is not None
     assert request.mask is not None
@@ -40,7 +40,7 @@ def inpaint(run: Run) -> Tensor:
         extra = torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1)
         return run.sample(x, plan, run.denoiser(extra))
 
-    if run.noise.rng == "diffusers":  # it encodes the masked picture for ordinary U-Nets too, and so draws once more
+    if run.noise.rng == "diffusers":  # it encodes the masked image for ordinary U-Nets too, and so draws once more
         run.noise.draw((1, *run.shape[1:]), run.dtype, run.device)
 
     def keep(latents: Tensor, step: Step) -> Tensor:
@@ -55,6 +55,6 @@ def inpaint(run: Run) -> Tensor:
 def pasted(made: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
     """What was made where the mask is white, and the original's own pixels where it is black."""
     size = made.size
-    picture = original if original.size == size else original.resize(size, Image.Resampling.LANCZOS)
+    image = original if original.size == size else original.resize(size, Image.Resampling.LANCZOS)
     white = mask_to_tensor(mask, *size)[0, 0, :, :, None].numpy().astype(bool)
-    return Image.fromarray(np.where(white, np.asarray(made), np.asarray(picture)))
+    return Image.fromarray(np.where(white, np.asarray(made), np.asarray(image)))

@@ -1,4 +1,4 @@
-"""The command that compares speeds: that both sides make the same pictures, and what it prints and writes."""
+"""The command that compares speeds: that both sides make the same images, and what it prints and writes."""
 
 from __future__ import annotations
 
@@ -122,11 +122,11 @@ def test_a_side_that_cannot_be_had(
     options, call = bench.Options(str(tmp_path / "model")), Call(64, 64, 1, 5.0)
     side = bench.Process("plain", options, call, torch.device("cpu"), torch.float32)
     side.wait()
-    seconds, memory = side.picture(2)
+    seconds, memory = side.image(2)
     assert seconds.image > 0 and 0.1 < memory < 100
     side.process.kill()
     with pytest.raises(LdmError, match="the process of plain has died; does memory suffice"):
-        side.picture(2)
+        side.image(2)
 
 
 def test_a_rival_that_fails_is_left_out(
@@ -137,14 +137,14 @@ def test_a_rival_that_fails_is_left_out(
 ) -> None:
     tiny.model("sd15").save_pretrained(tmp_path / "model")
     monkeypatch.setitem(bench.SIZES, "cpu", 64)
-    picture = bench.Process.picture
+    image = bench.Process.image
 
     def fails(self: bench.Process, steps: int) -> Any:
         if self.name == "plain":
             self.process.kill()
-        return picture(self, steps)
+        return image(self, steps)
 
-    monkeypatch.setattr(bench.Process, "picture", fails)
+    monkeypatch.setattr(bench.Process, "image", fails)
     out = tmp_path / "bench.json"
     arguments = ["--rounds", 1, "--steps", 2, "--dtype", "fp32", "--against", "plain", "--out", out]
     assert run(capsys, monkeypatch, "bench", tmp_path / "model", *arguments)[0] == 0

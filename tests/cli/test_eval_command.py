@@ -27,15 +27,15 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty small pictures with captions."""
+    """Sixty small images with captions."""
     folder, draw = tmp_path_factory.mktemp("shapes"), random.Random(0)
     for number in range(60):
         colour, shape = draw.choice(list(COLOURS)), draw.choice(["circle", "square"])
-        picture = Image.new("RGB", (32, 32), "white")
+        image = Image.new("RGB", (32, 32), "white")
         left, top = draw.randint(2, 14), draw.randint(2, 14)
-        kind = ImageDraw.Draw(picture).ellipse if shape == "circle" else ImageDraw.Draw(picture).rectangle
+        kind = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
         kind((left, top, left + 14, top + 14), fill=COLOURS[colour])
-        picture.save(folder / f"{number:03d}.png")
+        image.save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.txt").write_text(f"a {colour} {shape} at {left} {top}")
     return folder
 
@@ -129,7 +129,7 @@ def test_killed_and_continued_is_the_same(
     folder = tmp_path / "killed"
     arguments = [*command, "--out", str(folder), "--cache", str(tmp_path / "cache")]
     process = subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while len(list((folder / "pictures").rglob("*.png"))) < 50 and process.poll() is None:
+    while len(list((folder / "images").rglob("*.png"))) < 50 and process.poll() is None:
         time.sleep(0.01)  # all of A, which have been looked at, and some of B
     process.kill()
     process.communicate(timeout=60)
@@ -143,8 +143,8 @@ def test_killed_and_continued_is_the_same(
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere does not exist; name a model"),
-        (["MODEL", "--metrics", "fid"], "compares with other pictures: name them (data=, --data)"),
-        (["MODEL", "--metrics", "clip-score"], "clip-score needs a network for pictures and texts"),
+        (["MODEL", "--metrics", "fid"], "compares with other images: name them (data=, --data)"),
+        (["MODEL", "--metrics", "clip-score"], "clip-score needs a network for images and texts"),
         (["MODEL", "--data", "SHAPES", "--metrics", "fdi"], "did you mean fid?"),
         (["MODEL", "--data", "SHAPES", "--with", "steps"], "--with 'steps': write KEY=VALUE"),
         (["MODEL", "--data", "SHAPES", "--with", "stesp=3", "--metrics", "psnr"], "did you mean steps?"),

@@ -35,7 +35,7 @@ def ldm(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     return call
 
 
-def test_pictures_and_their_record(ldm: Any, tmp_path: Path) -> None:
+def test_images_and_their_record(ldm: Any, tmp_path: Path) -> None:
     code, out, err = ldm("generate", "a (cat:1.2)", "-n", 2, "--steps", 3, "--seed", 7, "--negative", "bad", "--grid")
     assert (code, err) == (0, "")
     assert out.split() == ["outputs/00000-7.png", "outputs/00001-8.png", "outputs/grid.png"]
@@ -60,14 +60,14 @@ def test_pictures_and_their_record(ldm: Any, tmp_path: Path) -> None:
         ["--merge", "0.4", "--reuse", "2", "--scheduler", "euler"],
     ],
 )
-def test_a_picture_can_be_made_again(ldm: Any, arguments: list[str]) -> None:
+def test_a_image_can_be_made_again(ldm: Any, arguments: list[str]) -> None:
     assert ldm("generate", "a (cat:1.2)", "--steps", 3, "--seed", 7, "--out", "a.png", *arguments)[0] == 0
     code, out, _ = ldm("repro", "a.png", "--device", "cpu", "--out", "b.png")
     assert (code, out) == (0, "identical: largest difference 0, mean 0.0000 of 255\n")
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
 
 
-def test_a_picture_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path) -> None:
+def test_a_image_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path) -> None:
     """To the bit, though numbers are rounded otherwise in a batch of another size."""
     made = ldm("generate", "a cat", "a dog", "-n", 2, "--steps", 3, "--seed", 7, "--dtype", "bf16")[1].split()
     records = [read_settings(tmp_path / path)[0] or {} for path in made]
@@ -76,7 +76,7 @@ def test_a_picture_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path)
         assert ldm("repro", path, "--device", "cpu")[1].startswith("identical")
 
 
-def test_pictures_from_pictures_and_refined_ones_can_be_made_again(ldm: Any, models: Path) -> None:
+def test_images_from_images_and_refined_ones_can_be_made_again(ldm: Any, models: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save("in.png")
     Image.fromarray(noise[:, :, 0] // 128 * 255).save("mask.png")
@@ -112,10 +112,10 @@ def test_a_line_of_a_list_can_be_made_again(ldm: Any) -> None:
     assert code == 0, err
     assert ldm("repro", out.strip(), "--device", "cpu")[1].startswith("identical")
     other = ldm("generate", "--prompts", "p.jsonl", "--steps", 3, "--rescale", 0.6)[1]
-    assert other not in ("", out)  # another picture, and so another file
+    assert other not in ("", out)  # another image, and so another file
 
 
-def test_a_wrong_line_is_found_before_the_first_picture(ldm: Any, tmp_path: Path) -> None:
+def test_a_wrong_line_is_found_before_the_first_image(ldm: Any, tmp_path: Path) -> None:
     for wrong in ('"scheduler": 5', '"guidance": "much"', '"width": 33', '"image": "missing.png"', '"negative": [1]'):
         Path("p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", ' + wrong + "}\n")
         code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 1)
@@ -133,14 +133,14 @@ def test_a_wrong_line_is_found_before_the_first_picture(ldm: Any, tmp_path: Path
     [
         ({"output": "latents"}, "has output, which this version of ldm does not know"),
         ({"self": 1}, "has self, which this version"),
-        ({"source": 5}, "the picture's record is damaged"),
-        ({"dtype": ["fp32"]}, "the picture's record is damaged"),
+        ({"source": 5}, "the image's record is damaged"),
+        ({"dtype": ["fp32"]}, "the image's record is damaged"),
         ({"scheduler": 5}, "scheduler 5: a name"),
         ({"crop": 5}, "crop 5: two whole numbers"),
         ({"guidance": {"interval": [1]}}, "guidance interval"),
-        ({"strength": 0.5}, "was made from a picture, which it does not name"),
-        ({"batch": 2, "place": 2}, "the picture's record is damaged"),
-        ({"batch": "2"}, "the picture's record is damaged"),
+        ({"strength": 0.5}, "was made from an image, which it does not name"),
+        ({"batch": 2, "place": 2}, "the image's record is damaged"),
+        ({"batch": "2"}, "the image's record is damaged"),
     ],
 )
 def test_damaged_records_are_refused(ldm: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -152,8 +152,8 @@ def test_damaged_records_are_refused(ldm: Any, tmp_path: Path, change: dict[str,
     assert message in err
 
 
-def test_a_picture_of_another_run_is_not_replaced(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs into one folder have counted the same pictures there before either had finished one."""
+def test_a_image_of_another_run_is_not_replaced(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs into one folder have counted the same images there before either had finished one."""
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
     made = [ldm("generate", "a cat", "--steps", steps, "--seed", 1)[1].strip() for steps in (1, 2)]
     assert made == ["outputs/00000-1.png", "outputs/00001-1.png"]
@@ -183,7 +183,7 @@ def test_a_list_of_prompts_goes_on_where_it_stopped(ldm: Any, tmp_path: Path) ->
     again = ldm(*command)
     assert again[1] == f"{paths[1]}\n"
     assert paths[1].read_bytes() == before
-    assert "nothing to do: all 3 pictures are there" in ldm(*command)[2]
+    assert "nothing to do: all 3 images are there" in ldm(*command)[2]
 
 
 def test_processes_share_a_list(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +206,8 @@ def listed(models: Path, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
-    """Every picture of a folder, whole: the pixels by name."""
+def images(folder: Path) -> dict[str, bytes]:
+    """Every image of a folder, whole: the pixels by name."""
     return {path.name: Image.open(path).tobytes() for path in folder.glob("*.png")}
 
 
@@ -220,15 +220,15 @@ def test_a_killed_list_goes_on(listed: list[str], tmp_path: Path) -> None:
             time.sleep(0.005)
         process.kill()
         process.communicate(timeout=60)
-        assert pictures(folder).items() <= pictures(tmp_path / "whole").items()
+        assert images(folder).items() <= images(tmp_path / "whole").items()
     process = subprocess.Popen([COMMAND, *listed, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while len(list(folder.glob("*.png"))) < 6 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     assert b"Traceback" not in process.communicate(timeout=60)[1]
-    assert len(pictures(folder)) >= 6
+    assert len(images(folder)) >= 6
     subprocess.run([COMMAND, *listed, str(folder)], check=True, capture_output=True, timeout=120)
-    assert pictures(folder) == pictures(tmp_path / "whole")
+    assert images(folder) == images(tmp_path / "whole")
 
 
 def test_launched_processes_share_a_list(listed: list[str], tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_launched_processes_share_a_list(listed: list[str], tmp_path: Path) -> N
     assert len(set(result.stdout.split())) == 8
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([COMMAND, *listed, str(tmp_path / "one")], env=alone, check=True, capture_output=True, timeout=120)
-    assert pictures(tmp_path / "two") == pictures(tmp_path / "one")
+    assert images(tmp_path / "two") == images(tmp_path / "one")
 
 
 def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:
     plan = json.loads(out)
     assert code == 0
     assert len(plan["timesteps"]) == 5  # pndm repeats one
-    assert (plan["pictures"], plan["settings"]["width"]) == (1, 64)
+    assert (plan["images"], plan["settings"]["width"]) == (1, 64)
     assert list(tmp_path.iterdir()) == []
     Image.new("RGB", (90, 100)).save("in.png")
     settings = json.loads(ldm("generate", "a cat", "--image", "in.png", "--guidance", 0, "--dry-run")[1])["settings"]
@@ -272,12 +272,12 @@ def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:
         (["a", "--spacing", "1,x"], "--spacing '1,x'"),
         (["a", "--interval", "1"], "--guidance-interval '1'"),
         (["a", "--image", "missing.png"], "missing.png does not exist"),
-        (["a", "--image", "broken.png"], "broken.png cannot be read as a picture"),
+        (["a", "--image", "broken.png"], "broken.png cannot be read as an image"),
         (["a", "--image", "bomb.png"], "pixels"),
         (["a", "--prompts", "latin.txt"], "is not UTF-8 text: byte 1"),
         (["a", "--prompts", "bad.jsonl"], "line 1: colour is not known"),
         (["a", "--prompts", "missing.txt"], "missing.txt cannot be read"),
-        (["a", "b", "--out", "one.png"], "2 pictures need a folder"),
+        (["a", "b", "--out", "one.png"], "2 images need a folder"),
         (["a", "--out", "no/one.png"], "does not exist; create it first"),
         (["a", "--out", "one.jpg"], "name a folder, or a file that ends in .png"),
         (["a", "--out", "broken.png/x"], "cannot be made"),
@@ -304,7 +304,7 @@ def test_schedulers_are_listed(ldm: Any) -> None:
     assert json.loads(out)["euler"]["class"] == "EulerDiscreteScheduler"
 
 
-# --- records of other programs, and pictures --------------------------------------------------------------------------
+# --- records of other programs, and images --------------------------------------------------------------------------
 
 
 def test_the_text_of_other_programs() -> None:
@@ -339,7 +339,7 @@ def test_the_text_of_other_programs() -> None:
     }  # fmt: skip
 
 
-def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
+def test_images_of_every_kind_are_read(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
@@ -362,7 +362,7 @@ def test_a_record_keeps_file_names_that_are_no_text(tmp_path: Path) -> None:
     assert read_settings(tmp_path / "a.png") == (record, r"Model: b\udcff")
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -372,7 +372,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
+def test_a_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
     """Without quick layers numbers are rounded otherwise: in bf16 that is seen."""
     arguments = ("--steps", 2, "--seed", 7, "--dtype", "bf16", "--offload", "layers", "--out", "a.png")
     assert ldm("generate", "a cat", *arguments)[0] == 0

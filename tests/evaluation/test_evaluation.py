@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.errors import LdmError
 from ldm.evaluation import features
 from ldm.evaluation.evaluation import Model, Plan, evaluate
-from ldm.evaluation.images import open_pictures
+from ldm.evaluation.images import images_of
 from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.report import Report, Row, save_report
 from ldm.evaluation.stored import CHUNK, Part, Work, alone, in_chunks, look
@@ -29,7 +29,7 @@ SIDE = 32  # pixels
 
 
 class Toy:
-    """Random convolutions in place of a trained network; captions become the picture that they describe."""
+    """Random convolutions in place of a trained network; captions become the image that they describe."""
 
     name, digest, preparation = "Toy", "0" * 64, "as it is"
     gives = frozenset(("features", "spatial", "logits"))
@@ -49,8 +49,8 @@ class Toy:
         return {"features": features, "spatial": features[:, :8], "logits": 4 * features[:, :12]}
 
     def texts(self, captions: Sequence[str]) -> Tensor:
-        pictures = [drawing(*caption.split()[1:3], random.Random(0)) for caption in captions]
-        return self(torch.stack([self.prepare(picture) for picture in pictures]))["features"]
+        drawn = [drawing(*caption.split()[1:3], random.Random(0)) for caption in captions]
+        return self(torch.stack([self.prepare(one) for one in drawn]))["features"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +60,10 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drawing(colour: str, shape: str, draw: random.Random) -> Image.Image:
-    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    image = Image.new("RGB", (SIDE, SIDE), "white")
     place = (SIDE // 2 + draw.randint(-4, 4), SIDE // 2 + draw.randint(-4, 4), draw.randint(7, 11))
-    ImageDraw.Draw(picture).regular_polygon(place, SHAPES[shape], draw.randrange(0, 20), fill=COLOURS[colour])
-    return picture
+    ImageDraw.Draw(image).regular_polygon(place, SHAPES[shape], draw.randrange(0, 20), fill=COLOURS[colour])
+    return image
 
 
 def caption(number: int) -> str:
@@ -75,8 +75,8 @@ def drawings(folder: Path, count: int, seed: int, change: Callable[[Image.Image]
     folder.mkdir(parents=True)
     draw = random.Random(seed)
     for number in range(count):
-        picture = drawing(*caption(number).split()[1:3], draw)
-        (change(picture) if change else picture).save(folder / f"{number:04d}.png")
+        image = drawing(*caption(number).split()[1:3], draw)
+        (change(image) if change else image).save(folder / f"{number:04d}.png")
         (folder / f"{number:04d}.txt").write_text(caption(number))
     return folder
 
@@ -102,28 +102,28 @@ def values(folder: Path, reference: Path, work: Path, *metrics: str) -> dict[str
 def noisy(amount: int) -> Callable[[Image.Image], Image.Image]:
     draw = random.Random(0)
 
-    def change(picture: Image.Image) -> Image.Image:
-        noise = Image.frombytes("RGB", picture.size, draw.randbytes(3 * picture.width * picture.height))
-        return Image.blend(picture, noise, amount / 10)
+    def change(image: Image.Image) -> Image.Image:
+        noise = Image.frombytes("RGB", image.size, draw.randbytes(3 * image.width * image.height))
+        return Image.blend(image, noise, amount / 10)
 
     return change
 
 
 def blurred(amount: int) -> Callable[[Image.Image], Image.Image]:
-    return lambda picture: picture.filter(ImageFilter.GaussianBlur(amount))
+    return lambda image: image.filter(ImageFilter.GaussianBlur(amount))
 
 
-def tinted(picture: Image.Image, amount: float) -> Image.Image:
+def tinted(image: Image.Image, amount: float) -> Image.Image:
     """Colours on their way to change places."""
-    red, green, blue = picture.split()
-    return Image.blend(picture, Image.merge("RGB", (blue, red, green)), amount)
+    red, green, blue = image.split()
+    return Image.blend(image, Image.merge("RGB", (blue, red, green)), amount)
 
 
 def recoloured(amount: int) -> Callable[[Image.Image], Image.Image]:
-    """Colours change places in so many tenths of the pictures."""
+    """Colours change places in so many tenths of the images."""
     draw = random.Random(0)
 
-    return lambda picture: tinted(picture, 1.0) if draw.random() < amount / 10 else picture
+    return lambda image: tinted(image, 1.0) if draw.random() < amount / 10 else image
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def artist(strength: float, calls: list[int] | None = None) -> Model:
     def make(prompts: list[str], seeds: list[int], changes: Mapping[str, float]) -> list[Image.Image]:
         if calls is not None:
             calls.append(len(prompts))
-        pictures = [
+        drawn = [
             drawing(*prompt.split()[1:3], random.Random(seed)) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        return [tinted(picture, changes.get("tint", strength)) for picture in pictures]
+        return [tinted(one, changes.get("tint", strength)) for one in drawn]
 
     def back(images: list[Image.Image]) -> list[Image.Image]:
         return [tinted(image, 0.1 + strength) for image in images]
@@ -219,7 +219,7 @@ def test_two_models_and_all_metrics(reference: Path, tmp_path: Path) -> None:
     assert at_zero["fid"][0] == at_zero["fid"][1]  # both models without it are one
     assert at_zero["fid"][0] == found["fid"].estimates[0]
     for shown in (row for gallery in report.galleries for row in gallery.rows):
-        for path in shown.pictures:
+        for path in shown.images:
             assert (tmp_path / "work" / path).exists()
     made = len(calls)
     again = evaluate(sides, plan, Work(tmp_path / "work"))
@@ -263,9 +263,9 @@ def test_an_interrupted_evaluation_goes_on(reference: Path, tmp_path: Path) -> N
     assert evaluate([model], plan, Work(tmp_path / "again")) == whole
 
 
-def test_folders_are_compared_where_their_pictures_belong_together(reference: Path, tmp_path: Path) -> None:
+def test_folders_are_compared_where_their_images_belong_together(reference: Path, tmp_path: Path) -> None:
     a = drawings(tmp_path / "a", 60, 7)
-    b = drawings(tmp_path / "b", 60, 8, lambda picture: tinted(picture, 0.5))
+    b = drawings(tmp_path / "b", 60, 8, lambda image: tinted(image, 0.5))
     plan = Plan(("fid", "clip-score"), data=str(reference), clip="toy")
     report = evaluate([a, b], plan, Work(tmp_path / "work"))
     assert rows(report)["fid"].verdict.startswith("A better")
@@ -274,9 +274,9 @@ def test_folders_are_compared_where_their_pictures_belong_together(reference: Pa
     report = evaluate([a, b], plan, Work(tmp_path / "work"))
     assert report is not None
     assert rows(report)["fid"].comparison.count == 59  # type: ignore[union-attr]
-    assert any("the 59 pictures that both" in note for note in report.notes)
+    assert any("the 59 images that both" in note for note in report.notes)
     samples = report.galleries[0]
-    assert (samples.rows[3].text, samples.rows[3].pictures) == (
+    assert (samples.rows[3].text, samples.rows[3].images) == (
         caption(4),
         ("shown/a-000004.png", "shown/b-000003.png"),
     )
@@ -292,7 +292,7 @@ def test_folders_are_compared_where_their_pictures_belong_together(reference: Pa
     ]  # fmt: skip
 
 
-def test_pictures_of_the_same_name_in_several_folders_keep_apart(tmp_path: Path, reference: Path) -> None:
+def test_images_of_the_same_name_in_several_folders_keep_apart(tmp_path: Path, reference: Path) -> None:
     for side in "ab":
         for part in ("x", "y"):
             drawings(tmp_path / side / part, 6, ord(part))
@@ -301,12 +301,12 @@ def test_pictures_of_the_same_name_in_several_folders_keep_apart(tmp_path: Path,
     assert rows(report)["kid"].verdict == "no difference"
 
 
-def test_pictures_of_the_reference_are_noticed(reference: Path, tmp_path: Path) -> None:
+def test_images_of_the_reference_are_noticed(reference: Path, tmp_path: Path) -> None:
     folder = drawings(tmp_path / "a", 6, 7)
     Image.open(reference / "0009.png").save(folder / "0000.bmp")
     report = evaluate([folder], Plan(("kid",), data=str(reference)), Work(tmp_path / "work"))
     assert report is not None
-    assert report.notes == ("1 of 7 pictures of A are in the reference too, so that distances from it are too small",)
+    assert report.notes == ("1 of 7 images of A are in the reference too, so that distances from it are too small",)
 
 
 def test_copies_are_more_than_expected(reference: Path, tmp_path: Path) -> None:
@@ -319,22 +319,22 @@ def test_copies_are_more_than_expected(reference: Path, tmp_path: Path) -> None:
     assert "A p < 0.001, B p = 0." in note
 
 
-def test_mixed_sizes_and_damaged_pictures(reference: Path, tmp_path: Path) -> None:
+def test_mixed_sizes_and_damaged_images(reference: Path, tmp_path: Path) -> None:
     a, b = (drawings(tmp_path / name, 60, 7) for name in "ab")
     Image.open(a / "0003.png").resize((90, 64)).save(a / "0003.png")
     data = (a / "0005.png").read_bytes()
     (a / "0005.png").write_bytes(data[: len(data) // 2])
-    (b / "0007.png").write_bytes(b"no picture")
+    (b / "0007.png").write_bytes(b"no image")
     plan = Plan(("fid", "clip-score"), data=str(reference), clip="toy")
     report = evaluate([a, b], plan, Work(tmp_path / "work"))
     assert report is not None
     assert report.sides[0].count == report.sides[1].count == 59
     assert rows(report)["clip-score"].comparison.count == 58  # type: ignore[union-attr]
-    assert any("1 of 60 pictures cannot be read" in note and "0005.png" in note for note in report.notes)
-    assert any("1 of 60 pictures cannot be used" in note and "0007.png" in note for note in report.notes)
+    assert any("1 of 60 images cannot be read" in note and "0005.png" in note for note in report.notes)
+    assert any("1 of 60 images cannot be used" in note and "0007.png" in note for note in report.notes)
     for number in range(10, 20):
         (a / f"{number:04d}.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(LdmError, match="11 of 60 pictures cannot be read"):
+    with pytest.raises(LdmError, match="11 of 60 images cannot be read"):
         evaluate([a], plan, Work(tmp_path / "work"))
 
 
@@ -343,7 +343,7 @@ def test_mixed_sizes_and_damaged_pictures(reference: Path, tmp_path: Path) -> No
     [
         (Plan((), clip="toy"), "no metric is asked for"),
         (Plan(("fid", "clip-scroe"), data="R"), "did you mean clip-score"),
-        (Plan(("fid",)), "compares with other pictures"),
+        (Plan(("fid",)), "compares with other images"),
         (Plan(("clip-score",)), "--clip"),
         (Plan(("psnr",), data="R"), "about a model's autoencoder"),
         (Plan(("memorisation",), data="R"), "--training"),
@@ -351,7 +351,7 @@ def test_mixed_sizes_and_damaged_pictures(reference: Path, tmp_path: Path) -> No
         (Plan(("fid",), data="R", n=1), "n is 1"),
         (Plan(("precision",), data="R", n=20), "at least 40"),
         (Plan(("precision",), data="R"), "at least 40"),
-        (Plan(("fid",), data="R", n=1000), "holds 12 pictures, but 1000 are asked for"),
+        (Plan(("fid",), data="R", n=1000), "holds 12 images, but 1000 are asked for"),
         (Plan(("fid",), data="nowhere"), "nowhere does not exist"),
     ],
 )
@@ -375,7 +375,7 @@ def test_missing_captions_and_empty_folders(reference: Path, tmp_path: Path) -> 
     with pytest.raises(LdmError, match="holds no image"):
         evaluate([tmp_path / "empty"], Plan(("fid",), data=str(reference)), Work(tmp_path / "work"))
     single = drawings(tmp_path / "single", 1, 0)
-    with pytest.raises(LdmError, match="1 pictures; at least 2"):
+    with pytest.raises(LdmError, match="1 images; at least 2"):
         evaluate([single], Plan(("fid",), data=str(reference)), Work(tmp_path / "work"))
 
 
@@ -437,13 +437,13 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     def read(number: int) -> tuple[str, Image.Image]:
         raise LdmError(f"{number} is broken")
 
-    with pytest.raises(LdmError, match="no picture can be read: 0 is broken"):
+    with pytest.raises(LdmError, match="no image can be read: 0 is broken"):
         in_chunks("x", "n", 3, lambda numbers: look(numbers, read, Toy().prepare, Toy()), Work(tmp_path))
 
 
-def test_a_changed_picture_is_looked_at_again(tmp_path: Path) -> None:
+def test_a_changed_image_is_looked_at_again(tmp_path: Path) -> None:
     folder = drawings(tmp_path / "a", 3, 0)
-    before = open_pictures(folder, Work(tmp_path / "w")).stamp
-    assert open_pictures(folder, Work(tmp_path / "w")).stamp == before
+    before = images_of(folder, Work(tmp_path / "w")).stamp
+    assert images_of(folder, Work(tmp_path / "w")).stamp == before
     Image.new("RGB", (9, 9)).save(folder / "0001.png")
-    assert open_pictures(folder, Work(tmp_path / "w")).stamp != before
+    assert images_of(folder, Work(tmp_path / "w")).stamp != before

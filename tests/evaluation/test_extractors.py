@@ -1,4 +1,4 @@
-"""What looks at pictures for evaluation: equal to the references on the same random weights, and bad files."""
+"""What looks at images for evaluation: equal to the references on the same random weights, and bad files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from pictures import place_picture
+from images import place_image
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -104,12 +104,12 @@ def test_spatial_features_are_those_of_adm(inception: Inception, theirs: Feature
     torch.testing.assert_close(spatial[0], torch.tensor(wanted))
 
 
-def test_pictures_are_resized_as_clean_fid_does(inception: Inception) -> None:
+def test_images_are_resized_as_clean_fid_does(inception: Inception) -> None:
     checks = (np.indices((598, 800)).sum(axis=0) % 2 * 255).astype(np.uint8)
     grey = inception.prepare(Image.fromarray(checks).convert("RGB"))
     assert grey.shape == (3, 299, 299)
     assert (grey - 127.5).abs().max() < 3  # without a filter as wide as the shrinking: 0 or 255
-    place = inception.prepare(place_picture(250, 200))
+    place = inception.prepare(place_image(250, 200))
     assert bool((place != place.round()).any())  # not rounded
     assert bool((place[1] - place[1, :, :1]).abs().max() < 1e-3)  # green is y alone
     image = noise(299, 299)
@@ -266,11 +266,11 @@ def test_a_pair_of_our_own(run: Path) -> None:
     pair = load_clip(run / "clip", open_source(run / "model").load(torch.float32))
     captions = ["a cat", "a dog"]
     assert torch.equal(extractor.texts(captions), pair.encode_texts(captions))
-    images = torch.stack([extractor.prepare(image) for image in (noise(32, 32), place_picture(64, 32))])
+    images = torch.stack([extractor.prepare(image) for image in (noise(32, 32), place_image(64, 32))])
     assert images.shape == (2, 3, 32, 32)
     assert torch.equal(extractor(images)["features"], pair.encode_images(images))
     middle = (images[1, 0].mean() + 1) * 127.5
-    assert middle == pytest.approx(31.5, abs=0.1)  # red is x of a picture 64 pixels wide
+    assert middle == pytest.approx(31.5, abs=0.1)  # red is x of an image 64 pixels wide
     assert extractor.preparation == "32×32, bicubic, antialiased, center crop"
 
 
@@ -314,7 +314,7 @@ def chunk(number: int, value: bytes | str | int) -> bytes:
 
 
 def mean_colour(path: Path, kind: int = 2, side: bytes = chunk(2, "side")) -> Path:
-    """An ONNX network of pictures (B, H, W, 3) to their mean colour (B, 3): `kind` 2 takes uint8, 1 takes floats."""
+    """An ONNX network of images (B, H, W, 3) to their mean colour (B, 3): `kind` 2 takes uint8, 1 takes floats."""
 
     def operation(kind: str, takes: str, gives: str, attributes: bytes) -> bytes:
         return chunk(1, chunk(1, takes) + chunk(2, gives) + chunk(4, kind) + attributes)
@@ -333,7 +333,7 @@ def mean_colour(path: Path, kind: int = 2, side: bytes = chunk(2, "side")) -> Pa
     return path
 
 
-def test_sscd_gets_pictures_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sscd_gets_images_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path))
     with pytest.raises(LdmError, match=r"sscd.onnx is missing; fetch it with: python tools/fetch_weights.py sscd"):
         open_extractor("sscd")
@@ -341,7 +341,7 @@ def test_sscd_gets_pictures_in_eight_bits(tmp_path: Path, monkeypatch: pytest.Mo
     extractor = open_extractor("sscd")
     assert (extractor.name, extractor.digest) == ("SSCD", hashlib.sha256(path.read_bytes()).hexdigest())
     assert open_extractor(f"sscd:{path}").name == "SSCD (sscd.onnx)"  # it may be another one
-    inputs = torch.stack([extractor.prepare(image) for image in (place_picture(100, 60), place_picture(20, 30))])
+    inputs = torch.stack([extractor.prepare(image) for image in (place_image(100, 60), place_image(20, 30))])
     assert (inputs.shape, inputs.dtype) == ((2, 320, 320, 3), torch.uint8)
     features = extractor(inputs)["features"]
     torch.testing.assert_close(features, torch.tensor([[49.5, 29.5, 128], [9.5, 14.5, 128]]), atol=0.1, rtol=0)
@@ -352,8 +352,8 @@ def test_other_files_are_no_sscd(tmp_path: Path) -> None:
     mean_colour(tmp_path / "small.onnx", side=chunk(1, 64))
     (tmp_path / "damaged.onnx").write_bytes(mean_colour(tmp_path / "whole.onnx").read_bytes()[:-20])
     for name, message in {
-        "floats.onnx": "is another network: SSCD takes pictures",
-        "small.onnx": "is another network: SSCD takes pictures",
+        "floats.onnx": "is another network: SSCD takes images",
+        "small.onnx": "is another network: SSCD takes images",
         "damaged.onnx": "is no ONNX file, or damaged",
         "nowhere.onnx": "cannot be read: No such file",
     }.items():

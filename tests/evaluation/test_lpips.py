@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def pictures(side: int = 64) -> tuple[Tensor, Tensor]:
+def images(side: int = 64) -> tuple[Tensor, Tensor]:
     a = torch.rand(2, 3, side, side + 9) * 2 - 1
     return a, (a + 0.3 * torch.randn_like(a)).clamp(-1, 1)
 
@@ -39,7 +39,7 @@ def both(request: pytest.FixtureRequest) -> tuple[LPIPS, nn.Module]:
 
 def test_equals_the_original(both: tuple[LPIPS, nn.Module]) -> None:
     ours, theirs = both
-    a, b = (x.requires_grad_() for x in pictures())
+    a, b = (x.requires_grad_() for x in images())
     distance, reference = ours(a, b), theirs(a, b).flatten()
     assert distance.shape == (2,)
     assert distance.min() > 1e-3
@@ -49,14 +49,14 @@ def test_equals_the_original(both: tuple[LPIPS, nn.Module]) -> None:
         torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-4)
 
 
-def test_equal_pictures_have_no_distance() -> None:
-    a, _ = pictures()
+def test_equal_images_have_no_distance() -> None:
+    a, _ = images()
     assert LPIPS("alex")(a, a).eq(0).all()
 
 
-def test_gradients_reach_both_pictures_and_no_weight() -> None:
+def test_gradients_reach_both_images_and_no_weight() -> None:
     model = LPIPS("alex")
-    a, b = (x.requires_grad_() for x in pictures())
+    a, b = (x.requires_grad_() for x in images())
     model(a, b).sum().backward()
     for x in (a, b):
         assert x.grad.isfinite().all()
@@ -68,7 +68,7 @@ def test_features_of_zero_have_finite_gradients() -> None:
     model = LPIPS("alex")
     for conv in model.trunk:
         nn.init.constant_(conv.bias, -100.0)  # all ReLUs are shut
-    a, b = (x.requires_grad_() for x in pictures())
+    a, b = (x.requires_grad_() for x in images())
     distance = model(a, b)
     distance.sum().backward()
     assert distance.eq(0).all()
@@ -77,7 +77,7 @@ def test_features_of_zero_have_finite_gradients() -> None:
 
 def test_half_precision_changes_little() -> None:
     model = LPIPS("alex")
-    a, b = pictures()
+    a, b = images()
     with torch.autocast("cpu", torch.bfloat16):
         half = model(a, b)
     assert half.dtype == torch.float32
@@ -85,7 +85,7 @@ def test_half_precision_changes_little() -> None:
 
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))
-def test_the_smallest_picture(backbone: str) -> None:
+def test_the_smallest_image(backbone: str) -> None:
     model, side = LPIPS(backbone), BACKBONES[backbone].smallest
     assert model(*torch.rand(2, 1, 3, side, side)).isfinite().all()
     with pytest.raises(LdmError, match=f"at least {side}×{side} pixels; these have {side}×{side - 1}"):
@@ -97,7 +97,7 @@ def test_a_file_and_back(tmp_path: Path) -> None:
     save_lpips(model, path, {"note": "random"})
     loaded = load_lpips(path)
     assert loaded.backbone == "alex"
-    a, b = pictures()
+    a, b = images()
     assert torch.equal(loaded(a, b), model(a, b))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(LdmError, match="exists"):

@@ -189,7 +189,7 @@ def test_the_features_of_sfid() -> None:
 # --- which metric sees which defect -----------------------------------------------------------------------------------
 
 
-def pictures(count: int) -> Tensor:
+def images(count: int) -> Tensor:
     """Discs of eight colours in eight places on grey: (N, 3, 12, 12)."""
     y, x = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
     kind = torch.arange(count) % 8
@@ -219,7 +219,7 @@ def blurred(images: Tensor, amount: float) -> Tensor:
 
 
 def recoloured(images: Tensor, amount: float) -> Tensor:
-    """A share of the pictures with red and blue exchanged."""
+    """A share of the images with red and blue exchanged."""
     swapped = torch.arange(len(images)) % 10 < 10 * amount
     return torch.where(swapped[:, None, None, None], images.flip(1), images)
 
@@ -231,7 +231,7 @@ def dropped(images: Tensor, amount: float) -> Tensor:
 
 @pytest.mark.parametrize("spoil", [noisy, blurred, recoloured, dropped])
 def test_defects_increase_distances(spoil: Callable[[Tensor, float], Tensor]) -> None:
-    reference, fresh = features(pictures(800)), pictures(800)
+    reference, fresh = features(images(800)), images(800)
     found = [features(spoil(fresh, amount)) for amount in (0.0, 0.25, 0.5, 0.75)]
     for distance in (kid, cmmd, lambda a, b: frechet_distance(measure(a), measure(b))):
         values = [distance(x, reference) for x in found]
@@ -239,7 +239,7 @@ def test_defects_increase_distances(spoil: Callable[[Tensor, float], Tensor]) ->
 
 
 def test_noise_costs_precision_and_dropped_modes_cost_recall() -> None:
-    reference, fresh = features(pictures(800)), pictures(800)
+    reference, fresh = features(images(800)), images(800)
     noise = [manifold(features(noisy(fresh, amount)), reference, 5) for amount in (0.0, 0.25, 0.5)]
     modes = [manifold(features(dropped(fresh, amount)), reference, 5) for amount in (0.0, 0.25, 0.5)]
     for name, values in (("precision", noise), ("density", noise), ("recall", modes), ("coverage", modes)):

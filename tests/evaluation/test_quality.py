@@ -28,7 +28,7 @@ def test_ssim_by_hand() -> None:
 
     def smooth(x: np.ndarray) -> np.ndarray:
         filtered = gaussian_filter(x, sigma=1.5, radius=5, axes=(2, 3))
-        return filtered[:, :, 5:-5, 5:-5]  # windows that lie in the picture
+        return filtered[:, :, 5:-5, 5:-5]  # windows that lie in the image
 
     x, y = reconstruction.double().numpy(), target.double().numpy()
     mx, my = smooth(x), smooth(y)

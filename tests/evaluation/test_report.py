@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from pictures import place_picture
+from images import place_image
 from PIL import Image
 from rich.console import Console
 
@@ -67,9 +67,9 @@ def at(shift: float) -> tuple[Row, ...]:
 
 
 def full(folder: Path) -> Report:
-    """Two sides with everything that a report can have, and its pictures."""
+    """Two sides with everything that a report can have, and its images."""
     for name in ("a.png", "b.png"):
-        place_picture(300, 200).save(folder / name)
+        place_image(300, 200).save(folder / name)
     shown = Shown("a red fox", ("a.png", "b.png"), (18.25, 21.5)), Shown(UNICODE, ("a.png", "gone.png"), (18.0, 22.0))
     return Report(
         (A, B),
@@ -78,7 +78,7 @@ def full(folder: Path) -> Report:
         (Gallery("Worst prompts", ("A", "B"), "CLIP score", shown),),
         (Histogram("CLIP score", (20.0, 25.0, 30.0), ("A", "held out"), ((3, 5), (10, 0))),),
         (Sweep("guidance", (1.0, 3.0, 5.0), (at(0), at(-3), at(2))),),
-        ("3 pictures could not be read",),
+        ("3 images could not be read",),
     )
 
 
@@ -172,11 +172,11 @@ def test_what_is_no_number_is_not_written(tmp_path: Path, wrong: float) -> None:
 
 
 def test_names_of_files_that_are_no_utf8(tmp_path: Path) -> None:
-    source = os.fsdecode(b"pictures-\xff")
+    source = os.fsdecode(b"images-\xff")
     report = Report((replace(A, source=source),), None, ())
     save_report(report, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["sides"][0]["source"] == source
-    assert r"pictures-\udcff" in write_page(report, tmp_path).read_text(encoding="utf-8")
+    assert r"images-\udcff" in write_page(report, tmp_path).read_text(encoding="utf-8")
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -232,9 +232,9 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
     assert "url(" not in source and "@import" not in source and "://" not in source
     for text in (
         "runs/mine/model", "other.safetensors", "coco/val", "3f1c" * 16, "77b2" * 16, "none",  # what was evaluated
-        "Inception v3", "6f2d" * 16, "Pictures: 299×299, bicubic, antialiased. Weights: SHA-256", "Pixels",
+        "Inception v3", "6f2d" * 16, "Images: 299×299, bicubic, antialiased. Weights: SHA-256", "Pixels",
         "lower is better", "24.83", "22.31", "21.49 to 23.13", "A − B", "0.65 to 2.73", "0.003", "B better, p = 0.003",
-        f"FD, A and B: {NOTE}", "3 pictures could not be read",
+        f"FD, A and B: {NOTE}", "3 images could not be read",
         "Worst prompts", "18.25", "gone.png does not exist", UNICODE,
         "FID over guidance (lower is better)", "FID against CLIP score, at each value of guidance", "held out",
     ):  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_page_can_be_read_without_seeing_it(tmp_path: Path) -> None:
 def hostile(value: Any) -> Any:
     """The same data with markup in every text but files and the words that decide something."""
     if is_dataclass(value) and not isinstance(value, type):
-        kept = {"metric", "better", "pictures"}
+        kept = {"metric", "better", "images"}
         return replace(value, **{f.name: hostile(getattr(value, f.name)) for f in fields(value) if f.name not in kept})
     if isinstance(value, dict):
         return {f"{key}{HOSTILE}": hostile(item) for key, item in value.items()}
@@ -298,9 +298,9 @@ def test_one_side_without_a_reference(tmp_path: Path) -> None:
     assert [cell["rowspan"] for cell in heads] == ["1"]
 
 
-def test_pictures_are_small_and_damaged_ones_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place_picture(640, 320).save(tmp_path / "wide.png")
-    place_picture(20, 30).save(tmp_path / "tiny.png")
+def test_images_are_small_and_damaged_ones_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place_image(640, 320).save(tmp_path / "wide.png")
+    place_image(20, 30).save(tmp_path / "tiny.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "wide.png").read_bytes()[:200])
     files = ("wide.png", "tiny.png", "broken.png", "nul\0.png", ".")
     gallery = Gallery("Samples", ("A",), "", tuple(Shown("", (file,)) for file in files))
@@ -309,10 +309,10 @@ def test_pictures_are_small_and_damaged_ones_are_said(tmp_path: Path, monkeypatc
     data = [base64.b64decode(image["src"].partition(",")[2]) for image in parsed.of("img")]
     assert [Image.open(io.BytesIO(one)).size for one in data] == [(160, 80), (20, 30)]
     assert [(image["width"], image["height"]) for image in parsed.of("img")] == [("160", "80"), ("20", "30")]
-    assert parsed.text.count("cannot be read as a picture") == 3 and str(tmp_path) not in parsed.text
+    assert parsed.text.count("cannot be read as an image") == 3 and str(tmp_path) not in parsed.text
     monkeypatch.setattr(page, "MOST_BYTES", 1)
     parsed = Parsed(write_page(report, tmp_path))
-    assert len(parsed.of("img")) == 1 and "tiny.png: the page holds no more pictures" in parsed.text
+    assert len(parsed.of("img")) == 1 and "tiny.png: the page holds no more images" in parsed.text
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_tables_in_the_terminal(tmp_path: Path) -> None:
         r"Pixels",
         r"guidance +FID ↓ +CLIP score ↑ +FD ↓",
         r"3 +A +21.83 +31.40 +141.3",
-        r"3 pictures could not be read",
+        r"3 images could not be read",
     ):
         assert re.search(f"^{pattern}$", text, re.MULTILINE), pattern
     assert not re.search(r"\b(nan|inf|None)\b", text)

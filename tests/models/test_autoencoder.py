@@ -98,7 +98,7 @@ def test_posterior_samples_by_its_generator_alone() -> None:
 
 
 def smooth(*shape: int) -> Tensor:
-    """Random but smooth, as pictures and latents are."""
+    """Random but smooth, as images and latents are."""
     coarse = torch.randn(*shape[:2], shape[2] // 8 + 2, shape[3] // 8 + 2)
     return F.interpolate(coarse, size=shape[2:], mode="bicubic")
 
@@ -148,7 +148,7 @@ def test_tiles_leave_the_model_alone() -> None:
         assert torch.equal(model.decode(z), before)
 
 
-def test_a_picture_of_one_tile_is_not_tiled() -> None:
+def test_a_image_of_one_tile_is_not_tiled() -> None:
     model = build_autoencoder(SMALL).eval()
     with torch.no_grad():
         z = torch.randn(1, 4, 8, 8)

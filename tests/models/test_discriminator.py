@@ -1,4 +1,4 @@
-"""The discriminator: what each patch sees, that pictures do not see each other, its first weights."""
+"""The discriminator: what each patch sees, that images do not see each other, its first weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = DiscriminatorConfig(channels=16, groups=8)
 
 @pytest.mark.parametrize(("layers", "side"), [(1, 16), (2, 34), (3, 70)])
 def test_the_size_of_a_patch(layers: int, side: int) -> None:
-    """Those of Isola et al. 2017, section 6.2; without norms, which see the whole picture."""
+    """Those of Isola et al. 2017, section 6.2; without norms, which see the whole image."""
     model = Discriminator(replace(SMALL, layers=layers))
     model.norms = nn.ModuleList(nn.Identity() for _ in model.norms)
     x = torch.rand(1, 3, 160, 160, requires_grad=True)
@@ -27,12 +27,12 @@ def test_the_size_of_a_patch(layers: int, side: int) -> None:
     assert columns.max() - columns.min() + 1 == side
 
 
-def test_pictures_of_a_batch_do_not_see_each_other() -> None:
+def test_images_of_a_batch_do_not_see_each_other() -> None:
     model = Discriminator(SMALL)
     x = torch.rand(4, 3, 32, 40)
     together = model(x)
     assert together.shape == (4, 1, 2, 3)
-    alone = torch.cat([model(picture) for picture in x.split(1)])
+    alone = torch.cat([model(image) for image in x.split(1)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
     assert not list(model.buffers())  # nothing that a forward pass would advance
 
@@ -47,7 +47,7 @@ def test_first_weights() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_the_smallest_picture(layers: int) -> None:
+def test_the_smallest_image(layers: int) -> None:
     model = Discriminator(replace(SMALL, layers=layers))
     side = model.config.smallest
     assert model(torch.rand(1, 3, side, side)).shape == (1, 1, 1, 1)

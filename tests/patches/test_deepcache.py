@@ -44,7 +44,7 @@ def test_inner_levels_run_in_one_call_of_three(name: str) -> None:
         assert runs == 1
 
 
-def test_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, calls = Pipeline(tiny.model("sd15")), 0
 
     def count(*_: object) -> None:

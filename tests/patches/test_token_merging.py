@@ -23,7 +23,7 @@ TIME = torch.tensor(500)
 
 
 def inputs(unet: UNet, height: int, width: int) -> tuple[Tensor, Conditioning]:
-    """Noise for two pictures and what they show."""
+    """Noise for two images and what they show."""
     c = unet.config
     generator = torch.Generator().manual_seed(0)
 
@@ -137,7 +137,7 @@ def test_only_the_level_with_the_most_tokens(name: str, level: int) -> None:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "emoji"])
 def test_beside_the_other_wrappers(name: str) -> None:
-    """With the text's keys and values known, inner levels reused, quick layers, and each picture alone."""
+    """With the text's keys and values known, inner levels reused, quick layers, and each image alone."""
     unet = tiny.model(name).unet
     x, cond = inputs(unet, 7, 5)
     with torch.inference_mode():
@@ -156,7 +156,7 @@ def test_beside_the_other_wrappers(name: str) -> None:
         torch.testing.assert_close(merging(unet, 0.5)(x, TIME, cond), made, atol=1e-4, rtol=1e-3)
 
 
-def test_pictures() -> None:
+def test_images() -> None:
     pipeline = Pipeline(tiny.model("sd15"))
 
     def make(**settings: Any) -> Tensor:

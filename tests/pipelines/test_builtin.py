@@ -56,13 +56,13 @@ def test_it_is_whole_small_and_of_its_family() -> None:
     assert {path.name for path in (FOLDER / "emoji").iterdir()} >= {"README.md", "NOTICE.md", "words.txt", "clip"}
 
 
-def test_its_pictures_are_what_was_asked_for(pipeline: Pipeline) -> None:
-    """Its own pair, which never saw a picture that it made, tells which prompt each belongs to; and colours fit."""
+def test_its_images_are_what_was_asked_for(pipeline: Pipeline) -> None:
+    """Its own pair, which never saw an image that it made, tells which prompt each belongs to; and colours fit."""
     result = pipeline(PROMPTS, seed=0)
     assert {image.size for image in result.images} == {(96, 96)}
     judge = open_text_extractor("clip:emoji")
-    pictures = judge(torch.stack([judge.prepare(image) for image in result.images]))["features"]
-    assert (pictures @ judge.texts(PROMPTS).T).argmax(dim=1).tolist() == list(range(len(PROMPTS)))
+    images = judge(torch.stack([judge.prepare(image) for image in result.images]))["features"]
+    assert (images @ judge.texts(PROMPTS).T).argmax(dim=1).tolist() == list(range(len(PROMPTS)))
     heart, face, *_ = (np.asarray(image, float)[40:56, 40:56].reshape(-1, 3).mean(0) for image in result.images)
     assert heart[0] > heart[1] + 60 and heart[0] > heart[2] + 60
     assert face[0] > face[2] + 60 and face[1] > face[2] + 30
@@ -86,7 +86,7 @@ def test_its_refiner_takes_what_it_lacks_from_it(
         for made, settings in ((pipeline, {}), (both, {}), (both, {"refiner_at": 0.8}))
     )
     for changed in (finished, taken_over):
-        assert 0.5 < np.abs(changed - alone).mean() < 20  # another picture, and nearly the same one
+        assert 0.5 < np.abs(changed - alone).mean() < 20  # another image, and nearly the same one
     copy = tmp_path / "builtin"
     shutil.copytree(FOLDER, copy)
     monkeypatch.setattr("ldm.weights.builtin.FOLDER", copy)
@@ -100,7 +100,7 @@ def test_its_refiner_takes_what_it_lacks_from_it(
         open_source(FOLDER / "emoji-refiner")
 
 
-def test_it_starts_from_pictures_and_fills_them_in(pipeline: Pipeline) -> None:
+def test_it_starts_from_images_and_fills_them_in(pipeline: Pipeline) -> None:
     start = pipeline("red heart, twemoji style", seed=1).images[0]
     changed = pipeline("blue heart, twemoji style", image=start, strength=0.7, seed=2).images[0]
     mask = Image.new("L", start.size)
@@ -124,7 +124,7 @@ def test_it_starts_from_pictures_and_fills_them_in(pipeline: Pipeline) -> None:
         ("red heart, twemoji style", None),
     ],
 )
-def test_any_prompt_gives_a_picture_and_unknown_words_a_note(
+def test_any_prompt_gives_a_image_and_unknown_words_a_note(
     pipeline: Pipeline, caplog: pytest.LogCaptureFixture, prompt: str, unknown: str | None
 ) -> None:
     assert len(pipeline([prompt, prompt], seed=1, steps=2).images) == 2

@@ -1,4 +1,4 @@
-"""How many pictures are made at a time, and that it changes nothing in them."""
+"""How many images are made at a time, and that it changes nothing in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAME = {"atol": 1e-4, "rtol": 1e-4}
 
 
 class Batches:
-    """Notes how many pictures were made at a time."""
+    """Notes how many images were made at a time."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -50,7 +50,7 @@ def test_as_many_as_keep_the_device_busy() -> None:
         ({"width": 512, "height": 512, "batch": 2}, [2]),
     ],
 )
-def test_the_size_of_the_pictures_counts(settings: dict[str, Any], sizes: list[int]) -> None:
+def test_the_size_of_the_images_counts(settings: dict[str, Any], sizes: list[int]) -> None:
     seen = Batches()
     Pipeline(tiny.model("sd15"))("a fox", n=2, steps=2, seed=0, on_step=seen, output="latents", **settings)
     assert seen.sizes == sizes
@@ -95,7 +95,7 @@ def test_less_memory_makes_fewer(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     forward = model.unet.forward
 
     def small(x: torch.Tensor, *more: Any) -> torch.Tensor:
-        if len(x) > 4:  # two pictures, and two without a prompt
+        if len(x) > 4:  # two images, and two without a prompt
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(x, *more)
 
@@ -111,8 +111,8 @@ def test_less_memory_makes_fewer(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert seen.sizes == [2, 2, 2, 1]
     assert asked == [range(7)]
     assert [record.getMessage() for record in caplog.records] == [
-        "memory does not suffice for 7 pictures at a time: 4",
-        "memory does not suffice for 4 pictures at a time: 2",
+        "memory does not suffice for 7 images at a time: 4",
+        "memory does not suffice for 4 images at a time: 2",
     ]
     for a, b in zip(made, plain("a fox", n=7, **settings).latents, strict=True):
         torch.testing.assert_close(a, b, **SAME)

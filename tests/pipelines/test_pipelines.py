@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in names}
 
 
-def picture(seed: int = 0, size: int = 64) -> Image.Image:
+def image(seed: int = 0, size: int = 64) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
 
 
@@ -93,7 +93,7 @@ def test_text_to_image(folders: dict[str, Path], name: str, kind: str, scheduler
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_the_picture_itself(folders: dict[str, Path], name: str) -> None:
+def test_the_image_itself(folders: dict[str, Path], name: str) -> None:
     kind = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[name]
     theirs = reference(folders[name], kind)("a cat", num_inference_steps=4, generator=generator()).images[0]
     pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
@@ -114,14 +114,14 @@ def test_the_picture_itself(folders: dict[str, Path], name: str) -> None:
 )
 def test_image_to_image(folders: dict[str, Path], name: str, kind: str, scheduler: str) -> None:
     theirs = reference(folders[name], kind, scheduler)(
-        "a cat", image=picture(), strength=0.6, negative_prompt="bad", num_inference_steps=10, guidance_scale=5.0,
+        "a cat", image=image(), strength=0.6, negative_prompt="bad", num_inference_steps=10, guidance_scale=5.0,
         generator=generator(), output_type="latent", eta=0.0,
     ).images  # fmt: skip
     made = ours(
         folders[name],
         "a cat",
         negative="bad",
-        image=picture(),
+        image=image(),
         strength=0.6,
         steps=10,
         guidance=5.0,
@@ -140,12 +140,12 @@ def test_image_to_image(folders: dict[str, Path], name: str, kind: str, schedule
 )
 def test_editing(folders: dict[str, Path], name: str, kind: str, scheduler: str) -> None:
     theirs = reference(folders[name], kind, scheduler)(
-        "make it blue", image=picture(), negative_prompt="bad", num_inference_steps=6, guidance_scale=5.0,
+        "make it blue", image=image(), negative_prompt="bad", num_inference_steps=6, guidance_scale=5.0,
         image_guidance_scale=1.3, generator=generator(), output_type="latent",
         **({"height": 64, "width": 64} if "xl" in name else {}),
     ).images  # fmt: skip
     made = ours(
-        folders[name], "make it blue", negative="bad", image=picture(), steps=6,
+        folders[name], "make it blue", negative="bad", image=image(), steps=6,
         guidance=Guidance(5.0, image=1.3), scheduler=scheduler,
     )  # fmt: skip
     torch.testing.assert_close(made, theirs, **TOLERANCE)
@@ -164,11 +164,11 @@ def test_editing(folders: dict[str, Path], name: str, kind: str, scheduler: str)
 )
 def test_inpainting(folders: dict[str, Path], name: str, kind: str, scheduler: str, strength: float) -> None:
     theirs = reference(folders[name], kind, scheduler)(
-        "a cat", image=picture(), mask_image=square(), strength=strength, negative_prompt="bad", num_inference_steps=8,
+        "a cat", image=image(), mask_image=square(), strength=strength, negative_prompt="bad", num_inference_steps=8,
         guidance_scale=5.0, generator=generator(), output_type="latent", width=64, height=64,
     ).images  # fmt: skip
     made = ours(
-        folders[name], "a cat", negative="bad", image=picture(), mask=square(), strength=strength, steps=8,
+        folders[name], "a cat", negative="bad", image=image(), mask=square(), strength=strength, steps=8,
         guidance=5.0, scheduler=scheduler,
     )  # fmt: skip
     torch.testing.assert_close(made, theirs, **TOLERANCE)
@@ -238,7 +238,7 @@ def test_a_hand_over_outside_of_the_run_is_refused_at_once(folders: dict[str, Pa
 @pytest.mark.parametrize(
     "scheduler", ["euler", "euler-a", "ddim", "dpm++2m-sde", "dpm++3m-sde", "dpm++sde", "lcm", "ddpm"]
 )
-def test_a_picture_is_the_same_in_any_batch(folders: dict[str, Path], scheduler: str) -> None:
+def test_a_image_is_the_same_in_any_batch(folders: dict[str, Path], scheduler: str) -> None:
     pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
     settings = {"steps": 5, "scheduler": scheduler, "output": "latents"}
     together = pipeline(["a cat", "a dog"], n=2, batch=4, seed=10, **settings)
@@ -254,19 +254,19 @@ def test_a_picture_is_the_same_in_any_batch(folders: dict[str, Path], scheduler:
 def test_unmasked_pixels_are_bit_identical(folders: dict[str, Path]) -> None:
     for name in ("sd15", "sdxl-inpaint"):
         pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
-        made = np.asarray(pipeline("a cat", image=picture(), mask=square(), steps=3, seed=0).images[0])
+        made = np.asarray(pipeline("a cat", image=image(), mask=square(), steps=3, seed=0).images[0])
         black = np.asarray(square()) == 0
-        assert np.array_equal(made[black], np.asarray(picture())[black])
-        assert not np.array_equal(made[~black], np.asarray(picture())[~black])
+        assert np.array_equal(made[black], np.asarray(image())[black])
+        assert not np.array_equal(made[~black], np.asarray(image())[~black])
 
 
 def test_threads_share_a_pipeline(folders: dict[str, Path]) -> None:
-    """Four threads with different settings give the pictures that they give alone, perturbed attention included."""
+    """Four threads with different settings give the images that they give alone, perturbed attention included."""
     pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
     jobs = [
         {"steps": 4, "seed": 1, "scheduler": "euler-a"},
         {"steps": 5, "seed": 2, "guidance": Guidance(4, perturbed=2)},
-        {"steps": 3, "seed": 3, "image": picture(), "strength": 0.8},
+        {"steps": 3, "seed": 3, "image": image(), "strength": 0.8},
         {"steps": 6, "seed": 4, "scheduler": "dpm++2m", "spacing": "karras"},
     ]
     alone = [pipeline("a cat", output="latents", **job).latents[0] for job in jobs]
@@ -313,7 +313,7 @@ def test_previews_show_what_the_model_expects(folders: dict[str, Path]) -> None:
 
 def test_previews_are_fitted_to_the_autoencoder() -> None:
     class Linear(torch.nn.Module):
-        """Latents that are linear in the pixels of a picture four times larger."""
+        """Latents that are linear in the pixels of an image four times larger."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -370,10 +370,10 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
         ({"seed": 2**70}, "seed 1180591620717411303424"),
         ({"guidance": float("nan")}, "guidance scale nan"),
         ({"guidance": -3.0}, "guidance scale -3.0"),
-        ({"strength": 1.5, "image": picture()}, "strength 1.5"),
-        ({"strength": 0.01, "image": picture(), "steps": 10}, "less than one step"),
-        ({"strength": 0.05, "image": picture(), "mask": square(), "steps": 10}, "strength 0.05 of 10 steps"),
-        ({"strength": 0, "image": picture(), "mask": square(), "scheduler": "euler"}, "less than one step"),
+        ({"strength": 1.5, "image": image()}, "strength 1.5"),
+        ({"strength": 0.01, "image": image(), "steps": 10}, "less than one step"),
+        ({"strength": 0.05, "image": image(), "mask": square(), "steps": 10}, "strength 0.05 of 10 steps"),
+        ({"strength": 0, "image": image(), "mask": square(), "scheduler": "euler"}, "less than one step"),
         ({"hires": 8, "width": 4096}, "width 32768"),
         ({"hires": 2, "hires_strength": 0.1}, "hires_strength 0.1 of 2 steps is less than one"),
         ({"scheduler": 5}, "scheduler 5: a name, or an object"),
@@ -383,8 +383,8 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
         ({"weights": "no"}, "weights 'no': true or false"),
         ({"negative": 5}, "negative prompt 5: one text"),
         ({"seed": 1.5}, "seed 1.5"),
-        ({"mask": square()}, "a mask without a picture"),
-        ({"image": picture(), "mask": square(32)}, "the mask has 32×32 pixels, its picture 64×64"),
+        ({"mask": square()}, "a mask without an image"),
+        ({"image": image(), "mask": square(32)}, "the mask has 32×32 pixels, its image 64×64"),
         ({"image": "/nowhere.png"}, "/nowhere.png does not exist"),
         ({"scheduler": "eulr"}, "scheduler 'eulr' is not known; choose euler"),
         (
@@ -412,7 +412,7 @@ def test_wrong_settings_are_named(folders: dict[str, Path], settings: dict[str, 
 
 
 def test_wrong_models_are_named(folders: dict[str, Path]) -> None:
-    with pytest.raises(LdmError, match="fills in pictures: give a picture and a mask"):
+    with pytest.raises(LdmError, match="fills in images: give an image and a mask"):
         Pipeline(folders["sd15-inpaint"], dtype=torch.float32, device="cpu")("a cat")
     with pytest.raises(LdmError, match="one of sdxl-refiner is needed"):
         Pipeline(folders["sdxl"], refiner=folders["sd15"], dtype=torch.float32, device="cpu")
@@ -446,7 +446,7 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(monkeypatch: pytest.Mo
 
 def test_without_memory_for_the_whole_it_encodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("sd15")
-    settings = {"image": picture(size=128), "steps": 2, "strength": 0.5, "seed": 1, "output": "latents"}
+    settings = {"image": image(size=128), "steps": 2, "strength": 0.5, "seed": 1, "output": "latents"}
     whole = Pipeline(model)("a cat", **settings).latents[0]
 
     def full(*_: Any) -> torch.Tensor:
@@ -464,7 +464,7 @@ def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("MPS backend out of memory")
 
     monkeypatch.setattr(model.unet, "forward", forward)
-    with pytest.raises(LdmError, match="out of memory with 1 pictures of 512×512 at a time; try 256×256"):
+    with pytest.raises(LdmError, match="out of memory with 1 images of 512×512 at a time; try 256×256"):
         pipeline("a cat", width=512, height=512)
     with pytest.raises(LdmError, match="a batch of 2 would fit better"):
         pipeline("a cat", n=4, batch=4)

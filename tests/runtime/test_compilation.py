@@ -26,7 +26,7 @@ def small() -> LatentDiffusion:
     return LatentDiffusion.from_family(replace(family, unet=unet, autoencoder=autoencoder))
 
 
-def test_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from torch._dynamo.utils import counters
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -50,7 +50,7 @@ def test_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytes
         return [record.message.split()[0] for record in caplog.records if record.name.startswith("ldm.")]
 
     with caplog.at_level(logging.WARNING, logger="ldm"):
-        assert check("a fox", 3, 2, Guidance(7.5, interval=(0, 0.5)))  # two pictures and one, with guidance and without
+        assert check("a fox", 3, 2, Guidance(7.5, interval=(0, 0.5)))  # two images and one, with guidance and without
     assert said() == ["compiling", "compiled"] * 2
     caplog.clear()
     assert not check("a much longer prompt " * 30, 2, 5, Guidance(3))

@@ -148,7 +148,7 @@ def test_where_the_operators_are_not_as_they_were(monkeypatch: pytest.MonkeyPatc
 
 
 def circular(unet: UNet) -> None:
-    """As those do who want pictures without borders."""
+    """As those do who want images without borders."""
     for module in unet.modules():
         if isinstance(module, nn.Conv2d):
             module.padding_mode = "circular"

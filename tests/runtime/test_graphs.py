@@ -139,9 +139,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     model.unet.recordings = Recordings(model.unet, fails)  # type: ignore[assignment]
     settings: dict[str, Any] = {"n": 2, "width": 64, "height": 64, "seed": 1, "steps": 3, "output": "latents"}
     problem = "CUDA out of memory. Tried to allocate 2.00 GiB"
-    with pytest.raises(LdmError, match="out of memory with 1 pictures of 64×64"):
+    with pytest.raises(LdmError, match="out of memory with 1 images of 64×64"):
         Pipeline(model)("a fox", **settings)
-    assert attempts == 2  # two pictures, then one
+    assert attempts == 2  # two images, then one
     problem = "operation not permitted when stream is capturing"
     caplog.clear()
     for prompt in ("a fox", "two dogs"):

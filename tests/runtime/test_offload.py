@@ -1,4 +1,4 @@
-"""Networks that take turns in a device's memory make the same pictures."""
+"""Networks that take turns in a device's memory make the same images."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def pipeline(models: Path, name: str, offload: str, **more: Any) -> Pipeline:
         ("sd15", {"image": torch.rand, "mask": torch.rand}),
     ],
 )
-def test_the_same_pictures(models: Path, name: str, settings: dict[str, Any], offload: str) -> None:
+def test_the_same_images(models: Path, name: str, settings: dict[str, Any], offload: str) -> None:
     from PIL import Image
 
-    pictures = {"image": Image.new("RGB", (64, 64), "red"), "mask": Image.new("L", (64, 64), 255)}
-    settings = {"seed": 1, "steps": 4, **settings} | {key: pictures[key] for key in pictures if key in settings}
+    images = {"image": Image.new("RGB", (64, 64), "red"), "mask": Image.new("L", (64, 64), 255)}
+    settings = {"seed": 1, "steps": 4, **settings} | {key: images[key] for key in images if key in settings}
     more = {"refiner": models / "sdxl-refiner"} if "refiner_at" in settings else {}
     plain = pipeline(models, name, "none", quick=offload == "components", **more)
     ours = pipeline(models, name, offload, **more)

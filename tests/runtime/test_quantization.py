@@ -1,4 +1,4 @@
-"""Weights of 8 bits: nearly the same pictures, by the layers that are meant alone, and nothing else is misled."""
+"""Weights of 8 bits: nearly the same images, by the layers that are meant alone, and nothing else is misled."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_kernels_of_our_own_leave_them_alone(name: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "int8-weights"), (BF16, "int8")])
-def test_pictures(models: Path, dtype: torch.dtype, name: str) -> None:
+def test_images(models: Path, dtype: torch.dtype, name: str) -> None:
     """With all that the U-Net is wrapped in: guidance, a twin for perturbed attention, reuse, and a refiner."""
     settings: dict[str, Any] = {"steps": 4, "seed": 3, "refiner_at": 0.5, "reuse": 2, "guidance": 3.0}
     made = []
@@ -163,7 +163,7 @@ def test_weights_are_known_by_what_they_were_and_not_written(models: Path, tmp_p
     plain = Pipeline(models / "sd15", device="cpu").model
     assert model.fingerprint() == plain.fingerprint()
     for target in (tmp_path / "folder", tmp_path / "file.safetensors"):
-        with pytest.raises(LdmError, match="quantised weights are for making pictures"):
+        with pytest.raises(LdmError, match="quantised weights are for making images"):
             model.save_pretrained(target)
     assert not list(tmp_path.iterdir())
 
@@ -200,7 +200,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
             quantize(tiny.model("sd15").unet, name)
 
 
-def test_a_picture_says_so_and_is_made_again(
+def test_a_image_says_so_and_is_made_again(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def call(*arguments: object) -> tuple[int, str, str]:

@@ -76,7 +76,7 @@ def test_levels_and_timesteps_are_those_of_diffusers(options: dict[str, Any], sp
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_steps_are_those_of_diffusers(spacing: str, prediction: str, dtype: torch.dtype) -> None:
-    """To the bit: pictures stay what they were."""
+    """To the bit: images stay what they were."""
     for (steps, begin), zero in product([(2, 0), (20, 0), (20, 13)], [False, True]):
         ours, theirs = pair(
             steps, timestep_spacing=spacing, prediction_type=prediction, rescale_betas_zero_snr=zero, steps_offset=1

@@ -69,7 +69,7 @@ def test_every_combination_lands_where_it_should(name: str, prediction: str) -> 
     With every spacing where the model predicts noise; for the others two suffice.
     """
     if prediction == "sample" and name in NO_SAMPLE_PREDICTION:
-        with pytest.raises(LdmError, match=f"scheduler {re.escape(name)} cannot use a model that predicts the picture"):
+        with pytest.raises(LdmError, match=f"scheduler {re.escape(name)} cannot use a model that predicts the image"):
             make(schedule(prediction), 30, name)
         return
     for spacing in spacings(name):
@@ -187,7 +187,7 @@ def test_weights_are_those_of_diffusers(name: str, options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("name", DISTILLED)
-def test_distilled_samplers_return_the_denoised_picture(name: str) -> None:
+def test_distilled_samplers_return_the_denoised_image(name: str) -> None:
     outcome: Outcome = run(schedule(), name, 8)
     assert (outcome.samples[:, None] - CENTRES).abs().min(dim=1).values.mean() < 2 * WIDTH
 

@@ -67,10 +67,10 @@ def test_styles_and_skin_tones_are_chosen(cache: Path, tmp_path: Path) -> None:
     assert json.loads(found["1f98a_fluent-3d.json"])["caption"] == [
         "fox, fluent 3d style", "fluent 3d emoji of fox", "fox, animal, fox face, fluent 3d style"
     ]  # fmt: skip
-    picture = Image.open(io.BytesIO(found["1f98a_fluent-3d.png"]))
-    assert picture.size == (32, 32)
-    assert picture.getpixel((16, 16)) == (255, 0, 0)
-    assert picture.getpixel((16, 5)) == (255, 255, 255)  # twice as wide as high, on white
+    image = Image.open(io.BytesIO(found["1f98a_fluent-3d.png"]))
+    assert image.size == (32, 32)
+    assert image.getpixel((16, 16)) == (255, 0, 0)
+    assert image.getpixel((16, 5)) == (255, 255, 255)  # twice as wide as high, on white
     notice = (tmp_path / "all" / "NOTICE.md").read_text()
     assert "| fluent 3d | Microsoft | MIT |" in notice
     assert "Twitter" not in notice

@@ -57,9 +57,9 @@ def fresh_accelerator() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 pictures of smooth random colours."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 images of smooth random colours."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(48):
         coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         coarse.resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{number:02}.png")
@@ -80,14 +80,14 @@ def model_section(**autoencoder: Any) -> ModelSection:
 
 
 def configured(
-    output: Path, pictures: Path, stage: dict[str, Any], model: dict[str, Any], precision: str = "no", **data: Any
+    output: Path, images: Path, stage: dict[str, Any], model: dict[str, Any], precision: str = "no", **data: Any
 ) -> Config:
     section = {"batch": 8, "sizes": [{"size": SIDE}], "log_every": 1, "ema": {"decay": 0.9}, "measure": 100}
     return Config.model_validate({
         "output": str(output), "stages": ["autoencoder"], "trackers": [], "precision": precision,
         "model": model_section(**model),
         "data": {
-            "source": str(pictures), "captions": "optional", "holdout": 16, "buckets": False, "bucket_step": SIDE,
+            "source": str(images), "captions": "optional", "holdout": 16, "buckets": False, "bucket_step": SIDE,
             "workers": 0, **data,
         },
         "autoencoder": section | PLAIN | stage,
@@ -145,17 +145,17 @@ def backward(stage: AutoencoderStage, batches: list[Batch], step: int = 0) -> di
 
 
 @pytest.mark.parametrize(("codebook", "least"), [({}, 15.0), (CODEBOOK, 16.5)], ids=["kl", "vq"])
-def test_it_learns(tmp_path: Path, pictures: Path, codebook: dict[str, int], least: float) -> None:
-    """60 updates of 8 pictures; grey, the best that knows nothing of a picture, has 12.8 dB."""
+def test_it_learns(tmp_path: Path, images: Path, codebook: dict[str, int], least: float) -> None:
+    """60 updates of 8 images; grey, the best that knows nothing of an image, has 12.8 dB."""
     stage = {"steps": 60, "validate_every": 60, "log_every": 20, "optimizer": {"learning_rate": 1e-3}}
-    train(configured(tmp_path, pictures, stage, codebook))
+    train(configured(tmp_path, images, stage, codebook))
     figures = lines(tmp_path)[-1]
     assert figures["validation/psnr"] > least
     assert figures["validation/ssim"] > 0.4
     assert "validation/lpips" not in figures
     written, known = json.loads((vae_files(tmp_path) / "config.json").read_text()), record(tmp_path)
     assert written["scaling_factor"] == known["scaling_factor"] not in (0.18215, 1.0)
-    assert known["measured_on"] == "16 held-out pictures"
+    assert known["measured_on"] == "16 held-out images"
     assert known["psnr"] == figures["validation/psnr"]
     # the folder opens in diffusers, and does the same there
     theirs = (VQModel if codebook else AutoencoderKL).from_pretrained(vae_files(tmp_path))
@@ -165,9 +165,9 @@ def test_it_learns(tmp_path: Path, pictures: Path, codebook: dict[str, int], lea
         torch.testing.assert_close(theirs(x).sample, ours.decode(ours.encode(x).mode()), rtol=1e-4, atol=1e-4)
 
 
-def test_averages_are_what_is_saved(tmp_path: Path, pictures: Path) -> None:
+def test_averages_are_what_is_saved(tmp_path: Path, images: Path) -> None:
     """Those of the autoencoder; the discriminator has none."""
-    train(configured(tmp_path, pictures, {"steps": 3} | ADVERSARY, SMALLER))
+    train(configured(tmp_path, images, {"steps": 3} | ADVERSARY, SMALLER))
     saved = load_file(vae_files(tmp_path) / "diffusion_pytorch_model.safetensors")["decoder.conv_out.weight"]
     checkpoint = tmp_path / "autoencoder" / "checkpoints" / "step-00000003"
     last = load_file(checkpoint / "model.safetensors")["autoencoder.decoder.conv_out.weight"]
@@ -181,7 +181,7 @@ def test_averages_are_what_is_saved(tmp_path: Path, pictures: Path) -> None:
 # --- the same run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_killed_goes_on_exactly(tmp_path: Path, pictures: Path) -> None:
+def test_a_run_that_is_killed_goes_on_exactly(tmp_path: Path, images: Path) -> None:
     """With a discriminator, its weight, a moving codebook and vectors that are replaced."""
     stage = {"steps": 6, "save_every": 3, "validate_every": 2, "codebook_patience": 2} | ADVERSARY
     for name in ("whole", "killed"):
@@ -190,7 +190,7 @@ def test_a_run_that_is_killed_goes_on_exactly(tmp_path: Path, pictures: Path) ->
             if name == "killed" and step == 5:
                 raise KeyboardInterrupt
 
-        run = configured(tmp_path / name, pictures, stage, SMALLER | CODEBOOK)
+        run = configured(tmp_path / name, images, stage, SMALLER | CODEBOOK)
         try:
             train(run, report=kill)
         except KeyboardInterrupt:
@@ -226,11 +226,11 @@ def test_micro_batches_make_the_same_step(lpips: str, regularised: dict[str, int
     assert whole.adaptive.value > 0
 
 
-def test_two_processes_take_the_path_of_one(tmp_path: Path, pictures: Path, lpips: str) -> None:
-    """2×2×2 pictures and 1×8, in fp32: gradients, the discriminator's weight, codebook, figures, measures."""
+def test_two_processes_take_the_path_of_one(tmp_path: Path, images: Path, lpips: str) -> None:
+    """2×2×2 images and 1×8, in fp32: gradients, the discriminator's weight, codebook, figures, measures."""
     stage = {"steps": 3, "perceptual": lpips, "perceptual_weight": 1, "optimizer": {"learning_rate": 1e-4}} | ADVERSARY
     alone, together = (
-        configured(tmp_path / name, pictures, stage | size, SMALLER | CODEBOOK)
+        configured(tmp_path / name, images, stage | size, SMALLER | CODEBOOK)
         for name, size in (("alone", {}), ("together", {"micro_batch": 2}))
     )
     train(alone)
@@ -243,7 +243,7 @@ def test_two_processes_take_the_path_of_one(tmp_path: Path, pictures: Path, lpip
     for ours, theirs in zip(lines(tmp_path / "alone"), lines(tmp_path / "together"), strict=True):
         assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-5)
     ours, theirs = record(tmp_path / "alone"), record(tmp_path / "together")
-    assert theirs["measured_on"] == ours["measured_on"] == "16 held-out pictures"
+    assert theirs["measured_on"] == ours["measured_on"] == "16 held-out images"
     assert theirs["scaling_factor"] == pytest.approx(ours["scaling_factor"], rel=1e-3)
     assert theirs["latent_std"] == pytest.approx(ours["latent_std"], rel=1e-3)
 
@@ -261,12 +261,12 @@ def test_checkpointing_changes_nothing(regularised: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("regularised", [{}, CODEBOOK], ids=["kl", "vq"])
-def test_half_precision(tmp_path: Path, pictures: Path, lpips: str, regularised: dict[str, int]) -> None:
+def test_half_precision(tmp_path: Path, images: Path, lpips: str, regularised: dict[str, int]) -> None:
     """bf16 with everything on takes the path of fp32, nearly."""
     stage = {"steps": 4, "checkpointing": True, "perceptual": lpips, "perceptual_weight": 1} | ADVERSARY
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        train(configured(tmp_path / precision, pictures, stage, SMALLER | regularised, precision))
+        train(configured(tmp_path / precision, images, stage, SMALLER | regularised, precision))
     full, half = (lines(tmp_path / precision) for precision in ("no", "bf16"))
     for name in ("pixels", "perceptual", "loss/autoencoder", "loss/discriminator"):
         assert half[3][name] == pytest.approx(full[3][name], rel=0.1)
@@ -323,13 +323,13 @@ def test_the_codebook_learns_by_gradient_too() -> None:
         assert torch.equal(vectors, before) == has_gradient
 
 
-def test_the_adversary_waits(tmp_path: Path, pictures: Path) -> None:
+def test_the_adversary_waits(tmp_path: Path, images: Path) -> None:
     """Until its start it does not move, for all its weight decay; then figures are means over the steps that have
     them."""
     stage = {"steps": 4, "save_every": 1, "keep": 9, "optimizer": {"weight_decay": 0.5}} | ADVERSARY
     for every in (1, 4):
         run = stage | {"adversarial_start": 2, "log_every": every}
-        train(configured(tmp_path / str(every), pictures, run, SMALLER))
+        train(configured(tmp_path / str(every), images, run, SMALLER))
     folder = tmp_path / "1" / "autoencoder" / "checkpoints"
     weights = [(folder / f"step-0000000{step}" / "model_1.safetensors").read_bytes() for step in (1, 2, 3)]
     assert weights[0] == weights[1] != weights[2]
@@ -351,7 +351,7 @@ def test_the_scale_is_one_over_the_standard_deviation(shift: bool) -> None:
     with torch.no_grad():
         posterior = autoencoder.encode(batch(11).pixels)
     latents = (posterior.mean + posterior.std * noise).double()
-    assert known["measured_on"] == "11 held-out pictures"
+    assert known["measured_on"] == "11 held-out images"
     assert known["scaling_factor"] == pytest.approx(1 / latents.std(correction=0).item(), rel=1e-5)
     assert known["shift_factor"] == (pytest.approx(latents.mean().item(), rel=1e-4) if shift else 0)
     assert known["latent_std"] == pytest.approx(latents.std((0, 2, 3), correction=0).tolist(), rel=1e-4)
@@ -363,11 +363,11 @@ def test_the_scale_is_one_over_the_standard_deviation(shift: bool) -> None:
 
 
 @pytest.mark.parametrize("codebook", [{}, CODEBOOK], ids=["kl", "vq"])
-def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path: Path, pictures: Path, codebook: dict[str, int]) -> None:
+def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path: Path, images: Path, codebook: dict[str, int]) -> None:
     fast = {"steps": 8, "optimizer": {"learning_rate": 1e-3}}
-    train(configured(tmp_path / "whole", pictures, fast, codebook))
+    train(configured(tmp_path / "whole", images, fast, codebook))
     source = tmp_path / "whole" / "autoencoder" / "model"
-    settings = configured(tmp_path / "decoder", pictures, fast | {"decoder_only": True}, codebook)
+    settings = configured(tmp_path / "decoder", images, fast | {"decoder_only": True}, codebook)
     train(settings.model_copy(update={"model": ModelSection(source=str(source))}))
     before, after = (
         LatentDiffusion.from_pretrained(folder).autoencoder
@@ -378,18 +378,18 @@ def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path: Path, pictures: 
     assert after.config == before.config  # the scale too
     assert record(tmp_path / "decoder")["psnr"] > record(tmp_path / "whole")["psnr"]
     with pytest.raises(LdmError, match="does not fit the configuration: another network"):
-        train(configured(tmp_path / "decoder", pictures, fast | {"steps": 12}, codebook))
+        train(configured(tmp_path / "decoder", images, fast | {"steps": 12}, codebook))
 
 
-def test_without_held_out_pictures_training_pictures_are_measured(tmp_path: Path, pictures: Path) -> None:
-    train(configured(tmp_path, pictures, {"steps": 2, "measure": 12}, SMALLER, holdout=0))
+def test_without_held_out_images_training_images_are_measured(tmp_path: Path, images: Path) -> None:
+    train(configured(tmp_path, images, {"steps": 2, "measure": 12}, SMALLER, holdout=0))
     known = record(tmp_path)
-    assert known["measured_on"] == "12 views of training pictures"
+    assert known["measured_on"] == "12 views of training images"
     assert "psnr" not in known
     assert json.loads((vae_files(tmp_path) / "config.json").read_text())["scaling_factor"] == known["scaling_factor"]
 
 
-def test_figures_are_means_over_pictures(lpips: str) -> None:
+def test_figures_are_means_over_images(lpips: str) -> None:
     stage = made({"perceptual": lpips, "perceptual_weight": 2.0})
     whole = stage.validate([batch(6)])
     assert stage.validate([batch(5), batch(1, first=5)]) == pytest.approx(whole, rel=1e-4)
@@ -404,7 +404,7 @@ def test_figures_are_means_over_pictures(lpips: str) -> None:
     assert stage.validate([]) == {}
 
 
-def test_a_perfect_picture_does_not_make_the_mean_infinite() -> None:
+def test_a_perfect_image_does_not_make_the_mean_infinite() -> None:
     stage = made({})
     nn.init.zeros_(stage.model.autoencoder.decoder.conv_out.weight)
     nn.init.constant_(stage.model.autoencoder.decoder.conv_out.bias, 2.0)  # all white
@@ -413,13 +413,13 @@ def test_a_perfect_picture_does_not_make_the_mean_infinite() -> None:
     assert stage.validate([white])["psnr"] == HIGHEST
 
 
-def test_previews_are_pairs(tmp_path: Path, pictures: Path) -> None:
+def test_previews_are_pairs(tmp_path: Path, images: Path) -> None:
     stage = made({})
     shown = stage.preview(batch(8), 1)
-    assert [picture.size for picture in shown] == [(2 * SIDE, SIDE)] * 4
+    assert [image.size for image in shown] == [(2 * SIDE, SIDE)] * 4
     left = np.asarray(shown[0].crop((0, 0, SIDE, SIDE)), np.float32) / 127.5 - 1
     assert np.abs(left - batch(1).pixels[0].permute(1, 2, 0).numpy()).max() < 0.01
-    train(configured(tmp_path, pictures, {"steps": 1}, SMALLER))
+    train(configured(tmp_path, images, {"steps": 1}, SMALLER))
     preview = Image.open(tmp_path / "autoencoder" / "previews" / "step-00000001.png")
     assert preview.size == (4 * SIDE, 2 * SIDE)
 
@@ -451,35 +451,35 @@ def test_what_cannot_work_is_refused(
     assert message in str(caught.value)
 
 
-def test_pictures_too_small_for_lpips_are_refused(lpips: str) -> None:
+def test_images_too_small_for_lpips_are_refused(lpips: str) -> None:
     with pytest.raises(LdmError, match="24×24 pixels are too small for LPIPS, which needs 31×31"):
         made({"perceptual": lpips}, side=24)
 
 
-def test_a_refused_run_has_not_begun(tmp_path: Path, pictures: Path) -> None:
+def test_a_refused_run_has_not_begun(tmp_path: Path, images: Path) -> None:
     for options, message in (({"perceptual_weight": 1}, "perceptual is not set"), ({}, "leaves none to train with")):
-        run = configured(tmp_path, pictures, options, SMALLER, holdout=48)
+        run = configured(tmp_path, images, options, SMALLER, holdout=48)
         with pytest.raises(LdmError, match=message):
             train(run)
     assert not (tmp_path / "autoencoder" / "metrics.jsonl").exists()
 
 
-def test_one_picture_is_enough(tmp_path: Path) -> None:
+def test_one_image_is_enough(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     Image.new("RGB", (40, 40), "teal").save(tmp_path / "one" / "a.png")
     train(configured(tmp_path / "run", tmp_path / "one", {"steps": 2}, SMALLER, holdout=0))
-    assert record(tmp_path / "run")["measured_on"] == "16 views of training pictures"
+    assert record(tmp_path / "run")["measured_on"] == "16 views of training images"
 
 
-def test_the_configuration_runs(tmp_path: Path, pictures: Path, lpips: str) -> None:
-    """That of Stable Diffusion's autoencoder, with small networks and pictures, for two steps."""
+def test_the_configuration_runs(tmp_path: Path, images: Path, lpips: str) -> None:
+    """That of Stable Diffusion's autoencoder, with small networks and images, for two steps."""
     stage = {
         "steps": 2, "batch": 4, "micro_batch": 2, "sizes": [{"size": 64}], "perceptual": lpips, "adversarial_start": 1,
         "log_every": 1, "optimizer.warmup": 1,
     }  # fmt: skip
     small = {"channels": [8] * 4, "layers": 1, "groups": 4}
     changes = {
-        "output": str(tmp_path), "data.source": str(pictures), "data.holdout": 4, "data.upscale": 2, "data.workers": 0,
+        "output": str(tmp_path), "data.source": str(images), "data.holdout": 4, "data.upscale": 2, "data.workers": 0,
         "trackers": [], "model.unet": MODEL["unet"], "model.text": MODEL["text"], "model.autoencoder": small,
     }  # fmt: skip
     changes |= {f"autoencoder.{name}": value for name, value in stage.items()}

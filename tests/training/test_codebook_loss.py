@@ -18,7 +18,7 @@ def codebook(vectors: list[list[float]]) -> Codebook:
 
 
 def latents(*vectors: list[float]) -> Tensor:
-    """One picture, one row: (1, D, 1, N)."""
+    """One image, one row: (1, D, 1, N)."""
     return torch.tensor(vectors).T.view(1, -1, 1, len(vectors))
 
 

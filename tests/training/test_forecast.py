@@ -59,7 +59,7 @@ def test_attention_by_the_formula_keeps_its_scores() -> None:
 
 @pytest.mark.parametrize(("family", "size", "tflop"), [("sd15", 512, 0.803), ("sdxl", 1024, 6.76)])
 def test_the_arithmetic_of_known_models(family: str, size: int, tflop: float) -> None:
-    """Three forward passes for each picture, from a cache; half precision halves what is kept."""
+    """Three forward passes for each image, from a cache; half precision halves what is kept."""
     content = {
         "model": {"family": family}, "data": {"cache": True}, "base": {"batch": 4, "sizes": [{"size": size}]},
     }  # fmt: skip

@@ -49,18 +49,18 @@ def test_reconstruction_by_hand() -> None:
 
 
 def test_kl_by_hand() -> None:
-    """Of N(1, e) in 8 numbers: ½ (1 + e - 1 - 1) nats each, over 3·4·4 values of a picture."""
+    """Of N(1, e) in 8 numbers: ½ (1 + e - 1 - 1) nats each, over 3·4·4 values of an image."""
     posterior = DiagonalGaussian(torch.ones(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
     expected = 8 * 0.5 * (torch.e - 1) / 48
     assert kl_loss(posterior, torch.empty(2, 3, 4, 4)).item() == pytest.approx(expected)
 
 
-def test_the_sum_is_latent_diffusions_over_the_values_of_a_picture() -> None:
+def test_the_sum_is_latent_diffusions_over_the_values_of_a_image() -> None:
     model, _, perceptual = networks()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     reconstruction, posterior = model(x)
     ours = reconstruction_loss(reconstruction, x, perceptual=perceptual).total + 1e-6 * kl_loss(posterior, x)
-    # CompVis' LPIPSWithDiscriminator, with its variance of 1: sums over a picture, means over the batch
+    # CompVis' LPIPSWithDiscriminator, with its variance of 1: sums over an image, means over the batch
     each = (reconstruction - x).abs() + perceptual(reconstruction, x).view(2, 1, 1, 1)
     theirs = each.sum() / 2 + 1e-6 * posterior.kl().sum() / 2
     torch.testing.assert_close(ours, theirs / (3 * 32 * 32))
@@ -82,12 +82,12 @@ def test_hinge_by_hand() -> None:
 
 
 def by_autograd(
-    model: AutoencoderKL, discriminator: Discriminator, perceptual: LPIPS, pictures: Tensor, noise: Tensor
+    model: AutoencoderKL, discriminator: Discriminator, perceptual: LPIPS, images: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstruction and adversarial loss of a whole batch, and eq. 7's ratio, from the definitions alone."""
-    posterior = model.encode(pictures)
+    posterior = model.encode(images)
     reconstruction = model.decode(posterior.mean + posterior.std * noise)
-    loss = (reconstruction - pictures).abs().mean() + perceptual(reconstruction, pictures).mean()
+    loss = (reconstruction - images).abs().mean() + perceptual(reconstruction, images).mean()
     adversarial = -discriminator(reconstruction).mean()
     last = model.decoder.conv_out.weight
     norms = [torch.autograd.grad(x, last, retain_graph=True)[0].float().norm() for x in (loss, adversarial)]
@@ -95,20 +95,20 @@ def by_autograd(
 
 
 class Fixed:
-    """A step over the same 4 pictures and noise, in micro-batches."""
+    """A step over the same 4 images and noise, in micro-batches."""
 
     def __init__(self) -> None:
         self.model, self.discriminator, self.perceptual = networks()
-        self.pictures = torch.rand(4, 3, 32, 32) * 2 - 1
+        self.images = torch.rand(4, 3, 32, 32) * 2 - 1
         self.noise = torch.randn(4, 4, 16, 16)
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        return by_autograd(self.model, self.discriminator, self.perceptual, self.pictures, self.noise)
+        return by_autograd(self.model, self.discriminator, self.perceptual, self.images, self.noise)
 
     def forward_backward(self, adaptive: AdaptiveWeight, parts: int = 1, scale: float = 1.0) -> Tensor:
         """Gradients of all parameters of the autoencoder after `parts` micro-batches."""
         self.model.zero_grad()
-        for x, noise in zip(self.pictures.chunk(parts), self.noise.chunk(parts), strict=True):
+        for x, noise in zip(self.images.chunk(parts), self.noise.chunk(parts), strict=True):
             posterior = self.model.encode(x)
             reconstruction = self.model.decode(posterior.mean + posterior.std * noise)
             loss = reconstruction_loss(reconstruction, x, perceptual=self.perceptual).total
@@ -128,16 +128,16 @@ def test_the_weight_and_the_gradients_it_makes() -> None:
     assert 0.01 < ratio < LARGEST / 100  # neither norm is nothing
     found = fixed.forward_backward(adaptive)
     fixed.model.zero_grad()
-    posterior = fixed.model.encode(fixed.pictures)
-    (loss + FACTOR * adaptive.value * adversarial + 1e-6 * kl_loss(posterior, fixed.pictures)).backward()
+    posterior = fixed.model.encode(fixed.images)
+    (loss + FACTOR * adaptive.value * adversarial + 1e-6 * kl_loss(posterior, fixed.images)).backward()
     torch.testing.assert_close(found, gradients(fixed.model), rtol=1e-3, atol=1e-6)
 
 
 def test_the_value_of_the_total() -> None:
     fixed, adaptive = Fixed(), AdaptiveWeight()
     adaptive.value.fill_(2.0)
-    reconstruction = fixed.model(fixed.pictures)[0]
-    loss = reconstruction_loss(reconstruction, fixed.pictures).total
+    reconstruction = fixed.model(fixed.images)[0]
+    loss = reconstruction_loss(reconstruction, fixed.images).total
     last = fixed.model.decoder.conv_out.weight
     joined = adaptive.join(loss, reconstruction, last, fixed.discriminator, FACTOR)
     assert joined.adversarial == -fixed.discriminator(reconstruction).mean()
@@ -155,11 +155,11 @@ def test_micro_batches_and_ranks_give_the_same_weight() -> None:
         adaptive.update()
         torch.testing.assert_close(adaptive.value, whole.value, rtol=1e-4, atol=0)
         torch.testing.assert_close(fixed.forward_backward(adaptive, parts), second, rtol=1e-3, atol=1e-6)
-    # two ranks with two pictures each
-    pictures, noise, handed_in = fixed.pictures, fixed.noise, []
+    # two ranks with two images each
+    images, noise, handed_in = fixed.images, fixed.noise, []
     ranks = AdaptiveWeight(), AdaptiveWeight()
     for rank, adaptive in enumerate(ranks):
-        fixed.pictures, fixed.noise = pictures.chunk(2)[rank], noise.chunk(2)[rank]
+        fixed.images, fixed.noise = images.chunk(2)[rank], noise.chunk(2)[rank]
         fixed.forward_backward(adaptive)
     ranks[0].update(lambda tensor: handed_in.append(tensor) or tensor)
     ranks[1].update(lambda tensor: tensor + handed_in[0])
@@ -179,7 +179,7 @@ def test_the_weight_in_half_precision(dtype: torch.dtype, tolerance: float) -> N
 
 
 def test_the_weight_of_gradients_that_vanish_in_half_precision() -> None:
-    """Those for the pictures are 1e-8 here, where fp16 ends at 6e-8."""
+    """Those for the images are 1e-8 here, where fp16 ends at 6e-8."""
 
     class Faint(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -225,8 +225,8 @@ def test_each_side_leaves_the_other_alone() -> None:
     fixed.forward_backward(adaptive)
     assert all(parameter.grad is None for parameter in fixed.discriminator.parameters())
     before = gradients(fixed.model)
-    reconstruction = fixed.model(fixed.pictures)[0]
-    discriminator_loss(fixed.discriminator, fixed.pictures, reconstruction).total.backward()
+    reconstruction = fixed.model(fixed.images)[0]
+    discriminator_loss(fixed.discriminator, fixed.images, reconstruction).total.backward()
     assert torch.equal(gradients(fixed.model), before)
     theirs = gradients(fixed.discriminator)
     assert theirs.norm() > 0

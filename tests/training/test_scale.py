@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load
 from test_train import _fresh_accelerator, config, lines, losses, shapes, weights  # noqa: F401
 
-from ldm.cli.train import make_pictures
+from ldm.cli.train import make_images
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.training import checkpoint
@@ -86,7 +86,7 @@ def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _small(limit: int, errors: list[int], original: Any) -> Any:
-    """Losses that need more memory than there is for more than `limit` pictures."""
+    """Losses that need more memory than there is for more than `limit` images."""
 
     def losses_of(self: Any, batch: Batch, step: int) -> Iterator[Loss]:
         for loss in original(self, batch, step):
@@ -110,10 +110,10 @@ def test_what_does_not_fit_into_memory_is_cut(
     train(config(shapes, tmp_path / "cut"))
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=2e-4)
     assert errors == [8, 4]
-    assert "out of memory with 8 pictures at a time on process 0; from now on it takes 4" in caplog.text
-    assert "out of memory with 4 pictures at a time on process 0; from now on it takes 2" in caplog.text
+    assert "out of memory with 8 images at a time on process 0; from now on it takes 4" in caplog.text
+    assert "out of memory with 4 images at a time on process 0; from now on it takes 2" in caplog.text
     monkeypatch.setattr(DenoiserStage, "losses", _small(0, errors, DenoiserStage.losses))
-    with pytest.raises(LdmError, match=r"out of memory with 1 pictures of \d+×\d+ at a time; set base.checkpointing"):
+    with pytest.raises(LdmError, match=r"out of memory with 1 images of \d+×\d+ at a time; set base.checkpointing"):
         train(config(shapes, tmp_path / "none"))
 
 
@@ -170,10 +170,10 @@ def test_weights_spread_over_processes_train_alike(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """FSDP2: the losses and the result of one process, its pictures and validations too; and it goes on exactly, in the
+    """FSDP2: the losses and the result of one process, its images and validations too; and it goes on exactly, in the
     other of its two layouts too."""
     extra = ["base.train_text=true", "base.text_learning_rate=[1e-3]", "base.preview_every=3", "base.micro_batch=2"]
-    train(config(shapes, tmp_path / "one", *extra), make_pictures)
+    train(config(shapes, tmp_path / "one", *extra), make_images)
     settings = [tmp_path / "one.yaml", f"data.source={shapes}", f"output={tmp_path / 'two'}", *extra]
     script = ROOT / "tests" / "spread.py"
     on_two(script, "train", *settings)
@@ -196,9 +196,9 @@ def test_weights_spread_over_processes_train_alike(
     for row, expected in zip(lines(tmp_path / "alone"), lines(tmp_path / "one"), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
     with pytest.raises(LdmError, match=r"step-00000003 does not fit .*: another layout of weights \(DDP or FSDP2\)"):
-        train(config(shapes, tmp_path / "layout", *extra), make_pictures)
-    pictures = [Image.open(tmp_path / name / "base/previews/step-00000003.png").tobytes() for name in ("one", "two")]
-    assert pictures[0] == pictures[1]
+        train(config(shapes, tmp_path / "layout", *extra), make_images)
+    images = [Image.open(tmp_path / name / "base/previews/step-00000003.png").tobytes() for name in ("one", "two")]
+    assert images[0] == images[1]
 
 
 @pytest.mark.parametrize(

@@ -58,17 +58,17 @@ def on_one_core() -> Any:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen pictures for each of 18 captions: the shape's place, size and background differ."""
-    folder, draw = tmp_path_factory.mktemp("pictures"), random.Random(0)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen images for each of 18 captions: the shape's place, size and background differ."""
+    folder, draw = tmp_path_factory.mktemp("images"), random.Random(0)
     for colour, rgb in COLOURS.items():
         for shape, corners in SHAPES.items():
             for number in range(16):
                 grey = draw.randrange(120, 256)
-                picture = Image.new("RGB", (32, 32), (grey, grey, grey))
+                image = Image.new("RGB", (32, 32), (grey, grey, grey))
                 circle = (16 + draw.randrange(-4, 5), 16 + draw.randrange(-4, 5), draw.randrange(8, 12))
-                ImageDraw.Draw(picture).regular_polygon(circle, corners, draw.randrange(0, 20), fill=rgb)
-                picture.save(folder / f"{colour}-{shape}-{number}.png")
+                ImageDraw.Draw(image).regular_polygon(circle, corners, draw.randrange(0, 20), fill=rgb)
+                image.save(folder / f"{colour}-{shape}-{number}.png")
                 (folder / f"{colour}-{shape}-{number}.txt").write_text(f"a {colour} {shape}")
     return folder
 
@@ -86,15 +86,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-def settings(model: Path, pictures: Path, output: Path, *more: str) -> list[str]:
-    return [f"model.source={model}", f"data.source={pictures}", f"output={output}", *SETTINGS, *more]
+def settings(model: Path, images: Path, output: Path, *more: str) -> list[str]:
+    return [f"model.source={model}", f"data.source={images}", f"output={output}", *SETTINGS, *more]
 
 
-def run(model: Path, pictures: Path, output: Path, *more: str) -> dict[int, dict[str, float]]:
+def run(model: Path, images: Path, output: Path, *more: str) -> dict[int, dict[str, float]]:
     """Train, and the log by step."""
     log: dict[int, dict[str, float]] = {}
     train(
-        load(None, settings(model, pictures, output, *more)),
+        load(None, settings(model, images, output, *more)),
         report=lambda stage, step, steps, figures: log.setdefault(step, {}).update(figures),
     )
     return log
@@ -102,11 +102,11 @@ def run(model: Path, pictures: Path, output: Path, *more: str) -> dict[int, dict
 
 @pytest.fixture(scope="module")
 def trained(
-    models: Callable[[str], Path], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+    models: Callable[[str], Path], images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[int, dict[str, float]]]:
     """A run with two text encoders, one of them with a projection; and its log."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder / "text", run(models("sdxl"), pictures, folder, "text.steps=80")
+    return folder / "text", run(models("sdxl"), images, folder, "text.steps=80")
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_the_loss_is_that_of_open_clip() -> None:
 
 
 def test_pairs_with_the_same_caption_are_no_negatives() -> None:
-    """Two pictures of one caption and one of another: worked out by hand."""
+    """Two images of one caption and one of another: worked out by hand."""
     text = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
     image = torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]])
     same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
@@ -154,11 +154,11 @@ def test_a_wrong_target_that_is_as_near_counts_as_nearer() -> None:
     assert retrieval(torch.ones(3, 3), torch.ones(3, 3), right, (1, 2, 3)) == [0, 0, 1]
 
 
-def test_captions_that_read_alike_and_pictures_that_come_twice(models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_captions_that_read_alike_and_images_that_come_twice(models: Callable[[str], Path], tmp_path: Path) -> None:
     stage = make(models("sd15"), tmp_path)
     batch = batch_of(["a red circle", "A  red circle", "a square", "a square!"], ["a", "b", "c", "c"])
     (loss,) = stage.losses(batch, 0)
-    assert loss.report["negatives/text_encoder"].item() == 2  # of three others, one reads alike or is the same picture
+    assert loss.report["negatives/text_encoder"].item() == 2  # of three others, one reads alike or is the same image
 
 
 def make(model: Path, folder: Path, *more: str) -> ContrastiveStage:
@@ -199,19 +199,19 @@ def test_only_the_pair_is_trained_and_matrices_alone_decay(models: Callable[[str
     assert sum(len(group["params"]) for group in groups) == len(list(player.module.parameters()))
 
 
-def test_the_forecast_counts_what_is_trained(models: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:
-    (row,) = forecast(load(None, settings(models("sdxl"), pictures, tmp_path)))
+def test_the_forecast_counts_what_is_trained(models: Callable[[str], Path], images: Path, tmp_path: Path) -> None:
+    (row,) = forecast(load(None, settings(models("sdxl"), images, tmp_path)))
     stage = make(models("sdxl"), tmp_path)
     assert row.trained == sum(p.numel() for p in stage.players["pair"].module.parameters())
     parts = (stage.model.unet, stage.model.autoencoder)
     assert row.frozen == sum(p.numel() for part in parts for p in part.parameters())
     tokens, patches = 77, 16  # every matrix of the encoders' layers meets every token: at least so many multiplications
     encoders = stage.players["pair"].module
-    texts, images = (
+    texts, encoder = (
         sum(p.numel() for name, p in part.named_parameters() if "layers" in name and p.ndim > 1)
         for part in (encoders.text_encoders, encoders.image_encoder)
     )
-    assert 1 < row.flops_per_image / (6 * (tokens * texts + patches * images)) < 1.5
+    assert 1 < row.flops_per_image / (6 * (tokens * texts + patches * encoder)) < 1.5
 
 
 def test_the_scale_stays_below_100(models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -241,22 +241,20 @@ def test_recomputed_activations_give_the_same_gradients(
 
 
 def test_out_of_memory_asks_for_a_smaller_batch(
-    models: Callable[[str], Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(ContrastiveStage, "losses", fail)
-    with pytest.raises(LdmError, match="out of memory with 16 pictures of 32×32 at a time; set a smaller text.batch"):
-        run(models("sd15"), pictures, tmp_path / "run")
+    with pytest.raises(LdmError, match="out of memory with 16 images of 32×32 at a time; set a smaller text.batch"):
+        run(models("sd15"), images, tmp_path / "run")
 
 
-def test_two_processes_are_one_with_the_same_batch(
-    models: Callable[[str], Path], pictures: Path, tmp_path: Path
-) -> None:
+def test_two_processes_are_one_with_the_same_batch(models: Callable[[str], Path], images: Path, tmp_path: Path) -> None:
     more = ["text.batch=8", "text.steps=4", "text.log_every=1", "data.holdout=9", "text.optimizer.epsilon=1e-3"]
-    one = run(models("sdxl"), pictures, tmp_path / "one", *more)
-    given = settings(models("sdxl"), pictures, tmp_path / "two", *more)
+    one = run(models("sdxl"), images, tmp_path / "one", *more)
+    given = settings(models("sdxl"), images, tmp_path / "two", *more)
     code = f"from ldm.training.run import train; from ldm.training.config import load; train(load(None, {given}))"
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -292,10 +290,10 @@ def read_log(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(
-    models: Callable[[str], Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["text.steps=6", "text.save_every=3", "text.log_every=1", "text.batch=4"]
-    given = settings(models("sd15"), pictures, Path("run"), *more)
+    given = settings(models("sd15"), images, Path("run"), *more)
 
     def cut(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
         if step == 4:
@@ -317,14 +315,14 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(
             assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
 
 
-def test_pictures_of_all_shapes_at_growing_sizes(models: Callable[[str], Path], tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
+def test_images_of_all_shapes_at_growing_sizes(models: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
     for number, (width, height) in enumerate([(64, 64), (48, 80), (80, 48)] * 4):
-        Image.new("RGB", (width, height), (20 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
-        (tmp_path / "pictures" / f"{number}.txt").write_text(f"number {number}")
+        Image.new("RGB", (width, height), (20 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number}.txt").write_text(f"number {number}")
     more = ["data.buckets=true", "data.holdout=3", "text.batch=2", "text.steps=6", "text.log_every=1"]
     sizes = "text.sizes=[{size: 16, steps: 2}, {size: 32}]"
-    log = run(models("sd15"), tmp_path / "pictures", tmp_path / "run", *more, sizes)
+    log = run(models("sd15"), tmp_path / "images", tmp_path / "run", *more, sizes)
     assert all(math.isfinite(log[step]["loss/pair"]) for step in range(1, 7))
     pair = load_clip(tmp_path / "run/text/clip", LatentDiffusion.from_pretrained(tmp_path / "run/text/model"))
     assert pair.config.size == 32
@@ -341,14 +339,14 @@ def test_pictures_of_all_shapes_at_growing_sizes(models: Callable[[str], Path], 
         ("sd15", "text.sizes=[{size: 32, micro_batch: 8}]", "text.micro_batch is 8: a batch of 16"),
         ("sd15", "text.batch=1", "text.batch is 1: a pair is compared with the others of its batch"),
         ("sd15", "data.holdout=288", "leaves none to train with"),
-        ("sd15", "data.holdout=287", "1 pictures to train with and no two different captions"),
+        ("sd15", "data.holdout=287", "1 images to train with and no two different captions"),
     ],
 )
 def test_what_cannot_work_is_said_before_training_starts(
-    models: Callable[[str], Path], pictures: Path, tmp_path: Path, family: str, setting: str, message: str
+    models: Callable[[str], Path], images: Path, tmp_path: Path, family: str, setting: str, message: str
 ) -> None:
     with pytest.raises(LdmError, match=message.replace("[", r"\[")) as caught:
-        run(models(family), pictures, tmp_path / "run", setting)
+        run(models(family), images, tmp_path / "run", setting)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "text" / "metrics.jsonl").exists()
 
@@ -357,18 +355,18 @@ def test_what_cannot_work_is_said_before_training_starts(
 
 
 def test_the_pair_is_loaded_for_evaluation(
-    trained: tuple[Path, dict[int, dict[str, float]]], pictures: Path, models: Callable[[str], Path]
+    trained: tuple[Path, dict[int, dict[str, float]]], images: Path, models: Callable[[str], Path]
 ) -> None:
     folder, _ = trained
     pair = load_clip(folder / "clip", LatentDiffusion.from_pretrained(folder / "model"))
-    files = sorted(pictures.glob("*.png"))
+    files = sorted(images.glob("*.png"))
     pixels = to_tensor([Image.open(file) for file in files], 32, 32)
-    images = pair.encode_images(pixels)
+    found_images = pair.encode_images(pixels)
     texts = pair.encode_texts(captions := sorted({file.with_suffix(".txt").read_text() for file in files}))
-    assert (images.shape, texts.shape) == ((288, 40), (18, 40))
-    for vectors in (images, texts):
+    assert (found_images.shape, texts.shape) == ((288, 40), (18, 40))
+    for vectors in (found_images, texts):
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
-    found = [captions[index] for index in (images @ texts.T).argmax(dim=1).tolist()]
+    found = [captions[index] for index in (found_images @ texts.T).argmax(dim=1).tolist()]
     right = sum(name == file.with_suffix(".txt").read_text() for name, file in zip(found, files, strict=True))
     assert right > 150  # chance: 16; most of them were trained on
 
@@ -376,7 +374,7 @@ def test_the_pair_is_loaded_for_evaluation(
     processor = transformers.CLIPImageProcessor(do_resize=False, do_center_crop=False)  # CLIP's mean and deviation
     normal = processor([Image.open(file) for file in files[:4]], return_tensors="pt").pixel_values
     embeds = theirs(normal).image_embeds
-    torch.testing.assert_close(torch.nn.functional.normalize(embeds, dim=1), images[:4], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.nn.functional.normalize(embeds, dim=1), found_images[:4], atol=1e-5, rtol=1e-4)
 
     with pytest.raises(LdmError, match="a side of 36 pixels does not divide into patches of 8"):
         pair.encode_images(torch.zeros(1, 3, 32, 36))
@@ -387,18 +385,18 @@ def test_the_pair_is_loaded_for_evaluation(
 
 
 def test_an_image_encoder_for_text_encoders_as_they_are(
-    trained: tuple[Path, dict[int, dict[str, float]]], pictures: Path, tmp_path: Path
+    trained: tuple[Path, dict[int, dict[str, float]]], images: Path, tmp_path: Path
 ) -> None:
     source = trained[0] / "model"
     more = ["text.image_only=true", "text.steps=30", "text.image_layers=1"]
-    log = run(source, pictures, tmp_path / "r", *more)
+    log = run(source, images, tmp_path / "r", *more)
     assert log[30]["loss/pair"] < 0.9 * log[10]["loss/pair"]
     model = LatentDiffusion.from_pretrained(source)
     assert fingerprint({"text": model.text_encoders}) == fingerprint(
         {"text": LatentDiffusion.from_pretrained(tmp_path / "r/text/model").text_encoders}
     )
     pair = load_clip(tmp_path / "r/text/clip", model)
-    (row,) = forecast(load(None, settings(source, pictures, tmp_path, *more)))
+    (row,) = forecast(load(None, settings(source, images, tmp_path, *more)))
     assert row.trained == sum(p.numel() for part in (pair.image_encoder, pair.heads) for p in part.parameters())
 
 
@@ -419,12 +417,12 @@ def test_diffusers_opens_the_model(
     family: str,
     trained: tuple[Path, dict[int, dict[str, float]]],
     models: Callable[[str], Path],
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
 ) -> None:
     folder = trained[0]
     if family == "sd15":
-        run(models("sd15"), pictures, tmp_path / "run", "text.steps=2")
+        run(models("sd15"), images, tmp_path / "run", "text.steps=2")
         folder = tmp_path / "run" / "text"
     model, before = (LatentDiffusion.from_pretrained(path) for path in (folder / "model", models(family)))
     ours = model.encode_prompt(["a red circle"])

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from test_cli import COMMAND
 
-from ldm.cli.train import make_pictures
+from ldm.cli.train import make_images
 from ldm.data.loader import Batch
 from ldm.data.plan import split
 from ldm.data.sources import open_images
@@ -78,17 +78,17 @@ def _fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty small pictures of coloured shapes, wide and tall ones too, with captions."""
+    """Fifty small images of coloured shapes, wide and tall ones too, with captions."""
     folder = tmp_path_factory.mktemp("shapes")
     draw = random.Random(0)
     for number in range(50):
         colour, shape = draw.choice(list(COLOURS)), draw.choice(["circle", "square"])
         width, height = draw.choice([(32, 32), (48, 32), (32, 40)])
-        picture = Image.new("RGB", (width, height), "white")
+        image = Image.new("RGB", (width, height), "white")
         left, top = draw.randint(2, width - 18), draw.randint(2, height - 18)
-        kind = ImageDraw.Draw(picture).ellipse if shape == "circle" else ImageDraw.Draw(picture).rectangle
+        kind = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
         kind((left, top, left + 14, top + 14), fill=COLOURS[colour])
-        picture.save(folder / f"{number:03d}.png")
+        image.save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.txt").write_text(f"a {colour} {shape}")
     return folder
 
@@ -350,7 +350,7 @@ def test_one_run_at_a_time(shapes: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "r" / "config.yaml").exists()
 
 
-def test_pictures_that_changed_are_noticed(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_that_changed_are_noticed(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(shapes, tmp_path / "mine")
     settings = config(tmp_path / "mine", tmp_path / "r")
     interrupted(settings, after=4)
@@ -362,7 +362,7 @@ def test_pictures_that_changed_are_noticed(shapes: Path, tmp_path: Path, caplog:
 
 
 def test_none_held_out(shapes: Path, tmp_path: Path) -> None:
-    """So small a part of the pictures that it is none."""
+    """So small a part of the images that it is none."""
     train(config(shapes, tmp_path / "r", "data.holdout=0.0001", "base.steps=2", "base.validate_every=1"))
     assert not any("validation/loss" in row for row in lines(tmp_path / "r"))
 
@@ -406,7 +406,7 @@ def test_a_signal_saves_and_leaves(shapes: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_a_signal_while_held_out_pictures_are_looked_at(
+def test_a_signal_while_held_out_images_are_looked_at(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is saved already is left at once, and looked at when the run goes on; else the looking is finished."""
@@ -605,7 +605,7 @@ def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> 
     ) -> list[Image.Image]:
         assert settings == {"steps": 20}
         seen.append((prompts, size, seeds))
-        return make_pictures(model, prompts, size, seeds, {"steps": 2})
+        return make_images(model, prompts, size, seeds, {"steps": 2})
 
     train(
         config(shapes, tmp_path / "r", "base.preview_every=3", "base.prompts=[a red circle, a blue square]",
@@ -615,9 +615,9 @@ def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> 
     assert len(seen) == 2
     assert seen[0] == seen[1] == (["a red circle", "a blue square"], seen[0][1], [0, 1])
     train(config(shapes, tmp_path / "held", "base.preview_every=2", "base.steps=4"), preview)
-    held = [picture.with_suffix(".txt") for picture in sorted(shapes.glob("*.png"))]
+    held = [image.with_suffix(".txt") for image in sorted(shapes.glob("*.png"))]
     held = [held[index] for index in split(open_images(str(shapes), tmp_path / "index"), 6)[1]]
-    assert seen[2] == seen[3]  # always the same, of pictures that are not trained on
+    assert seen[2] == seen[3]  # always the same, of images that are not trained on
     assert set(seen[2][0]) <= {path.read_text() for path in held}
     assert Image.open(tmp_path / "r" / "base" / "previews" / "step-00000003.png").size[0] > 32
     assert len(list((tmp_path / "r" / "base" / "averages" / "unet").iterdir())) == 6
@@ -690,7 +690,7 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["base.text_learning_rate=[-1]"], "base.text_learning_rate.0 is -1"),
         (
             ["model.family=sd15-inpaint", "model.unet.in_channels=9"],
-            "base: the U-Net of custom reads a picture to edit",
+            "base: the U-Net of custom reads an image to edit",
         ),
     ],
 )
@@ -708,8 +708,8 @@ def test_wrong_settings_are_named(shapes: Path, tmp_path: Path, overrides: list[
 def shard(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shards") / "0000.tar"
     with tarfile.open(path, "w") as file:
-        for picture in sorted(shapes.glob("*.*")):
-            file.add(picture, picture.name)
+        for image in sorted(shapes.glob("*.*")):
+            file.add(image, image.name)
     return path
 
 

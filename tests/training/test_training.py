@@ -203,7 +203,7 @@ def test_noise_depends_on_the_sample_alone() -> None:
 
 
 def test_captions_are_left_out_as_often_as_asked_and_not_always_the_same() -> None:
-    keys = [f"picture {n}" for n in range(4000)]
+    keys = [f"image {n}" for n in range(4000)]
     drop = DropOut((0.1, 0.3), size=0.2)
     first, second = (drop.captions(0, keys, [epoch] * 4000, 2) for epoch in (0, 1))
     for rows in (first, second):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_evaluation import SIDE, Toy, drawing, drawings, tinted
 from test_train import TINY, Pulled, lines, losses, weights
 
-from ldm.cli.train import make_pictures
+from ldm.cli.train import make_images
 from ldm.errors import LdmError
 from ldm.evaluation import features
 from ldm.evaluation.evaluation import Plan
@@ -37,7 +37,7 @@ WIDTHS = "base.ema.widths=[0.1]"
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each run is a process's first, and pictures are looked at with random convolutions."""
+    """Each run is a process's first, and images are looked at with random convolutions."""
     for name in ("open_extractor", "open_text_extractor"):
         monkeypatch.setattr(features, name, lambda spec, device: Toy())
     threads = torch.get_num_threads()
@@ -49,14 +49,14 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drawings(tmp_path_factory.mktemp("data") / "pictures", 60, 1)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drawings(tmp_path_factory.mktemp("data") / "images", 60, 1)
 
 
-def config(pictures: Path, output: Path, *overrides: str) -> Config:
+def config(images: Path, output: Path, *overrides: str) -> Config:
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**TINY, "base": BASE, "data": {**TINY["data"], "holdout": 6}}))
-    return load(path, [f"data.source={pictures}", f"output={output}", *overrides])
+    return load(path, [f"data.source={images}", f"output={output}", *overrides])
 
 
 class Painter:
@@ -98,13 +98,13 @@ def evaluations(output: Path) -> list[dict[str, float]]:
     return [row for row in rows if len(row) > 1]
 
 
-def test_the_best_weights_become_the_result(pictures: Path, tmp_path: Path) -> None:
+def test_the_best_weights_become_the_result(images: Path, tmp_path: Path) -> None:
     plain = ["data.holdout=20", WIDTHS]
     extra = ["base.evaluation.every=3", "base.evaluation.metrics=[fid,clip-score,memorisation]",
              "base.evaluation.clip=clip:toy", "base.evaluation.choose=fid"]  # fmt: skip
-    train(config(pictures, tmp_path / "plain", *plain))
+    train(config(images, tmp_path / "plain", *plain))
     painter = Painter(0.5, 0.1, 0.4, 0.3)
-    train(config(pictures, tmp_path / "r", *plain, *extra), painter)
+    train(config(images, tmp_path / "r", *plain, *extra), painter)
     found = evaluations(tmp_path / "r")
     assert [row["step"] for row in found] == [3, 6]
     averages, metrics = ("ema", "width-0.1"), ("clip-score", "fid", "memorisation")
@@ -125,7 +125,7 @@ def test_the_best_weights_become_the_result(pictures: Path, tmp_path: Path) -> N
     report = json.loads((folder / "report.json").read_text())
     assert report["sides"][0]["source"] == "base after 6 updates, ema"
     assert report["sides"][0]["settings"]["steps"] == 30
-    assert (report["sides"][0]["count"], report["reference"]["source"]) == (20, f"20 of {pictures}")
+    assert (report["sides"][0]["count"], report["reference"]["source"]) == (20, f"20 of {images}")
     # training knows nothing of it: the same losses, weights and state of the random numbers
     assert losses(tmp_path / "r") == losses(tmp_path / "plain")
     for name in ("random_states_0.pkl", "model.safetensors"):
@@ -136,16 +136,16 @@ def test_the_best_weights_become_the_result(pictures: Path, tmp_path: Path) -> N
 
 
 def test_a_run_killed_anywhere_ends_in_the_same_result(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Evaluations after 2, 4 and 6 updates; the best is between two checkpoints."""
     extra = [WIDTHS, *CHOOSING, "base.evaluation.batch=4"]
     painter = Painter()
-    train(config(pictures, tmp_path / "whole", *extra), painter)
+    train(config(images, tmp_path / "whole", *extra), painter)
     assert painter.calls == 6 * 2 + 1  # six sets of weights, two batches each; a preview
     assert done(tmp_path / "whole")["chosen"]["step"] == 4
-    settings = config(pictures, tmp_path / "parts", *extra)
-    painter.calls, painter.stop_at = 0, 4  # within the second evaluation, half of whose pictures are there
+    settings = config(images, tmp_path / "parts", *extra)
+    painter.calls, painter.stop_at = 0, 4  # within the second evaluation, half of whose images are there
 
     def killed_when_told(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
         if step == 4 and "evaluation/ema/fid" in figures:
@@ -175,7 +175,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_result(
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_another_way_to_choose_begins_anew(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_way_to_choose_begins_anew(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The weights after 2 updates are the best; once they are damaged, or another metric counts, others are needed.
 
     No averages are kept here, so that it is about the weights themselves.
@@ -187,7 +187,7 @@ def test_another_way_to_choose_begins_anew(pictures: Path, tmp_path: Path, caplo
             raise Pulled
 
     plain = [*CHOOSING, "base.ema.decay=0"]
-    settings = config(pictures, tmp_path / "r", *plain)
+    settings = config(images, tmp_path / "r", *plain)
     with pytest.raises(Pulled):
         train(settings, painter, killed)
     path = tmp_path / "r" / "base" / "evaluation" / "step-00000002" / "weights" / "unet.safetensors"
@@ -202,7 +202,7 @@ def test_another_way_to_choose_begins_anew(pictures: Path, tmp_path: Path, caplo
     with pytest.raises(LdmError, match=r"unet\.safetensors is missing; put it back, or set base"):
         train(settings, painter)
     kid = ["base.evaluation.metrics=[kid]", "base.evaluation.choose=kid"]
-    train(config(pictures, tmp_path / "r", *plain, *kid), painter)
+    train(config(images, tmp_path / "r", *plain, *kid), painter)
     assert "base.evaluation has changed: the best weights are chosen anew" in caplog.text
     chosen = done(tmp_path / "r")["chosen"]
     assert (chosen["step"], chosen["metric"]) == (6, "kid")
@@ -214,40 +214,40 @@ def test_another_way_to_choose_begins_anew(pictures: Path, tmp_path: Path, caplo
         (["base.evaluation.metrics=[fdi]"], "base.evaluation: metric 'fdi' is not known; did you mean fid?"),
         (
             ["base.evaluation.metrics=[clip-score]"],
-            "base.evaluation: clip-score needs a network for pictures and texts",
+            "base.evaluation: clip-score needs a network for images and texts",
         ),
         (["base.evaluation.metrics=[psnr]"], "base.evaluation: psnr is about the autoencoder"),
-        (["base.evaluation.metrics=[precision]", "base.evaluation.n=20"], "precision needs at least 40 pictures"),
-        (["base.evaluation.metrics=[precision]"], "precision needs at least 40 pictures, and there are 6 prompts"),
+        (["base.evaluation.metrics=[precision]", "base.evaluation.n=20"], "precision needs at least 40 images"),
+        (["base.evaluation.metrics=[precision]"], "precision needs at least 40 images, and there are 6 prompts"),
         (["base.evaluation.data=nowhere"], "base.evaluation: nowhere does not exist"),
-        (["data.holdout=0.0001"], "base.evaluation: no pictures are held out (data.holdout)"),
+        (["data.holdout=0.0001"], "base.evaluation: no images are held out (data.holdout)"),
         (["base.evaluation.features=inception:nowhere"], "base.evaluation: nowhere"),
         (["base.evaluation.choose=kid"], "base.evaluation.choose is 'kid': value error, it is not among the metrics"),
         (["base.evaluation.choose=fid", "base.evaluation.every=0"], "nothing is measured to choose by; set every"),
         (
             ["stages=[base,refiner]", "refiner.evaluation.every=2"],
-            "refiner.evaluation.every: a refiner makes no picture",
+            "refiner.evaluation.every: a refiner makes no image",
         ),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_training(
-    pictures: Path, tmp_path: Path, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "inception" in str(overrides):
         monkeypatch.setattr(features, "open_extractor", extractors.open_extractor)
     painter, told = Painter(), []
     with pytest.raises(LdmError) as caught:
         every = ["base.evaluation.every=2", "base.evaluation.metrics=[fid]"]
-        train(config(pictures, tmp_path / "r", *every, *overrides), painter, lambda *line: told.append(line))
+        train(config(images, tmp_path / "r", *every, *overrides), painter, lambda *line: told.append(line))
     assert message in str(caught.value)
     assert not told
     assert not painter.calls
 
 
-def test_nothing_to_make_pictures_with(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(LdmError, match=r"base\.evaluation\.every: nothing is given that makes pictures"):
-        train(config(pictures, tmp_path / "r", *CHOOSING))
-    with pytest.raises(LdmError, match=r"base\.evaluation: a stream holds no pictures out"):
+def test_nothing_to_make_images_with(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(LdmError, match=r"base\.evaluation\.every: nothing is given that makes images"):
+        train(config(images, tmp_path / "r", *CHOOSING))
+    with pytest.raises(LdmError, match=r"base\.evaluation: a stream holds no images out"):
         check_evaluation("base", Plan(("fid",)))
 
 
@@ -256,17 +256,17 @@ def test_nothing_to_make_pictures_with(pictures: Path, tmp_path: Path) -> None:
     [
         (
             RuntimeError("CUDA out of memory. Tried"),
-            "out of memory with 8 pictures at a time; set base.evaluation.batch to 4",
+            "out of memory with 8 images at a time; set base.evaluation.batch to 4",
         ),
-        (LdmError("the picture is black"), "(set base.evaluation.every=0 to train without): the picture is black"),
+        (LdmError("the image is black"), "(set base.evaluation.every=0 to train without): the image is black"),
     ],
 )
-def test_pictures_that_cannot_be_made(pictures: Path, tmp_path: Path, error: Exception, message: str) -> None:
+def test_images_that_cannot_be_made(images: Path, tmp_path: Path, error: Exception, message: str) -> None:
     def broken(*_: object) -> list[Image.Image]:
         raise error
 
     with pytest.raises(LdmError) as caught:
-        train(config(pictures, tmp_path / "r", *CHOOSING), broken)
+        train(config(images, tmp_path / "r", *CHOOSING), broken)
     assert str(caught.value).startswith("evaluation after 2 updates")
     assert message in str(caught.value)
 
@@ -293,14 +293,14 @@ run(sys.argv[1], sys.argv[2:])
 """
 
 
-def test_two_processes_find_the_same(pictures: Path, tmp_path: Path) -> None:
-    """With weights that do not move, so that both make the same pictures."""
+def test_two_processes_find_the_same(images: Path, tmp_path: Path) -> None:
+    """With weights that do not move, so that both make the same images."""
     still = [*CHOOSING, "base.steps=1", "base.optimizer.learning_rate=1e-60", "base.evaluation.steps=2",
              "base.evaluation.batch=2"]  # fmt: skip
-    train(config(pictures, tmp_path / "one", *still), make_pictures)
-    config(pictures, tmp_path / "two", *still)
+    train(config(images, tmp_path / "one", *still), make_images)
+    config(images, tmp_path / "two", *still)
     (tmp_path / "script.py").write_text(SCRIPT)
-    on_two(tmp_path / "script.py", Path(__file__).parents[1], tmp_path / "two.yaml", f"data.source={pictures}",
+    on_two(tmp_path / "script.py", Path(__file__).parents[1], tmp_path / "two.yaml", f"data.source={images}",
            f"output={tmp_path / 'two'}", *still)  # fmt: skip
     assert evaluations(tmp_path / "two") == evaluations(tmp_path / "one")
     assert done(tmp_path / "two")["chosen"] == done(tmp_path / "one")["chosen"]

@@ -22,7 +22,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_configuration_can_be_read(path: Path) -> None:
-    config = load(path, ["data.source=pictures"])
+    config = load(path, ["data.source=images"])
     for stage in config.stages:
         found = phases(getattr(config, stage))
         assert found[-1].end == getattr(config, stage).steps
@@ -44,16 +44,16 @@ def test_the_emoji_family_is_small(path: Path) -> None:
 
 
 def test_the_whole_family_from_nothing(tmp_path: Path) -> None:
-    """Four stages, each from the one before; then a picture of base and refiner together."""
+    """Four stages, each from the one before; then an image of base and refiner together."""
     folder = tmp_path / "shapes"
     folder.mkdir()
     draw = random.Random(0)
     for number in range(48):
         name, colour = draw.choice([("red", (220, 40, 40)), ("blue", (50, 70, 220))])
-        picture = Image.new("RGB", (32, 32), "white")
+        image = Image.new("RGB", (32, 32), "white")
         left, top = draw.randint(2, 14), draw.randint(2, 14)
-        ImageDraw.Draw(picture).ellipse((left, top, left + 14, top + 14), fill=colour)
-        picture.save(folder / f"{number}.png")
+        ImageDraw.Draw(image).ellipse((left, top, left + 14, top + 14), fill=colour)
+        image.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a {name} circle")
     path = next(path for path in CONFIGS if path.stem == "tiny")
     few = [f"{stage}.{key}" for stage in ("autoencoder", "text", "base", "refiner") for key in ("steps=4", "batch=8")]

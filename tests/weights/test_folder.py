@@ -347,9 +347,9 @@ def test_wrong_sources(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "model_index.json is missing, it is empty")
     refused(tmp_path / "nowhere", "does not exist; give a model folder")
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "cat.png").write_bytes(b"x")
-    refused(tmp_path / "pictures", "it holds cat.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cat.png").write_bytes(b"x")
+    refused(tmp_path / "images", "it holds cat.png")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", "not a regular file")
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from images import png
 from launched import ROOT
-from pictures import png
 from PIL import Image
 from test_sources import BAD, encoded, odd_files
 from test_train import _fresh_accelerator, config, interrupted, lines, shapes, weights  # noqa: F401
@@ -180,9 +180,9 @@ def test_a_disk_that_fills_during_the_second_checkpoint(shapes: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["", "c"])
-def test_broken_and_odd_pictures(shapes: Path, tmp_path: Path, cache: bool) -> None:  # noqa: F811
+def test_broken_and_odd_images(shapes: Path, tmp_path: Path, cache: bool) -> None:  # noqa: F811
     """Eight are broken, ten are odd: those that are left out are exactly the eight."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for copy in range(4):
         shutil.copytree(shapes, folder / str(copy))
     cut = (png(Image.open(shapes / "000.png")), encoded(Image.open(shapes / "000.png"), "JPEG"))

@@ -36,7 +36,7 @@ from ldm.evaluation.metrics.moments import NUMBERS, Moments, blocks, check_featu
 
 POWER = 0.8  # chance to find a difference, for which the number of pairs needed is given
 FEWEST = math.ceil(1 - math.log2(1 - LEVEL))  # pairs: with fewer, so small a p is not among the 2^N exchanges
-ROUNDING = 1e-6  # of the largest value: equal pictures differ by less, as other batches round features otherwise
+ROUNDING = 1e-6  # of the largest value: equal images differ by less, as other batches round features otherwise
 EXCHANGES = 4000  # random ones: the smallest p is 1 / 4001
 
 

@@ -1,4 +1,4 @@
-"""Metrics of features: how close pictures are to a reference set, to their prompts, and to the training set.
+"""Metrics of features: how close images are to a reference set, to their prompts, and to the training set.
 
 Everything is computed in float64 on the device of the features, in blocks: beside the features, memory holds a few
 times D² numbers and a few temporaries of 128 MB. Kernels and neighbours look at all pairs of images: N²·D operations.
@@ -148,7 +148,7 @@ def cmmd(samples: Tensor, reference: Tensor) -> float:
 def inception_score(logits: Tensor, splits: int = 10) -> float:
     """exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016) of logits (N, C), the mean over `splits` parts in their order.
 
-    The parts are as long as torch-fidelity's. The pictures should be in random order, or the parts differ in kind.
+    The parts are as long as torch-fidelity's. The images should be in random order, or the parts differ in kind.
 
     Raises:
         LdmError: fewer images than parts.
@@ -314,7 +314,7 @@ class Memorisation:
     """How close samples are to training images, beside how close held-out images are to them."""
 
     share: float  # of samples closer to the training set than `threshold`
-    expected: float  # the share to be expected of new pictures: the quantile asked for, or the next that there is
+    expected: float  # the share to be expected of new images: the quantile asked for, or the next that there is
     threshold: float  # that quantile of the held-out images' distances
     p: float  # of so many samples, or more, if samples were as close as held-out images
     close: Tensor  # (N,), bool: which samples are closer

@@ -1,6 +1,6 @@
-"""Every metric by its name: what it needs, its figure for one set of pictures, and its comparison of two.
+"""Every metric by its name: what it needs, its figure for one set of images, and its comparison of two.
 
-N pictures, D features of a picture
+N images, D features of an image
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ldm.evaluation.metrics.moments import measure
 
 DISTRACTORS = 99  # of R-precision (Xu et al. 2018), or as many as there are
 PRECISION_K, DENSITY_K = 3, 5  # neighbours, as published
-QUANTILE = 0.05  # of held-out pictures are as close to the training set as counts as memorised
+QUANTILE = 0.05  # of held-out images are as close to the training set as counts as memorised
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Metric:
 
     label: str  # as people write it
     better: str  # "lower" or "higher"
-    network: str  # that looks at the pictures: features, clip, copies or lpips; "" if none does
+    network: str  # that looks at the images: features, clip, copies or lpips; "" if none does
     gives: str = "features"  # what of it is needed
     reference: bool = True  # whether it compares with the reference set
     captions: bool = False  # whether it needs prompts
-    least: int = 2  # pictures that it takes
+    least: int = 2  # images that it takes
     reconstruction: bool = False  # whether it is about the autoencoder alone
     difference: str = "A − B"  # what a comparison is of
-    bounds: tuple[float, float] = (-math.inf, math.inf)  # of a mean over pictures
+    bounds: tuple[float, float] = (-math.inf, math.inf)  # of a mean over images
     plain: str = ""  # its label on features that are not Inception's
 
 
@@ -100,18 +100,18 @@ def metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the networks found in a set of pictures; what nobody asked for is missing."""
+    """What the networks found in a set of images; what nobody asked for is missing."""
 
     features: Mapping[str, Tensor] = field(default_factory=dict)  # (N, D) each: features, spatial, logits
     clip: Tensor | None = None  # (N, D)
     texts: Tensor | None = None  # (N, D): of the captions
     captions: Sequence[str] = ()
-    copies: Tensor | None = None  # (N, D), of length 1: by a network that knows pictures again
-    apart: Tensor | None = None  # (N,): distances to the nearest training picture
+    copies: Tensor | None = None  # (N, D), of length 1: by a network that knows images again
+    apart: Tensor | None = None  # (N,): distances to the nearest training image
     values: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) each: psnr, ssim, lpips
 
     def take(self, places: Tensor) -> Seen:
-        """The same, of the pictures at these places (K,) alone, in this order."""
+        """The same, of the images at these places (K,) alone, in this order."""
 
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[places]
@@ -128,7 +128,7 @@ class Seen:
 
 
 def scores(name: str, seen: Seen) -> Tensor:
-    """A metric of single pictures: (N,), whose mean is its figure."""
+    """A metric of single images: (N,), whose mean is its figure."""
     if name in seen.values:
         return seen.values[name]
     assert seen.clip is not None
@@ -144,7 +144,7 @@ def distractors(captions: Sequence[str]) -> int:
 
 
 def copying(seen: Seen, held_out: Seen) -> Memorisation:
-    """Which pictures are closer to the training set than all but 5 % of the held-out ones."""
+    """Which images are closer to the training set than all but 5 % of the held-out ones."""
     assert seen.apart is not None
     assert held_out.apart is not None
     return memorisation(seen.apart, held_out.apart, QUANTILE)
@@ -154,10 +154,10 @@ def estimates(names: Sequence[str], seen: Seen, reference: Seen | None) -> dict[
     """The figure of each metric, with its interval, by name.
 
     Args:
-        reference: the pictures to compare with; for metrics of reconstructions, the originals.
+        reference: the images to compare with; for metrics of reconstructions, the originals.
 
     Raises:
-        LdmError: there are too few pictures, or their features do not fit.
+        LdmError: there are too few images, or their features do not fit.
     """
     manifolds: dict[int, dict[str, Estimate]] = {}
 
@@ -195,7 +195,7 @@ def _features(name: str, seen: Seen) -> Tensor:
 
 
 def comparison(name: str, a: Seen, b: Seen, reference: Seen | None) -> Comparison:
-    """The difference of a metric between two models' pictures for the same prompts and seeds.
+    """The difference of a metric between two models' images for the same prompts and seeds.
 
     Raises:
         LdmError: as `ldm.evaluation.metrics.comparison` has it.

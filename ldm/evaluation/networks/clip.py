@@ -1,8 +1,8 @@
-"""CLIP (Radford et al. 2021, arXiv 2103.00020): pictures and texts as vectors of one space.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): images and texts as vectors of one space.
 
 Any model of open_clip, or the pair that the stage `text` trains. Both give vectors of length 1.
 
-B pictures or texts, D channels in which they are compared
+B images or texts, D channels in which they are compared
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CUTS = {"shortest": "center crop", "longest": "whole, padded", "squash": "whole,
 
 
 class OpenClip:
-    """An extractor with a model of open_clip: `features` (B, D) of pictures, and of texts."""
+    """An extractor with a model of open_clip: `features` (B, D) of images, and of texts."""
 
     gives = frozenset({"features"})
 
@@ -73,11 +73,11 @@ class OpenClip:
         self.preparation = f"{width}×{height}, {seen['interpolation']}, antialiased, {CUTS[seen['resize_mode']]}"
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """A picture to (3, H, W), as the model wants it."""
+        """An image to (3, H, W), as the model wants it."""
         return self.transform(image)
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Prepared pictures (B, 3, H, W) to `features` (B, D) of length 1, on the CPU."""
+        """Prepared images (B, 3, H, W) to `features` (B, D) of length 1, on the CPU."""
         with exact():
             return {"features": self.network.encode_image(inputs.to(self.device), normalize=True).cpu()}
 
@@ -109,7 +109,7 @@ def _published(model: str, weights: str) -> Path:
 
 
 class OwnPair:
-    """An extractor with a pair that the stage `text` trained: `features` (B, D) of pictures, and of texts."""
+    """An extractor with a pair that the stage `text` trained: `features` (B, D) of images, and of texts."""
 
     gives = frozenset({"features"})
 
@@ -141,12 +141,12 @@ class OwnPair:
         self.preparation = f"{self.side}×{self.side}, bicubic, antialiased, center crop"
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """A picture in RGB to (3, S, S) in [-1, 1]."""
+        """An image in RGB to (3, S, S) in [-1, 1]."""
         square = ImageOps.fit(image, (self.side, self.side), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Prepared pictures (B, 3, S, S) to `features` (B, D) of length 1, on the CPU."""
+        """Prepared images (B, 3, S, S) to `features` (B, D) of length 1, on the CPU."""
         with exact():
             return {"features": self.pair.encode_images(inputs).cpu()}
 

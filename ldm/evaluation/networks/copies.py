@@ -1,9 +1,9 @@
-"""SSCD (Pizzi et al. 2022, arXiv 2202.10261): vectors that are close for a picture and its edited copies.
+"""SSCD (Pizzi et al. 2022, arXiv 2202.10261): vectors that are close for an image and its edited copies.
 
-The weights are `sscd_disc_mixup` in eight bits, as ONNX; they run on the CPU. Pictures are stretched to 320×320, as its
+The weights are `sscd_disc_mixup` in eight bits, as ONNX; they run on the CPU. Images are stretched to 320×320, as its
 authors do in batches; of pairs whose cosine is above 0.75, they say, nine of ten are copies.
 
-B pictures
+B images
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class CopyDetector:
 
     def __init__(self, path: Path | None = None) -> None:
         """Args:
-            path: an ONNX file that takes pictures (B, H, W, 3) in 8 bits, or none for the one in the weights folder.
+            path: an ONNX file that takes images (B, H, W, 3) in 8 bits, or none for the one in the weights folder.
 
         Raises:
             LdmError: the file is missing, damaged, or takes something else.
@@ -48,7 +48,7 @@ class CopyDetector:
                 path, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
             takes, gives = self.session.get_inputs(), self.session.get_outputs()
-            fits = len(takes) == len(gives) == 1 and _takes_pictures(takes[0]) and len(gives[0].shape) == 2
+            fits = len(takes) == len(gives) == 1 and _takes_images(takes[0]) and len(gives[0].shape) == 2
         except OSError as error:
             raise LdmError(f"{path} cannot be read: {error.strerror}") from None
         except Exception as error:  # ONNX Runtime has a class for each kind of damage, with no common base
@@ -57,23 +57,23 @@ class CopyDetector:
             ) from None
         if not fits:
             raise LdmError(
-                f"{path} is another network: SSCD takes pictures (B, {SIDE}, {SIDE}, 3) in 8 bits and gives a vector "
+                f"{path} is another network: SSCD takes images (B, {SIDE}, {SIDE}, 3) in 8 bits and gives a vector "
                 "of each; fetch it with tools/fetch_weights.py sscd"
             )
         self.input = takes[0].name
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """A picture in RGB to (320, 320, 3) in 8 bits."""
+        """An image in RGB to (320, 320, 3) in 8 bits."""
         return torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Prepared pictures (B, 320, 320, 3) to `features` (B, 512) of length 1."""
+        """Prepared images (B, 320, 320, 3) to `features` (B, 512) of length 1."""
         (features,) = self.session.run(None, {self.input: inputs.numpy()})
         return {"features": torch.from_numpy(features)}
 
 
-def _takes_pictures(given: onnxruntime.NodeArg) -> bool:
-    """Whether an input takes pictures of our size in 8 bits; sides that are free have a name instead of a number."""
+def _takes_images(given: onnxruntime.NodeArg) -> bool:
+    """Whether an input takes images of our size in 8 bits; sides that are free have a name instead of a number."""
     sides = zip(given.shape[1:], (SIDE, SIDE, 3), strict=False)
     fits = all(not isinstance(side, int) or side == ours for side, ours in sides)
     return given.type == "tensor(uint8)" and len(given.shape) == 4 and fits

@@ -1,6 +1,6 @@
-"""Networks that pictures are looked at with, by name: what metrics compare are their features.
+"""Networks that images are looked at with, by name: what metrics compare are their features.
 
-B pictures or texts, D features, C classes
+B images or texts, D features, C classes
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ldm.weights.components import check_device
 
 
 class Extractor(Protocol):
-    """A network, and how pictures are made ready for it. Figures of two are comparable only if all of this is equal."""
+    """A network, and how images are made ready for it. Figures of two are comparable only if all of this is equal."""
 
     name: str  # stands in every report
     digest: str  # SHA-256 of the weights' file; of several files, that of their digests
-    preparation: str  # how pictures are resized
+    preparation: str  # how images are resized
     gives: frozenset[str]  # of "features", "spatial", "logits"
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """One picture in RGB, of any size, as the network takes it; on the CPU."""
+        """One image in RGB, of any size, as the network takes it; on the CPU."""
         ...
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Prepared pictures (B, …) to what it gives, float32, on the CPU.
+        """Prepared images (B, …) to what it gives, float32, on the CPU.
 
         `features` are (B, D), `spatial` (B, 2023), `logits` (B, C).
         """
@@ -42,7 +42,7 @@ class Extractor(Protocol):
 
 
 class TextExtractor(Extractor, Protocol):
-    """One that has features of texts too, to compare with those of pictures."""
+    """One that has features of texts too, to compare with those of images."""
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions to (B, D), float32, on the CPU."""

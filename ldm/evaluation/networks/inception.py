@@ -2,11 +2,11 @@
 
 The weights are those of TensorFlow's graph of 2015-12-05, which every well-known implementation has converted. Its
 average pools leave out the border, and its last block pools by the maximum; torch-fidelity's blocks do so too.
-Pictures are resized as clean-fid does (Parmar et al. 2022, arXiv 2104.11222): with a filter as wide as the shrinking
+Images are resized as clean-fid does (Parmar et al. 2022, arXiv 2104.11222): with a filter as wide as the shrinking
 asks for, in float, not rounded. Figures with the resizing of TensorFlow 1, which torch-fidelity and torchmetrics
-imitate, differ for pictures of any other size than 299×299.
+imitate, differ for images of any other size than 299×299.
 
-B pictures, C channels
+B images, C channels
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Network(nn.Module):
         self.fc = nn.Linear(2048, 1008, bias=False) if classifier else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Pictures (B, 3, 299, 299) in [0, 255] to what `Inception` gives."""
+        """Images (B, 3, 299, 299) in [0, 255] to what `Inception` gives."""
         x = self.Conv2d_1a_3x3((x - 128) / 128)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x))
         x = F.max_pool2d(x, kernel_size=3, stride=2)  # (B, 64, 73, 73)
@@ -135,7 +135,7 @@ class Inception:
         self.gives = frozenset({"features", "spatial", "logits"} if "fc.weight" in found else {"features", "spatial"})
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """A picture in RGB to (3, 299, 299) in [0, 255]."""
+        """An image in RGB to (3, 299, 299) in [0, 255]."""
         channels = [
             Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             for channel in np.asarray(image, np.float32).transpose(2, 0, 1)
@@ -143,6 +143,6 @@ class Inception:
         return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]).clip(0, 255))
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Prepared pictures (B, 3, 299, 299) to their features, on the CPU."""
+        """Prepared images (B, 3, 299, 299) to their features, on the CPU."""
         with exact():
             return {name: values.cpu() for name, values in self.network(inputs.to(self.device)).items()}

@@ -1,6 +1,6 @@
-"""The perceptual distance of two pictures (LPIPS, version 0.1), through which gradients reach both.
+"""The perceptual distance of two images (LPIPS, version 0.1), through which gradients reach both.
 
-Zhang et al. 2018 (arXiv 1801.03924): features of a network trained to classify pictures, each place scaled to length 1,
+Zhang et al. 2018 (arXiv 1801.03924): features of a network trained to classify images, each place scaled to length 1,
 squared differences, weighted by heads that were fitted to what people see. `tools/fetch_weights.py lpips` makes the
 files, one for each backbone.
 
@@ -22,7 +22,7 @@ from ldm.files import check_digest, replacing
 from ldm.weights.published import published
 from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
-SHIFT = (-0.030, -0.088, -0.188)  # mean and standard deviation of ImageNet's colours, for pictures in [-1, 1]
+SHIFT = (-0.030, -0.088, -0.188)  # mean and standard deviation of ImageNet's colours, for images in [-1, 1]
 SCALE = (0.458, 0.448, 0.450)
 EPS = 1e-10  # added to the length of the features of a place
 
@@ -40,7 +40,7 @@ class Backbone:
     """The trunk of a classifier."""
 
     stages: tuple[Stage, ...]
-    smallest: int  # height and width in pixels of the smallest picture that leaves something in the last stage
+    smallest: int  # height and width in pixels of the smallest image that leaves something in the last stage
 
 
 BACKBONES = {
@@ -65,7 +65,7 @@ BACKBONES = {
 
 
 class LPIPS(nn.Module):
-    """The distance of two batches of pictures; random weights until a file is loaded. No parameter has a gradient."""
+    """The distance of two batches of images; random weights until a file is loaded. No parameter has a gradient."""
 
     shift: Tensor
     scale: Tensor
@@ -90,7 +90,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] to a feature map (B, C, h, w) of each stage, of length 1 at each place."""
+        """Images (B, 3, H, W) in [-1, 1] to a feature map (B, C, h, w) of each stage, of length 1 at each place."""
         convs = iter(self.trunk)
         x = (x - self.shift) / self.scale
         found = []
@@ -104,17 +104,17 @@ class LPIPS(nn.Module):
         return found
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances (B,) of pictures (B, 3, H, W) in [-1, 1]; 0 for equal ones.
+        """Distances (B,) of images (B, 3, H, W) in [-1, 1]; 0 for equal ones.
 
         Convolutions run in the precision of the caller's autocast, the rest in fp32.
 
         Raises:
-            LdmError: the pictures are too small for the backbone.
+            LdmError: the images are too small for the backbone.
         """
         smallest = BACKBONES[self.backbone].smallest
         if min(a.shape[2:]) < smallest:
             raise LdmError(
-                f"LPIPS with {self.backbone} needs pictures of at least {smallest}×{smallest} pixels; "
+                f"LPIPS with {self.backbone} needs images of at least {smallest}×{smallest} pixels; "
                 f"these have {a.shape[2]}×{a.shape[3]}"
             )
         total = torch.zeros(len(a), device=a.device)

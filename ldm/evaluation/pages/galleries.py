@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.data.image_set import made
 from ldm.evaluation.features import Looked
-from ldm.evaluation.images import Pictures
+from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.table import scores
 from ldm.evaluation.report import Gallery, Histogram, Shown
 from ldm.images import save_png
@@ -27,34 +27,34 @@ Named = Sequence[tuple[str, Looked]]  # sides with their names
 
 @dataclass(frozen=True)
 class Show:
-    """Puts pictures beside the report, in `shown/`."""
+    """Puts images beside the report, in `shown/`."""
 
     folder: Path
 
-    def __call__(self, pictures: Pictures, number: int, name: str) -> str:
-        """The path of a copy of a picture, relative to the report."""
+    def __call__(self, images: Images, number: int, name: str) -> str:
+        """The path of a copy of an image, relative to the report."""
         path = made(self.folder / "shown") / f"{name}-{number:06d}.png"
-        save_png(pictures.read(number)[1], path)
+        save_png(images.read(number)[1], path)
         return str(path.relative_to(self.folder))
 
     def row(self, sides: Named, place: int) -> tuple[str, ...]:
-        """The pictures of all sides at a place."""
-        return tuple(self(one.pictures, int(one.index[place]), name.lower()) for name, one in sides)
+        """The images of all sides at a place."""
+        return tuple(self(one.images, int(one.index[place]), name.lower()) for name, one in sides)
 
 
 def samples(groups: Sequence[Named], show: Show) -> Iterator[Gallery]:
-    """The first pictures of each side; sides whose pictures are of the same prompts are in one group."""
+    """The first images of each side; sides whose images are of the same prompts are in one group."""
     for sides in filter(None, groups):
         first = sides[0][1]
         rows = [
-            Shown(first.pictures.caption(int(first.index[place])), show.row(sides, place))
+            Shown(first.images.caption(int(first.index[place])), show.row(sides, place))
             for place in range(min(SAMPLES, len(first.index)))
         ]
         yield Gallery(_title("Samples", sides, groups), tuple(name for name, _ in sides), "", tuple(rows))
 
 
 def prompts(groups: Sequence[Named], show: Show) -> Iterator[Gallery]:
-    """Which pictures follow their prompts best and worst, by the mean CLIP score of the sides in a group."""
+    """Which images follow their prompts best and worst, by the mean CLIP score of the sides in a group."""
     for sides in filter(None, groups):
         if any(one.seen.texts is None for _, one in sides):
             continue
@@ -79,23 +79,23 @@ def _title(text: str, sides: Named, groups: Sequence[Named]) -> str:
 def copies(
     sides: Sequence[tuple[str, tuple[Looked, Tensor | None]]], training: Looked | None, show: Show
 ) -> Iterator[Gallery]:
-    """The pictures of each side that are nearest to training pictures, beside these."""
+    """The images of each side that are nearest to training images, beside these."""
     for name, (looked, closest) in sides:
         if closest is None or training is None or looked.seen.apart is None:
             continue
         rows = []
         for place in looked.seen.apart.argsort(stable=True)[:EXTREMES].tolist():
             number = int(closest[place])
-            pictures = (
-                show(looked.pictures, int(looked.index[place]), name.lower()),
-                show(training.pictures, number, "training"),
+            images = (
+                show(looked.images, int(looked.index[place]), name.lower()),
+                show(training.images, number, "training"),
             )
-            rows.append(Shown(training.pictures.key(number), pictures, (float(looked.seen.apart[place]),)))
-        yield Gallery(f"Pictures of {name} nearest to training pictures", (name, "training"), "distance", tuple(rows))
+            rows.append(Shown(training.images.key(number), images, (float(looked.seen.apart[place]),)))
+        yield Gallery(f"Images of {name} nearest to training images", (name, "training"), "distance", tuple(rows))
 
 
 def reconstructions(sides: Sequence[tuple[str, tuple[Looked, Looked]]], show: Show) -> Iterator[Gallery]:
-    """The pictures that an autoencoder keeps worst."""
+    """The images that an autoencoder keeps worst."""
     for name, (looked, originals) in sides:
         measured = next((key for key in ("psnr", "ssim", "lpips") if key in looked.seen.values), None)
         if measured is None:
@@ -104,10 +104,10 @@ def reconstructions(sides: Sequence[tuple[str, tuple[Looked, Looked]]], show: Sh
         order = values.argsort(stable=True, descending=measured == "lpips")[:EXTREMES].tolist()
         rows = [
             Shown(
-                originals.pictures.caption(place),
+                originals.images.caption(place),
                 (
-                    show(looked.pictures, place, f"{name.lower()}-reconstructed"),
-                    show(originals.pictures, place, f"{name.lower()}-original"),
+                    show(looked.images, place, f"{name.lower()}-reconstructed"),
+                    show(originals.images, place, f"{name.lower()}-original"),
                 ),
                 (float(values[place]),),
             )
@@ -119,14 +119,14 @@ def reconstructions(sides: Sequence[tuple[str, tuple[Looked, Looked]]], show: Sh
 def histograms(
     looked: Sequence[Looked], rebuilt: Sequence[Looked], reference: Looked | None, names: Sequence[str]
 ) -> Iterator[Histogram]:
-    """How values of single pictures are distributed."""
+    """How values of single images are distributed."""
     named = list(zip(names, looked, strict=False))
     if looked and all(one.seen.texts is not None for one in looked):
         yield _histogram("CLIP score", {name: scores("clip-score", one.seen) for name, one in named})
     apart = {name: one.seen.apart for name, one in [*named, ("reference", reference)] if one is not None}
     if any(values is not None for values in apart.values()):
         found = {name: values for name, values in apart.items() if values is not None}
-        yield _histogram("Distance to the nearest training picture", found)
+        yield _histogram("Distance to the nearest training image", found)
     for key, title in (("psnr", "PSNR (dB)"), ("ssim", "SSIM"), ("lpips", "LPIPS")):
         values = {
             name: one.seen.values[key] for name, one in zip(names, rebuilt, strict=False) if key in one.seen.values

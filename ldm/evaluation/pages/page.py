@@ -1,6 +1,6 @@
-"""A report as one HTML file: tables, plots and small pictures, without scripts and without anything from outside.
+"""A report as one HTML file: tables, plots and small images, without scripts and without anything from outside.
 
-`report.html.jinja` says how it looks. The same report and pictures give the same bytes.
+`report.html.jinja` says how it looks. The same report and images give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ldm.files import replacing
 from ldm.images import load_image
 
 TEMPLATE = "report.html.jinja"
-SIDE = 160  # pixels of a small picture's longer side
-MOST_BYTES = 7_500_000  # of all small pictures; in the page they take a third more
+SIDE = 160  # pixels of a small image's longer side
+MOST_BYTES = 7_500_000  # of all small images; in the page they take a third more
 
 
 def write_page(report: Report, folder: Path) -> Path:
     """Write `report.html` into the report's folder, whole or not at all, and return where it is.
 
-    A picture that is missing or damaged is replaced by words that say so.
+    An image that is missing or damaged is replaced by words that say so.
 
     Raises:
         LdmError: the page cannot be written, or as `check_report`.
@@ -54,7 +54,7 @@ def write_page(report: Report, folder: Path) -> Path:
         lines=lines,
         estimate_line=estimate_line,
         strips=_strips,
-        picture=_Pictures(folder).show,
+        image=_Images(folder).show,
         histogram=_histogram,
         sweep_plots=_sweep_plots,
         alone=alone,
@@ -101,12 +101,12 @@ def _strips(row: Row) -> list[str]:
     return found
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Small:
-    """A small picture, or why there is none."""
+    """A small image, or why there is none."""
 
     data: str = ""  # a URL that holds it
     width: int = 0
@@ -114,17 +114,17 @@ class _Small:
     reason: str = ""
 
 
-class _Pictures:
-    """Small pictures of files, until the page holds enough of them."""
+class _Images:
+    """Small images of files, until the page holds enough of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes = 0
 
     def show(self, file: str) -> _Small:
-        """The small picture of a file."""
+        """The small image of a file."""
         if self.bytes >= MOST_BYTES:
-            return _Small(reason=f"{file}: the page holds no more pictures")
+            return _Small(reason=f"{file}: the page holds no more images")
         try:
             image = load_image(self.folder / file, name=file, least=SIDE)
         except LdmError as error:
@@ -141,7 +141,7 @@ class _Pictures:
 
 
 def _histogram(histogram: Histogram) -> str:
-    title = f"{histogram.title}: how many pictures have which value, {', '.join(histogram.names)}"
+    title = f"{histogram.title}: how many images have which value, {', '.join(histogram.names)}"
     return histogram_plot(title, histogram.title, histogram.edges, histogram.counts)
 
 

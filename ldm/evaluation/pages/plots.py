@@ -105,7 +105,7 @@ def histogram(title: str, x: str, edges: Sequence[float], counts: Sequence[Seque
     shares = [[100 * count / max(sum(row), 1) for count in row] for row in counts]
     across = _axis(edges, LEFT, RIGHT, margin=0.02)
     up = Axis(0.0, 1.05 * max((share for row in shares for share in row), default=0.0) or 1.0, BOTTOM, TOP)
-    svg = _canvas(title, across, up, x, "% of pictures")
+    svg = _canvas(title, across, up, x, "% of images")
     for index, row in enumerate(shares):
         corners = [(across.at(edges[0]), up.at(0))]
         for left, right, share in zip(edges[:-1], edges[1:], row, strict=True):

@@ -16,7 +16,7 @@ DIGEST = 12  # characters of a digest that are shown
 
 
 def tables(report: Report) -> list[RenderableType]:
-    """Everything but pictures, histograms and intervals along a setting: what rich prints, one after the other."""
+    """Everything but images, histograms and intervals along a setting: what rich prints, one after the other."""
     names = [side.name for side in report.sides]
     parts: list[RenderableType] = [_facts(report)]
     for table in report.tables:

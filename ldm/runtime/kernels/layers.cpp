@@ -1,7 +1,7 @@
 // Layers of a U-Net in bf16 that read and write memory once, with sums in fp32, for processors with AVX-512; layers.py
 // beside it calls them.
 //
-// Pictures lie channels last: C channels of a pixel side by side, P pixels of a picture, B pictures.
+// Images lie channels last: C channels of a pixel side by side, P pixels of an image, B images.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -54,7 +54,7 @@ static inline __m512 normal(__m512 x) {
     return _mm512_mask_mov_ps(_mm512_sub_ps(_mm512_set1_ps(1.f), tail), below, tail);
 }
 
-// For each channel, the sums of x - x0 and of its square over some pixels; x0 is the picture's first pixel.
+// For each channel, the sums of x - x0 and of its square over some pixels; x0 is the image's first pixel.
 static void moments(const bf16* first, const bf16* x, int64_t pixels, int64_t C, double* sums) {
     for (int64_t begin = 0; begin < pixels; begin += BLOCK) {
         int64_t end = std::min(pixels, begin + BLOCK);

@@ -12,7 +12,7 @@ from ldm.runtime.kernels.compiled import library, threads
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
-    """`norm` of pictures (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it.
+    """`norm` of images (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it.
 
     Wu and He 2018 (arXiv 1803.08494). All in bf16 on the CPU (`compiled.fits`); means and variances are in fp64.
     """

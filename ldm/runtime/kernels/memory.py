@@ -1,7 +1,7 @@
 """Memory that tensors give back, kept for the next ones.
 
 GNU's C library asks the system for every block of more than 32 MB, and returns it as soon as it is free. The system
-hands it out page by page, filled with zeros, when it is first touched: a quarter of the time of decoding a picture.
+hands it out page by page, filled with zeros, when it is first touched: a quarter of the time of decoding an image.
 """
 
 from __future__ import annotations

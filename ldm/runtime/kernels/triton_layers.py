@@ -1,12 +1,12 @@
 """Group norm and GEGLU on GPUs, in Triton: each reads memory once for its sums, if it has any, and once for its result.
 
-A picture's statistics are shared out among many programs, as one for each group would leave most of a GPU idle: a
+An image's statistics are shared out among many programs, as one for each group would leave most of a GPU idle: a
 program takes some groups of a chunk of pixels, and the next kernel puts the chunks together. There are no atomics, and
-what a program does depends on the shape of one picture alone: results do not change from run to run, nor with the
+what a program does depends on the shape of one image alone: results do not change from run to run, nor with the
 batch. All is computed in fp32, whatever comes in. Configurations are fixed: nothing is tuned while it runs. Nothing
 waits for the GPU either, so that all of it may be captured in a CUDA graph, once it has run with that shape.
 
-B batch, C channels, P pixels of a picture, G groups; pictures lie channels last: (B, P, C)
+B batch, C channels, P pixels of an image, G groups; images lie channels last: (B, P, C)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NUMBERS = ["has_offset", "eps", "pixels", "groups", "per_group", "length", "chun
 
 
 class Share(NamedTuple):
-    """What one program takes of a picture's channels."""
+    """What one program takes of an image's channels."""
 
     width: int  # channels, of whole groups
     tile_c: int  # the power of two that holds them
@@ -40,7 +40,7 @@ class Share(NamedTuple):
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
-    """`norm` of pictures (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it.
+    """`norm` of images (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it.
 
     Wu and He 2018 (arXiv 1803.08494). Means and variances are updated number by number (Welford 1962) and put together
     by Chan, Golub and LeVeque's formula (1979): a mean that is large beside the spread does no harm, as it would to
@@ -204,11 +204,11 @@ def _whole(
     eps: float, pixels: int, channels: int, groups: int, per_group: int, silu: tl.constexpr, width: tl.constexpr,
     tile_c: tl.constexpr, tile_p: tl.constexpr, tile_g: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A program for each of (blocks of groups, pictures): statistics and result."""
+    """A program for each of (blocks of groups, images): statistics and result."""
     c, here, member = _columns(tl.program_id(0), channels, per_group, width, tile_c, tile_g)
-    picture = tl.program_id(1)
-    start = picture.to(tl.int64) * pixels * channels
-    added = _added(offset + picture * channels + c, has_offset, here)
+    image = tl.program_id(1)
+    start = image.to(tl.int64) * pixels * channels
+    added = _added(offset + image * channels + c, has_offset, here)
     center, square = _moments(x + start, added, c, here, member, 0, pixels, channels, per_group, tile_c, tile_p)
     variance = square / (tl.cast(pixels, tl.float32) * per_group)
     _normalise(
@@ -223,18 +223,18 @@ def _chunk_moments(
     channels: int, groups: int, per_group: int, length: int, chunks: int, width: tl.constexpr, tile_c: tl.constexpr,
     tile_p: tl.constexpr, tile_g: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A program for each of (blocks of groups, chunks, pictures): statistics, to (B, chunks, G)."""
+    """A program for each of (blocks of groups, chunks, images): statistics, to (B, chunks, G)."""
     c, here, member = _columns(tl.program_id(0), channels, per_group, width, tile_c, tile_g)
-    number, picture = tl.program_id(1), tl.program_id(2)
-    start = picture.to(tl.int64) * pixels * channels
-    added = _added(offset + picture * channels + c, has_offset, here)
+    number, image = tl.program_id(1), tl.program_id(2)
+    start = image.to(tl.int64) * pixels * channels
+    added = _added(offset + image * channels + c, has_offset, here)
     begin = number * length
     center, square = _moments(
         x + start, added, c, here, member, begin, tl.minimum(begin + length, pixels), channels, per_group, tile_c,
         tile_p,
     )  # fmt: skip
     g, own = _groups(tl.program_id(0), groups, per_group, width, tile_g)
-    at = (picture * chunks + number) * groups + g
+    at = (image * chunks + number) * groups + g
     tl.store(means + at, center, mask=own)
     tl.store(squares + at, square, mask=own)
 
@@ -246,18 +246,18 @@ def _chunk_normalised(
     chunks: int, silu: tl.constexpr, tile_k: tl.constexpr, width: tl.constexpr, tile_c: tl.constexpr,
     tile_p: tl.constexpr, tile_g: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A program for each of (blocks of groups, chunks, pictures): the statistics of all chunks, and its own result."""
+    """A program for each of (blocks of groups, chunks, images): the statistics of all chunks, and its own result."""
     c, here, member = _columns(tl.program_id(0), channels, per_group, width, tile_c, tile_g)
-    number, picture = tl.program_id(1), tl.program_id(2)
-    start = picture.to(tl.int64) * pixels * channels
-    added = _added(offset + picture * channels + c, has_offset, here)
+    number, image = tl.program_id(1), tl.program_id(2)
+    start = image.to(tl.int64) * pixels * channels
+    added = _added(offset + image * channels + c, has_offset, here)
     g, own = _groups(tl.program_id(0), groups, per_group, width, tile_g)
     k = tl.arange(0, tile_k)
-    at = picture * chunks * groups + k[:, None] * groups + g[None, :]
+    at = image * chunks * groups + k[:, None] * groups + g[None, :]
     center = tl.zeros((tile_g,), tl.float32)
     for first in range(0, chunks, tile_k):
         there = (k < chunks - first)[:, None] & own[None, :]
-        part = tl.minimum(pixels - (first + k) * length, length).to(tl.float32) / pixels  # of the picture's pixels
+        part = tl.minimum(pixels - (first + k) * length, length).to(tl.float32) / pixels  # of the image's pixels
         center += tl.sum(part[:, None] * tl.load(means + first * groups + at, mask=there, other=0.0), axis=0)
     square = tl.zeros((tile_g,), tl.float32)
     for first in range(0, chunks, tile_k):

@@ -1,9 +1,9 @@
-"""What an autoencoder is trained to do: to reconstruct pictures, and to have the discriminator take them for real.
+"""What an autoencoder is trained to do: to reconstruct images, and to have the discriminator take them for real.
 
 Rombach et al. 2022 (arXiv 2112.10752), appendix G, and Esser et al. 2021 (arXiv 2012.09841), section 3.1. Every loss
-here is latent-diffusion's divided by the number of values of a picture, 3·H·W: the mean over values where that has a
-sum for each picture, as taming-transformers has it. Its weights (1e-6 of the KL term, 1 of LPIPS, 0.5 of the adversary)
-mean the same here, and the size of losses and gradients does not depend on the size of the pictures. Only the limit of
+here is latent-diffusion's divided by the number of values of an image, 3·H·W: the mean over values where that has a
+sum for each image, as taming-transformers has it. Its weights (1e-6 of the KL term, 1 of LPIPS, 0.5 of the adversary)
+mean the same here, and the size of losses and gradients does not depend on the size of the images. Only the limit of
 the adaptive weight differs: 1e4 is meant for means, and latent-diffusion's sums reach it 3·H·W times sooner.
 
 latent-diffusion also divides the reconstruction by a learned variance. Its optimiser is never given that variance, so
@@ -35,7 +35,7 @@ EPS = 1e-6  # added to the norm that the adaptive weight divides by
 
 @dataclass(frozen=True)
 class ReconstructionLoss:
-    """How far reconstructions are from their pictures; every field ()."""
+    """How far reconstructions are from their images; every field ()."""
 
     total: Tensor  # with gradient
     pixels: Tensor  # L1 or L2, unweighted, for the log
@@ -52,10 +52,10 @@ class AdversarialLoss:
 
 @dataclass(frozen=True)
 class DiscriminatorLoss:
-    """How badly the discriminator tells reconstructions from pictures; every field ()."""
+    """How badly the discriminator tells reconstructions from images; every field ()."""
 
     total: Tensor  # with gradient
-    real: Tensor  # mean of the numbers for pictures, for the log
+    real: Tensor  # mean of the numbers for images, for the log
     fake: Tensor  # and for reconstructions
 
 
@@ -69,7 +69,7 @@ def reconstruction_loss(
     """Mean absolute ("l1") or squared ("l2") difference, and LPIPS if it is given, of (B, 3, H, W) in [-1, 1].
 
     Raises:
-        LdmError: `pixels` is neither; or the pictures are too small for LPIPS.
+        LdmError: `pixels` is neither; or the images are too small for LPIPS.
     """
     if pixels not in ("l1", "l2"):
         raise LdmError(f"the difference of pixels can be l1 or l2, not {pixels!r}")
@@ -82,7 +82,7 @@ def reconstruction_loss(
 
 
 def kl_loss(posterior: DiagonalGaussian, target: Tensor) -> Tensor:
-    """Divergence from the standard normal, in nats for each value of the pictures: ()."""
+    """Divergence from the standard normal, in nats for each value of the images: ()."""
     whole = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())
     return whole.kl().mean() / target[0].numel()
 
@@ -92,7 +92,7 @@ class AdaptiveWeight(nn.Module):
 
     The weight is ‖∇ reconstruction‖ / (‖∇ adversarial‖ + EPS), at most `LARGEST`, with the gradients of a whole step:
     added up over its micro-batches and the ranks before their norms are taken. It takes effect in the next step, and is
-    0 in the first. A ratio for each micro-batch and each rank, as others have it, would make 1×8 and 2×4 pictures train
+    0 in the first. A ratio for each micro-batch and each rank, as others have it, would make 1×8 and 2×4 images train
     different networks; one for the whole step is known only when its last micro-batch has been seen.
 
     `value` () is the weight, and all that a checkpoint between two steps needs.
@@ -121,7 +121,7 @@ class AdaptiveWeight(nn.Module):
             last_layer: the weight that made it, `decoder.conv_out.weight`.
             discriminator: not wrapped for data parallelism: its parameters get no gradient here.
         """
-        # Both losses are differentiated down to the pictures, once. From there the two gradients take one way through
+        # Both losses are differentiated down to the images, once. From there the two gradients take one way through
         # the decoder, and nothing can reach the discriminator's parameters.
         adversarial = -discriminator(reconstruction.float()).float().mean()
         toward_target = _gradient(loss, reconstruction)
@@ -156,14 +156,14 @@ class AdaptiveWeight(nn.Module):
 
 
 def _gradient(loss: Tensor, reconstruction: Tensor) -> Tensor:
-    """Gradient of a loss () for the pictures, fp32; of a mean over their values, so it is scaled up on its way, where
+    """Gradient of a loss () for the images, fp32; of a mean over their values, so it is scaled up on its way, where
     it would vanish in fp16."""
     values = reconstruction.numel()
     return torch.autograd.grad(loss * values, reconstruction)[0].float() / values
 
 
 def _at_layer(gradient: Tensor, reconstruction: Tensor, layer: nn.Parameter) -> Tensor:
-    """What a gradient for the pictures is at the decoder's last layer: (N,), fp32.
+    """What a gradient for the images is at the decoder's last layer: (N,), fp32.
 
     On its way it has length 1, with which neither the gradient nor its sums over all places leave fp16's range.
     """

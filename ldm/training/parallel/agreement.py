@@ -31,5 +31,5 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         for name, expected, found in differences(first, other):
             raise LdmError(
                 f"the processes of this run differ: {name} is {expected!r} on process 0 and {found!r} on process "
-                f"{rank}; start all of them with the same code, configuration, pictures and weights"
+                f"{rank}; start all of them with the same code, configuration, images and weights"
             )

@@ -1,6 +1,6 @@
 """Networks whose weights are spread over the ranks, FSDP2 (Zhao et al. 2023, arXiv 2304.11277): how they are looked at.
 
-Such a network runs only where all ranks run it together. To validate, to make pictures and to write results, each rank
+Such a network runs only where all ranks run it together. To validate, to make images and to write results, each rank
 takes a whole copy, with the averages of the weights in it, in its place.
 """
 

@@ -1,9 +1,9 @@
-"""The stage `autoencoder`: pictures through latents and back, until the reconstruction looks like the picture.
+"""The stage `autoencoder`: images through latents and back, until the reconstruction looks like the image.
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.1: pixels and LPIPS, a faint KL term or a codebook, and from some
 update on a discriminator. At the end the latents' scale is measured and written into the model.
 
-B batch, C latent channels, h×w height and width of the latents, H×W those of the pictures
+B batch, C latent channels, h×w height and width of the latents, H×W those of the images
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ldm.training.optimizers import make_optimizer
 from ldm.training.stages.stage import Loss, Player
 from ldm.training.start import with_changes
 
-HIGHEST = 100.0  # PSNR in dB of a picture that comes back exactly, whose ratio is infinite
+HIGHEST = 100.0  # PSNR in dB of an image that comes back exactly, whose ratio is infinite
 SHOWN = 4  # pairs of a preview
 
 
@@ -46,7 +46,7 @@ class Sampled(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, 3, H, W) and standard normal noise (B, C, h, w) to reconstructions (B, 3, H, W), and the mean
+        """Images (B, 3, H, W) and standard normal noise (B, C, h, w) to reconstructions (B, 3, H, W), and the mean
         and log-variance of the latents, (B, C, h, w) each."""
         posterior = self.autoencoder.encode(x)
         return self.autoencoder.decode(posterior.mean + posterior.std * noise), posterior.mean, posterior.logvar
@@ -54,22 +54,22 @@ class Sampled(nn.Module):
 
 @dataclass
 class Spread:
-    """The moments of the latents of the first pictures that come by."""
+    """The moments of the latents of the first images that come by."""
 
-    most: int  # pictures
+    most: int  # images
     moments: Moments
-    pictures: int = 0
+    images: int = 0
 
     @property
     def full(self) -> bool:
-        return self.pictures == self.most
+        return self.images == self.most
 
     def add(self, latents: Tensor) -> None:
         """Take in unscaled latents (B, C, h, w), as long as there is room."""
-        latents = latents[: self.most - self.pictures]
+        latents = latents[: self.most - self.images]
         if len(latents):
             self.moments = merge(self.moments, measure(latents))
-            self.pictures += len(latents)
+            self.images += len(latents)
 
 
 class AutoencoderStage:
@@ -85,21 +85,21 @@ class AutoencoderStage:
         accelerator: Accelerator,
         seed: int,
         sides: Sequence[tuple[int, int]],
-        pictures: Callable[[], Iterable[Batch]],
+        images: Callable[[], Iterable[Batch]],
     ) -> None:
         """Args:
             section: of the configuration.
             model: on the accelerator's device, weights in fp32.
             accelerator: for autocast and sums over ranks.
             seed: of the run.
-            sides: width and height of every size that the pictures may come in.
-            pictures: batches of training pictures, this rank's, to measure latents on if no pictures are held out.
+            sides: width and height of every size that the images may come in.
+            images: batches of training images, this rank's, to measure latents on if no images are held out.
 
         Raises:
-            LdmError: the file of LPIPS cannot be used, or options do not go together or with the pictures.
+            LdmError: the file of LPIPS cannot be used, or options do not go together or with the images.
         """
-        self.section, self.model, self.accelerator, self.seed, self.pictures = (
-            section, model, accelerator, seed, pictures,
+        self.section, self.model, self.accelerator, self.seed, self.images = (
+            section, model, accelerator, seed, images,
         )  # fmt: skip
         shape = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
         _check(section, model, accelerator.mixed_precision)
@@ -212,12 +212,12 @@ class AutoencoderStage:
     # --- now and then -----------------------------------------------------------------------------------------------
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over held-out pictures, decoded from the most probable latents: the reconstruction loss, PSNR in dB,
+        """Means over held-out images, decoded from the most probable latents: the reconstruction loss, PSNR in dB,
         SSIM, and LPIPS where it is there."""
         return self._look(batches, self._spread())
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
-        """Pairs of a picture and its reconstruction."""
+        """Pairs of an image and its reconstruction."""
         target = _pixels(batch)[:SHOWN]
         with torch.no_grad(), self.accelerator.autocast():
             reconstruction = self._reconstruct(target)[0]
@@ -225,7 +225,7 @@ class AutoencoderStage:
         return [grid(pair, columns=2) for pair in pairs]
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Measure the latents' scale, on held-out pictures or else on training pictures, and write it into the model,
+        """Measure the latents' scale, on held-out images or else on training images, and write it into the model,
         unless the encoder is what it was.
 
         Raises:
@@ -234,13 +234,13 @@ class AutoencoderStage:
         spread = self._spread()
         figures = self._look(batches, spread)
         if not figures:  # the same on every rank
-            for batch in self.pictures():
+            for batch in self.images():
                 with torch.no_grad(), self.accelerator.autocast():
                     posterior = self.model.autoencoder.encode(_pixels(batch))
                 spread.add(self._latents(posterior, batch))
                 if spread.full:
                     break
-        moments, count = over_ranks(spread.moments, self._sum), int(self._sum(torch.tensor(spread.pictures)))
+        moments, count = over_ranks(spread.moments, self._sum), int(self._sum(torch.tensor(spread.images)))
         config = self.model.autoencoder.config
         if not self.section.decoder_only:
             shift = moments.shift if self.section.measure_shift else config.shift_factor
@@ -252,19 +252,19 @@ class AutoencoderStage:
             "shift_factor": config.shift_factor,
             "latent_mean": moments.mean.tolist(),
             "latent_std": moments.channel_std.tolist(),
-            "measured_on": f"{count} held-out pictures" if figures else f"{count} views of training pictures",
+            "measured_on": f"{count} held-out images" if figures else f"{count} views of training images",
             **figures,
         }
 
     def _spread(self) -> Spread:
-        """Room for this rank's share of the pictures to measure."""
+        """Room for this rank's share of the images to measure."""
         channels = torch.zeros(self.model.autoencoder.config.channels_out, dtype=torch.float64)
         share = -(-self.section.measure // self.accelerator.num_processes)
         return Spread(share, Moments(torch.zeros((), dtype=torch.float64), channels, channels))
 
     @torch.no_grad()
     def _look(self, batches: Iterable[Batch], spread: Spread) -> dict[str, float]:
-        """The figures of `validate`, none if there are no pictures; the latents are added to `spread`."""
+        """The figures of `validate`, none if there are no images; the latents are added to `spread`."""
         section = self.section
         names = ("loss", "psnr", "ssim", "lpips")
         total = torch.zeros(len(names) + 1, dtype=torch.float64)
@@ -298,7 +298,7 @@ class AutoencoderStage:
 
 
 def _pixels(batch: Batch) -> Tensor:
-    """Pictures (B, 3, H, W), which this stage's batches always have."""
+    """Images (B, 3, H, W), which this stage's batches always have."""
     assert batch.pixels is not None
     return batch.pixels
 
@@ -330,8 +330,7 @@ def _check(section: AutoencoderSection, model: LatentDiffusion, precision: str) 
         raise LdmError("autoencoder.measure_shift: files of autoencoders with a codebook hold no shift; leave it out")
     if (config.in_channels, config.out_channels) != (3, 3):
         raise LdmError(
-            f"model.autoencoder: in_channels {config.in_channels} and out_channels {config.out_channels}; pictures "
-            "have 3"
+            f"model.autoencoder: in_channels {config.in_channels} and out_channels {config.out_channels}; images have 3"
         )
 
 
@@ -341,7 +340,7 @@ def _check_sizes(
     perceptual: LPIPS | None,
     discriminator: DiscriminatorConfig | None,
 ) -> None:
-    """Raise where pictures are too small, or do not come back in their size."""
+    """Raise where images are too small, or do not come back in their size."""
     least = {"SSIM": WINDOW}
     if perceptual:
         least["LPIPS"] = BACKBONES[perceptual.backbone].smallest
@@ -352,11 +351,11 @@ def _check_sizes(
     for width, height in sides:
         if min(width, height) < least[name]:
             raise LdmError(
-                f"autoencoder.sizes: pictures of {width}×{height} pixels are too small for {name}, which needs "
+                f"autoencoder.sizes: images of {width}×{height} pixels are too small for {name}, which needs "
                 f"{least[name]}×{least[name]}; choose a larger size, or a smaller data.aspect"
             )
         if width % factor or height % factor:
             raise LdmError(
-                f"data.bucket_step: pictures of {width}×{height} pixels do not divide by the autoencoder's factor "
+                f"data.bucket_step: images of {width}×{height} pixels do not divide by the autoencoder's factor "
                 f"{factor}; choose a multiple of it"
             )

@@ -1,6 +1,6 @@
 """The stages `base` and `refiner`: the U-Net learns to predict what noise was added, perhaps with its text encoders.
 
-B batch, C latent channels, h×w height and width of the latents, H×W those of the pictures
+B batch, C latent channels, h×w height and width of the latents, H×W those of the images
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, pro
 from ldm.training.config import DenoiserSection, RefinerSection
 from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group, make_optimizer
-from ldm.training.stages.stage import Loss, MakePictures, Player
+from ldm.training.stages.stage import Loss, MakeImages, Player
 
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
 PREVIEW_STEPS = 20  # of the scheduler
-LOOKS = 4  # noise levels at which each held-out picture is looked at
+LOOKS = 4  # noise levels at which each held-out image is looked at
 Encode = Callable[[list[list[str]]], Conditioning]  # texts of each text encoder to what they say
 
 
 def encoding(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """The precision in which pictures are encoded: the run's, but never fp16, in which SDXL's autoencoder overflows."""
+    """The precision in which images are encoded: the run's, but never fp16, in which SDXL's autoencoder overflows."""
     return nullcontext() if accelerator.mixed_precision == "fp16" else accelerator.autocast()
 
 
 @torch.no_grad()
-def encode_pictures(autoencoder: Autoencoder, accelerator: Accelerator, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, H, W) to the mean and standard deviation of their unscaled latents, (B, C, h, w) each, fp32."""
+def encode_images(autoencoder: Autoencoder, accelerator: Accelerator, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) to the mean and standard deviation of their unscaled latents, (B, C, h, w) each, fp32."""
     with encoding(accelerator):
         posterior = autoencoder.encode(pixels.to(accelerator.device))
     mean = posterior.mode().float()
@@ -77,7 +77,7 @@ class DenoiserStage:
         model: LatentDiffusion,
         accelerator: Accelerator,
         seed: int,
-        make_pictures: MakePictures | None = None,
+        make_images: MakeImages | None = None,
         texts: Encode | None = None,
     ) -> None:
         """Args:
@@ -86,18 +86,18 @@ class DenoiserStage:
             model: on the accelerator's device, weights in fp32.
             accelerator: for autocast and sums over ranks.
             seed: of the run.
-            make_pictures: for previews; without, there are none.
+            make_images: for previews; without, there are none.
             texts: encodes captions, from a cache; by default the model's text encoders do.
 
         Raises:
             LdmError: timesteps and noise schedule do not fit, or the kernel of attention does not run here.
         """
         self.name, self.section, self.model, self.accelerator, self.seed = name, section, model, accelerator, seed
-        self.make_pictures = make_pictures
+        self.make_images = make_images
         family = model.family
         if family.unet.in_channels != family.autoencoder.latent_channels:
             raise LdmError(
-                f"{name}: the U-Net of {family.name} reads a picture to edit besides, which there is no training for; "
+                f"{name}: the U-Net of {family.name} reads an image to edit besides, which there is no training for; "
                 "start from a text-to-image model"
             )
         last = family.schedule.train_steps - 1
@@ -154,7 +154,7 @@ class DenoiserStage:
             mean, std = batch.moments.chunk(2, dim=1)
         else:
             assert batch.pixels is not None
-            mean, std = encode_pictures(autoencoder, self.accelerator, batch.pixels)
+            mean, std = encode_images(autoencoder, self.accelerator, batch.pixels)
         latents = mean + std * normal(mean.shape[1:], self.seed, purpose, batch.keys, batch.epochs).to(mean.device)
         return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
 
@@ -167,7 +167,7 @@ class DenoiserStage:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The plain loss over held-out pictures, at noise and timesteps that are always the same."""
+        """The plain loss over held-out images, at noise and timesteps that are always the same."""
         total = torch.zeros(2, device=self.accelerator.device)
         module = self.accelerator.unwrap_model(self.players["unet"].module)
         for batch in batches:
@@ -183,13 +183,13 @@ class DenoiserStage:
         return {"loss": loss / count} if count else {}
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
-        """Pictures of the configured prompts, or of the batch's captions, always with the same noise."""
-        if self.make_pictures is None or self.model.family.refiner:
+        """Images of the configured prompts, or of the batch's captions, always with the same noise."""
+        if self.make_images is None or self.model.family.refiner:
             return []
         prompts = self.section.prompts or batch.captions[:4]
         height, width = batch.size[0, 4:6].int().tolist()
         seeds = [self.seed + number for number in range(len(prompts))]
-        return self.make_pictures(self.model, prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+        return self.make_images(self.model, prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """The last validation goes into the record."""

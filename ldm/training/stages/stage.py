@@ -14,7 +14,7 @@ from ldm.data.loader import Batch
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import StageSection
 
-MakePictures = Callable[  # model, prompts, width and height, a seed for each, settings such as steps -> pictures
+MakeImages = Callable[  # model, prompts, width and height, a seed for each, settings such as steps -> images
     [LatentDiffusion, list[str], tuple[int, int], Sequence[int], Mapping[str, Any]], list[Image.Image]
 ]
 
@@ -65,11 +65,11 @@ class Stage(Protocol):
         ...
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Figures over the held-out pictures, the same on every rank."""
+        """Figures over the held-out images, the same on every rank."""
         ...
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
-        """Pictures to look at, on the main process."""
+        """Images to look at, on the main process."""
         ...
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The stage `text`: the text encoders learn which caption belongs to which picture, together with an image encoder.
+"""The stage `text`: the text encoders learn which caption belongs to which image, together with an image encoder.
 
-Radford et al. 2021 (arXiv 2103.00020), section 2.3: each picture is to be nearer to its own caption than to those of
+Radford et al. 2021 (arXiv 2103.00020), section 2.3: each image is to be nearer to its own caption than to those of
 all others in the batch, and each caption likewise. The batch is the global one, over all ranks. Two pairs with the same
-caption, or of the same picture, are not held against each other: such wrong negatives are left out of the softmax. The
+caption, or of the same image, are not held against each other: such wrong negatives are left out of the softmax. The
 loss reaches all layers of the text encoders, so the last but one, which SDXL's U-Net reads, has learned too.
 
-B pairs of this rank, N of all ranks, K text encoders, M tokens, D channels in which pictures and texts are compared
+B pairs of this rank, N of all ranks, K text encoders, M tokens, D channels in which images and texts are compared
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class ContrastiveStage:
             folder: of the stage; the image encoder goes to `clip` in it.
 
         Raises:
-            LdmError: a setting does not fit the model, the pictures or the batch.
+            LdmError: a setting does not fit the model, the images or the batch.
         """
         self.section, self.model, self.accelerator, self.folder = section, model, accelerator, folder
         _check_batches(section, accelerator.num_processes)
@@ -162,7 +162,7 @@ class ContrastiveStage:
 
     def read(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
         """Token ids (B, M) for each text encoder; and for each pair its caption, as each text encoder reads it, and
-        its picture, as numbers (B, K + 1)."""
+        its image, as numbers (B, K + 1)."""
         tokens = self.model.text_encoders.tokenize(batch.captions)
         columns = [[_number(row.tobytes()) for row in ids.numpy()] for ids in tokens]
         columns.append([_number(ascii(key).encode()) for key in batch.keys])
@@ -182,7 +182,7 @@ class ContrastiveStage:
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Over all held-out pairs at once: the loss, and recall in both directions.
 
-        A picture is to find its caption among the distinct held-out ones; a caption, any of its pictures.
+        An image is to find its caption among the distinct held-out ones; a caption, any of its images.
         """
         module, device = self.accelerator.unwrap_model(self.players["pair"].module), self.accelerator.device
         count, channels = len(self.names), module.config.embed_dim
@@ -223,7 +223,7 @@ class ContrastiveStage:
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=False)])
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
-        """There are no pictures to look at."""
+        """There are no images to look at."""
         return []
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
@@ -235,14 +235,14 @@ class ContrastiveStage:
 
 
 def check_differ(images: ImageSet, rows: np.ndarray) -> None:
-    """Raise unless among these pictures there are two with different captions: else there is nothing to tell apart.
+    """Raise unless among these images there are two with different captions: else there is nothing to tell apart.
 
     Raises:
         LdmError: there are not.
     """
     if all(images.example(int(row)).captions == images.example(int(rows[0])).captions for row in rows[1:]):
         raise LdmError(
-            f"{images.source.name}: {len(rows)} pictures to train with and no two different captions; "
+            f"{images.source.name}: {len(rows)} images to train with and no two different captions; "
             "the stage text needs captions to tell apart"
         )
 
@@ -279,9 +279,9 @@ def contrastive_pair(section: TextSection, text_encoders: TextEncoders) -> Contr
 
 
 def _same(numbers: Tensor, all_numbers: Tensor, k: int) -> Tensor:
-    """(B, N): which pairs have the same caption for text encoder k, or the same picture."""
-    caption, picture = (numbers[:, None, column] == all_numbers[None, :, column] for column in (k, -1))
-    return caption | picture
+    """(B, N): which pairs have the same caption for text encoder k, or the same image."""
+    caption, image = (numbers[:, None, column] == all_numbers[None, :, column] for column in (k, -1))
+    return caption | image
 
 
 def _number(content: bytes) -> int:

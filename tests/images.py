@@ -12,8 +12,8 @@ from PIL import Image
 SIZES = [(64, 64), (96, 64), (64, 96), (80, 72), (130, 70)]
 
 
-def place_picture(width: int, height: int) -> Image.Image:
-    """A picture whose red is x and whose green is y of each pixel; blue is the same everywhere."""
+def place_image(width: int, height: int) -> Image.Image:
+    """An image whose red is x and whose green is y of each pixel; blue is the same everywhere."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, np.full_like(x, 128)], axis=2).astype(np.uint8))
 
@@ -32,7 +32,7 @@ def samples(count: int) -> dict[str, tuple[bytes, str]]:
     for number in range(count):
         width, height = SIZES[number % len(SIZES)]
         noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        found[f"{number:03}"] = (png(Image.fromarray(noise)), f"picture {number}\nthe same, number {number}")
+        found[f"{number:03}"] = (png(Image.fromarray(noise)), f"image {number}\nthe same, number {number}")
     return found
 
 
