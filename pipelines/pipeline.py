@@ -32,7 +32,7 @@ from ldm.sampling.schedulers import own_name
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.packing import batches, together
 from pipelines.request import Request, fitted, seeds, texts, whole_steps
-from pipelines.run import OnStep, Run, TooManyError, decode
+from pipelines.run import OnStep, SamplingRun, TooManyError, decode
 from pipelines.tasks.edit import edit
 from pipelines.tasks.image_to_image import continued, image_to_image, renoised
 from pipelines.tasks.inpaint import inpaint, pasted
@@ -275,7 +275,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def _batch(self, request: Request, passes: Passes, output: str, on_step: OnStep | None) -> Result:
-        run = Run(self.model, request, Noise(request.seeds, request.rng), on_step)
+        run = SamplingRun(self.model, request, Noise(request.seeds, request.rng), on_step)
         latents = TASKS[_task(request, self.model.family)](run)
         if passes.hires:
             latents = self._enlarged(run, latents, passes)
@@ -308,10 +308,10 @@ class Pipeline:
             if unknown:
                 log.warning("words that this model never saw in training: %s", listing(unknown))
 
-    def _enlarged(self, first: Run, latents: Tensor, passes: Passes) -> Tensor:
+    def _enlarged(self, first: SamplingRun, latents: Tensor, passes: Passes) -> Tensor:
         """The second pass at a higher resolution: image to image on the enlarged image or latents."""
         larger = passes.larger(first.request, self.model.family)
-        run = Run(self.model, larger, first.noise, first.on_step)
+        run = SamplingRun(self.model, larger, first.noise, first.on_step)
         if passes.hires_latents:
             enlarged = torch.nn.functional.interpolate(latents, size=run.shape[2:], mode="bicubic", antialias=True)
         else:
@@ -319,7 +319,7 @@ class Pipeline:
             enlarged = run.encode(torch.cat([run.pixels_of(image) for image in images]))
         return renoised(run, enlarged)
 
-    def _refined(self, first: Run, refiner: LatentDiffusion, latents: Tensor, passes: Passes) -> Tensor:
+    def _refined(self, first: SamplingRun, refiner: LatentDiffusion, latents: Tensor, passes: Passes) -> Tensor:
         """The refiner's part: the end of the run, or image to image on its result."""
         request = first.request
         height, width = (side * self.model.family.autoencoder.factor for side in latents.shape[2:])
@@ -332,11 +332,11 @@ class Pipeline:
         if request.negative_2:
             asked = replace(asked, negative=request.negative_2)
         if passes.refiner_at is None:
-            run = Run(refiner, asked, first.noise, first.on_step)
+            run = SamplingRun(refiner, asked, first.noise, first.on_step)
             return renoised(run, latents.to(run.device, run.dtype))
         # the same scheduler goes on, whatever the refiner was published with
         schedule = replace(first.schedule, prediction_type=refiner.family.schedule.prediction_type)
-        return continued(Run(refiner, asked, first.noise, first.on_step, schedule), latents)
+        return continued(SamplingRun(refiner, asked, first.noise, first.on_step, schedule), latents)
 
     def _settings(self, request: Request, passes: Passes) -> list[dict[str, Any]]:
         """For each image, all that it was made with, as JSON takes it."""

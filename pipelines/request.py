@@ -16,7 +16,7 @@ from ldm.models.prompts import read
 from ldm.patches.token_merging import MOST as MOST_MERGED
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.noise import LARGEST_SEED
-from ldm.sampling.schedulers import MOST_STEPS, Plan, Scheduler, make
+from ldm.sampling.schedulers import MOST_STEPS, SamplingPlan, Scheduler, make
 
 LARGEST_SIDE = 16_384  # pixels
 
@@ -79,12 +79,12 @@ class Request:
         names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")
         return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
-    def plan(self, schedule: NoiseSchedule, xl: bool) -> Plan:
+    def plan(self, schedule: NoiseSchedule, xl: bool) -> SamplingPlan:
         """The scheduler of a run with all of its timesteps; `schedule` and `xl` are as for `make`."""
         if self.scheduler is None or isinstance(self.scheduler, str):
             return make(schedule, self.steps, self.scheduler, self.spacing, xl)
         self.scheduler.set_timesteps(self.steps, device="cpu")
-        return Plan(self.scheduler, list(self.scheduler.timesteps))
+        return SamplingPlan(self.scheduler, list(self.scheduler.timesteps))
 
     def check(self, family: Family) -> None:
         """Raise unless everything is within bounds and fits the model.

@@ -1,4 +1,4 @@
-"""What every task needs: conditioning, scheduler, noise, the way into the latents and out. One `Run` is one batch.
+"""What every task needs: conditioning, scheduler, noise, the way into the latents and out. One run is one batch.
 
 B images, H×W height and width in pixels, C latent channels, h×w height and width of the latents
 """
@@ -29,7 +29,7 @@ from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
 from ldm.sampling.noise import Noise
-from ldm.sampling.schedulers import Plan
+from ldm.sampling.schedulers import SamplingPlan
 from pipelines.packing import decodable
 from pipelines.request import Request
 
@@ -42,7 +42,7 @@ class TooManyError(LdmError):
     """Memory does not suffice for so many images at a time."""
 
 
-class Run:
+class SamplingRun:
     """One batch of a request on one model."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Run:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> SamplingPlan:
         """The scheduler of this run with all of its timesteps."""
         return self.request.plan(self.schedule, bool(self.model.family.unet.pooled_dim))
 
@@ -131,7 +131,7 @@ class Run:
     def sample(
         self,
         x: Tensor,
-        plan: Plan,
+        plan: SamplingPlan,
         denoise: Denoise | None = None,
         keep: Callable[[Tensor, Step], Tensor] | None = None,
     ) -> Tensor:

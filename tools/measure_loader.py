@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode
 
 from ldm.data.framing import Framing
 from ldm.data.loader import Loader
-from ldm.data.plan import Plan
+from ldm.data.plan import BatchPlan
 from ldm.data.sources import open_images
 
 BATCH = 16
@@ -74,8 +74,8 @@ def main() -> None:
         images = open_images(str(root / "all"), root / "cache", captions="optional")
         for size in (256, 512):
             plans = {
-                "square": Plan(images, Framing(size=size, buckets=False), BATCH, 0),
-                "buckets": Plan(images, Framing(size=size), BATCH, 0),
+                "square": BatchPlan(images, Framing(size=size, buckets=False), BATCH, 0),
+                "buckets": BatchPlan(images, Framing(size=size), BATCH, 0),
             }
             scale = transforms.Normalize([0.5] * 3, [0.5] * 3)
             steps: list[object] = [

@@ -65,7 +65,7 @@ SIZES = {"cpu": 4096, "cuda": 8192}  # of the matrices whose multiplication says
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What the command was asked for."""
 
     source: str = DEFAULT
@@ -110,7 +110,7 @@ print(imported - began, time.perf_counter() - imported)
 Side = Callable[[int, Callable[[], None]], None]  # make images with that many steps, and tell after each
 
 
-def run(options: Options) -> None:
+def run(options: BenchOptions) -> None:
     """Measure and print; with `out`, all numbers go there as JSON.
 
     Raises:
@@ -195,7 +195,7 @@ class Call:
 class Process:
     """A side in a process of its own."""
 
-    def __init__(self, name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
         """Start it."""
         context = multiprocessing.get_context("spawn")
         self.name = name
@@ -232,7 +232,7 @@ class Process:
         return answer
 
 
-def _serve(pipe: Any, name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> None:
+def _serve(pipe: Any, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
     """Make images in the way of a side until nobody asks any more."""
     try:
         side = make_side(name, options, call, device, dtype)
@@ -249,7 +249,7 @@ def _serve(pipe: Any, name: str, options: Options, call: Call, device: torch.dev
         pipe.send((f"{name}: {type(error).__name__}: {first_line(error)}", None))
 
 
-def make_side(name: str, options: Options, call: Call, device: torch.device, dtype: torch.dtype) -> Side:
+def make_side(name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> Side:
     """A side by its name: ours, or one of `RIVALS`."""
     if name == OURS:
         tuning = Tuning(compile=options.compile, quantize=options.quantize, offload="none")

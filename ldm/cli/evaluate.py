@@ -21,11 +21,11 @@ from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size, read_prompts
 from ldm.data.image_set import made
 from ldm.errors import LdmError, first_line, suggestion
-from ldm.evaluation.evaluation import Model, Plan, check, evaluate
+from ldm.evaluation.evaluation import EvaluationPlan, Model, check, evaluate
 from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.pages.tables import tables
 from ldm.evaluation.report import Value, save_report
-from ldm.evaluation.stored import Ranks, Work, alone
+from ldm.evaluation.stored import Ranks, Workspace, alone
 from ldm.files import Progress as Tell
 from ldm.files import silent
 from ldm.weights.builtin import builtin
@@ -74,7 +74,7 @@ def run(options: Options) -> None:
     """Evaluate, print the tables, and say where the report is."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     ranks, device = _ranks(options.device)
-    plan = Plan(
+    plan = EvaluationPlan(
         metrics=_metrics(options), data=options.data, n=options.n, prompts=_prompts(options.prompts),
         training=options.training, features=options.features, clip=options.clip, copies=options.copies,
         lpips=options.lpips, sweeps=_sweeps(options.sweeps), seed=options.seed, batch=options.batch,
@@ -96,7 +96,7 @@ def run(options: Options) -> None:
     in_use = f"{folder} is in use by another evaluation; wait for its end, or choose another folder (--out)"
     with alone(made(folder) / ".lock", in_use) if ranks.first else nullcontext():
         with _telling(ranks.first) as tell:
-            report = evaluate(sides, plan, Work(folder, ranks, tell, cache))
+            report = evaluate(sides, plan, Workspace(folder, ranks, tell, cache))
         if report is None:
             return
         save_report(report, folder / "report.json")
@@ -183,7 +183,7 @@ def is_model(source: str) -> bool:
     return True
 
 
-def _model(source: str, settings: dict[str, Any], device: str, plan: Plan) -> Model:
+def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationPlan) -> Model:
     """A model with its settings, all checked, as evaluation knows it."""
     loading = {name: settings.pop(name) for name in LOADING if name in settings}
     for name, value in loading.items():

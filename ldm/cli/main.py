@@ -312,7 +312,7 @@ def bench(
     from ldm.bench import bench as command
 
     command.run(
-        command.Options(
+        command.BenchOptions(
             source, size=size, batch=batch, steps=steps, rounds=rounds, dtype=dtype, rival_dtype=rival_dtype,
             device=device, against=against, compile=compile, quantize=quantize, cold=cold, out=out,
         )

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.framing import decoded_side, fixed_frame, render, to_pixels
 from ldm.data.image_set import made
-from ldm.data.plan import Plan
+from ldm.data.plan import BatchPlan
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError
 from ldm.files import read_json, replacing, write_json
@@ -47,7 +47,7 @@ Report = Callable[[int, int], None]  # rows done, rows in all
 
 def build_latents(
     folder: Path,
-    plan: Plan,
+    plan: BatchPlan,
     fingerprint: str,
     encode: Encode,
     *,
@@ -121,7 +121,7 @@ class Latents:
         LdmError: there are none of this autoencoder and these buckets, or some images are missing or have changed.
     """
 
-    def __init__(self, folder: Path, plan: Plan, fingerprint: str) -> None:
+    def __init__(self, folder: Path, plan: BatchPlan, fingerprint: str) -> None:
         path = _cache(folder, "latents", _latent_settings(plan, fingerprint), create=False)
         self._rows = _Rows(path)
         places = self._rows.places()
@@ -328,7 +328,7 @@ class _Crop:
     name: bytes
 
 
-def _latent_settings(plan: Plan, fingerprint: str) -> dict[str, object]:
+def _latent_settings(plan: BatchPlan, fingerprint: str) -> dict[str, object]:
     """All that decides the latents of a crop, besides the image: how many there are of each does not."""
     framing = plan.framing
     if not framing.fixed:
@@ -337,11 +337,11 @@ def _latent_settings(plan: Plan, fingerprint: str) -> dict[str, object]:
     return {"autoencoder": fingerprint} | {name: getattr(framing, name) for name in names}
 
 
-def _per_image(plan: Plan) -> int:
+def _per_image(plan: BatchPlan) -> int:
     return plan.framing.fixed * (2 if plan.framing.flip else 1)
 
 
-def _crops(plan: Plan) -> Iterator[tuple[tuple[int, int], _Crop]]:
+def _crops(plan: BatchPlan) -> Iterator[tuple[tuple[int, int], _Crop]]:
     """Every crop that the plan can show, with its bucket, bucket by bucket."""
     keys, stamps = plan.images.all_keys(), plan.images.all_stamps()
     for sides, members in plan.buckets.items():
@@ -361,7 +361,7 @@ def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
 class _Rendering(Dataset):
     """From crops of a bucket to their pixels (H, W, 3) uint8 and numbers; and those that cannot be read."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
 
     def __getitem__(

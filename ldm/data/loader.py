@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.cache import Latents
 from ldm.data.framing import choose, decoded_side, render, to_pixels, visit_frame
 from ldm.data.keyed import uniform
-from ldm.data.plan import Item, Plan, Visit
+from ldm.data.plan import BatchPlan, Item, Visit
 from ldm.data.skipped import Skipped
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, check_whole, first_line
@@ -92,7 +92,7 @@ class Loader:
 
     def __init__(
         self,
-        plan: Plan | StreamPlan,
+        plan: BatchPlan | StreamPlan,
         *,
         start: int = 0,
         rank: int = 0,
@@ -147,7 +147,7 @@ class Loader:
                 yield replace(item, visits=item.visits[first : first + rows])
 
 
-def once(plan: Plan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
+def once(plan: BatchPlan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
     """This process's share of all images of a plan, each once, as its first visit shows it, in an order that stays.
 
     A batch has up to `rows` images of one bucket, the fullest buckets first. Images that cannot be decoded are left
@@ -195,7 +195,7 @@ def _ready(batch: Batch, device: torch.device | str) -> Batch:
 class _Loading(Dataset):
     """From what a batch is to hold to the batch, its pixels (B, H, W, 3) uint8; and the images that are damaged."""
 
-    def __init__(self, plan: Plan | StreamPlan, latents: Latents | None) -> None:
+    def __init__(self, plan: BatchPlan | StreamPlan, latents: Latents | None) -> None:
         self.plan = plan
         self.latents = latents
 

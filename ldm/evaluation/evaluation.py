@@ -22,7 +22,7 @@ from ldm.evaluation.metrics.table import DISTRACTORS, METRICS, comparison, copyi
 from ldm.evaluation.pages import galleries
 from ldm.evaluation.pages.words import p_said, verdict
 from ldm.evaluation.report import Report, Row, Side, Sweep, Table, Value, shown
-from ldm.evaluation.stored import Work
+from ldm.evaluation.stored import Workspace
 
 NAMES = ("A", "B")  # of the sides
 
@@ -42,7 +42,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to evaluate and how."""
 
     metrics: Sequence[str]  # names of `METRICS`
@@ -60,7 +60,7 @@ class Plan:
     device: str = "cpu"
 
 
-def evaluate(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Report | None:
+def evaluate(sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> Report | None:
     """Evaluate one side, or two and whether they differ; the same call goes on where an earlier one stopped.
 
     Args:
@@ -77,7 +77,7 @@ def evaluate(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Rep
     return begin(sides, plan, work).run()
 
 
-def begin(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Evaluation:
+def begin(sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> Evaluation:
     """What needs no side: the plan is checked, networks are opened, and the images to compare with are looked at.
 
     Arguments and errors are those of `evaluate`, which `run` of the result finishes.
@@ -88,7 +88,7 @@ def begin(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Evalua
     return Evaluation(sides, plan, work, Networks(metrics, specs, plan.device))
 
 
-def check(models: Sequence[bool], plan: Plan) -> None:
+def check(models: Sequence[bool], plan: EvaluationPlan) -> None:
     """Raise LdmError for what cannot be done, before anything is opened; `models`: which of the sides are models."""
     if not plan.metrics:
         raise LdmError(f"no metric is asked for; known are {', '.join(METRICS)}")
@@ -121,7 +121,9 @@ def check(models: Sequence[bool], plan: Plan) -> None:
 class Evaluation:
     """One evaluation: what is opened, and what has been noted for the report."""
 
-    def __init__(self, sides: Sequence[Model | str | Path], plan: Plan, work: Work, networks: Networks) -> None:
+    def __init__(
+        self, sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace, networks: Networks
+    ) -> None:
         self.sides, self.plan, self.work, self.networks = sides, plan, work, networks
         self.metrics = networks.metrics
         self.notes: list[str] = []
@@ -143,7 +145,7 @@ class Evaluation:
 
     # --- images ---------------------------------------------------------------------------------------------------
 
-    def _opened(self, source: str | Path | Images, work: Work, count: int | None = None) -> Images:
+    def _opened(self, source: str | Path | Images, work: Workspace, count: int | None = None) -> Images:
         if isinstance(source, Images):
             return source
         images = images_of(source, work, count)
@@ -184,7 +186,7 @@ class Evaluation:
         wanted = {self.metrics[name].network for name in names}
         return [role for role in self.networks.opened if role in wanted]
 
-    def _look(self, images: Images, what: str, names: Iterable[str], work: Work, captions: bool = False) -> Looked:
+    def _look(self, images: Images, what: str, names: Iterable[str], work: Workspace, captions: bool = False) -> Looked:
         looked, notes = self.networks.look(images, what, self._roles(names), work, captions)
         for text in notes:
             self.note(text)

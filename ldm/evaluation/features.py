@@ -24,7 +24,7 @@ from ldm.evaluation.metrics.table import Metric, Seen
 from ldm.evaluation.networks.extractors import Extractor, TextExtractor, open_extractor, open_text_extractor
 from ldm.evaluation.networks.lpips import LPIPS, load_lpips, lpips_path
 from ldm.evaluation.report import Used
-from ldm.evaluation.stored import BATCH, PIXELS, Part, Rows, Work, in_chunks, look
+from ldm.evaluation.stored import BATCH, PIXELS, Found, Rows, Workspace, in_chunks, look
 from ldm.files import file_digest
 from ldm.images import to_tensor
 
@@ -95,7 +95,7 @@ class Networks:
                 )
 
     def look(
-        self, images: Images, what: str, roles: Iterable[str], work: Work, captions: bool = False
+        self, images: Images, what: str, roles: Iterable[str], work: Workspace, captions: bool = False
     ) -> tuple[Looked, list[str]]:
         """What the networks of some roles find in images, and notes about those that cannot be read.
 
@@ -122,7 +122,7 @@ class Networks:
         pixels = None if first is None else first.pixels
         return Looked(images, seen, index, first.digest if first else "", pixels), notes
 
-    def _rows(self, role: str, images: Images, what: str, work: Work) -> Rows:
+    def _rows(self, role: str, images: Images, what: str, work: Workspace) -> Rows:
         network = self.opened[role]
         wanted = sorted({one.gives for one in self.metrics.values() if one.network == role})
 
@@ -142,20 +142,20 @@ class Networks:
         encoded = [self.reader.texts(different[start : start + BATCH]) for start in range(0, len(different), BATCH)]
         return torch.cat(encoded)[[place[caption] for caption in captions]]
 
-    def compare(self, made: Images, originals: Images, what: str, work: Work) -> dict[str, Tensor]:
+    def compare(self, made: Images, originals: Images, what: str, work: Workspace) -> dict[str, Tensor]:
         """PSNR, SSIM and LPIPS, as far as they are asked for, of each image (N,) beside its original."""
         wanted = [name for name in ("psnr", "ssim", "lpips") if name in self.metrics]
         if not wanted:
             return {}
 
-        def find(numbers: range) -> Part:
+        def find(numbers: range) -> Found:
             values: dict[str, list[Tensor]] = {name: [] for name in wanted}
             for number in numbers:
                 (_, result), (_, original) = made.read(number), originals.read(number)
                 x, y = (to_tensor([image], *image.size).to(self.device) for image in (result, original))
                 for name in wanted:
                     values[name].append(self._pair(name, x, y).float().cpu())
-            return Part({name: torch.cat(parts) for name, parts in values.items()}, list(numbers), "", {})
+            return Found({name: torch.cat(parts) for name, parts in values.items()}, list(numbers), "", {})
 
         used = self.used["lpips"].digest if "lpips" in wanted else ""
         name = f"pairs-{digest_of(made.stamp, originals.stamp, wanted, used)}"

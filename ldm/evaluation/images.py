@@ -19,7 +19,7 @@ from ldm.data.image_set import ImageSet, made
 from ldm.data.keyed import uniform
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
-from ldm.evaluation.stored import Work
+from ldm.evaluation.stored import Workspace
 from ldm.files import replacing
 from ldm.images import save_png
 
@@ -70,7 +70,7 @@ class Images:
         return digest.hexdigest()
 
 
-def images_of(source: str | Path, work: Work, count: int | None = None) -> Images:
+def images_of(source: str | Path, work: Workspace, count: int | None = None) -> Images:
     """Images of a folder, shards or a dataset (`ldm.data.sources`); captions are not needed.
 
     Args:
@@ -91,7 +91,7 @@ def images_of(source: str | Path, work: Work, count: int | None = None) -> Image
     return Images(images, tuple(range(len(images) if count is None else count)))
 
 
-def write_images(what: str, name: str, prompts: Sequence[str], make: Make, batch: int, work: Work) -> Images:
+def write_images(what: str, name: str, prompts: Sequence[str], make: Make, batch: int, work: Workspace) -> Images:
     """An image for each prompt, made if it is not there yet: `000000.png` and so on, and `metadata.jsonl`.
 
     A batch is the same images whichever process makes it, and is made whole, so that the result is the same.

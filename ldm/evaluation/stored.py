@@ -51,7 +51,7 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workspace:
     """Where everything is kept, who works on it, and whom to tell."""
 
     folder: Path
@@ -60,7 +60,7 @@ class Work:
     cache: Path | None = None  # of what was found in images that no model made; by default the folder
 
     @property
-    def shared(self) -> Work:
+    def shared(self) -> Workspace:
         """The same work, kept in the cache."""
         return replace(self, folder=self.cache or self.folder)
 
@@ -77,7 +77,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Part:
+class Found:
     """What was found of some images."""
 
     values: dict[str, Tensor]
@@ -86,7 +86,7 @@ class Part:
     skipped: dict[str, str]
 
 
-def in_chunks(what: str, name: str, count: int, find: Callable[[range], Part], work: Work) -> Rows:
+def in_chunks(what: str, name: str, count: int, find: Callable[[range], Found], work: Workspace) -> Rows:
     """What `find` says of `count` images, from the folder `name` as far as it is there already.
 
     Args:
@@ -131,7 +131,7 @@ def look(
     read: Callable[[int], tuple[str, Image.Image]],
     prepare: Callable[[Image.Image], Tensor],
     see: Callable[[Tensor], dict[str, Tensor]],
-) -> Part:
+) -> Found:
     """Read some images, in threads, and look at them in batches.
 
     Args:
@@ -172,7 +172,7 @@ def look(
             if inputs:
                 found.append({**see(torch.stack(inputs)), PIXELS: torch.tensor(pixels)})
     values = {name: torch.cat([part[name] for part in found]) for name in (found[0] if found else ())}
-    return Part(values, index, digest.hexdigest(), skipped)
+    return Found(values, index, digest.hexdigest(), skipped)
 
 
 @contextlib.contextmanager

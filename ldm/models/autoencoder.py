@@ -101,7 +101,7 @@ class DiagonalGaussian:
 
 
 @dataclass(frozen=True)
-class Point:
+class PointPosterior:
     """The encoder's answer where there is no distribution: the latents before they are quantised."""
 
     value: Tensor  # (B, codebook_dim, h, w)
@@ -273,13 +273,13 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(dim, config.latent_channels, 1)
         self.decoder = Decoder(config)
 
-    def encode(self, x: Tensor) -> Point:
+    def encode(self, x: Tensor) -> PointPosterior:
         """Images (B, 3, H, W) in [-1, 1] to latents (B, codebook_dim, h, w) not yet quantised."""
         return self.posterior(self.quant_conv(self.encoder(x)))
 
-    def posterior(self, latents: Tensor) -> Point:
+    def posterior(self, latents: Tensor) -> PointPosterior:
         """Latents (B, codebook_dim, h, w) in the place of a distribution."""
-        return Point(latents)
+        return PointPosterior(latents)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, codebook_dim, h, w), quantised first, to images (B, 3, h · factor, w · factor)."""

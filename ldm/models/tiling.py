@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, Point, VQModel
+from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, PointPosterior, VQModel
 from ldm.models.surgery import twin
 
 
@@ -25,12 +25,12 @@ def sliced_decode(autoencoder: Autoencoder, z: Tensor, size: int = 1) -> Tensor:
     return torch.cat([autoencoder.decode(part) for part in z.split(size)])
 
 
-def sliced_encode(autoencoder: Autoencoder, x: Tensor, size: int = 1) -> DiagonalGaussian | Point:
+def sliced_encode(autoencoder: Autoencoder, x: Tensor, size: int = 1) -> DiagonalGaussian | PointPosterior:
     """`autoencoder.encode(x)`, `size` images of the batch at a time."""
     parts = [autoencoder.encode(part) for part in x.split(size)]
     if isinstance(autoencoder, AutoencoderKL):
         return DiagonalGaussian(*(torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "logvar")))
-    return Point(torch.cat([part.mode() for part in parts]))
+    return PointPosterior(torch.cat([part.mode() for part in parts]))
 
 
 def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0) -> Tensor:
     return _tiled(end, middle, tile, margin, config.factor, 1)
 
 
-def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0) -> DiagonalGaussian | Point:
+def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0) -> DiagonalGaussian | PointPosterior:
     """`autoencoder.encode(x)` in tiles of `tile`×`tile` pixels, rounded down to whole latents (default as above).
 
     Raises:

@@ -36,7 +36,7 @@ class Given(nn.Module):
 
 
 class GivenTime(Given):
-    """Likewise, at one timestep: a `Clock` sets it to others."""
+    """Likewise, at one timestep: a `TimeTable` sets it to others."""
 
 
 def known(module: nn.Module) -> list[Given]:
@@ -59,7 +59,7 @@ def prepared(unet: UNet, cond: Conditioning) -> UNet:
     return replaced(rebuilt(unet, knowing), **given)
 
 
-class Clock:
+class TimeTable:
     """A U-Net that knows what becomes of the time, and is told it before each call."""
 
     def __init__(self, unet: UNet, cond: Conditioning, times: Sequence[float]) -> None:

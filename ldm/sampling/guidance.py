@@ -19,7 +19,7 @@ from ldm.models.attention import Kernel
 from ldm.models.layers import TransformerBlock
 from ldm.models.surgery import twin
 from ldm.models.unet import Conditioning, UNet
-from ldm.runtime.precomputing import Clock, prepared
+from ldm.runtime.precomputing import TimeTable, prepared
 from ldm.sampling.loop import Denoise, Time
 
 
@@ -61,7 +61,7 @@ def join(*conds: Conditioning) -> Conditioning:
 def plain(unet: UNet, cond: Conditioning, times: Sequence[float], extra: Tensor | None = None) -> Denoise:
     """The U-Net's own prediction at the timesteps of a run; `extra` (B or 1, C, h, w) are more channels that it reads:
     the mask …"""
-    clock = Clock(prepared(unet, cond), cond, times)
+    clock = TimeTable(prepared(unet, cond), cond, times)
     channels = None if extra is None else extra.expand(len(cond.text), -1, -1, -1)
 
     def denoise(x: Tensor, time: Time) -> Tensor:

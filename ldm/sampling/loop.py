@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.sampling.schedulers import Plan
+from ldm.sampling.schedulers import SamplingPlan
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Step:
 
 
 def sample(
-    denoise: Denoise, plan: Plan, x: Tensor, arguments: Mapping[str, Any]
+    denoise: Denoise, plan: SamplingPlan, x: Tensor, arguments: Mapping[str, Any]
 ) -> Generator[Step, Tensor | None, None]:
     """Noisy latents `x` (B, C, h, w) through all timesteps of the plan, a `Step` after each.
 

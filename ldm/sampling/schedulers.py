@@ -95,23 +95,23 @@ NO_SAMPLE_PREDICTION = {"euler-a", "dpm2", "dpm2-a"}  # diffusers has not writte
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """A scheduler set up for one run, and the timesteps that it will be called with."""
 
     scheduler: Scheduler
     timesteps: list[Tensor]  # scalars on the CPU, one for each call of the denoiser, from noise to image
     begin: int = 0  # calls left out at the start (image to image)
 
-    def tail(self, begin: int) -> Plan:
+    def tail(self, begin: int) -> SamplingPlan:
         """The same run from call number `begin` on."""
         set_begin = getattr(self.scheduler, "set_begin_index", None)
         if set_begin:
             set_begin(self.begin + begin)
-        return Plan(self.scheduler, self.timesteps[begin:], self.begin + begin)
+        return SamplingPlan(self.scheduler, self.timesteps[begin:], self.begin + begin)
 
-    def head(self, end: int) -> Plan:
+    def head(self, end: int) -> SamplingPlan:
         """The same run up to call number `end`."""
-        return Plan(self.scheduler, self.timesteps[:end], self.begin)
+        return SamplingPlan(self.scheduler, self.timesteps[:end], self.begin)
 
     @property
     def times(self) -> list[float]:
@@ -171,7 +171,7 @@ def make(
     name: str | None = None,
     spacing: str | Sequence[float] = "default",
     xl: bool = False,
-) -> Plan:
+) -> SamplingPlan:
     """A scheduler for one run of `steps` steps.
 
     Args:
@@ -231,7 +231,7 @@ def make(
         raise LdmError(f"scheduler {name} cannot do {steps} steps: {' '.join(str(error).split())}") from None
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    return Plan(scheduler, list(scheduler.timesteps))
+    return SamplingPlan(scheduler, list(scheduler.timesteps))
 
 
 def _levels(

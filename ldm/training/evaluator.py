@@ -21,13 +21,13 @@ from PIL import Image
 
 from ldm.data.image_set import ImageSet, made
 from ldm.errors import LdmError, out_of_memory
-from ldm.evaluation.evaluation import Evaluation, Model, Plan, begin, check
+from ldm.evaluation.evaluation import Evaluation, EvaluationPlan, Model, begin, check
 from ldm.evaluation.features import digest_of
 from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.report import Value, save_report
-from ldm.evaluation.stored import Work
+from ldm.evaluation.stored import Workspace
 from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import DenoiserSection, EvaluationSection
@@ -50,7 +50,7 @@ class Best:
     settings: Mapping[str, Any]  # of the evaluation: figures that came about in another way are no match
 
 
-def check_evaluation(name: str, plan: Plan) -> None:
+def check_evaluation(name: str, plan: EvaluationPlan) -> None:
     """Raise LdmError, before anything is opened, for what cannot be done; `name` is the stage's."""
     place = f"{name}.evaluation"
     if name == "refiner":
@@ -68,7 +68,7 @@ def check_evaluation(name: str, plan: Plan) -> None:
 
 def evaluation_plan(
     section: EvaluationSection, images: ImageSet | None, rows: Sequence[np.ndarray], device: str
-) -> Plan:
+) -> EvaluationPlan:
     """What a section asks for.
 
     Args:
@@ -78,7 +78,7 @@ def evaluation_plan(
         device: where networks run.
     """
     trained_on, held_out = (Images(images, tuple(some.tolist())) for some in rows) if images else (None, None)
-    return Plan(
+    return EvaluationPlan(
         metrics=tuple(section.metrics),
         data=section.data or held_out,
         n=section.n,
@@ -97,11 +97,11 @@ class Evaluator:
         self,
         stage: str,
         section: DenoiserSection,
-        plan: Plan,
+        plan: EvaluationPlan,
         model: LatentDiffusion,
         make_images: MakeImages,
         precision: str,
-        work: Work,
+        work: Workspace,
     ) -> None:
         """Args:
         stage: its name.
@@ -180,7 +180,7 @@ class Evaluator:
         ranks.wait()
         return dict(read_json(folder / FIGURES)["figures"])
 
-    def _begin(self, name: str, digest: str, work: Work) -> Evaluation:
+    def _begin(self, name: str, digest: str, work: Workspace) -> Evaluation:
         """An evaluation of the model, which the report calls by that name."""
 
         def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:

@@ -56,7 +56,7 @@ class Stopped(Exception):  # noqa: N818  (no error)
 
 
 @dataclass(frozen=True)
-class Work:
+class StepCost:
     """What training costs."""
 
     tflop: float  # of an image, forward and backward
@@ -64,7 +64,7 @@ class Work:
 
 
 @dataclass
-class Clock:
+class Throughput:
     """Where the time goes, since the last line of the log."""
 
     since: float = field(default_factory=time.monotonic)
@@ -88,7 +88,7 @@ class Training:
         steps_per_batch: Callable[[int], Iterator[list[Batch]]],
         held_out: Callable[[], Iterable[Batch]],
         report: Report,
-        work: Callable[[int], Work | None] = lambda step: None,
+        work: Callable[[int], StepCost | None] = lambda step: None,
         evaluator: Evaluator | None = None,
     ) -> None:
         """Args:
@@ -125,7 +125,7 @@ class Training:
         for kept in (*(() if self.skeletons else self.averages.values()), *stage.extra.values()):
             accelerator.register_for_checkpointing(kept)
         self.sums: dict[str, list[float]] = {}  # of the figures since the last line of the log, and how many there were
-        self.clock = Clock()
+        self.clock = Throughput()
         self.pieces = 1  # into which micro-batches are cut, since memory did not suffice for more
         self.committed = False  # whether the step can no longer be begun again
         self.every = {"validate": self.section.validate_every, "preview": self.section.preview_every}
@@ -306,7 +306,7 @@ class Training:
             figures |= {"model_flops_use": figures["tflops"] / work.peak} if work.peak else {}
         self.write(figures)
         self.sums = {}
-        self.clock = Clock()
+        self.clock = Throughput()
 
     def write(self, figures: dict[str, float]) -> None:
         """One line of the log, on the main process: into metrics.jsonl, and to whoever listens."""
@@ -352,7 +352,7 @@ class Training:
             figures = self.stage.validate(batches)
         if figures:
             self.write({f"validation/{name}": value for name, value in figures.items()})
-        self.clock = Clock()
+        self.clock = Throughput()
 
     def preview(self, batch: Batch | None) -> None:
         """Images to look at, on the main process: of held-out samples, always the same, or else of this batch."""
@@ -365,7 +365,7 @@ class Training:
                         raise
                     log.warning("no preview of step %d: out of memory", self.step)
         self.accelerator.wait_for_everyone()
-        self.clock = Clock()
+        self.clock = Throughput()
 
     def show(self, images: list[Image.Image]) -> None:
         """Keep them as one file."""
@@ -392,7 +392,7 @@ class Training:
             self.best = best
         self.write(line)
         self.accelerator.wait_for_everyone()  # until the best weights are there
-        self.clock = Clock()
+        self.clock = Throughput()
 
     def weights(self, evaluator: Evaluator, best: Best) -> list[tuple[Averages, Path]]:
         """The files of evaluated weights that were kept, with what they are averages of."""
@@ -446,7 +446,7 @@ class Training:
         if self.evaluator and self.accelerator.is_main_process:
             self.remove_surpassed(self.evaluator)
         self.saved = self.step
-        self.clock = Clock()
+        self.clock = Throughput()
 
     def save_spread(self, folder: Path) -> None:
         """The averages, where they are spread over the ranks."""

@@ -34,7 +34,7 @@ from ldm.data.cache import Latents, Texts, build_latents, build_texts
 from ldm.data.framing import Framing, choose_buckets
 from ldm.data.image_set import ImageSet, made
 from ldm.data.loader import Batch, Loader, once
-from ldm.data.plan import Plan, split
+from ldm.data.plan import BatchPlan, split
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, first_line
@@ -49,7 +49,7 @@ from ldm.training.config import Config, DataSection, DenoiserSection, Evaluation
 from ldm.training.evaluator import Best, Evaluator, check_evaluation, evaluation_plan
 from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.gradient_checkpointing import checkpointed
-from ldm.training.loop import Report, Training, Work, in_parts
+from ldm.training.loop import Report, StepCost, Training, in_parts
 from ldm.training.parallel.agreement import check_agreement, differences
 from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import Phase, phases
@@ -96,7 +96,7 @@ class TrainingImages:
         log.info(
             "%s: %d images%s", name, len(self.images), f"; {bad} cannot be used: {self.images.skipped.path}" * bool(bad)
         )
-        path, old = self.folder / "images.json", self.folder / "pictures.json"
+        path, old = self.folder / "images.json", self.folder / "images.json"
         if old.exists():  # of a run that an earlier version began
             old.replace(path)
         now = {"digest": self.digest, "images": len(self.images)}
@@ -142,7 +142,7 @@ class Caching:
             log.info("encoding %s: %d of %d", self.what, done, total)
 
 
-class Run:
+class TrainingRun:
     """Everything that the stages of a run share."""
 
     def __init__(self, config: Config, make_images: MakeImages | None, report: Report) -> None:
@@ -325,7 +325,7 @@ class Run:
                 if self.make_images is None:
                     raise LdmError(f"{name}.evaluation.every: nothing is given that makes images (make_images)")
 
-    def _evaluation_plan(self, section: EvaluationSection, device: str) -> evaluation.Plan:
+    def _evaluation_plan(self, section: EvaluationSection, device: str) -> evaluation.EvaluationPlan:
         images = self.data.images
         return evaluation_plan(section, images, self.data.rows if images else (), device)
 
@@ -337,7 +337,7 @@ class Run:
             return None
         plan = self._evaluation_plan(section.evaluation, str(accelerator.device))
         ranks = stored.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-        work = stored.Work(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
+        work = stored.Workspace(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
         return Evaluator(name, section, plan, model, self.make_images, self.config.precision, work)
 
     # --- what a stage needs -----------------------------------------------------------------------------------------
@@ -355,12 +355,12 @@ class Run:
         """Of all stages at once: what a later one cannot be built from is refused before the first one begins."""
         return forecast(self.config, self.accelerator.num_processes)
 
-    def _work(self, name: StageName, accelerator: Accelerator) -> Callable[[int], Work]:
+    def _work(self, name: StageName, accelerator: Accelerator) -> Callable[[int], StepCost]:
         """What an image costs at each step of a stage."""
         rows = [row for row in self.forecasts if row.stage == name]
         peak = peak_tflops(accelerator.device, self.config.precision)
         starts = [phase.end for phase in phases(getattr(self.config, name))]
-        return lambda step: Work(rows[bisect_right(starts, step)].flops_per_image / 1e12, peak)
+        return lambda step: StepCost(rows[bisect_right(starts, step)].flops_per_image / 1e12, peak)
 
     def _make(
         self, name: StageName, section: Any, model: LatentDiffusion, accelerator: Accelerator, caches: Caches
@@ -413,7 +413,7 @@ class Run:
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
-    def _plan(self, phase: Phase, held_out: bool = False) -> Plan | StreamPlan | None:
+    def _plan(self, phase: Phase, held_out: bool = False) -> BatchPlan | StreamPlan | None:
         """The batches of a phase, or the held-out images, if there are any that are large enough."""
         data, config = self.data, self.config
         framing = data.framing(phase.size)
@@ -428,7 +428,7 @@ class Run:
             width, height = (lengths[rows] for lengths in data.images.sizes())
             if (choose_buckets(framing, width, height)[1] > framing.upscale).all():
                 return None
-        return Plan(data.images, framing, phase.batch, config.seed, rows)
+        return BatchPlan(data.images, framing, phase.batch, config.seed, rows)
 
     def _batches(
         self, accelerator: Accelerator, section: StageSection, caches: Caches, start: int
@@ -440,7 +440,7 @@ class Run:
             parts = phase.parts(accelerator.num_processes)
             plan = self._plan(phase)
             assert plan is not None
-            if isinstance(plan, Plan):
+            if isinstance(plan, BatchPlan):
                 log.info("size %d: %s", phase.size, plan)
             loader = Loader(
                 plan, start=max(start, phase.first) - phase.first, rank=accelerator.process_index,
@@ -457,7 +457,7 @@ class Run:
             return ()
         phase = phases(section)[-1]
         plan = self._plan(phase, held_out=True)
-        if not isinstance(plan, Plan):
+        if not isinstance(plan, BatchPlan):
             return ()
         rows = phase.micro_batch or max(phase.batch // accelerator.num_processes, 1)
         return once(plan, rows, accelerator.process_index, accelerator.num_processes, accelerator.device)
@@ -482,7 +482,7 @@ class Run:
 
         plans = [self._plan(phase) for phase in phases(section)]
         for plan in plans:
-            assert isinstance(plan, Plan)
+            assert isinstance(plan, BatchPlan)
             build_latents(
                 folder, plan, latents_of, partial(encode_images, model.autoencoder, accelerator),
                 workers=self.config.data.workers, rank=rank, world=world,
@@ -494,7 +494,7 @@ class Run:
                 folder, images.captions(), texts, encode_captions, rank=rank, world=world, report=Caching("captions")
             )
         accelerator.wait_for_everyone()
-        found = [Latents(folder, plan, latents_of) for plan in plans if isinstance(plan, Plan)]
+        found = [Latents(folder, plan, latents_of) for plan in plans if isinstance(plan, BatchPlan)]
         if train_text:
             return Caches(found)
         return Caches(found, _cached_encode(Texts(folder, texts), model, accelerator.device))
@@ -551,4 +551,4 @@ def train(
         LdmError: in one line, what is wrong and what to do.
         Stopped: a signal asked for it; a checkpoint was written.
     """
-    Run(config, make_images, report).all()
+    TrainingRun(config, make_images, report).all()

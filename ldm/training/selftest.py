@@ -30,7 +30,7 @@ from ldm.training.conditioning import DropOut
 from ldm.training.config import Config, StageName
 from ldm.training.loop import Training
 from ldm.training.parallel.agreement import differences
-from ldm.training.run import Run
+from ldm.training.run import TrainingRun
 from ldm.training.stages.autoencoder import AutoencoderStage
 from ldm.training.stages.denoiser import encode_images
 from ldm.training.stages.stage import Loss, Stage
@@ -117,7 +117,7 @@ class Ground:
         return training, next(training.batches(0))[0]
 
 
-class Watched(Run):
+class Watched(TrainingRun):
     """A run that keeps at hand what it trained last."""
 
     last: Training

@@ -70,7 +70,7 @@ def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
 
 
 @dataclass
-class Part:
+class ComponentSource:
     """The tensors of one component: where they are, what they may be called there, and what may lie beside them."""
 
     store: Store
@@ -137,7 +137,7 @@ class Opened:
     layout: str  # "diffusers folder" or "single file"
     family: Family
     tokenizers: list[Tokenizer]
-    parts: dict[str, Part]  # by the name of the component
+    parts: dict[str, ComponentSource]  # by the name of the component
     ignored: list[str] = field(default_factory=list)  # what is there and not used: components or groups of tensors
 
     def __post_init__(self) -> None:

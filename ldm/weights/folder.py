@@ -26,7 +26,7 @@ from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
-from ldm.weights.components import Components, Opened, Part
+from ldm.weights.components import Components, ComponentSource, Opened
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
 from ldm.weights.tensors import LINEAGE, NAMES, Output, Store, TensorInfo, open_store, read_header, write_safetensors
@@ -223,22 +223,22 @@ def store_of(files: list[Path], allow_pickle: bool) -> Store:
     return open_store(files[0], allow_pickle) if len(files) == 1 else Store(files)
 
 
-def component_part(name: str, store: Store, family: Family) -> Part:
+def component_part(name: str, store: Store, family: Family) -> ComponentSource:
     """The tensors of one component alone, in any of the layouts that such files have."""
     if name == "unet":
         original = [(prefix, layouts.original_unet(family.unet, prefix)) for prefix in ("", layouts.UNET_PREFIX)]
-        return Part(store, [("", layouts.diffusers), *original])
+        return ComponentSource(store, [("", layouts.diffusers), *original])
     if name == "vae":
         config = family.autoencoder
         original = [(p, layouts.original_autoencoder(config, p)) for p in ("", layouts.AUTOENCODER_PREFIX)]
         ours = [("", layouts.diffusers), ("", layouts.diffusers_attention_of_old)]
-        return Part(store, [*ours, *original], IGNORED["vae"])
+        return ComponentSource(store, [*ours, *original], IGNORED["vae"])
     index = [config.component for config in family.text].index(name)
     names = [("", layouts.transformers), ("", layouts.transformers_flat), ("", layouts.open_clip(""))]
     prefix = layouts.tower_prefix(family, index)
     names.append((prefix, layouts.original_tower(family.text[index], prefix)))
     vision = r"|visual\..*"  # a whole CLIP model as open_clip saves it
-    return Part(store, names, re.compile(tower_ignored(family.text[index]).pattern + vision))
+    return ComponentSource(store, names, re.compile(tower_ignored(family.text[index]).pattern + vision))
 
 
 def tower_ignored(config: TextEncoderConfig) -> re.Pattern[str]:

@@ -23,7 +23,7 @@ from ldm.families import FAMILIES, Family, family_named, recognised
 from ldm.files import Progress, alongside, check_digest, replacing, silent
 from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights import configs, layouts
-from ldm.weights.components import NOTHING, Components, Opened, Part, is_adapter
+from ldm.weights.components import NOTHING, Components, ComponentSource, Opened, is_adapter
 from ldm.weights.folder import IGNORED, check_float, link_outputs, tower_ignored
 from ldm.weights.tensors import LINEAGE, Output, Store, open_store, write_safetensors
 
@@ -97,7 +97,9 @@ def _described(path: Path, store: Store, family: str | None) -> Opened:
             raise LdmError(f"{path} says that it is {found.name}, not {family}; leave the family out")
     else:
         found = _recognise(path, store, family)
-    parts = {name: Part(store, [way], IGNORED.get(name, NOTHING)) for name, way in layouts.original(found).items()}
+    parts = {
+        name: ComponentSource(store, [way], IGNORED.get(name, NOTHING)) for name, way in layouts.original(found).items()
+    }
     for config in found.text:
         part = parts[config.component]
         part.ignored = tower_ignored(config)

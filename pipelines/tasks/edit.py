@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm.sampling.guidance import edited
-from pipelines.run import Run
+from pipelines.run import SamplingRun
 
 
-def edit(run: Run) -> Tensor:
+def edit(run: SamplingRun) -> Tensor:
     """Latents (B, C, h, w) of the request's image after the edit, from pure noise."""
     request, model = run.request, run.model
     assert request.image is not None

@@ -6,22 +6,22 @@ from torch import Tensor
 
 from ldm.sampling.schedulers import add_noise
 from pipelines.request import whole_steps
-from pipelines.run import Run
+from pipelines.run import SamplingRun
 
 
-def first_call(run: Run) -> int:
+def first_call(run: SamplingRun) -> int:
     """Calls of the denoiser that `strength` leaves out."""
     steps = run.request.steps
     return (steps - whole_steps(steps, "strength", run.request.strength)) * run.plan.scheduler.order
 
 
-def image_to_image(run: Run) -> Tensor:
+def image_to_image(run: SamplingRun) -> Tensor:
     """Latents (B, C, h, w) that keep as much of the request's image as its strength leaves."""
     assert run.request.image is not None
     return renoised(run, run.encode(run.pixels_of(run.request.image)))
 
 
-def renoised(run: Run, latents: Tensor) -> Tensor:
+def renoised(run: SamplingRun, latents: Tensor) -> Tensor:
     """Clean latents (B, C, h, w), noised as strength says, and cleaned again."""
     plan = run.plan.tail(first_call(run))
     noise = run.noise.draw(run.shape, run.dtype, run.device)
@@ -29,6 +29,6 @@ def renoised(run: Run, latents: Tensor) -> Tensor:
     return run.sample(x, plan)
 
 
-def continued(run: Run, latents: Tensor) -> Tensor:
+def continued(run: SamplingRun, latents: Tensor) -> Tensor:
     """Noisy latents (B, C, h, w) that another model left at the part `begin` of the run, to the end."""
     return run.sample(latents.to(run.device, run.dtype), run.plan.tail(run.calls_before(run.request.begin)))

@@ -15,11 +15,11 @@ from torch import Tensor
 from ldm.images import mask_to_tensor
 from ldm.sampling.loop import Step
 from ldm.sampling.schedulers import add_noise
-from pipelines.run import Run
+from pipelines.run import SamplingRun
 from pipelines.tasks.image_to_image import first_call
 
 
-def inpaint(run: Run) -> Tensor:
+def inpaint(run: SamplingRun) -> Tensor:
     """Latents (B, C, h, w) of the request's image with the masked part made anew."""
     request = run.request
     assert request.image is not None

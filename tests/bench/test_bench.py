@@ -119,7 +119,7 @@ def test_a_side_that_cannot_be_had(
     code, _, err = run(capsys, monkeypatch, "bench", tmp_path / "model", "--quantize", "int9")
     assert code == 1
     assert err.startswith("ldm: quantize 'int9' is not known") and len(err.splitlines()) == 1
-    options, call = bench.Options(str(tmp_path / "model")), Call(64, 64, 1, 5.0)
+    options, call = bench.BenchOptions(str(tmp_path / "model")), Call(64, 64, 1, 5.0)
     side = bench.Process("plain", options, call, torch.device("cpu"), torch.float32)
     side.wait()
     seconds, memory = side.image(2)

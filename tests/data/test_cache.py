@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import make_folder, place_picture, png
+from images import make_folder, place_image, png
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from ldm.data import cache
 from ldm.data.cache import Latents, Texts, build_latents, build_texts
 from ldm.data.framing import Framing
 from ldm.data.loader import Loader
-from ldm.data.plan import Plan
+from ldm.data.plan import BatchPlan
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
 
@@ -34,9 +34,9 @@ def identity(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return pixels, torch.full_like(pixels, 0.5)
 
 
-def plan(root: Path, count: int = 12, framing: Framing = FIXED, seed: int = 0) -> Plan:
+def plan(root: Path, count: int = 12, framing: Framing = FIXED, seed: int = 0) -> BatchPlan:
     folder = root / "images" if (root / "images").exists() else make_folder(root / "images", count)
-    return Plan(open_images(str(folder), root / "cache"), framing, 3, seed)
+    return BatchPlan(open_images(str(folder), root / "cache"), framing, 3, seed)
 
 
 def shards(root: Path) -> list[Path]:
@@ -84,7 +84,7 @@ def test_more_crops_are_added_to_what_is_there(tmp_path: Path) -> None:
 
 def test_a_changed_image_is_noticed_and_encoded_again(tmp_path: Path) -> None:
     build_latents(tmp_path / "cache", plan(tmp_path), "vae", identity)
-    (tmp_path / "images" / "000.png").write_bytes(png(place_picture(64, 64)))
+    (tmp_path / "images" / "000.png").write_bytes(png(place_image(64, 64)))
     (tmp_path / "images" / "001.txt").write_text("a new caption", encoding="utf-8")
     changed = plan(tmp_path)
     with pytest.raises(
@@ -93,7 +93,7 @@ def test_a_changed_image_is_noticed_and_encoded_again(tmp_path: Path) -> None:
         Latents(tmp_path / "cache", changed, "vae")
     assert build_latents(tmp_path / "cache", changed, "vae", identity) == 4
     moments, numbers = Latents(tmp_path / "cache", changed, "vae").read(0, 0, False)
-    pixels = torch.from_numpy(np.array(place_picture(64, 64))).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.from_numpy(np.array(place_image(64, 64))).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(moments[:3], pixels) and numbers == (64, 64, 0, 0, 64, 64)
 
 
@@ -232,9 +232,9 @@ def test_texts(tmp_path: Path) -> None:
     assert build_texts(tmp_path / "cache", images.captions(), "clip", encode_texts, batch=5) == 25
     assert build_texts(tmp_path / "cache", images.captions(), "clip", encode_texts) == 0
     assert build_texts(tmp_path / "cache", ["", "more"], "clip", encode_texts) == 1
-    found = Texts(tmp_path / "cache", "clip").read(["picture 3", "", "picture 11", "picture 3"])
+    found = Texts(tmp_path / "cache", "clip").read(["image 3", "", "image 11", "image 3"])
     assert found["text"].shape == (4, 4, 3) and found["pooled"].dtype == torch.float16
-    assert found["text"][:, 0, 0].tolist() == found["pooled"][:, 1].tolist() == [9, 0, 10, 9]
+    assert found["text"][:, 0, 0].tolist() == found["pooled"][:, 1].tolist() == [7, 0, 8, 7]
     with pytest.raises(LdmError, match="lacks the caption 'who'; build the cache again"):
         Texts(tmp_path / "cache", "clip").read(["who"])
     with pytest.raises(LdmError, match="what is there differs in its text encoders"):

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import make_folder, make_shards, place_picture, png, samples
+from images import make_folder, make_shards, place_image, png, samples
 from PIL import Image
 from test_sources import saved_dataset
 
 from ldm.data.framing import Framing
 from ldm.data.image_set import ImageSet
 from ldm.data.loader import Batch, Loader, once
-from ldm.data.plan import Plan
+from ldm.data.plan import BatchPlan
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError
@@ -50,8 +50,8 @@ def test_the_size_numbers_describe_the_pixels(tmp_path: Path, framing: Framing) 
     """Red is x and green is y in the image; each pixel of the batch must show where the numbers say it comes from."""
     (tmp_path / "images").mkdir()
     for width, height in ((200, 100), (100, 220), (128, 128), (64, 64), (250, 249)):
-        (tmp_path / "images" / f"{width}x{height}.png").write_bytes(png(place_picture(width, height)))
-    plan = Plan(open_images(str(tmp_path / "images"), tmp_path / "c", captions="optional"), framing, 5, seed=0)
+        (tmp_path / "images" / f"{width}x{height}.png").write_bytes(png(place_image(width, height)))
+    plan = BatchPlan(open_images(str(tmp_path / "images"), tmp_path / "c", captions="optional"), framing, 5, seed=0)
     flips = 0
     for batch in islice(Loader(plan), 12):
         assert batch.pixels is not None and batch.pixels.is_contiguous() and batch.pixels.dtype == torch.float32
@@ -74,7 +74,7 @@ def test_the_size_numbers_describe_the_pixels(tmp_path: Path, framing: Framing) 
 
 
 def test_pixels_span_the_range(images: ImageSet) -> None:
-    batch = next(iter(Loader(Plan(images, SMALL, 4, seed=0))))
+    batch = next(iter(Loader(BatchPlan(images, SMALL, 4, seed=0))))
     assert batch.pixels is not None and batch.pixels.min() >= -1 and batch.pixels.max() <= 1
     assert batch.pixels.min() < -0.99 and batch.pixels.max() > 0.99
     assert batch.scores.shape == (4,) and batch.scores.isnan().all() and batch.size.dtype == torch.float32
@@ -82,7 +82,7 @@ def test_pixels_span_the_range(images: ImageSet) -> None:
 
 def test_batches_are_the_same_however_they_are_loaded(images: ImageSet) -> None:
     """Workers, ranks, micro-batches, a start anywhere, the global random state: none of them matters."""
-    plan = Plan(images, SMALL, 4, seed=3)
+    plan = BatchPlan(images, SMALL, 4, seed=3)
     expected = rows(islice(Loader(plan), 9))
     assert len({row[:2] for row in expected}) == 36
     random.seed(1)
@@ -102,7 +102,7 @@ def test_batches_are_the_same_however_they_are_loaded(images: ImageSet) -> None:
 
 
 def test_a_loader_works_in_spawned_processes(images: ImageSet) -> None:
-    plan = Plan(images, SMALL, 4, seed=3)
+    plan = BatchPlan(images, SMALL, 4, seed=3)
     expected = rows(islice(Loader(plan), 2))
     torch.multiprocessing.set_start_method("spawn", force=True)
     try:
@@ -112,20 +112,20 @@ def test_a_loader_works_in_spawned_processes(images: ImageSet) -> None:
 
 
 def test_sources_of_the_same_images_give_the_same_batches(images: ImageSet, tmp_path: Path) -> None:
-    expected = rows(islice(Loader(Plan(images, SMALL, 4, seed=0)), 8))
+    expected = rows(islice(Loader(BatchPlan(images, SMALL, 4, seed=0)), 8))
     for source in (make_shards(tmp_path / "tar", 23), saved_dataset(tmp_path / "saved", 23)):
         found = open_images(source, tmp_path / "cache")
-        assert rows(islice(Loader(Plan(found, SMALL, 4, seed=0)), 8)) == expected
+        assert rows(islice(Loader(BatchPlan(found, SMALL, 4, seed=0)), 8)) == expected
 
 
 def test_captions_and_crops_differ_between_epochs(images: ImageSet) -> None:
-    plan = Plan(images, Framing(size=32, step=8, flip=True), 1, seed=0)
+    plan = BatchPlan(images, Framing(size=32, step=8, flip=True), 1, seed=0)
     visits: dict[str, list[tuple[object, ...]]] = {}
     for row in rows(islice(Loader(plan), plan.first_step(8))):
         visits.setdefault(str(row[0]), []).append((row[2], row[3]))
     for key, seen in visits.items():
         assert len(seen) == 8
-        assert {caption for caption, _ in seen} <= {f"picture {int(key[:3])}", f"the same, number {int(key[:3])}"}
+        assert {caption for caption, _ in seen} <= {f"image {int(key[:3])}", f"the same, number {int(key[:3])}"}
     assert np.mean([len({caption for caption, _ in seen}) == 2 for seen in visits.values()]) > 0.9
     assert np.mean([len({pixels for _, pixels in seen}) >= 2 for seen in visits.values()]) > 0.9
 
@@ -143,7 +143,7 @@ def test_a_jpeg_is_decoded_smaller_but_its_size_stays_true(tmp_path: Path, monke
     photo.save(tmp_path / "images" / "odd.jpg", quality=95, exif=exif)  # would be shifted by a part of a pixel
     found = open_images(str(tmp_path / "images"), tmp_path / "c", captions="optional")
     assert [found.read(index, 160).size for index in range(3)] == [(803, 1201), (301, 201), (200, 300)]
-    plan = Plan(found, Framing(size=96, step=8), 1, seed=0)
+    plan = BatchPlan(found, Framing(size=96, step=8), 1, seed=0)
     fast = {batch.keys[0]: batch for batch in islice(Loader(plan), 3)}
     monkeypatch.setattr("ldm.data.loader.decoded_side", lambda frame: 0)
     original = {"odd.jpg": [1201, 803], "straight.jpg": [803, 1201], "turned.jpg": [1200, 800]}
@@ -166,13 +166,13 @@ def damage(root: Path, names: Iterable[str]) -> None:
 def test_a_damaged_image_is_replaced_and_listed(tmp_path: Path, workers: int) -> None:
     root = make_folder(tmp_path / "images", 30)
     damage(root, ["003.png", "010.png"])
-    plan = Plan(open_images(str(root), tmp_path / "cache"), SMALL, 6, seed=0)
+    plan = BatchPlan(open_images(str(root), tmp_path / "cache"), SMALL, 6, seed=0)
     loader = Loader(plan, workers=workers)
     seen = list(islice(loader, 5))
     assert sorted(loader.skipped.reasons) == ["003.png", "010.png"]
     assert all(len(batch.keys) == 6 and not {"003.png", "010.png"} & set(batch.keys) for batch in seen)
     listed = loader.skipped.path.read_text(encoding="utf-8")
-    assert "003.png\tthe file cannot be read as a picture: it is no picture, or damaged\n" in listed
+    assert "003.png\tthe file cannot be read as an image: it is no image, or damaged\n" in listed
     halves = [Loader(plan, rank=rank, world=2) for rank in (0, 1)]
     parts = zip(*(islice(half, 5) for half in halves), strict=True)
     assert rows(batch for pair in parts for batch in pair) == rows(seen)
@@ -182,7 +182,7 @@ def test_a_damaged_image_is_replaced_and_listed(tmp_path: Path, workers: int) ->
 def test_too_many_damaged_images_are_an_error(tmp_path: Path, workers: int) -> None:
     root = make_folder(tmp_path / "images", 30)
     damage(root, [f"{number:03}.png" for number in (0, 1, 2, 3, 4, 10, 11, 12)])
-    plan = Plan(open_images(str(root), tmp_path / "cache"), SMALL, 6, seed=0)
+    plan = BatchPlan(open_images(str(root), tmp_path / "cache"), SMALL, 6, seed=0)
     with pytest.raises(
         LdmError, match=r"[5-8] of \d+ images cannot be used: .* all are listed in .*skipped-0.txt; mend"
     ):
@@ -195,27 +195,27 @@ def test_when_no_image_of_a_bucket_is_left(tmp_path: Path, workers: int) -> None
     found = open_images(str(root), tmp_path / "cache")
     (root / "000.png").unlink()
     with pytest.raises(LdmError, match="any that replaces it can be read: 000.png: it cannot be read: No such file"):
-        next(iter(Loader(Plan(found, SMALL, 2, seed=0), workers=workers)))
+        next(iter(Loader(BatchPlan(found, SMALL, 2, seed=0), workers=workers)))
 
 
 def test_an_image_that_changed_its_size_meanwhile_is_damaged(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", 6)
     found = open_images(str(root), tmp_path / "cache")
-    (root / "000.png").write_bytes(png(place_picture(50, 90)))
+    (root / "000.png").write_bytes(png(place_image(50, 90)))
     with pytest.raises(LdmError, match="it has 50×90 pixels, not 64×64 as its header said"):
         found.read(0)
 
 
 def test_a_batch_that_does_not_divide(images: ImageSet) -> None:
     with pytest.raises(LdmError, match="a batch of 4 does not divide among 3 processes and 1 micro-batches"):
-        Loader(Plan(images, SMALL, 4, seed=0), world=3)
+        Loader(BatchPlan(images, SMALL, 4, seed=0), world=3)
     with pytest.raises(LdmError, match="rank is 2; it must be a whole number from 0 to 1"):
-        Loader(Plan(images, SMALL, 4, seed=0), world=2, rank=2)
+        Loader(BatchPlan(images, SMALL, 4, seed=0), world=2, rank=2)
 
 
 def test_workers_that_end(images: ImageSet) -> None:
     """They pass over signals to all processes; one that is killed is named, in one line."""
-    loader = iter(Loader(Plan(images, SMALL, 4, seed=0), workers=1))
+    loader = iter(Loader(BatchPlan(images, SMALL, 4, seed=0), workers=1))
     next(loader)
     (worker,) = multiprocessing.active_children()
     assert worker.pid
@@ -224,7 +224,7 @@ def test_workers_that_end(images: ImageSet) -> None:
     for _ in range(5):
         next(loader)
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(LdmError, match=r"a process that loads pictures ended \(DataLoader worker .*lower data.workers"):
+    with pytest.raises(LdmError, match=r"a process that loads images ended \(DataLoader worker .*lower data.workers"):
         for _ in range(50):
             next(loader)
 
@@ -234,12 +234,12 @@ def test_every_image_once(tmp_path: Path, world: int) -> None:
     """For validation: the last batch of a bucket is as small as it comes."""
     root = make_folder(tmp_path / "images", 23)
     damage(root, ["004.png"])
-    plan = Plan(open_images(str(root), tmp_path / "cache"), SMALL, 64, seed=0)
+    plan = BatchPlan(open_images(str(root), tmp_path / "cache"), SMALL, 64, seed=0)
     batches = [batch for rank in range(world) for batch in once(plan, 3, rank, world, "cpu")]
     assert max(len(batch.keys) for batch in batches) == 3
     seen = rows(batches)
     assert sorted(str(row[0]) for row in seen) == [f"{n:03}.png" for n in range(23) if n != 4]
-    first = {row[0]: row for row in rows(islice(Loader(Plan(plan.images, SMALL, 1, seed=0)), 23)) if row[1] == 0}
+    first = {row[0]: row for row in rows(islice(Loader(BatchPlan(plan.images, SMALL, 1, seed=0)), 23)) if row[1] == 0}
     assert all(first[row[0]] == row for row in seen if row[0] in first) and len(first) > 15
     listed = [line for file in (tmp_path / "cache").glob("skipped-*.txt") for line in file.read_text().splitlines()]
     assert {line.split("\t")[0] for line in listed} == {"004.png"}
@@ -270,11 +270,11 @@ def test_a_stream_has_every_image_once_in_each_epoch_in_a_fixed_order(tmp_path: 
     assert rows(islice(Loader(plan(), start=7, workers=1), 4)) == expected[14:22]
     halves = [islice(Loader(plan(), rank=rank, world=2), 9) for rank in (0, 1)]
     assert rows(batch for pair in zip(*halves, strict=True) for batch in pair) == expected[:18]
-    assert {str(row[2]).split()[0] for row in expected} == {"picture", "the"}
+    assert {str(row[2]).split()[0] for row in expected} == {"image", "the"}
 
 
 def test_a_stream_skips_what_cannot_be_used(tmp_path: Path) -> None:
-    from pictures import make_tar
+    from images import make_tar
 
     files: dict[str, bytes] = {}
     for name, (image, caption) in samples(30).items():
@@ -306,6 +306,6 @@ def test_a_stream_that_breaks_off_or_is_empty(tmp_path: Path) -> None:
 
 
 def test_batches_move(images: ImageSet) -> None:
-    batch = next(iter(Loader(Plan(images, SMALL, 4, seed=0)))).to("meta")
+    batch = next(iter(Loader(BatchPlan(images, SMALL, 4, seed=0)))).to("meta")
     assert batch.pixels is not None and batch.moments is None
     assert {tensor.device.type for tensor in (batch.pixels, batch.size, batch.scores)} == {"meta"}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import make_folder
+from images import make_folder
 from PIL import Image
 
 from ldm.data.framing import Frame, Framing, choose_buckets, fixed_frame, render, visit_frame
 from ldm.data.image_set import ImageSet
-from ldm.data.plan import Plan, split
+from ldm.data.plan import BatchPlan, split
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
 
@@ -110,7 +110,7 @@ def test_framings_that_make_no_sense(options: dict[str, object], message: str) -
 @pytest.mark.parametrize("batch", [1, 3, 4, 16, 64])
 def test_every_image_is_visited_once_in_each_epoch(images: ImageSet, batch: int) -> None:
     """In the long run exactly, at any time up to the batches that buckets owe; no visit is repeated or left out."""
-    plan = Plan(images, SMALL, batch, seed=1)
+    plan = BatchPlan(images, SMALL, batch, seed=1)
     epochs = 2 * batch  # after a multiple of `batch` epochs no bucket owes anything
     visits = Counter()
     for step in range(plan.first_step(epochs)):
@@ -121,7 +121,7 @@ def test_every_image_is_visited_once_in_each_epoch(images: ImageSet, batch: int)
 
 
 def test_no_visit_comes_before_its_epoch(images: ImageSet) -> None:
-    plan = Plan(images, SMALL, 4, seed=1)
+    plan = BatchPlan(images, SMALL, 4, seed=1)
     for step in range(40):
         epoch = plan.epoch(step)
         assert plan.first_step(epoch) <= step < plan.first_step(epoch + 1)
@@ -129,7 +129,7 @@ def test_no_visit_comes_before_its_epoch(images: ImageSet) -> None:
 
 
 def test_the_order_depends_on_the_seed_the_epoch_and_nothing_else(images: ImageSet) -> None:
-    plan, same, other = (Plan(images, SMALL, 4, seed) for seed in (1, 1, 2))
+    plan, same, other = (BatchPlan(images, SMALL, 4, seed) for seed in (1, 1, 2))
     forward = [plan.item(step) for step in range(20)]
     assert [same.item(step) for step in reversed(range(20))] == forward[::-1]
     assert [item for item, _ in zip(same.items(7), range(13), strict=False)] == forward[7:]
@@ -139,7 +139,7 @@ def test_the_order_depends_on_the_seed_the_epoch_and_nothing_else(images: ImageS
 
 
 def test_spares_are_of_the_same_bucket(images: ImageSet) -> None:
-    plan = Plan(images, SMALL, 4, seed=0)
+    plan = BatchPlan(images, SMALL, 4, seed=0)
     for item in (plan.item(step) for step in range(10)):
         assert item.spares and {spare.image for spare in item.spares} <= set(plan.buckets[item.sides].tolist())
 
@@ -147,12 +147,12 @@ def test_spares_are_of_the_same_bucket(images: ImageSet) -> None:
 def test_an_image_is_a_set(tmp_path: Path) -> None:
     """With one image a batch holds visits of several epochs."""
     one = open_images(str(make_folder(tmp_path / "images", 1)), tmp_path / "cache")
-    plan = Plan(one, SMALL, 4, seed=0)
+    plan = BatchPlan(one, SMALL, 4, seed=0)
     assert [[visit.epoch for visit in plan.item(step).visits] for step in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_small_images_are_left_out_and_counted(images: ImageSet) -> None:
-    plan = Plan(images, Framing(size=72, step=8, upscale=1.0), 4, seed=0)
+    plan = BatchPlan(images, Framing(size=72, step=8, upscale=1.0), 4, seed=0)
     assert len(plan) + len(plan.left_out) == 23 and len(plan.left_out) > 0
     for index in plan.left_out:
         example = images.example(int(index))
@@ -161,7 +161,7 @@ def test_small_images_are_left_out_and_counted(images: ImageSet) -> None:
     with pytest.raises(
         LdmError, match=r"all 23 images are too small for size 512; choose a smaller size, or an upscale"
     ):
-        Plan(images, Framing(size=512), 4, seed=0)
+        BatchPlan(images, Framing(size=512), 4, seed=0)
 
 
 def test_what_is_held_out_stays_when_images_come(images: ImageSet, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_what_is_held_out_stays_when_images_come(images: ImageSet, tmp_path: Pat
     assert len(validation) == 5 and sorted([*train, *validation]) == list(range(23))
     assert {images.key(int(i)) for i in split(images, 4)[1]} < {images.key(int(i)) for i in validation}
     assert len(split(images, 0)[1]) == 0
-    plan = Plan(images, SMALL, 4, seed=0, samples=train)
+    plan = BatchPlan(images, SMALL, 4, seed=0, samples=train)
     assert set(np.concatenate(list(plan.buckets.values()))) == set(train)
     for wrong in (-1, 23, 100):
         with pytest.raises(LdmError, match=f"holding out {wrong} of 23 images leaves none"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import make_folder, make_shards, make_tar, place_picture, png, samples
+from images import make_folder, make_shards, make_tar, place_image, png, samples
 from PIL import Image
 
 from ldm.data.image_set import ImageSet
@@ -46,7 +46,7 @@ def contents(images: ImageSet) -> list[tuple[object, ...]]:
 def test_a_folder_shards_and_a_dataset_hold_the_same(tmp_path: Path) -> None:
     folder = contents(open_images(str(make_folder(tmp_path / "images", 12)), tmp_path / "cache"))
     assert [row[0] for row in folder] == [f"{n:03}.png" for n in range(12)]
-    assert folder[4][1:4] == (("picture 4", "the same, number 4"), 130, 70)
+    assert folder[4][1:4] == (("image 4", "the same, number 4"), 130, 70)
     pattern = make_shards(tmp_path / "tar", 12)
     assert contents(open_images(pattern, tmp_path / "cache")) == folder
     assert contents(open_images(f"{tmp_path}/tar/*.tar", tmp_path / "cache")) == folder
@@ -85,7 +85,7 @@ def test_an_image_set_can_be_sent_to_another_process(tmp_path: Path) -> None:
 def test_captions_in_a_metadata_file(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("a/1.png", "a/b/2.png"):
-        (tmp_path / name).write_bytes(png(place_picture(16, 16)))
+        (tmp_path / name).write_bytes(png(place_image(16, 16)))
     rows: list[dict[str, object]] = [
         {"file_name": "1.png", "text": "eins, ä", "score": 5.5},
         {"file_name": "b/2.png", "text": "two", "score": None},
@@ -113,13 +113,13 @@ def test_scores_in_a_metadata_file_and_captions_beside_the_images(tmp_path: Path
     (root / "metadata.csv").write_text("file_name,aesthetic_score\n000.png,4.5\n", encoding="utf-8")
     images = open_images(str(root), tmp_path / "cache")
     assert [images.example(index).score for index in (0, 1)] == [4.5, None]
-    assert images.example(0).captions == ("picture 0", "the same, number 0")
+    assert images.example(0).captions == ("image 0", "the same, number 0")
     (root / "000.txt").write_text("changed", encoding="utf-8")
     assert open_images(str(root), tmp_path / "cache").example(0).captions == ("changed",)
 
 
 def test_captions_in_json_beside_an_image_in_a_shard(tmp_path: Path) -> None:
-    image = png(place_picture(16, 16))
+    image = png(place_image(16, 16))
     files = {"./x/1.png": image, "./x/1.json": b'{"caption": ["a", "b"], "aesthetic_score": 6}'}
     files |= {"./x/2.json": b'{"text": "c"}', "./x/2.png": image}
     images = open_images(str(make_tar(tmp_path / "s.tar", files)), tmp_path / "cache")
@@ -151,7 +151,7 @@ def test_the_index_opens_what_has_changed_and_nothing_else(tmp_path: Path, monke
     assert len(start()) == 12
     assert start() == []
     (root / "001.txt").write_text("changed", encoding="utf-8")
-    (root / "004.png").write_bytes(png(place_picture(32, 24)))
+    (root / "004.png").write_bytes(png(place_image(32, 24)))
     assert start() == ["001.png", "004.png"]
     images = open_images(str(root), tmp_path / "cache")
     assert images.example(1).captions == ("changed",) and images.example(4).width == 32
@@ -164,7 +164,7 @@ def test_the_index_opens_what_has_changed_and_nothing_else(tmp_path: Path, monke
 
 
 def test_images_of_one_name_are_all_kept(tmp_path: Path) -> None:
-    files = [{"a.png": png(place_picture(16, 8 + n)), "a.txt": b"x", "b.png": png(place_picture(8, 8)), "b.txt": b"y"}
+    files = [{"a.png": png(place_image(16, 8 + n)), "a.txt": b"x", "b.png": png(place_image(8, 8)), "b.txt": b"y"}
              for n in range(3)]  # fmt: skip
     for number, some in enumerate(files):
         make_tar(tmp_path / f"{number}.tar", some)
@@ -184,20 +184,20 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def odd_files() -> dict[str, bytes]:
     """Ten: turned, CMYK, 16 bits, palette and transparency, animated, a JPEG called PNG."""
-    picture = place_picture(24, 16)
+    image = place_image(24, 16)
     exif = Image.Exif()
     exif[0x0112] = 6
     deep = Image.fromarray(np.full((16, 24), 40_000, dtype=np.uint16))
-    clear = picture.convert("RGBA")
+    clear = image.convert("RGBA")
     clear.putalpha(0)
-    palette = picture.quantize(16)
+    palette = image.quantize(16)
     palette.info["transparency"] = 0
     red = Image.new("RGB", (24, 16), "red")
     return {
-        "turned.jpg": encoded(picture, "JPEG", exif=exif), "turned.png": encoded(picture, "PNG", exif=exif),
+        "turned.jpg": encoded(image, "JPEG", exif=exif), "turned.png": encoded(image, "PNG", exif=exif),
         "print.jpg": encoded(red.convert("CMYK"), "JPEG"), "deep.png": png(deep), "clear.png": png(clear),
-        "palette.png": png(palette), "moving.gif": encoded(red, "GIF", save_all=True, append_images=[picture]),
-        "really-a-jpeg.png": encoded(red, "JPEG"), "gray.webp": encoded(picture.convert("L"), "WEBP"),
+        "palette.png": png(palette), "moving.gif": encoded(red, "GIF", save_all=True, append_images=[image]),
+        "really-a-jpeg.png": encoded(red, "JPEG"), "gray.webp": encoded(image.convert("L"), "WEBP"),
         "deep.pgm": b"P5 24 16 65535\n" + np.full((16, 24), 40_000, dtype=">u2").tobytes(),
     }  # fmt: skip
 
@@ -244,10 +244,10 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path: Path, monkeyp
 
 
 BAD = {
-    "empty.png": (b"", "it is no picture, or damaged"),
-    "text.png": (b"hello", "it is no picture, or damaged"),
-    "tiny.png": (png(place_picture(7, 40)), "7×40 pixels: sides from 8 pixels"),
-    "long.png": (png(place_picture(161, 10)), "161×10 pixels: sides from 8 pixels and up to 16 times"),
+    "empty.png": (b"", "it is no image, or damaged"),
+    "text.png": (b"hello", "it is no image, or damaged"),
+    "tiny.png": (png(place_image(7, 40)), "7×40 pixels: sides from 8 pixels"),
+    "long.png": (png(place_image(161, 10)), "161×10 pixels: sides from 8 pixels and up to 16 times"),
     "program.png": (encoded(Image.new("RGB", (16, 16)), "EPS"), "is PostScript, a program that would be run"),
     "hdr.tif": (encoded(Image.new("F", (16, 16)), "TIFF"), "floating-point numbers"),
 }
@@ -296,7 +296,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     """File names are bytes."""
     name = os.fsencode(tmp_path) + b"/f\xfcr.png"
     with open(name, "wb") as file:  # noqa: PTH123
-        file.write(png(place_picture(16, 16)))
+        file.write(png(place_image(16, 16)))
     with open(name[:-3] + b"txt", "w") as text:  # noqa: PTH123
         text.write("a caption")
     images = open_images(str(tmp_path), tmp_path / "cache")
@@ -328,9 +328,9 @@ def test_sources_that_cannot_be_used(
         Path(name).mkdir()
     Path("one/a.png").write_bytes(b"no image")
     for name, second in (("rows", "{}"), ("json", "{")):
-        Path(name, "a.png").write_bytes(png(place_picture(16, 16)))
+        Path(name, "a.png").write_bytes(png(place_image(16, 16)))
         Path(name, "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + second, encoding="utf-8")
-    whole = make_tar(tmp_path / "whole", {"a.png": png(place_picture(16, 16)), "a.txt": b"x"}).read_bytes()
+    whole = make_tar(tmp_path / "whole", {"a.png": png(place_image(16, 16)), "a.txt": b"x"}).read_bytes()
     if source == "packed.tar":
         Path("packed.tar").write_bytes(gzip.compress(whole))
     elif source == "cut.tar":
@@ -356,7 +356,7 @@ def test_a_dataset_without_images_or_captions(tmp_path: Path) -> None:
     saved = saved_dataset(tmp_path / "saved", 3, text="alt")
     with pytest.raises(LdmError, match=r"3 of 3 images have no caption"):
         open_images(saved, tmp_path / "cache")
-    assert open_images(saved, tmp_path / "cache", caption_column="alt").example(0).captions[0] == "picture 0"
+    assert open_images(saved, tmp_path / "cache", caption_column="alt").example(0).captions[0] == "image 0"
     with pytest.raises(LdmError, match=r"has no column 'alto'; it has: image, alt, key"):
         open_images(saved, tmp_path / "cache", caption_column="alto")
 

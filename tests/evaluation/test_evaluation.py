@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.evaluation import features
-from ldm.evaluation.evaluation import Model, Plan, evaluate
+from ldm.evaluation.evaluation import EvaluationPlan, Model, evaluate
 from ldm.evaluation.images import images_of
 from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.report import Report, Row, save_report
-from ldm.evaluation.stored import CHUNK, Part, Work, alone, in_chunks, look
+from ldm.evaluation.stored import CHUNK, Found, Workspace, alone, in_chunks, look
 from ldm.images import to_tensor
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "gold": (230, 190, 40)}
@@ -92,8 +92,8 @@ def rows(report: Report | None) -> dict[str, Row]:
 
 
 def values(folder: Path, reference: Path, work: Path, *metrics: str) -> dict[str, float]:
-    plan = Plan(metrics, data=str(reference), clip="toy")
-    return {name: row.estimates[0].value for name, row in rows(evaluate([folder], plan, Work(work))).items()}
+    plan = EvaluationPlan(metrics, data=str(reference), clip="toy")
+    return {name: row.estimates[0].value for name, row in rows(evaluate([folder], plan, Workspace(work))).items()}
 
 
 # --- known directions -------------------------------------------------------------------------------------------------
@@ -202,12 +202,12 @@ def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_lpips")
 def test_two_models_and_all_metrics(reference: Path, tmp_path: Path) -> None:
     training = drawings(tmp_path / "training", 100, 5)
-    plan = Plan(
+    plan = EvaluationPlan(
         EVERYTHING, data=str(reference), n=60, clip="toy", training=str(training), sweeps={"tint": (0, 0.5)}, batch=7
     )
     calls: list[int] = []
     sides = [artist(0.0, calls), artist(0.5, calls)]
-    report = evaluate(sides, plan, Work(tmp_path / "work"))
+    report = evaluate(sides, plan, Workspace(tmp_path / "work"))
     assert report is not None
     found = rows(report)
     assert set(found) == set(EVERYTHING)
@@ -222,29 +222,29 @@ def test_two_models_and_all_metrics(reference: Path, tmp_path: Path) -> None:
         for path in shown.images:
             assert (tmp_path / "work" / path).exists()
     made = len(calls)
-    again = evaluate(sides, plan, Work(tmp_path / "work"))
+    again = evaluate(sides, plan, Workspace(tmp_path / "work"))
     assert again == report
     assert len(calls) == made  # nothing is made twice
     save_report(report, tmp_path / "report.json")
 
 
 def test_the_same_model_is_not_called_different(reference: Path, tmp_path: Path) -> None:
-    plan = Plan(("fid", "clip-score"), data=str(reference), n=60, clip="toy")
-    found = rows(evaluate([artist(0.5), artist(0.5)], plan, Work(tmp_path)))
+    plan = EvaluationPlan(("fid", "clip-score"), data=str(reference), n=60, clip="toy")
+    found = rows(evaluate([artist(0.5), artist(0.5)], plan, Workspace(tmp_path)))
     assert {row.verdict for row in found.values()} == {"no difference"}
 
 
 def test_autoencoders_for_other_sizes_are_not_compared(reference: Path, tmp_path: Path) -> None:
     sides = [artist(0.5), replace(artist(0.5), size=2 * SIDE)]
-    report = evaluate(sides, Plan(("psnr",), data=str(reference), n=4), Work(tmp_path))
+    report = evaluate(sides, EvaluationPlan(("psnr",), data=str(reference), n=4), Workspace(tmp_path))
     assert rows(report)["psnr"].comparison is None
     assert report is not None
     assert any("different sizes" in note for note in report.notes)
 
 
 def test_an_interrupted_evaluation_goes_on(reference: Path, tmp_path: Path) -> None:
-    plan = Plan(("fid", "clip-score"), data=str(reference), n=90, clip="toy", batch=4)
-    whole = evaluate([artist(0.5)], plan, Work(tmp_path / "whole"))
+    plan = EvaluationPlan(("fid", "clip-score"), data=str(reference), n=90, clip="toy", batch=4)
+    whole = evaluate([artist(0.5)], plan, Workspace(tmp_path / "whole"))
     model = artist(0.5)
     for allowed in (3, 9):
         left = [allowed]
@@ -259,19 +259,19 @@ def test_an_interrupted_evaluation_goes_on(reference: Path, tmp_path: Path) -> N
 
         broken = Model(model.source, model.digest, SIDE, failing, None, model.settings)
         with pytest.raises(KeyboardInterrupt):
-            evaluate([broken], plan, Work(tmp_path / "again"))
-    assert evaluate([model], plan, Work(tmp_path / "again")) == whole
+            evaluate([broken], plan, Workspace(tmp_path / "again"))
+    assert evaluate([model], plan, Workspace(tmp_path / "again")) == whole
 
 
 def test_folders_are_compared_where_their_images_belong_together(reference: Path, tmp_path: Path) -> None:
     a = drawings(tmp_path / "a", 60, 7)
     b = drawings(tmp_path / "b", 60, 8, lambda image: tinted(image, 0.5))
-    plan = Plan(("fid", "clip-score"), data=str(reference), clip="toy")
-    report = evaluate([a, b], plan, Work(tmp_path / "work"))
+    plan = EvaluationPlan(("fid", "clip-score"), data=str(reference), clip="toy")
+    report = evaluate([a, b], plan, Workspace(tmp_path / "work"))
     assert rows(report)["fid"].verdict.startswith("A better")
     (b / "0003.png").rename(b / "z.png")
     (b / "0003.txt").rename(b / "z.txt")
-    report = evaluate([a, b], plan, Work(tmp_path / "work"))
+    report = evaluate([a, b], plan, Workspace(tmp_path / "work"))
     assert report is not None
     assert rows(report)["fid"].comparison.count == 59  # type: ignore[union-attr]
     assert any("the 59 images that both" in note for note in report.notes)
@@ -283,7 +283,7 @@ def test_folders_are_compared_where_their_images_belong_together(reference: Path
     for number in range(10, 20):
         (b / f"{number:04}.png").rename(b / f"y{number}.png")
         (b / f"{number:04}.txt").rename(b / f"y{number}.txt")
-    report = evaluate([a, b], plan, Work(tmp_path / "work"))
+    report = evaluate([a, b], plan, Workspace(tmp_path / "work"))
     assert report is not None
     assert rows(report)["fid"].comparison is None
     assert any("not compared" in note for note in report.notes)
@@ -296,7 +296,9 @@ def test_images_of_the_same_name_in_several_folders_keep_apart(tmp_path: Path, r
     for side in "ab":
         for part in ("x", "y"):
             drawings(tmp_path / side / part, 6, ord(part))
-    report = evaluate([tmp_path / "a", tmp_path / "b"], Plan(("kid",), data=str(reference)), Work(tmp_path / "work"))
+    report = evaluate(
+        [tmp_path / "a", tmp_path / "b"], EvaluationPlan(("kid",), data=str(reference)), Workspace(tmp_path / "work")
+    )
     assert rows(report)["kid"].comparison.count == 12  # type: ignore[union-attr]
     assert rows(report)["kid"].verdict == "no difference"
 
@@ -304,15 +306,15 @@ def test_images_of_the_same_name_in_several_folders_keep_apart(tmp_path: Path, r
 def test_images_of_the_reference_are_noticed(reference: Path, tmp_path: Path) -> None:
     folder = drawings(tmp_path / "a", 6, 7)
     Image.open(reference / "0009.png").save(folder / "0000.bmp")
-    report = evaluate([folder], Plan(("kid",), data=str(reference)), Work(tmp_path / "work"))
+    report = evaluate([folder], EvaluationPlan(("kid",), data=str(reference)), Workspace(tmp_path / "work"))
     assert report is not None
     assert report.notes == ("1 of 7 images of A are in the reference too, so that distances from it are too small",)
 
 
 def test_copies_are_more_than_expected(reference: Path, tmp_path: Path) -> None:
     training = drawings(tmp_path / "training", 40, 5)
-    plan = Plan(("memorisation",), data=str(reference), training=str(training), n=40)
-    report = evaluate([training, drawings(tmp_path / "new", 40, 6)], plan, Work(tmp_path / "work"))
+    plan = EvaluationPlan(("memorisation",), data=str(reference), training=str(training), n=40)
+    report = evaluate([training, drawings(tmp_path / "new", 40, 6)], plan, Workspace(tmp_path / "work"))
     assert report is not None
     (note,) = (note for note in report.notes if note.startswith("near copies"))
     assert "0.050 is to be expected" in note
@@ -325,8 +327,8 @@ def test_mixed_sizes_and_damaged_images(reference: Path, tmp_path: Path) -> None
     data = (a / "0005.png").read_bytes()
     (a / "0005.png").write_bytes(data[: len(data) // 2])
     (b / "0007.png").write_bytes(b"no image")
-    plan = Plan(("fid", "clip-score"), data=str(reference), clip="toy")
-    report = evaluate([a, b], plan, Work(tmp_path / "work"))
+    plan = EvaluationPlan(("fid", "clip-score"), data=str(reference), clip="toy")
+    report = evaluate([a, b], plan, Workspace(tmp_path / "work"))
     assert report is not None
     assert report.sides[0].count == report.sides[1].count == 59
     assert rows(report)["clip-score"].comparison.count == 58  # type: ignore[union-attr]
@@ -335,48 +337,48 @@ def test_mixed_sizes_and_damaged_images(reference: Path, tmp_path: Path) -> None
     for number in range(10, 20):
         (a / f"{number:04d}.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(LdmError, match="11 of 60 images cannot be read"):
-        evaluate([a], plan, Work(tmp_path / "work"))
+        evaluate([a], plan, Workspace(tmp_path / "work"))
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan((), clip="toy"), "no metric is asked for"),
-        (Plan(("fid", "clip-scroe"), data="R"), "did you mean clip-score"),
-        (Plan(("fid",)), "compares with other images"),
-        (Plan(("clip-score",)), "--clip"),
-        (Plan(("psnr",), data="R"), "about a model's autoencoder"),
-        (Plan(("memorisation",), data="R"), "--training"),
-        (Plan(("fid",), data="R", sweeps={"steps": (1,)}), "--sweep"),
-        (Plan(("fid",), data="R", n=1), "n is 1"),
-        (Plan(("precision",), data="R", n=20), "at least 40"),
-        (Plan(("precision",), data="R"), "at least 40"),
-        (Plan(("fid",), data="R", n=1000), "holds 12 images, but 1000 are asked for"),
-        (Plan(("fid",), data="nowhere"), "nowhere does not exist"),
+        (EvaluationPlan((), clip="toy"), "no metric is asked for"),
+        (EvaluationPlan(("fid", "clip-scroe"), data="R"), "did you mean clip-score"),
+        (EvaluationPlan(("fid",)), "compares with other images"),
+        (EvaluationPlan(("clip-score",)), "--clip"),
+        (EvaluationPlan(("psnr",), data="R"), "about a model's autoencoder"),
+        (EvaluationPlan(("memorisation",), data="R"), "--training"),
+        (EvaluationPlan(("fid",), data="R", sweeps={"steps": (1,)}), "--sweep"),
+        (EvaluationPlan(("fid",), data="R", n=1), "n is 1"),
+        (EvaluationPlan(("precision",), data="R", n=20), "at least 40"),
+        (EvaluationPlan(("precision",), data="R"), "at least 40"),
+        (EvaluationPlan(("fid",), data="R", n=1000), "holds 12 images, but 1000 are asked for"),
+        (EvaluationPlan(("fid",), data="nowhere"), "nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_done_is_said(plan: Plan, message: str, tmp_path: Path, reference: Path) -> None:
+def test_what_cannot_be_done_is_said(plan: EvaluationPlan, message: str, tmp_path: Path, reference: Path) -> None:
     folder = drawings(tmp_path / "a", 12, 0)
     data = str(reference) if plan.data == "R" else plan.data
     with pytest.raises(LdmError, match=message):
-        evaluate([folder], Plan(**{**vars(plan), "data": data}), Work(tmp_path / "work"))
+        evaluate([folder], EvaluationPlan(**{**vars(plan), "data": data}), Workspace(tmp_path / "work"))
 
 
 def test_missing_captions_and_empty_folders(reference: Path, tmp_path: Path) -> None:
     bare = drawings(tmp_path / "bare", 12, 0)
     (bare / "0004.txt").unlink()
     with pytest.raises(LdmError, match=r"0004\.png has no caption"):
-        evaluate([bare], Plan(("clip-score",), clip="toy"), Work(tmp_path / "work"))
+        evaluate([bare], EvaluationPlan(("clip-score",), clip="toy"), Workspace(tmp_path / "work"))
     for path in bare.glob("*.png"):
         path.with_suffix(".txt").write_text("a red circle")
     with pytest.raises(LdmError, match="R-precision needs different captions"):
-        evaluate([bare], Plan(("r-precision",), clip="toy"), Work(tmp_path / "work"))
+        evaluate([bare], EvaluationPlan(("r-precision",), clip="toy"), Workspace(tmp_path / "work"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match="holds no image"):
-        evaluate([tmp_path / "empty"], Plan(("fid",), data=str(reference)), Work(tmp_path / "work"))
+        evaluate([tmp_path / "empty"], EvaluationPlan(("fid",), data=str(reference)), Workspace(tmp_path / "work"))
     single = drawings(tmp_path / "single", 1, 0)
     with pytest.raises(LdmError, match="1 images; at least 2"):
-        evaluate([single], Plan(("fid",), data=str(reference)), Work(tmp_path / "work"))
+        evaluate([single], EvaluationPlan(("fid",), data=str(reference)), Workspace(tmp_path / "work"))
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------
@@ -385,28 +387,28 @@ def test_missing_captions_and_empty_folders(reference: Path, tmp_path: Path) -> 
 def test_chunks_are_found_again_and_mended(tmp_path: Path) -> None:
     looked: list[range] = []
 
-    def find(numbers: range) -> Part:
+    def find(numbers: range) -> Found:
         looked.append(numbers)
         if len(looked) == 3:
             raise KeyboardInterrupt
         kept = [number for number in numbers if number != 7]
-        return Part(
+        return Found(
             {"x": torch.tensor(kept).float()[:, None]}, kept, str(numbers), {"7": "bad"} if 7 in numbers else {}
         )
 
     count = 3 * CHUNK + 5
     with pytest.raises(KeyboardInterrupt):
-        in_chunks("x", "name", count, find, Work(tmp_path))
+        in_chunks("x", "name", count, find, Workspace(tmp_path))
     chunk = tmp_path / "found" / "name" / "000001.safetensors"
     content = bytearray(chunk.read_bytes())
     content[-3] ^= 1
     chunk.write_bytes(content)
-    found = in_chunks("x", "name", count, find, Work(tmp_path))
+    found = in_chunks("x", "name", count, find, Workspace(tmp_path))
     assert looked[3:] == [range(CHUNK, 2 * CHUNK), range(2 * CHUNK, 3 * CHUNK), range(3 * CHUNK, count)]
     assert found.values["x"][:, 0].tolist() == found.index.tolist() == [n for n in range(count) if n != 7]
     assert found.skipped == {"7": "bad"}
     assert [path.name for path in (tmp_path / "found" / "name").glob("[!.]*")] == ["all.safetensors"]
-    assert in_chunks("x", "name", count, find, Work(tmp_path)).digest == found.digest
+    assert in_chunks("x", "name", count, find, Workspace(tmp_path)).digest == found.digest
     assert len(looked) == 6
 
 
@@ -438,12 +440,12 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
         raise LdmError(f"{number} is broken")
 
     with pytest.raises(LdmError, match="no image can be read: 0 is broken"):
-        in_chunks("x", "n", 3, lambda numbers: look(numbers, read, Toy().prepare, Toy()), Work(tmp_path))
+        in_chunks("x", "n", 3, lambda numbers: look(numbers, read, Toy().prepare, Toy()), Workspace(tmp_path))
 
 
 def test_a_changed_image_is_looked_at_again(tmp_path: Path) -> None:
     folder = drawings(tmp_path / "a", 3, 0)
-    before = images_of(folder, Work(tmp_path / "w")).stamp
-    assert images_of(folder, Work(tmp_path / "w")).stamp == before
+    before = images_of(folder, Workspace(tmp_path / "w")).stamp
+    assert images_of(folder, Workspace(tmp_path / "w")).stamp == before
     Image.new("RGB", (9, 9)).save(folder / "0001.png")
-    assert images_of(folder, Work(tmp_path / "w")).stamp != before
+    assert images_of(folder, Workspace(tmp_path / "w")).stamp != before

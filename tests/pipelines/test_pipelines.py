@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.models.autoencoder import AutoencoderConfig, Point
+from ldm.models.autoencoder import AutoencoderConfig, PointPosterior
 from ldm.sampling import preview
 from ldm.sampling.guidance import Guidance, from_latents, signal_and_noise, thresholded, to_latents
 from ldm.sampling.loop import Step, Time
@@ -320,9 +320,9 @@ def test_previews_are_fitted_to_the_autoencoder() -> None:
             self.config = AutoencoderConfig(channels=(32, 32, 32), attention=(False,) * 3, scaling_factor=0.5)
             self.mix = torch.nn.Linear(3, 4)
 
-        def encode(self, pixels: torch.Tensor) -> Point:
+        def encode(self, pixels: torch.Tensor) -> PointPosterior:
             small = torch.nn.functional.avg_pool2d(pixels, 4)
-            return Point(self.mix(small.movedim(1, -1)).movedim(-1, 1))
+            return PointPosterior(self.mix(small.movedim(1, -1)).movedim(-1, 1))
 
     autoencoder: Any = Linear()
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1

@@ -8,7 +8,7 @@ import torch
 
 from ldm.models.layers import ResnetBlock, TransformerBlock
 from ldm.models.unet import Conditioning
-from ldm.runtime.precomputing import AHEAD, Clock, Given, prepared
+from ldm.runtime.precomputing import AHEAD, Given, TimeTable, prepared
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl", "sdxl-refiner", "emoji-refiner"])
@@ -53,7 +53,7 @@ def test_the_time_is_computed_once_for_many_steps(name: str) -> None:
     blocks = sum(isinstance(module, ResnetBlock) for module in unet.modules())
     times = [999.0 - 3 * step for step in range(AHEAD + 2)]
     with torch.inference_mode():
-        clock = Clock(prepared(unet, cond), cond, [times[0], *times])  # some schedulers ask twice
+        clock = TimeTable(prepared(unet, cond), cond, [times[0], *times])  # some schedulers ask twice
         for number, time in enumerate([*times, 0.5, times[5]]):  # one that nobody spoke of, and back
             x = torch.randn(2, c.in_channels, 8, 9)
             wanted = unet(x, torch.tensor(time), cond)

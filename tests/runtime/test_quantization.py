@@ -226,7 +226,7 @@ def test_bench_measures_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Ours alone; the others keep the weights as they are."""
     seen: list[LatentDiffusion] = []
     monkeypatch.setattr(bench, "ours", lambda model, call: seen.append(model))
-    options, call = bench.Options(str(models / "sd15"), quantize="int8"), bench.Call(64, 64, 1, 5.0)
+    options, call = bench.BenchOptions(str(models / "sd15"), quantize="int8"), bench.Call(64, 64, 1, 5.0)
     for name in (bench.OURS, "plain"):
         bench.make_side(name, options, call, torch.device("cpu"), torch.bfloat16)
     assert quantised(seen[0].unet) and not quantised(seen[1].unet)

@@ -7,7 +7,7 @@ from functools import reduce
 import pytest
 import torch
 
-from ldm.training.latents import Moments, measure, merge, over_ranks
+from ldm.training.latents import LatentMoments, measure, merge, over_ranks
 
 
 def test_pieces_give_the_whole() -> None:
@@ -42,4 +42,4 @@ def test_ranks_give_the_whole() -> None:
     found = over_ranks(parts[0], sums)
     for mine, expected in zip(vars(found).values(), vars(whole).values(), strict=True):
         torch.testing.assert_close(mine, expected)
-    assert isinstance(found, Moments)
+    assert isinstance(found, LatentMoments)

@@ -36,7 +36,7 @@ from ldm.training import checkpoint
 from ldm.training.config import Config, ModelSection, load
 from ldm.training.ema import recombine
 from ldm.training.loop import Stopped
-from ldm.training.run import Caches, Run, train
+from ldm.training.run import Caches, TrainingRun, train
 from ldm.training.stages.denoiser import DenoiserStage, Joint
 from ldm.training.start import starting_model
 from ldm.weights.tensors import LINEAGE, read_header
@@ -156,7 +156,7 @@ def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
     validation = [row["validation/loss"] for row in lines(tmp_path / "r") if "validation/loss" in row]
     assert validation[-1] < 0.4
     trained = LatentDiffusion.from_pretrained(tmp_path / "r" / "base" / "model")
-    run = Run(settings, None, lambda *_: None)
+    run = TrainingRun(settings, None, lambda *_: None)
     batch = next(iter(run._batches(run.accelerator, run.config.base, Caches(), 0)))[0]
     assert batch.pixels is not None
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
     """A refactor must not change it. To record it anew: GOLDEN=write pytest tests/training/test_train.py."""
     train(config(shapes, tmp_path / "r", "base.steps=12", "base.min_snr=5", "base.noise_offset=0.05"))
-    path = Path(__file__).parents[1] / "data" / "golden_loss.json"
+    path = Path(__file__).parents[1] / "recorded" / "golden_loss.json"
     if os.environ.get("GOLDEN") == "write":
         path.write_text(json.dumps([round(value, 6) for value in losses(tmp_path / "r")]))
     assert losses(tmp_path / "r") == pytest.approx(json.loads(path.read_text()), rel=1e-3)
@@ -217,7 +217,7 @@ def test_a_refiner_follows_its_base(shapes: Path, tmp_path: Path) -> None:
 
 def test_text_encoders_learn_with_the_unet(shapes: Path, tmp_path: Path) -> None:
     settings = config(shapes, tmp_path / "r", "base.train_text=true", "base.text_learning_rate=[1e-3]", "base.steps=3")
-    before = Run(settings, None, lambda *_: None).start("base", None).text_encoders.state_dict()
+    before = TrainingRun(settings, None, lambda *_: None).start("base", None).text_encoders.state_dict()
     train(settings)
     after = LatentDiffusion.from_pretrained(tmp_path / "r" / "base" / "model").text_encoders.state_dict()
     moved = [name for name in after if not torch.equal(before[name].float(), after[name])]

@@ -22,7 +22,7 @@ from test_train import TINY, Pulled, lines, losses, weights
 from ldm.cli.train import make_images
 from ldm.errors import LdmError
 from ldm.evaluation import features
-from ldm.evaluation.evaluation import Plan
+from ldm.evaluation.evaluation import EvaluationPlan
 from ldm.evaluation.networks import extractors
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config, load
@@ -248,7 +248,7 @@ def test_nothing_to_make_images_with(images: Path, tmp_path: Path) -> None:
     with pytest.raises(LdmError, match=r"base\.evaluation\.every: nothing is given that makes images"):
         train(config(images, tmp_path / "r", *CHOOSING))
     with pytest.raises(LdmError, match=r"base\.evaluation: a stream holds no images out"):
-        check_evaluation("base", Plan(("fid",)))
+        check_evaluation("base", EvaluationPlan(("fid",)))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ sys.path[:0] = [tests, f"{tests}/evaluation"]
 from test_evaluation import Toy
 from ldm.evaluation.networks import extractors
 from ldm.evaluation import features
-from ldm.evaluation.evaluation import Plan
+from ldm.evaluation.evaluation import EvaluationPlan
 features.open_extractor = lambda spec, device: Toy()
 from ldm.cli.train import run
 run(sys.argv[1], sys.argv[2:])

@@ -25,7 +25,7 @@ from ldm.weights.components import build
 from ldm.weights.sources import open_source
 from ldm.weights.tensors import DTYPES, NAMES
 
-KEYS = Path(__file__).parents[1] / "data"
+KEYS = Path(__file__).parents[1] / "recorded"
 RECORDED = ("sd15", "sd15-inpaint", "sd2", "sdxl", "sdxl-inpaint", "sdxl-refiner")  # sd2-v is the same as sd2
 
 

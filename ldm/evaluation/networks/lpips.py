@@ -28,7 +28,7 @@ EPS = 1e-10  # added to the length of the features of a place
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrunkStage:
     """Convolutions with ReLUs up to a feature map that is compared."""
 
     convs: tuple[tuple[int, int, int, int], ...]  # channels out, kernel, stride, padding of each
@@ -39,25 +39,25 @@ class Stage:
 class Backbone:
     """The trunk of a classifier."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[TrunkStage, ...]
     smallest: int  # height and width in pixels of the smallest image that leaves something in the last stage
 
 
 BACKBONES = {
     "vgg16": Backbone(
         tuple(
-            Stage(((width, 3, 1, 1),) * count, pool)
+            TrunkStage(((width, 3, 1, 1),) * count, pool)
             for width, count, pool in ((64, 2, 0), (128, 2, 2), (256, 3, 2), (512, 3, 2), (512, 3, 2))
         ),
         smallest=16,
     ),
     "alex": Backbone(
         (
-            Stage(((64, 11, 4, 2),)),
-            Stage(((192, 5, 1, 2),), pool=3),
-            Stage(((384, 3, 1, 1),), pool=3),
-            Stage(((256, 3, 1, 1),)),
-            Stage(((256, 3, 1, 1),)),
+            TrunkStage(((64, 11, 4, 2),)),
+            TrunkStage(((192, 5, 1, 2),), pool=3),
+            TrunkStage(((384, 3, 1, 1),), pool=3),
+            TrunkStage(((256, 3, 1, 1),)),
+            TrunkStage(((256, 3, 1, 1),)),
         ),
         smallest=31,
     ),

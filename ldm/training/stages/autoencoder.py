@@ -24,10 +24,10 @@ from ldm.evaluation.metrics.reconstruction import WINDOW, psnr, ssim
 from ldm.evaluation.networks.lpips import BACKBONES, LPIPS, load_lpips
 from ldm.images import grid, to_images
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian, Point, VQModel
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian, PointPosterior, VQModel
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.training.config import AutoencoderSection
-from ldm.training.latents import Moments, measure, merge, over_ranks
+from ldm.training.latents import LatentMoments, measure, merge, over_ranks
 from ldm.training.losses.codebook import MovingCodebook, codebook_losses
 from ldm.training.losses.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
 from ldm.training.optimizers import make_optimizer
@@ -57,7 +57,7 @@ class Spread:
     """The moments of the latents of the first images that come by."""
 
     most: int  # images
-    moments: Moments
+    moments: LatentMoments
     images: int = 0
 
     @property
@@ -260,7 +260,7 @@ class AutoencoderStage:
         """Room for this rank's share of the images to measure."""
         channels = torch.zeros(self.model.autoencoder.config.channels_out, dtype=torch.float64)
         share = -(-self.section.measure // self.accelerator.num_processes)
-        return Spread(share, Moments(torch.zeros((), dtype=torch.float64), channels, channels))
+        return Spread(share, LatentMoments(torch.zeros((), dtype=torch.float64), channels, channels))
 
     @torch.no_grad()
     def _look(self, batches: Iterable[Batch], spread: Spread) -> dict[str, float]:
@@ -285,14 +285,14 @@ class AutoencoderStage:
             means_of.pop("lpips", None)
         return means_of
 
-    def _reconstruct(self, target: Tensor) -> tuple[Tensor, DiagonalGaussian | Point]:
+    def _reconstruct(self, target: Tensor) -> tuple[Tensor, DiagonalGaussian | PointPosterior]:
         """Reconstructions (B, 3, H, W) from the most probable latents, and how the latents are distributed."""
         posterior = self.model.autoencoder.encode(target)
         return self.model.autoencoder.decode(posterior.mode()), posterior
 
-    def _latents(self, posterior: DiagonalGaussian | Point, batch: Batch) -> Tensor:
+    def _latents(self, posterior: DiagonalGaussian | PointPosterior, batch: Batch) -> Tensor:
         """Unscaled latents (B, C, h, w) as the U-Net will be trained on: sampled, and before they are quantised."""
-        if isinstance(posterior, Point):
+        if isinstance(posterior, PointPosterior):
             return posterior.value
         return posterior.mean + posterior.std * self._noise(batch, "validation")
 
