@@ -73,7 +73,7 @@ def test_a_mean_that_is_large_beside_the_spread(kernels: ModuleType, side: int) 
         assert far <= distance(norm.double()(x.double()).float(), exact) + distance(norm.float()(x), exact)
 
 
-def test_a_image_gives_the_same_in_any_batch(kernels: ModuleType) -> None:
+def test_an_image_gives_the_same_in_any_batch(kernels: ModuleType) -> None:
     norm, x = random(nn.GroupNorm(4, 24), torch.float32), torch.randn(3, 24, 20, 20).to(memory_format=LAST)
     offset = torch.randn(3, 24)
     with torch.inference_mode():

@@ -108,7 +108,7 @@ assert not found, found
 """
 
 
-def test_a_image_needs_little_beside_torch(tmp_path: Path) -> None:
+def test_an_image_needs_little_beside_torch(tmp_path: Path) -> None:
     """With the built-in model and its own scheduler; what `import torch` brings does not count."""
     image = tmp_path / "fox.png"
     done = subprocess.run(

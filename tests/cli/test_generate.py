@@ -60,14 +60,14 @@ def test_images_and_their_record(ldm: Any, tmp_path: Path) -> None:
         ["--merge", "0.4", "--reuse", "2", "--scheduler", "euler"],
     ],
 )
-def test_a_image_can_be_made_again(ldm: Any, arguments: list[str]) -> None:
+def test_an_image_can_be_made_again(ldm: Any, arguments: list[str]) -> None:
     assert ldm("generate", "a (cat:1.2)", "--steps", 3, "--seed", 7, "--out", "a.png", *arguments)[0] == 0
     code, out, _ = ldm("repro", "a.png", "--device", "cpu", "--out", "b.png")
     assert (code, out) == (0, "identical: largest difference 0, mean 0.0000 of 255\n")
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
 
 
-def test_a_image_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path) -> None:
+def test_an_image_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path) -> None:
     """To the bit, though numbers are rounded otherwise in a batch of another size."""
     made = ldm("generate", "a cat", "a dog", "-n", 2, "--steps", 3, "--seed", 7, "--dtype", "bf16")[1].split()
     records = [read_settings(tmp_path / path)[0] or {} for path in made]
@@ -152,7 +152,7 @@ def test_damaged_records_are_refused(ldm: Any, tmp_path: Path, change: dict[str,
     assert message in err
 
 
-def test_a_image_of_another_run_is_not_replaced(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_another_run_is_not_replaced(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs into one folder have counted the same images there before either had finished one."""
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
     made = [ldm("generate", "a cat", "--steps", steps, "--seed", 1)[1].strip() for steps in (1, 2)]
@@ -362,7 +362,7 @@ def test_a_record_keeps_file_names_that_are_no_text(tmp_path: Path) -> None:
     assert read_settings(tmp_path / "a.png") == (record, r"Model: b\udcff")
 
 
-def test_a_image_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -372,7 +372,7 @@ def test_a_image_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
+def test_an_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
     """Without quick layers numbers are rounded otherwise: in bf16 that is seen."""
     arguments = ("--steps", 2, "--seed", 7, "--dtype", "bf16", "--offload", "layers", "--out", "a.png")
     assert ldm("generate", "a cat", *arguments)[0] == 0

@@ -148,7 +148,7 @@ def test_tiles_leave_the_model_alone() -> None:
         assert torch.equal(model.decode(z), before)
 
 
-def test_a_image_of_one_tile_is_not_tiled() -> None:
+def test_an_image_of_one_tile_is_not_tiled() -> None:
     model = build_autoencoder(SMALL).eval()
     with torch.no_grad():
         z = torch.randn(1, 4, 8, 8)

@@ -124,7 +124,7 @@ def test_it_starts_from_images_and_fills_them_in(pipeline: Pipeline) -> None:
         ("red heart, twemoji style", None),
     ],
 )
-def test_any_prompt_gives_a_image_and_unknown_words_a_note(
+def test_any_prompt_gives_an_image_and_unknown_words_a_note(
     pipeline: Pipeline, caplog: pytest.LogCaptureFixture, prompt: str, unknown: str | None
 ) -> None:
     assert len(pipeline([prompt, prompt], seed=1, steps=2).images) == 2

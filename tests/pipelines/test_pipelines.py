@@ -238,7 +238,7 @@ def test_a_hand_over_outside_of_the_run_is_refused_at_once(folders: dict[str, Pa
 @pytest.mark.parametrize(
     "scheduler", ["euler", "euler-a", "ddim", "dpm++2m-sde", "dpm++3m-sde", "dpm++sde", "lcm", "ddpm"]
 )
-def test_a_image_is_the_same_in_any_batch(folders: dict[str, Path], scheduler: str) -> None:
+def test_an_image_is_the_same_in_any_batch(folders: dict[str, Path], scheduler: str) -> None:
     pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
     settings = {"steps": 5, "scheduler": scheduler, "output": "latents"}
     together = pipeline(["a cat", "a dog"], n=2, batch=4, seed=10, **settings)

@@ -200,7 +200,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
             quantize(tiny.model("sd15").unet, name)
 
 
-def test_a_image_says_so_and_is_made_again(
+def test_an_image_says_so_and_is_made_again(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def call(*arguments: object) -> tuple[int, str, str]:

@@ -55,7 +55,7 @@ def test_kl_by_hand() -> None:
     assert kl_loss(posterior, torch.empty(2, 3, 4, 4)).item() == pytest.approx(expected)
 
 
-def test_the_sum_is_latent_diffusions_over_the_values_of_a_image() -> None:
+def test_the_sum_is_latent_diffusions_over_the_values_of_an_image() -> None:
     model, _, perceptual = networks()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     reconstruction, posterior = model(x)
