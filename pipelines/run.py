@@ -89,7 +89,7 @@ class SamplingRun:
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
         """The size ids (B, 6 or 5) for the prompts and for the negative prompts."""
         request, family = self.request, self.model.family
-        if not family.unet.size_ids:
+        if not family.xl:
             return None, None
         here = (request.height, request.width)
         original, target = request.original_size or here, request.target_size or here
@@ -108,7 +108,7 @@ class SamplingRun:
     @cached_property
     def plan(self) -> SamplingPlan:
         """The scheduler of this run with all of its timesteps."""
-        return self.request.plan(self.schedule, bool(self.model.family.unet.pooled_dim))
+        return self.request.plan(self.schedule, self.model.family.xl)
 
     def calls_before(self, part: float) -> int:
         """Calls of the denoiser in the first `part` (0 to 1) of the noise levels."""
