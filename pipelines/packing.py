@@ -1,4 +1,4 @@
-"""Batching: how many images are made at a time; by default as many as keep a device busy, of prompts alike in length."""
+"""Batching: how many images are made at a time; by default as many as keep a device busy."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from ldm.models.prompts import PromptReader
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
 from pipelines import settings
-from pipelines.settings import LARGEST_SEED, LARGEST_SIDE, Elsewhere
+from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,11 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     Raises:
         LdmError: a setting is not known, or its value not allowed.
     """
-    values = settings.checked({**given, "prompt": prompt}, settings.at("python"))
+    values = settings.checked({**given, "prompt": prompt}, "python")
     image = load_image(values["image"]) if "image" in values else None
     mask = load_image(values["mask"], "L") if "mask" in values else None
-    filled: dict[str, Any] = {
-        row.name: None if isinstance(row.default, Elsewhere) else row.default for row in settings.SETTINGS
-    }
+    rows = settings.SETTINGS
+    filled = {row.name: row.usual for row in rows}
     filled |= defaults(family, image, masked=mask is not None) | values
     prompts = [values["prompt"]] if isinstance(values["prompt"], str) else values["prompt"]
     if not prompts or None in prompts:

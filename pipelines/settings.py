@@ -71,6 +71,11 @@ class Setting:
         """Its key in a record."""
         return self.record or self.name
 
+    @property
+    def usual(self) -> Any:
+        """Its default; None if that depends on the model or on other settings."""
+        return None if isinstance(self.default, Elsewhere) else self.default
+
     def check(self, value: Any, called: str = "") -> Any:
         """The value as the pipeline takes it: lists as tuples, structured texts parsed.
 
@@ -90,12 +95,14 @@ class Setting:
         Raises:
             LdmError: it stands for none, or for one that is not allowed.
         """
+        value: Any = text
         try:
             value = self.kind.parse(text)
+            allowed = self.kind.allowed(value)
         except ValueError:
-            value = None
-        if value is None or not self.kind.allowed(value):
-            raise LdmError(f"{called or self.name} {text!r}: {self.kind.needed} is needed")
+            allowed = False
+        if not allowed:
+            raise LdmError(f"{called or self.name} {value!r}: {self.kind.needed} is needed")
         return value
 
 
@@ -254,6 +261,8 @@ SETTINGS: tuple[Setting, ...] = (
             names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
             used=lambda request: request.task in ("image-to-image", "inpaint")),
     Setting("mask", IMAGE, "Which of its pixels (white) are made anew.", names=("mask_image",), closed=FROM_TEXT),
+    Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out.", 0, a1111="Clip skip",
+            names=("stop_at_clip_layer",)),
     Setting("refiner_at", number(0.01, 0.99), "Part of the run after which the refiner takes over, such as 0.8.",
             Elsewhere("it refines the finished image"),
             names=("denoising_end", "refiner_switch_at"), used=lambda request: bool(request.refiner_at)),
@@ -265,8 +274,6 @@ SETTINGS: tuple[Setting, ...] = (
             used=lambda request: bool(request.hires)),
     Setting("hires_latents", FLAG, "Enlarge the latents for it, not the image.", False,
             used=lambda request: bool(request.hires)),
-    Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out.", 0, a1111="Clip skip",
-            names=("stop_at_clip_layer",)),
     Setting("weights", FLAG, "Read (brackets:1.2) as weights.", True),
     Setting("chunks", FLAG, "Split long prompts instead of cutting them.", True),
     Setting("eta", PART, "Noise of DDIM's and TCD's steps, 0 to 1.", 0.0),
@@ -304,6 +311,8 @@ LOADING: tuple[Setting, ...] = (
     Setting("attention", NAME,
             "Kernel: sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; auto is the best.", "auto",
             closed=ONE_MODEL),
+    Setting("quick", FLAG, "Fused layers in place of plain ones.", True,
+            closed=dict.fromkeys(("shell", "list", "record", "eval"), "plain layers are for comparing: ldm bench")),
     Setting("compile", FLAG, "Compile the networks first: for many images.", False, closed=ONE_MODEL),
     Setting("quantize", choice("int8", "int8-weights", "fp8"),
             "int8, int8-weights or fp8: linear layers with weights of 8 bits, by torchao.", closed=ONE_MODEL),
@@ -322,35 +331,49 @@ def at(door: str, rows: Iterable[Setting] | None = None) -> dict[str, Setting]:
     return {row.name: row for row in (SETTINGS if rows is None else rows) if door not in row.closed}
 
 
-def find(name: str, rows: Mapping[str, Setting], what: str) -> Setting:
-    """The row of that name, written with hyphens or underscores.
+def find(name: str, door: str, called: str = "", rows: Iterable[Setting] | None = None) -> Setting:
+    """The row of that name, written with hyphens or underscores, if it comes in by that door.
 
     Raises:
-        LdmError: there is none; the nearest is offered, also for what other programs call it.
+        LdmError: there is none, and the nearest is offered, also for what other programs call it; or why not here.
     """
-    plain = name.replace("-", "_")
-    if plain in rows:
-        return rows[plain]
-    called = {other: row.name for row in rows.values() for other in (row.name, *row.names)}
-    near = difflib.get_close_matches(plain, called, 1, 0.4)
-    hint = f"did you mean {called[near[0]]}?" if near else f"known are {', '.join(rows)}"
-    raise LdmError(f"{what}; {hint}")
+    called, plain = called or f"setting {name}", name.replace("-", "_")
+    rows = SETTINGS if rows is None else tuple(rows)
+    for row in rows:
+        if row.name == plain and door in row.closed:
+            raise LdmError(f"{called} is not taken here: {row.closed[door]}")
+        if row.name == plain:
+            return row
+    names = {other: row.name for row in at(door, rows).values() for other in (row.name, *row.names)}
+    near = difflib.get_close_matches(plain, names, 1, 0.4)
+    hint = f"did you mean {names[near[0]]}?" if near else f"known are {', '.join(at(door, rows))}"
+    raise LdmError(f"{called} is not known; {hint}")
 
 
-def checked(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:
-    """Settings as the pipeline takes them, each within its bounds; those that are None are left out.
+def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
+    """Settings of a call as the pipeline takes them, each within its bounds; those that are None are left out.
 
     Raises:
         LdmError: a name is not known, or a value is not allowed.
     """
     values: dict[str, Any] = {}
     for name, value in expanded(given).items():
-        row = find(name, rows, f"setting {name!r} is not known")
+        row = find(name, door)
         if value is not None:
             values[row.name] = row.check(value)
     if "size" in values:
         values = dict(zip(("width", "height"), values.pop("size"), strict=True)) | values
     return values
+
+
+def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:
+    """Settings from the command line: texts as values within their bounds; those that are not given are left out.
+
+    Raises:
+        LdmError: a text has no meaning, or a value is not allowed.
+    """
+    texts = {row: given[name] for name, row in rows.items() if given.get(name) is not None}
+    return {row.name: row.parse(text, row.option) if isinstance(text, str) else text for row, text in texts.items()}
 
 
 def expanded(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.cli.common import to_dtype
-from ldm.cli.generate import parse_size
 from ldm.errors import LdmError, first_line
 from ldm.families import FAMILIES, Family
 from ldm.files import replacing, write_json
@@ -47,7 +45,8 @@ from ldm.weights.configs import write_autoencoder, write_schedule, write_text, w
 from ldm.weights.sources import open_source
 from ldm.weights.tokenizer import write_tokenizer
 from pipelines import Pipeline
-from pipelines.tuning import Tuning, default_device, default_dtype, device_named
+from pipelines.settings import find
+from pipelines.tuning import Tuning, default_device, default_dtype, device_named, dtype_named
 
 log = logging.getLogger(__name__)
 PROMPT = "a photograph of an astronaut riding a horse"
@@ -125,9 +124,9 @@ def run(options: BenchOptions) -> None:
     if options.cold and not path.is_dir():
         raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
     device = device_named(options.device or default_device())
-    dtype = to_dtype(options.dtype) or default_dtype(device)
+    dtype = dtype_named(options.dtype) or default_dtype(device)
     family = _family(options.source) or open_source(options.source, verify=False).family
-    width, height = parse_size(options.size) if options.size else (family.size,) * 2
+    width, height = find("size", "shell").parse(options.size, "--size") if options.size else (family.size,) * 2
     call = Call(width, height, options.batch, family.guidance)
     factor = family.autoencoder.factor
     work = 2 * call.batch * products(family, call.height // factor, call.width // factor)
@@ -255,7 +254,9 @@ def make_side(name: str, options: BenchOptions, call: Call, device: torch.device
         tuning = Tuning(compile=options.compile, quantize=options.quantize, offload="none")
         return ours(_model(options.source, device, dtype, tuning), call)
     model = _model(options.source, device, dtype, Tuning("sdpa", quick=False, offload="none"))
-    return ours(model, call) if name == "plain" else theirs(model, call, to_dtype(options.rival_dtype) or dtype, name)
+    return (
+        ours(model, call) if name == "plain" else theirs(model, call, dtype_named(options.rival_dtype) or dtype, name)
+    )
 
 
 def reset_peak(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from ldm.training.run import train
 from pipelines import Pipeline
 
 
-def run(config: str, overrides: Sequence[str]) -> None:
+def train_models(config: str, overrides: Sequence[str]) -> None:
     """Train what a configuration says."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)

@@ -288,8 +288,8 @@ from ldm.evaluation.networks import extractors
 from ldm.evaluation import features
 from ldm.evaluation.evaluation import EvaluationPlan
 features.open_extractor = lambda spec, device: Toy()
-from ldm.cli.train import run
-run(sys.argv[1], sys.argv[2:])
+from ldm.cli.train import train_models
+train_models(sys.argv[1], sys.argv[2:])
 """
 
 
