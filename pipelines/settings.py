@@ -372,8 +372,8 @@ def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, A
     Raises:
         LdmError: a text has no meaning, or a value is not allowed.
     """
-    texts = {row: given[name] for name, row in rows.items() if given.get(name) is not None}
-    return {row.name: row.parse(text, row.option) if isinstance(text, str) else text for row, text in texts.items()}
+    found = [(row, given[name]) for name, row in rows.items() if given.get(name) is not None]
+    return {row.name: row.parse(value, row.option) if isinstance(value, str) else value for row, value in found}
 
 
 def expanded(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,24 +150,24 @@ def test_killed_and_continued_is_the_same(
         (["MODEL", "--data", "SHAPES", "--with", "stesp=3", "--metrics", "psnr"], "did you mean steps?"),
         (
             ["MODEL", "--data", "SHAPES", "--with-b", "seed=3", "--metrics", "psnr"],
-            "--with seed is not taken here: its own --seed",
+            "--with seed is not taken here",
         ),
         (["MODEL", "--data", "SHAPES", "--with-b", "steps=3", "--metrics", "psnr"], "there is one alone"),
         (
             ["MODEL", "--data", "SHAPES", "--sweep", "prompt=1,2", "--metrics", "psnr"],
-            "--sweep prompt is not taken here",
+            "prompt is not taken here",
         ),
         (["SHAPES", "--data", "SHAPES", "--with", "steps=3", "--metrics", "fid"], "leave out --with steps"),
         (["MODEL", "--data", "SHAPES", "--with", "steps=0", "--metrics", "psnr"], "steps 0: a whole"),
         (
             ["MODEL", "--data", "SHAPES", "--with", "refiner=5", "--metrics", "psnr"],
-            "refiner 5: the name of a model is needed",
+            "refiner 5: the name of a model",
         ),
         (["MODEL", "--data", "SHAPES", "--with", "allow_pickle=maybe", "--metrics", "psnr"], "true or false is needed"),
         (["MODEL", "--data", "SHAPES", "--sweep", "guidance=1,x"], "--sweep 'guidance=1,x'"),
         (
             ["MODEL", "--data", "SHAPES", "--sweep", "size=64,128", "--metrics", "psnr"],
-            "--sweep size: all images of an evaluation have one size",
+            "--sweep size: all images",
         ),
         (["MODEL", "--data", "SHAPES", "--sweep", "scheduler=euler,euler", "--metrics", "psnr"], "each value once"),
         (["MODEL", "--data", "SHAPES", "--sweep", "scheduler=euler,oiler", "--metrics", "psnr"], "'oiler'"),
