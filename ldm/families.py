@@ -115,8 +115,13 @@ class Family:
         return {latents + 1: "inpaint", latents: "edit"}.get(extra, "text")
 
     @property
+    def xl(self) -> bool:
+        """Whether it is SDXL or its refiner in kind: the U-Net reads pooled text and size ids too."""
+        return self.unet.pooled_dim > 0
+
+    @property
     def refiner(self) -> bool:
-        """Whether it takes an aesthetic score in the place of the target size."""
+        """Whether it is SDXL's refiner in kind: an aesthetic score takes the place of the target size."""
         return self.unet.size_ids == 5
 
 
@@ -306,4 +311,4 @@ def recognised(family: Family) -> Family:
         same_prediction = family.schedule.prediction_type == known.schedule.prediction_type
         if same_unet and family.text == known.text and same_prediction:
             return replace(family, name=known.name, steps=known.steps, guidance=known.guidance, preview=known.preview)
-    return replace(family, name="custom", guidance=SDXL.guidance if family.unet.pooled_dim else SD15.guidance)
+    return replace(family, name="custom", guidance=SDXL.guidance if family.xl else SD15.guidance)

@@ -110,7 +110,7 @@ class Request:
                     f"scheduler {self.scheduler!r}: a name, or an object with diffusers' interface, is needed"
                 )
         else:
-            self.plan(family.schedule, bool(family.unet.pooled_dim))
+            self.plan(family.schedule, family.xl)
         if not _whole(self.reuse) or not 1 <= self.reuse <= MOST_STEPS:
             raise LdmError(f"reuse {self.reuse!r}: a whole number from 1 (never) to {MOST_STEPS} is needed")
         if self.reuse > 1 and len(family.unet.channels) < 2:
