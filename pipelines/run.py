@@ -22,8 +22,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import sliced_decode, sliced_encode, tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
-from ldm.patches.deepcache import reusing
-from ldm.patches.token_merging import merging
+from ldm.patches.patching import patched
 from ldm.process import NoiseSchedule
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
@@ -116,11 +115,9 @@ class SamplingRun:
         return self.plan.calls_before(part, self.schedule.train_steps)
 
     def unet(self) -> UNet:
-        """The U-Net for one run, from now on."""
+        """The U-Net for one run, with the patches that the request asks for."""
         self.model.bring(self.model.unet)
-        reuse, merge = self.request.reuse, self.request.merge
-        unet = merging(self.model.unet, merge) if merge else self.model.unet
-        return reusing(unet, reuse) if reuse > 1 else unet
+        return patched(self.model.unet, vars(self.request))
 
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""

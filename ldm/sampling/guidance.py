@@ -5,7 +5,7 @@ B images, C latent channels, h×w height and width of the latents
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 
@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.models.attention import Kernel
-from ldm.models.layers import TransformerBlock
-from ldm.models.surgery import twin
 from ldm.models.unet import Conditioning, UNet
+from ldm.patches.patching import patched
 from ldm.process import NoiseSchedule
 from ldm.runtime.precomputing import TimeTable, prepared
 from ldm.sampling.loop import Denoise, Time
@@ -35,7 +33,7 @@ class Guidance:
 
     @property
     def classifier_free(self) -> bool:
-        """Whether the negative prompt is looked at."""
+        """Whether the negative prompt takes part."""
         return self.scale > 1
 
     def __post_init__(self) -> None:
@@ -52,14 +50,16 @@ class Guidance:
 
 
 def join(*conds: Conditioning) -> Conditioning:
-    """Conditionings one below the other, in one batch."""
+    """Conditionings joined into one batch."""
     columns = ([getattr(cond, field.name) for cond in conds] for field in fields(Conditioning))
     return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 def plain(unet: UNet, cond: Conditioning, times: Sequence[float], extra: Tensor | None = None) -> Denoise:
-    """The U-Net's own prediction at the timesteps of a run; `extra` (B or 1, C, h, w) are more channels that it reads:
-    the mask …"""
+    """The U-Net's prediction for `cond` alone, at the timesteps of a run.
+
+    `extra` (B or 1, C, h, w) are channels that the U-Net reads beside the latents, such as an inpainting mask.
+    """
     clock = TimeTable(prepared(unet, cond), cond, times)
     channels = None if extra is None else extra.expand(len(cond.text), -1, -1, -1)
 
@@ -81,29 +81,31 @@ def guided(
 ) -> Denoise:
     """The U-Net's prediction for `cond`, pushed away from the one for `negative` as `guidance` says.
 
-    Where guidance is off, the U-Net runs once for each image. `times` and `extra` (B rows, or one) are as for `plain`.
+    At steps without guidance, the U-Net runs once for each image. `times` and `extra` are as for `plain`.
     """
     g = guidance
-    alone = cache(partial(plain, unet, cond, times, extra))  # which most runs with guidance never need
-    classifier_free = g.classifier_free
-    if not classifier_free and not g.perturbed:
+    alone = cache(partial(plain, unet, cond, times, extra))  # built only if a step needs it
+    if not g.classifier_free and not g.perturbed:
         return thresholded(alone(), g.threshold, schedule) if g.threshold else alone()
-    groups = [negative] * classifier_free + [cond] + [cond] * bool(g.perturbed)
-    model = _perturbed_twin(unet, len(groups)) if g.perturbed else unet
+    groups = {"negative": negative} if g.classifier_free else {}  # parts of one batch, in this order
+    groups["prompt"] = cond
+    if g.perturbed:
+        groups["perturbed"] = cond
+    model = patched(unet, {"perturbed_groups": len(groups) if g.perturbed else 0})
     rows = None if extra is None else torch.cat([extra.expand(len(cond.text), -1, -1, -1)] * len(groups))
-    together = plain(model, join(*groups), times, rows)
+    together = plain(model, join(*groups.values()), times, rows)
 
     def denoise(x: Tensor, time: Time) -> Tensor:
         progress = 1 - time.value / (schedule.train_steps - 1)
         if not g.interval[0] <= progress <= g.interval[1]:
             return alone()(x, time)
         predictions = together(torch.cat([x] * len(groups)), time).chunk(len(groups))
-        wanted = predictions[classifier_free]
-        result = wanted
-        if classifier_free:
-            result = predictions[0] + g.scale * (wanted - predictions[0])
+        of = dict(zip(groups, predictions, strict=True))
+        result = wanted = of["prompt"]
+        if g.classifier_free:
+            result = of["negative"] + g.scale * (wanted - of["negative"])
         if g.perturbed:
-            result = result + g.perturbed * (wanted - predictions[-1])
+            result = result + g.perturbed * (wanted - of["perturbed"])
         if g.rescale:
             result = rescaled(result, wanted, g.rescale)
         return result
@@ -163,23 +165,6 @@ def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) ->
         return parametrisation.from_clean(latents.clamp(-limit, limit) * (3 / limit), x, *scales)
 
     return limited
-
-
-def _perturbed_twin(unet: UNet, groups: int) -> UNet:
-    """A U-Net on the same weights whose middle, for the last of a batch's groups, lets no token see another."""
-    model = twin(unet)
-    for module in model.mid_block.modules():
-        if isinstance(module, TransformerBlock):
-            module.attn1.kernel = _identity_for_last(module.attn1.kernel, groups)
-    return model
-
-
-def _identity_for_last(kernel: Kernel, groups: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def perturbed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keep = len(q) - len(q) // groups
-        return torch.cat([kernel(q[:keep], k[:keep], v[:keep]), v[keep:]])
-
-    return perturbed
 
 
 def check_finite(latents: Tensor, stage: str, remedy: str) -> None:
