@@ -13,8 +13,8 @@ from modules import ROOT, SOURCES, imports
 # what each part may import of the project, besides itself and ldm.errors
 MODELS = {"ldm.models"}
 LOW = MODELS | {
-    "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels", "ldm.images",
-    "ldm.files", "ldm.caches",
+    "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
+    "ldm.images", "ldm.files", "ldm.caches",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
@@ -23,6 +23,7 @@ ALLOWED = {
     "ldm.caches": set(),
     "ldm.files": set(),
     "ldm.models": MODELS,
+    "ldm.process": set(),
     "ldm.families": LOW,
     "ldm.weights": LOW,
     "ldm.sampling": LOW,
