@@ -15,9 +15,10 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule
+from ldm.families import Family
 from ldm.images import load_image
 from ldm.models.prompts import PromptReader
+from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
 from pipelines import settings

@@ -163,7 +163,7 @@ def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     own = {
         "source": _absolute(source),
         "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
-        "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "offload": "layers" if room and room.layers else None,  # which excludes quick layers, and so rounds otherwise
     }
     rows = at("record", LOADING).values()
