@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+import pipelines.settings as settings
 from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.images import load_image
@@ -21,7 +22,6 @@ from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
-from pipelines import settings
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 
