@@ -208,7 +208,7 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
     def rebuilt(images: list[Image.Image]) -> list[Image.Image]:
         return reconstruct(pipeline.model, images)
 
-    dtype = str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch.")
+    dtype = str(pipeline.model.dtype).removeprefix("torch.")
     refiner = {} if pipeline.refiner is None else {"refiner_digest": pipeline.refiner.fingerprint()}
     return Model(source, pipeline.model.fingerprint(), min(size), make, rebuilt, {**given, "dtype": dtype, **refiner})
 

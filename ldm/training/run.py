@@ -529,7 +529,7 @@ def _refiner(model: LatentDiffusion, config: Config, base: LatentDiffusion | Non
     if base is None or config.refiner.model.source is not None:
         return model
     model.family = replace(model.family, autoencoder=base.family.autoencoder, preview=base.family.preview)
-    model.autoencoder = base.autoencoder
+    model.networks["autoencoder"] = base.autoencoder
     if model.family.text[-1] == base.family.text[-1]:
         model.text_encoders.towers[-1] = base.text_encoders.towers[-1]
         model.text_encoders.tokenizers = base.text_encoders.tokenizers[-1:]
