@@ -38,7 +38,8 @@ from ldm.data.plan import BatchPlan, split
 from ldm.data.sources import open_images, open_stream
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, first_line
-from ldm.evaluation import evaluation, stored
+from ldm.evaluation.plan import EvaluationPlan
+from ldm.evaluation.workspace import Ranks, Workspace
 from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
@@ -325,7 +326,7 @@ class TrainingRun:
                 if self.make_images is None:
                     raise LdmError(f"{name}.evaluation.every: nothing is given that makes images (make_images)")
 
-    def _evaluation_plan(self, section: EvaluationSection, device: str) -> evaluation.EvaluationPlan:
+    def _evaluation_plan(self, section: EvaluationSection, device: str) -> EvaluationPlan:
         images = self.data.images
         return evaluation_plan(section, images, self.data.rows if images else (), device)
 
@@ -336,8 +337,8 @@ class TrainingRun:
         if self.make_images is None or not isinstance(section, DenoiserSection) or not section.evaluation.every:
             return None
         plan = self._evaluation_plan(section.evaluation, str(accelerator.device))
-        ranks = stored.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-        work = stored.Workspace(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
+        ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        work = Workspace(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
         return Evaluator(name, section, plan, model, self.make_images, self.config.precision, work)
 
     # --- what a stage needs -----------------------------------------------------------------------------------------
