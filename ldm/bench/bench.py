@@ -41,7 +41,7 @@ from ldm.files import replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNet
-from ldm.training.forecast import blank
+from ldm.training.stages.denoiser import blank
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.configs import write_autoencoder, write_schedule, write_text, write_unet
 from ldm.weights.sources import open_source

@@ -74,7 +74,7 @@ def prompt(batch: Batch, family: Family, drop: DropOut, seed: int, default_score
 
 def encode(encoders: TextEncoders, texts: Sequence[Sequence[str]]) -> Conditioning:
     """Texts, those of each text encoder, to text (B, M, T) and pooled text (B, P)."""
-    return encoders.encode([encoders.tokenize(column)[k] for k, column in enumerate(texts)])
+    return encoders.encode([encoders.tokenize_for(k, column) for k, column in enumerate(texts)])
 
 
 def conditioning(encoded: Conditioning, prompt: Prompt, family: Family) -> Conditioning:

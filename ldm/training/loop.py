@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ from ldm.images import grid, save_png
 from ldm.training import checkpoint
 from ldm.training.ema import Averages
 from ldm.training.evaluator import Best, Evaluator
-from ldm.training.forecast import STATE
-from ldm.training.optimizers import lay_out_state, learning_rate, set_learning_rate
+from ldm.training.optimizers import STATE_BYTES, lay_out_state, learning_rate, set_learning_rate
 from ldm.training.parallel import sharded
 from ldm.training.parallel.sharded import Skeleton, is_sharded, whole
 from ldm.training.stages.stage import Stage
@@ -455,7 +453,7 @@ class Training:
 
     def nbytes(self) -> int:
         """About what a checkpoint takes: weights, averages of them, and the optimisers' state."""
-        state = STATE[self.section.optimizer.name]
+        state = STATE_BYTES[self.section.optimizer.name]
         weights = [weight for player in self.stage.players.values() for weight in player.module.parameters()]
         total = sum(weight.nbytes + weight.requires_grad * weight.numel() * state for weight in weights)
         return total + sum(tensor.nbytes for a in self.averages.values() for row in a.averages for tensor in row)
@@ -573,9 +571,3 @@ def _too_large(stage: Stage, batch: Batch, at_a_time: int) -> str:
         f"out of memory with {at_a_time} images of {width}×{height} at a time; set {fewer}"
         f"{stage.name}.checkpointing=true, or a smaller size"
     )
-
-
-def in_parts(batches: Iterator[Batch], parts: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each step."""
-    while some := list(islice(batches, parts)):
-        yield some

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ldm.errors import LdmError, suggestion
 from ldm.families import Family, family_named
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import ModelSection
+from ldm.training.sections import ModelSection
 from ldm.weights.sources import open_source
 
 T = TypeVar("T")

@@ -20,12 +20,13 @@ from ldm.families import FAMILIES, NoiseSchedule
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, prompt
-from ldm.training.config import EmaSection, ModelSection, OptimizerSection, describe, dump, load
+from ldm.training.config import describe, dump, load
 from ldm.training.ema import Averages, coefficients, exponent, recombine
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.losses.diffusion import DiffusionLoss, Draw, Timesteps
 from ldm.training.optimizers import lay_out_state, learning_rate, make_optimizer
 from ldm.training.phases import phases
+from ldm.training.sections import EmaSection, ModelSection, OptimizerSection
 from ldm.training.start import starting_model
 
 # --- configuration ----------------------------------------------------------------------------------------------------
