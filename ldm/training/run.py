@@ -38,7 +38,8 @@ from ldm.training.folder import is_done, open_folder, write_result
 from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.images import open_training_images
-from ldm.training.loop import Report, StepCost, Training
+from ldm.training.log import Report, StepCost
+from ldm.training.loop import Training
 from ldm.training.parallel.agreement import check_agreement
 from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import phases

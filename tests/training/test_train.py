@@ -454,7 +454,7 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(Stopped, match="after 2 updates"):
         train(settings, report=sent(2, 2))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ldm.training.loop.AT_ONCE", -1.0)
+        patch.setattr("ldm.training.signals.AT_ONCE", -1.0)
         train(settings, report=sent(4, 2))
     with pytest.raises(Stopped, match="after 6 updates"):
         train(settings, report=sent(6, 1))
