@@ -124,8 +124,11 @@ def helpers(section: AutoencoderSection) -> list[nn.Module]:
     """The network of LPIPS, with random weights."""
     if not section.perceptual:
         return []
-    known = section.perceptual in BACKBONES
-    return [LPIPS(section.perceptual if known else load_lpips(section.perceptual).backbone)]
+    backbone = section.perceptual
+    if backbone not in BACKBONES:  # a file, which is read on the CPU, whatever the default device is
+        with torch.device("cpu"):
+            backbone = load_lpips(backbone).backbone
+    return [LPIPS(backbone)]
 
 
 def passes(

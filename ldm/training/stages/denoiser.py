@@ -6,7 +6,7 @@ B batch, C latent channels, h×w height and width of the latents, H×W those of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -178,6 +178,7 @@ class DenoiserStage:
         seed: int,
         make_images: MakeImages | None = None,
         texts: EncodeTexts | None = None,
+        choose: Callable[[Any, Components], dict[str, Learner]] = learners,
     ) -> None:
         """Args:
             name: "base" or "refiner".
@@ -187,6 +188,7 @@ class DenoiserStage:
             seed: of the run.
             make_images: for previews; without, there are none.
             texts: encodes captions, from a cache; by default the model's text encoders do.
+            choose: what is trained, as the kind's row says; the player is called "unet".
 
         Raises:
             LdmError: timesteps and noise schedule do not fit, or the kernel of attention does not run here.
@@ -212,7 +214,8 @@ class DenoiserStage:
         self.extra: dict[str, nn.Module] = {}
         with accelerator.autocast():
             set_attention(model.unet, section.attention)
-        self.players = {name: learner.player(section.optimizer) for name, learner in learners(section, model).items()}
+        found = choose(section, model)
+        self.players = {name: learner.player(section.optimizer) for name, learner in found.items()}
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
         """The weighted error of the prediction for each sample."""
