@@ -27,7 +27,7 @@ EVERY = 10.0  # seconds between lines about a cache that is built
 
 @dataclass(frozen=True)
 class Caches:
-    """What has been encoded before."""
+    """Latents and captions that are encoded already."""
 
     latents: Sequence[Latents] = ()  # at each resolution; none: images are encoded as they come
     texts: EncodeTexts | None = None
@@ -49,7 +49,7 @@ class CachingLog:
 def build_caches(
     wanted: Cached, model: LatentDiffusion, data: TrainingImages, plans: Sequence[BatchPlan], accelerator: Accelerator
 ) -> Caches:
-    """What a stage reads in place of images and captions, encoded where it is not yet; all processes call it.
+    """Encode what of a stage's latents and captions is not encoded yet, and open the cache; all processes call it.
 
     Args:
         wanted: which of them.

@@ -129,7 +129,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def states(folder: Path) -> Iterator[dict[str, Any]]:
-    """What `save` was told besides, of each checkpoint that says it."""
+    """The `state` that `save` was given, of each checkpoint that can be read."""
     for path in checkpoints(folder):
         try:
             yield dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["state"])

@@ -1,4 +1,4 @@
-"""What a run is to do: typed, checked, documented, read from YAML and from `key.sub=value` on the command line."""
+"""The configuration of a run: typed, checked, documented, read from YAML and `key.sub=value` on the command line."""
 
 from __future__ import annotations
 
@@ -153,5 +153,5 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML, defaults included: what a run's folder keeps."""
+    """The whole configuration as YAML, defaults included, for the run's folder."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -37,7 +37,7 @@ class Exponential:
     name: ClassVar[str] = "ema"
 
     def decay(self, step: int) -> float:
-        """What is left of the average at update number `step` (from 1)."""
+        """The weight of the old average at update number `step` (from 1)."""
         longest = self.section.decay
         return min(longest, (1 + step) / (10 + step)) if self.section.ramp else longest
 
@@ -86,7 +86,7 @@ class Averages:
 
     @property
     def names(self) -> list[str]:
-        """What each of them is called: `ema`, `width-0.05`; without any, the weights themselves, `weights`."""
+        """The names of the averages: `ema`, `width-0.05`; without any, `weights`, the weights themselves."""
         return [profile.name for profile in self.profiles] or ["weights"]
 
     def named(self, which: int = 0) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ SCRATCH = ("images", "found", "index")  # of an evaluation; removed once there a
 
 @dataclass(frozen=True)
 class Best:
-    """Weights whose images were the best so far."""
+    """The weights with the best images so far."""
 
     step: int  # updates that they had
     average: str  # which of the averages they are
@@ -50,7 +50,7 @@ class Best:
 
 
 def check_evaluation(kind: StageKind[Any], plan: EvaluationPlan) -> None:
-    """Raise LdmError, before anything is opened, for what cannot be done."""
+    """Raise LdmError, before anything is opened, for an evaluation that cannot be made."""
     place = f"{kind.name}.evaluation"
     if not kind.makes_images:
         raise LdmError(f"{place}.every: a {kind.name} makes no images alone; set it to 0, and try it with `ldm eval`")
@@ -68,7 +68,7 @@ def check_evaluation(kind: StageKind[Any], plan: EvaluationPlan) -> None:
 def evaluation_plan(
     section: EvaluationSection, images: ImageSet | None, rows: Sequence[np.ndarray], device: str
 ) -> EvaluationPlan:
-    """What a section asks for.
+    """The evaluation that a section asks for.
 
     Args:
         section: of the configuration.
@@ -205,7 +205,7 @@ class Evaluator:
         return set(self.work.folder.glob("step-*/*/*.safetensors"))
 
     def resumed(self, best: Best) -> Best | None:
-        """What a checkpoint says were the best weights so far, if they can be compared with those that come."""
+        """The best weights that a checkpoint names, if they can be compared with those that come."""
         if (best.metric, best.settings) == (self.section.choose, self.way):
             return best
         if self.section.choose:

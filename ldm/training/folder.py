@@ -74,7 +74,7 @@ def write_result(
     record: Mapping[str, Any],
     chosen: Mapping[str, Any],
 ) -> None:
-    """What a stage leaves, with its lineage in it, and the mark that the stage is done; called by the main process.
+    """Write the result of a stage, with its lineage in it, and the mark that the stage is done; on the main process.
 
     Args:
         config: of the run.
@@ -101,7 +101,7 @@ def write_result(
 
 
 def parents(config: Config, name: str) -> Sequence[str]:
-    """What a stage started from: the stage before it, or a model from elsewhere."""
+    """The origins of a stage's model: the result of the stage before it, or a model from elsewhere."""
     before, kind = config.stages[: config.stages.index(name)], kind_named(name)
     earlier = [str(Path(config.output) / before[-1] / kind_named(before[-1]).result)] if before else []
     if kind.own_model is None:

@@ -1,4 +1,4 @@
-"""What a run will need, before it begins: parameters, memory, arithmetic.
+"""The parameters, memory and arithmetic that a run will need, counted before it begins.
 
 Networks are built on the meta device, where nothing has memory, and run once: the arithmetic and what the backward pass
 keeps are counted, not guessed. Memory is predicted all the same: allocators and libraries take more.
@@ -22,7 +22,7 @@ from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.optimizers import STATE_BYTES
 from ldm.training.phases import Phase, phases
 from ldm.training.sections import StageSection
-from ldm.training.stages.stage import Learner, Pass, Passes, trained
+from ldm.training.stages.stage import ForwardPasses, Learner, Pass, trained
 from ldm.training.stages.table import kind_named
 from ldm.training.start import starting_family
 from ldm.weights.components import Components, build
@@ -34,7 +34,7 @@ PEAK = {  # dense bf16 TFLOP/s of devices, as their makers state them
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one stage will need at one resolution. Memory is that of one device, in bytes."""
+    """The needs of one stage at one resolution. Memory is that of one device, in bytes."""
 
     stage: str
     size: int  # pixels
@@ -58,7 +58,7 @@ class Forecast:
 
 
 def forecast(config: Config, processes: int = 1) -> list[Forecast]:
-    """What each stage of a configuration will need, at each of its resolutions.
+    """The needs of each stage of a configuration, at each of its resolutions.
 
     Raises:
         LdmError: the configuration does not describe a model, or a batch does not divide.
@@ -99,7 +99,13 @@ def count(parts: Components, learners: Mapping[str, Learner], helpers: Iterable[
 
 
 def _forecast(
-    config: Config, name: str, section: StageSection, parameters: Counted, passes: Passes, phase: Phase, micro: int
+    config: Config,
+    name: str,
+    section: StageSection,
+    parameters: Counted,
+    passes: ForwardPasses,
+    phase: Phase,
+    micro: int,
 ) -> Forecast:
     kept, forward = _count(passes.learned)
     backward = 3 if section.checkpointing else 2  # passes that cost as much as a forward one
@@ -119,7 +125,7 @@ def _forecast(
 
 
 class _Fused(TorchFunctionMode):
-    """Attention as devices do it, whose kernels keep no scores: on the meta device, PyTorch would keep them."""
+    """Attention by a kernel that keeps no scores, as on GPUs: on the meta device, PyTorch would keep them."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -155,7 +161,7 @@ def _count(run: Pass) -> tuple[int, int]:
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """What a GPU can do at the most in 16 bits, or nothing where that is not known."""
+    """The fastest that a GPU computes in 16 bits, in TFLOP/s; none where that is not known."""
     if device.type != "cuda" or precision == "no":
         return None
     name = torch.cuda.get_device_name(device)

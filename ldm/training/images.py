@@ -1,4 +1,4 @@
-"""What a run trains on: images with random access, or a stream; where they are, and whether they have changed."""
+"""The images that a run trains on, with random access or as a stream, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What a run trains on: images with random access, or a stream."""
+    """The images that a run trains on, with random access or as a stream."""
 
     section: DataSection
     folder: Path  # of indexes and caches

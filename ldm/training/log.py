@@ -20,7 +20,7 @@ Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps
 
 @dataclass(frozen=True)
 class StepCost:
-    """What training costs."""
+    """The arithmetic of one image, and the device's speed."""
 
     tflop: float  # of an image, forward and backward
     peak: float | None  # TFLOP/s of a device at the most, where that is known

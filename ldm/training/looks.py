@@ -1,4 +1,4 @@
-"""What is looked at now and then while a stage trains: validation, previews, evaluation, by the averages' weights."""
+"""Validation, previews and evaluation while a stage trains, with the averages of its weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Looks:
-    """Which looks are due, and the best weights that evaluation has found."""
+    """Validation, previews and evaluation: those that are due, and the best weights that evaluation has found."""
 
     def __init__(
         self,

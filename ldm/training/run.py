@@ -54,7 +54,7 @@ SOME = 10_000  # captions that are tokenised, to see whether they are too long
 
 
 class TrainingRun:
-    """What the stages of a run share, and each of them from its start to its result."""
+    """A run: its data, its folder, and each of its stages from start to result."""
 
     def __init__(self, config: Config, make_images: MakeImages | None, report: Report) -> None:
         self.config = config
@@ -176,7 +176,7 @@ class TrainingRun:
             log.warning("%d of %d captions have over %d tokens; what is beyond is not read", long, len(some), room)
 
     def _caches(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Caches:
-        """What the stage reads from the cache, if the configuration asks for one."""
+        """The cache of the stage, if the configuration asks for one and the stage reads it."""
         section = self.section(name)
         wanted = kind_named(name).cached(section)
         if not self.config.data.cache or not (wanted.latents or wanted.texts):
@@ -187,11 +187,11 @@ class TrainingRun:
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
-        """Of all stages at once: what a later one cannot be built from is refused before the first one begins."""
+        """The forecasts of all stages, made at once: a later one that cannot be built ends the run before it begins."""
         return forecast(self.config, self.accelerator.num_processes)
 
     def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost]:
-        """What an image costs at each step of a stage."""
+        """The cost of an image at each step of a stage."""
         rows = [row for row in self.forecasts if row.stage == name]
         peak = peak_tflops(accelerator.device, self.config.precision)
         ends = [phase.end for phase in phases(self.section(name))]
@@ -212,7 +212,7 @@ class TrainingRun:
         return evaluation_plan(section, images, self.data.rows if images else (), device)
 
     def _evaluator(self, name: str, model: LatentDiffusion, accelerator: Accelerator, folder: Path) -> Evaluator | None:
-        """What evaluates a stage's images, if the configuration asks for that."""
+        """The evaluator of a stage's images, if the configuration asks for one."""
         section = self.section(name)
         wanted = kind_named(name).evaluation(section)
         if self.make_images is None or wanted is None:

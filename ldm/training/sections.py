@@ -16,7 +16,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which model to start from."""
+    """The model to start from."""
 
     usual: ClassVar[str | None] = None  # the family that is built where neither a source nor another one is named
     source: str | None = Field(None, description="a model folder, checkpoint file or Hub name; without: random weights")
@@ -54,7 +54,7 @@ class OptimizerSection(Section):
 
 
 class EmaSection(Section):
-    """Averages of the weights, which are what is saved, sampled and validated."""
+    """Averages of the weights, which are saved, sampled and validated in their place."""
 
     decay: float = Field(0.9999, ge=0, lt=1, description="of the exponential average; 0: none")
     ramp: bool = Field(True, description="a shorter average at first: at most (1 + n) / (10 + n) after n updates")
@@ -74,7 +74,7 @@ class SizeSection(Section):
 
 
 class StageSection(Section):
-    """What all stages have."""
+    """The settings that all stages share."""
 
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="images in an update, over all devices")
@@ -110,7 +110,7 @@ class EvaluationSection(Section):
     @field_validator("choose")
     @classmethod
     def _measured(cls, choose: str | None, info: ValidationInfo) -> str | None:
-        """What decides has to be known."""
+        """The metric to choose by must be measured."""
         if choose is not None and info.data.get("every", 1) == 0:
             raise ValueError("nothing is measured to choose by; set every")
         if choose is not None and choose not in info.data.get("metrics", [choose]):

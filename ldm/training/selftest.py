@@ -1,4 +1,4 @@
-"""Whether training does what it should on this machine, with this launcher: small networks, every stage, two minutes.
+"""A test of training on this machine, with this launcher: small networks, every kind of stage, two minutes.
 
 Each check is a function that yields what is wrong; all processes make it, and all of them learn what any has found.
 What it trains is thrown away.
@@ -27,7 +27,7 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.conditioning import DropOut
+from ldm.training.conditioning import ConditioningDropout
 from ldm.training.config import Config
 from ldm.training.loop import Training
 from ldm.training.parallel.agreement import differences
@@ -51,7 +51,7 @@ Say = Callable[[str, str | None], None]  # a check's name, and what is wrong, if
 
 @dataclass(frozen=True)
 class Ground:
-    """What the checks work with."""
+    """The folder and the settings that all checks share."""
 
     folder: Path  # shared by all processes
     precision: str
@@ -91,12 +91,12 @@ class Ground:
 
 
 class Watched(TrainingRun):
-    """A run that keeps at hand what it trained last."""
+    """A run that keeps its last `Training`."""
 
     last: Training
 
     def training(self, name: str, model: LatentDiffusion, folder: Path) -> Training:
-        """As it is."""
+        """As `TrainingRun.training`."""
         self.last = super().training(name, model, folder)
         return self.last
 
@@ -215,7 +215,7 @@ def drop_out(ground: Ground) -> Iterator[str]:
     """Captions are left out as often as asked."""
     keys = [f"image {number}" for number in range(DRAWS)]
     for rate in (0.1, 0.5):
-        found = float(DropOut((rate,)).captions(0, keys, [0] * DRAWS, 1).float().mean())
+        found = float(ConditioningDropout((rate,)).captions(0, keys, [0] * DRAWS, 1).float().mean())
         if abs(found - rate) > 5 * math.sqrt(rate * (1 - rate) / DRAWS):
             yield f"{100 * found:.1f} % of the captions are left out, not {100 * rate:.0f} %"
 
@@ -263,7 +263,7 @@ CHECKS: tuple[Callable[[Ground], Iterator[str]], ...] = (
 
 
 class _Broken:
-    """A stage whose losses are not numbers, if it is told so."""
+    """A stage, with losses that are not numbers if `broken`."""
 
     def __init__(self, stage: Stage, broken: bool) -> None:
         self.stage, self.broken = stage, broken

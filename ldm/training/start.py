@@ -44,7 +44,7 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
 
 
 def starting_family(section: ModelSection, place: str = "model") -> Family:
-    """What that model is, without its weights. Raises as `starting_model`."""
+    """The family of that model, without its weights. Raises as `starting_model`."""
     name = section.family or section.usual
     if section.source is None and name is None:
         raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")

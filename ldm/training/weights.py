@@ -1,4 +1,4 @@
-"""The weights that a stage trains, and their averages: what is updated, looked at, and written as the result."""
+"""The weights that a stage trains, and their averages: updated, put in place, written and counted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TrainedWeights:
             average.update(step)
 
     def names(self) -> list[str]:
-        """What the averages are called, which are the same for all players."""
+        """The names of the averages, which are the same for all players."""
         return next(iter(self.averages.values())).names
 
     def averaged(self, which: int = 0) -> ExitStack:
@@ -108,7 +108,7 @@ class TrainedWeights:
             sharded.load({name: one.named() for name, one in self.averages.items()}, folder / AVERAGES)
 
     def nbytes(self) -> int:
-        """About what a checkpoint takes: weights, averages of them, and the optimisers' state."""
+        """The size of a checkpoint, about: weights, averages of them, and the optimisers' state."""
         weights = [weight for player in self.players.values() for weight in player.module.parameters()]
         learned = sum(weight.numel() for weight in weights if weight.requires_grad)
         state = learned * STATE_BYTES[self.stage.section.optimizer.name]
@@ -116,7 +116,7 @@ class TrainedWeights:
         return sum(weight.nbytes for weight in weights) + state + averages
 
     def kind(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to fit."""
+        """Facts that must be the same for a checkpoint to fit."""
         section = self.stage.section
         shapes = [
             (player, name, tuple(parameter.shape))

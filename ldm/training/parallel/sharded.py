@@ -1,4 +1,4 @@
-"""Networks whose weights are spread over the ranks, FSDP2 (Zhao et al. 2023, arXiv 2304.11277): how they are looked at.
+"""Whole copies of networks whose weights are spread over the ranks, FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
 
 Such a network runs only where all ranks run it together. To validate, to make images and to write results, each rank
 takes a whole copy, with the averages of the weights in it, in its place.

@@ -31,7 +31,7 @@ from ldm.training.latents import LatentMoments, measure, merge, over_ranks
 from ldm.training.losses.codebook import MovingCodebook, codebook_losses
 from ldm.training.losses.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
 from ldm.training.sections import StageSection
-from ldm.training.stages.stage import Learner, Loss, Passes, StageInputs, freeze, trained
+from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze, trained
 from ldm.training.start import with_changes
 from ldm.weights.components import Components
 
@@ -61,7 +61,7 @@ class AutoencoderSection(StageSection):
 
 
 class Sampled(nn.Module):
-    """An `AutoencoderKL` to which the noise of its latents is handed, as one forward pass."""
+    """An `AutoencoderKL` as one forward pass, which takes the noise of the latents as an argument."""
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Spread:
 
 
 def discriminator_config(section: AutoencoderSection) -> DiscriminatorConfig | None:
-    """What the discriminator is, if there is one."""
+    """The shape of the discriminator, if there is one."""
     config = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
     return config if section.adversarial_weight else None
 
@@ -133,7 +133,7 @@ def helpers(section: AutoencoderSection) -> list[nn.Module]:
 
 def passes(
     section: AutoencoderSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
-) -> Passes:
+) -> ForwardPasses:
     """An image through the autoencoder to its judges; through the decoder alone where nothing else is trained."""
     image = torch.empty(1, 3, size, size, device="meta")
     with torch.device("meta"):
@@ -149,10 +149,10 @@ def passes(
 
     if section.decoder_only:
         latents = parts.autoencoder.encode(image).mode()
-        return Passes(
+        return ForwardPasses(
             lambda: judged(parts.autoencoder.decode(latents)), [lambda: parts.autoencoder.encode(image).mode()]
         )
-    return Passes(lambda: judged(parts.autoencoder(image)[0]))
+    return ForwardPasses(lambda: judged(parts.autoencoder(image)[0]))
 
 
 class AutoencoderStage:
@@ -370,7 +370,7 @@ def build(given: StageInputs[AutoencoderSection]) -> AutoencoderStage:
 
 
 def _pixels(batch: Batch) -> Tensor:
-    """Images (B, 3, H, W), which this stage's batches always have."""
+    """The images (B, 3, H, W) of a batch: this stage never reads cached latents."""
     assert batch.pixels is not None
     return batch.pixels
 

@@ -1,4 +1,4 @@
-"""The stages `base` and `refiner`: the U-Net learns to predict what noise was added, perhaps with its text encoders.
+"""The stages `base` and `refiner`: the U-Net learns to predict the noise in latents, perhaps with its text encoders.
 
 B batch, C latent channels, h×w height and width of the latents, H×W those of the images
 """
@@ -27,16 +27,26 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.text import TextEncoders
 from ldm.models.unet import Conditioning, UNet
 from ldm.runtime.attention import set_attention
-from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, prompt
+from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
 from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group
 from ldm.training.sections import EvaluationSection, ModelSection, StageSection
-from ldm.training.stages.stage import Cached, EncodeTexts, Learner, Loss, MakeImages, Pass, Passes, StageInputs, freeze
+from ldm.training.stages.stage import (
+    Cached,
+    EncodeTexts,
+    ForwardPasses,
+    Learner,
+    Loss,
+    MakeImages,
+    Pass,
+    StageInputs,
+    freeze,
+)
 from ldm.weights.components import Components
 
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
 PREVIEW_STEPS = 20  # of the scheduler
-LOOKS = 4  # noise levels at which each held-out image is looked at
+VALIDATION_DRAWS = 4  # of noise and timestep, for each held-out image
 Part = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -63,7 +73,7 @@ class DenoiserSection(StageSection):
 
 
 class RefinerModelSection(ModelSection):
-    """Which refiner to start from; one that is built takes over the base's autoencoder and last text encoder."""
+    """The refiner to start from; one that is built takes over the base's autoencoder and last text encoder."""
 
     usual: ClassVar[str | None] = "sdxl-refiner"
     family: str | None = Field(None, description="what to build (sdxl-refiner), or what a single file is")
@@ -123,8 +133,8 @@ def learners(section: DenoiserSection, parts: Components) -> dict[str, Learner]:
 
 def passes(
     section: DenoiserSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
-) -> Passes:
-    """The U-Net; the autoencoder and the text encoders before it, unless what they make is cached."""
+) -> ForwardPasses:
+    """The U-Net; the autoencoder and the text encoders before it, unless their outputs are cached."""
     unet, encoders, side = parts.unet, parts.text_encoders, size // parts.family.autoencoder.factor
     image = torch.empty(1, 3, size, size, device="meta")
     tokens = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in parts.family.text]
@@ -134,10 +144,10 @@ def passes(
             layer.kernel = math
     frozen: list[Pass] = [] if cached else [lambda: parts.autoencoder.encode(image).mode()]
     if section.train_text:
-        return Passes(lambda: unet(latents, timestep, replace(cond, text=encoders.encode(tokens).text)), frozen)
+        return ForwardPasses(lambda: unet(latents, timestep, replace(cond, text=encoders.encode(tokens).text)), frozen)
     if not cached:
         frozen.append(lambda: encoders.encode(tokens).text)
-    return Passes(lambda: unet(latents, timestep, cond), frozen)
+    return ForwardPasses(lambda: unet(latents, timestep, cond), frozen)
 
 
 def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -207,8 +217,8 @@ class DenoiserStage:
         timesteps = Timesteps(low, high, section.timesteps, section.logit_mean, section.logit_std)
         self.loss = DiffusionLoss(family.schedule, timesteps, section.min_snr, section.noise_offset)
         self.plain_loss = DiffusionLoss(family.schedule, Timesteps(low, high))
-        self.drop = DropOut(tuple(section.drop_caption), section.drop_together, section.drop_size)
-        self.no_drop = DropOut((0.0,))
+        self.dropout = ConditioningDropout(tuple(section.drop_caption), section.drop_together, section.drop_size)
+        self.no_dropout = ConditioningDropout((0.0,))
         self.score = section.default_score if isinstance(section, RefinerSection) else 6.0
         self.encode_texts = texts or (lambda rows: encode(model.text_encoders, rows))
         self.extra: dict[str, nn.Module] = {}
@@ -221,12 +231,12 @@ class DenoiserStage:
         """The weighted error of the prediction for each sample."""
         latents = self.latents(batch, "posterior")
         draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
-        said = prompt(batch, self.model.family, self.drop, self.seed, self.score)
+        said = prompt(batch, self.model.family, self.dropout, self.seed, self.score)
         prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
         yield Loss("unet", self.loss(prediction, latents, draw))
 
     def predict(self, module: nn.Module, x: Tensor, timestep: Tensor, said: Prompt) -> Tensor:
-        """The U-Net's answer (B, C, h, w); text encoders that are not trained see no gradient."""
+        """The U-Net's prediction (B, C, h, w); text encoders that are not trained get no gradient."""
         if self.section.train_text:
             return module(x, timestep, said)
         with torch.no_grad(), self.accelerator.autocast():
@@ -258,11 +268,11 @@ class DenoiserStage:
         total = torch.zeros(2, device=self.accelerator.device)
         module = self.accelerator.unwrap_model(self.players["unet"].module)
         for batch in batches:
-            for look in range(LOOKS):
-                epochs = [-1 - look] * len(batch.keys)
+            for number in range(VALIDATION_DRAWS):
+                epochs = [-1 - number] * len(batch.keys)
                 latents = self.latents(batch, "validation")
                 draw = self.plain_loss.draw(latents.shape[1:], self.seed, batch.keys, epochs).to(latents.device)
-                said = prompt(batch, self.model.family, self.no_drop, self.seed, self.score)
+                said = prompt(batch, self.model.family, self.no_dropout, self.seed, self.score)
                 prediction = self.predict(module, self.plain_loss.noisy(latents, draw), draw.timestep, said)
                 errors = self.plain_loss(prediction, latents, draw)
                 total += torch.stack([errors.sum(), torch.ones_like(errors).sum()])
@@ -291,12 +301,12 @@ def build(given: StageInputs[DenoiserSection]) -> DenoiserStage:
 
 
 def cached(section: DenoiserSection) -> Cached:
-    """Latents, and what the text encoders say, unless they are trained."""
+    """Latents, and encoded captions unless the text encoders are trained."""
     return Cached(latents=True, texts=not section.train_text)
 
 
 def evaluation(section: DenoiserSection) -> EvaluationSection | None:
-    """How the images of the averages are measured, if they are."""
+    """The section on evaluation, if the stage is evaluated at all."""
     return section.evaluation if section.evaluation.every else None
 
 

@@ -1,4 +1,4 @@
-"""What most stages leave: a model folder that diffusers opens, and the same as a single file."""
+"""The usual result of a stage: a model folder that diffusers opens, and the same as a single file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class HoldsModel(Protocol):
-    """A stage, of which only its model is written."""
+    """A stage, for `write_model`."""
 
     model: LatentDiffusion
 

@@ -65,7 +65,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is propagated backwards for one player."""
+    """The loss of one player, to be propagated backwards."""
 
     player: str
     values: Tensor  # (B,) of each sample, or () where they depend on each other; their mean is the loss
@@ -116,7 +116,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class StageInputs(Generic[S]):
-    """What a run hands to a stage."""
+    """The arguments from which a run builds a stage."""
 
     name: str  # of the kind of stage
     section: S
@@ -133,14 +133,14 @@ class StageInputs(Generic[S]):
 
 @dataclass(frozen=True)
 class Cached:
-    """What a stage reads from the run's cache, if the configuration asks for one (`data.cache`)."""
+    """The parts of the run's cache (`data.cache`) that a stage reads."""
 
     latents: bool = False  # in place of pixels
     texts: bool = False  # encoded captions in place of captions
 
 
 @dataclass(frozen=True)
-class Passes:
+class ForwardPasses:
     """Forward passes of one image, to count activations and arithmetic."""
 
     learned: Pass  # which gradients go back through
@@ -154,7 +154,9 @@ class StageKind(Generic[S]):
     name: str
     section: type[S]  # its part of the configuration, found there under its name
     learners: Callable[[S, Components], dict[str, Learner]]  # what it trains, by player; all other networks are frozen
-    passes: Callable[[S, Components, Mapping[str, Learner], int, bool], Passes]  # …, size in pixels, whether cached
+    passes: Callable[
+        [S, Components, Mapping[str, Learner], int, bool], ForwardPasses
+    ]  # …, size in pixels, whether cached
     build: Callable[[StageInputs[S]], Stage]
     trial: Mapping[str, Any]  # its section in the selftest, whose networks are small
     helpers: Callable[[S], Sequence[nn.Module]] = lambda section: ()  # frozen networks that are not the model's

@@ -32,7 +32,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.contrastive import LARGEST_SCALE, ContrastivePair, ImageEncoderConfig
 from ldm.models.text import TextEncoders
 from ldm.training.sections import StageSection
-from ldm.training.stages.stage import Learner, Loss, Passes, StageInputs, freeze, trained
+from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze, trained
 from ldm.weights.components import Components
 from ldm.weights.contrastive import write_clip
 
@@ -125,15 +125,17 @@ def learners(section: TextSection, parts: Components) -> dict[str, Learner]:
     }
 
 
-def passes(section: TextSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool) -> Passes:
+def passes(
+    section: TextSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
+) -> ForwardPasses:
     """An image and its caption; text encoders that do not learn are run without gradient."""
     pair = found["pair"].module
     assert isinstance(pair, ContrastivePair)
     image = torch.empty(1, 3, size, size, device="meta")
     texts = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in parts.family.text]
     if section.image_only:
-        return Passes(lambda: pair.embed_images(image), [lambda: pair.embed_texts(texts)])
-    return Passes(lambda: torch.stack([part.mean() for part in pair(image, texts)[:2]]).sum())
+        return ForwardPasses(lambda: pair.embed_images(image), [lambda: pair.embed_texts(texts)])
+    return ForwardPasses(lambda: torch.stack([part.mean() for part in pair(image, texts)[:2]]).sum())
 
 
 class ContrastiveStage:
