@@ -424,7 +424,7 @@ class Passes:
             whole_steps(request.steps, "hires_strength", self.hires_strength)
             self.larger(request, family).check(family)
         if self.refiner_at is not None:
-            plan = request.plan(family.schedule, bool(family.unet.pooled_dim))
+            plan = request.plan(family.schedule, family.xl)
             calls = plan.calls_before(self.refiner_at, family.schedule.train_steps)
             if not 0 < calls < len(plan.timesteps):
                 raise LdmError(

@@ -11,9 +11,10 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule
+from ldm.families import Family
 from ldm.models.prompts import read
 from ldm.patches.token_merging import MOST as MOST_MERGED
+from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS, SamplingPlan, Scheduler, make
@@ -110,7 +111,7 @@ class Request:
                     f"scheduler {self.scheduler!r}: a name, or an object with diffusers' interface, is needed"
                 )
         else:
-            self.plan(family.schedule, bool(family.unet.pooled_dim))
+            self.plan(family.schedule, family.xl)
         if not _whole(self.reuse) or not 1 <= self.reuse <= MOST_STEPS:
             raise LdmError(f"reuse {self.reuse!r}: a whole number from 1 (never) to {MOST_STEPS} is needed")
         if self.reuse > 1 and len(family.unet.channels) < 2:

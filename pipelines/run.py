@@ -16,15 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError, out_of_memory
-from ldm.families import NoiseSchedule
 from ldm.images import to_images, to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import sliced_decode, sliced_encode, tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
-from ldm.patches.deepcache import reusing
-from ldm.patches.token_merging import merging
+from ldm.patches.patching import patched
+from ldm.process import NoiseSchedule
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
@@ -90,7 +89,7 @@ class SamplingRun:
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
         """The size ids (B, 6 or 5) for the prompts and for the negative prompts."""
         request, family = self.request, self.model.family
-        if not family.unet.size_ids:
+        if not family.xl:
             return None, None
         here = (request.height, request.width)
         original, target = request.original_size or here, request.target_size or here
@@ -109,18 +108,16 @@ class SamplingRun:
     @cached_property
     def plan(self) -> SamplingPlan:
         """The scheduler of this run with all of its timesteps."""
-        return self.request.plan(self.schedule, bool(self.model.family.unet.pooled_dim))
+        return self.request.plan(self.schedule, self.model.family.xl)
 
     def calls_before(self, part: float) -> int:
         """Calls of the denoiser in the first `part` (0 to 1) of the noise levels."""
         return self.plan.calls_before(part, self.schedule.train_steps)
 
     def unet(self) -> UNet:
-        """The U-Net for one run, from now on."""
+        """The U-Net for one run, with the patches that the request asks for."""
         self.model.bring(self.model.unet)
-        reuse, merge = self.request.reuse, self.request.merge
-        unet = merging(self.model.unet, merge) if merge else self.model.unet
-        return reusing(unet, reuse) if reuse > 1 else unet
+        return patched(self.model.unet, vars(self.request))
 
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""

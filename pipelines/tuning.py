@@ -66,7 +66,7 @@ class Tuning:
     def _loaded(self, opened: Opened, device: torch.device, dtype: torch.dtype, room: Room | None) -> LatentDiffusion:
         """A model from where its weights are."""
         model = LatentDiffusion.of(opened.load(dtype, "cpu" if room else device))
-        if dtype == torch.float16 and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
+        if dtype == torch.float16 and model.family.xl and model.family.autoencoder.force_upcast:
             model.autoencoder.float()  # SDXL's own overflows in fp16
         return self.apply(model, room)
 

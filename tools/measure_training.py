@@ -45,7 +45,7 @@ from ldm.weights.configs import write_unet
 def conditioning(family: Any, batch: int, device: torch.device) -> Conditioning:
     """Random captions, already encoded, and size conditioning."""
     text = torch.randn(batch, 77, family.unet.text_dim, generator=torch.Generator().manual_seed(1)).to(device)
-    if not family.unet.pooled_dim:
+    if not family.xl:
         return Conditioning(text)
     size = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * batch, device=device)
     return Conditioning(text, text[:, 0, : family.unet.pooled_dim].contiguous(), size)

@@ -332,7 +332,7 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "
             write_tokenizer(tokenizer, Path(folder))
             parts[f"tokenizer{ending}"] = CLIPTokenizer.from_pretrained(folder)
         parts[f"text_encoder{ending}"] = their_tower(config, tower, tokenizer.end_id).to(dtype)
-    if family.unet.pooled_dim:
+    if family.xl:
         pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -321,7 +321,7 @@ def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: i
     (_, first), *_ = _groups(options, pipeline, common, jobs)
     request, _ = pipeline.request(**first)
     family = opened.family
-    plan = request.plan(family.schedule, bool(family.unet.pooled_dim))
+    plan = request.plan(family.schedule, family.xl)
     return {
         "model": describe(opened),
         "settings": {

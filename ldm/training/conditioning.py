@@ -90,7 +90,7 @@ def conditioning(encoded: Conditioning, prompt: Prompt, family: Family) -> Condi
 
 def time_ids(batch: Batch, dropped: Tensor, family: Family, default_score: float) -> Tensor | None:
     """The time ids (B, 6), the refiner's (B, 5) with its aesthetic score, or none for families without."""
-    if not family.unet.size_ids:
+    if not family.xl:
         return None
     ids = batch.size
     if family.refiner:

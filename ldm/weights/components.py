@@ -55,7 +55,7 @@ def build(family: Family, tokenizers: Iterable[Tokenizer] | None = None) -> Comp
         family=family,
         unet=UNet(family.unet),
         autoencoder=build_autoencoder(family.autoencoder),
-        text_encoders=TextEncoders(family.text, tuple(tokenizers), pooled=bool(family.unet.pooled_dim)),
+        text_encoders=TextEncoders(family.text, tuple(tokenizers), pooled=family.xl),
     )
 
 

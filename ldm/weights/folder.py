@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.errors import LdmError, listing
-from ldm.families import Family, NoiseSchedule, recognised
+from ldm.families import Family, recognised
 from ldm.files import Progress, alongside, read_json, replacing, silent, write_json
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
+from ldm.process import NoiseSchedule
 from ldm.weights import configs, layouts
 from ldm.weights.components import Components, ComponentSource, Opened
 from ldm.weights.manifest import NAME as MANIFEST
@@ -109,12 +111,13 @@ def _described(folder: Path, index: dict[str, Any], places: dict[str, Path], sto
             raise LdmError(
                 f"{folder / INDEX}: {name} is {_class_of(index[name])!r}, its own configuration says {kind!r}"
             )
-    if ("XL" in index["_class_name"]) != bool(unet.pooled_dim):
+    family = Family("custom", unet, vae, text, schedule)
+    if ("XL" in index["_class_name"]) != family.xl:
         raise LdmError(f"{folder / INDEX}: {index['_class_name']!r} does not go with a U-Net of this kind")
-    zeros = index.get("force_zeros_for_empty_prompt", unet.size_ids == 6)
+    zeros = index.get("force_zeros_for_empty_prompt", family.xl and not family.refiner)
     if not isinstance(zeros, bool):
         raise LdmError(f"{folder / INDEX}: force_zeros_for_empty_prompt is {zeros!r}; true or false is needed")
-    family = recognised(Family("custom", unet, vae, text, schedule, zeros))
+    family = recognised(replace(family, zero_empty_prompt=zeros))
     parts = {name: component_part(name, store, family) for name, store in stores.items()}
     ignored = [name for name, value in index.items() if name in _UNUSED and _class_of(value)]
     return Opened(str(folder), "diffusers folder", family, tokenizers, parts, ignored)
@@ -417,10 +420,9 @@ def _write_configs(model: Components, folder: Path) -> None:
 
 
 def _model_index(family: Family) -> dict[str, Any]:
-    xl = bool(family.unet.pooled_dim)
     kind = "Img2Img" if family.refiner else {"text": "", "inpaint": "Inpaint", "edit": "InstructPix2Pix"}[family.task]
     index: dict[str, Any] = {
-        "_class_name": f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline",
+        "_class_name": f"StableDiffusion{'XL' if family.xl else ''}{kind}Pipeline",
         "_diffusers_version": version("diffusers"),
         "_ldm_version": ldm.__version__,
         "scheduler": ["diffusers", family.schedule.scheduler],
@@ -431,7 +433,7 @@ def _model_index(family: Family) -> dict[str, Any]:
         classes = ("CLIPTextModelWithProjection" if config.projection else "CLIPTextModel", "CLIPTokenizer")
         names = (config.component, config.component.replace("text_encoder", "tokenizer"))
         index |= {name: ["transformers", kind] for name, kind in zip(names, classes, strict=True)}
-    if xl:
+    if family.xl:
         for name in ("text_encoder", "tokenizer"):
             index.setdefault(name, [None, None])
         index["force_zeros_for_empty_prompt"] = family.zero_empty_prompt

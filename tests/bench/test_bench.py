@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_cli import run
+from commands import run
 
 from ldm.bench import bench
 from ldm.bench.bench import TIMED, Call, Cold, Seconds, cold_starts, ours, printed, ratios, theirs, timed

@@ -1,4 +1,4 @@
-"""Inner levels of a U-Net that run in one call of several."""
+"""DeepCache: the inner levels of a U-Net run in one call of several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ldm.errors import LdmError
 from ldm.models.unet import Conditioning
-from ldm.patches.deepcache import reusing
+from ldm.patches.deepcache import reuse_inner_levels
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
 
@@ -22,7 +22,7 @@ def test_inner_levels_run_in_one_call_of_three(name: str) -> None:
     c = unet.config
     size = torch.randn(2, c.size_ids) if c.size_ids else None
     cond = Conditioning(torch.randn(2, 9, c.text_dim), torch.randn(2, c.pooled_dim) if c.pooled_dim else None, size)
-    model, runs = reusing(unet, 3), 0
+    model, runs = reuse_inner_levels(unet, 3), 0
 
     def count(*_: object) -> None:
         nonlocal runs
@@ -36,7 +36,7 @@ def test_inner_levels_run_in_one_call_of_three(name: str) -> None:
         plain = [unet(x, torch.tensor(500), cond) for x in inputs]
         same = [torch.equal(a, b) for a, b in zip(made, plain, strict=True)]
         assert same == [True, False, False, True, False]
-        again = reusing(unet, 3)
+        again = reuse_inner_levels(unet, 3)
         again(inputs[0], torch.tensor(500), cond)
         assert torch.equal(again(inputs[0], torch.tensor(500), cond), plain[0])  # nothing has changed in there
         runs = 0

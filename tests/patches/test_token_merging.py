@@ -1,4 +1,4 @@
-"""Self-attention that sees similar tokens as one."""
+"""Token merging: self-attention computes similar tokens as one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.models.layers import Attention
 from ldm.models.unet import Conditioning, UNet
-from ldm.patches.deepcache import reusing
-from ldm.patches.token_merging import Layout, Merged, merged, merging, picked
+from ldm.patches.deepcache import reuse_inner_levels
+from ldm.patches.token_merging import MergeTargets, MergingAttention, gathered, merge_tokens, merged
 from ldm.runtime.fused_cpu import quicken
 from ldm.runtime.precomputing import prepared
 from ldm.sampling.guidance import Guidance
@@ -34,8 +34,8 @@ def inputs(unet: UNet, height: int, width: int) -> tuple[Tensor, Conditioning]:
     return noise(2, c.in_channels, height, width), Conditioning(noise(2, 9, c.text_dim), pooled, size)
 
 
-def layout(height: int, width: int, device: str = "cpu") -> Layout:
-    result = Layout()
+def targets(height: int, width: int, device: str = "cpu") -> MergeTargets:
+    result = MergeTargets()
     result.fit(height, width, torch.device(device))
     return result
 
@@ -45,47 +45,47 @@ def layout(height: int, width: int, device: str = "cpu") -> Layout:
 )
 def test_targets(rows: tuple[str, ...]) -> None:
     """One in each cell of 2×2, top left and bottom right in turns, also where a cell lacks a row or a column."""
-    found = layout(len(rows), len(rows[0]))
+    found = targets(len(rows), len(rows[0]))
     drawn = "".join(rows)
     assert found.order.tolist() == [i for kind in "#." for i, mark in enumerate(drawn) if mark == kind]
-    assert found.targets == drawn.count("#")
+    assert found.count == drawn.count("#")
 
 
 def test_a_small_map() -> None:
     """2×4 tokens of two channels; the targets are the first and the last."""
     rows = [[[1.0, 0.0], [0.0, 2.0], [-1.0, 0.5], [1.0, 2.0]], [[1.0, -1.0], [2.0, 2.1], [3.0, 0.0], [0.0, 1.0]]]
     tokens = torch.tensor(rows)
-    fewer, places = merged(tokens.view(1, 8, 2), layout(2, 4), 0.25)
+    fewer, places = merged(tokens.view(1, 8, 2), targets(2, 4), 0.25)
     assert fewer.shape == (1, 6, 2)
     wanted = tokens.clone()
     wanted[0, 0] = wanted[1, 2] = torch.tensor([2.0, 0.0])
     wanted[0, 1] = wanted[1, 3] = torch.tensor([0.0, 1.5])
-    assert torch.equal(picked(fewer, places).view(2, 4, 2), wanted)
-    fewer, _ = merged(tokens.view(1, 8, 2), layout(2, 4), 0.75)
+    assert torch.equal(gathered(fewer, places).view(2, 4, 2), wanted)
+    fewer, _ = merged(tokens.view(1, 8, 2), targets(2, 4), 0.75)
     assert torch.allclose(fewer, torch.tensor([[[5 / 3, -1 / 3], [2 / 5, 7.6 / 5]]]))
 
 
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.75])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75])
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 5), (7, 4)])
-def test_any_size(height: int, width: int, part: float) -> None:
+def test_any_size(height: int, width: int, ratio: float) -> None:
     tokens = torch.randn(2, height * width, 4)
     cells = -(-height // 2) * -(-width // 2)
-    gone = min(int(part * height * width), height * width - cells)
-    fewer, places = merged(tokens, layout(height, width), part)
+    gone = min(int(ratio * height * width), height * width - cells)
+    fewer, places = merged(tokens, targets(height, width), ratio)
     assert fewer.shape == (2, height * width - gone, 4)
     for row in places:
         assert sorted(set(row.tolist())) == list(range(fewer.shape[1]))
-    kept = (picked(fewer, places) == tokens).all(-1).sum(dim=1)
+    kept = (gathered(fewer, places) == tokens).all(-1).sum(dim=1)
     assert (kept >= height * width - 2 * gone).all()  # all but those that are merged and their targets
     for index, places_alone in enumerate(places):
-        alone = merged(tokens[index : index + 1], layout(height, width), part)
+        alone = merged(tokens[index : index + 1], targets(height, width), ratio)
         torch.testing.assert_close(alone[0][0], fewer[index])
         assert torch.equal(alone[1][0], places_alone)
 
 
 def test_shapes_depend_on_no_number() -> None:
     """Tensors without numbers will do, so that it can be compiled and recorded."""
-    fewer, places = merged(torch.empty(2, 35, 8, device="meta"), layout(5, 7, "meta"), 0.5)
+    fewer, places = merged(torch.empty(2, 35, 8, device="meta"), targets(5, 7, "meta"), 0.5)
     assert fewer.shape == (2, 18, 8)
     assert places.shape == (2, 35)
 
@@ -94,19 +94,19 @@ def test_cells_of_equal_tokens_lose_nothing() -> None:
     attention = Attention(32, 4)
     x = torch.randn(2, 3, 4, 32).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(Merged(attention, 0.75, layout(6, 8))(x, x), attention(x, x))
+        torch.testing.assert_close(MergingAttention(attention, 0.75, targets(6, 8))(x, x), attention(x, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_thousands_of_equal_tokens(dtype: torch.dtype) -> None:
-    fewer, places = merged(torch.full((1, 4096, 3), 40.0, dtype=dtype), layout(64, 64), 0.75)
+    fewer, places = merged(torch.full((1, 4096, 3), 40.0, dtype=dtype), targets(64, 64), 0.75)
     assert fewer.dtype == dtype
-    torch.testing.assert_close(picked(fewer, places).float(), torch.full((1, 4096, 3), 40.0), atol=0, rtol=1e-2)
+    torch.testing.assert_close(gathered(fewer, places).float(), torch.full((1, 4096, 3), 40.0), atol=0, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name, level", [("sd15", 0), ("sdxl", 1), ("emoji", 1)])
 def test_only_the_level_with_the_most_tokens(name: str, level: int) -> None:
-    """A part of 0 changes nothing but roundings; the weights stay the U-Net's, and the tokens of all other levels."""
+    """A ratio of 0 changes nothing but roundings; the weights stay the U-Net's, and the tokens of all other levels."""
     unet = tiny.model(name).unet
     seen: dict[str, int] = {}
 
@@ -120,9 +120,9 @@ def test_only_the_level_with_the_most_tokens(name: str, level: int) -> None:
     with torch.no_grad():
         plain = unet(x, TIME, cond)
         before = dict(seen)
-        model = merging(unet, 0.5)
+        model = merge_tokens(unet, 0.5)
         made = model(x, TIME, cond)
-        torch.testing.assert_close(merging(unet, 0.0)(x, TIME, cond), plain, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(merge_tokens(unet, 0.0)(x, TIME, cond), plain, atol=1e-5, rtol=1e-4)
         assert torch.equal(unet(x, TIME, cond), plain)
         model(x, TIME, cond)
     assert made.shape == plain.shape
@@ -141,19 +141,19 @@ def test_beside_the_other_wrappers(name: str) -> None:
     unet = tiny.model(name).unet
     x, cond = inputs(unet, 7, 5)
     with torch.inference_mode():
-        model = merging(unet, 0.5)
+        model = merge_tokens(unet, 0.5)
         made = model(x, TIME, cond)
-        kept = prepared(merging(unet, 0.5), cond)
+        kept = prepared(merge_tokens(unet, 0.5), cond)
         assert torch.equal(kept(x, TIME, cond), made)
         assert torch.equal(kept(-x, TIME, cond), model(-x, TIME, cond))
-        reused = prepared(reusing(merging(unet, 0.5), 2), cond)
+        reused = prepared(reuse_inner_levels(merge_tokens(unet, 0.5), 2), cond)
         assert torch.equal(reused(x, TIME, cond), made)
         assert torch.equal(reused(x, TIME, cond), made)
         assert not torch.equal(reused(-x, TIME, cond), reused(x, TIME, cond))
         for row in (slice(0, 1), slice(1, 2)):
             torch.testing.assert_close(model(x[row], TIME, cond.rows(row)), made[row], atol=1e-5, rtol=1e-4)
         quicken(unet)
-        torch.testing.assert_close(merging(unet, 0.5)(x, TIME, cond), made, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(merge_tokens(unet, 0.5)(x, TIME, cond), made, atol=1e-4, rtol=1e-3)
 
 
 def test_images() -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_cli import run
-from test_fused_cpu import distance, inputs, runs
+from commands import run
+from networks import distance, inputs, runs
 from torch import nn
 
 from ldm.bench import bench

@@ -156,8 +156,8 @@ def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Cond
     with torch.device("meta"):
         cond = Conditioning(
             torch.empty(1, family.text[0].context, unet.text_dim),
-            torch.empty(1, unet.pooled_dim) if unet.pooled_dim else None,
-            torch.empty(1, unet.size_ids) if unet.size_ids else None,
+            torch.empty(1, unet.pooled_dim) if family.xl else None,
+            torch.empty(1, unet.size_ids) if family.xl else None,
         )
         return torch.empty(1, unet.in_channels, height, width), torch.zeros(1, dtype=torch.long), cond
 
