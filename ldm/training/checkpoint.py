@@ -22,7 +22,7 @@ from ldm.errors import LdmError, first_line
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-STATE = {"sums": dict, "kind": dict, "looks": list, "log": int}  # what every checkpoint says besides
+STATE = {"sums": dict, "kind": dict, "looks": list, "log": int}  # entries that the state of every checkpoint has, and their types
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -40,7 +40,7 @@ def save(
         accelerator: knows the networks, optimisers and what else is registered with it.
         folder: of the checkpoints.
         step: updates done.
-        state: what must be known besides, as JSON.
+        state: the rest of what the run depends on, as JSON.
         keep: how many checkpoints stay.
         more: called by all ranks with the folder, to write what accelerate does not.
 

@@ -136,7 +136,7 @@ class AdaptiveWeight(nn.Module):
         return AdversarialLoss((loss + weight * adversarial).detach() + zero, adversarial.detach())
 
     def forget(self) -> None:
-        """Leave out what was measured since the last step."""
+        """Drop the gradients that were measured since the last step."""
         self._gradients = None
 
     def update(self, reduce: Reduce = alone) -> None:

@@ -76,9 +76,9 @@ class Sampled(nn.Module):
 
 @dataclass
 class Spread:
-    """The moments of the latents of the first images that come by."""
+    """The moments of latents, of so many images at the most."""
 
-    most: int  # images
+    most: int  # images; later ones are not measured
     moments: LatentMoments
     images: int = 0
 
@@ -281,7 +281,7 @@ class AutoencoderStage:
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over held-out images, decoded from the most probable latents: the reconstruction loss, PSNR in dB,
         SSIM, and LPIPS where it is there."""
-        return self._look(batches, self._spread())
+        return self._measure(batches, self._spread())
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
         """Pairs of an image and its reconstruction."""
@@ -299,7 +299,7 @@ class AutoencoderStage:
             LdmError: the latents are all the same, so that they have no scale.
         """
         spread = self._spread()
-        figures = self._look(batches, spread)
+        figures = self._measure(batches, spread)
         if not figures:  # the same on every rank
             for batch in self.images():
                 with torch.no_grad(), self.accelerator.autocast():
@@ -330,7 +330,7 @@ class AutoencoderStage:
         return Spread(share, LatentMoments(torch.zeros((), dtype=torch.float64), channels, channels))
 
     @torch.no_grad()
-    def _look(self, batches: Iterable[Batch], spread: Spread) -> dict[str, float]:
+    def _measure(self, batches: Iterable[Batch], spread: Spread) -> dict[str, float]:
         """The figures of `validate`, none if there are no images; the latents are added to `spread`."""
         section = self.section
         names = ("loss", "psnr", "ssim", "lpips")

@@ -153,27 +153,25 @@ class StageKind(Generic[S]):
 
     name: str
     section: type[S]  # its part of the configuration, found there under its name
-    learners: Callable[[S, Components], dict[str, Learner]]  # what it trains, by player; all other networks are frozen
-    passes: Callable[
-        [S, Components, Mapping[str, Learner], int, bool], ForwardPasses
-    ]  # …, size in pixels, whether cached
+    # section and model to the networks that are trained, by player; all others are frozen
+    learners: Callable[[S, Components], dict[str, Learner]]
+    # section, model on the meta device, learners, size in pixels, whether there is a cache, to the passes
+    passes: Callable[[S, Components, Mapping[str, Learner], int, bool], ForwardPasses]
     build: Callable[[StageInputs[S]], Stage]
     trial: Mapping[str, Any]  # its section in the selftest, whose networks are small
     helpers: Callable[[S], Sequence[nn.Module]] = lambda section: ()  # frozen networks that are not the model's
     captions: bool = True  # whether it reads them
     cached: Callable[[S], Cached] = lambda section: Cached()
-    spreads: bool = False  # whether its weights can be spread over processes (FSDP2); any kind can be on one, or on DDP
-    evaluation: Callable[[S], EvaluationSection | None] = lambda section: None  # how images are measured while training
-    makes_images: bool = True  # whether its model makes images alone, so that they can be
-    own_model: Callable[[S], ModelSection] | None = None  # what it starts from; None: the stage before it, or `model`
-    adopt: Callable[[S, LatentDiffusion, LatentDiffusion | None], LatentDiffusion] = lambda section, own, before: (
-        own
-    )  # its own model with what it takes over from the stage before it
+    spreads: bool = False  # whether its weights can be spread over processes (FSDP2); all kinds run on one, and on DDP
+    evaluation: Callable[[S], EvaluationSection | None] = lambda section: None  # None: no evaluation while it trains
+    makes_images: bool = True  # whether the model makes images alone, as evaluation needs
+    own_model: Callable[[S], ModelSection] | None = None  # to start from; None: the stage before it, or `model`
+    # section, its own model and that of the stage before it, to its own model with what it takes over
+    adopt: Callable[[S, LatentDiffusion, LatentDiffusion | None], LatentDiffusion] = lambda section, own, before: own
     result: str = "model"  # the name of its result in its folder
     write: Callable[[Stage, Path, str], None] = write_model  # stage, folder, lineage as JSON; on the main process
-    read: Callable[[Path, LatentDiffusion | None], LatentDiffusion | None] = (
-        read_model  # folder, what it started from -> what the next stage starts from
-    )
+    # folder and the model that it started from, if that is at hand, to the model that the next stage starts from
+    read: Callable[[Path, LatentDiffusion | None], LatentDiffusion | None] = read_model
 
 
 def freeze(parts: Components) -> None:
