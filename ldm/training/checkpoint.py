@@ -22,7 +22,12 @@ from ldm.errors import LdmError, first_line
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-STATE = {"sums": dict, "kind": dict, "looks": list, "log": int}  # entries that the state of every checkpoint has, and their types
+STATE = {
+    "sums": dict,
+    "kind": dict,
+    "looks": list,
+    "log": int,
+}  # entries that the state of every checkpoint has, and their types
 NAME = re.compile(r"step-(\d{8,})")
 
 
