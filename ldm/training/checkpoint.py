@@ -27,7 +27,7 @@ STATE = {
     "kind": dict,
     "looks": list,
     "log": int,
-}  # entries that the state of every checkpoint has, and their types
+}  # entries of the state, and their types
 NAME = re.compile(r"step-(\d{8,})")
 
 
