@@ -71,8 +71,9 @@ def forecast(config: Config, processes: int = 1) -> list[Forecast]:
             parts = build(starting_family(model, place))
             learners = kind.learners(section, parts)
             parameters = count(parts, learners, kind.helpers(section))
-        for learner in learners.values() if section.checkpointing else ():
-            checkpointed(learner.module)
+        if section.checkpointing:
+            for learner in learners.values():
+                checkpointed(learner.module)
         for phase in phases(section):
             micro = phase.batch // (phase.parts(processes) * processes)
             passes = kind.passes(section, parts, learners, phase.size, config.data.cache)
