@@ -463,7 +463,7 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
     """
     if room_of(model) is not room_of(refiner):
         return
-    refiner.autoencoder = model.autoencoder
+    refiner.networks["autoencoder"] = model.autoencoder
     ours, theirs = model.text_encoders.towers[-1].state_dict(), refiner.text_encoders.towers[0].state_dict()
     if ours.keys() == theirs.keys() and all(
         theirs[name].dtype == tensor.dtype

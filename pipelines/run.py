@@ -62,7 +62,7 @@ class SamplingRun:
         self.on_step = on_step
         self.schedule = schedule or model.family.schedule
         self.device = model.device
-        self.dtype = next(model.unet.parameters()).dtype
+        self.dtype = model.dtype
         config = model.family.autoencoder
         side = config.factor
         self.shape = (len(request.prompts), config.latent_channels, request.height // side, request.width // side)

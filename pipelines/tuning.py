@@ -77,7 +77,7 @@ class Tuning:
         Raises:
             LdmError: a kernel does not run here, nothing can be compiled or quantised, or one thing excludes another.
         """
-        device, dtype = room.device if room else model.device, next(model.unet.parameters()).dtype
+        device, dtype = room.device if room else model.device, model.dtype
         if room and room.layers and (self.compile or self.quantize):
             raise LdmError(
                 "offload: with one layer at a time (layers) nothing can be compiled or quantised; leave compile and "
@@ -117,7 +117,7 @@ class Tuned(LatentDiffusion):
         Raises:
             LdmError: it cannot be quantised here.
         """
-        super().__init__(model.family, model.unet, model.autoencoder, model.text_encoders)
+        super().__init__(model.family, dict(model.networks))
         self.known_by = model.fingerprint()
         self.room = room
         if room:

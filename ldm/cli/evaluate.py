@@ -21,11 +21,12 @@ from ldm.cli.common import to_dtype
 from ldm.cli.generate import parse_size, read_prompts
 from ldm.data.image_set import made
 from ldm.errors import LdmError, first_line, suggestion
-from ldm.evaluation.evaluation import EvaluationPlan, Model, check, evaluate
+from ldm.evaluation.evaluation import evaluate
 from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.pages.tables import tables
+from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
 from ldm.evaluation.report import Value, save_report
-from ldm.evaluation.stored import Ranks, Workspace, alone
+from ldm.evaluation.workspace import Ranks, Workspace, file_lock
 from ldm.files import Progress as Tell
 from ldm.files import silent
 from ldm.weights.builtin import builtin
@@ -83,7 +84,7 @@ def run(options: Options) -> None:
     given = {side: dict(map(_setting, texts)) for side, texts in options.settings.items()}
     if given.get("B") and len(options.sources) < 2:
         raise LdmError("--with-b is about a second model, and there is one alone")
-    check([is_model(source) for source in options.sources], plan)
+    check_plan([is_model(source) for source in options.sources], plan)
     sides: list[Model | str] = []
     for source, name in zip(options.sources, "AB", strict=False):
         own = given.get("both", {}) | given.get(name, {})
@@ -94,7 +95,7 @@ def run(options: Options) -> None:
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
     in_use = f"{folder} is in use by another evaluation; wait for its end, or choose another folder (--out)"
-    with alone(made(folder) / ".lock", in_use) if ranks.first else nullcontext():
+    with file_lock(made(folder) / ".lock", in_use) if ranks.first else nullcontext():
         with _telling(ranks.first) as tell:
             report = evaluate(sides, plan, Workspace(folder, ranks, tell, cache))
         if report is None:
@@ -207,7 +208,7 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
     def rebuilt(images: list[Image.Image]) -> list[Image.Image]:
         return reconstruct(pipeline.model, images)
 
-    dtype = str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch.")
+    dtype = str(pipeline.model.dtype).removeprefix("torch.")
     refiner = {} if pipeline.refiner is None else {"refiner_digest": pipeline.refiner.fingerprint()}
     return Model(source, pipeline.model.fingerprint(), min(size), make, rebuilt, {**given, "dtype": dtype, **refiner})
 

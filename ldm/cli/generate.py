@@ -126,7 +126,7 @@ def run(options: Options) -> None:
         "model": Path(options.model or DEFAULT).stem,
         "source": _absolute(options.model or DEFAULT),
         "model_hash": pipeline.model.fingerprint(),
-        "dtype": str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
         "attention": options.attention,
         "compile": options.compile,
     }

@@ -21,13 +21,14 @@ from PIL import Image
 
 from ldm.data.image_set import ImageSet, made
 from ldm.errors import LdmError, out_of_memory
-from ldm.evaluation.evaluation import Evaluation, EvaluationPlan, Model, begin, check
+from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.features import digest_of
 from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.pages.page import write_page
+from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
 from ldm.evaluation.report import Value, save_report
-from ldm.evaluation.stored import Workspace
+from ldm.evaluation.workspace import Workspace
 from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.sections import EvaluationSection
@@ -59,7 +60,7 @@ def check_evaluation(kind: StageKind[Any], plan: EvaluationPlan) -> None:
             raise LdmError("a stream holds no images out; name some to compare with (data)")
         if isinstance(plan.data, Images) and not len(plan.data):
             raise LdmError("no images are held out (data.holdout); hold some out, or name others (data)")
-        check([True], plan)
+        check_plan([True], plan)
         about_autoencoders = [metric for metric in plan.metrics if METRICS[metric].reconstruction]
         if about_autoencoders:
             raise LdmError(f"{about_autoencoders[0]} is about the autoencoder, which is not trained here; leave it out")
@@ -187,7 +188,7 @@ class Evaluator:
         def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
             return self.make_images(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
 
-        return begin([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
+        return Evaluation([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
 
     # --- the best weights so far ------------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ import ldm
 from ldm.data.image_set import made
 from ldm.data.plan import BatchPlan
 from ldm.errors import LdmError, first_line
-from ldm.evaluation import evaluation, stored
+from ldm.evaluation.plan import EvaluationPlan
+from ldm.evaluation.workspace import Ranks, Workspace
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime.compilation import check_compiling
 from ldm.runtime.kernels.memory import keep_freed
@@ -207,7 +208,7 @@ class TrainingRun:
                 if self.make_images is None:
                     raise LdmError(f"{name}.evaluation.every: nothing is given that makes images (make_images)")
 
-    def _evaluation_plan(self, section: EvaluationSection, device: str) -> evaluation.EvaluationPlan:
+    def _evaluation_plan(self, section: EvaluationSection, device: str) -> EvaluationPlan:
         images = self.data.images
         return evaluation_plan(section, images, self.data.rows if images else (), device)
 
@@ -218,8 +219,8 @@ class TrainingRun:
         if self.make_images is None or wanted is None:
             return None
         plan = self._evaluation_plan(wanted, str(accelerator.device))
-        ranks = stored.Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-        work = stored.Workspace(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
+        ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        work = Workspace(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
         size = phases(section)[-1].size
         return Evaluator(name, wanted, size, plan, model, self.make_images, self.config.precision, work)
 

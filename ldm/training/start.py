@@ -38,7 +38,7 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
         random = LatentDiffusion.from_family(family, seed)
         for name in section.fresh:
             part = {"text": "text_encoders"}.get(name, name)
-            setattr(model, part, getattr(random, part))
+            model.networks[part] = random.networks[part]
     model.family = family
     return model
 

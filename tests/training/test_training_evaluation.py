@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from ldm.cli.train import make_images
 from ldm.errors import LdmError
 from ldm.evaluation import features
-from ldm.evaluation.evaluation import EvaluationPlan
 from ldm.evaluation.networks import extractors
+from ldm.evaluation.plan import EvaluationPlan
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config, load
 from ldm.training.evaluator import check_evaluation, weights_digest
@@ -286,7 +286,7 @@ sys.path.insert(0, sys.argv.pop(1))
 from drawings import Toy
 from ldm.evaluation.networks import extractors
 from ldm.evaluation import features
-from ldm.evaluation.evaluation import EvaluationPlan
+from ldm.evaluation.plan import EvaluationPlan
 features.open_extractor = lambda spec, device: Toy()
 from ldm.cli.train import run
 run(sys.argv[1], sys.argv[2:])

@@ -23,8 +23,6 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.stages.stage import Player, Stage
 from ldm.training.stages.table import KINDS, kind_named
 
-NETWORKS = ("unet", "autoencoder", "text_encoders")  # of a model
-
 
 def is_sharded(accelerator: Accelerator, stage: Stage) -> bool:
     """Whether the weights are spread over the ranks.
@@ -68,7 +66,7 @@ class Skeleton:
         memo |= {id(b): b.to("meta") for b in module.buffers()}
         self.module = copy.deepcopy(module, memo)
         paths = {id(part): path for path, part in module.named_modules()}
-        self.places = {name: path for name in NETWORKS if (path := paths.get(id(getattr(model, name)))) is not None}
+        self.places = {name: path for name, part in model.networks.items() if (path := paths.get(id(part))) is not None}
 
     @contextmanager
     def in_place(self, player: Player, model: LatentDiffusion, averages: Mapping[str, Tensor]) -> Iterator[None]:
@@ -86,16 +84,15 @@ class Skeleton:
             part = network.get_submodule(holder)
             is_buffer = leaf in part._buffers
             setattr(part, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
-        before = {name: getattr(model, name) for name in self.places}
+        before = dict(model.networks)
         player.module = network.train(own.training)
         for name, path in self.places.items():
-            setattr(model, name, network.get_submodule(path))
+            model.networks[name] = network.get_submodule(path)
         try:
             yield
         finally:
             player.module = own
-            for name, module in before.items():
-                setattr(model, name, module)
+            model.networks.update(before)
 
 
 def save(averages: dict[str, Any], folder: Path) -> None:

@@ -167,7 +167,7 @@ def refiner_on_base(section: RefinerSection, refiner: LatentDiffusion, base: Lat
     if base is None or section.model.source is not None:
         return refiner
     refiner.family = replace(refiner.family, autoencoder=base.family.autoencoder, preview=base.family.preview)
-    refiner.autoencoder = base.autoencoder
+    refiner.networks["autoencoder"] = base.autoencoder
     if refiner.family.text[-1] == base.family.text[-1]:
         refiner.text_encoders.towers[-1] = base.text_encoders.towers[-1]
         refiner.text_encoders.tokenizers = base.text_encoders.tokenizers[-1:]
