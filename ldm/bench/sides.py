@@ -17,7 +17,7 @@ from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.clip_text import TextEncoderConfig
-from ldm.training.forecast import blank
+from ldm.training.stages.denoiser import blank
 from ldm.weights.builtin import builtin
 from ldm.weights.configs import write_autoencoder, write_schedule, write_text, write_unet
 from ldm.weights.tokenizer import write_tokenizer
