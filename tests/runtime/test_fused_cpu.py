@@ -32,7 +32,7 @@ from ldm.runtime.fused_cpu import (
 )
 from ldm.runtime.kernels import layers as kernels
 from ldm.runtime.kernels.compiled import usable
-from ldm.runtime.precomputing import prepared
+from ldm.runtime.precomputing import precomputed
 from pipelines import Pipeline
 
 runs = pytest.mark.skipif(not usable(), reason="needs AVX-512 BF16 and a C++ compiler")
@@ -77,7 +77,7 @@ def test_a_unet(name: str, height: int, width: int, dtype: torch.dtype) -> None:
         x, t, cond = inputs(unet, dtype, height, width)
         wanted = exact(x.double(), t, cast(cond, torch.float64))
         check(quick(x, t, cond), unet(x, t, cond), wanted)
-        assert torch.equal(prepared(quick, cond)(x, t, cond), quick(x, t, cond))
+        assert torch.equal(precomputed(quick, cond)(x, t, cond), quick(x, t, cond))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
