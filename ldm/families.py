@@ -2,66 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """How noise was added in training, and the scheduler that the model is published with."""
-
-    prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon", "v_prediction" or "sample"
-    beta_start: float = 0.00085  # variance added in the first step
-    beta_end: float = 0.012  # and in the last
-    beta_schedule: str = "scaled_linear"  # between them: linear in the square root
-    train_steps: int = 1000
-    zero_terminal_snr: bool = False  # betas rescaled so that the last step is pure noise (Lin et al. 2023)
-    scheduler: str = "PNDMScheduler"  # diffusers' name of the sampler
-    options: Mapping[str, Any] = field(default_factory=dict)  # its further options
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise LdmError(f"prediction type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
-        if self.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-            raise LdmError(
-                f"beta schedule {self.beta_schedule!r}; known are linear, scaled_linear and squaredcos_cap_v2"
-            )
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise LdmError(f"betas from {self.beta_start!r} to {self.beta_end!r}: they must rise within (0, 1)")
-        if not isinstance(self.train_steps, int) or not 1 <= self.train_steps <= 100_000:
-            raise LdmError(f"{self.train_steps!r} training timesteps; a whole number from 1 to 100000 is needed")
-
-    def betas(self) -> torch.Tensor:
-        """Variance added in each step: (train_steps,), float64."""
-        start, end, steps = self.beta_start, self.beta_end, self.train_steps
-        if self.beta_schedule == "linear":
-            return torch.linspace(start, end, steps, dtype=torch.float64)
-        if self.beta_schedule == "scaled_linear":
-            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps  # Nichol and Dhariwal 2021, equation 17
-        bar = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
-        return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-
-    def alpha_bars(self) -> torch.Tensor:
-        """Share of the image in the variance of the noisy image at each timestep: (train_steps,), float64.
-
-        With `zero_terminal_snr`, rescaled so that the last is 0 (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
-        """
-        bars = (1 - self.betas()).cumprod(0)
-        if self.zero_terminal_snr:
-            roots = bars.sqrt()
-            bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-        return bars
+from ldm.process import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule, family_named
+from ldm.families import Family, family_named
 from ldm.files import Progress, silent
 from ldm.models.unet import Conditioning
+from ldm.process import NoiseSchedule
 from ldm.weights.components import Components, build, fingerprint
 from ldm.weights.folder import write_folder
 from ldm.weights.single_file import write_single_file

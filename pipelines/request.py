@@ -11,9 +11,10 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule
+from ldm.families import Family
 from ldm.models.prompts import read
 from ldm.patches.token_merging import MOST as MOST_MERGED
+from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS, SamplingPlan, Scheduler, make

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError, out_of_memory
-from ldm.families import NoiseSchedule
 from ldm.images import to_images, to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
@@ -24,6 +23,7 @@ from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import sliced_decode, sliced_encode, tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.patching import patched
+from ldm.process import NoiseSchedule
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample

@@ -62,3 +62,52 @@ def make_shards(root: Path, count: int) -> str:
     for shard, some in enumerate((files[: count // 3], files[count // 3 :])):
         make_tar(root / f"{shard:04}.tar", {k: v for png, txt, i, t in some for k, v in ((png, i), (txt, t))})
     return f"{root}/{{0000..0001}}.tar"
+
+
+def saved_dataset(root: Path, count: int, text: str = "text") -> str:
+    """A dataset that `save_to_disk` wrote."""
+    import datasets
+
+    rows = [
+        {"image": {"bytes": image, "path": None}, text: caption.splitlines(), "key": f"{name}.png"}
+        for name, (image, caption) in samples(count).items()
+    ]
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    dataset.save_to_disk(str(root))
+    return str(root)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def odd_files() -> dict[str, bytes]:
+    """Ten: turned, CMYK, 16 bits, palette and transparency, animated, a JPEG called PNG."""
+    image = place_image(24, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.full((16, 24), 40_000, dtype=np.uint16))
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    palette = image.quantize(16)
+    palette.info["transparency"] = 0
+    red = Image.new("RGB", (24, 16), "red")
+    return {
+        "turned.jpg": encoded(image, "JPEG", exif=exif), "turned.png": encoded(image, "PNG", exif=exif),
+        "print.jpg": encoded(red.convert("CMYK"), "JPEG"), "deep.png": png(deep), "clear.png": png(clear),
+        "palette.png": png(palette), "moving.gif": encoded(red, "GIF", save_all=True, append_images=[image]),
+        "really-a-jpeg.png": encoded(red, "JPEG"), "gray.webp": encoded(image.convert("L"), "WEBP"),
+        "deep.pgm": b"P5 24 16 65535\n" + np.full((16, 24), 40_000, dtype=">u2").tobytes(),
+    }  # fmt: skip
+
+
+BAD = {
+    "empty.png": (b"", "it is no image, or damaged"),
+    "text.png": (b"hello", "it is no image, or damaged"),
+    "tiny.png": (png(place_image(7, 40)), "7×40 pixels: sides from 8 pixels"),
+    "long.png": (png(place_image(161, 10)), "161×10 pixels: sides from 8 pixels and up to 16 times"),
+    "program.png": (encoded(Image.new("RGB", (16, 16)), "EPS"), "is PostScript, a program that would be run"),
+    "hdr.tif": (encoded(Image.new("F", (16, 16)), "TIFF"), "floating-point numbers"),
+}

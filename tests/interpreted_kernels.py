@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fused_cpu import distance
-from test_fused_gpu import DTYPES, device, formula
+from networks import DTYPES, device, distance, formula
 from torch import nn
 
 from ldm.models.layers import GEGLU, ResnetBlock

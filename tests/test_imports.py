@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from modules import ROOT, SOURCES, imports
 
-ROOT = Path(__file__).parent.parent
 # what each part may import of the project, besides itself and ldm.errors
 MODELS = {"ldm.models"}
 LOW = MODELS | {
-    "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels", "ldm.images",
-    "ldm.files", "ldm.caches",
+    "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
+    "ldm.images", "ldm.files", "ldm.caches",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
@@ -24,6 +23,7 @@ ALLOWED = {
     "ldm.caches": set(),
     "ldm.files": set(),
     "ldm.models": MODELS,
+    "ldm.process": set(),
     "ldm.families": LOW,
     "ldm.weights": LOW,
     "ldm.sampling": LOW,
@@ -46,22 +46,6 @@ ALLOWED = {
 def part(module: str) -> str:
     """The entry of `ALLOWED` that a module belongs to."""
     return max((name for name in ALLOWED if module == name or module.startswith(name + ".")), key=len)
-
-
-def imports(path: Path) -> list[tuple[str, int]]:
-    """Modules of the project that a file imports, anywhere in it."""
-    found: list[tuple[str, int]] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            found.append((node.module, node.lineno))
-            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
-    return [(name, line) for name, line in found if name.split(".")[0] in ("ldm", "pipelines")]
-
-
-SOURCES = [path for top in ("ldm", "pipelines") for path in sorted((ROOT / top).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,6 +10,21 @@ from ldm.families import FAMILIES, Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.clip_text import TextEncoderConfig
 
+PIPELINES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd15-inpaint": "StableDiffusionInpaintPipeline",
+    "sd15-edit": "StableDiffusionInstructPix2PixPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sd2-inpaint": "StableDiffusionInpaintPipeline",
+    "sd2-v": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-inpaint": "StableDiffusionXLInpaintPipeline",
+    "sdxl-edit": "StableDiffusionXLInstructPix2PixPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+    "emoji": "StableDiffusionXLPipeline",
+    "emoji-refiner": "StableDiffusionXLImg2ImgPipeline",
+}  # diffusers' classes, by family
+
 
 def tower(config: TextEncoderConfig) -> TextEncoderConfig:
     """A text tower with 3 layers and a vocabulary of 1,000."""

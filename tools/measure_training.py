@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ldm.bench.bench import device_name, products
+from ldm.bench.measuring import device_name, products
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.families import FAMILIES

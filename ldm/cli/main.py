@@ -309,10 +309,11 @@ def bench(
     out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
 ) -> None:
     """Measure how fast images are made, beside diffusers with the same weights."""
-    from ldm.bench import bench as command
+    from ldm.bench.command import measure
+    from ldm.bench.options import BenchOptions
 
-    command.run(
-        command.BenchOptions(
+    measure(
+        BenchOptions(
             source, size=size, batch=batch, steps=steps, rounds=rounds, dtype=dtype, rival_dtype=rival_dtype,
             device=device, against=against, compile=compile, quantize=quantize, cold=cold, out=out,
         )

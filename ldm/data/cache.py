@@ -85,8 +85,7 @@ def build_latents(
         for some in _chunks((crop for _, crop in group), batch)
     ]
     done, encoded, total = 0, 0, sum(len(some) for _, some in todo)
-    skipped = Skipped(plan.name, path / f"unreadable-{rank}.txt", fresh=True)
-    unreadable: dict[str, str] = {}
+    unreadable = _Unreadable(path, plan, rank)
     loading = DataLoader(
         _Rendering(plan), sampler=todo, batch_size=None, num_workers=workers, generator=torch.Generator()
     )
@@ -94,24 +93,42 @@ def build_latents(
         done += len(rows) + len(damaged)
         encoded += len(rows)
         if damaged:
-            for crop, reason in damaged:
-                unreadable[crop.name.hex()] = reason
-                skipped.add(plan.images.key(crop.index), reason)
-            skipped.check(done // _per_image(plan))
-            with replacing(path / f"unreadable-{rank}.json", folder=False, overwrite=True, need=0) as temporary:
-                write_json(temporary, unreadable)
+            unreadable.add(damaged, done)
         if rows:
-            pixels = to_pixels(torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])))
-            moments = torch.cat(encode(pixels), dim=1).detach().cpu()
-            for (crop, _, _), finite in zip(rows, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
-                if not finite:
-                    key = plan.images.key(crop.index)
-                    raise LdmError(f"the latents of {key} are not finite; encode in bf16 or fp32, not in fp16")
-            sizes = torch.tensor([numbers for _, _, numbers in rows], dtype=torch.int32)
-            writer.add([crop.name for crop, _, _ in rows], {"moments": moments, "sizes": sizes})
+            writer.add([crop.name for crop, _, _ in rows], _encoded(rows, plan, encode))
         report(done, total)
     writer.flush()
     return encoded
+
+
+def _encoded(rows: list[_Row], plan: BatchPlan, encode: Encode) -> dict[str, Tensor]:
+    """Moments (B, 2C, h, w) of these crops, and the six numbers of each one's `Frame` (B, 6)."""
+    pixels = to_pixels(torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])))
+    moments = torch.cat(encode(pixels), dim=1).detach().cpu()
+    for (crop, _, _), finite in zip(rows, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
+        if not finite:
+            key = plan.images.key(crop.index)
+            raise LdmError(f"the latents of {key} are not finite; encode in bf16 or fp32, not in fp16")
+    return {"moments": moments, "sizes": torch.tensor([numbers for _, _, numbers in rows], dtype=torch.int32)}
+
+
+class _Unreadable:
+    """The images that a process could not decode, noted in the cache; too many of them end the build."""
+
+    def __init__(self, folder: Path, plan: BatchPlan, rank: int) -> None:
+        self._file = folder / f"unreadable-{rank}.json"
+        self._plan = plan
+        self._skipped = Skipped(plan.name, folder / f"unreadable-{rank}.txt", fresh=True)
+        self._reasons: dict[str, str] = {}
+
+    def add(self, damaged: list[tuple[_Crop, str]], done: int) -> None:
+        """Note these crops and the reasons; `done` crops were read in all."""
+        for crop, reason in damaged:
+            self._reasons[crop.name.hex()] = reason
+            self._skipped.add(self._plan.images.key(crop.index), reason)
+        self._skipped.check(done // _per_image(self._plan))
+        with replacing(self._file, folder=False, overwrite=True, need=0) as temporary:
+            write_json(temporary, self._reasons)
 
 
 class Latents:
@@ -328,6 +345,9 @@ class _Crop:
     name: bytes
 
 
+_Row = tuple[_Crop, np.ndarray, tuple[int, ...]]  # crop, pixels (H, W, 3) uint8, the six numbers of its `Frame`
+
+
 def _latent_settings(plan: BatchPlan, fingerprint: str) -> dict[str, object]:
     """All that decides the latents of a crop, besides the image: how many there are of each does not."""
     framing = plan.framing
@@ -364,11 +384,9 @@ class _Rendering(Dataset):
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
 
-    def __getitem__(
-        self, item: tuple[tuple[int, int], list[_Crop]]
-    ) -> tuple[list[tuple[_Crop, np.ndarray, tuple[int, ...]]], list[tuple[_Crop, str]]]:
+    def __getitem__(self, item: tuple[tuple[int, int], list[_Crop]]) -> tuple[list[_Row], list[tuple[_Crop, str]]]:
         sides, some = item
-        rows: list[tuple[_Crop, np.ndarray, tuple[int, ...]]] = []
+        rows: list[_Row] = []
         damaged: list[tuple[_Crop, str]] = []
         for crop in some:
             example = self.plan.example(crop.index)

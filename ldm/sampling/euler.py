@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.process import BETA_SCHEDULES, PARAMETRISATIONS, betas, noise_levels, with_zero_terminal_snr
 
 _KNOWN = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "beta_schedule": BETA_SCHEDULES,
+    "prediction_type": tuple(PARAMETRISATIONS),
     "interpolation_type": ("linear", "log_linear"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
     "timestep_type": ("discrete", "continuous"),
@@ -56,27 +56,15 @@ class EulerDiscreteScheduler:
                 raise LdmError(f"{name} {getattr(self, name)!r} of scheduler euler: choose {' or '.join(known)}")
         if sum(map(bool, (self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas))) > 1:
             raise LdmError("scheduler euler: of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas, one")
-        self.alphas_cumprod = (1 - self._betas()).cumprod(0)
+        variances = betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, torch.float32)
+        if self.rescale_betas_zero_snr:
+            bars = with_zero_terminal_snr((1 - variances).cumprod(0))
+            variances = 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])  # diffusers' way round, for its rounding
+        self.alphas_cumprod = (1 - variances).cumprod(0)
         if self.rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = 2**-24  # so that the highest noise level is finite
-        self.trained = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+        self.trained = noise_levels(self.alphas_cumprod).numpy()
         self.set_levels(self.trained[::-1])
-
-    def _betas(self) -> Tensor:
-        """Variance added at each timestep: (train_steps,)."""
-        count = self.num_train_timesteps
-        if self.beta_schedule == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, count)
-        elif self.beta_schedule == "scaled_linear":
-            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, count) ** 2
-        else:  # Nichol and Dhariwal 2021, equation 17
-            shares = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-            betas = torch.tensor([min(1 - later / share, 0.999) for share, later in pairwise(shares)])
-        if not self.rescale_betas_zero_snr:
-            return betas
-        roots = (1 - betas).cumprod(0).sqrt()  # Lin et al. 2023 (arXiv 2305.08891), algorithm 1
-        bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
-        return 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -93,7 +81,7 @@ class EulerDiscreteScheduler:
         last = 0.0 if self.final_sigmas_type == "zero" else self.trained[0]
         self.sigmas = torch.from_numpy(np.append(levels, last).astype(np.float32))
         self.timesteps = torch.from_numpy(timesteps.astype(np.float32))
-        if self.timestep_type == "continuous" and self.prediction_type == "v_prediction":
+        if self.timestep_type == "continuous" and PARAMETRISATIONS[self.prediction_type].log_timesteps:
             self.timesteps = 0.25 * self.sigmas[:-1].log()
         self.index = 0  # of the next step
 
@@ -142,12 +130,7 @@ class EulerDiscreteScheduler:
         """Noisy latents (B, C, h, w) at the next noise level, from what the model gave for `sample`."""
         x = sample.float()
         sigma, following = self.sigmas[self.index], self.sigmas[self.index + 1]
-        if self.prediction_type == "epsilon":
-            clean = x - sigma * model_output
-        elif self.prediction_type == "v_prediction":
-            clean = model_output * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
-        else:
-            clean = model_output
+        clean = PARAMETRISATIONS[self.prediction_type].denoised(model_output, x, sigma)
         self.index += 1
         return ((x + (x - clean) / sigma * (following - sigma)).to(model_output.dtype),)
 

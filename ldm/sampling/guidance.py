@@ -5,7 +5,6 @@ B images, C latent channels, h×w height and width of the latents
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.families import NoiseSchedule
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.patching import patched
+from ldm.process import NoiseSchedule
 from ldm.runtime.precomputing import TimeTable, precomputed
 from ldm.sampling.loop import Denoise, Time
 
@@ -150,44 +149,22 @@ def rescaled(guided: Tensor, wanted: Tensor, amount: float) -> Tensor:
 
 
 def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) -> Denoise:
-    """Keep the predicted latents within what their own percentile allows, image by image.
+    """A denoiser with dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3), image by image.
 
-    Saharia et al. 2022 (arXiv 2205.11487), section 2.3, on latents, whose ordinary spread is 1: where the percentile of
-    their absolute values is above 3, what is above it is cut, and all are scaled down until it is 3.
+    The ordinary spread of latents is 1. Where `percentile` of the predicted latents' absolute values is above 3, values
+    beyond it are clipped, and all are scaled down until it is 3.
     """
-    bars = schedule.alpha_bars().tolist()
+    parametrisation = schedule.parametrisation
 
     def limited(x: Tensor, time: Time) -> Tensor:
         prediction = denoise(x, time)
-        a, s = signal_and_noise(bars, time.value)
-        latents = to_latents(prediction, x, a, s, schedule.prediction_type)
+        scales = schedule.scales(time.value)
+        latents = parametrisation.to_clean(prediction, x, *scales)
         sizes = latents.flatten(1).abs().float()
         limit = torch.quantile(sizes, percentile, dim=1).clamp(min=3.0).to(latents.dtype)[:, None, None, None]
-        return from_latents(latents.clamp(-limit, limit) * (3 / limit), x, a, s, schedule.prediction_type)
+        return parametrisation.from_clean(latents.clamp(-limit, limit) * (3 / limit), x, *scales)
 
     return limited
-
-
-def signal_and_noise(bars: list[float], t: float) -> tuple[float, float]:
-    """√ᾱ and √(1 - ᾱ) at a timestep that may lie between two."""
-    low = min(int(t), len(bars) - 1)
-    high = min(low + 1, len(bars) - 1)
-    bar = bars[low] + (bars[high] - bars[low]) * (t - low)
-    return math.sqrt(bar), math.sqrt(1 - bar)
-
-
-def to_latents(prediction: Tensor, x: Tensor, a: float, s: float, prediction_type: str) -> Tensor:
-    """The clean latents that a prediction for x = a · latents + s · noise stands for (a² + s² = 1)."""
-    if prediction_type == "epsilon":
-        return (x - s * prediction) / max(a, 1e-4)
-    return a * x - s * prediction if prediction_type == "v_prediction" else prediction
-
-
-def from_latents(latents: Tensor, x: Tensor, a: float, s: float, prediction_type: str) -> Tensor:
-    """The prediction that stands for clean latents: the inverse of `to_latents`."""
-    if prediction_type == "epsilon":
-        return (x - a * latents) / max(s, 1e-4)
-    return (a * x - latents) / max(s, 1e-4) if prediction_type == "v_prediction" else latents
 
 
 def check_finite(latents: Tensor, stage: str, remedy: str) -> None:

@@ -11,18 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.families import NoiseSchedule
 from ldm.models.autoencoder import Autoencoder
-from ldm.sampling.guidance import signal_and_noise, to_latents
+from ldm.process import NoiseSchedule
 from ldm.sampling.loop import Step
 
 Factors = Sequence[Sequence[float]]  # a row (red, green, blue) for each latent channel, and one to add
 
 
 def clean(step: Step, schedule: NoiseSchedule) -> Tensor:
-    """The latents (B, C, h, w) without noise that the model expects after what it has seen in this step."""
-    a, s = signal_and_noise(schedule.alpha_bars().tolist(), step.time.value)
-    return to_latents(step.prediction, step.model_input, a, s, schedule.prediction_type)
+    """The clean latents (B, C, h, w) that the model predicts in this step."""
+    return schedule.parametrisation.to_clean(step.prediction, step.model_input, *schedule.scales(step.time.value))
 
 
 def to_pixels(latents: Tensor, factors: Factors) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.families import NoiseSchedule
+from ldm.process import NoiseSchedule, noise_levels
 from ldm.sampling.euler import EulerDiscreteScheduler
 
 
@@ -91,7 +91,9 @@ _NOT_SPACED = {  # what a model may be published with
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
 }
-NO_SAMPLE_PREDICTION = {"euler-a", "dpm2", "dpm2-a"}  # diffusers has not written it for these
+UNSUPPORTED = {  # scheduler and prediction type: diffusers has not written these
+    ("euler-a", "sample"), ("dpm2", "sample"), ("dpm2-a", "sample"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,10 @@ def make(
         others = [other for other in SCHEDULERS if known and label in spacings(other)]
         more = f"; {label} goes with: {', '.join(others)}" if others else ""
         raise LdmError(f"spacing {label!r} {why}; choose one of: {', '.join(spacings(name))}{more}")
-    if schedule.prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
-        fits = [other for other in SCHEDULERS if other not in NO_SAMPLE_PREDICTION]
-        raise LdmError(f"scheduler {name} cannot use a model that predicts the image; choose {', '.join(fits)}")
+    prediction = schedule.prediction_type
+    if (name, prediction) in UNSUPPORTED:
+        fits = [other for other in SCHEDULERS if (other, prediction) not in UNSUPPORTED]
+        raise LdmError(f"scheduler {name} cannot use a model that predicts {prediction}; choose {', '.join(fits)}")
     options = {
         "clip_sample": False,  # to [-1, 1], which diffusers does by default, and which latents do not keep to
         **schedule.options,
@@ -291,7 +294,7 @@ def _set_levels(scheduler: Any, name: str, levels: list[float]) -> None:
 def _trained(scheduler: Any) -> np.ndarray:
     """The logarithm of the noise level at each training timestep: (train_steps,)."""
     bars = scheduler.alphas_cumprod.clamp(min=2**-24)  # what diffusers takes for pure noise
-    return (((1 - bars) / bars) ** 0.5).log().numpy()
+    return noise_levels(bars).log().numpy()
 
 
 def _nearest(levels: list[float], scheduler: Any) -> list[int]:

@@ -17,10 +17,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-
-def signal(s: float) -> float:
-    """Share of the clean latents in noisy ones of unit variance, at noise level s."""
-    return 1 / math.sqrt(s**2 + 1)
+from ldm.process import PARAMETRISATIONS, alpha_at
 
 
 def _span(start: float, end: float) -> float:
@@ -68,7 +65,7 @@ class DPMSolverMultistepScheduler(_Levels, diffusers.DPMSolverMultistepScheduler
         h = _span(start, end)
         k = h if noise is None else 2 * h  # with noise of its own, the old one decays twice as fast
         gain = -math.expm1(-k)
-        x = (signal(end) / signal(start) * math.exp(-k) * sample).add(m[-1], alpha=signal(end) * gain)
+        x = (alpha_at(end) / alpha_at(start) * math.exp(-k) * sample).add(m[-1], alpha=alpha_at(end) * gain)
         if len(m) > 1:
             h1 = _span(self.levels[i - 1], start)
             slope = (m[-1] - m[-2]) * (h / h1)
@@ -76,10 +73,10 @@ class DPMSolverMultistepScheduler(_Levels, diffusers.DPMSolverMultistepScheduler
                 h2 = _span(self.levels[i - 2], self.levels[i - 1])
                 bend = slope.sub(m[-2] - m[-3], alpha=h / h2) * (h / (h1 + h2))
                 slope = slope.add(bend, alpha=h1 / h)
-                x = x.add(bend, alpha=signal(end) * ((gain - k) / k**2 + 0.5))
+                x = x.add(bend, alpha=alpha_at(end) * ((gain - k) / k**2 + 0.5))
             midpoint = len(m) == 2 and self.config.solver_type == "midpoint"
-            x = x.add(slope, alpha=signal(end) * (gain / 2 if midpoint else 1 - gain / k))
-        return x if noise is None else x.add(noise, alpha=end * signal(end) * math.sqrt(gain))
+            x = x.add(slope, alpha=alpha_at(end) * (gain / 2 if midpoint else 1 - gain / k))
+        return x if noise is None else x.add(noise, alpha=end * alpha_at(end) * math.sqrt(gain))
 
 
 class DPMSolverSinglestepScheduler(_Levels, diffusers.DPMSolverSinglestepScheduler):
@@ -136,9 +133,9 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
         change = math.expm1(-h)
         scale = -h if self.config.solver_type == "bh1" else change
         shares = _unipc_shares(points, h, scale)
-        weights = [-signal(end) * scale * share / point for share, point in zip(shares, points, strict=True)]
-        x = end * signal(end) / (start * signal(start)) * sample
-        x = x.add(self.model_outputs[-1], alpha=-signal(end) * change - sum(weights))
+        weights = [-alpha_at(end) * scale * share / point for share, point in zip(shares, points, strict=True)]
+        x = end * alpha_at(end) / (start * alpha_at(start)) * sample
+        x = x.add(self.model_outputs[-1], alpha=-alpha_at(end) * change - sum(weights))
         for other, weight in zip(others, weights, strict=True):
             x = x.add(other, alpha=weight)
         return x.to(sample.dtype)
@@ -203,7 +200,7 @@ class DEISMultistepScheduler(_Levels, diffusers.DEISMultistepScheduler):
                 h2 = _span(self.levels[i - 2], self.levels[i - 1])
                 bend = (slope - (e[-2] - e[-3]) / -h2) / -(h1 + h2)
                 total = total + (v**2 * end - 2 * moment - h1 * moment) * bend
-        return signal(end) * (sample / signal(start) + total)
+        return alpha_at(end) * (sample / alpha_at(start) + total)
 
 
 class LMSDiscreteScheduler(_Levels, diffusers.LMSDiscreteScheduler):
@@ -276,10 +273,8 @@ class PNDMScheduler(_Following, diffusers.PNDMScheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
         bar = float(self.alphas_cumprod[timestep])
-        if self.config.prediction_type == "v_prediction":
-            model_output = bar**0.5 * model_output + (1 - bar) ** 0.5 * sample
-        elif self.config.prediction_type == "sample":
-            model_output = (sample - bar**0.5 * model_output) / (1 - bar) ** 0.5
+        parametrisation = PARAMETRISATIONS[self.config.prediction_type]
+        model_output = parametrisation.to_noise(model_output, sample, bar**0.5, (1 - bar) ** 0.5)
         start = int(timestep)
         if self.counter == 1:
             start = next(before for before, after in self.following.items() if after == start)

@@ -69,9 +69,10 @@ def _changed(family: Family, section: ModelSection, place: str) -> Family:
     if len(texts) != len(family.text):
         raise LdmError(f"{place}.text: {len(texts)} entries, but {family.name} has {len(family.text)} text encoders")
     schedule = with_changes(family.schedule, section.schedule, f"{place}.schedule")
-    if schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
+    if schedule.zero_terminal_snr and not schedule.parametrisation.defined_at_zero_snr:
         raise LdmError(
-            f"{place}.schedule: a model that starts from pure noise cannot predict it; prediction_type v_prediction"
+            f"{place}.schedule: {schedule.prediction_type} cannot be learned from pure noise, which zero_terminal_snr "
+            "begins with; set prediction_type to v_prediction"
         )
     different = bool(section.unet or section.autoencoder or any(texts))
     silent = family.zero_empty_prompt if section.zero_empty_prompt is None else section.zero_empty_prompt

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule
+from ldm.families import Family
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
+from ldm.process import NoiseSchedule
 
 Json = Mapping[str, Any]
 UNET_CLASSES = ("UNet2DConditionModel",)

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.errors import LdmError, listing
-from ldm.families import Family, NoiseSchedule, recognised
+from ldm.families import Family, recognised
 from ldm.files import Progress, alongside, read_json, replacing, silent, write_json
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
+from ldm.process import NoiseSchedule
 from ldm.weights import configs, layouts
 from ldm.weights.components import Components, ComponentSource, Opened
 from ldm.weights.manifest import NAME as MANIFEST

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.families import Family, NoiseSchedule
+from ldm.families import Family
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
+from ldm.process import NoiseSchedule
 from ldm.weights.tensors import TensorInfo
 
 Kind = Literal["same", "pointwise", "stack", "transpose"]

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_cli import run
+from commands import run
 
-from ldm.bench import bench
-from ldm.bench.bench import TIMED, Call, Cold, Seconds, cold_starts, ours, printed, ratios, theirs, timed
+from ldm.bench import cold, measuring
+from ldm.bench.cold import TIMED, Cold, cold_starts, printed
+from ldm.bench.measuring import Seconds, timed
+from ldm.bench.options import BenchOptions, Call
+from ldm.bench.processes import SideProcess
+from ldm.bench.sides import ours, theirs
+from ldm.bench.tables import ratios
 from ldm.errors import LdmError
 
 
@@ -53,7 +58,7 @@ def test_a_call_by_its_stages() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.model("sd15").save_pretrained(tmp_path / "model")
-    monkeypatch.setitem(bench.SIZES, "cpu", 64)
+    monkeypatch.setitem(measuring.SIZES, "cpu", 64)
     out = tmp_path / "bench.json"
     code, said, _ = run(
         capsys, monkeypatch, "bench", tmp_path / "model", "--rounds", 2, "--steps", 2, "--dtype", "fp32", "--out", out
@@ -82,9 +87,9 @@ def test_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for argument in command:
             if argument.endswith(".png"):
                 Path(argument).touch()
-        return [3.0, 1e6] if command[0] == bench.WATCHED else [1.0, 0.5]
+        return [3.0, 1e6] if command[0] == cold.WATCHED else [1.0, 0.5]
 
-    monkeypatch.setattr(bench, "printed", fake)
+    monkeypatch.setattr(cold, "printed", fake)
     found = cold_starts(tmp_path, 2, "cpu")
     assert asked == (["ldm"] * 2 + ["diffusers"] * 2) * 3
     assert found == {name: [Cold(3.0, 1.024, 1.0, 0.5)] * 2 for name in ("ldm", "diffusers")}
@@ -119,8 +124,8 @@ def test_a_side_that_cannot_be_had(
     code, _, err = run(capsys, monkeypatch, "bench", tmp_path / "model", "--quantize", "int9")
     assert code == 1
     assert err.startswith("ldm: quantize 'int9' is not known") and len(err.splitlines()) == 1
-    options, call = bench.BenchOptions(str(tmp_path / "model")), Call(64, 64, 1, 5.0)
-    side = bench.Process("plain", options, call, torch.device("cpu"), torch.float32)
+    options, call = BenchOptions(str(tmp_path / "model")), Call(64, 64, 1, 5.0)
+    side = SideProcess("plain", options, call, torch.device("cpu"), torch.float32)
     side.wait()
     seconds, memory = side.image(2)
     assert seconds.image > 0 and 0.1 < memory < 100
@@ -136,15 +141,15 @@ def test_a_rival_that_fails_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tiny.model("sd15").save_pretrained(tmp_path / "model")
-    monkeypatch.setitem(bench.SIZES, "cpu", 64)
-    image = bench.Process.image
+    monkeypatch.setitem(measuring.SIZES, "cpu", 64)
+    image = SideProcess.image
 
-    def fails(self: bench.Process, steps: int) -> Any:
+    def fails(self: SideProcess, steps: int) -> Any:
         if self.name == "plain":
             self.process.kill()
         return image(self, steps)
 
-    monkeypatch.setattr(bench.Process, "image", fails)
+    monkeypatch.setattr(SideProcess, "image", fails)
     out = tmp_path / "bench.json"
     arguments = ["--rounds", 1, "--steps", 2, "--dtype", "fp32", "--against", "plain", "--out", out]
     assert run(capsys, monkeypatch, "bench", tmp_path / "model", *arguments)[0] == 0

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import COMMAND, run
 
 import ldm
 from ldm.cli import main as cli
@@ -24,28 +24,12 @@ from ldm.errors import LdmError
 from ldm.files import check_digest
 from ldm.latent_diffusion import LatentDiffusion
 
-COMMAND = shutil.which("ldm", path=str(Path(sys.executable).parent)) or "ldm"
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "model"
     tiny.model("sdxl").save_pretrained(path)
     return path
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """The command in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["ldm", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_installed_command(model: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from commands import COMMAND, run
 from launched import on_two
 from PIL import Image, ImageDraw
-from test_cli import COMMAND, run
 
 from ldm.training.config import load
 from ldm.training.run import train

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import COMMAND, run
 from launched import on_two
 from PIL import Image
-from test_cli import COMMAND, run
 
 from ldm.cli.record import from_parameters, to_parameters
 from ldm.errors import LdmError

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import make_folder, make_shards, place_image, png, samples
+from images import make_folder, make_shards, place_image, png, samples, saved_dataset
 from PIL import Image
-from test_sources import saved_dataset
 
 from ldm.data.framing import Framing
 from ldm.data.image_set import ImageSet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import pickle
@@ -15,26 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import make_folder, make_shards, make_tar, place_image, png, samples
+from images import BAD, make_folder, make_shards, make_tar, odd_files, place_image, png, samples, saved_dataset
 from PIL import Image
 
 from ldm.data.image_set import ImageSet
 from ldm.data.sources import open_images, open_stream
 from ldm.errors import LdmError
 from ldm.images import load_image
-
-
-def saved_dataset(root: Path, count: int, text: str = "text") -> str:
-    """A dataset that `save_to_disk` wrote."""
-    import datasets
-
-    rows = [
-        {"image": {"bytes": image, "path": None}, text: caption.splitlines(), "key": f"{name}.png"}
-        for name, (image, caption) in samples(count).items()
-    ]
-    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    dataset.save_to_disk(str(root))
-    return str(root)
 
 
 def contents(images: ImageSet) -> list[tuple[object, ...]]:
@@ -176,32 +162,6 @@ def test_images_of_one_name_are_all_kept(tmp_path: Path) -> None:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def odd_files() -> dict[str, bytes]:
-    """Ten: turned, CMYK, 16 bits, palette and transparency, animated, a JPEG called PNG."""
-    image = place_image(24, 16)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    deep = Image.fromarray(np.full((16, 24), 40_000, dtype=np.uint16))
-    clear = image.convert("RGBA")
-    clear.putalpha(0)
-    palette = image.quantize(16)
-    palette.info["transparency"] = 0
-    red = Image.new("RGB", (24, 16), "red")
-    return {
-        "turned.jpg": encoded(image, "JPEG", exif=exif), "turned.png": encoded(image, "PNG", exif=exif),
-        "print.jpg": encoded(red.convert("CMYK"), "JPEG"), "deep.png": png(deep), "clear.png": png(clear),
-        "palette.png": png(palette), "moving.gif": encoded(red, "GIF", save_all=True, append_images=[image]),
-        "really-a-jpeg.png": encoded(red, "JPEG"), "gray.webp": encoded(image.convert("L"), "WEBP"),
-        "deep.pgm": b"P5 24 16 65535\n" + np.full((16, 24), 40_000, dtype=">u2").tobytes(),
-    }  # fmt: skip
-
-
 def test_every_kind_of_image_is_read(tmp_path: Path) -> None:
     files = odd_files()
     for name, data in files.items():
@@ -241,16 +201,6 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path: Path, monkeyp
     assert images.skipped.reasons == {"bomb.png": "the file has 13000×13000 pixels; at most 100,000,000 are read"}
     with pytest.raises(LdmError, match="bomb.png has 13000×13000 pixels"):
         load_image(bomb)
-
-
-BAD = {
-    "empty.png": (b"", "it is no image, or damaged"),
-    "text.png": (b"hello", "it is no image, or damaged"),
-    "tiny.png": (png(place_image(7, 40)), "7×40 pixels: sides from 8 pixels"),
-    "long.png": (png(place_image(161, 10)), "161×10 pixels: sides from 8 pixels and up to 16 times"),
-    "program.png": (encoded(Image.new("RGB", (16, 16)), "EPS"), "is PostScript, a program that would be run"),
-    "hdr.tif": (encoded(Image.new("F", (16, 16)), "TIFF"), "floating-point numbers"),
-}
 
 
 @pytest.mark.parametrize("name", BAD)

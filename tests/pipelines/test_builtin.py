@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import run
 from PIL import Image
-from test_cli import run
 
 from ldm.errors import LdmError
 from ldm.evaluation.networks.extractors import open_text_extractor

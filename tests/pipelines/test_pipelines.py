@@ -17,7 +17,7 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig, PointPosterior
 from ldm.sampling import preview
-from ldm.sampling.guidance import Guidance, from_latents, signal_and_noise, thresholded, to_latents
+from ldm.sampling.guidance import Guidance, thresholded
 from ldm.sampling.loop import Step, Time
 from ldm.sampling.schedulers import SCHEDULERS
 from pipelines import Pipeline
@@ -476,10 +476,11 @@ def test_a_dynamic_threshold_cuts_at_the_percentile_and_scales_to_the_bound() ->
     quiet = latents / 5
     for wanted, expected in ((latents, (latents / 8).clamp(-1, 1) * 3), (quiet, quiet)):
         x, time = torch.randn(wanted.shape), Time(500.0, torch.tensor(500.0))
-        a, s = signal_and_noise(schedule.alpha_bars().tolist(), 500.0)
-        prediction = from_latents(wanted, x, a, s, "v_prediction")
+        scales = schedule.scales(500.0)
+        prediction = schedule.parametrisation.from_clean(wanted, x, *scales)
         limited = thresholded(lambda *_, v=prediction: v, 0.8, schedule)(x, time)
-        torch.testing.assert_close(to_latents(limited, x, a, s, "v_prediction"), expected, atol=1e-4, rtol=1e-4)
+        clean = schedule.parametrisation.to_clean(limited, x, *scales)
+        torch.testing.assert_close(clean, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])

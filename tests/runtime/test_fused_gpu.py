@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_fused_cpu import adapted, cast, circular, distance, hooked, inputs
+from networks import DTYPES, adapted, cast, circular, device, distance, formula, hooked, inputs
 from torch import Tensor, nn
 
 from ldm.models.layers import GEGLU, ResnetBlock
@@ -24,17 +23,8 @@ from ldm.runtime.fused import LAST, FusedResnetBlock
 from ldm.runtime.fused_gpu import QuickGEGLU, QuickNorm, quicken, works
 from pipelines.tuning import Tuning
 
+__all__ = ["device"]  # a fixture
 HERE = Path(__file__).parents[1]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU in the place of a GPU."""
-    monkeypatch.setattr(fused_gpu, "DEVICE", "cpu")
-    works.cache_clear()
-    yield
-    works.cache_clear()
 
 
 @pytest.fixture
@@ -56,13 +46,6 @@ def stand_in(device: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, 
     assert all(works(torch.device("cpu"), dtype) for dtype in DTYPES)
     seen.clear()
     return seen
-
-
-def formula(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None, silu: bool) -> Tensor:
-    """In fp64."""
-    whole = x.double() if offset is None else x.double() + offset.double()[:, :, None, None]
-    exact = F.group_norm(whole, norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
-    return (F.silu(exact) if silu else exact).detach()
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_cli import run
-from test_fused_cpu import distance, inputs, runs
+from commands import run
+from networks import distance, inputs, runs
 from torch import nn
 
-from ldm.bench import bench
+from ldm.bench import sides
+from ldm.bench.options import OURS, BenchOptions, Call
 from ldm.errors import LdmError
 from ldm.images import load_image, read_settings, save_png
 from ldm.latent_diffusion import LatentDiffusion
@@ -225,8 +226,8 @@ def test_an_image_says_so_and_is_made_again(
 def test_bench_measures_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours alone; the others keep the weights as they are."""
     seen: list[LatentDiffusion] = []
-    monkeypatch.setattr(bench, "ours", lambda model, call: seen.append(model))
-    options, call = bench.BenchOptions(str(models / "sd15"), quantize="int8"), bench.Call(64, 64, 1, 5.0)
-    for name in (bench.OURS, "plain"):
-        bench.make_side(name, options, call, torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(sides, "ours", lambda model, call: seen.append(model))
+    options, call = BenchOptions(str(models / "sd15"), quantize="int8"), Call(64, 64, 1, 5.0)
+    for name in (OURS, "plain"):
+        sides.make_side(name, options, call, torch.device("cpu"), torch.bfloat16)
     assert quantised(seen[0].unet) and not quantised(seen[1].unet)

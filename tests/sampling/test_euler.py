@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.families import NoiseSchedule
+from ldm.process import NoiseSchedule
 from ldm.sampling.euler import EulerDiscreteScheduler
 from ldm.sampling.schedulers import make, step_arguments
 

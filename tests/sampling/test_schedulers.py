@@ -13,13 +13,14 @@ from mixture import CENTRES, ORDER, WIDTH, Model, Outcome, geometric, run, sched
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.families import FAMILIES, PREDICTION_TYPES, NoiseSchedule
+from ldm.families import FAMILIES
+from ldm.process import PARAMETRISATIONS, NoiseSchedule
 from ldm.sampling import solvers
 from ldm.sampling.loop import sample
 from ldm.sampling.schedulers import (
-    NO_SAMPLE_PREDICTION,
     OWN_SPACING,
     SCHEDULERS,
+    UNSUPPORTED,
     make,
     own_name,
     spacings,
@@ -49,7 +50,7 @@ def test_ddim_with_eta_draws_noise_and_keeps_the_distribution() -> None:
 
 
 def test_pndm_keeps_its_order_whatever_the_model_predicts() -> None:
-    errors = [run(schedule(prediction), "pndm", 40, count=512).error() for prediction in PREDICTION_TYPES]
+    errors = [run(schedule(prediction), "pndm", 40, count=512).error() for prediction in PARAMETRISATIONS]
     assert max(errors) < 1.01 * min(errors)
 
 
@@ -61,15 +62,15 @@ def test_stochastic_samples_have_the_right_distribution(name: str) -> None:
     assert many < (0.1 if name in FIRST_ORDER else 0.03)
 
 
-@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction", PARAMETRISATIONS)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_combination_lands_where_it_should(name: str, prediction: str) -> None:
     """30 steps: the mixture's distribution, and what the model says last is what comes out.
 
     With every spacing where the model predicts noise; for the others two suffice.
     """
-    if prediction == "sample" and name in NO_SAMPLE_PREDICTION:
-        with pytest.raises(LdmError, match=f"scheduler {re.escape(name)} cannot use a model that predicts the image"):
+    if (name, prediction) in UNSUPPORTED:
+        with pytest.raises(LdmError, match=f"scheduler {re.escape(name)} cannot use a model that predicts sample"):
             make(schedule(prediction), 30, name)
         return
     for spacing in spacings(name):

@@ -17,8 +17,8 @@ import torch
 from accelerate import DistributedType
 from launched import ROOT, on_several, on_two
 from PIL import Image
+from runs import _fresh_accelerator, config, lines, losses, weights  # noqa: F401
 from safetensors.torch import load
-from test_train import _fresh_accelerator, config, lines, losses, shapes, weights  # noqa: F401
 
 from ldm.cli.train import make_images
 from ldm.data.loader import Batch
@@ -56,7 +56,7 @@ def on_differing(script: Path, elsewhere: Path, extra: list[str], *arguments: ob
     return done.returncode, done.stderr, time.monotonic() - began
 
 
-def test_processes_with_other_configurations_or_weights_end(shapes: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_processes_with_other_configurations_or_weights_end(shapes: Path, tmp_path: Path) -> None:
     settings = tmp_path / "r.yaml"
     config(shapes, tmp_path / "r")  # writes r.yaml
     fixed = [settings, f"data.source={shapes}", f"output={tmp_path / 'r'}", "base.steps=2"]
@@ -99,7 +99,7 @@ def _small(limit: int, errors: list[int], original: Any) -> Any:
 
 
 def test_what_does_not_fit_into_memory_is_cut(
-    shapes: Path,  # noqa: F811
+    shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -118,7 +118,7 @@ def test_what_does_not_fit_into_memory_is_cut(
 
 
 def test_an_autoencoders_step_is_begun_again_as_a_whole(
-    shapes: Path,  # noqa: F811
+    shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -145,7 +145,7 @@ def test_an_autoencoders_step_is_begun_again_as_a_whole(
 
 
 def test_too_little_room_is_said_before_the_first_step(
-    shapes: Path,  # noqa: F811
+    shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -157,7 +157,7 @@ def test_too_little_room_is_said_before_the_first_step(
     assert not (tmp_path / "r" / "base" / "metrics.jsonl").exists()
 
 
-def test_a_checkpoint_takes_what_was_reckoned(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_checkpoint_takes_what_was_reckoned(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(checkpoint, "check_room", lambda folder, nbytes, keep: seen.append(nbytes))
     train(config(shapes, tmp_path / "r"))
@@ -166,7 +166,7 @@ def test_a_checkpoint_takes_what_was_reckoned(shapes: Path, tmp_path: Path, monk
 
 
 def test_weights_spread_over_processes_train_alike(
-    shapes: Path,  # noqa: F811
+    shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -212,7 +212,7 @@ def test_weights_spread_over_processes_train_alike(
     ],
 )
 def test_what_cannot_be_spread_is_refused(
-    shapes: Path,  # noqa: F811
+    shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     overrides: list[str],

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from commands import run
 from launched import on_two
-from test_cli import run
-from test_train import _fresh_accelerator  # noqa: F401
+from runs import _fresh_accelerator  # noqa: F401
 
 from ldm.data.keyed import uniform
 from ldm.training import selftest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,11 +19,12 @@ import diffusers
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
+from commands import COMMAND
 from launched import ROOT, on_two
-from PIL import Image, ImageDraw
+from PIL import Image
+from runs import TINY, _fresh_accelerator, config, interrupted, lines, losses, weights  # noqa: F401
 from safetensors.torch import load_file
-from test_cli import COMMAND
 
 from ldm.cli.train import make_images
 from ldm.data.loader import Batch
@@ -33,7 +33,7 @@ from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import checkpoint
-from ldm.training.config import Config, ModelSection, load
+from ldm.training.config import ModelSection, load
 from ldm.training.ema import recombine
 from ldm.training.loop import Stopped
 from ldm.training.run import Caches, TrainingRun, train
@@ -41,77 +41,6 @@ from ldm.training.stages.denoiser import DenoiserStage, Joint
 from ldm.training.start import starting_model
 from ldm.weights.tensors import LINEAGE, read_header
 from pipelines import Pipeline
-
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
-TINY: dict[str, Any] = {
-    "trackers": [],
-    "data": {"holdout": 6, "workers": 0, "bucket_step": 8},
-    "model": {
-        "family": "sd15",
-        "unet": {
-            "channels": [16, 32], "depth": [1, 1], "heads": [2, 2], "groups": 8, "text_dim": 32, "layers": 1,
-            "sample_size": 8,
-        },
-        "autoencoder": {
-            "channels": [8, 16, 16], "attention": [False] * 3, "mid_attention": False, "layers": 1, "groups": 8,
-            "sample_size": 32, "scaling_factor": 2.0,
-        },
-        "text": [{"width": 32, "layers": 2, "heads": 2, "hidden": 32, "vocab_size": 600, "context": 16}],
-    },
-    "base": {
-        "steps": 6, "batch": 8, "sizes": [{"size": 32}], "optimizer": {"learning_rate": 2e-3, "warmup": 2},
-        "log_every": 1, "save_every": 3, "validate_every": 6, "preview_every": 100, "ema": {"decay": 0.99},
-    },
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Each run is a process's first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty small images of coloured shapes, wide and tall ones too, with captions."""
-    folder = tmp_path_factory.mktemp("shapes")
-    draw = random.Random(0)
-    for number in range(50):
-        colour, shape = draw.choice(list(COLOURS)), draw.choice(["circle", "square"])
-        width, height = draw.choice([(32, 32), (48, 32), (32, 40)])
-        image = Image.new("RGB", (width, height), "white")
-        left, top = draw.randint(2, width - 18), draw.randint(2, height - 18)
-        kind = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
-        kind((left, top, left + 14, top + 14), fill=COLOURS[colour])
-        image.save(folder / f"{number:03d}.png")
-        (folder / f"{number:03d}.txt").write_text(f"a {colour} {shape}")
-    return folder
-
-
-def config(shapes: Path, output: Path, *overrides: str) -> Config:
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(TINY))
-    return load(path, [f"data.source={shapes}", f"output={output}", *overrides])
-
-
-def lines(output: Path, stage: str = "base") -> list[dict[str, Any]]:
-    """The log, without what depends on the time."""
-    rows = [json.loads(line) for line in (output / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waiting", "tflops")} for row in rows]
-
-
-def weights(output: Path, stage: str = "base") -> bytes:
-    return (output / stage / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-
-
-def losses(output: Path, stage: str = "base") -> list[float]:
-    return [row["loss/unet"] for row in lines(output, stage) if "loss/unet" in row]
-
 
 # --- it learns --------------------------------------------------------------------------------------------------------
 
@@ -236,21 +165,6 @@ def test_several_resolutions_in_one_run(shapes: Path, tmp_path: Path) -> None:
 
 
 # --- it goes on -------------------------------------------------------------------------------------------------------
-
-
-class Pulled(Exception):  # noqa: N818
-    """The plug."""
-
-
-def interrupted(settings: Config, after: int) -> None:
-    """A run that ends without warning after so many updates are logged."""
-
-    def report(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
-        if step == after and "loss/unet" in figures:
-            raise Pulled
-
-    with pytest.raises(Pulled):
-        train(settings, report=report)
 
 
 @pytest.mark.parametrize("extra", [[], ["data.workers=2"], ["data.cache=true", "data.crops=2"]], ids=["", "w", "c"])

@@ -16,9 +16,10 @@ from diffusers.training_utils import compute_snr
 
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
-from ldm.families import FAMILIES, NoiseSchedule
+from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
+from ldm.process import NoiseSchedule
 from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, prompt
 from ldm.training.config import EmaSection, ModelSection, OptimizerSection, describe, dump, load
 from ldm.training.ema import Averages, coefficients, exponent, recombine
@@ -88,7 +89,7 @@ def test_a_model_is_built_with_changes() -> None:
         ({"unet": {"channels": [33, 64, 64, 64]}}, "model.unet: U-Net: 33 channels do not divide"),
         ({"family": None}, "name a source to start from, or a family"),
         ({"text": [{}, {}]}, "model.text: 2 entries"),
-        ({"schedule": {"zero_terminal_snr": True}}, "cannot predict it; prediction_type v_prediction"),
+        ({"schedule": {"zero_terminal_snr": True}}, "epsilon cannot be learned from pure noise"),
         (
             {"source": "somewhere", "unet": {"layers": 1}},
             "is what it is; leave it out, or begin anew: model.fresh=[unet]",
@@ -169,7 +170,7 @@ def test_zero_terminal_snr() -> None:
     assert torch.equal(loss.noisy(latents, last), noise)
     torch.testing.assert_close(loss.target(latents, last), -latents)
     assert float(loss.weight(last.timestep)) == 0
-    with pytest.raises(LdmError, match="nothing to predict as noise"):
+    with pytest.raises(LdmError, match="timestep 999 is pure noise"):
         DiffusionLoss(replace(schedule, prediction_type="epsilon"), Timesteps())
     DiffusionLoss(replace(schedule, prediction_type="epsilon"), Timesteps(high=998))
 

@@ -13,11 +13,11 @@ import tiny
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from drawings import SIDE, Toy, drawing, drawings, tinted
 from launched import on_two
 from PIL import Image
+from runs import TINY, Pulled, lines, losses, weights
 from safetensors.torch import load_file
-from test_evaluation import SIDE, Toy, drawing, drawings, tinted
-from test_train import TINY, Pulled, lines, losses, weights
 
 from ldm.cli.train import make_images
 from ldm.errors import LdmError
@@ -281,9 +281,8 @@ def test_every_weight_counts_in_the_digest() -> None:
 
 SCRIPT = """
 import sys
-tests = sys.argv.pop(1)
-sys.path[:0] = [tests, f"{tests}/evaluation"]
-from test_evaluation import Toy
+sys.path.insert(0, sys.argv.pop(1))
+from drawings import Toy
 from ldm.evaluation.networks import extractors
 from ldm.evaluation import features
 from ldm.evaluation.evaluation import EvaluationPlan

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import PIPELINES
 
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
@@ -24,21 +25,6 @@ from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
 from ldm.weights.tokenizer import write_tokenizer
-
-PIPELINES = {
-    "sd15": "StableDiffusionPipeline",
-    "sd15-inpaint": "StableDiffusionInpaintPipeline",
-    "sd15-edit": "StableDiffusionInstructPix2PixPipeline",
-    "sd2": "StableDiffusionPipeline",
-    "sd2-inpaint": "StableDiffusionInpaintPipeline",
-    "sd2-v": "StableDiffusionPipeline",
-    "sdxl": "StableDiffusionXLPipeline",
-    "sdxl-inpaint": "StableDiffusionXLInpaintPipeline",
-    "sdxl-edit": "StableDiffusionXLInstructPix2PixPipeline",
-    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
-    "emoji": "StableDiffusionXLPipeline",
-    "emoji-refiner": "StableDiffusionXLImg2ImgPipeline",
-}
 
 
 def unsigned(folder: Path) -> Path:

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from images import png
+from images import BAD, encoded, odd_files, png
 from launched import ROOT
 from PIL import Image
-from test_sources import BAD, encoded, odd_files
-from test_train import _fresh_accelerator, config, interrupted, lines, shapes, weights  # noqa: F401
+from runs import _fresh_accelerator, config, interrupted, lines, weights  # noqa: F401
 
 from ldm.errors import LdmError
 from ldm.training import checkpoint
@@ -158,7 +157,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_disk_that_fills_during_the_second_checkpoint(shapes: Path, tmp_path: Path, small_disk: Path) -> None:  # noqa: F811
+def test_a_disk_that_fills_during_the_second_checkpoint(shapes: Path, tmp_path: Path, small_disk: Path) -> None:
     train(config(shapes, tmp_path / "whole"))
     settings = config(shapes, tmp_path / "r", f"output={small_disk / 'r'}")
     one = sum(path.stat().st_size for path in (tmp_path / "whole/base/checkpoints/step-00000006").iterdir())
@@ -180,7 +179,7 @@ def test_a_disk_that_fills_during_the_second_checkpoint(shapes: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["", "c"])
-def test_broken_and_odd_images(shapes: Path, tmp_path: Path, cache: bool) -> None:  # noqa: F811
+def test_broken_and_odd_images(shapes: Path, tmp_path: Path, cache: bool) -> None:
     """Eight are broken, ten are odd: those that are left out are exactly the eight."""
     folder = tmp_path / "images"
     for copy in range(4):
@@ -205,7 +204,7 @@ def test_broken_and_odd_images(shapes: Path, tmp_path: Path, cache: bool) -> Non
 
 @pytest.mark.parametrize("what", ["cut short", "one bit", "gone", "no manifest", "half a manifest"])
 def test_the_newest_checkpoint_is_damaged(
-    shapes: Path,  # noqa: F811
+    shapes: Path,
     tmp_path: Path,
     what: str,
     caplog: pytest.LogCaptureFixture,

@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_folder import PIPELINES
+from tiny import PIPELINES
 from tokenizers import AddedToken
 
 from ldm.errors import LdmError

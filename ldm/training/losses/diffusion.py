@@ -1,6 +1,6 @@
-"""The loss of a diffusion model: noise is added to latents, and the U-Net's prediction compared with what was added.
+"""The loss of a diffusion model: noise is added to latents, and the U-Net's prediction compared with its target.
 
-Ho et al. 2020 (arXiv 2006.11239), equation 14, for every prediction type, distribution of timesteps and weighting.
+Ho et al. 2020 (arXiv 2006.11239), equation 14, for every parametrisation, distribution of timesteps and weighting.
 
 B batch, C latent channels, h×w height and width of the latents
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.data.keyed import generator, uniform
 from ldm.errors import LdmError
-from ldm.families import NoiseSchedule
+from ldm.process import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Timesteps:
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random in the loss of a batch: a function of the seed and of each sample's key and epoch."""
+    """The random numbers in the loss of a batch, which depend on the seed and on each sample's key and epoch."""
 
     noise: Tensor  # (B, C, h, w) standard normal
     timestep: Tensor  # (B,) whole numbers
@@ -67,10 +67,13 @@ class DiffusionLoss:
         self.min_snr = min_snr
         self.noise_offset = noise_offset
         bars = schedule.alpha_bars()
-        self.signal, self.sigma = bars.sqrt().float(), (1 - bars).sqrt().float()  # (train_steps,) each
+        self.alpha, self.sigma = bars.sqrt().float(), (1 - bars).sqrt().float()  # (train_steps,) each
         self.snr = (bars / (1 - bars)).float()
-        if schedule.prediction_type == "epsilon" and float(self.signal[timesteps.high]) == 0:
-            raise LdmError("at a timestep of pure noise there is nothing to predict as noise; use v_prediction")
+        if not schedule.parametrisation.defined_at_zero_snr and float(self.alpha[timesteps.high]) == 0:
+            raise LdmError(
+                f"timestep {timesteps.high} is pure noise, from which {schedule.prediction_type} cannot be learned; "
+                "use v_prediction, or end before it"
+            )
 
     def draw(self, shape: Sequence[int], seed: int, keys: Sequence[str], epochs: Sequence[int]) -> Draw:
         """Noise and timesteps for latents of `shape` (C, h, w), one for each sample."""
@@ -85,27 +88,19 @@ class DiffusionLoss:
         return Draw(torch.stack(rows), self.timesteps.at(torch.tensor(quantiles, dtype=torch.float64)))
 
     def noisy(self, latents: Tensor, draw: Draw) -> Tensor:
-        """√ᾱ · latents + √(1 - ᾱ) · noise: (B, C, h, w)."""
-        a, s = self._scales(draw, latents)
-        return a * latents + s * draw.noise
+        """α · latents + σ · noise: (B, C, h, w)."""
+        alpha, sigma = self._scales(draw, latents)
+        return alpha * latents + sigma * draw.noise
 
     def target(self, latents: Tensor, draw: Draw) -> Tensor:
-        """What the U-Net should predict: the noise, v (Salimans and Ho 2022, arXiv 2202.00512, D), or the latents."""
-        if self.schedule.prediction_type == "epsilon":
-            return draw.noise
-        if self.schedule.prediction_type == "sample":
-            return latents
-        a, s = self._scales(draw, latents)
-        return a * draw.noise - s * latents
+        """The prediction (B, C, h, w) that is right for these latents and this noise."""
+        return self.schedule.parametrisation.target(latents, draw.noise, *self._scales(draw, latents))
 
     def weight(self, timestep: Tensor) -> Tensor:
-        """Weights (B,) of the squared errors: 1, or min-SNR-γ (Hang et al. 2023, arXiv 2303.09556, section 3.4)."""
+        """Weights (B,) of the squared errors: 1, or min-SNR-γ."""
         if not self.min_snr:
             return torch.ones(timestep.shape, device=timestep.device)
-        snr = self._of("snr", timestep)
-        capped = snr.clamp(max=self.min_snr)
-        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-        return capped / divisor[self.schedule.prediction_type]
+        return self.schedule.parametrisation.weight(self._of("snr", timestep), self.min_snr)
 
     def __call__(self, prediction: Tensor, latents: Tensor, draw: Draw) -> Tensor:
         """The weighted mean squared error of each sample: (B,), float32."""
@@ -113,11 +108,12 @@ class DiffusionLoss:
         return self.weight(draw.timestep) * errors.mean(dim=(1, 2, 3))
 
     def _scales(self, draw: Draw, like: Tensor) -> tuple[Tensor, Tensor]:
-        a, s = (self._of(table, draw.timestep).to(like) for table in ("signal", "sigma"))
-        return a[:, None, None, None], s[:, None, None, None]
+        """α and σ of a draw, to multiply latents by: (B, 1, 1, 1) each."""
+        alpha, sigma = (self._of(table, draw.timestep).to(like) for table in ("alpha", "sigma"))
+        return alpha[:, None, None, None], sigma[:, None, None, None]
 
     def _of(self, table: str, timestep: Tensor) -> Tensor:
-        """The numbers of a table at timesteps (B,): it goes where they are and stays there, so that nobody waits."""
+        """The values of a table at timesteps (B,). The table is moved to their device and kept there: no step waits."""
         values = getattr(self, table).to(timestep.device)
         setattr(self, table, values)
         return values[timestep]
