@@ -36,18 +36,6 @@ class Guidance:
         """Whether the negative prompt takes part."""
         return self.scale > 1
 
-    def __post_init__(self) -> None:
-        limits = {"scale": 1000, "rescale": 1, "threshold": 1, "perturbed": 1000, "image": 1000}
-        for name, high in limits.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise LdmError(f"guidance {name} {value!r}: a number from 0 to {high} is needed")
-        numbers = [value for value in self.interval if isinstance(value, (int, float))]
-        if len(numbers) != 2 or len(self.interval) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
-            raise LdmError(
-                f"guidance interval {self.interval}: two rising numbers from 0 (noise) to 1 (image) are needed"
-            )
-
 
 def join(*conds: Conditioning) -> Conditioning:
     """Conditionings joined into one batch."""

@@ -16,12 +16,12 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.evaluation import features
-from ldm.evaluation.evaluation import EvaluationPlan, Model, evaluate
+from ldm.evaluation import EvaluationPlan, Model, Workspace, evaluate, features
+from ldm.evaluation.chunks import CHUNK, ChunkValues, extract, in_chunks
 from ldm.evaluation.images import images_of
 from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.report import Report, Row, save_report
-from ldm.evaluation.stored import CHUNK, Found, Workspace, alone, in_chunks, look
+from ldm.evaluation.workspace import file_lock
 
 
 @pytest.fixture(autouse=True)
@@ -330,12 +330,12 @@ def test_missing_captions_and_empty_folders(reference: Path, tmp_path: Path) -> 
 def test_chunks_are_found_again_and_mended(tmp_path: Path) -> None:
     looked: list[range] = []
 
-    def find(numbers: range) -> Found:
+    def find(numbers: range) -> ChunkValues:
         looked.append(numbers)
         if len(looked) == 3:
             raise KeyboardInterrupt
         kept = [number for number in numbers if number != 7]
-        return Found(
+        return ChunkValues(
             {"x": torch.tensor(kept).float()[:, None]}, kept, str(numbers), {"7": "bad"} if 7 in numbers else {}
         )
 
@@ -360,9 +360,9 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from ldm.errors import LdmError
-from ldm.evaluation.stored import alone
+from ldm.evaluation.workspace import file_lock
 try:
-    with alone(Path(sys.argv[1]), "in use"):
+    with file_lock(Path(sys.argv[1]), "in use"):
         print("free")
 except LdmError as error:
     print(error)
@@ -371,10 +371,10 @@ except LdmError as error:
     def other() -> str:
         return subprocess.run([sys.executable, "-c", program, tmp_path / "x"], capture_output=True, text=True).stdout
 
-    with alone(tmp_path / "x"):
+    with file_lock(tmp_path / "x"):
         assert other() == "in use\n"
     assert other() == "free\n"
-    with pytest.raises(LdmError, match="cannot be written"), alone(tmp_path):
+    with pytest.raises(LdmError, match="cannot be written"), file_lock(tmp_path):
         pass
 
 
@@ -383,7 +383,7 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
         raise LdmError(f"{number} is broken")
 
     with pytest.raises(LdmError, match="no image can be read: 0 is broken"):
-        in_chunks("x", "n", 3, lambda numbers: look(numbers, read, Toy().prepare, Toy()), Workspace(tmp_path))
+        in_chunks("x", "n", 3, lambda numbers: extract(numbers, read, Toy().prepare, Toy()), Workspace(tmp_path))
 
 
 def test_a_changed_image_is_looked_at_again(tmp_path: Path) -> None:
