@@ -22,6 +22,15 @@ from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
 
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -152,6 +161,17 @@ def device_named(name: torch.device | str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise LdmError(f"device {name!r} is not known; choose cuda, mps or cpu") from None
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The type of a short or long name; none for none.
+
+    Raises:
+        LdmError: there is none of that name.
+    """
+    if name is not None and name not in DTYPES:
+        raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")
+    return DTYPES[name] if name else None
 
 
 def default_device() -> str:

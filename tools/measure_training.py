@@ -34,11 +34,11 @@ from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning, UNet
 from ldm.runtime.kernels.memory import keep_freed
-from ldm.training.config import DenoiserSection, EmaSection
 from ldm.training.forecast import peak_tflops
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.loop import Training
-from ldm.training.stages.denoiser import DenoiserStage
+from ldm.training.sections import EmaSection
+from ldm.training.stages.denoiser import DenoiserSection, DenoiserStage
 from ldm.weights.configs import write_unet
 
 

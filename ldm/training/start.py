@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ldm.errors import LdmError, suggestion
 from ldm.families import Family, family_named
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import ModelSection
+from ldm.training.sections import ModelSection
 from ldm.weights.sources import open_source
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
 
 
 def starting_family(section: ModelSection, place: str = "model") -> Family:
-    """What that model is, without its weights. Raises as `starting_model`."""
+    """The family of that model, without its weights. Raises as `starting_model`."""
     name = section.family or section.usual
     if section.source is None and name is None:
         raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
