@@ -154,7 +154,7 @@ class LatentDiffusion(Components):
         numbers = [value for value in size if isinstance(value, (int, float)) and math.isfinite(value)]
         if len(numbers) != wanted or len(size) != wanted:
             raise LdmError(
-                f"size {list(size)!r}: a {self.family.name} model takes {wanted} size ids, all of them numbers"
+                f"size {list(size)!r}: a {self.family.name} model takes {wanted} time ids, all of them numbers"
             )
         cond = self.text_encoders(prompts, clip_skip)
         if not wanted:
