@@ -27,7 +27,7 @@ from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
-from pipelines.packing import batches, together
+from pipelines.batching import batches, together
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
@@ -74,13 +74,13 @@ class Pipeline:
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.runtime.attention.KERNELS`; "auto" is the best for device and dtype.
-            quick: on a CPU or a CUDA GPU, layers that are quicker in place of plain ones, on the same weights; results
-                differ by rounding. Weights may change afterwards, but on a CPU not through `.data`, which nobody can
-                notice. On a CPU, this process then keeps memory that tensors give back; on a GPU, the steps of the
-                U-Net are recorded as CUDA graphs. A model that is loaded already stays as it is.
-            compile: compile the networks with `torch.compile` in place of that; steps are recorded likewise. That takes
-                a minute or two once for each size of image, and less in the next process. On a CPU, quick layers are
-                faster.
+            quick: fused layers in place of plain ones, on a CPU or a CUDA GPU, with the same weights; results differ by
+                rounding. On a CPU, weights may then not be changed through `.data`, which cannot be noticed, and memory
+                that tensors free is kept by the process. On a GPU, the steps of the U-Net are recorded as CUDA graphs.
+                A model that is loaded already stays as it is.
+            compile: networks compiled by `torch.compile` in place of fused layers; steps are recorded likewise.
+                Compiling takes a minute or two for each new size of image, less in the next process. On a CPU, fused
+                layers are faster.
             quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with weights of 8 bits; images
                 differ a little. Of models that are loaded here: with one that is loaded already it is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.

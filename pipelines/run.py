@@ -29,7 +29,7 @@ from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
 from ldm.sampling.noise import Noise
 from ldm.sampling.schedulers import SamplingPlan
-from pipelines.packing import decodable
+from pipelines.batching import decodable
 from pipelines.request import Request
 
 log = logging.getLogger(__name__)

@@ -146,8 +146,11 @@ def _images(
         numbers = [job.index for job in group.jobs]
 
         def ours(rows: range, numbers: list[int] = numbers) -> bool:
-            """Whether a batch is this process's, and not all there: batches are those of the whole list, so that
-            images are the same to the bit whoever makes them, and whatever is there already."""
+            """Whether this process makes a batch: its turn, and an image is missing.
+
+            Batches are those of the whole list, so that images do not depend on the number of processes, nor on what
+            is there already.
+            """
             return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
 
         for result in pipeline.make(group.whole(), needed=ours):
@@ -164,7 +167,7 @@ def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
         "source": _absolute(source),
         "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "offload": "layers" if room and room.layers else None,  # which excludes quick layers, and so rounds otherwise
+        "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
     }
     rows = at("record", LOADING).values()
     values = {row.key: own[row.name] if row.name in own else loading.get(row.name, row.usual) for row in rows}
