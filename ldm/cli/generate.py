@@ -305,11 +305,10 @@ def _absolute(source: str) -> str:
 
 def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     """What `--dry-run` prints: all is checked, but no weights are loaded for it."""
-    named_ones = {
-        name: value for name, value in options.loading.items() if name in ("family", "variant", "allow_pickle")
-    }
-    opened = open_source(named(options.loading.get("source")), **named_ones, verify=False)
-    refiner = open_source(options.loading["refiner"], verify=False) if "refiner" in options.loading else None
+    loading = options.loading
+    reading = {name: loading[name] for name in ("family", "variant", "allow_pickle") if name in loading}
+    opened = open_source(named(loading.get("source")), **reading, verify=False)
+    refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
