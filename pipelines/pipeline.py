@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a call made: images, and for each what is needed to make it again."""
+    """The images of a call, and for each its record: all that is needed to make it again."""
 
     images: list[Image.Image] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)  # one for each image
@@ -174,7 +174,7 @@ class Pipeline:
         return self._batches(request, output, on_step, needed)
 
     def preview(self, step: Step) -> list[Image.Image]:
-        """What the images of a batch look like after a step (`on_step`), small: a pixel for each latent."""
+        """Small previews of a batch after a step (`on_step`), with a pixel for each latent."""
         latents = clean(step, self.model.family.schedule)
         return to_images(to_pixels(latents, self._preview_factors))
 
@@ -231,7 +231,7 @@ class Pipeline:
         return result
 
     def _note_unknown(self, prompts: Sequence[str]) -> None:
-        """Say, once for each, which words of the prompts the model cannot have learned, if it comes with a list."""
+        """Log the words of each prompt that are not in the list of words that the model comes with, if it has one."""
         known = self.words
         if known is None:
             return
@@ -242,9 +242,9 @@ class Pipeline:
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
-    """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one.
+    """Let a refiner just loaded share the base's autoencoder, and its text encoder if the weights are equal.
 
-    Not where the weights of only one of the two take turns.
+    Nothing is shared if only one of the two is offloaded.
     """
     if room_of(model) is not room_of(refiner):
         return
@@ -260,5 +260,5 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
 
 
 def named(source: Any) -> Any:
-    """The source; the built-in model where there is none."""
+    """The source; the folder of the built-in model if none is given."""
     return FOLDER / DEFAULT if source is None else source
