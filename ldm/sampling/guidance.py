@@ -16,7 +16,7 @@ from ldm.errors import LdmError
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.patching import patched
 from ldm.process import NoiseSchedule
-from ldm.runtime.precomputing import TimeTable, prepared
+from ldm.runtime.precomputing import TimeTable, precomputed
 from ldm.sampling.loop import Denoise, Time
 
 
@@ -48,12 +48,12 @@ def plain(unet: UNet, cond: Conditioning, times: Sequence[float], extra: Tensor 
 
     `extra` (B or 1, C, h, w) are channels that the U-Net reads beside the latents, such as an inpainting mask.
     """
-    clock = TimeTable(prepared(unet, cond), cond, times)
+    table = TimeTable(precomputed(unet, cond), cond, times)
     channels = None if extra is None else extra.expand(len(cond.text), -1, -1, -1)
 
     def denoise(x: Tensor, time: Time) -> Tensor:
-        clock.set(time.value)
-        return clock.unet(x if channels is None else torch.cat([x, channels], dim=1), time.tensor, cond)
+        table.set(time.value)
+        return table.unet(x if channels is None else torch.cat([x, channels], dim=1), time.tensor, cond)
 
     return denoise
 
