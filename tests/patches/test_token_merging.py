@@ -174,7 +174,7 @@ def test_images() -> None:
     torch.testing.assert_close(make(**perturbed, batch=2), make(**perturbed), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("value", [-0.1, 0.76, 1, float("nan"), True, "half", None])
+@pytest.mark.parametrize("value", [-0.1, 0.76, 1, float("nan"), True, "half"])
 def test_absurd_numbers(value: Any) -> None:
     with pytest.raises(LdmError, match=r"merge .*: a number from 0 to 0.75 is needed"):
         Pipeline(tiny.model("sd15"))("a fox", steps=2, merge=value)
