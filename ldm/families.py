@@ -1,4 +1,4 @@
-"""The model families, released and our own, one literal each: what distinguishes SD 1.5 from SDXL is here alone."""
+"""The model families, released and our own, one literal each, and what each family is like."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ldm.process import NoiseSchedule
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that must be known to build a model; the weights are the rest."""
+    """The description of a model: all that is needed to build it, but for its weights."""
 
     name: str
     unet: UNetConfig
     autoencoder: AutoencoderConfig
     text: tuple[TextEncoderConfig, ...]
     schedule: NoiseSchedule
-    zero_empty_prompt: bool = False  # where no negative prompt is given, zeros stand for its encoding (SDXL base)
-    steps: int = field(default=30, compare=False)  # of the scheduler, as usual
-    guidance: float = field(default=7.5, compare=False)  # scale, as usual
-    # colour of each latent channel, and one to add; (), where none is known: to be fitted
+    zero_empty_prompt: bool = False  # a missing negative prompt is encoded as zeros (SDXL base)
+    steps: int = field(default=30, compare=False)  # usual number of sampling steps
+    guidance: float = field(default=7.5, compare=False)  # usual guidance scale
+    # preview colours: one for each latent channel, and one to add; (): not known, to be fitted
     preview: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -51,24 +51,24 @@ class Family:
 
     @property
     def size(self) -> int:
-        """Height and width, in pixels, of the images that it was trained on."""
+        """Height and width of the training images in pixels."""
         return self.unet.sample_size * self.autoencoder.factor
 
     @property
     def task(self) -> str:
-        """What the U-Net reads beside the noisy latents: "text" (nothing), "inpaint" or "edit"."""
+        """ "text", or the task of a U-Net that reads more channels beside the latents: "inpaint" or "edit"."""
         extra = self.unet.in_channels - self.unet.out_channels
         latents = self.autoencoder.channels_out
         return {latents + 1: "inpaint", latents: "edit"}.get(extra, "text")
 
     @property
     def xl(self) -> bool:
-        """Whether it is SDXL or its refiner in kind: the U-Net reads pooled text and size ids too."""
+        """Whether it is built like SDXL or its refiner: the U-Net reads pooled text and time ids too."""
         return self.unet.pooled_dim > 0
 
     @property
     def refiner(self) -> bool:
-        """Whether it is SDXL's refiner in kind: an aesthetic score takes the place of the target size."""
+        """Whether it is built like SDXL's refiner: the time ids have an aesthetic score instead of a target size."""
         return self.unet.size_ids == 5
 
 
@@ -252,7 +252,8 @@ def family_named(name: str) -> Family:
 
 
 def recognised(family: Family) -> Family:
-    """A family as it was read, with the name of ours that it belongs to and what is usual there; or called "custom"."""
+    """A family that was read from files, with the name and the usual settings of the known family with the same U-Net,
+    text encoders and prediction type; else with the name "custom"."""
     for known in FAMILIES.values():
         same_unet = replace(family.unet, sample_size=known.unet.sample_size) == known.unet
         same_prediction = family.schedule.prediction_type == known.schedule.prediction_type

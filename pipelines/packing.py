@@ -1,4 +1,4 @@
-"""How many images are made together where nobody says: as many as keep a device busy, of prompts that go together."""
+"""Batching: how many images are made at a time; by default as many as keep a device busy."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ def shared(count: int, most: int) -> int:
     return -(-count // batches)
 
 
-def batches(request: Request, batch: int | None, most: int, encoders: TextEncoders) -> Iterator[range]:
-    """Which images of a request are made together: `batch` at a time, or at most `most` where that is not said."""
+def batches(request: Request, most: int, encoders: TextEncoders) -> Iterator[range]:
+    """Which images of a request are made together: its `batch` at a time or, without, at most `most`."""
     done, count = 0, len(request.prompts)
     while done < count:
-        next_ones = request.part(slice(done, done + (batch or shared(count - done, most))))
-        yield range(done, done := done + alike(next_ones, encoders))
+        next_ones = request.part(slice(done, done + (request.batch or shared(count - done, most))))
+        end = done + alike(next_ones, encoders)
+        yield range(done, end)
+        done = end
 
 
 def alike(request: Request, encoders: TextEncoders) -> int:
@@ -49,6 +51,6 @@ def alike(request: Request, encoders: TextEncoders) -> int:
     if len(request.prompts) == 1 or not request.chunks:
         return len(request.prompts)
     both = request.texts(len(encoders.configs))
-    counts = [count_chunks(encoders, texts, request.weights) for texts in both if texts[0]]
+    counts = [count_chunks(encoders, texts, request.reader) for texts in both if texts[0]]
     first, *others = zip(*counts, strict=True)
     return 1 + len(list(takewhile(lambda row: max(row) == max(first), others)))

@@ -62,12 +62,12 @@ class SamplingRun:
         self.on_step = on_step
         self.schedule = schedule or model.family.schedule
         self.device = model.device
-        self.dtype = next(model.unet.parameters()).dtype
+        self.dtype = model.dtype
         config = model.family.autoencoder
         side = config.factor
         self.shape = (len(request.prompts), config.latent_channels, request.height // side, request.width // side)
 
-    # --- what the prompt says ---------------------------------------------------------------------------------------
+    # --- conditioning -----------------------------------------------------------------------------------------------
 
     @cached_property
     def conditioning(self) -> tuple[Conditioning, Conditioning, list[TokenReport]]:
@@ -77,13 +77,13 @@ class SamplingRun:
         both = [[*first, *second] for first, second in zip(prompts, negative, strict=True)]
         self.model.bring(self.model.text_encoders)
         encoded, reports = encode_prompts(
-            self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, weights=request.weights
+            self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, reader=request.reader
         )
         size, negative_size = self._size_ids()
         cond, uncond = (encoded.rows(part) for part in (slice(self.shape[0]), slice(-self.shape[0], None)))
         if family.zero_empty_prompt:
-            unspoken = zip(*request.spoken[-len(family.text) :], strict=True)
-            uncond = _silenced(uncond, [all(text is None for text in row) for row in unspoken])
+            negatives = zip(*request.negatives[-len(family.text) :], strict=True)
+            uncond = _zeroed(uncond, [all(text is None for text in row) for row in negatives])
         return replace(cond, size=size), replace(uncond, size=negative_size), reports
 
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
@@ -117,7 +117,7 @@ class SamplingRun:
     def unet(self) -> UNet:
         """The U-Net for one run, with the patches that the request asks for."""
         self.model.bring(self.model.unet)
-        return patched(self.model.unet, vars(self.request))
+        return patched(self.model.unet, self.request.values)
 
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""
@@ -242,8 +242,8 @@ def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> 
         raise LdmError(f"out of memory while {doing}, even in tiles; make smaller images") from None
 
 
-def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:
-    """Zeros in the place of the given rows: what SDXL takes for an empty negative prompt."""
+def _zeroed(cond: Conditioning, rows: list[bool]) -> Conditioning:
+    """The conditioning with zeros in the given rows: what SDXL takes for an empty negative prompt."""
     keep = torch.tensor([not row for row in rows], device=cond.text.device)
     pooled = None if cond.pooled is None else torch.where(keep[:, None], cond.pooled, torch.zeros_like(cond.pooled))
     return Conditioning(torch.where(keep[:, None, None], cond.text, torch.zeros_like(cond.text)), pooled)

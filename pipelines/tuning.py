@@ -22,6 +22,15 @@ from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
 
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -77,7 +86,7 @@ class Tuning:
         Raises:
             LdmError: a kernel does not run here, nothing can be compiled or quantised, or one thing excludes another.
         """
-        device, dtype = room.device if room else model.device, next(model.unet.parameters()).dtype
+        device, dtype = room.device if room else model.device, model.dtype
         if room and room.layers and (self.compile or self.quantize):
             raise LdmError(
                 "offload: with one layer at a time (layers) nothing can be compiled or quantised; leave compile and "
@@ -117,7 +126,7 @@ class Tuned(LatentDiffusion):
         Raises:
             LdmError: it cannot be quantised here.
         """
-        super().__init__(model.family, model.unet, model.autoencoder, model.text_encoders)
+        super().__init__(model.family, dict(model.networks))
         self.known_by = model.fingerprint()
         self.room = room
         if room:
@@ -152,6 +161,17 @@ def device_named(name: torch.device | str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise LdmError(f"device {name!r} is not known; choose cuda, mps or cpu") from None
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The type of a short or long name; none for none.
+
+    Raises:
+        LdmError: there is none of that name.
+    """
+    if name is not None and name not in DTYPES:
+        raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")
+    return DTYPES[name] if name else None
 
 
 def default_device() -> str:

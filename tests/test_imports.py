@@ -36,7 +36,7 @@ ALLOWED = {
     "ldm.training": BESIDE,
     "ldm.evaluation": BUNDLE | {"ldm.data", "ldm.evaluation"},
     "pipelines": BUNDLE | {"pipelines"},
-    "ldm.bench": BESIDE | {"pipelines", "ldm.bench", "ldm.cli"},
+    "ldm.bench": BESIDE | {"pipelines", "ldm.bench"},
     "ldm.cli": BESIDE | {"pipelines", "ldm.bench", "ldm.cli"},
     "ldm.__main__": {"ldm.cli"},
     "ldm": {"ldm.latent_diffusion"},

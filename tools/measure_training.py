@@ -34,11 +34,11 @@ from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning, UNet
 from ldm.runtime.kernels.memory import keep_freed
-from ldm.training.config import DenoiserSection, EmaSection
 from ldm.training.forecast import peak_tflops
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.loop import Training
-from ldm.training.stages.denoiser import DenoiserStage
+from ldm.training.sections import EmaSection
+from ldm.training.stages.denoiser import DenoiserSection, DenoiserStage
 from ldm.weights.configs import write_unet
 
 
@@ -67,8 +67,7 @@ def ours(options: argparse.Namespace) -> Callable[[int], None]:
         unet.to(memory_format=torch.channels_last)
     else:
         keep_freed()
-    model = LatentDiffusion(family, unet, torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
-    model.modules = lambda: {"unet": unet}  # type: ignore[method-assign]
+    model = LatentDiffusion(family, {"unet": unet, "autoencoder": torch.nn.Linear(1, 1)})
     model.autoencoder.config = family.autoencoder  # type: ignore[assignment]
     cond = conditioning(family, options.batch, accelerator.device)
     section = DenoiserSection(steps=10**6, batch=options.batch, ema=EmaSection(decay=0), log_every=10**6)

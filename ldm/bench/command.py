@@ -21,13 +21,12 @@ from ldm.bench.options import OURS, RIVALS, BenchOptions, Call
 from ldm.bench.processes import SideProcess
 from ldm.bench.sides import named_family
 from ldm.bench.tables import cold_table, speed_tables
-from ldm.cli.common import to_dtype
-from ldm.cli.generate import parse_size
 from ldm.errors import LdmError
 from ldm.files import replacing, write_json
 from ldm.weights.builtin import builtin
 from ldm.weights.sources import open_source
-from pipelines.tuning import default_device, default_dtype, device_named
+from pipelines.settings import find
+from pipelines.tuning import default_device, default_dtype, device_named, dtype_named
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,9 @@ def measure(options: BenchOptions) -> None:
     if options.cold and not path.is_dir():
         raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
     device = device_named(options.device or default_device())
-    dtype = to_dtype(options.dtype) or default_dtype(device)
+    dtype = dtype_named(options.dtype) or default_dtype(device)
     family = named_family(options.source) or open_source(options.source, verify=False).family
-    width, height = parse_size(options.size) if options.size else (family.size,) * 2
+    width, height = find("size", "shell").parse(options.size, "--size") if options.size else (family.size,) * 2
     call = Call(width, height, options.batch, family.guidance)
     factor = family.autoencoder.factor
     work = 2 * call.batch * products(family, call.height // factor, call.width // factor)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.families import Family
 from ldm.models.unet import UNet
-from ldm.training.forecast import blank
+from ldm.training.stages.denoiser import blank
 
 STAGES = ("before", "step", "decode", "image")  # of a call: text and all else before the steps; one step; the end; all
 SIZES = {"cpu": 4096, "cuda": 8192}  # of the matrices whose multiplication says what a device can do at the most

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from ldm.bench.measuring import Side
 from ldm.bench.options import OURS, PROMPT, BenchOptions, Call
-from ldm.cli.common import to_dtype
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.clip_text import TextEncoderConfig
-from ldm.training.forecast import blank
+from ldm.training.stages.denoiser import blank
 from ldm.weights.builtin import builtin
 from ldm.weights.configs import write_autoencoder, write_schedule, write_text, write_unet
 from ldm.weights.tokenizer import write_tokenizer
 from pipelines import Pipeline
-from pipelines.tuning import Tuning
+from pipelines.tuning import Tuning, dtype_named
 
 
 def make_side(name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> Side:
@@ -32,7 +31,9 @@ def make_side(name: str, options: BenchOptions, call: Call, device: torch.device
         tuning = Tuning(compile=options.compile, quantize=options.quantize, offload="none")
         return ours(_model(options.source, device, dtype, tuning), call)
     model = _model(options.source, device, dtype, Tuning("sdpa", quick=False, offload="none"))
-    return ours(model, call) if name == "plain" else theirs(model, call, to_dtype(options.rival_dtype) or dtype, name)
+    if name == "plain":
+        return ours(model, call)
+    return theirs(model, call, dtype_named(options.rival_dtype) or dtype, name)
 
 
 def named_family(source: str) -> Family | None:

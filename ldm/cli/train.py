@@ -17,10 +17,11 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import describe, load
 from ldm.training.loop import Stopped
 from ldm.training.run import train
+from ldm.training.stages.table import kind_named
 from pipelines import Pipeline
 
 
-def run(config: str, overrides: Sequence[str]) -> None:
+def train_models(config: str, overrides: Sequence[str]) -> None:
     """Train what a configuration says."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -36,7 +37,7 @@ def run(config: str, overrides: Sequence[str]) -> None:
         sys.exit(128 + stopped.signal)
     if first:
         for stage in settings.stages:
-            print(f"{settings.output}/{stage}/model")
+            print(f"{settings.output}/{stage}/{kind_named(stage).result}")
 
 
 class Display:

@@ -1,4 +1,4 @@
-"""How good generated images are, in figures with their intervals, and whether one model is better than another.
+"""Evaluation of generated images: figures with their intervals, and comparisons of two models.
 
 from ldm.evaluation import EvaluationPlan, Model, Workspace, evaluate
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.evaluation.evaluation import EvaluationPlan, Model, evaluate
-    from ldm.evaluation.stored import Workspace
+    from ldm.evaluation.evaluation import EvaluationPlan, Model, Workspace, evaluate
 
 __all__ = ["EvaluationPlan", "Model", "Workspace", "evaluate"]
 

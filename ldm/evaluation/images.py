@@ -1,7 +1,7 @@
-"""Images that are evaluated, and those they are compared with: which of a source, in which order, their captions.
+"""Images that are evaluated or compared with: some of a source, in an order, with their captions.
 
-Images that a model makes are written as PNG files first, so that everything that is looked at comes from 8 bits, and
-a run that is stopped goes on.
+Images that a model makes are written as PNG files first, so that all features are of images in 8 bits, and a stopped
+evaluation goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ldm.data.image_set import ImageSet, made
 from ldm.data.keyed import uniform
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
-from ldm.evaluation.stored import Workspace
+from ldm.evaluation.workspace import Workspace
 from ldm.files import replacing
 from ldm.images import save_png
 
@@ -28,7 +28,7 @@ Make = Callable[[range], list[Image.Image]]  # the images of these numbers
 
 @dataclass(frozen=True)
 class Images:
-    """Some images of a source, in an order that does not depend on how it is stored."""
+    """Some images of a source, in an order that does not depend on how the source is stored."""
 
     source: ImageSet
     rows: tuple[int, ...]
@@ -45,25 +45,25 @@ class Images:
         return self.source.key(self.rows[number])
 
     def caption(self, number: int) -> str:
-        """Its first caption, or nothing."""
+        """The first caption of an image, or an empty text."""
         return next(iter(self.source.example(self.rows[number]).captions), "")
 
     def read(self, number: int) -> tuple[str, Image.Image]:
-        """The name of an image, and itself in RGB. Raises LdmError if it is damaged."""
+        """The name of an image, and the image in RGB. Raises LdmError if it is damaged."""
         try:
             return self.key(number), self.source.read(self.rows[number])
         except LdmError as error:
             raise LdmError(f"{self.key(number)}: {error}") from None
 
     def shuffled(self, seed: int) -> Images:
-        """The same, in an order that depends on the seed and the names alone."""
+        """The images in an order that depends on the seed and their names alone."""
         return Images(
             self.source, tuple(sorted(self.rows, key=lambda row: uniform(seed, "evaluation", self.source.key(row))))
         )
 
     @cached_property
     def stamp(self) -> str:
-        """Changes when a file does, as far as its size and time of modification say."""
+        """A digest of the files' names, sizes and times of modification."""
         stamps, digest = self.source.all_stamps(), hashlib.sha256()
         for row in self.rows:
             digest.update(ascii((self.source.key(row), stamps[row])).encode())
@@ -74,9 +74,9 @@ def images_of(source: str | Path, work: Workspace, count: int | None = None) -> 
     """Images of a folder, shards or a dataset (`ldm.data.sources`); captions are not needed.
 
     Args:
-        source: where they are.
+        source: folder, shards or dataset.
         work: its folder takes the index.
-        count: only so many, the first by name.
+        count: of images, the first by name; by default all.
 
     Raises:
         LdmError: there is no image, or fewer than `count`.
@@ -92,17 +92,17 @@ def images_of(source: str | Path, work: Workspace, count: int | None = None) -> 
 
 
 def write_images(what: str, name: str, prompts: Sequence[str], make: Make, batch: int, work: Workspace) -> Images:
-    """An image for each prompt, made if it is not there yet: `000000.png` and so on, and `metadata.jsonl`.
+    """Write an image for each prompt, unless it exists: `000000.png` and so on, and `metadata.jsonl`.
 
     A batch is the same images whichever process makes it, and is made whole, so that the result is the same.
 
     Args:
-        what: is done, for people.
+        what: the name of the work, for its progress.
         name: of the folder; changes with everything that changes the images.
         prompts: one for each image.
         make: gives the images of some numbers.
         batch: images made together.
-        work: where and with whom.
+        work: the folder, and the processes that share the batches.
 
     Raises:
         LdmError: a file cannot be written; and what `make` raises.

@@ -135,7 +135,6 @@ class ContrastivePair(nn.Module):
             vectors.append(F.normalize(project(tower.end(last, ids)).float(), dim=-1))
         return torch.stack(vectors)
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to unit vectors (B, D), to compare with those of texts.
 
@@ -145,7 +144,6 @@ class ContrastivePair(nn.Module):
         self.config.check_sides(*pixels.shape[2:])
         return self.embed_images(pixels.to(self.image_encoder.device))
 
-    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts to unit vectors (B, D), by the last text encoder: that of the pooled text where there is one."""
         return self.embed_texts(self.text_encoders.tokenize(texts))[-1]

@@ -27,21 +27,20 @@ def replaced(module: M, **parts: nn.Module) -> M:
     return other
 
 
-def rebuilt(module: M, change: Callable[[nn.Module], nn.Module | None]) -> M:
-    """A copy of a module in which `change` has replaced parts; the module itself if it replaced none.
+def rebuilt(module: M, replacements: Callable[[nn.Module], Mapping[str, nn.Module]]) -> M:
+    """A copy of a module with parts replaced at any depth; the module itself if none are.
 
-    `change` is asked from the outside in, for each part; None leaves the part and asks for the parts inside it.
+    `replacements` is asked for each module, from the outside in, which of its direct parts to replace, by their names;
+    it is not asked about what lies inside a replaced part.
     """
-    changed = change(module)
-    if changed is not None:
-        return changed  # type: ignore[return-value]
-    parts = {name: rebuilt(part, change) for name, part in module.named_children()}
+    new = replacements(module)
+    parts = {name: new[name] if name in new else rebuilt(part, replacements) for name, part in module.named_children()}
     if all(part is getattr(module, name) for name, part in parts.items()):
         return module
     return replaced(module, **parts)
 
 
 def reclassed(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Give the layers of a network other classes, by the class that they have; parameters stay as they are."""
+    """Change the classes of a network's layers, each by the class that it has; parameters stay as they are."""
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +213,8 @@ def _transformer(config: UNetConfig, level: int) -> nn.Module:
 
 class UNet(nn.Module):
     """Predicts what `prediction_type` of the noise schedule says, from noisy latents, time and conditioning."""
+
+    precomputable: ClassVar = {"add_embedding": "conditioning"}  # see `ldm.runtime.precomputing`
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

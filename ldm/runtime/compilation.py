@@ -22,7 +22,7 @@ from ldm.errors import LdmError, first_line
 from ldm.models.layers import ResnetBlock, TransformerBlock
 from ldm.models.surgery import reclassed
 from ldm.runtime.fused import LAST
-from ldm.runtime.precomputing import known
+from ldm.runtime.precomputing import precomputed_outputs
 
 log = logging.getLogger(__name__)
 VARIANTS = 256  # of a kind of block: widths, sizes of images; PyTorch stops compiling after 8 unless told otherwise
@@ -92,8 +92,8 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
         for tensor in inputs:
             if tensor is not None:
                 mark(tensor, 0)
-        for layer in known(self):  # keys and values (B, M, C), time (B, C)
-            mark(layer.result, tuple(range(layer.result.dim() - 1)))
+        for layer in precomputed_outputs(self):  # keys and values (B, M, C), time (B, C)
+            mark(layer.output, tuple(range(layer.output.dim() - 1)))
         return body(self, *inputs)
 
     return type(f"Compiled{kind.__name__}", (kind,), {"forward": forward})

@@ -1,7 +1,7 @@
-"""Euler's method, SDXL's scheduler, without diffusers, whose import takes longer than a small image.
+"""Euler's method, SDXL's scheduler, without an import of diffusers, which takes longer than a small image.
 
-Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn. Its numbers are those of diffusers' class of the same
-name, to the bit: all is computed in the same precision and order.
+Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn. The numbers are those of diffusers' class of the same
+name to the bit, since the precision and the order of operations are the same.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _KNOWN = {
 
 @dataclass(eq=False)
 class EulerDiscreteScheduler:
-    """One run's noise levels sigma, falling, and where in them it is. Options are diffusers'."""
+    """The falling noise levels sigma of one run, and the index of its next step. Options are diffusers'."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
-    interpolation_type: str = "linear"  # of noise levels between the trained ones; "log_linear": of their logarithms
+    interpolation_type: str = "linear"  # between trained noise levels; "log_linear": between their logarithms
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
     use_beta_sigmas: bool | None = False
-    sigma_min: float | None = None  # the lowest of these three's levels, by default that of the timesteps
-    sigma_max: float | None = None  # and the highest
+    sigma_min: float | None = None  # lowest level of these three; by default that of the last timestep
+    sigma_max: float | None = None  # highest level; by default that of the first timestep
     timestep_spacing: str = "linspace"
-    timestep_type: str = "discrete"  # "continuous": with v-prediction, the model is told log(sigma) / 4
+    timestep_type: str = "discrete"  # "continuous": with v-prediction, timesteps are log(sigma) / 4
     steps_offset: int = 0  # added to the timesteps of the spacing "leading"
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: str = "zero"  # "sigma_min": the run ends at the lowest trained level
@@ -86,7 +86,7 @@ class EulerDiscreteScheduler:
         self.index = 0  # of the next step
 
     def set_levels(self, levels: np.ndarray) -> None:
-        """Set up for a run through these noise levels; timesteps are where the model was trained with them."""
+        """Set up for a run through these noise levels, at the (fractional) timesteps trained with them."""
         self._set(levels, np.interp(np.log(levels), np.log(self.trained), np.arange(len(self.trained))))
 
     def set_timesteps(self, num_inference_steps: int, *, device: Any = "cpu") -> None:
@@ -123,11 +123,11 @@ class EulerDiscreteScheduler:
         self.index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        """What the model is to be given for noisy latents (B, C, h, w), likewise."""
+        """The model's input (B, C, h, w) for noisy latents, scaled to unit variance."""
         return sample / (self.sigmas[self.index] ** 2 + 1) ** 0.5
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor]:
-        """Noisy latents (B, C, h, w) at the next noise level, from what the model gave for `sample`."""
+        """Noisy latents (B, C, h, w) at the next noise level, from those at this one and the prediction for them."""
         x = sample.float()
         sigma, following = self.sigmas[self.index], self.sigmas[self.index + 1]
         clean = PARAMETRISATIONS[self.prediction_type].denoised(model_output, x, sigma)
@@ -135,5 +135,5 @@ class EulerDiscreteScheduler:
         return ((x + (x - clean) / sigma * (following - sigma)).to(model_output.dtype),)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean latents (B, C, h, w) with the noise of the step where the run is, whatever `timesteps` says."""
+        """Clean latents (B, C, h, w) with noise at the next step's level; `timesteps` is ignored."""
         return original_samples + noise * self.sigmas[self.index].to(original_samples.dtype)

@@ -16,7 +16,7 @@ from ldm.errors import LdmError
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.patching import patched
 from ldm.process import NoiseSchedule
-from ldm.runtime.precomputing import TimeTable, prepared
+from ldm.runtime.precomputing import TimeTable, precomputed
 from ldm.sampling.loop import Denoise, Time
 
 
@@ -36,18 +36,6 @@ class Guidance:
         """Whether the negative prompt takes part."""
         return self.scale > 1
 
-    def __post_init__(self) -> None:
-        limits = {"scale": 1000, "rescale": 1, "threshold": 1, "perturbed": 1000, "image": 1000}
-        for name, high in limits.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise LdmError(f"guidance {name} {value!r}: a number from 0 to {high} is needed")
-        numbers = [value for value in self.interval if isinstance(value, (int, float))]
-        if len(numbers) != 2 or len(self.interval) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
-            raise LdmError(
-                f"guidance interval {self.interval}: two rising numbers from 0 (noise) to 1 (image) are needed"
-            )
-
 
 def join(*conds: Conditioning) -> Conditioning:
     """Conditionings joined into one batch."""
@@ -60,12 +48,12 @@ def plain(unet: UNet, cond: Conditioning, times: Sequence[float], extra: Tensor 
 
     `extra` (B or 1, C, h, w) are channels that the U-Net reads beside the latents, such as an inpainting mask.
     """
-    clock = TimeTable(prepared(unet, cond), cond, times)
+    table = TimeTable(precomputed(unet, cond), cond, times)
     channels = None if extra is None else extra.expand(len(cond.text), -1, -1, -1)
 
     def denoise(x: Tensor, time: Time) -> Tensor:
-        clock.set(time.value)
-        return clock.unet(x if channels is None else torch.cat([x, channels], dim=1), time.tensor, cond)
+        table.set(time.value)
+        return table.unet(x if channels is None else torch.cat([x, channels], dim=1), time.tensor, cond)
 
     return denoise
 

@@ -1,4 +1,4 @@
-"""A cheap look at latents: each pixel's colour as a linear function of its latent channels, without the autoencoder.
+"""Previews of latents without the autoencoder: each pixel's colour is a linear function of its latent channels.
 
 B images, C latent channels, h×w height and width of the latents, and of the preview in pixels
 """
@@ -31,11 +31,11 @@ def to_pixels(latents: Tensor, factors: Factors) -> Tensor:
 
 @torch.inference_mode()
 def fit(autoencoder: Autoencoder, pixels: Tensor | None = None) -> list[list[float]]:
-    """The factors that come nearest to an autoencoder's own pixels, by least squares.
+    """The factors that predict an autoencoder's pixels best, by least squares.
 
     Args:
-        autoencoder: whose latents are to be seen.
-        pixels: images (B, 3, H, W) in [-1, 1] to fit to; by default smooth random colours.
+        autoencoder: encodes the images to be fitted to.
+        pixels: these images (B, 3, H, W) in [-1, 1]; by default smooth random colours.
     """
     config, weight = autoencoder.config, next(autoencoder.parameters())
     if pixels is None:

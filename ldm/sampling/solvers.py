@@ -1,9 +1,9 @@
-"""diffusers' schedulers where a step of ours is quicker or more exact; each stands in for the class of the same name.
+"""diffusers' schedulers with steps that are faster or more exact; each class replaces the one of the same name.
 
-diffusers computes the weights of a multistep solver with tensors of one element, dozens of them in each step, which
-takes longer than the step itself. Here they are plain numbers; what is done with them, and when, stays diffusers'.
+diffusers computes the weights of a multistep solver with dozens of one-element tensors a step, which takes longer than
+the step itself. Here they are plain numbers; the rest of the algorithm stays diffusers'.
 
-s noise level sigma (of noise over signal), h a step in -log s, m predicted clean latents, e predicted noise
+s noise level sigma (noise over signal), h a step in -log s, m predicted clean latents, e predicted noise
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _span(start: float, end: float) -> float:
 
 
 class _Levels:
-    """Keeps the noise levels of a run as plain numbers."""
+    """A mix-in that keeps the noise levels of a run as plain numbers."""
 
     levels: list[float]
     sigmas: Tensor
@@ -80,13 +80,13 @@ class DPMSolverMultistepScheduler(_Levels, diffusers.DPMSolverMultistepScheduler
 
 
 class DPMSolverSinglestepScheduler(_Levels, diffusers.DPMSolverSinglestepScheduler):
-    """DPM-Solver++ with a step in between, whose noise, in the SDE variant, is part of the noise of the whole step.
+    """DPM-Solver++ with an intermediate step, whose noise, in the SDE variant, is part of the noise of the whole step.
 
-    In diffusers the two are independent: what the model sees in between has nothing to do with where the step leads,
-    and the order is one in place of two.
+    In diffusers the two are independent: the intermediate latents lie on another path than the step's result, and the
+    order is one instead of two.
     """
 
-    noise: Tensor  # of the step in between
+    noise: Tensor  # of the intermediate step
 
     def dpm_solver_first_order_update(self, model_output: Tensor, *, sample: Tensor, noise: Tensor | None) -> Tensor:
         if noise is not None:
@@ -121,9 +121,9 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
         return self._update(self.step_index - 1, last_sample, order, this_model_output)
 
     def _update(self, i: int, sample: Tensor, order: int, new: Tensor | None) -> Tensor:
-        """From level i to the next; once more, corrected, when `new`, the prediction there, is known."""
+        """From level i to the next; with `new`, the prediction at the next level, the corrected step."""
         start, end = self.levels[i], self.levels[i + 1]
-        if start == end:  # as above
+        if start == end:  # as in DPM-Solver++
             return sample
         h = _span(start, end)
         points = [-_span(self.levels[i - j], start) / h for j in range(1, order)]
@@ -142,7 +142,7 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
 
 
 def _unipc_shares(points: list[float], h: float, scale: float) -> list[float]:
-    """What the slopes to the predictions at `points`, in steps h from the start, count for."""
+    """Weights of the slopes to the predictions at `points`, in steps h from the start."""
     if len(points) < 2:
         return [0.5] * len(points)  # the paper's choice, which keeps the order
     shares, phi, factorial = [], math.expm1(-h) / -h - 1, 1
@@ -166,7 +166,7 @@ def _unipc_shares(points: list[float], h: float, scale: float) -> list[float]:
 class DEISMultistepScheduler(_Levels, diffusers.DEISMultistepScheduler):
     """DEIS (Zhang and Chen 2022, arXiv 2204.13902), with polynomials in log ρ = log s, up to the third order.
 
-    With "karras", "exponential" or "beta" levels, diffusers spends the last step on going nowhere; here it goes to 0.
+    With "karras", "exponential" or "beta" levels, diffusers' last step has length 0; here it goes to noise level 0.
     """
 
     def set_timesteps(self, *arguments: Any, **options: Any) -> None:
@@ -204,9 +204,10 @@ class DEISMultistepScheduler(_Levels, diffusers.DEISMultistepScheduler):
 
 
 class LMSDiscreteScheduler(_Levels, diffusers.LMSDiscreteScheduler):
-    """Linear multistep (Adams-Bashforth in s), whose weights diffusers finds by general quadrature, in 2 ms a step.
+    """Linear multistep (Adams-Bashforth in s).
 
-    They are integrals of polynomials of degree 3 at the most, for which two Gauss points are exact.
+    Its weights are integrals of polynomials of degree 3 at most, for which two Gauss points are exact; diffusers'
+    adaptive quadrature takes 2 ms a step.
     """
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
@@ -223,10 +224,10 @@ class LMSDiscreteScheduler(_Levels, diffusers.LMSDiscreteScheduler):
 
 
 class _Following:
-    """Steps that end where the next one begins.
+    """A mix-in whose steps end at the timestep where the next one begins.
 
-    In diffusers, DDIM and PNDM go back by train_steps // steps timesteps, which is not where the model is called next,
-    unless the timesteps are spaced so ("leading"): the error does not vanish with more steps.
+    In diffusers, steps of DDIM and PNDM end train_steps // steps timesteps earlier, where the model is called next only
+    with "leading" spacing; with others the error does not vanish with more steps.
     """
 
     config: Any
@@ -244,7 +245,7 @@ class _Following:
         self.following = dict(zip(times, [*times[1:], -1], strict=True))
 
     def set_length(self, timestep: int) -> None:
-        """Let diffusers take all steps for as long as the one that begins at a timestep."""
+        """Set diffusers' number of steps so that its step length is that of the step from this timestep."""
         self.num_inference_steps = Fraction(self.config.num_train_timesteps, timestep - self.following[timestep])
 
 
@@ -267,8 +268,8 @@ class DDIMScheduler(_Following, diffusers.DDIMScheduler):
 class PNDMScheduler(_Following, diffusers.PNDMScheduler):
     """PLMS (Liu et al. 2022, arXiv 2202.09778), which takes its first step twice.
 
-    What it averages over several steps is predicted noise. diffusers averages what the model predicts, whatever that
-    is, and makes noise of it afterwards, which for v-prediction leaves the first order only.
+    It averages the predicted noise of several steps. diffusers averages the model's predictions and converts the
+    average to noise, which with v-prediction is of the first order only.
     """
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:

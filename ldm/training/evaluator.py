@@ -21,18 +21,18 @@ from PIL import Image
 
 from ldm.data.image_set import ImageSet, made
 from ldm.errors import LdmError, out_of_memory
-from ldm.evaluation.evaluation import Evaluation, EvaluationPlan, Model, begin, check
+from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.features import digest_of
 from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.pages.page import write_page
+from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
 from ldm.evaluation.report import Value, save_report
-from ldm.evaluation.stored import Workspace
+from ldm.evaluation.workspace import Workspace
 from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import DenoiserSection, EvaluationSection
-from ldm.training.phases import phases
-from ldm.training.stages.stage import MakeImages
+from ldm.training.sections import EvaluationSection
+from ldm.training.stages.stage import MakeImages, StageKind
 
 log = logging.getLogger(__name__)
 FIGURES = "figures.json"
@@ -41,7 +41,7 @@ SCRATCH = ("images", "found", "index")  # of an evaluation; removed once there a
 
 @dataclass(frozen=True)
 class Best:
-    """Weights whose images were the best so far."""
+    """The weights with the best images so far."""
 
     step: int  # updates that they had
     average: str  # which of the averages they are
@@ -50,17 +50,17 @@ class Best:
     settings: Mapping[str, Any]  # of the evaluation: figures that came about in another way are no match
 
 
-def check_evaluation(name: str, plan: EvaluationPlan) -> None:
-    """Raise LdmError, before anything is opened, for what cannot be done; `name` is the stage's."""
-    place = f"{name}.evaluation"
-    if name == "refiner":
-        raise LdmError(f"{place}.every: a refiner makes no images alone; set it to 0, and try it with `ldm eval`")
+def check_evaluation(kind: StageKind[Any], plan: EvaluationPlan) -> None:
+    """Raise LdmError, before anything is opened, for an evaluation that cannot be made."""
+    place = f"{kind.name}.evaluation"
+    if not kind.makes_images:
+        raise LdmError(f"{place}.every: a {kind.name} makes no images alone; set it to 0, and try it with `ldm eval`")
     with _at(place):
         if plan.data is None:
             raise LdmError("a stream holds no images out; name some to compare with (data)")
         if isinstance(plan.data, Images) and not len(plan.data):
             raise LdmError("no images are held out (data.holdout); hold some out, or name others (data)")
-        check([True], plan)
+        check_plan([True], plan)
         about_autoencoders = [metric for metric in plan.metrics if METRICS[metric].reconstruction]
         if about_autoencoders:
             raise LdmError(f"{about_autoencoders[0]} is about the autoencoder, which is not trained here; leave it out")
@@ -69,7 +69,7 @@ def check_evaluation(name: str, plan: EvaluationPlan) -> None:
 def evaluation_plan(
     section: EvaluationSection, images: ImageSet | None, rows: Sequence[np.ndarray], device: str
 ) -> EvaluationPlan:
-    """What a section asks for.
+    """The evaluation that a section asks for.
 
     Args:
         section: of the configuration.
@@ -96,7 +96,8 @@ class Evaluator:
     def __init__(
         self,
         stage: str,
-        section: DenoiserSection,
+        section: EvaluationSection,
+        size: int,
         plan: EvaluationPlan,
         model: LatentDiffusion,
         make_images: MakeImages,
@@ -106,15 +107,16 @@ class Evaluator:
         """Args:
         stage: its name.
         section: of the configuration.
+        size: width and height of the images, in pixels.
         plan: what the section asks for.
         model: what is trained.
         make_images: makes images with it.
         precision: that it computes in.
         work: its folder takes those of the evaluations, its cache what is found in images that no model made.
         """
-        self.section, self.plan, self.model, self.work = section.evaluation, plan, model, work
+        self.section, self.plan, self.model, self.work = section, plan, model, work
         self.stage, self.place = stage, f"{stage}.evaluation"
-        self.make_images, self.size = make_images, phases(section)[-1].size
+        self.make_images, self.size = make_images, size
         self.sampling: dict[str, Any] = {"steps": self.section.steps}
         if self.section.guidance is not None:
             self.sampling["guidance"] = self.section.guidance
@@ -186,7 +188,7 @@ class Evaluator:
         def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
             return self.make_images(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
 
-        return begin([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
+        return Evaluation([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
 
     # --- the best weights so far ------------------------------------------------------------------------------------
 
@@ -204,7 +206,7 @@ class Evaluator:
         return set(self.work.folder.glob("step-*/*/*.safetensors"))
 
     def resumed(self, best: Best) -> Best | None:
-        """What a checkpoint says were the best weights so far, if they can be compared with those that come."""
+        """The best weights that a checkpoint names, if they can be compared with those that come."""
         if (best.metric, best.settings) == (self.section.choose, self.way):
             return best
         if self.section.choose:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ldm.errors import LdmError, suggestion
 from ldm.families import Family, family_named
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import ModelSection
+from ldm.training.sections import ModelSection
 from ldm.weights.sources import open_source
 
 T = TypeVar("T")
@@ -38,13 +38,13 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
         random = LatentDiffusion.from_family(family, seed)
         for name in section.fresh:
             part = {"text": "text_encoders"}.get(name, name)
-            setattr(model, part, getattr(random, part))
+            model.networks[part] = random.networks[part]
     model.family = family
     return model
 
 
 def starting_family(section: ModelSection, place: str = "model") -> Family:
-    """What that model is, without its weights. Raises as `starting_model`."""
+    """The family of that model, without its weights. Raises as `starting_model`."""
     name = section.family or section.usual
     if section.source is None and name is None:
         raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")

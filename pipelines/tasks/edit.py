@@ -7,8 +7,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.errors import LdmError
+from ldm.families import Family
 from ldm.sampling.guidance import edited
+from pipelines.request import Request
 from pipelines.run import SamplingRun
+
+
+def check_edit(request: Request, family: Family) -> None:
+    """Raise unless there is an image and no mask, one pass, and guidance of the kind that editing has.
+
+    Raises:
+        LdmError: something is missing, or has no meaning for a model that edits.
+    """
+    if request.mask or not request.image:
+        raise LdmError(f"a {family.name} model edits an image by instruction: give one, and no mask (--image)")
+    if request.guidance.perturbed or request.guidance.interval != (0, 1):
+        raise LdmError(f"a {family.name} model has guidance of its own; leave perturbed and interval out")
+    if request.hires or request.refined:
+        raise LdmError(f"a {family.name} model edits in one pass; leave hires and the refiner out")
 
 
 def edit(run: SamplingRun) -> Tensor:

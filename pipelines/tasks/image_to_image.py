@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.families import Family
 from ldm.sampling.schedulers import add_noise
-from pipelines.request import whole_steps
+from pipelines.request import Request, whole_steps
 from pipelines.run import SamplingRun
+
+
+def check_image_to_image(request: Request, family: Family) -> None:
+    """Raise unless strength leaves a step.
+
+    Raises:
+        LdmError: it leaves none.
+    """
+    whole_steps(request.steps, "strength", request.strength)
 
 
 def first_call(run: SamplingRun) -> int:

@@ -12,11 +12,32 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ldm.errors import LdmError
+from ldm.families import Family
 from ldm.images import mask_to_tensor
 from ldm.sampling.loop import Step
 from ldm.sampling.schedulers import add_noise
+from pipelines.request import Request, whole_steps
 from pipelines.run import SamplingRun
 from pipelines.tasks.image_to_image import first_call
+
+
+def check_inpaint(request: Request, family: Family) -> None:
+    """Raise unless there are an image and a mask of the same size, and strength leaves a step.
+
+    Raises:
+        LdmError: what is missing, or does not fit.
+    """
+    if request.mask and not request.image:
+        raise LdmError("a mask without an image: give the image that it belongs to (image=, --image)")
+    if not request.mask or not request.image:
+        raise LdmError(f"a {family.name} model fills in images: give an image and a mask (--image, --mask)")
+    if request.mask.size != request.image.size:
+        mask, image = (f"{one.width}×{one.height}" for one in (request.mask, request.image))
+        raise LdmError(f"the mask has {mask} pixels, its image {image}; they must be alike")
+    whole_steps(request.steps, "strength", request.strength)
+    if family.task == "inpaint" and request.hires:
+        raise LdmError(f"a {family.name} model fills in images in one pass; leave hires out")
 
 
 def inpaint(run: SamplingRun) -> Tensor:

@@ -378,7 +378,7 @@ def test_names_that_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }.items():
         with pytest.raises(LdmError, match=re.escape(message)):
             open_extractor(spec)
-    with pytest.raises(LdmError, match="extractor 'sscd' knows no texts; choose clip:"):
+    with pytest.raises(LdmError, match="extractor 'sscd' takes no texts; choose clip:"):
         open_text_extractor("sscd")
     with pytest.raises(LdmError, match="device nonsense cannot be used here"):
         open_extractor("sscd", "nonsense")

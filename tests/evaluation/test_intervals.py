@@ -17,22 +17,31 @@ from ldm.evaluation.metrics.comparison import (
     compare,
     compare_coverage,
     compare_recall,
+    density_parts,
     frechet_parts,
     inception_parts,
-    manifold_parts,
     mmd_parts,
+    precision_parts,
 )
 from ldm.evaluation.metrics.distances import frechet_distance, inception_score, kid, manifold, polynomial
 from ldm.evaluation.metrics.intervals import (
     chance_interval,
+    coverage_interval,
+    density_interval,
     frechet_interval,
     inception_interval,
-    manifold_intervals,
     mean_interval,
     mmd_interval,
+    precision_interval,
+    recall_interval,
     share_interval,
 )
 from ldm.evaluation.metrics.moments import measure
+
+NEIGHBOURS = {
+    "precision": precision_interval, "recall": recall_interval,
+    "density": density_interval, "coverage": coverage_interval,
+}  # fmt: skip
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
@@ -97,9 +106,9 @@ def test_intervals_hold_the_true_inception_score() -> None:
 def test_the_groups_of_the_jackknife_are_left_out() -> None:
     """The standard errors against those of the metric computed again without each group."""
     samples, reference = torch.randn(70, 3), torch.randn(63, 3) * 1.3
-    found = manifold_intervals(samples, reference, k=3)
     whole = manifold(samples, reference, k=3)
-    for name, estimate in found.items():
+    for name, interval in NEIGHBOURS.items():
+        estimate = interval(samples, reference, k=3)
         assert estimate.value == pytest.approx(getattr(whole, name))
         variance = 0.0
         for side in (0, 1):
@@ -116,10 +125,11 @@ def test_intervals_of_neighbours_hold_their_expectation() -> None:
     model, reference, _ = pair(3, 0.5, 0.3, 0.3)
     generator = torch.Generator().manual_seed(1)
     truths = [manifold(model.draw(80, generator), reference.draw(80, generator), 3) for _ in range(300)]
-    found = [manifold_intervals(model.draw(80, generator), reference.draw(80, generator), 3) for _ in range(100)]
-    for name in found[0]:
+    drawn = [(model.draw(80, generator), reference.draw(80, generator)) for _ in range(100)]
+    for name, interval in NEIGHBOURS.items():
         truth = sum(getattr(t, name) for t in truths) / len(truths)
-        assert sum((e[name].low or 0) <= truth <= (e[name].high or 0) for e in found) >= 92, name
+        found = [interval(*sides, 3) for sides in drawn]
+        assert sum((e.low or 0) <= truth <= (e.high or 0) for e in found) >= 92, name
 
 
 def test_the_intervals_of_means_and_shares() -> None:
@@ -142,7 +152,7 @@ TESTS: dict[str, Callable[[Tensor, Tensor, Tensor], Comparison]] = {
     "FD": lambda a, b, r: compare(*frechet_parts(a, b, measure(r))),
     "KID": lambda a, b, r: compare(*mmd_parts(polynomial, a, b, r)),
     "Inception score": lambda a, b, r: compare(*inception_parts(a, b)),
-    "density": lambda a, b, r: compare(*manifold_parts(a, b, r, 3)["density"]),
+    "density": lambda a, b, r: compare(*density_parts(a, b, r, 3)),
     "recall": lambda a, b, r: compare_recall(a, b, r, 3),
     "coverage": lambda a, b, r: compare_coverage(a, b, r, 3),
 }
@@ -208,9 +218,9 @@ def test_parts_add_up_to_the_difference_of_the_figures() -> None:
     assert found.difference == pytest.approx(first - second, rel=0.05)
     logarithms = math.log(inception_score(a, 1)) - math.log(inception_score(b, 1))
     assert compare(*inception_parts(a, b)).difference == pytest.approx(logarithms, rel=0.05)
-    for name, (x, y) in manifold_parts(a, b, reference, 3).items():
+    for name, parts_of in (("precision", precision_parts), ("density", density_parts)):
         expected = getattr(manifold(a, reference, 3), name) - getattr(manifold(b, reference, 3), name)
-        assert compare(x, y).difference == pytest.approx(expected)
+        assert compare(*parts_of(a, b, reference, 3)).difference == pytest.approx(expected)
 
 
 def test_pairs_decide_what_unpaired_images_cannot() -> None:

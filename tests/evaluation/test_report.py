@@ -27,8 +27,19 @@ from ldm.evaluation.pages import page
 from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.pages.plots import Axis, Point, curves, histogram, strip
 from ldm.evaluation.pages.tables import tables
-from ldm.evaluation.pages.words import decimal_places, estimate_line, number, p_written, verdict
-from ldm.evaluation.report import Gallery, Histogram, Report, Row, Shown, Side, Sweep, Table, Used, save_report
+from ldm.evaluation.pages.words import decimal_places, estimate_line, number, p_number, verdict
+from ldm.evaluation.report import (
+    Gallery,
+    GalleryRow,
+    Histogram,
+    Report,
+    Row,
+    Side,
+    Sweep,
+    Table,
+    UsedNetwork,
+    save_report,
+)
 
 NOTE = "64 images are too few for 2048 features"
 UNICODE = "一只红狐狸 🦊 ثعلب"
@@ -49,7 +60,7 @@ def comparison(difference: float, error: float, p: float, needed: int | None = N
 
 
 FOUND = comparison(1.69, 0.52, 0.003)
-INCEPTION = Used("Inception v3", "6f2d" * 16, "299×299, bicubic, antialiased")
+INCEPTION = UsedNetwork("Inception v3", "6f2d" * 16, "299×299, bicubic, antialiased")
 FID = Row(
     "fid", "FID", "lower", (estimate(24.83, 0.41, 22.31), estimate(23.12, 0.4, 20.6)), FOUND, verdict(FOUND, "lower")
 )
@@ -70,12 +81,15 @@ def full(folder: Path) -> Report:
     """Two sides with everything that a report can have, and its images."""
     for name in ("a.png", "b.png"):
         place_image(300, 200).save(folder / name)
-    shown = Shown("a red fox", ("a.png", "b.png"), (18.25, 21.5)), Shown(UNICODE, ("a.png", "gone.png"), (18.0, 22.0))
+    gallery = (
+        GalleryRow("a red fox", ("a.png", "b.png"), (18.25, 21.5)),
+        GalleryRow(UNICODE, ("a.png", "gone.png"), (18.0, 22.0)),
+    )
     return Report(
         (A, B),
         REFERENCE,
         (Table(INCEPTION, (FID, FEW)), Table(None, (Row("psnr", "PSNR", "higher", SCORE.estimates),))),
-        (Gallery("Worst prompts", ("A", "B"), "CLIP score", shown),),
+        (Gallery("Worst prompts", ("A", "B"), "CLIP score", gallery),),
         (Histogram("CLIP score", (20.0, 25.0, 30.0), ("A", "held out"), ((3, 5), (10, 0))),),
         (Sweep("guidance", (1.0, 3.0, 5.0), (at(0), at(-3), at(2))),),
         ("3 images could not be read",),
@@ -141,7 +155,7 @@ def test_lines_of_estimates() -> None:
 
 
 def test_p() -> None:
-    assert [p_written(p) for p in (0.00025, 0.001, 0.0123, 0.4149, 1.0)] == ["< 0.001", "0.001", "0.012", "0.41", "1"]
+    assert [p_number(p) for p in (0.00025, 0.001, 0.0123, 0.4149, 1.0)] == ["< 0.001", "0.001", "0.012", "0.41", "1"]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -266,7 +280,7 @@ def hostile(value: Any) -> Any:
 
 def test_nothing_from_outside_is_markup(tmp_path: Path) -> None:
     report = full(tmp_path)
-    named = Shown("x", (f"{HOSTILE.replace('/', '')}.png", "a.png"))
+    named = GalleryRow("x", (f"{HOSTILE.replace('/', '')}.png", "a.png"))
     report = hostile(replace(report, galleries=(*report.galleries, Gallery("files", ("A", "B"), "", (named,)))))
     parsed = Parsed(write_page(report, tmp_path))
     check_self_contained(parsed)
@@ -303,7 +317,7 @@ def test_images_are_small_and_damaged_ones_are_said(tmp_path: Path, monkeypatch:
     place_image(20, 30).save(tmp_path / "tiny.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "wide.png").read_bytes()[:200])
     files = ("wide.png", "tiny.png", "broken.png", "nul\0.png", ".")
-    gallery = Gallery("Samples", ("A",), "", tuple(Shown("", (file,)) for file in files))
+    gallery = Gallery("Samples", ("A",), "", tuple(GalleryRow("", (file,)) for file in files))
     report = Report((A,), None, (), (gallery,))
     parsed = Parsed(write_page(report, tmp_path))
     data = [base64.b64decode(image["src"].partition(",")[2]) for image in parsed.of("img")]

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from ldm.errors import LdmError
-from ldm.models.prompts import encode_prompts, parse_weights, split_into_chunks
+from ldm.models.prompts import PromptReader, encode_prompts, parse_weights, split_into_chunks
 from ldm.models.tokenizer import clip_tokenizer
 
 
@@ -70,7 +70,7 @@ def test_weights_scale_token_vectors_and_keep_the_mean() -> None:
     with torch.no_grad():
         plain = encoders(["a cat"]).text
         weighted = encode_prompts(encoders, [["a (cat:1.5)"]])[0].text
-        literal = encode_prompts(encoders, [["a (cat:1.5)"]], weights=False)[0].text
+        literal = encode_prompts(encoders, [["a (cat:1.5)"]], reader=PromptReader(weights=False))[0].text
     count = len(encoders.tokenizers[0].encode(["a"])[0])
     cat = len(encoders.tokenizers[0].encode([" cat"])[0])
     expected = plain.clone()

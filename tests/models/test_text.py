@@ -174,9 +174,9 @@ def test_absurd_clip_skip_is_refused(clip_skip: int) -> None:
 def test_refiner_has_five_size_ids() -> None:
     model = tiny.model("sdxl-refiner")
     assert model.encode_prompt("a").size.tolist() == [[64, 64, 0, 0, 6]]
-    with pytest.raises(LdmError, match="takes 5 size ids"):
+    with pytest.raises(LdmError, match="takes 5 time ids"):
         model.encode_prompt("a", size=[1, 2, 3, 4, 5, 6])
-    with pytest.raises(LdmError, match="takes 0 size ids"):
+    with pytest.raises(LdmError, match="takes 0 time ids"):
         tiny.model("sd15").encode_prompt("a", size=[1, 2])
 
 

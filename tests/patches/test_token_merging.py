@@ -15,7 +15,7 @@ from ldm.models.unet import Conditioning, UNet
 from ldm.patches.deepcache import reuse_inner_levels
 from ldm.patches.token_merging import MergeTargets, MergingAttention, gathered, merge_tokens, merged
 from ldm.runtime.fused_cpu import quicken
-from ldm.runtime.precomputing import prepared
+from ldm.runtime.precomputing import precomputed
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
 
@@ -143,10 +143,10 @@ def test_beside_the_other_wrappers(name: str) -> None:
     with torch.inference_mode():
         model = merge_tokens(unet, 0.5)
         made = model(x, TIME, cond)
-        kept = prepared(merge_tokens(unet, 0.5), cond)
+        kept = precomputed(merge_tokens(unet, 0.5), cond)
         assert torch.equal(kept(x, TIME, cond), made)
         assert torch.equal(kept(-x, TIME, cond), model(-x, TIME, cond))
-        reused = prepared(reuse_inner_levels(merge_tokens(unet, 0.5), 2), cond)
+        reused = precomputed(reuse_inner_levels(merge_tokens(unet, 0.5), 2), cond)
         assert torch.equal(reused(x, TIME, cond), made)
         assert torch.equal(reused(x, TIME, cond), made)
         assert not torch.equal(reused(-x, TIME, cond), reused(x, TIME, cond))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
-from ldm.models.prompts import count_chunks
+from ldm.models.prompts import PromptReader, count_chunks
 from ldm.sampling.loop import Step
 from pipelines import Pipeline
 from pipelines.packing import decodable, shared, together
@@ -122,7 +122,7 @@ def test_less_memory_makes_fewer(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 def test_numbers() -> None:
     def most(side: int, device: str) -> int:
-        request = Request(("a fox",), (None,), width=side, height=side)
+        request = Request(("a fox",), (None,), values={"width": side, "height": side, "rng": "ldm"})
         return together(request, FAMILIES["sd15"], torch.device(device))
 
     assert [most(side, "cpu") for side in (512, 1024, 96)] == [1, 1, 28]
@@ -135,7 +135,7 @@ def test_numbers() -> None:
         left -= sizes[-1]
     assert sizes == [25, 25, 25, 25]
     encoders = tiny.model("sdxl").text_encoders
-    assert count_chunks(encoders, [["a", LONG], ["a BREAK b", ""]]) == [2, 4]
+    assert count_chunks(encoders, [["a", LONG], ["a BREAK b", ""]], PromptReader()) == [2, 4]
 
 
 def test_batches_that_are_not_needed() -> None:

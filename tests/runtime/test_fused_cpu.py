@@ -31,7 +31,7 @@ from ldm.runtime.fused_cpu import (
     quicken,
 )
 from ldm.runtime.kernels import layers as kernels
-from ldm.runtime.precomputing import prepared
+from ldm.runtime.precomputing import precomputed
 from pipelines import Pipeline
 
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=runs)]
@@ -59,7 +59,7 @@ def test_a_unet(name: str, height: int, width: int, dtype: torch.dtype) -> None:
         x, t, cond = inputs(unet, dtype, height, width)
         wanted = exact(x.double(), t, cast(cond, torch.float64))
         check(quick(x, t, cond), unet(x, t, cond), wanted)
-        assert torch.equal(prepared(quick, cond)(x, t, cond), quick(x, t, cond))
+        assert torch.equal(precomputed(quick, cond)(x, t, cond), quick(x, t, cond))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,7 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.runtime.graphs import MOST, RecordedUNet, Recordings, Step
-from ldm.runtime.precomputing import prepared
+from ldm.runtime.precomputing import precomputed
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
 
@@ -63,7 +63,7 @@ def test_one_recording_serves_all_prompts(name: str, count: Callable[[], int]) -
 
     with torch.inference_mode():
         conds = [cond(9), cond(9)]
-        models = [prepared(unet, one) for one in conds]
+        models = [precomputed(unet, one) for one in conds]
         first = check(models[0], torch.randn(2, 4, 8, 8), 9.0, conds[0])
         kept = first.clone()
         for t in (8.0, 3.0):  # taking turns
@@ -73,7 +73,7 @@ def test_one_recording_serves_all_prompts(name: str, count: Callable[[], int]) -
         assert count() == 1
         check(models[0], torch.randn(2, 4, 8, 6), 9.0, conds[0])
         longer = cond(18)
-        check(prepared(unet, longer), torch.randn(2, 4, 8, 8), 9.0, longer)
+        check(precomputed(unet, longer), torch.randn(2, 4, 8, 8), 9.0, longer)
         assert count() == 3
         for network in (unet, plain):
             network.conv_in.weight.mul_(1.5)  # in its place
@@ -81,7 +81,7 @@ def test_one_recording_serves_all_prompts(name: str, count: Callable[[], int]) -
         assert count() == 3
         for network in (unet, plain):
             network.conv_in.weight = torch.nn.Parameter(network.conv_in.weight * 2)
-        check(prepared(unet, conds[1]), torch.randn(2, 4, 8, 8), 9.0, conds[1])
+        check(precomputed(unet, conds[1]), torch.randn(2, 4, 8, 8), 9.0, conds[1])
         assert count() == 4
         check(unet, torch.randn(2, 4, 8, 8), 9.0, conds[1])  # which reads the text itself
         assert count() == 4
@@ -156,14 +156,14 @@ def test_hooks_and_other_modes_are_seen(count: Callable[[], int]) -> None:
     cond = Conditioning(torch.randn(2, 9, unet.config.text_dim))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor(5.0)
     with torch.inference_mode():
-        first = prepared(unet, cond)(x, t, cond)
+        first = precomputed(unet, cond)(x, t, cond)
     with torch.no_grad():
-        assert torch.equal(prepared(unet, cond)(x, t, cond), first)
+        assert torch.equal(precomputed(unet, cond)(x, t, cond), first)
     assert count() == 2
     seen: list[Tensor] = []
     unet.conv_out.register_forward_hook(lambda module, given, made: seen.append(made))
     with torch.inference_mode():
         for _ in range(3):
-            prepared(unet, cond)(x, t, cond)
+            precomputed(unet, cond)(x, t, cond)
     assert len(seen) == 3
     assert count() == 2

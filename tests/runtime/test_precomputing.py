@@ -1,4 +1,4 @@
-"""A U-Net that keeps what depends on the conditioning alone gives the same numbers, and leaves the other as it was."""
+"""A U-Net with precomputed outputs gives the same numbers, and leaves the U-Net that it was made from as it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ldm.models.layers import ResnetBlock, TransformerBlock
 from ldm.models.unet import Conditioning
-from ldm.runtime.precomputing import AHEAD, Given, TimeTable, prepared
+from ldm.runtime.precomputing import AHEAD, PrecomputedOutput, TimeTable, precomputed, reads_conditioning
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl", "sdxl-refiner", "emoji-refiner"])
@@ -28,15 +28,17 @@ def test_the_same_numbers_with_less_work(name: str) -> None:
     for block in blocks:
         block.attn2.to_k.register_forward_hook(count)
     with torch.no_grad():
-        model = prepared(unet, cond)
+        model = precomputed(unet, cond)
         assert calls == len(blocks)
+        assert not reads_conditioning(model)
         for t in (999, 500, 3):
             x = torch.randn(2, c.in_channels, 8, 9)
             calls = 0
             made = model(x, torch.tensor(t), cond)
             assert calls == 0
             assert torch.equal(made, unet(x, torch.tensor(t), cond))
-    assert not any(isinstance(module, Given) for module in unet.modules())
+    assert reads_conditioning(unet) == bool(blocks or c.pooled_dim)
+    assert not any(isinstance(module, PrecomputedOutput) for module in unet.modules())
     assert {key: id(tensor) for key, tensor in unet.state_dict(keep_vars=True).items()} == before
 
 
@@ -53,12 +55,12 @@ def test_the_time_is_computed_once_for_many_steps(name: str) -> None:
     blocks = sum(isinstance(module, ResnetBlock) for module in unet.modules())
     times = [999.0 - 3 * step for step in range(AHEAD + 2)]
     with torch.inference_mode():
-        clock = TimeTable(prepared(unet, cond), cond, [times[0], *times])  # some schedulers ask twice
-        for number, time in enumerate([*times, 0.5, times[5]]):  # one that nobody spoke of, and back
+        table = TimeTable(precomputed(unet, cond), cond, [times[0], *times])  # some schedulers ask twice
+        for number, time in enumerate([*times, 0.5, times[5]]):  # one that was not named, and back
             x = torch.randn(2, c.in_channels, 8, 9)
             wanted = unet(x, torch.tensor(time), cond)
             calls.clear()
-            clock.set(time)
-            made = clock.unet(x, torch.tensor(time), cond)
+            table.set(time)
+            made = table.unet(x, torch.tensor(time), cond)
             assert len(calls) == (1 + blocks if number in (0, AHEAD, len(times), len(times) + 1) else 0)
             assert torch.allclose(made, wanted, rtol=1e-5, atol=1e-6)

@@ -25,7 +25,7 @@ from ldm.models.unet import UNet
 from ldm.runtime import quantization
 from ldm.runtime.fused_cpu import QuickGEGLU, quicken
 from ldm.runtime.kernels import layers as kernels
-from ldm.runtime.precomputing import prepared
+from ldm.runtime.precomputing import precomputed
 from ldm.runtime.quantization import QUANTIZED, quantize
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
@@ -51,7 +51,7 @@ def test_a_unet_gives_nearly_the_same(family: str, dtype: torch.dtype, name: str
         count = quantize(unet, name)
         made = unet(x, t, cond)
         assert 1e-5 < distance(made, wanted) < 0.03
-        assert torch.equal(prepared(unet, cond)(x, t, cond), made)
+        assert torch.equal(precomputed(unet, cond)(x, t, cond), made)
         assert torch.equal(twin(unet)(x, t, cond), made)
     assert count == len(quantised(unet))
 
@@ -74,7 +74,7 @@ def test_fp8_gives_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize(unet, "fp8")
         made = unet(x, t, cond)
         assert distance(made, wanted) < 0.06
-        assert torch.equal(prepared(unet, cond)(x, t, cond), made)
+        assert torch.equal(precomputed(unet, cond)(x, t, cond), made)
 
 
 def test_which_layers() -> None:

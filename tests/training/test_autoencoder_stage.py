@@ -23,10 +23,11 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.evaluation.networks.lpips import LPIPS, save_lpips
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import AutoencoderSection, Config, ModelSection, dump, load
+from ldm.training.config import Config, dump, load
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.run import train
-from ldm.training.stages.autoencoder import HIGHEST, AutoencoderStage
+from ldm.training.sections import ModelSection
+from ldm.training.stages.autoencoder import HIGHEST, AutoencoderSection, AutoencoderStage
 from ldm.training.start import starting_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"

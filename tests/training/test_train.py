@@ -33,10 +33,13 @@ from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import checkpoint
-from ldm.training.config import ModelSection, load
+from ldm.training.batches import StageBatches
+from ldm.training.caching import Caches
+from ldm.training.config import load
 from ldm.training.ema import recombine
 from ldm.training.loop import Stopped
-from ldm.training.run import Caches, TrainingRun, train
+from ldm.training.run import TrainingRun, train
+from ldm.training.sections import ModelSection
 from ldm.training.stages.denoiser import DenoiserStage, Joint
 from ldm.training.start import starting_model
 from ldm.weights.tensors import LINEAGE, read_header
@@ -86,7 +89,8 @@ def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
     assert validation[-1] < 0.4
     trained = LatentDiffusion.from_pretrained(tmp_path / "r" / "base" / "model")
     run = TrainingRun(settings, None, lambda *_: None)
-    batch = next(iter(run._batches(run.accelerator, run.config.base, Caches(), 0)))[0]
+    batches = StageBatches(run.data, settings.base, run.accelerator, settings.seed, Caches())
+    batch = next(batches.steps(0))[0]
     assert batch.pixels is not None
     with torch.no_grad():
         data = trained.autoencoder.encode(batch.pixels).mode() * trained.autoencoder.config.scaling_factor
@@ -364,7 +368,7 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(Stopped, match="after 2 updates"):
         train(settings, report=sent(2, 2))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ldm.training.loop.AT_ONCE", -1.0)
+        patch.setattr("ldm.training.signals.AT_ONCE", -1.0)
         train(settings, report=sent(4, 2))
     with pytest.raises(Stopped, match="after 6 updates"):
         train(settings, report=sent(6, 1))

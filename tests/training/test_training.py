@@ -20,13 +20,14 @@ from ldm.families import FAMILIES
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.process import NoiseSchedule
-from ldm.training.conditioning import DropOut, Prompt, conditioning, encode, prompt
-from ldm.training.config import EmaSection, ModelSection, OptimizerSection, describe, dump, load
+from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
+from ldm.training.config import describe, dump, load
 from ldm.training.ema import Averages, coefficients, exponent, recombine
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.losses.diffusion import DiffusionLoss, Draw, Timesteps
 from ldm.training.optimizers import lay_out_state, learning_rate, make_optimizer
 from ldm.training.phases import phases
+from ldm.training.sections import EmaSection, ModelSection, OptimizerSection
 from ldm.training.start import starting_model
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -205,14 +206,14 @@ def test_noise_depends_on_the_sample_alone() -> None:
 
 def test_captions_are_left_out_as_often_as_asked_and_not_always_the_same() -> None:
     keys = [f"image {n}" for n in range(4000)]
-    drop = DropOut((0.1, 0.3), size=0.2)
+    drop = ConditioningDropout((0.1, 0.3), size=0.2)
     first, second = (drop.captions(0, keys, [epoch] * 4000, 2) for epoch in (0, 1))
     for rows in (first, second):
         assert rows.float().mean(dim=0).tolist() == pytest.approx([0.1, 0.3], abs=0.02)
     assert 0.02 < float((first[:, 0] != second[:, 0]).float().mean()) < 0.3
     both = float((first[:, 0] & first[:, 1]).float().mean())
     assert both == pytest.approx(0.03, abs=0.01)  # independent of each other
-    together = DropOut((0.1,), together=True).captions(0, keys, [0] * 4000, 2)
+    together = ConditioningDropout((0.1,), together=True).captions(0, keys, [0] * 4000, 2)
     assert torch.equal(together[:, 0], together[:, 1])
     assert float(drop.sizes(0, keys, [0] * 4000).float().mean()) == pytest.approx(0.2, abs=0.02)
 
@@ -227,7 +228,7 @@ def test_what_is_left_out_of_sdxl_is_zeros_and_of_sd15_an_empty_prompt() -> None
     batch = _batch(["a cat", "a dog"])
     model = tiny.model("sdxl")
     with torch.no_grad():
-        said = prompt(batch, model.family, DropOut((0.0,)), 0, 6.0)
+        said = prompt(batch, model.family, ConditioningDropout((0.0,)), 0, 6.0)
         dropped = torch.tensor([[True, False], [False, True]])
         whole = conditioning(encode(model.text_encoders, said.texts), said, model.family)
         said = Prompt(said.texts, dropped, said.size)
@@ -241,19 +242,19 @@ def test_what_is_left_out_of_sdxl_is_zeros_and_of_sd15_an_empty_prompt() -> None
     assert not cond.text[1, :, width:].any()
     assert torch.equal(cond.pooled[0], whole.pooled[0])
     assert not cond.pooled[1].any()
-    said = prompt(batch, tiny.family("sd15"), DropOut((1.0,)), 0, 6.0)
+    said = prompt(batch, tiny.family("sd15"), ConditioningDropout((1.0,)), 0, 6.0)
     assert said.texts == [["", ""]]
 
 
 def test_the_refiner_is_told_the_score_and_sizes_can_be_left_out() -> None:
     batch = _batch(["a cat", "a dog"])
-    said = prompt(batch, tiny.family("sdxl-refiner"), DropOut((0.0,)), 0, 6.0)
+    said = prompt(batch, tiny.family("sdxl-refiner"), ConditioningDropout((0.0,)), 0, 6.0)
     assert said.size is not None
     assert said.size.tolist() == [[600, 500, 10, 20, 6.0], [600, 500, 10, 20, 7.5]]
-    said = prompt(batch, tiny.family("sdxl"), DropOut((0.0,), size=1.0), 0, 6.0)
+    said = prompt(batch, tiny.family("sdxl"), ConditioningDropout((0.0,), size=1.0), 0, 6.0)
     assert said.size is not None
     assert not said.size.any()
-    assert prompt(batch, tiny.family("sd15"), DropOut(), 0, 6.0).size is None
+    assert prompt(batch, tiny.family("sd15"), ConditioningDropout(), 0, 6.0).size is None
 
 
 # --- averages, learning rates, memory ---------------------------------------------------------------------------------

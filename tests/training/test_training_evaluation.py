@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from ldm.cli.train import make_images
 from ldm.errors import LdmError
 from ldm.evaluation import features
-from ldm.evaluation.evaluation import EvaluationPlan
 from ldm.evaluation.networks import extractors
+from ldm.evaluation.plan import EvaluationPlan
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config, load
 from ldm.training.evaluator import check_evaluation, weights_digest
 from ldm.training.run import train
+from ldm.training.stages.table import kind_named
 from ldm.weights.tensors import LINEAGE, read_header
 
 BASE = {**TINY["base"], "optimizer": {"learning_rate": 2e-3}, "save_every": 3, "validate_every": 100}
@@ -161,7 +162,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_result(
         raise Pulled
 
     with monkeypatch.context() as patch, pytest.raises(Pulled):
-        patch.setattr("ldm.training.run.Run._write_result", killed)
+        patch.setattr("ldm.training.run.write_result", killed)
         train(settings, painter)
     train(settings, painter)
     assert painter.calls == 4 + 5 + 5 + 1  # those of the last step alone, and its preview once more
@@ -248,7 +249,7 @@ def test_nothing_to_make_images_with(images: Path, tmp_path: Path) -> None:
     with pytest.raises(LdmError, match=r"base\.evaluation\.every: nothing is given that makes images"):
         train(config(images, tmp_path / "r", *CHOOSING))
     with pytest.raises(LdmError, match=r"base\.evaluation: a stream holds no images out"):
-        check_evaluation("base", EvaluationPlan(("fid",)))
+        check_evaluation(kind_named("base"), EvaluationPlan(("fid",)))
 
 
 @pytest.mark.parametrize(
@@ -285,10 +286,10 @@ sys.path.insert(0, sys.argv.pop(1))
 from drawings import Toy
 from ldm.evaluation.networks import extractors
 from ldm.evaluation import features
-from ldm.evaluation.evaluation import EvaluationPlan
+from ldm.evaluation.plan import EvaluationPlan
 features.open_extractor = lambda spec, device: Toy()
-from ldm.cli.train import run
-run(sys.argv[1], sys.argv[2:])
+from ldm.cli.train import train_models
+train_models(sys.argv[1], sys.argv[2:])
 """
 
 

@@ -193,7 +193,8 @@ def test_a_larger_embedding_keeps_the_end_of_texts(tmp_path: Path) -> None:
     real = tiny.family("sdxl")
     text = (real.text[0], replace(real.text[1], vocab_size=1005))
     model = LatentDiffusion.from_family(replace(real, text=text))
-    model.text_encoders = TextEncoders(text, LatentDiffusion.from_family(real).text_encoders.tokenizers, pooled=True)
+    tokenizers = LatentDiffusion.from_family(real).text_encoders.tokenizers
+    model.networks["text_encoders"] = TextEncoders(text, tokenizers, pooled=True)
     model.save_pretrained(tmp_path / "m")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "m")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Whether two models differ, shown by their images for the same prompts and seeds.
+"""Tests of whether two models differ, on their images for the same prompts and seeds.
 
 The test exchanges the models' images, prompt by prompt, and asks how often the figures then differ as much (Fisher
 1935). If the models are equal in distribution, its p-value is exact for any number of images and of features; biases of
@@ -77,11 +77,22 @@ def _compared(difference: float, error: float, others: np.ndarray, count: int) -
     return Comparison(difference, error, difference - reach, difference + reach, p, count, needed)
 
 
+def p_number(p: float) -> str:
+    """`0.012` or `< 0.001`."""
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def p_text(p: float) -> str:
+    """`p = 0.012` or `p < 0.001`."""
+    return f"p {p_number(p)}" if p < 0.001 else f"p = {p_number(p)}"
+
+
 def compare(a: Tensor, b: Tensor, seed: int = 0) -> Comparison:
     """The difference of the means of two models' values (N,), (N,) for the same prompts and seeds.
 
     Values are CLIP scores and the like, or an image's part in a metric of the whole set (`frechet_parts`, `mmd_parts`,
-    `inception_parts`, `manifold_parts`). The test exchanges the two values of random prompts (Fisher 1935).
+    `inception_parts`, `precision_parts`, `density_parts`). The test exchanges the two values of random prompts
+    (Fisher 1935).
 
     Raises:
         LdmError: not as many values on both sides, fewer than two, or some that are not finite.
@@ -151,17 +162,32 @@ def inception_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return information(a, marginal), information(b, marginal)
 
 
-def manifold_parts(a: Tensor, b: Tensor, reference: Tensor, k: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each image's part in precision and density, by name: (N,), (N,). Their means are the models' figures.
+def precision_parts(a: Tensor, b: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each image's part in precision, 0 or 1: (N,), (N,). Their means are the models' figures.
 
     Raises:
         LdmError: not as many images on both sides, or as `manifold`.
     """
+    first, second = _held(a, b, reference, k)
+    return (first > 0).double(), (second > 0).double()
+
+
+def density_parts(a: Tensor, b: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each image's part in density: (N,), (N,). Their means are the models' figures.
+
+    Raises:
+        LdmError: not as many images on both sides, or as `manifold`.
+    """
+    first, second = _held(a, b, reference, k)
+    return first / k, second / k
+
+
+def _held(a: Tensor, b: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """How many balls of the reference hold each image: (N,), (N,)."""
     _check_pairs(a, b)
     check_features("reference", reference, least=k + 1, like=a)
     own = radii(reference, k)
-    first, second = (balls_around(x, reference, own) for x in (a, b))
-    return {"precision": ((first > 0).double(), (second > 0).double()), "density": (first / k, second / k)}
+    return balls_around(a, reference, own), balls_around(b, reference, own)
 
 
 def compare_coverage(a: Tensor, b: Tensor, reference: Tensor, k: int, seed: int = 0) -> Comparison:

@@ -1,7 +1,7 @@
-"""Metrics of features: how close images are to a reference set, to their prompts, and to the training set.
+"""Metrics of features: distances from a reference set, from prompts, and from the training set.
 
 Everything is computed in float64 on the device of the features, in blocks: beside the features, memory holds a few
-times D² numbers and a few temporaries of 128 MB. Kernels and neighbours look at all pairs of images: N²·D operations.
+times D² numbers and a few temporaries of 128 MB. Kernels and neighbours take all pairs of images: N²·D operations.
 
 N images of the model, M images of the reference, D features of an image, C classes
 """
@@ -180,7 +180,7 @@ def information(logits: Tensor, marginal: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Manifold:
-    """How two sets of features overlap; all but `density` are shares."""
+    """The overlap of two sets of features; all but `density` are shares."""
 
     precision: float  # of the model's images: inside a ball of the reference (Kynkäänniemi et al. 2019)
     recall: float  # of the reference's images: inside a ball of the model's
@@ -218,7 +218,7 @@ def balls_around(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
 
 
 def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance from each of `points` (N, D) to the nearest of `others` (M, D), and which it is: (N,), (N,).
+    """Distance from each of `points` (N, D) to the nearest of `others` (M, D), and its number: (N,), (N,).
 
     Raises:
         LdmError: a side is empty, or the features differ in number.
@@ -311,7 +311,7 @@ def r_precision(images: Tensor, texts: Tensor, captions: Sequence[str], distract
 
 @dataclass(frozen=True)
 class Memorisation:
-    """How close samples are to training images, beside how close held-out images are to them."""
+    """Samples that are near copies of training images, compared with held-out images."""
 
     share: float  # of samples closer to the training set than `threshold`
     expected: float  # the share to be expected of new images: the quantile asked for, or the next that there is

@@ -1,10 +1,10 @@
-"""How sure a figure is: an interval for every metric.
+"""Figures with 95 % intervals, of every metric.
 
-Each metric gets the interval that fits it. Means get Student's (CLIP score), shares Wilson's (images that are
-memorised), chances both (R-precision). Distances and the Inception score are smooth functions of the distribution: the
-influence of each image (the functional's derivative, the infinitesimal jackknife) gives the standard error, and the
-second derivative the bias of order 1/N, which a bootstrap would double. Statistics of neighbours are not smooth, and
-duplicates in a bootstrap sample are each other's neighbours: they get a jackknife over groups of images.
+Means get Student's interval (CLIP score), shares Wilson's (near copies), chances both (R-precision). Distances and the
+Inception score are smooth functions of the distribution: the influence of each image (the functional's derivative, the
+infinitesimal jackknife) gives the standard error, and the second derivative the bias of order 1/N, which a bootstrap
+would double. Statistics of neighbours are not smooth, and duplicates in a bootstrap sample are each other's neighbours:
+they get a jackknife over groups of images.
 
 Images count as independent draws, in no order: several of one prompt are not, and make an interval too narrow.
 
@@ -41,7 +41,7 @@ Z = float(norm.ppf(0.5 + LEVEL / 2))
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and how sure it is."""
+    """A figure and its interval."""
 
     value: float  # by the published definition
     corrected: float | None  # without its bias of order 1/N, the middle of the interval; None: it cannot be told
@@ -305,33 +305,51 @@ def _jackknifed(values: Tensor, own: Tensor, other: Tensor, count: int, most: fl
     return Estimate(value, value, error, low, high, count)
 
 
-def manifold_intervals(samples: Tensor, reference: Tensor, k: int) -> dict[str, Estimate]:
-    """Precision, recall, density and coverage, by name, as `manifold` computes them, with their intervals.
+def precision_interval(samples: Tensor, reference: Tensor, k: int) -> Estimate:
+    """Precision as `manifold` computes it, with its interval.
 
-    The figures depend on N and M, and the intervals are for the expectation at these N and M. Both sides vary: each of
-    20 groups of images on either side is left out in turn, and balls and neighbours follow.
+    The figure depends on N and M, and the interval is for its expectation at these N and M. Both sides vary: each of
+    20 groups of images on either side is left out in turn, and balls and neighbours follow. So it is for recall,
+    density and coverage.
 
     Raises:
         LdmError: a side has fewer than 40 images or 2·k, or the features differ in number.
     """
-    least = max(2 * GROUPS, 2 * k)
-    check_features("model", samples, least=least)
-    check_features("reference", reference, least=least, like=samples)
-    balls = _without_groups(reference, reference, k, same=True)
-    held = _held(samples, reference, balls)
-    inside = (held > 0).double()
+    _check_sides(samples, reference, k)
+    inside = (_held(samples, reference, _without_groups(reference, reference, k, same=True)) > 0).double()
+    return _jackknifed(inside[0], _each_left_out(inside[0]), inside[1:].mean(dim=1), len(samples), 1)
+
+
+def recall_interval(samples: Tensor, reference: Tensor, k: int) -> Estimate:
+    """Recall with its interval, as `precision_interval`."""
+    _check_sides(samples, reference, k)
     recalled = (_held(reference, samples, _without_groups(samples, samples, k, same=True)) > 0).double()
+    return _jackknifed(recalled[0], _each_left_out(recalled[0]), recalled[1:].mean(dim=1), len(samples), 1)
+
+
+def density_interval(samples: Tensor, reference: Tensor, k: int) -> Estimate:
+    """Density with its interval, as `precision_interval`."""
+    _check_sides(samples, reference, k)
+    held = _held(samples, reference, _without_groups(reference, reference, k, same=True))
+    return _jackknifed(held[0] / k, _each_left_out(held[0] / k), held[1:].mean(dim=1) / k, len(samples), math.inf)
+
+
+def coverage_interval(samples: Tensor, reference: Tensor, k: int) -> Estimate:
+    """Coverage with its interval, as `precision_interval`."""
+    _check_sides(samples, reference, k)
+    balls = _without_groups(reference, reference, k, same=True)
     near = _without_groups(reference, samples, 1, same=False)
     covered = (near <= balls[0]).double()  # by row, without a group of samples
     regrown = (near[0] <= balls[1:]).double()  # by row, without a group of the reference
-    n = len(samples)
+    return _jackknifed(covered[0], _left_out(regrown), covered[1:].mean(dim=1), len(samples), 1)
 
-    def groups(row: Tensor) -> Tensor:
-        return _left_out(row.expand(GROUPS, -1))
 
-    return {
-        "precision": _jackknifed(inside[0], groups(inside[0]), inside[1:].mean(dim=1), n, 1),
-        "recall": _jackknifed(recalled[0], groups(recalled[0]), recalled[1:].mean(dim=1), n, 1),
-        "density": _jackknifed(held[0] / k, groups(held[0] / k), held[1:].mean(dim=1) / k, n, math.inf),
-        "coverage": _jackknifed(covered[0], _left_out(regrown), covered[1:].mean(dim=1), n, 1),
-    }
+def _check_sides(samples: Tensor, reference: Tensor, k: int) -> None:
+    least = max(2 * GROUPS, 2 * k)
+    check_features("model", samples, least=least)
+    check_features("reference", reference, least=least, like=samples)
+
+
+def _each_left_out(row: Tensor) -> Tensor:
+    """Means of a row (N,) without each group of columns: (G,)."""
+    return _left_out(row.expand(GROUPS, -1))

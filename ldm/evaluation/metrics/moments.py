@@ -1,4 +1,4 @@
-"""What metrics are computed from: moments of features, which stream, and the features themselves, which are kept.
+"""Moments of features, which stream, and blocks of features, which are kept.
 
 Moments take D² numbers, however many images there are: Fréchet distances need no more. Kernels, neighbours and
 intervals need the features: N·D numbers, in memory or mapped from a file.

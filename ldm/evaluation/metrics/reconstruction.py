@@ -1,4 +1,4 @@
-"""How like an image its reconstruction is: PSNR and SSIM, from torchmetrics, for each image.
+"""PSNR and SSIM of images and their reconstructions, from torchmetrics.
 
 B batch, H×W height and width
 """

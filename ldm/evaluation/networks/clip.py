@@ -1,8 +1,8 @@
-"""CLIP (Radford et al. 2021, arXiv 2103.00020): images and texts as vectors of one space.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): features of images and texts in one space.
 
-Any model of open_clip, or the pair that the stage `text` trains. Both give vectors of length 1.
+Any model of open_clip, or the pair that the stage `text` trains. Features have length 1.
 
-B images or texts, D channels in which they are compared
+B images or texts, D features
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OpenClip:
             )
             self.tokenize: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(model)
         except Exception as error:  # readers of several formats meet whatever the file holds
-            reason = first_line(error).partition(". ")[0]  # PyTorch goes on with how to read pickles unsafely
+            reason = first_line(error).partition(". ")[0]  # PyTorch advises unsafe reading of pickles after it
             raise LdmError(
                 f"{path} does not hold the weights of open_clip's {model}, or is damaged ({reason})"
             ) from None
@@ -94,7 +94,7 @@ class OpenClip:
 
 
 def _published(model: str, weights: str) -> Path:
-    """The file with published weights, fetched if it is not there.
+    """The file with published weights, fetched if it is missing.
 
     Raises:
         LdmError: it cannot be fetched.
@@ -115,7 +115,7 @@ class OwnPair:
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         """Args:
-            folder: what the stage `text` wrote, with `model` and `clip` in it; or a model with `clip` in it.
+            folder: output of the stage `text`, with `model` and `clip` in it; or a model with `clip` in it.
             device: of the networks.
 
         Raises:

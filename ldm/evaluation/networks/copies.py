@@ -1,4 +1,4 @@
-"""SSCD (Pizzi et al. 2022, arXiv 2202.10261): vectors that are close for an image and its edited copies.
+"""SSCD (Pizzi et al. 2022, arXiv 2202.10261): features that are close for an image and its edited copies.
 
 The weights are `sscd_disc_mixup` in eight bits, as ONNX; they run on the CPU. Images are stretched to 320×320, as its
 authors do in batches; of pairs whose cosine is above 0.75, they say, nine of ten are copies.
@@ -32,7 +32,7 @@ class CopyDetector:
 
     def __init__(self, path: Path | None = None) -> None:
         """Args:
-            path: an ONNX file that takes images (B, H, W, 3) in 8 bits, or none for the one in the weights folder.
+            path: an ONNX file that takes images (B, H, W, 3) in 8 bits; by default the one in the weights folder.
 
         Raises:
             LdmError: the file is missing, damaged, or takes something else.

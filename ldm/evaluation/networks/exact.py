@@ -1,4 +1,4 @@
-"""How networks look at images that are measured: without gradients and in full single precision."""
+"""Inference of metrics' networks: without gradients and in full single precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks that images are looked at with, by name: what metrics compare are their features.
+"""Networks that give features of images and texts, by name.
 
 B images or texts, D features, C classes
 """
@@ -22,9 +22,11 @@ from ldm.weights.components import check_device
 
 
 class Extractor(Protocol):
-    """A network, and how images are made ready for it. Figures of two are comparable only if all of this is equal."""
+    """A network and the preparation of images for it. Figures are comparable only where name, digest and preparation
+    are equal.
+    """
 
-    name: str  # stands in every report
+    name: str  # in reports
     digest: str  # SHA-256 of the weights' file; of several files, that of their digests
     preparation: str  # how images are resized
     gives: frozenset[str]  # of "features", "spatial", "logits"
@@ -34,7 +36,7 @@ class Extractor(Protocol):
         ...
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Prepared images (B, …) to what it gives, float32, on the CPU.
+        """The outputs of prepared images (B, …), float32, on the CPU.
 
         `features` are (B, D), `spatial` (B, 2023), `logits` (B, C).
         """
@@ -42,7 +44,7 @@ class Extractor(Protocol):
 
 
 class TextExtractor(Extractor, Protocol):
-    """One that has features of texts too, to compare with those of images."""
+    """An extractor with features of texts too, to compare with those of images."""
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions to (B, D), float32, on the CPU."""
@@ -50,7 +52,7 @@ class TextExtractor(Extractor, Protocol):
 
 
 def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
-    """The network that a user names: `inception`, `sscd`, or one of `open_text_extractor`.
+    """Open a network by its name: `inception`, `sscd`, or a name for `open_text_extractor`.
 
     `inception:FILE` and `sscd:FILE` name a file, the bare words the one in the weights folder. SSCD runs on the CPU.
 
@@ -70,18 +72,18 @@ def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
 
 
 def open_text_extractor(spec: str, device: torch.device | str = "cpu") -> TextExtractor:
-    """The CLIP model that a user names: `clip:MODEL@WEIGHTS` is one of open_clip, `clip:FOLDER` a pair of our own.
+    """Open a CLIP model by its name: `clip:MODEL@WEIGHTS` is one of open_clip, `clip:FOLDER` a pair of our own.
 
     WEIGHTS are a file, or published ones that open_clip knows by that name and fetches. FOLDER holds `model` and
     `clip`, as the stage `text` writes them, or is a model with `clip` in it; a built-in model's name will do.
 
     Raises:
-        LdmError: as `open_extractor`; or it knows no texts.
+        LdmError: as `open_extractor`; or the network takes no texts.
     """
     check_device(device)
     kind, _, rest = spec.partition(":")
     if kind != "clip":
-        raise LdmError(f"extractor {spec!r} knows no texts; choose clip:MODEL@WEIGHTS or clip:FOLDER")
+        raise LdmError(f"extractor {spec!r} takes no texts; choose clip:MODEL@WEIGHTS or clip:FOLDER")
     folder = builtin(rest) or Path(rest)
     if rest and folder.is_dir():
         return OwnPair(folder, device)

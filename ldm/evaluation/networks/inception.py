@@ -1,4 +1,4 @@
-"""Inception v3 of 2015, in which FID, sFID, KID and the Inception score are defined.
+"""Inception v3 of 2015, the network of FID, sFID, KID and the Inception score.
 
 The weights are those of TensorFlow's graph of 2015-12-05, which every well-known implementation has converted. Its
 average pools leave out the border, and its last block pools by the maximum; torch-fidelity's blocks do so too.
@@ -66,7 +66,7 @@ class Network(nn.Module):
         self.fc = nn.Linear(2048, 1008, bias=False) if classifier else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, 299, 299) in [0, 255] to what `Inception` gives."""
+        """The outputs of images (B, 3, 299, 299) in [0, 255], by name."""
         x = self.Conv2d_1a_3x3((x - 128) / 128)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x))
         x = F.max_pool2d(x, kernel_size=3, stride=2)  # (B, 64, 73, 73)
@@ -84,11 +84,11 @@ class Network(nn.Module):
 
 
 def _is_script(path: Path) -> bool:
-    """Whether a file is TorchScript, as these weights are often published: a program, which is not run here."""
+    """Whether a file is TorchScript: a program, which is not run here. These weights are often published so."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
-    except Exception:  # no archive, or a damaged one: what reads the tensors says so
+    except Exception:  # no archive, or a damaged one; the reader of the tensors raises its own error
         return False
 
 

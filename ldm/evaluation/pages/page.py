@@ -18,10 +18,11 @@ from PIL import Image
 
 from ldm.errors import LdmError
 from ldm.evaluation.metrics.intervals import Estimate
+from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.pages.plots import Point, curves, strip
 from ldm.evaluation.pages.plots import histogram as histogram_plot
 from ldm.evaluation.pages.words import alone, estimate_line, heading, lines, notes
-from ldm.evaluation.report import CLIP_SCORE, DISTANCES, Histogram, Report, Row, Sweep, check_report
+from ldm.evaluation.report import Histogram, Report, Row, Sweep, check_report
 from ldm.files import replacing
 from ldm.images import load_image
 
@@ -54,7 +55,7 @@ def write_page(report: Report, folder: Path) -> Path:
         lines=lines,
         estimate_line=estimate_line,
         strips=_strips,
-        image=_Images(folder).show,
+        image=_Thumbnails(folder).show,
         histogram=_histogram,
         sweep_plots=_sweep_plots,
         alone=alone,
@@ -92,7 +93,7 @@ def _middle(estimate: Estimate) -> float:
 
 
 def _strips(row: Row) -> list[str]:
-    """What stands at the end of each of `lines`: its interval, drawn."""
+    """Drawings of the intervals of `lines`, in their order."""
     ends = [end for e in row.estimates for end in (_middle(e), e.low, e.high) if end is not None]
     found = [strip(side, _middle(e), e.low, e.high, ends) for side, e in enumerate(row.estimates)]
     if row.comparison:
@@ -105,36 +106,36 @@ def _strips(row: Row) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Small:
-    """A small image, or why there is none."""
+class _Thumbnail:
+    """A small image, or the reason why there is none."""
 
-    data: str = ""  # a URL that holds it
+    data: str = ""  # its bytes, as a URL
     width: int = 0
     height: int = 0
     reason: str = ""
 
 
-class _Images:
-    """Small images of files, until the page holds enough of them."""
+class _Thumbnails:
+    """Small images of files, as long as the page is not too large."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes = 0
 
-    def show(self, file: str) -> _Small:
+    def show(self, file: str) -> _Thumbnail:
         """The small image of a file."""
         if self.bytes >= MOST_BYTES:
-            return _Small(reason=f"{file}: the page holds no more images")
+            return _Thumbnail(reason=f"{file}: the page holds no more images")
         try:
             image = load_image(self.folder / file, name=file, least=SIDE)
         except LdmError as error:
-            return _Small(reason=str(error))
+            return _Thumbnail(reason=str(error))
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         image.save(stream, "WEBP", quality=80)
         self.bytes += stream.tell()
         data = base64.b64encode(stream.getvalue()).decode()
-        return _Small(f"data:image/webp;base64,{data}", image.width, image.height)
+        return _Thumbnail(f"data:image/webp;base64,{data}", image.width, image.height)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
@@ -154,9 +155,9 @@ def _sweep_plots(sweep: Sweep, names: Sequence[str]) -> list[tuple[str, str]]:
         caption = f"{label} over {sweep.over}" + (f" ({better} is better)" if better else "")
         series = [_curve(sweep, rows, side) for side in range(len(names))]
         found.append((caption, curves(caption, sweep.over, label, series)))
-    scores = next((rows for rows in metrics if rows[0].metric == CLIP_SCORE), ())
+    scores = next((rows for rows in metrics if rows[0].metric == "clip-score"), ())
     for rows in metrics:
-        if scores and rows[0].metric in DISTANCES:
+        if scores and METRICS[rows[0].metric].tradeoff:
             caption = f"{rows[0].label} against {scores[0].label}, at each value of {sweep.over}"
             series = [_tradeoff(sweep, scores, rows, side) for side in range(len(names))]
             found.append((caption, curves(caption, scores[0].label, rows[0].label, series)))
@@ -164,7 +165,7 @@ def _sweep_plots(sweep: Sweep, names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _curve(sweep: Sweep, rows: Sequence[Row], side: int) -> list[Point]:
-    """A side's figures along the setting; without their bias and with intervals only if all of them can be so."""
+    """A side's figures along the setting; corrected and with intervals if all of them are."""
     whole = all(row.estimates[side].corrected is not None for row in rows)
     points = []
     for value, row in zip(sweep.numbers, rows, strict=True):

@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ldm.evaluation.metrics.comparison import Comparison
+from ldm.evaluation.metrics.comparison import Comparison, p_number, p_text
 from ldm.evaluation.metrics.intervals import LEVEL, Estimate
 from ldm.evaluation.report import Row, Table
 
-ABSENT = "–"  # what cannot be told
+ABSENT = "–"  # for an unknown number
 ROUNDING = 1e-9  # of a value: errors below it are those of arithmetic
 DIGITS = 4  # significant ones of a figure without an error
 
@@ -24,14 +24,14 @@ class Line:
 
     name: str
     value: str
-    corrected: str  # nothing is in a difference
+    corrected: str  # empty for a difference
     interval: str
     count: str  # images, or pairs of them
     p: str  # of a difference
 
 
 def number(value: float | None, places: int) -> str:
-    """A number with so many decimal places; below 0, whole tens, hundreds …; `ABSENT` for what is none."""
+    """A number with so many decimal places (below 0: whole tens, hundreds …); `ABSENT` for None and infinity."""
     if value is None or not math.isfinite(value):
         return ABSENT
     if abs(value) >= 1e9 or places > 8:
@@ -43,14 +43,14 @@ def number(value: float | None, places: int) -> str:
 
 
 def decimal_places(value: float, error: float | None) -> int:
-    """As many as show two significant digits of the error; without an error, `DIGITS` significant ones of the value."""
+    """The decimal places for two significant digits of the error; without an error, for `DIGITS` of the value."""
     if error and math.isfinite(error) and error > ROUNDING * abs(value):
         return 1 - _exponent(error, 1)
     return DIGITS - 1 - _exponent(value, DIGITS - 1) if value and math.isfinite(value) else 0
 
 
 def _exponent(value: float, digits: int) -> int:
-    """That of a power of ten, after rounding to so many digits behind the first."""
+    """The exponent of a value's power of ten, after rounding to so many digits behind the first."""
     return int(f"{value:.{digits}e}".partition("e")[2])
 
 
@@ -65,7 +65,7 @@ def lines(row: Row, names: Sequence[str]) -> list[Line]:
         c = row.comparison
         places = decimal_places(c.difference, c.error)
         interval = _interval(c.low, c.high, places)
-        found.append(Line(row.difference, number(c.difference, places), "", interval, f"{c.count:,}", p_written(c.p)))
+        found.append(Line(row.difference, number(c.difference, places), "", interval, f"{c.count:,}", p_number(c.p)))
     return found
 
 
@@ -86,7 +86,7 @@ def alone(value: float) -> str:
 
 
 def notes(table: Table, names: Sequence[str]) -> list[str]:
-    """Why figures of a table have no interval; `names` are those of the sides."""
+    """Reasons why figures of a table have no interval; `names` are those of the sides."""
     found = []
     for row in table.rows:
         of = {name: estimate.note for name, estimate in zip(names, row.estimates, strict=True)}
@@ -97,28 +97,18 @@ def notes(table: Table, names: Sequence[str]) -> list[str]:
 
 
 def heading(table: Table) -> str:
-    """The network that a table is of; without one, pixels are compared."""
+    """A table's heading: its network, or "Pixels" without one."""
     return table.extractor.name if table.extractor else "Pixels"
 
 
-def p_written(p: float) -> str:
-    """`0.012` or `< 0.001`."""
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
-
-
-def p_said(p: float) -> str:
-    """`p = 0.012` or `p < 0.001`."""
-    return f"p {p_written(p)}" if p < 0.001 else f"p = {p_written(p)}"
-
-
 def verdict(comparison: Comparison, better: str) -> str:
-    """What a comparison of A and B says: which is better, that it cannot tell, or that there is no difference.
+    """A comparison of A and B in words: which is better, that it cannot tell, or that there is no difference.
 
     Args:
         comparison: A minus B.
         better: "lower" or "higher" figures; "" where neither is, then it says which is higher.
     """
-    p = p_said(comparison.p)
+    p = p_text(comparison.p)
     if comparison.p <= 1 - LEVEL:
         higher, lower = ("A", "B") if comparison.difference > 0 else ("B", "A")
         return f"{lower if better == 'lower' else higher} {'better' if better else 'higher'}, {p}"

@@ -73,7 +73,7 @@ class MovingCodebook(nn.Module):
         self._step.index_add_(0, index.flatten(), F.pad(self._latents, (1, 0), value=1.0))
 
     def forget(self) -> None:
-        """Leave out what was added since the last step."""
+        """Drop the latents that were added since the last step."""
         self._step, self._latents = None, torch.empty(0)
 
     @torch.no_grad()

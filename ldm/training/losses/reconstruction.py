@@ -1,4 +1,4 @@
-"""What an autoencoder is trained to do: to reconstruct images, and to have the discriminator take them for real.
+"""Losses of an autoencoder: the reconstruction of images, and the discriminator's judgement of them.
 
 Rombach et al. 2022 (arXiv 2112.10752), appendix G, and Esser et al. 2021 (arXiv 2012.09841), section 3.1. Every loss
 here is latent-diffusion's divided by the number of values of an image, 3·H·W: the mean over values where that has a
@@ -136,7 +136,7 @@ class AdaptiveWeight(nn.Module):
         return AdversarialLoss((loss + weight * adversarial).detach() + zero, adversarial.detach())
 
     def forget(self) -> None:
-        """Leave out what was measured since the last step."""
+        """Drop the gradients that were measured since the last step."""
         self._gradients = None
 
     def update(self, reduce: Reduce = alone) -> None:
@@ -163,7 +163,7 @@ def _gradient(loss: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def _at_layer(gradient: Tensor, reconstruction: Tensor, layer: nn.Parameter) -> Tensor:
-    """What a gradient for the images is at the decoder's last layer: (N,), fp32.
+    """A gradient for the images, taken back to the decoder's last layer: (N,), fp32.
 
     On its way it has length 1, with which neither the gradient nor its sums over all places leave fp16's range.
     """

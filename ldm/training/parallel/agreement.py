@@ -1,4 +1,4 @@
-"""Whether all processes of a run do the same. If they do not, all of them end, with a line that says what differs."""
+"""A check that all processes of a run do the same: if they do not, all of them end, with a line on the difference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, An
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Compare what should be the same on all processes of the run; all of them call it.
+    """Compare facts that should be the same on all processes of the run; all of them call it.
 
     Raises:
         LdmError: on every process, because one has other facts than the first.

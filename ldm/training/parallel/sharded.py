@@ -1,4 +1,4 @@
-"""Networks whose weights are spread over the ranks, FSDP2 (Zhao et al. 2023, arXiv 2304.11277): how they are looked at.
+"""Whole copies of networks whose weights are spread over the ranks, FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
 
 Such a network runs only where all ranks run it together. To validate, to make images and to write results, each rank
 takes a whole copy, with the averages of the weights in it, in its place.
@@ -20,10 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import StageSection
 from ldm.training.stages.stage import Player, Stage
-
-NETWORKS = ("unet", "autoencoder", "text_encoders")  # of a model
+from ldm.training.stages.table import KINDS, kind_named
 
 
 def is_sharded(accelerator: Accelerator, stage: Stage) -> bool:
@@ -38,20 +36,19 @@ def is_sharded(accelerator: Accelerator, stage: Stage) -> bool:
         return False
     if not accelerator.is_fsdp2:
         raise LdmError("of FSDP the second version is supported: fsdp_version: 2, see configs/accelerate/fsdp2.yaml")
-    if stage.name not in ("base", "refiner"):
+    name, kind, section = stage.name, kind_named(stage.name), stage.section
+    if not kind.spreads:
+        others = " and ".join(other.name for other in KINDS if other.spreads)
         raise LdmError(
-            f"stage {stage.name}: its weights cannot be spread over processes (FSDP); launch it with "
-            "configs/accelerate/ddp.yaml, and base and refiner from its result"
+            f"stage {name}: its weights cannot be spread over processes (FSDP); launch it with "
+            f"configs/accelerate/ddp.yaml, and {others} from its result"
         )
-    _check(stage.section, stage.name)
-    return True
-
-
-def _check(section: StageSection, name: str) -> None:
     if section.ema.widths:
         raise LdmError(f"{name}.ema.widths: averages of other widths need DDP; leave them out with FSDP")
-    if getattr(getattr(section, "evaluation", None), "choose", None):
+    wanted = kind.evaluation(section)
+    if wanted and wanted.choose:
         raise LdmError(f"{name}.evaluation.choose: the best weights can be kept with DDP alone; leave it out with FSDP")
+    return True
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ class Skeleton:
         memo |= {id(b): b.to("meta") for b in module.buffers()}
         self.module = copy.deepcopy(module, memo)
         paths = {id(part): path for path, part in module.named_modules()}
-        self.places = {name: path for name in NETWORKS if (path := paths.get(id(getattr(model, name)))) is not None}
+        self.places = {name: path for name, part in model.networks.items() if (path := paths.get(id(part))) is not None}
 
     @contextmanager
     def in_place(self, player: Player, model: LatentDiffusion, averages: Mapping[str, Tensor]) -> Iterator[None]:
@@ -87,16 +84,15 @@ class Skeleton:
             part = network.get_submodule(holder)
             is_buffer = leaf in part._buffers
             setattr(part, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
-        before = {name: getattr(model, name) for name in self.places}
+        before = dict(model.networks)
         player.module = network.train(own.training)
         for name, path in self.places.items():
-            setattr(model, name, network.get_submodule(path))
+            model.networks[name] = network.get_submodule(path)
         try:
             yield
         finally:
             player.module = own
-            for name, module in before.items():
-                setattr(model, name, module)
+            model.networks.update(before)
 
 
 def save(averages: dict[str, Any], folder: Path) -> None:

@@ -8,13 +8,14 @@ B batch, C latent channels, h×w height and width of the latents, H×W those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.data.keyed import generator, normal
@@ -26,20 +27,41 @@ from ldm.images import grid, to_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian, PointPosterior, VQModel
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
-from ldm.training.config import AutoencoderSection
 from ldm.training.latents import LatentMoments, measure, merge, over_ranks
 from ldm.training.losses.codebook import MovingCodebook, codebook_losses
 from ldm.training.losses.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
-from ldm.training.optimizers import make_optimizer
-from ldm.training.stages.stage import Loss, Player
+from ldm.training.sections import StageSection
+from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze, trained
 from ldm.training.start import with_changes
+from ldm.weights.components import Components
 
 HIGHEST = 100.0  # PSNR in dB of an image that comes back exactly, whose ratio is infinite
 SHOWN = 4  # pairs of a preview
 
 
+class AutoencoderSection(StageSection):
+    """The autoencoder: images through latents and back."""
+
+    pixel_loss: Literal["l1", "l2"] = Field("l1", description="distance of pixels")
+    perceptual: str | None = Field(
+        None, description="LPIPS: vgg16 or alex (tools/fetch_weights.py), a file; null: none"
+    )
+    perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: it is measured at most")
+    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as latent-diffusion counts it")
+    commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's moving averages; 0: by gradient")
+    codebook_patience: int = Field(100, ge=1, description="updates after which an unused vector is replaced")
+    adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: there is none")
+    adversarial_start: int = Field(50_000, ge=0, description="updates before it takes part")
+    discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
+    discriminator_learning_rate: float | None = Field(None, gt=0, description="if it differs")
+    decoder_only: bool = Field(False, description="leave the encoder as it is, so that U-Nets of its latents still fit")
+    measure: int = Field(10_000, ge=1, description="at most so many images tell the latents' scale at the end")
+    measure_shift: bool = Field(False, description="measure their mean too, not only their scale")
+
+
 class Sampled(nn.Module):
-    """An `AutoencoderKL` to which the noise of its latents is handed, as one forward pass."""
+    """An `AutoencoderKL` as one forward pass, which takes the noise of the latents as an argument."""
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         super().__init__()
@@ -54,9 +76,9 @@ class Sampled(nn.Module):
 
 @dataclass
 class Spread:
-    """The moments of the latents of the first images that come by."""
+    """The moments of latents, of so many images at the most."""
 
-    most: int  # images
+    most: int  # images; later ones are not measured
     moments: LatentMoments
     images: int = 0
 
@@ -70,6 +92,67 @@ class Spread:
         if len(latents):
             self.moments = merge(self.moments, measure(latents))
             self.images += len(latents)
+
+
+def discriminator_config(section: AutoencoderSection) -> DiscriminatorConfig | None:
+    """The shape of the discriminator, if there is one."""
+    config = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
+    return config if section.adversarial_weight else None
+
+
+def learners(section: AutoencoderSection, parts: Components) -> dict[str, Learner]:
+    """The autoencoder, or its decoder alone; and its adversary, with random weights."""
+    freeze(parts)
+    autoencoder, rate = parts.autoencoder.requires_grad_(True).train(), section.optimizer.learning_rate
+    if section.decoder_only:
+        autoencoder.encoder.requires_grad_(False)
+        autoencoder.quant_conv.requires_grad_(False)
+    module: nn.Module = autoencoder
+    if isinstance(autoencoder, AutoencoderKL):
+        module = Sampled(autoencoder)
+    elif section.codebook_decay:  # the vectors are moving averages of latents
+        autoencoder.quantize.requires_grad_(False)
+    found = {"autoencoder": Learner(module, [(trained(module), rate)])}
+    if config := discriminator_config(section):
+        discriminator = Discriminator(config)
+        own_rate = section.discriminator_learning_rate or rate
+        found["discriminator"] = Learner(discriminator, [(trained(discriminator), own_rate)], averaged=False)
+    return found
+
+
+def helpers(section: AutoencoderSection) -> list[nn.Module]:
+    """The network of LPIPS, with random weights."""
+    if not section.perceptual:
+        return []
+    backbone = section.perceptual
+    if backbone not in BACKBONES:  # a file, which is read on the CPU, whatever the default device is
+        with torch.device("cpu"):
+            backbone = load_lpips(backbone).backbone
+    return [LPIPS(backbone)]
+
+
+def passes(
+    section: AutoencoderSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
+) -> ForwardPasses:
+    """An image through the autoencoder to its judges; through the decoder alone where nothing else is trained."""
+    image = torch.empty(1, 3, size, size, device="meta")
+    with torch.device("meta"):
+        perceptual = helpers(section) if section.perceptual_weight else []
+
+    def judged(reconstruction: Tensor) -> Tensor:
+        loss = reconstruction.mean()
+        for network in perceptual:
+            loss = loss + network(reconstruction, image).mean()
+        if "discriminator" in found:
+            loss = loss + found["discriminator"].module(reconstruction).mean()
+        return loss
+
+    if section.decoder_only:
+        latents = parts.autoencoder.encode(image).mode()
+        return ForwardPasses(
+            lambda: judged(parts.autoencoder.decode(latents)), [lambda: parts.autoencoder.encode(image).mode()]
+        )
+    return ForwardPasses(lambda: judged(parts.autoencoder(image)[0]))
 
 
 class AutoencoderStage:
@@ -101,37 +184,21 @@ class AutoencoderStage:
         self.section, self.model, self.accelerator, self.seed, self.images = (
             section, model, accelerator, seed, images,
         )  # fmt: skip
-        shape = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
         _check(section, model, accelerator.mixed_precision)
         self.perceptual = load_lpips(section.perceptual, accelerator.device) if section.perceptual else None
-        _check_sizes(sides, model, self.perceptual, shape if section.adversarial_weight else None)
-        for network in model.modules().values():
-            network.requires_grad_(False)
-        autoencoder = model.autoencoder.requires_grad_(True).train()
-        if section.decoder_only:
-            autoencoder.encoder.requires_grad_(False)
-            autoencoder.quant_conv.requires_grad_(False)
+        _check_sizes(sides, model, self.perceptual, discriminator_config(section))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # of the discriminator
+            found = learners(section, model)
+        for learner in found.values():
+            learner.module.to(accelerator.device)
+        self.players = {name: learner.player(section.optimizer) for name, learner in found.items()}
         self.adaptive = AdaptiveWeight().to(accelerator.device)
         self.extra: dict[str, nn.Module] = {"adaptive": self.adaptive}
         self.moving: MovingCodebook | None = None
-        module: nn.Module = autoencoder
-        if isinstance(autoencoder, AutoencoderKL):
-            module = Sampled(autoencoder)
-        elif section.codebook_decay:
-            self.moving = MovingCodebook(autoencoder.quantize, section.codebook_decay, section.codebook_patience)
+        if isinstance(model.autoencoder, VQModel) and section.codebook_decay:
+            self.moving = MovingCodebook(model.autoencoder.quantize, section.codebook_decay, section.codebook_patience)
             self.extra["codebook"] = self.moving
-        self.players = {"autoencoder": self._player(module, section.optimizer.learning_rate)}
-        if section.adversarial_weight:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                discriminator = Discriminator(shape).to(accelerator.device)
-            rate = section.discriminator_learning_rate or section.optimizer.learning_rate
-            self.players["discriminator"] = self._player(discriminator, rate, averaged=False)
-
-    def _player(self, module: nn.Module, rate: float, averaged: bool = True) -> Player:
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(self.section.optimizer, [(trained, rate)])
-        return Player(module, optimizer, self.section.optimizer.clip, averaged)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +281,7 @@ class AutoencoderStage:
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over held-out images, decoded from the most probable latents: the reconstruction loss, PSNR in dB,
         SSIM, and LPIPS where it is there."""
-        return self._look(batches, self._spread())
+        return self._measure(batches, self._spread())
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
         """Pairs of an image and its reconstruction."""
@@ -232,7 +299,7 @@ class AutoencoderStage:
             LdmError: the latents are all the same, so that they have no scale.
         """
         spread = self._spread()
-        figures = self._look(batches, spread)
+        figures = self._measure(batches, spread)
         if not figures:  # the same on every rank
             for batch in self.images():
                 with torch.no_grad(), self.accelerator.autocast():
@@ -263,7 +330,7 @@ class AutoencoderStage:
         return Spread(share, LatentMoments(torch.zeros((), dtype=torch.float64), channels, channels))
 
     @torch.no_grad()
-    def _look(self, batches: Iterable[Batch], spread: Spread) -> dict[str, float]:
+    def _measure(self, batches: Iterable[Batch], spread: Spread) -> dict[str, float]:
         """The figures of `validate`, none if there are no images; the latents are added to `spread`."""
         section = self.section
         names = ("loss", "psnr", "ssim", "lpips")
@@ -297,8 +364,13 @@ class AutoencoderStage:
         return posterior.mean + posterior.std * self._noise(batch, "validation")
 
 
+def build(given: StageInputs[AutoencoderSection]) -> AutoencoderStage:
+    """The stage of a run."""
+    return AutoencoderStage(given.section, given.model, given.accelerator, given.seed, given.sides, given.batches)
+
+
 def _pixels(batch: Batch) -> Tensor:
-    """Images (B, 3, H, W), which this stage's batches always have."""
+    """The images (B, 3, H, W) of a batch: this stage never reads cached latents."""
     assert batch.pixels is not None
     return batch.pixels
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.data.image_set import ImageSet
@@ -30,13 +31,28 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.contrastive import LARGEST_SCALE, ContrastivePair, ImageEncoderConfig
 from ldm.models.text import TextEncoders
-from ldm.training.config import TextSection
-from ldm.training.optimizers import make_optimizer
-from ldm.training.stages.stage import Loss, Player
+from ldm.training.sections import StageSection
+from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze, trained
+from ldm.weights.components import Components
 from ldm.weights.contrastive import write_clip
 
 EMBED_DIM = 512  # where no text encoder has a projection
 AT_ONCE = 1024  # rows of a validation's comparisons in memory
+
+
+class TextSection(StageSection):
+    """The text encoders, trained contrastively with an image encoder (CLIP)."""
+
+    image_width: int = Field(768, ge=8, description="channels of the image encoder")
+    image_layers: int = Field(12, ge=1, description="its layers")
+    image_heads: int = Field(12, ge=1, description="heads of its attention")
+    patch: int = Field(32, ge=1, description="pixels of a patch, on each side; it divides those of all images")
+    embed_dim: int | None = Field(
+        None, ge=1, description="channels of the comparison; without: the text encoders' projection, or 512"
+    )
+    image_only: bool = Field(
+        False, description="leave the text encoders as they are, so that U-Nets that read them still fit"
+    )
 
 
 class Everywhere(torch.autograd.Function):
@@ -93,6 +109,35 @@ def retrieval(queries: Tensor, targets: Tensor, right: Tensor, most: tuple[int, 
     return [(torch.cat(ranks) < few).float().mean().item() for few in most]
 
 
+def learners(section: TextSection, parts: Components) -> dict[str, Learner]:
+    """Image encoder and text encoders, as one network."""
+    freeze(parts)
+    pair = contrastive_pair(section, parts.text_encoders).requires_grad_(True).train()
+    if section.image_only:  # Zhai et al. 2022 (arXiv 2111.07991), with the other side locked
+        pair.text_encoders.requires_grad_(False)
+    parameters, rate = trained(pair), section.optimizer.learning_rate
+    return {
+        "pair": Learner(
+            pair,
+            [([p for p in parameters if p.ndim > 1], rate)],
+            undecayed=[([p for p in parameters if p.ndim < 2], rate)],  # biases, norms, scales
+        )
+    }
+
+
+def passes(
+    section: TextSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
+) -> ForwardPasses:
+    """An image and its caption; text encoders that do not learn are run without gradient."""
+    pair = found["pair"].module
+    assert isinstance(pair, ContrastivePair)
+    image = torch.empty(1, 3, size, size, device="meta")
+    texts = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in parts.family.text]
+    if section.image_only:
+        return ForwardPasses(lambda: pair.embed_images(image), [lambda: pair.embed_texts(texts)])
+    return ForwardPasses(lambda: torch.stack([part.mean() for part in pair(image, texts)[:2]]).sum())
+
+
 class ContrastiveStage:
     """Training of the text encoders, with an image encoder that is written beside the model at the end."""
 
@@ -122,24 +167,14 @@ class ContrastiveStage:
         self.section, self.model, self.accelerator, self.folder = section, model, accelerator, folder
         _check_batches(section, accelerator.num_processes)
         self.names = [config.component for config in model.text_encoders.configs]
-        for network in model.modules().values():
-            network.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator(seed, "image encoder").initial_seed())
-            pair = contrastive_pair(section, model.text_encoders)
+            found = learners(section, model)
+        pair = found["pair"].module.to(accelerator.device)
+        assert isinstance(pair, ContrastivePair)
         for bucket in sides:
             pair.config.check_sides(*bucket)
-        pair.to(accelerator.device).requires_grad_(True).train()
-        if section.image_only:  # Zhai et al. 2022 (arXiv 2111.07991), with the other side locked
-            pair.text_encoders.requires_grad_(False)
-        parameters = [parameter for parameter in pair.parameters() if parameter.requires_grad]
-        rate = section.optimizer.learning_rate
-        optimizer = make_optimizer(
-            section.optimizer,
-            [([p for p in parameters if p.ndim > 1], rate)],
-            undecayed=[([p for p in parameters if p.ndim < 2], rate)],  # biases, norms, scales
-        )
-        self.players = {"pair": Player(pair, optimizer, section.optimizer.clip)}
+        self.players = {name: learner.player(section.optimizer) for name, learner in found.items()}
         self.extra: dict[str, nn.Module] = {}
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
@@ -232,6 +267,17 @@ class ContrastiveStage:
         if self.accelerator.is_main_process:
             write_clip(self.accelerator.unwrap_model(self.players["pair"].module), self.folder / "clip")
         return figures
+
+
+def build(given: StageInputs[TextSection]) -> ContrastiveStage:
+    """The stage of a run.
+
+    Raises:
+        LdmError: the captions are all the same, or see `ContrastiveStage`.
+    """
+    if given.data.images is not None:
+        check_differ(given.data.images, given.data.rows[0])
+    return ContrastiveStage(given.section, given.model, given.accelerator, given.seed, given.sides, given.folder)
 
 
 def check_differ(images: ImageSet, rows: np.ndarray) -> None:

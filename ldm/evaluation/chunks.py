@@ -1,21 +1,21 @@
-"""Numbers of each image, made in chunks and kept in files: what is stopped goes on, and processes share the work.
+"""Features of images, computed in chunks that are kept in files, so that a stopped evaluation goes on.
 
-A chunk is the same images in the same batches whichever process works on it, so that the result does not depend on
-how many there are. At the end the chunks become one file, which is mapped: memory does not grow with the images.
+Processes share the chunks. A chunk is the same images in the same batches whichever process computes it, so that the
+result does not depend on the number of processes. At the end the chunks become one file, which is mapped: memory does
+not grow with the number of images.
 
-N images
+N images, B images of a batch
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,60 +25,33 @@ from torch import Tensor
 
 from ldm.data.image_set import made
 from ldm.errors import LdmError
-from ldm.files import Progress, check_digest, replacing, silent
+from ldm.evaluation.workspace import Workspace, file_lock
+from ldm.files import check_digest, replacing
 from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
 CHUNK = 256  # images
-BATCH = 32  # images of them that a network looks at together
+BATCH = 32  # images of a chunk that a network takes at a time
 THREADS = 8  # that decode and resize images
 
 WHOLE = "all.safetensors"
 ROWS, DIGEST, SKIPPED = "rows", "ldm.images", "ldm.skipped"  # a tensor; two entries of the metadata
-PIXELS = "pixels"  # a tensor: what tells images apart
+PIXELS = "pixels"  # a tensor: a hash of each image's pixels
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those that work together, on one folder that all of them see."""
-
-    rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = lambda: None  # for all others
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Where everything is kept, who works on it, and whom to tell."""
-
-    folder: Path
-    ranks: Ranks = field(default_factory=Ranks)
-    tell: Progress = silent  # what is going on, images done, images in all
-    cache: Path | None = None  # of what was found in images that no model made; by default the folder
-
-    @property
-    def shared(self) -> Workspace:
-        """The same work, kept in the cache."""
-        return replace(self, folder=self.cache or self.folder)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What was found of each image that could be read."""
+class ImageValues:
+    """Tensors with one row for each image that can be read."""
 
     values: dict[str, Tensor]  # (N, …) each, mapped
-    index: Tensor  # (N,): which images these are
+    index: Tensor  # (N,): the numbers of these images
     digest: str  # SHA-256 of their pixels, or of what stands for them
-    skipped: dict[str, str]  # why the others could not be read, by number
-    pixels: Tensor | None = None  # (N,): see `look`
+    skipped: dict[str, str]  # for the number of each other image, why it cannot be read
+    pixels: Tensor | None = None  # (N,): hashes of the images' pixels
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found of some images."""
+class ChunkValues:
+    """The same of the images of one chunk; `PIXELS` is among the values."""
 
     values: dict[str, Tensor]
     index: list[int]
@@ -86,24 +59,26 @@ class Found:
     skipped: dict[str, str]
 
 
-def in_chunks(what: str, name: str, count: int, find: Callable[[range], Found], work: Workspace) -> Rows:
-    """What `find` says of `count` images, from the folder `name` as far as it is there already.
+def in_chunks(
+    what: str, name: str, count: int, compute: Callable[[range], ChunkValues], work: Workspace
+) -> ImageValues:
+    """The values of `count` images; chunks that are in the folder `name` already are not computed again.
 
     Args:
-        what: is done, for people.
-        name: changes with everything that changes the result.
-        count: images.
-        find: looks at the images of a range.
-        work: where and with whom.
+        what: the name of the work, for its progress.
+        name: of the folder; changes with everything that changes the values.
+        count: of images.
+        compute: the values of the images of a range.
+        work: the folder, and the processes that share the chunks.
 
     Raises:
-        LdmError: no image could be read, or the folder cannot be used; and what `find` raises.
+        LdmError: no image can be read, or the folder cannot be used; and what `compute` raises.
     """
     folder, ranks = made(work.folder / "found" / name), work.ranks
-    with alone(folder / ".lock") if ranks.first else contextlib.nullcontext():  # a cache may have several users
+    with file_lock(folder / ".lock") if ranks.first else contextlib.nullcontext():  # a cache may have several users
         ranks.wait()
         done = _valid(folder / WHOLE)
-        ranks.wait()  # nobody has written anything before all have looked
+        ranks.wait()  # for all to see the same files before one writes
         if not done:
             chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
             paths = [folder / f"{number:06d}.safetensors" for number in range(len(chunks))]
@@ -112,7 +87,7 @@ def in_chunks(what: str, name: str, count: int, find: Callable[[range], Found], 
             for number, (chunk, path) in enumerate(mine):
                 work.tell(what, number * CHUNK, total)
                 if not _valid(path):
-                    part = find(chunk)
+                    part = compute(chunk)
                     tensors = {**part.values, ROWS: torch.tensor(part.index, dtype=torch.int64)}
                     _save(path, tensors, part.digest, part.skipped)
             work.tell(what, total, total)
@@ -123,30 +98,30 @@ def in_chunks(what: str, name: str, count: int, find: Callable[[range], Found], 
         tensors, metadata = _read(folder / WHOLE)
     index = tensors.pop(ROWS)
     pixels = tensors.pop(PIXELS, None)
-    return Rows(tensors, index, metadata[DIGEST], json.loads(metadata[SKIPPED]), pixels)
+    return ImageValues(tensors, index, metadata[DIGEST], json.loads(metadata[SKIPPED]), pixels)
 
 
-def look(
+def extract(
     numbers: Sequence[int],
     read: Callable[[int], tuple[str, Image.Image]],
     prepare: Callable[[Image.Image], Tensor],
-    see: Callable[[Tensor], dict[str, Tensor]],
-) -> Found:
-    """Read some images, in threads, and look at them in batches.
+    network: Callable[[Tensor], dict[str, Tensor]],
+) -> ChunkValues:
+    """Read some images, in threads, and compute their features in batches.
 
     Args:
-        numbers: which images.
-        read: gives the name of an image and itself; raises LdmError if it cannot.
-        prepare: makes the network's input of one image.
-        see: what is found in a batch: (B, …) each.
+        numbers: of the images.
+        read: gives the name of an image and the image; raises LdmError if it cannot be read.
+        prepare: makes the network's input of an image.
+        network: gives the features of a batch: (B, …) each.
 
     Returns:
-        What was found, and as `PIXELS` a number of each image that is the same for the same pixels.
+        The features, and as `PIXELS` a hash of the pixels of each image.
     """
     digest = hashlib.sha256()
     index: list[int] = []
     skipped: dict[str, str] = {}
-    found: list[dict[str, Tensor]] = []
+    outputs: list[dict[str, Tensor]] = []
 
     def opened(number: int) -> tuple[Tensor, str, bytes] | str:
         try:
@@ -170,37 +145,16 @@ def look(
                 digest.update(ascii(name).encode() + same)
                 index.append(number)
             if inputs:
-                found.append({**see(torch.stack(inputs)), PIXELS: torch.tensor(pixels)})
-    values = {name: torch.cat([part[name] for part in found]) for name in (found[0] if found else ())}
-    return Found(values, index, digest.hexdigest(), skipped)
-
-
-@contextlib.contextmanager
-def alone(path: Path, in_use: str = "") -> Iterator[None]:
-    """Hold the lock of a file, if its file system has locks; wait for other processes, or, if `in_use` is said, do not.
-
-    Raises:
-        LdmError: `in_use`; or the file cannot be written.
-    """
-    try:
-        lock = path.open("wb")
-    except OSError as error:
-        raise LdmError(f"{path} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if in_use else 0))
-        except (BlockingIOError, PermissionError):
-            raise LdmError(in_use) from None
-        except OSError:
-            pass  # no locks
-        yield
+                outputs.append({**network(torch.stack(inputs)), PIXELS: torch.tensor(pixels)})
+    values = {name: torch.cat([part[name] for part in outputs]) for name in (outputs[0] if outputs else ())}
+    return ChunkValues(values, index, digest.hexdigest(), skipped)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _valid(path: Path) -> bool:
-    """Whether a file is there and whole."""
+    """Whether a file exists and its digest is right."""
     try:
         return path.exists() and check_digest(path)
     except LdmError:
@@ -223,7 +177,7 @@ def _save(path: Path, tensors: dict[str, Tensor], digest: str, skipped: dict[str
 
 
 def _join(paths: list[Path], whole: Path) -> None:
-    """One file of all chunks, of which memory holds one at a time; they are removed."""
+    """Write the chunks as one file and remove them; memory holds one chunk at a time."""
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     total = 0
     digest = hashlib.sha256()
