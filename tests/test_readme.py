@@ -35,11 +35,11 @@ NOT_RUN = {
 }
 MORE = {  # what makes a command small
     "ldm generate": "--steps 5",
-    "ldm train configs": "precision=no model.source=sd15 data.cache=false data.holdout=2 data.workers=0 trackers=[] base.steps=2"
-    " base.batch=2 base.micro_batch=2 base.checkpointing=false base.validate_every=2 base.preview_every=9"
+    "ldm train configs": "precision=no model.source=sd15 data.cache=false data.holdout=2 data.workers=0 trackers=[]"
+    " base.steps=2 base.batch=2 base.micro_batch=2 base.checkpointing=false base.validate_every=2 base.preview_every=9"
     " 'base.sizes=[{size: 64}]'",
-    "ldm plan": "precision=no model.source=MODEL 'model.components={}' data.source=FOLDER base.batch=1 base.micro_batch=1"
-    " 'base.sizes=[{size: 64}]'",
+    "ldm plan": "precision=no model.source=MODEL 'model.components={}' data.source=FOLDER base.batch=1"
+    " base.micro_batch=1 'base.sizes=[{size: 64}]'",
     "ldm eval MODEL": "-n 40 --with steps=1",
     "ldm eval A": "--with steps=1",
 }
