@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launched import PATIENCE
 from pictures import make_folder, place_picture, png
 from safetensors import safe_open
 from torch import Tensor
@@ -158,7 +159,7 @@ here.build_latents(Path(sys.argv[1]) / "cache", here.plan(Path(sys.argv[1])), "v
 def test_a_build_that_is_killed_while_it_writes_goes_on(tmp_path: Path) -> None:
     plan(tmp_path)
     here = Path(__file__).parent
-    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), str(here), str(here.parent)], timeout=60)
+    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), str(here), str(here.parent)], timeout=PATIENCE)
     assert child.returncode == -signal.SIGKILL and len(shards(tmp_path)) == 4
     built = rows_in(tmp_path)
     (left,) = shards(tmp_path)[0].parent.glob(".*.part")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launched import on_two
+from launched import PATIENCE, on_two
 from PIL import Image
 from test_cli import COMMAND, run
 
@@ -212,22 +212,22 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_list_goes_on(listed: list[str], tmp_path: Path) -> None:
-    subprocess.run([COMMAND, *listed, str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
+    subprocess.run([COMMAND, *listed, str(tmp_path / "whole")], check=True, capture_output=True, timeout=PATIENCE)
     folder = tmp_path / "killed"
     for count in (1, 4):
         process = subprocess.Popen([COMMAND, *listed, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while len(list(folder.glob("*.png"))) < count and process.poll() is None:
             time.sleep(0.005)
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
         assert pictures(folder).items() <= pictures(tmp_path / "whole").items()
     process = subprocess.Popen([COMMAND, *listed, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while len(list(folder.glob("*.png"))) < 6 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    assert b"Traceback" not in process.communicate(timeout=60)[1]
+    assert b"Traceback" not in process.communicate(timeout=PATIENCE)[1]
     assert len(pictures(folder)) >= 6
-    subprocess.run([COMMAND, *listed, str(folder)], check=True, capture_output=True, timeout=120)
+    subprocess.run([COMMAND, *listed, str(folder)], check=True, capture_output=True, timeout=PATIENCE)
     assert pictures(folder) == pictures(tmp_path / "whole")
 
 
@@ -239,7 +239,9 @@ def test_launched_processes_share_a_list(listed: list[str], tmp_path: Path) -> N
     result = on_two("-m", "ldm", *listed, tmp_path / "two")
     assert len(set(result.stdout.split())) == 8
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([COMMAND, *listed, str(tmp_path / "one")], env=alone, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [COMMAND, *listed, str(tmp_path / "one")], env=alone, check=True, capture_output=True, timeout=PATIENCE
+    )
     assert pictures(tmp_path / "two") == pictures(tmp_path / "one")
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from launched import ROOT, on_two
+from launched import PATIENCE, ROOT, on_two
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from test_cli import COMMAND
@@ -479,21 +479,21 @@ def test_the_command_is_killed_and_goes_on(shapes: Path, tmp_path: Path) -> None
 
     def until(step: int) -> None:
         log = tmp_path / "parts" / "base" / "metrics.jsonl"
-        while not log.exists() or len(log.read_text().splitlines()) < step:
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < step):
             time.sleep(0.01)
 
     process = start("parts")
     until(7)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     process = start("parts")
     until(15)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "and saved them; run the same command again to go on" in err
     for output in ("parts", "whole"):
-        out, err = start(output).communicate(timeout=120)
+        out, err = start(output).communicate(timeout=PATIENCE)
         assert out == f"{tmp_path / output}/base/model\n", err
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
@@ -628,7 +628,7 @@ def test_averages_of_another_width_make_a_model(shapes: Path, tmp_path: Path) ->
     train(config(shapes, tmp_path / "r", "base.ema.widths=[0.05, 0.1]", "base.steps=3", "base.train_text=true",
                  "base.text_learning_rate=[1e-2]"))  # fmt: skip
     command = [sys.executable, str(ROOT / "tools" / "recombine_averages.py"), str(tmp_path / "r" / "base")]
-    subprocess.run([*command, "--width", "0.2", "--out", str(tmp_path / "wide")], check=True, timeout=120,
+    subprocess.run([*command, "--width", "0.2", "--out", str(tmp_path / "wide")], check=True, timeout=PATIENCE,
                    env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     wanted = recombine(tmp_path / "r" / "base" / "averages" / "unet", 0.2)
     found, saved = (
