@@ -460,41 +460,34 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command_is_killed_and_goes_on(shapes: Path, tmp_path: Path) -> None:
     """A real process, killed where it stands, then asked to stop, then left alone."""
-    config(shapes, tmp_path / "r")
-    command = [
-        COMMAND,
-        "train",
-        str(tmp_path / "r.yaml"),
-        f"data.source={shapes}",
-        "base.steps=30",
-        "base.save_every=2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    extra = ["base.steps=30", "base.save_every=2"]
+    config(shapes, tmp_path / "parts")  # writes parts.yaml
+    settings = [str(tmp_path / "parts.yaml"), f"data.source={shapes}", f"output={tmp_path / 'parts'}", *extra]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def start(output: str) -> subprocess.Popen[str]:
+    def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, f"output={tmp_path / output}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
+            [COMMAND, "train", *settings], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def until(step: int) -> None:
         log = tmp_path / "parts" / "base" / "metrics.jsonl"
         while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < step):
             time.sleep(0.01)
 
-    process = start("parts")
+    process = start()
     until(7)
     process.kill()
     process.communicate(timeout=PATIENCE)
-    process = start("parts")
+    process = start()
     until(15)
     process.terminate()
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "and saved them; run the same command again to go on" in err
-    for output in ("parts", "whole"):
-        out, err = start(output).communicate(timeout=PATIENCE)
-        assert out == f"{tmp_path / output}/base/model\n", err
+    out, err = start().communicate(timeout=PATIENCE)
+    assert out == f"{tmp_path / 'parts'}/base/model\n", err
+    train(config(shapes, tmp_path / "whole", *extra))
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
