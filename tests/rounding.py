@@ -1,9 +1,10 @@
 """How far numbers may lie apart that differ by rounding alone: ours and others' from the same weights, by other code.
 
 Where sums run in another order their last bits differ, and the larger the numbers that go through a network, the more
-comes of it: distances are parts of the largest number. How much there is was measured on the reference itself, diffusers,
-compared with itself by other kernels: with AVX-512 and with AVX2 (`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-MKL_ENABLE_INSTRUCTIONS=AVX2`), with oneDNN and without, on one thread and on two. Four times that is allowed.
+comes of it: distances are parts of the largest number. How much there is was measured on the reference itself:
+diffusers, compared with itself by other kernels, with AVX-512 and AVX2 (`ATEN_CPU_CAPABILITY=avx2
+ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`), with oneDNN and without, on one thread and on two. Four times
+that is allowed.
 """
 
 from __future__ import annotations
