@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
@@ -191,8 +192,10 @@ def test_weights_spread_over_processes_train_alike(
         assert row == pytest.approx(expected, rel=1e-3)
     with pytest.raises(LdmError, match=r"step-00000003 does not fit .*: another layout of weights \(DDP or FSDP2\)"):
         train(config(shapes, tmp_path / "layout", *extra), make_pictures)
-    pictures = [Image.open(tmp_path / name / "base/previews/step-00000003.png").tobytes() for name in ("one", "two")]
-    assert pictures[0] == pictures[1]
+    pictures = [Image.open(tmp_path / name / "base/previews/step-00000003.png") for name in ("one", "two")]
+    assert pictures[0].size == pictures[1].size
+    difference = np.subtract(*(np.asarray(picture, dtype=int) for picture in pictures))
+    assert np.abs(difference).max() <= 1  # where a number lies between two of the 256 levels, its last bit decides
 
 
 @pytest.mark.parametrize(
