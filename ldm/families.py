@@ -1,82 +1,29 @@
-"""The model families, released and our own, one literal each: what distinguishes SD 1.5 from SDXL is here alone."""
+"""The model families, released and our own, one literal each, and what each family is like."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """How noise was added in training, and the scheduler that the model is published with."""
-
-    prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon", "v_prediction" or "sample"
-    beta_start: float = 0.00085  # variance added in the first step
-    beta_end: float = 0.012  # and in the last
-    beta_schedule: str = "scaled_linear"  # between them: linear in the square root
-    train_steps: int = 1000
-    zero_terminal_snr: bool = False  # betas rescaled so that the last step is pure noise (Lin et al. 2023)
-    scheduler: str = "PNDMScheduler"  # diffusers' name of the sampler
-    options: Mapping[str, Any] = field(default_factory=dict)  # its further options
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise LdmError(f"prediction type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
-        if self.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-            raise LdmError(
-                f"beta schedule {self.beta_schedule!r}; known are linear, scaled_linear and squaredcos_cap_v2"
-            )
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise LdmError(f"betas from {self.beta_start!r} to {self.beta_end!r}: they must rise within (0, 1)")
-        if not isinstance(self.train_steps, int) or not 1 <= self.train_steps <= 100_000:
-            raise LdmError(f"{self.train_steps!r} training timesteps; a whole number from 1 to 100000 is needed")
-
-    def betas(self) -> torch.Tensor:
-        """Variance added in each step: (train_steps,), float64."""
-        start, end, steps = self.beta_start, self.beta_end, self.train_steps
-        if self.beta_schedule == "linear":
-            return torch.linspace(start, end, steps, dtype=torch.float64)
-        if self.beta_schedule == "scaled_linear":
-            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps  # Nichol and Dhariwal 2021, equation 17
-        bar = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
-        return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-
-    def alpha_bars(self) -> torch.Tensor:
-        """Share of the picture in the variance of the noisy picture at each timestep: (train_steps,), float64.
-
-        With `zero_terminal_snr`, rescaled so that the last is 0 (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
-        """
-        bars = (1 - self.betas()).cumprod(0)
-        if self.zero_terminal_snr:
-            roots = bars.sqrt()
-            bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-        return bars
+from ldm.process import NoiseSchedule
 
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that must be known to build a model; the weights are the rest."""
+    """The description of a model: all that is needed to build it, but for its weights."""
 
     name: str
     unet: UNetConfig
     autoencoder: AutoencoderConfig
     text: tuple[TextEncoderConfig, ...]
     schedule: NoiseSchedule
-    zero_empty_prompt: bool = False  # where no negative prompt is given, zeros stand for its encoding (SDXL base)
-    steps: int = field(default=30, compare=False)  # of the scheduler, as usual
-    guidance: float = field(default=7.5, compare=False)  # scale, as usual
-    # colour of each latent channel, and one to add; (), where none is known: to be fitted
+    zero_empty_prompt: bool = False  # a missing negative prompt is encoded as zeros (SDXL base)
+    steps: int = field(default=30, compare=False)  # usual number of sampling steps
+    guidance: float = field(default=7.5, compare=False)  # usual guidance scale
+    # preview colours: one for each latent channel, and one to add; (): not known, to be fitted
     preview: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -104,19 +51,24 @@ class Family:
 
     @property
     def size(self) -> int:
-        """Height and width, in pixels, of the pictures that it was trained on."""
+        """Height and width of the training images in pixels."""
         return self.unet.sample_size * self.autoencoder.factor
 
     @property
     def task(self) -> str:
-        """What the U-Net reads beside the noisy latents: "text" (nothing), "inpaint" or "edit"."""
+        """ "text", or the task of a U-Net that reads more channels beside the latents: "inpaint" or "edit"."""
         extra = self.unet.in_channels - self.unet.out_channels
         latents = self.autoencoder.channels_out
         return {latents + 1: "inpaint", latents: "edit"}.get(extra, "text")
 
     @property
+    def xl(self) -> bool:
+        """Whether it is built like SDXL or its refiner: the U-Net reads pooled text and time ids too."""
+        return self.unet.pooled_dim > 0
+
+    @property
     def refiner(self) -> bool:
-        """Whether it takes an aesthetic score in the place of the target size."""
+        """Whether it is built like SDXL's refiner: the time ids have an aesthetic score instead of a target size."""
         return self.unet.size_ids == 5
 
 
@@ -300,10 +252,11 @@ def family_named(name: str) -> Family:
 
 
 def recognised(family: Family) -> Family:
-    """A family as it was read, with the name of ours that it belongs to and what is usual there; or called "custom"."""
+    """A family that was read from files, with the name and the usual settings of the known family with the same U-Net,
+    text encoders and prediction type; else with the name "custom"."""
     for known in FAMILIES.values():
         same_unet = replace(family.unet, sample_size=known.unet.sample_size) == known.unet
         same_prediction = family.schedule.prediction_type == known.schedule.prediction_type
         if same_unet and family.text == known.text and same_prediction:
             return replace(family, name=known.name, steps=known.steps, guidance=known.guidance, preview=known.preview)
-    return replace(family, name="custom", guidance=SDXL.guidance if family.unet.pooled_dim else SD15.guidance)
+    return replace(family, name="custom", guidance=SDXL.guidance if family.xl else SD15.guidance)

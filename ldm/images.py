@@ -1,6 +1,6 @@
-"""Pictures: PIL to tensors and back, files in, PNG files with everything needed to make them again out.
+"""Images: PIL to tensors and back, files in, PNG files with everything needed to make them again out.
 
-B pictures, H×W height and width
+B images, H×W height and width
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 
-MOST_PIXELS = 100_000_000  # of a picture that is read: larger ones are mistakes or attacks
+MOST_PIXELS = 100_000_000  # of an image that is read: larger ones are mistakes or attacks
 KEY = "ldm"  # of our own JSON in a PNG; "parameters" is the text that AUTOMATIC1111's programs read
 ImageFile = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
 def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, least: int = 0) -> Image.Image:
-    """A picture from a file, upright, its first frame, its transparency on white, or in grey (a mask) on black.
+    """An image from a file, upright, its first frame, its transparency on white, or in grey (a mask) on black.
 
     Args:
-        source: a path, a file open for reading, or a picture.
+        source: a path, a file open for reading, or an image.
         mode: PIL's name of what to make of it.
         name: what to call it in errors, if not `source`.
         least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, rounded up, if its shorter side keeps this many pixels.
 
     Raises:
-        LdmError: the file cannot be read, is no picture, is damaged, or has over 100 million pixels.
+        LdmError: the file cannot be read, is no image, is damaged, or has over 100 million pixels.
     """
     with _reading(source, name):
         image = _open(source, name)
@@ -51,7 +51,7 @@ def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, le
 
 
 def image_size(source: ImageFile, name: str | None = None) -> tuple[int, int]:
-    """Width and height of a picture, upright, from its header alone.
+    """Width and height of an image, upright, from its header alone.
 
     Raises:
         LdmError: as `load_image`, as far as the header tells.
@@ -81,7 +81,7 @@ def _orientation(image: Image.Image) -> int:
 def _decode_smaller(image: Image.Image, least: int) -> None:
     """Have a JPEG decoded at the smallest size whose shorter side has `least` pixels."""
     for part in (8, 4, 2):
-        # a block that is not full stands at the right or bottom; turning the picture would shift the others by it
+        # a block that is not full stands at the right or bottom; turning the image would shift the others by it
         whole = not (image.width % part or image.height % part) or _orientation(image) == 1
         if whole and min(image.size) // part >= least:
             image.draft(None, (image.width // part, image.height // part))
@@ -101,30 +101,30 @@ def _reading(source: ImageFile, name: str | None) -> Iterator[None]:
     except FileNotFoundError:
         raise LdmError(f"{name} does not exist") from None
     except Exception as error:  # decoders of damaged files raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no picture, or damaged"
-        raise LdmError(f"{name} cannot be read as a picture: {reason}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no image, or damaged"
+        raise LdmError(f"{name} cannot be read as an image: {reason}") from None
 
 
 def to_tensor(images: Sequence[Image.Image], width: int, height: int) -> Tensor:
-    """Pictures, resized, as (B, 3, H, W) in [-1, 1], float32."""
+    """Images, resized, as (B, 3, H, W) in [-1, 1], float32."""
     arrays = [np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 * 2 - 1
 
 
 def mask_to_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
-    """A mask, resized, as (1, 1, H, W): 1 where the picture is to be made anew (white), 0 where it stays (black)."""
+    """A mask, resized, as (1, 1, H, W): 1 where the image is to be made anew (white), 0 where it stays (black)."""
     array = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
     return torch.from_numpy((array >= 0.5).astype(np.float32))[None, None]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] as pictures of 8 bits."""
+    """(B, 3, H, W) in [-1, 1] as images of 8 bits."""
     numbers = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in numbers.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    return [Image.fromarray(image) for image in numbers.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:
-    """Pictures side by side in rows, as square as they come."""
+    """Images side by side in rows, as square as they come."""
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
@@ -161,7 +161,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Our JSON in a PNG (None if there is none) and AUTOMATIC1111's parameters ("" if there are none).
 
     Raises:
-        LdmError: the file is no picture.
+        LdmError: the file is no image.
     """
     load_image(path)
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""`LatentDiffusion`: U-Net, autoencoder, text encoders and noise schedule in one bundle, from and to disk.
+"""`LatentDiffusion`: a bundle of U-Net, autoencoder, text encoders and noise schedule, from and to disk.
 
 B prompts, M tokens, T text channels, P channels of the pooled text
 """
@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule, family_named
+from ldm.families import Family, family_named
+from ldm.files import Progress, silent
 from ldm.models.unet import Conditioning
+from ldm.process import NoiseSchedule
 from ldm.weights.components import Components, build, fingerprint
-from ldm.weights.files import Progress, silent
 from ldm.weights.folder import write_folder
 from ldm.weights.single_file import write_single_file
 from ldm.weights.sources import Source, open_source
@@ -29,7 +30,7 @@ _INITIALISING = threading.Lock()  # initial weights come from PyTorch's global g
 
 
 class LatentDiffusion(Components):
-    """A latent diffusion model: `family`, `unet`, `autoencoder`, `text_encoders`. It holds nothing of a single call."""
+    """A latent diffusion model: `family`, and `networks` by name. It holds no state of a single call."""
 
     @classmethod
     def from_pretrained(
@@ -70,7 +71,7 @@ class LatentDiffusion(Components):
     @classmethod
     def of(cls, parts: Components) -> Self:
         """The bundle of these parts."""
-        return cls(parts.family, parts.unet, parts.autoencoder, parts.text_encoders)
+        return cls(parts.family, dict(parts.networks))
 
     @classmethod
     def from_family(cls, family: str | Family, seed: int = 0) -> Self:
@@ -86,18 +87,23 @@ class LatentDiffusion(Components):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return next(self.unet.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights of the network that predicts."""
+        return next(self.unet.parameters()).dtype
+
     def bring(self, network: nn.Module) -> None:
-        """Have one of its networks where it computes: all of them are, unless their weights take turns."""
+        """Move one of its networks to `device`. All of them are there, unless the model is offloaded."""
 
     def alone(self) -> AbstractContextManager[Any]:
-        """While one batch of pictures is made: several can be at once, unless weights take turns."""
+        """A context for the making of one batch of images: a lock if the model is offloaded."""
         return nullcontext()
 
     def fingerprint(self) -> str:
-        """Ten hexadecimal digits that tell these weights from others, whatever file they came from."""
+        """Ten hexadecimal digits that depend on the weights, whatever file they came from."""
         return fingerprint(self.modules())
 
     def save_pretrained(
@@ -128,11 +134,11 @@ class LatentDiffusion(Components):
     def encode_prompt(
         self, prompts: str | Sequence[str], *, clip_skip: int = 0, size: Sequence[float] | None = None
     ) -> Conditioning:
-        """Prompts to what the U-Net is conditioned on: text (B, M, T) and, for SDXL, pooled text (B, P) and size ids.
+        """Prompts to the conditioning of the U-Net: text (B, M, T) and, for SDXL, pooled text (B, P) and time ids.
 
-        `size` holds the size ids for all prompts: original height and width, crop top and left, then target height and
-        width (SDXL), or the aesthetic score (its refiner). The default is an uncropped picture of the trained size,
-        with a score of 6.
+        `size` holds the time ids for all prompts: original height and width, crop top and left, then target height and
+        width (SDXL), or the aesthetic score (its refiner). The default is an uncropped image of the trained size,
+        with a score of 6. The text encoders run with gradients where PyTorch's are on (`torch.no_grad()`: without).
 
         Raises:
             LdmError: there are no prompts, or `size` has the wrong length or is for a model that takes none.
@@ -148,7 +154,7 @@ class LatentDiffusion(Components):
         numbers = [value for value in size if isinstance(value, (int, float)) and math.isfinite(value)]
         if len(numbers) != wanted or len(size) != wanted:
             raise LdmError(
-                f"size {list(size)!r}: a {self.family.name} model takes {wanted} size ids, all of them numbers"
+                f"size {list(size)!r}: a {self.family.name} model takes {wanted} time ids, all of them numbers"
             )
         cond = self.text_encoders(prompts, clip_skip)
         if not wanted:

@@ -1,4 +1,4 @@
-"""Pipelines: what turns prompts into pictures with an `ldm.LatentDiffusion`."""
+"""Pipelines: what turns prompts into images with an `ldm.LatentDiffusion`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many pictures are made together where nobody says: as many as keep a device busy, of prompts that go together."""
+"""Batching: how many images are made at a time; by default as many as keep a device busy."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ from ldm.models.text import TextEncoders
 from pipelines.request import Request
 
 BUSY = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # pixels of latents with which a device has enough to do at a time
-DECODED = 2**20  # pixels of pictures that go through an autoencoder at a time, which takes more memory than a U-Net
+DECODED = 2**20  # pixels of images that go through an autoencoder at a time, which takes more memory than a U-Net
 
 
 def together(request: Request, family: Family, device: torch.device) -> int:
-    """Pictures of a request's size to make at a time; one where its noise would depend on the others."""
+    """Images of a request's size to make at a time; one where its noise would depend on the others."""
     latents = (request.height // family.autoencoder.factor) * (request.width // family.autoencoder.factor)
     return 1 if request.rng == "diffusers" else max(1, BUSY.get(device.type, 1) // latents)
 
 
 def decodable(height: int, width: int) -> int:
-    """Pictures of that many pixels that go through an autoencoder at a time."""
+    """Images of that many pixels that go through an autoencoder at a time."""
     return max(1, DECODED // (height * width))
 
 
 def shared(count: int, most: int) -> int:
-    """Of `count` pictures, how many come next, so that batches of at most `most` are about as large as each other."""
+    """Of `count` images, how many come next, so that batches of at most `most` are about as large as each other."""
     batches = -(-count // most)
     return -(-count // batches)
 
 
-def batches(request: Request, batch: int | None, most: int, encoders: TextEncoders) -> Iterator[range]:
-    """Which pictures of a request are made together: `batch` at a time, or at most `most` where that is not said."""
+def batches(request: Request, most: int, encoders: TextEncoders) -> Iterator[range]:
+    """Which images of a request are made together: its `batch` at a time or, without, at most `most`."""
     done, count = 0, len(request.prompts)
     while done < count:
-        next_ones = request.part(slice(done, done + (batch or shared(count - done, most))))
-        yield range(done, done := done + alike(next_ones, encoders))
+        next_ones = request.part(slice(done, done + (request.batch or shared(count - done, most))))
+        end = done + alike(next_ones, encoders)
+        yield range(done, end)
+        done = end
 
 
 def alike(request: Request, encoders: TextEncoders) -> int:
-    """The first pictures of a request that can be made together: whose prompts are split into as many chunks.
+    """The first images of a request that can be made together: whose prompts are split into as many chunks.
 
-    Beside a longer prompt, a prompt would be encoded with empty chunks behind it, which changes its picture.
+    Beside a longer prompt, a prompt would be encoded with empty chunks behind it, which changes its image.
     """
     if len(request.prompts) == 1 or not request.chunks:
         return len(request.prompts)
     both = request.texts(len(encoders.configs))
-    counts = [count_chunks(encoders, texts, request.weights) for texts in both if texts[0]]
+    counts = [count_chunks(encoders, texts, request.reader) for texts in both if texts[0]]
     first, *others = zip(*counts, strict=True)
     return 1 + len(list(takewhile(lambda row: max(row) == max(first), others)))

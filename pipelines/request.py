@@ -1,174 +1,224 @@
-"""What a user asks of a pipeline: every setting of a call, checked, with the family's defaults filled in."""
+"""A call of a pipeline: settings checked and filled up with the family's defaults, a prompt and a seed for each image.
+
+What is allowed for a setting alone, its row in `pipelines.settings` says; here is what settings and a family allow each
+other. What a task needs is said with the task.
+"""
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
+import pipelines.settings as settings
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule
-from ldm.models.prompts import read
+from ldm.families import Family
+from ldm.images import load_image
+from ldm.models.prompts import PromptReader
+from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.merging import MOST as MOST_MERGED
-from ldm.sampling.noise import LARGEST_SEED
-from ldm.sampling.schedulers import MOST_STEPS, Plan, Scheduler, make
-
-LARGEST_SIDE = 16_384  # pixels
+from ldm.sampling.schedulers import SamplingPlan, make, own_name
+from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a pipeline, for one batch or many."""
+    """One call of a pipeline, for one batch or many. A setting is an attribute: `request.steps`."""
 
-    prompts: tuple[str, ...]  # one for each picture
-    negative: tuple[str | None, ...]  # likewise; None: nothing was said
+    prompts: tuple[str, ...]  # one for each image
+    negative: tuple[str | None, ...]  # likewise; None: none was given
     prompts_2: tuple[str, ...] | None = None  # for the second text encoder, where they differ
     negative_2: tuple[str | None, ...] | None = None
-    seeds: tuple[int, ...] = ()  # one for each picture
-    width: int = 0  # pixels
-    height: int = 0
-    steps: int = 30
+    seeds: tuple[int, ...] = ()  # one for each image
+    values: Mapping[str, Any] = field(default_factory=dict)  # all other settings, by name
     guidance: Guidance = field(default_factory=Guidance)
-    scheduler: str | Scheduler | None = None  # a short name, an object with diffusers' interface, or the model's own
-    spacing: str | tuple[float, ...] = "default"
-    eta: float = 0.0  # noise of DDIM's and TCD's steps
-    rng: str = "ldm"  # or "diffusers", for its numbers
-    reuse: int = 1  # the U-Net's inner levels run in one call of so many
-    merge: float = 0.0  # part of the tokens that are merged for self-attention, in the U-Net's level with the most
-    clip_skip: int = 0
-    chunks: bool = True  # long prompts are split, not cut
-    weights: bool = True  # brackets are weights
     image: Image.Image | None = None  # to start from
-    strength: float = 0.8  # how much of it is made anew: 0 nothing, 1 all
     mask: Image.Image | None = None  # white: to be made anew
-    original_size: tuple[int, int] | None = None  # height, width: what SDXL is told of the picture before its cropping
-    crop: tuple[int, int] = (0, 0)  # top, left
-    target_size: tuple[int, int] | None = None  # height, width
-    negative_original_size: tuple[int, int] | None = None  # the same for the negative prompt; None: like the others
-    negative_crop: tuple[int, int] | None = None
-    negative_target_size: tuple[int, int] | None = None
-    aesthetic_score: float = 6.0  # of the refiner, 1 to 10
-    negative_aesthetic_score: float = 2.5
+    task: str = "text-to-image"
+    refined: bool = False  # whether a refiner follows
     begin: float = 0.0  # part of the run that another model did before
     end: float = 1.0  # and from where on another will
+    reader: PromptReader = field(default_factory=PromptReader)  # of the prompts
 
-    @property
-    def task(self) -> str:
-        """What is asked for, by what is given."""
-        return "inpaint" if self.mask else "image-to-image" if self.image else "text-to-image"
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("values", {})
+        if name not in values:
+            raise AttributeError(f"a request has no setting {name!r}")
+        return values[name]
+
+    def changed(self, **values: Any) -> Request:
+        """The same request with other values of some settings."""
+        return replace(self, values={**self.values, **values})
 
     def texts(self, encoders: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Prompts, and negative prompts where guidance looks at them, as each of so many text encoders reads them."""
-        negative, negative_2 = (tuple(text or "" for text in texts) for texts in self.spoken)
+        negative, negative_2 = (tuple(text or "" for text in texts) for texts in self.negatives)
         if not self.guidance.classifier_free:
             negative = negative_2 = ()
         return [self.prompts, self.prompts_2 or self.prompts][-encoders:], [negative, negative_2][-encoders:]
 
     @property
-    def spoken(self) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    def negatives(self) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
         """The negative prompts for the first text encoder and for the second."""
         return self.negative, self.negative_2 or self.negative
 
     def part(self, rows: slice) -> Request:
-        """The same request for some of its pictures."""
+        """The same request for some of its images."""
         names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")
         return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
-    def plan(self, schedule: NoiseSchedule, xl: bool) -> Plan:
+    def plan(self, schedule: NoiseSchedule, xl: bool) -> SamplingPlan:
         """The scheduler of a run with all of its timesteps; `schedule` and `xl` are as for `make`."""
         if self.scheduler is None or isinstance(self.scheduler, str):
             return make(schedule, self.steps, self.scheduler, self.spacing, xl)
         self.scheduler.set_timesteps(self.steps, device="cpu")
-        return Plan(self.scheduler, list(self.scheduler.timesteps))
+        return SamplingPlan(self.scheduler, list(self.scheduler.timesteps))
 
-    def check(self, family: Family) -> None:
-        """Raise unless everything is within bounds and fits the model.
 
-        Raises:
-            LdmError: what is not, and what would be.
-        """
-        factor = family.autoencoder.factor
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            if not _whole(side) or not factor <= side <= LARGEST_SIDE or side % factor:
-                near = (
-                    min(max(round(side / factor), 1) * factor, LARGEST_SIDE) if isinstance(side, (int, float)) else 512
-                )
-                raise LdmError(
-                    f"{name} {side!r}: a multiple of {factor} from {factor} to {LARGEST_SIDE} is needed, such as {near}"
-                )
-        if not _whole(self.steps) or not 1 <= self.steps <= MOST_STEPS:
-            raise LdmError(f"{self.steps!r} steps; choose a whole number from 1 to {MOST_STEPS}")
-        if self.scheduler is not None and not isinstance(self.scheduler, str):
-            if not hasattr(self.scheduler, "set_timesteps"):
-                raise LdmError(
-                    f"scheduler {self.scheduler!r}: a name, or an object with diffusers' interface, is needed"
-                )
-        else:
-            self.plan(family.schedule, bool(family.unet.pooled_dim))
-        if not _whole(self.reuse) or not 1 <= self.reuse <= MOST_STEPS:
-            raise LdmError(f"reuse {self.reuse!r}: a whole number from 1 (never) to {MOST_STEPS} is needed")
-        if self.reuse > 1 and len(family.unet.channels) < 2:
-            raise LdmError("reuse: this model's U-Net has one level, of which nothing can be reused; leave it out")
-        self.check_merge(family)
-        for name in ("chunks", "weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise LdmError(f"{name} {getattr(self, name)!r}: true or false is needed")
-        spoken = (self.prompts, self.negative, self.prompts_2 or (), self.negative_2 or ())
-        for text in {text for texts in spoken for text in texts if text is not None}:
-            read(text, self.weights)
-        for name, low, high in (("strength", 0, 1), ("eta", 0, 1), ("begin", 0, 1), ("end", 0, 1)):
-            _within(name, getattr(self, name), low, high)
-        for name in ("aesthetic_score", "negative_aesthetic_score"):
-            _within(name, getattr(self, name), 0, 10)
-        if self.begin >= self.end:
-            raise LdmError(f"the part from {self.begin} to {self.end} of a run is empty")
-        if self.image:
-            whole_steps(self.steps, "strength", self.strength)
-        if self.mask and not self.image:
-            raise LdmError("a mask without a picture: give the picture that it belongs to (image=, --image)")
-        if family.task == "inpaint" and not self.mask:
-            raise LdmError(f"a {family.name} model fills in pictures: give a picture and a mask (--image, --mask)")
-        if family.task == "edit" and (self.mask or not self.image):
-            raise LdmError(f"a {family.name} model edits a picture by instruction: give one, and no mask (--image)")
-        if family.task == "edit" and (self.guidance.perturbed or self.guidance.interval != (0, 1)):
-            raise LdmError(f"a {family.name} model has guidance of its own; leave perturbed and interval out")
-        if self.mask and self.image and self.mask.size != self.image.size:
+# --- from what is given to a request ----------------------------------------------------------------------------------
+
+
+def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool) -> Request:
+    """The request that a prompt or several, and settings that are given, stand for.
+
+    Raises:
+        LdmError: a setting is not known, or its value not allowed.
+    """
+    values = settings.checked({**given, "prompt": prompt}, "python")
+    image = load_image(values["image"]) if "image" in values else None
+    mask = load_image(values["mask"], "L") if "mask" in values else None
+    rows = settings.SETTINGS
+    filled = {row.name: row.usual for row in rows}
+    filled |= defaults(family, image, masked=mask is not None) | values
+    prompts = [values["prompt"]] if isinstance(values["prompt"], str) else values["prompt"]
+    if not prompts or None in prompts:
+        raise LdmError("no prompt: at least one text is needed")
+    count, n = len(prompts), filled["n"]
+    given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
+    guidance = settings.nested({row.key: filled.pop(row.name) for row in rows if "." in row.key})
+    return Request(
+        prompts=_for_each("prompt", prompts, count, n),
+        negative=given_texts.get("negative", (None,) * (count * n)),
+        prompts_2=given_texts.get("prompt_2"),
+        negative_2=given_texts.get("negative_2"),
+        seeds=seeds(values.get("seed"), count * n),
+        values={name: value for name, value in filled.items() if name not in OWN},
+        guidance=Guidance(**guidance["guidance"]),
+        image=image,
+        mask=mask,
+        task=task_of(family, image, mask),
+        refined=refined,
+        end=1.0 if filled["refiner_at"] is None else filled["refiner_at"],
+        reader=PromptReader(filled["weights"]),
+    )
+
+
+TEXTS = ("negative", "prompt_2", "negative_2")
+OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a request has in another form
+
+
+def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[str, Any]:
+    """The defaults that depend on the model and on what is given."""
+    width, height = (family.size, family.size) if image is None else fitted(image, family.autoencoder.factor)
+    return {
+        "width": width,
+        "height": height,
+        "steps": family.steps,
+        "guidance": family.guidance,
+        "strength": 1.0 if masked else 0.8,
+    }
+
+
+def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
+    """The task that a model is asked to do: its only one, or by what is given."""
+    if family.task in ("edit", "inpaint"):
+        return family.task
+    return "inpaint" if mask else "image-to-image" if image else "text-to-image"
+
+
+def seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Seeds of `count` images: `seed` and the numbers after it, or those given; without any, a random one first.
+
+    Raises:
+        LdmError: one is out of range, or there are too many or too few.
+    """
+    first = secrets.randbelow(2**32) if seed is None else seed
+    values = tuple(range(first, first + count)) if isinstance(first, int) else tuple(first)
+    if len(values) != count or values[-1] > LARGEST_SEED:
+        raise LdmError(
+            f"seed {seed!r}: a whole number from 0 to {LARGEST_SEED - count + 1} (or {count} of them) is needed"
+        )
+    return values
+
+
+def fitted(image: Image.Image, factor: int) -> tuple[int, int]:
+    """Width and height of an image, each rounded down to a multiple of `factor`, at least one."""
+    return tuple(max(factor, math.floor(side / factor) * factor) for side in image.size)  # type: ignore[return-value]
+
+
+def _for_each(name: str, value: str | Sequence[str | None], count: int, each: int) -> tuple[Any, ...]:
+    """A text, or one for each of `count` prompts, repeated for `each` image of the same prompt.
+
+    Raises:
+        LdmError: there are neither one nor `count` of them.
+    """
+    texts = [value] * count if isinstance(value, str) else value
+    if len(texts) != count:
+        raise LdmError(f"{name} {value!r}: one text, or one for each of the {count} prompts, is needed")
+    return tuple(text for text in texts for _ in range(each))
+
+
+# --- what settings and a family allow each other ----------------------------------------------------------------------
+
+
+def check_request(request: Request, family: Family) -> None:
+    """Raise unless the settings fit the model and each other, but for what tasks and passes need.
+
+    Raises:
+        LdmError: what does not fit, and what would.
+    """
+    check_size(request, family)
+    if request.scheduler is None or isinstance(request.scheduler, str):
+        request.plan(family.schedule, family.xl)
+    check_patches(request, family)
+    for texts in (request.prompts, request.negative, request.prompts_2 or (), request.negative_2 or ()):
+        for text in texts:
+            if text is not None:
+                request.reader.parts(text)
+    if len(family.text) == 1 and (request.prompts_2 or request.negative_2):
+        raise LdmError(f"a {family.name} model has one text encoder, and so one prompt")
+
+
+def check_size(request: Request, family: Family) -> None:
+    """Raise unless the sides are multiples of the autoencoder's factor, and not too large.
+
+    Raises:
+        LdmError: they are not; the nearest that would be is named.
+    """
+    factor = family.autoencoder.factor
+    for name in ("width", "height"):
+        side = getattr(request, name)
+        if not factor <= side <= LARGEST_SIDE or side % factor:
+            near = min(max(round(side / factor), 1) * factor, LARGEST_SIDE)
             raise LdmError(
-                f"the mask has {_size(self.mask)} pixels, its picture {_size(self.image)}; they must be alike"
+                f"{name} {side!r}: a multiple of {factor} from {factor} to {LARGEST_SIDE} is needed, such as {near}"
             )
-        for name in (
-            "original_size",
-            "crop",
-            "target_size",
-            "negative_original_size",
-            "negative_crop",
-            "negative_target_size",
-        ):
-            value = getattr(self, name)
-            pair = isinstance(value, (tuple, list)) and len(value) == 2
-            if value is not None and not (pair and all(_whole(v) and 0 <= v <= 2**20 for v in value)):
-                raise LdmError(f"{name} {value!r}: two whole numbers of pixels, height (top) first, are needed")
-        both = (self.prompts_2, self.negative_2) != (None, None)
-        if both and len(family.text) == 1:
-            raise LdmError(f"a {family.name} model has one text encoder, and so one prompt")
 
-    def check_merge(self, family: Family) -> None:
-        """Raise unless tokens can be merged as is asked for, in this model or in the refiner after it.
 
-        Raises:
-            LdmError: so many cannot, or the model has no level where they could.
-        """
-        _within("merge", self.merge, 0, MOST_MERGED)
-        if self.merge and not any(family.unet.depth):
-            raise LdmError(
-                f"merge: no level of a {family.name} model has a transformer to merge tokens in; leave it out"
-            )
+def check_patches(request: Request, family: Family) -> None:
+    """Raise unless the U-Net has the levels that DeepCache and token merging work in.
+
+    Raises:
+        LdmError: it has not.
+    """
+    if request.reuse > 1 and len(family.unet.channels) < 2:
+        raise LdmError("reuse: this model's U-Net has one level, of which nothing can be reused; leave it out")
+    if request.merge and not any(family.unet.depth):
+        raise LdmError(f"merge: no level of a {family.name} model has a transformer to merge tokens in; leave it out")
 
 
 def whole_steps(steps: int, name: str, strength: float) -> int:
@@ -183,50 +233,25 @@ def whole_steps(steps: int, name: str, strength: float) -> int:
     return count
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
-def _within(name: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise LdmError(f"{name} {value!r}: a number from {low} to {high} is needed")
-
-
-def _size(image: Image.Image) -> str:
-    return f"{image.width}×{image.height}"
-
-
-def texts(value: str | Sequence[str | None] | None, count: int, each: int, what: str) -> tuple[Any, ...]:
-    """A prompt, or one for each of `count` different ones, repeated for `each` picture of the same.
-
-    Raises:
-        LdmError: there are neither one nor `count` of them, or one is no text.
-    """
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count or not all(text is None or isinstance(text, str) for text in values):
-        raise LdmError(f"{what} {value!r}: one text, or one for each of the {count} prompts, is needed")
-    return tuple(text for text in values for _ in range(each))
-
-
-def seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Seeds of `count` pictures: `seed` and the numbers after it, or those given; without any, a random one first.
-
-    Raises:
-        LdmError: a seed is no whole number, or out of range, or there are too many or too few.
-    """
-    first = secrets.randbelow(2**32) if seed is None else seed
-    values = tuple(range(first, first + count)) if isinstance(first, int) else first
-    if (
-        not isinstance(values, (list, tuple))
-        or len(values) != count
-        or not all(_whole(value) and 0 <= value <= LARGEST_SEED for value in values)
-    ):
-        raise LdmError(
-            f"seed {seed!r}: a whole number from 0 to {LARGEST_SEED - count + 1} (or {count} of them) is needed"
-        )
-    return tuple(values)
-
-
-def fitted(image: Image.Image, factor: int) -> tuple[int, int]:
-    """Width and height of a picture, each rounded down to a multiple of `factor`, at least one."""
-    return tuple(max(factor, math.floor(side / factor) * factor) for side in image.size)  # type: ignore[return-value]
+def records(request: Request, family: Family) -> list[dict[str, Any]]:
+    """For each image of a batch, all that it is made with, as JSON takes it, but for images that it starts from."""
+    scheduler = request.scheduler
+    if not isinstance(scheduler, str):  # none, or an object of the user's own
+        scheduler = own_name(family.schedule) if scheduler is None else type(scheduler).__name__
+    common = {**request.values, **settings.expanded({"guidance": request.guidance}), "scheduler": scheduler}
+    rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
+    found = []
+    for index, prompt in enumerate(request.prompts):
+        own = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index]}
+        own |= {"prompt_2": request.prompts_2[index]} if request.prompts_2 else {}
+        own |= {"negative_2": request.negative_2[index]} if request.negative_2 else {}
+        values = {**common, **own}
+        record = settings.nested({row.key: values[row.name] for row in rows})
+        record |= {"task": request.task, "family": family.name}
+        if len(request.prompts) > 1:
+            record |= {"batch": len(request.prompts), "place": index}  # which others it rounds like
+        found.append(record)
+    return found

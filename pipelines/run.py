@@ -1,6 +1,6 @@
-"""What every task needs: conditioning, scheduler, noise, the way into the latents and out. One `Run` is one batch.
+"""What every task needs: conditioning, scheduler, noise, the way into the latents and out. One run is one batch.
 
-B pictures, H×W height and width in pixels, C latent channels, h×w height and width of the latents
+B images, H×W height and width in pixels, C latent channels, h×w height and width of the latents
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError, out_of_memory
-from ldm.families import NoiseSchedule
 from ldm.images import to_images, to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.prompts import TokenReport, encode_prompts
 from ldm.models.tiling import sliced_decode, sliced_encode, tiled_decode, tiled_encode
 from ldm.models.unet import Conditioning, UNet
+from ldm.patches.patching import patched
+from ldm.process import NoiseSchedule
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
-from ldm.sampling.merging import merging
 from ldm.sampling.noise import Noise
-from ldm.sampling.reuse import reusing
-from ldm.sampling.schedulers import Plan
+from ldm.sampling.schedulers import SamplingPlan
 from pipelines.packing import decodable
 from pipelines.request import Request
 
@@ -39,10 +38,10 @@ T = TypeVar("T")
 
 
 class TooManyError(LdmError):
-    """Memory does not suffice for so many pictures at a time."""
+    """Memory does not suffice for so many images at a time."""
 
 
-class Run:
+class SamplingRun:
     """One batch of a request on one model."""
 
     def __init__(
@@ -63,12 +62,12 @@ class Run:
         self.on_step = on_step
         self.schedule = schedule or model.family.schedule
         self.device = model.device
-        self.dtype = next(model.unet.parameters()).dtype
+        self.dtype = model.dtype
         config = model.family.autoencoder
         side = config.factor
         self.shape = (len(request.prompts), config.latent_channels, request.height // side, request.width // side)
 
-    # --- what the prompt says ---------------------------------------------------------------------------------------
+    # --- conditioning -----------------------------------------------------------------------------------------------
 
     @cached_property
     def conditioning(self) -> tuple[Conditioning, Conditioning, list[TokenReport]]:
@@ -78,19 +77,19 @@ class Run:
         both = [[*first, *second] for first, second in zip(prompts, negative, strict=True)]
         self.model.bring(self.model.text_encoders)
         encoded, reports = encode_prompts(
-            self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, weights=request.weights
+            self.model.text_encoders, both, clip_skip=request.clip_skip, chunks=request.chunks, reader=request.reader
         )
         size, negative_size = self._size_ids()
         cond, uncond = (encoded.rows(part) for part in (slice(self.shape[0]), slice(-self.shape[0], None)))
         if family.zero_empty_prompt:
-            unspoken = zip(*request.spoken[-len(family.text) :], strict=True)
-            uncond = _silenced(uncond, [all(text is None for text in row) for row in unspoken])
+            negatives = zip(*request.negatives[-len(family.text) :], strict=True)
+            uncond = _zeroed(uncond, [all(text is None for text in row) for row in negatives])
         return replace(cond, size=size), replace(uncond, size=negative_size), reports
 
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
         """The size ids (B, 6 or 5) for the prompts and for the negative prompts."""
         request, family = self.request, self.model.family
-        if not family.unet.size_ids:
+        if not family.xl:
             return None, None
         here = (request.height, request.width)
         original, target = request.original_size or here, request.target_size or here
@@ -107,20 +106,18 @@ class Run:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> SamplingPlan:
         """The scheduler of this run with all of its timesteps."""
-        return self.request.plan(self.schedule, bool(self.model.family.unet.pooled_dim))
+        return self.request.plan(self.schedule, self.model.family.xl)
 
     def calls_before(self, part: float) -> int:
         """Calls of the denoiser in the first `part` (0 to 1) of the noise levels."""
         return self.plan.calls_before(part, self.schedule.train_steps)
 
     def unet(self) -> UNet:
-        """The U-Net for one run, from now on."""
+        """The U-Net for one run, with the patches that the request asks for."""
         self.model.bring(self.model.unet)
-        reuse, merge = self.request.reuse, self.request.merge
-        unet = merging(self.model.unet, merge) if merge else self.model.unet
-        return reusing(unet, reuse) if reuse > 1 else unet
+        return patched(self.model.unet, self.request.values)
 
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""
@@ -131,7 +128,7 @@ class Run:
     def sample(
         self,
         x: Tensor,
-        plan: Plan,
+        plan: SamplingPlan,
         denoise: Denoise | None = None,
         keep: Callable[[Tensor, Step], Tensor] | None = None,
     ) -> Tensor:
@@ -164,7 +161,7 @@ class Run:
     # --- into the latents and out -----------------------------------------------------------------------------------
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
+        """Images (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
         autoencoder = self.model.autoencoder
         self.model.bring(autoencoder)
         weight = next(autoencoder.parameters())
@@ -186,15 +183,15 @@ class Run:
         )
 
     def pixels_of(self, image: Any) -> Tensor:
-        """A picture at this run's size: (1, 3, H, W) in [-1, 1]."""
+        """An image at this run's size: (1, 3, H, W) in [-1, 1]."""
         return to_tensor([image], self.request.width, self.request.height)
 
 
 def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) to pictures (B, 3, H, W) in about [-1, 1]; in tiles if memory does not suffice.
+    """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1]; in tiles if memory does not suffice.
 
     Raises:
-        LdmError: the pictures are not finite, or memory does not suffice for tiles either.
+        LdmError: the images are not finite, or memory does not suffice for tiles either.
     """
     autoencoder = model.autoencoder
     model.bring(autoencoder)
@@ -208,14 +205,14 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
         "decoding",
     )
     if bool((pixels.amax(dim=(1, 2, 3)) <= -1).any()):
-        raise LdmError("the autoencoder gave a picture that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
+        raise LdmError("the autoencoder gave an image that is all black; decode in bf16 or fp32 (dtype=, --dtype)")
     check_finite(pixels, "autoencoder", "it overflows in fp16: decode in bf16 or fp32 (dtype=, --dtype)")
     return pixels
 
 
 @torch.inference_mode()
 def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Pictures of one size, a multiple of the autoencoder's factor, through it and back: what it can keep of them.
+    """Images of one size, a multiple of the autoencoder's factor, through it and back: what it can keep of them.
 
     Raises:
         LdmError: as `decode`.
@@ -236,17 +233,17 @@ def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> 
         if not out_of_memory(error):
             raise
     # outside of the handler, which would keep the failed attempt's tensors alive
-    log.warning("the pictures do not fit into memory at once: %s them in tiles", doing)
+    log.warning("the images do not fit into memory at once: %s them in tiles", doing)
     try:
         return tiled()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise LdmError(f"out of memory while {doing}, even in tiles; make smaller pictures") from None
+        raise LdmError(f"out of memory while {doing}, even in tiles; make smaller images") from None
 
 
-def _silenced(cond: Conditioning, rows: list[bool]) -> Conditioning:
-    """Zeros in the place of the given rows: what SDXL takes for an empty negative prompt."""
+def _zeroed(cond: Conditioning, rows: list[bool]) -> Conditioning:
+    """The conditioning with zeros in the given rows: what SDXL takes for an empty negative prompt."""
     keep = torch.tensor([not row for row in rows], device=cond.text.device)
     pooled = None if cond.pooled is None else torch.where(keep[:, None], cond.pooled, torch.zeros_like(cond.pooled))
     return Conditioning(torch.where(keep[:, None, None], cond.text, torch.zeros_like(cond.text)), pooled)
@@ -256,4 +253,4 @@ def _too_large(request: Request, batch: int) -> str:
     size = f"{request.width}×{request.height}"
     smaller = f"{request.width // 2 // 64 * 64 or 64}×{request.height // 2 // 64 * 64 or 64}"
     what = f"a batch of {batch // 2} would fit better (batch=, --batch)" if batch > 1 else f"try {smaller} (--size)"
-    return f"out of memory with {batch} pictures of {size} at a time; {what}"
+    return f"out of memory with {batch} images of {size} at a time; {what}"

@@ -11,16 +11,25 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
-from ldm.kernels.processor import can
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.attention import best_attention, set_attention
-from ldm.sampling import on_cpu, on_gpu
-from ldm.sampling.compilation import compile_blocks
-from ldm.sampling.graphs import record_steps
-from ldm.sampling.quantized import check_quantize, quantize
+from ldm.runtime import fused_cpu, fused_gpu
+from ldm.runtime.attention import best_attention, set_attention
+from ldm.runtime.compilation import compile_blocks
+from ldm.runtime.graphs import record_steps
+from ldm.runtime.kernels.processor import can
+from ldm.runtime.offload import Room, room_for
+from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
-from pipelines.offload import Room, room_for
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Tuning:
     def _loaded(self, opened: Opened, device: torch.device, dtype: torch.dtype, room: Room | None) -> LatentDiffusion:
         """A model from where its weights are."""
         model = LatentDiffusion.of(opened.load(dtype, "cpu" if room else device))
-        if dtype == torch.float16 and model.family.unet.pooled_dim and model.family.autoencoder.force_upcast:
+        if dtype == torch.float16 and model.family.xl and model.family.autoencoder.force_upcast:
             model.autoencoder.float()  # SDXL's own overflows in fp16
         return self.apply(model, room)
 
@@ -77,7 +86,7 @@ class Tuning:
         Raises:
             LdmError: a kernel does not run here, nothing can be compiled or quantised, or one thing excludes another.
         """
-        device, dtype = room.device if room else model.device, next(model.unet.parameters()).dtype
+        device, dtype = room.device if room else model.device, model.dtype
         if room and room.layers and (self.compile or self.quantize):
             raise LdmError(
                 "offload: with one layer at a time (layers) nothing can be compiled or quantised; leave compile and "
@@ -87,8 +96,8 @@ class Tuning:
             if self.compile:
                 compile_blocks(network, device)
             elif self.quick and not (room and room.layers):
-                on_cpu.quicken(network, device)
-                on_gpu.quicken(network, device)
+                fused_cpu.quicken(network, device)
+                fused_gpu.quicken(network, device)
         name = self.attention
         if name == "auto":
             name = "sdpa" if self.compile else best_attention(device, dtype)
@@ -112,12 +121,12 @@ class Tuned(LatentDiffusion):
     """A model whose weights are quantised, or take turns in a room; it is known by those that it was loaded with."""
 
     def __init__(self, model: LatentDiffusion, quantized: str | None, room: Room | None) -> None:
-        """A model around the networks of another; `quantized` is a name of `ldm.sampling.quantized.QUANTIZED`.
+        """A model around the networks of another; `quantized` is a name of `ldm.runtime.quantization.QUANTIZED`.
 
         Raises:
             LdmError: it cannot be quantised here.
         """
-        super().__init__(model.family, model.unet, model.autoencoder, model.text_encoders)
+        super().__init__(model.family, dict(model.networks))
         self.known_by = model.fingerprint()
         self.room = room
         if room:
@@ -152,6 +161,17 @@ def device_named(name: torch.device | str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise LdmError(f"device {name!r} is not known; choose cuda, mps or cpu") from None
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The type of a short or long name; none for none.
+
+    Raises:
+        LdmError: there is none of that name.
+    """
+    if name is not None and name not in DTYPES:
+        raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")
+    return DTYPES[name] if name else None
 
 
 def default_device() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from pathlib import Path
 
 # before PyTorch is imported, and for the processes that tests start, too
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from PIL import Image, ImageDraw
 
 logging.getLogger("xformers").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
@@ -35,3 +37,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("sd15", "sd15-edit", "sdxl", "sdxl-refiner"):
         tiny.model(name).save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty small images of coloured shapes, wide and tall ones too, with captions."""
+    colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
+    folder = tmp_path_factory.mktemp("shapes")
+    draw = random.Random(0)
+    for number in range(50):
+        colour, shape = draw.choice(list(colours)), draw.choice(["circle", "square"])
+        width, height = draw.choice([(32, 32), (48, 32), (32, 40)])
+        image = Image.new("RGB", (width, height), "white")
+        left, top = draw.randint(2, width - 18), draw.randint(2, height - 18)
+        kind = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
+        kind((left, top, left + 14, top + 14), fill=colours[colour])
+        image.save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"a {colour} {shape}")
+    return folder

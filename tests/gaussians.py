@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.evaluation.comparison import Comparison
-from ldm.evaluation.metrics import frechet_distance
-from ldm.evaluation.statistics import Moments
-from ldm.evaluation.uncertainty import Estimate
+from ldm.evaluation.metrics.comparison import Comparison
+from ldm.evaluation.metrics.distances import frechet_distance
+from ldm.evaluation.metrics.intervals import Estimate
+from ldm.evaluation.metrics.moments import Moments
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Kernels for GPUs in Triton's interpreter, on the CPU, beside the formula in fp64.
 
-The interpreter must be chosen before the kernels are imported, which no other test should see: `test_on_gpu.py` runs
+The interpreter must be chosen before the kernels are imported, which no other test should see: `test_fused_gpu.py` runs
 these in a process of their own. In bf16 it cuts off what a GPU rounds, which doubles the error of the last bit.
 """
 
@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_on_cpu import distance
-from test_on_gpu import DTYPES, device, formula
+from networks import DTYPES, device, distance, formula
 from torch import nn
 
 from ldm.models.layers import GEGLU, ResnetBlock
-from ldm.sampling import on_gpu
-from ldm.sampling.on_gpu import QuickGEGLU, quicken
-from ldm.sampling.quick import LAST, FusedResnetBlock
+from ldm.runtime import fused_gpu
+from ldm.runtime.fused import LAST, FusedResnetBlock
+from ldm.runtime.fused_gpu import QuickGEGLU, quicken
 
 __all__ = ["device"]  # a fixture
 LAST_BIT = {torch.float32: 2e-7, torch.float16: 5e-4, torch.bfloat16: 8e-3}  # relative errors
@@ -28,7 +27,7 @@ LAST_BIT = {torch.float32: 2e-7, torch.float16: 5e-4, torch.bfloat16: 8e-3}  # r
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    return on_gpu.kernels()
+    return fused_gpu.kernels()
 
 
 def random(layer: nn.Module, dtype: torch.dtype) -> Any:
@@ -73,7 +72,7 @@ def test_a_mean_that_is_large_beside_the_spread(kernels: ModuleType, side: int) 
         assert far <= distance(norm.double()(x.double()).float(), exact) + distance(norm.float()(x), exact)
 
 
-def test_a_picture_gives_the_same_in_any_batch(kernels: ModuleType) -> None:
+def test_an_image_gives_the_same_in_any_batch(kernels: ModuleType) -> None:
     norm, x = random(nn.GroupNorm(4, 24), torch.float32), torch.randn(3, 24, 20, 20).to(memory_format=LAST)
     offset = torch.randn(3, 24)
     with torch.inference_mode():

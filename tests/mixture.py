@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.families import NoiseSchedule
-from ldm.sampling.guidance import from_latents
+from ldm.process import NoiseSchedule
 from ldm.sampling.loop import Time, sample
 from ldm.sampling.noise import Noise
 from ldm.sampling.schedulers import make, step_arguments
@@ -84,7 +83,7 @@ class Model:
         a = 1 / math.sqrt(1 + s**2)
         y = x.double() / a
         self.seen.append((y.flatten(), s))
-        return from_latents(denoised(y, s), x.double(), a, a * s, self.schedule.prediction_type).to(x.dtype)
+        return self.schedule.parametrisation.from_clean(denoised(y, s), x.double(), a, a * s).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 FACTOR = 4
 NETWORK = FACTOR * 2e-6  # a U-Net or an encoder, once
 RUN = FACTOR * 4.2e-6  # latents of a run through some steps
-DECODER = FACTOR * 8.3e-6  # an autoencoder's pictures
+DECODER = FACTOR * 8.3e-6  # an autoencoder's images
 
 
 def near(found: Tensor, wanted: Tensor, part: float) -> None:

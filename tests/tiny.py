@@ -10,6 +10,21 @@ from ldm.families import FAMILIES, Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.clip_text import TextEncoderConfig
 
+PIPELINES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd15-inpaint": "StableDiffusionInpaintPipeline",
+    "sd15-edit": "StableDiffusionInstructPix2PixPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sd2-inpaint": "StableDiffusionInpaintPipeline",
+    "sd2-v": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-inpaint": "StableDiffusionXLInpaintPipeline",
+    "sdxl-edit": "StableDiffusionXLInstructPix2PixPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+    "emoji": "StableDiffusionXLPipeline",
+    "emoji-refiner": "StableDiffusionXLImg2ImgPipeline",
+}  # diffusers' classes, by family
+
 
 def tower(config: TextEncoderConfig) -> TextEncoderConfig:
     """A text tower with 3 layers and a vocabulary of 1,000."""
@@ -25,7 +40,7 @@ def tower(config: TextEncoderConfig) -> TextEncoderConfig:
 
 
 def family(name: str) -> Family:
-    """The named family, small: latents 8 times smaller than the picture, all levels there."""
+    """The named family, small: latents 8 times smaller than the image, all levels there."""
     real = FAMILIES[name]
     levels = len(real.unet.channels)
     text = tuple(tower(config) for config in real.text)

@@ -1,6 +1,6 @@
-"""Measure pictures and training on a GPU beside diffusers: one `ldm bench` or `measure_training.py` after the other.
+"""Measure images and training on a GPU beside diffusers: one `ldm bench` or `measure_training.py` after the other.
 
-    python tools/benchmark_gpu.py pictures --out benchmarks/gpu
+    python tools/benchmark_gpu.py images --out benchmarks/gpu
     python tools/benchmark_gpu.py compiled --out benchmarks/gpu
     python tools/benchmark_gpu.py training --out benchmarks/gpu
 
@@ -29,7 +29,7 @@ from rich.table import Table
 BENCH = [sys.executable, "-m", "ldm", "bench"]
 TRAINING = [sys.executable, str(Path(__file__).with_name("measure_training.py"))]
 GROUPS = {  # what is measured -> name of the file, and the command's arguments; the most telling first
-    "pictures": {
+    "images": {
         "sdxl": "sdxl --size 1024 --steps 30 --rounds 3 --against diffusers,channels-last",
         "sd15": "sd15 --size 512 --steps 50 --rounds 5 --against diffusers,channels-last",
         "sd15-batch": "sd15 --size 512 --steps 50 --rounds 2 --batch 16 --against diffusers,channels-last",
@@ -51,7 +51,7 @@ GROUPS = {  # what is measured -> name of the file, and the command's arguments;
     },
 }
 SMALL = {
-    "pictures": "emoji --steps 2 --rounds 1 --against diffusers",
+    "images": "emoji --steps 2 --rounds 1 --against diffusers",
     "compiled": "emoji --steps 2 --rounds 1 --compile --against plain",
     "training": "--family sd15 --size 64 --batch 1 --steps 1 --rounds 1",
 }
@@ -68,7 +68,7 @@ def main() -> None:
     if not (options.small or torch.cuda.is_available()):
         raise SystemExit("benchmark_gpu: no GPU is found; --small tries the script itself")
     options.out.mkdir(parents=True, exist_ok=True)
-    table = Table("row", "side", "a step, s", "a picture, s", "pictures a second", "of the limit")
+    table = Table("row", "side", "a step, s", "an image, s", "images a second", "of the limit")
     end, left = time.monotonic() + 60 * options.minutes, []
     for name, usual in GROUPS[options.group].items():
         file = options.out / f"{name}.json"

@@ -1,5 +1,5 @@
 """Check a GPU within ten minutes. Quick layers beside plain ones, on the shapes of SD 1.5 at 512² and SDXL at 1024²;
-pictures: the same in every way of making them. Training: the same curves as on the CPU, memory that does not suffice,
+images: the same in every way of making them. Training: the same curves as on the CPU, memory that does not suffice,
 speed.
 
     python tools/check_gpu.py --out benchmarks/gpu-checks.json
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from ldm.errors import first_line
 from ldm.models.layers import GEGLU
-from ldm.sampling import on_gpu
+from ldm.runtime import fused_gpu
 from ldm.training.config import load
 from ldm.training.run import train
-from ldm.training.selftest import Ground, draw_pictures
+from ldm.training.selftest import Ground, draw_images
 from pipelines import Pipeline
 
 STEPS = 30
@@ -68,10 +68,10 @@ def main() -> None:
         raise SystemExit("check_gpu: no GPU is found; --small tries the script itself")
     large: dict[str, Callable[[], Finding]] = {
         "quick layers, bf16": lambda: layers(torch.bfloat16),
-        "pictures": lambda: pictures({"quick": {}}),
+        "images": lambda: images({"quick": {}}),
         "training step, sd15": lambda: steps("sd15", 512, 8),
-        "pictures, compiled": lambda: pictures({"compiled": {"compile": True}}),
-        "pictures, offload": lambda: pictures({name: {"offload": name} for name in ("components", "layers")}),
+        "images, compiled": lambda: images({"compiled": {"compile": True}}),
+        "images, offload": lambda: images({name: {"offload": name} for name in ("components", "layers")}),
         "selftest, bf16": lambda: selftest("bf16"),
         "losses as on the CPU": curves,
         "quick layers, fp16": lambda: layers(torch.float16),
@@ -80,7 +80,7 @@ def main() -> None:
         "selftest, fp16": lambda: selftest("fp16"),
     }
     small: dict[str, Callable[[], Finding]] = {
-        "pictures": lambda: pictures({"quick": {}, "components": {"offload": "components"}}),
+        "images": lambda: images({"quick": {}, "components": {"offload": "components"}}),
         "training step, sd15": lambda: steps("sd15", 64, 1),
         "selftest, bf16": large["selftest, bf16"],
         "losses as on the CPU": curves,
@@ -120,7 +120,7 @@ def selftest(precision: str) -> Finding:
 def curves() -> Finding:
     """The base on the CPU in fp32, and here in fp32 and bf16."""
     with tempfile.TemporaryDirectory() as folder:
-        draw_pictures(Path(folder, "pictures"))
+        draw_images(Path(folder, "images"))
         expected = losses(Path(folder), "cpu", "no", ACCELERATE_USE_CPU="true")
         found = {precision: losses(Path(folder), precision, precision, **EXACT) for precision in ("no", "bf16")}
     far = {name: distance(own, expected) for name, own in found.items()}
@@ -132,7 +132,7 @@ def memory() -> Finding:
     """A run with too little memory takes smaller parts, and its losses are the same."""
     changes: dict[str, Any] = {"base__sizes": [{"size": 256}], "base__batch": 64}
     with tempfile.TemporaryDirectory() as folder:
-        draw_pictures(Path(folder, "pictures"))
+        draw_images(Path(folder, "images"))
         expected = losses(Path(folder), "whole", "no", **changes, **EXACT)
         peak = int((Path(folder) / "whole.peak").read_text())
         found = losses(Path(folder), "cut", "no", limit=int(ROOM * peak), **changes, **EXACT)
@@ -142,7 +142,7 @@ def memory() -> Finding:
     return cut > 0 and far < NEAR, f"cut {cut} times, losses at most {far:.1e} away", {"peak": peak, "limit": ROOM}
 
 
-def pictures(ways: dict[str, dict[str, Any]]) -> Finding:
+def images(ways: dict[str, dict[str, Any]]) -> Finding:
     """The built-in model's in fp32, by pipelines in several ways (quick layers and recorded steps …): as plain ones."""
     torch.backends.cudnn.allow_tf32 = False
     plain = Pipeline(dtype=torch.float32, quick=False, offload="none")
@@ -160,7 +160,7 @@ def pictures(ways: dict[str, dict[str, Any]]) -> Finding:
 
 def layers(dtype: torch.dtype) -> Finding:
     """Each kernel beside the plain layer, both in a CUDA graph: no further from fp64 (and a tenth), how much faster."""
-    if not on_gpu.works(torch.device("cuda"), dtype):
+    if not fused_gpu.works(torch.device("cuda"), dtype):
         return False, "the kernels do not work here", None
     rows = []
     with torch.inference_mode():
@@ -178,7 +178,7 @@ def layers(dtype: torch.dtype) -> Finding:
 
 
 def norm_row(shape: tuple[int, int, int], with_offset: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Group norm and SiLU; the plain layers have pictures as they lie in plain pipelines."""
+    """Group norm and SiLU; the plain layers have images as they lie in plain pipelines."""
     batch, channels, side = shape
     norm = nn.GroupNorm(32, channels, 1e-5)
     nn.init.normal_(norm.weight)
@@ -194,7 +194,7 @@ def norm_row(shape: tuple[int, int, int], with_offset: bool, dtype: torch.dtype)
     exact = plain(copy.deepcopy(norm).double(), x.double(), None if offset is None else offset.double())
     name = "group norm, SiLU, offset" if with_offset else "group norm, SiLU"
     return row(
-        name, shape, exact, lambda: on_gpu.kernels().group_norm(norm, last, offset, silu=True),
+        name, shape, exact, lambda: fused_gpu.kernels().group_norm(norm, last, offset, silu=True),
         lambda: plain(norm, x, offset),
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def gated_row(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]
     exact = copy.deepcopy(layer).double()(x.double())
     weight, bias = layer.proj.weight, layer.proj.bias
     return row(
-        "GEGLU", shape, exact, lambda: on_gpu.kernels().geglu(F.linear(x, weight), bias), lambda: layer(x)
+        "GEGLU", shape, exact, lambda: fused_gpu.kernels().geglu(F.linear(x, weight), bias), lambda: layer(x)
     )  # fmt: skip
 
 

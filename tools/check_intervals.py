@@ -19,22 +19,34 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from gaussians import Gaussian, coverage, detections, pair
 
-from ldm.evaluation.comparison import (
+from ldm.evaluation.metrics.comparison import (
     Comparison,
     compare,
     compare_coverage,
     compare_recall,
+    density_parts,
     frechet_parts,
     inception_parts,
-    manifold_parts,
     mmd_parts,
+    precision_parts,
 )
-from ldm.evaluation.metrics import information, kid, manifold, polynomial
-from ldm.evaluation.statistics import measure
-from ldm.evaluation.uncertainty import frechet_interval, inception_interval, manifold_intervals, mmd_interval
+from ldm.evaluation.metrics.distances import information, kid, manifold, polynomial
+from ldm.evaluation.metrics.intervals import (
+    coverage_interval,
+    density_interval,
+    frechet_interval,
+    inception_interval,
+    mmd_interval,
+    precision_interval,
+    recall_interval,
+)
+from ldm.evaluation.metrics.moments import measure
 
 Draw = torch.Generator
-NAMES = ("precision", "recall", "density", "coverage")
+NEIGHBOURS = {
+    "precision": precision_interval, "recall": recall_interval,
+    "density": density_interval, "coverage": coverage_interval,
+}  # fmt: skip
 FRECHET = [  # features, images, of the reference (0: known), decay, shift, change
     (8, 200, 200, 0.0, 0.3, 0.2), (8, 400, 400, 0.0, 0.2, 0.1), (16, 200, 200, 1.0, 0.3, 0.2),
     (16, 500, 500, 1.0, 0.3, 0.3), (16, 500, 0, 1.0, 0.3, 0.2), (16, 80, 80, 1.0, 0.5, 0.3),
@@ -68,10 +80,10 @@ def intervals(trials: int) -> None:
     row("Inception score", coverage(lambda g: inception_interval(model.draw(500, g) * 2), truth, trials), "95 %")
     model, reference, _ = pair(4, 0.5, 0.3, 0.3)
     truths = [manifold(model.draw(200, many), reference.draw(200, many), 5) for _ in range(2000)]
-    for name in NAMES:
+    for name, interval in NEIGHBOURS.items():
         expected = sum(getattr(truth, name) for truth in truths) / len(truths)
         share = coverage(
-            lambda g: manifold_intervals(model.draw(200, g), reference.draw(200, g), 5)[name],  # noqa: B023
+            lambda g: interval(model.draw(200, g), reference.draw(200, g), 5),  # noqa: B023
             expected,
             trials,
         )
@@ -84,8 +96,8 @@ def tests(trials: int) -> None:
         "FD": lambda a, b, r: compare(*frechet_parts(a, b, measure(r))),
         "KID": lambda a, b, r: compare(*mmd_parts(polynomial, a, b, r)),
         "Inception score": lambda a, b, r: compare(*inception_parts(a, b)),
-        "precision": lambda a, b, r: compare(*manifold_parts(a, b, r, 5)["precision"]),
-        "density": lambda a, b, r: compare(*manifold_parts(a, b, r, 5)["density"]),
+        "precision": lambda a, b, r: compare(*precision_parts(a, b, r, 5)),
+        "density": lambda a, b, r: compare(*density_parts(a, b, r, 5)),
         "recall": lambda a, b, r: compare_recall(a, b, r, 5),
         "coverage": lambda a, b, r: compare_coverage(a, b, r, 5),
     }

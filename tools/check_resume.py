@@ -28,10 +28,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldm.training.config import Config, StageName
+from ldm.training.config import Config
 from ldm.training.loop import Stopped
 from ldm.training.run import train
-from ldm.training.selftest import STAGES, Ground, draw_pictures
+from ldm.training.selftest import Ground, draw_images
+from ldm.training.stages.stage import Cached
+from ldm.training.stages.table import KINDS
 
 STEPS = 12
 TIMING = ("images_per_s", "waiting", "tflops")  # figures that no two runs share
@@ -39,7 +41,7 @@ SLOWEST = 120.0  # seconds after which an attempt hangs
 LONGEST = 30.0  # seconds that a run may go on after it was asked to stop
 PATIENCE = 0.5  # seconds that processes have to end themselves once another was killed
 STOPPED = 128 + signal.SIGTERM  # exit code of a run that stopped because it was asked to
-Kind = tuple[str, StageName, dict[str, Any]]  # of a run: its name, what it trains, and how
+Kind = tuple[str, str, dict[str, Any]]  # of a run: its name, what it trains, and how
 
 
 @dataclass
@@ -83,16 +85,17 @@ def check(
     """Runs of these kinds, which share the ends, of so many processes each."""
     torch.set_num_threads(1)
     ground = Ground(folder, "no", 8)
-    draw_pictures(folder / "pictures")
+    draw_images(folder / "images")
     draw.shuffle(ends)
     for number, kind in enumerate(kinds):
         yield check_kind(ground, kind, ends[number :: len(kinds)], draw, processes)
 
 
 def kinds() -> Iterator[Kind]:
-    """Every stage; base and refiner with caches too, and all with loader processes."""
-    for stage in STAGES:
-        for cached in (False, True) if stage in ("base", "refiner") else (False,):
+    """Every kind of stage, with loader processes too, and with caches where it reads them."""
+    for kind in KINDS:
+        stage = kind.name
+        for cached in (False, True) if kind.cached(kind.section()) != Cached() else (False,):
             for workers in (0, 2):
                 changes = {
                     "stages": [stage], "data__cache": cached, "data__workers": workers, "data__holdout": 8,

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from mixture import ORDER, geometric, run, schedule
 
 from ldm.errors import LdmError
-from ldm.families import PREDICTION_TYPES
+from ldm.process import PARAMETRISATIONS
 from ldm.sampling.schedulers import LEVELS, SCHEDULERS, SPACINGS, spacings
 
 STEPS = (10, 20, 40, 80)
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheduler", action="append", choices=list(SCHEDULERS), help="only this one (repeatable)")
     parser.add_argument("--spacing", action="append", choices=[*SPACINGS, *LEVELS], help="the same")
-    parser.add_argument("--prediction", action="append", choices=PREDICTION_TYPES, help="the same")
+    parser.add_argument("--prediction", action="append", choices=PARAMETRISATIONS, help="the same")
     parser.add_argument("--samples", type=int, default=65536, help="of the stochastic schedulers")
     options = parser.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -60,7 +60,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in options.scheduler or SCHEDULERS:
         for spacing in options.spacing or spacings(name):
-            for prediction in options.prediction or PREDICTION_TYPES:
+            for prediction in options.prediction or PARAMETRISATIONS:
                 if spacing in spacings(name):
                     print(row(name, spacing, prediction, options.samples), flush=True)
 

@@ -41,10 +41,11 @@ from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.evaluation import copies, inception
-from ldm.evaluation.perceptual import LPIPS, lpips_file, save_lpips
-from ldm.weights.files import Output, TensorInfo, replacing, write_safetensors
+from ldm.evaluation.networks import copies, inception
+from ldm.evaluation.networks.lpips import LPIPS, lpips_file, save_lpips
+from ldm.files import replacing
 from ldm.weights.published import weights_folder
+from ldm.weights.tensors import Output, TensorInfo, write_safetensors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python tools/fit_preview.py MODEL --images FOLDER --size 512
 
-Without pictures of your own, smooth random colours serve. The PSNR is that of the previews to the shrunken pictures.
+Without images of your own, smooth random colours serve. The PSNR is that of the previews to the shrunken images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     """Print the rows as they stand in `ldm/families.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, file or Hub name")
-    parser.add_argument("--images", type=Path, help="a folder of pictures")
+    parser.add_argument("--images", type=Path, help="a folder of images")
     parser.add_argument("--size", type=int, default=512, help="pixels to which they are resized")
     options = parser.parse_args()
     model = LatentDiffusion.from_pretrained(options.model, dtype=torch.float32)

@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode
 
 from ldm.data.framing import Framing
 from ldm.data.loader import Loader
-from ldm.data.plan import Plan
+from ldm.data.plan import BatchPlan
 from ldm.data.sources import open_images
 
 BATCH = 16
@@ -42,11 +42,11 @@ def write(folder: Path, count: int, side: int) -> None:
         if path.exists():
             continue
         layers = [generator.normal(0, 40 / 2**level, (side >> 5 - level, side >> 5 - level, 3)) for level in range(5)]
-        picture = np.full((side, side, 3), 128.0)
+        image = np.full((side, side, 3), 128.0)
         for layer in layers:
             scaled = [Image.fromarray(layer[..., c].astype(np.float32)).resize((side, side)) for c in range(3)]
-            picture += np.stack([np.asarray(channel) for channel in scaled], axis=2)
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+            image += np.stack([np.asarray(channel) for channel in scaled], axis=2)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def rate(batches: Iterable[object], count: int) -> float:
@@ -74,8 +74,8 @@ def main() -> None:
         images = open_images(str(root / "all"), root / "cache", captions="optional")
         for size in (256, 512):
             plans = {
-                "square": Plan(images, Framing(size=size, buckets=False), BATCH, 0),
-                "buckets": Plan(images, Framing(size=size), BATCH, 0),
+                "square": BatchPlan(images, Framing(size=size, buckets=False), BATCH, 0),
+                "buckets": BatchPlan(images, Framing(size=size), BATCH, 0),
             }
             scale = transforms.Normalize([0.5] * 3, [0.5] * 3)
             steps: list[object] = [

@@ -52,7 +52,7 @@ def write(root: Path, family: str) -> list[Path]:
                 for name, p in module.named_parameters()
             }
             module.load_state_dict(state, assign=True)
-        model = LatentDiffusion(parts.family, parts.unet, parts.autoencoder, parts.text_encoders)
+        model = LatentDiffusion.of(parts)
         for path in paths:
             if not path.exists():
                 model.save_pretrained(path)

@@ -1,8 +1,8 @@
-"""Style and concept of pictures as the model's own pair sees them: seen and held-out (concept, style) combinations.
+"""Style and concept of images as the model's own pair sees them: seen and held-out (concept, style) combinations.
 
     python tools/measure_styles.py emoji --clip clip:emoji --data emoji [--refiner MODEL] [--steps 20] [--guidance 3]
 
-For each held-out drawing, and as many training drawings, a picture is made of its caption. "Style": the caption is
+For each held-out drawing, and as many training drawings, an image is made of its caption. "Style": the caption is
 nearer to it than the same caption with any other style's name. "Concept": it is nearer than the captions of 99 other
 concepts in that style (R-precision). Beside them the drawings themselves, which say what the pair could reach; with
 Wilson's 95 % intervals.
@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.evaluation.extractors import TextExtractor, open_text_extractor
-from ldm.evaluation.uncertainty import share_interval
+from ldm.evaluation.metrics.intervals import share_interval
+from ldm.evaluation.networks.extractors import TextExtractor, open_text_extractor
 from pipelines import Pipeline
 
 OTHERS = 99  # concepts that each is compared with
@@ -70,20 +70,20 @@ def main() -> None:
 def measure(
     pipeline: Pipeline, judge: TextExtractor, data: Path, settings: dict[str, Any], most: int | None = None
 ) -> None:
-    """Make the pictures and print what the pair says of them."""
+    """Make the images and print what the pair says of them."""
     held_out, seen = drawings(data, "held-out"), drawings(data, "train")
     random.Random(0).shuffle(seen)
     random.Random(0).shuffle(held_out)
     labels, styles = sorted({d.label for d in seen}), sorted({d.style for d in seen})
-    table = Table("combinations", "pictures", "style, %", "concept of 100, %", title=f"{len(styles)} styles")
+    table = Table("combinations", "images", "style, %", "concept of 100, %", title=f"{len(styles)} styles")
     for name, some in (("held out", held_out[:most]), ("seen", seen[: len(held_out)][:most])):
         made: list[Image.Image] = []
         for start in track(range(0, len(some), BATCH), name, console=Console(stderr=True)):
             prompts = [caption(d.label, d.style) for d in some[start : start + BATCH]]
             seeds = range(start, start + len(prompts))
             made += pipeline(prompts, seed=list(seeds), batch=BATCH, **settings).images
-        for kind, pictures in (("drawn", [d.image for d in some]), ("made", made)):
-            features = _features(judge, pictures)
+        for kind, images in (("drawn", [d.image for d in some]), ("made", made)):
+            features = _features(judge, images)
             right = [style_is_right(judge, f, d, styles) for f, d in zip(features, some, strict=True)]
             found = [concept_is_right(judge, f, d, labels) for f, d in zip(features, some, strict=True)]
             table.add_row(f"{name}, {kind}", str(len(some)), _part(right), _part(found))
@@ -101,10 +101,10 @@ def drawings(data: Path, part: str) -> list[Drawing]:
         with tarfile.open(path) as tar:
             files = {member.name: tar.extractfile(member) for member in tar}
             for name, file in files.items():
-                picture = files.get(name.removesuffix(".json") + ".png")
-                if file and picture and name.endswith(".json"):
+                drawn = files.get(name.removesuffix(".json") + ".png")
+                if file and drawn and name.endswith(".json"):
                     about = json.load(file)
-                    image = Image.open(io.BytesIO(picture.read())).convert("RGB")
+                    image = Image.open(io.BytesIO(drawn.read())).convert("RGB")
                     found.append(Drawing(about["label"], about["style"], image))
     if not found:
         raise LdmError(f"{data} holds no {part}-*.tar; tools/prepare_emoji.py makes them")
@@ -117,13 +117,13 @@ def caption(label: str, style: str) -> str:
 
 
 def style_is_right(judge: TextExtractor, features: Tensor, drawing: Drawing, styles: Sequence[str]) -> bool:
-    """Whether a picture (D,) is nearest to its own style's caption."""
+    """Whether an image (D,) is nearest to its own style's caption."""
     texts = judge.texts([caption(drawing.label, style) for style in styles])
     return styles[int((texts @ features).argmax())] == drawing.style
 
 
 def concept_is_right(judge: TextExtractor, features: Tensor, drawing: Drawing, labels: Sequence[str]) -> bool:
-    """Whether a picture (D,) is nearer to its own caption than to those of other concepts, a fixed choice of them."""
+    """Whether an image (D,) is nearer to its own caption than to those of other concepts, a fixed choice of them."""
     others = [label for label in labels if label != drawing.label]
     chosen = [drawing.label, *random.Random(drawing.label).sample(others, OTHERS)]
     texts = judge.texts([caption(label, drawing.style) for label in chosen])
@@ -131,8 +131,8 @@ def concept_is_right(judge: TextExtractor, features: Tensor, drawing: Drawing, l
 
 
 @torch.no_grad()
-def _features(judge: TextExtractor, pictures: Sequence[Image.Image]) -> Tensor:
-    parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+def _features(judge: TextExtractor, images: Sequence[Image.Image]) -> Tensor:
+    parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     return torch.cat([judge(torch.stack([judge.prepare(image) for image in part]))["features"] for part in parts])
 
 

@@ -27,25 +27,25 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ldm.cli.bench import device_name, products
+from ldm.bench.measuring import device_name, products
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.families import FAMILIES
-from ldm.kernels.memory import keep_freed
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning, UNet
-from ldm.training.checkpointing import checkpointed
-from ldm.training.config import DenoiserSection, EmaSection
-from ldm.training.denoiser import DenoiserStage
+from ldm.runtime.kernels.memory import keep_freed
 from ldm.training.forecast import peak_tflops
+from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.loop import Training
+from ldm.training.sections import EmaSection
+from ldm.training.stages.denoiser import DenoiserSection, DenoiserStage
 from ldm.weights.configs import write_unet
 
 
 def conditioning(family: Any, batch: int, device: torch.device) -> Conditioning:
     """Random captions, already encoded, and size conditioning."""
     text = torch.randn(batch, 77, family.unet.text_dim, generator=torch.Generator().manual_seed(1)).to(device)
-    if not family.unet.pooled_dim:
+    if not family.xl:
         return Conditioning(text)
     size = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * batch, device=device)
     return Conditioning(text, text[:, 0, : family.unet.pooled_dim].contiguous(), size)
@@ -67,8 +67,7 @@ def ours(options: argparse.Namespace) -> Callable[[int], None]:
         unet.to(memory_format=torch.channels_last)
     else:
         keep_freed()
-    model = LatentDiffusion(family, unet, torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
-    model.modules = lambda: {"unet": unet}  # type: ignore[method-assign]
+    model = LatentDiffusion(family, {"unet": unet, "autoencoder": torch.nn.Linear(1, 1)})
     model.autoencoder.config = family.autoencoder  # type: ignore[assignment]
     cond = conditioning(family, options.batch, accelerator.device)
     section = DenoiserSection(steps=10**6, batch=options.batch, ema=EmaSection(decay=0), log_every=10**6)

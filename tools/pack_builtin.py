@@ -1,4 +1,4 @@
-"""Make the built-in models of trained ones: weights in fp16, the pair that compares texts and pictures, known words.
+"""Make the built-in models of trained ones: weights in fp16, the pair that compares texts and images, known words.
 
     python tools/pack_builtin.py runs/emoji-small/base/model --refiner runs/emoji-small/refiner/model \\
         --clip runs/emoji-small/text/clip --data emoji
@@ -16,11 +16,11 @@ import torch
 
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
+from ldm.files import replacing
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.builtin import DEFAULT, FOLDER, REFINER, WORDS, vocabulary
 from ldm.weights.components import fingerprint
 from ldm.weights.contrastive import load_clip, write_clip
-from ldm.weights.files import replacing
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import write_manifest
 

@@ -34,7 +34,7 @@ from PIL import Image
 from rich.progress import track
 
 from ldm.errors import LdmError, suggestion
-from ldm.weights.files import read_json, write_json
+from ldm.files import read_json, write_json
 
 LABELS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 FLAGS, COMPONENTS = 9, 2  # groups of emojibase that are left out
@@ -93,7 +93,7 @@ class Pair:
 
     concept: Concept
     style: Style
-    art: str  # SVG, or the path of a picture
+    art: str  # SVG, or the path of an image
 
     @property
     def key(self) -> str:
@@ -265,7 +265,7 @@ def write_shard(path: Path, some: list[Pair], size: int) -> list[str]:
     with tarfile.open(temporary, "w") as file:
         for pair in some:
             try:
-                picture = render(pair, size)
+                image = render(pair, size)
             except (ValueError, OSError) as error:
                 failed.append(f"{pair.key}\t{error}")
                 continue
@@ -274,7 +274,7 @@ def write_shard(path: Path, some: list[Pair], size: int) -> list[str]:
                 "caption": pair.captions(), "style": pair.style.name, "licence": pair.style.licence,
                 "label": concept.label, "base": concept.base, "tone": concept.tone,
             }  # fmt: skip
-            for suffix, data in (("png", picture), ("json", json.dumps(facts, ensure_ascii=False).encode())):
+            for suffix, data in (("png", image), ("json", json.dumps(facts, ensure_ascii=False).encode())):
                 member = tarfile.TarInfo(f"{pair.key.replace('.', '_')}.{suffix}")
                 member.size = len(data)
                 file.addfile(member, io.BytesIO(data))

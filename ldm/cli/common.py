@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,19 +22,10 @@ from rich.progress import (
 )
 
 from ldm.errors import LdmError
+from ldm.files import Progress as Report
+from ldm.files import silent
 from ldm.weights.components import Opened
-from ldm.weights.files import Progress as Report
-from ldm.weights.files import silent
 from ldm.weights.sources import open_source
-
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -60,13 +50,6 @@ class SourceOptions:
             verify=verify,
             progress=report,
         )
-
-
-def to_dtype(name: str | None) -> torch.dtype | None:
-    """`--dtype`: a short or long name, or nothing for weights as they are stored."""
-    if name is not None and name not in DTYPES:
-        raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")
-    return DTYPES[name] if name else None
 
 
 def to_png(out: str) -> Path:

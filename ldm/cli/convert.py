@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.cli.common import SourceOptions, progress, to_bytes, to_dtype
+from ldm.cli.common import SourceOptions, progress, to_bytes
 from ldm.errors import LdmError
+from ldm.files import check_destination
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.weights.files import check_destination
+from pipelines.tuning import dtype_named
 
 
-def run(
+def convert_model(
     source: str,
     dest: str,
     dtype: str | None,
@@ -22,7 +23,7 @@ def run(
     """Load memory-mapped, as stored; convert and write tensor by tensor."""
     path = Path(dest)
     single = path.suffix.lower() == ".safetensors"
-    wanted, shard = to_dtype(dtype), to_bytes(shard_size or "10GB")
+    wanted, shard = dtype_named(dtype), to_bytes(shard_size or "10GB")
     if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
         raise LdmError(f"{dest}: pickles are not written; name a .safetensors file or a folder")
     if single and (as_variant or shard_size):

@@ -1,4 +1,4 @@
-"""`ldm eval`: one or two models, or folders of pictures, to a table, a JSON file and a page."""
+"""`ldm eval`: one or two models, or folders of images, to a table, a JSON file and a page."""
 
 from __future__ import annotations
 
@@ -17,32 +17,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ldm.caches import cache_folder
-from ldm.cli.common import to_dtype
-from ldm.cli.generate import parse_size, read_prompts
+from ldm.cli.generate import read_prompts
 from ldm.data.image_set import made
-from ldm.errors import LdmError, first_line, suggestion
-from ldm.evaluation.evaluation import Model, Plan, check, evaluate
-from ldm.evaluation.page import write_page
+from ldm.errors import LdmError, first_line
+from ldm.evaluation.evaluation import evaluate
+from ldm.evaluation.pages.page import write_page
+from ldm.evaluation.pages.tables import tables
+from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
 from ldm.evaluation.report import Value, save_report
-from ldm.evaluation.stored import Ranks, Work, alone
-from ldm.evaluation.tables import tables
+from ldm.evaluation.workspace import Ranks, Workspace, file_lock
+from ldm.files import Progress as Tell
+from ldm.files import silent
 from ldm.weights.builtin import builtin
-from ldm.weights.files import Progress as Tell
-from ldm.weights.files import silent
 from ldm.weights.hub import HUB_ID
 from pipelines import Pipeline
 from pipelines.run import reconstruct
-from pipelines.tuning import default_device
+from pipelines.settings import LOADING, SETTINGS, Setting, at, checked, find
+from pipelines.tuning import default_device, dtype_named
 
-LOADING = ("dtype", "attention", "refiner", "variant", "allow_pickle")  # what a side may set of `Pipeline`
-MAKING = (  # and of `Pipeline.request`
-    "size", "steps", "guidance", "scheduler", "spacing", "eta", "negative", "clip_skip", "chunks", "weights", "rng",
-    "reuse", "merge", "refiner_at", "refiner_strength", "hires", "hires_strength", "original_size", "crop",
-    "target_size", "aesthetic_score",
-)  # fmt: skip
-NAMED = ("scheduler", "spacing")  # of these, those whose values are names
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
-PICTURES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
+IMAGES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
 PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
 
 
@@ -70,11 +64,11 @@ class Options:
     as_json: bool = False
 
 
-def run(options: Options) -> None:
+def evaluate_sources(options: Options) -> None:
     """Evaluate, print the tables, and say where the report is."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     ranks, device = _ranks(options.device)
-    plan = Plan(
+    plan = EvaluationPlan(
         metrics=_metrics(options), data=options.data, n=options.n, prompts=_prompts(options.prompts),
         training=options.training, features=options.features, clip=options.clip, copies=options.copies,
         lpips=options.lpips, sweeps=_sweeps(options.sweeps), seed=options.seed, batch=options.batch,
@@ -83,20 +77,20 @@ def run(options: Options) -> None:
     given = {side: dict(map(_setting, texts)) for side, texts in options.settings.items()}
     if given.get("B") and len(options.sources) < 2:
         raise LdmError("--with-b is about a second model, and there is one alone")
-    check([is_model(source) for source in options.sources], plan)
+    check_plan([is_model(source) for source in options.sources], plan)
     sides: list[Model | str] = []
     for source, name in zip(options.sources, "AB", strict=False):
         own = given.get("both", {}) | given.get(name, {})
         if own and not is_model(source):
             raise LdmError(
-                f"{source} is a folder of pictures, which are not made here; leave out --with {next(iter(own))}"
+                f"{source} is a folder of images, which are not made here; leave out --with {next(iter(own))}"
             )
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
     in_use = f"{folder} is in use by another evaluation; wait for its end, or choose another folder (--out)"
-    with alone(made(folder) / ".lock", in_use) if ranks.first else nullcontext():
+    with file_lock(made(folder) / ".lock", in_use) if ranks.first else nullcontext():
         with _telling(ranks.first) as tell:
-            report = evaluate(sides, plan, Work(folder, ranks, tell, cache))
+            report = evaluate(sides, plan, Workspace(folder, ranks, tell, cache))
         if report is None:
             return
         save_report(report, folder / "report.json")
@@ -114,7 +108,7 @@ def run(options: Options) -> None:
 
 
 def _metrics(options: Options) -> tuple[str, ...]:
-    """`--metrics`, or what there are weights and pictures for."""
+    """`--metrics`, or what there are weights and images for."""
     if options.metrics is not None:
         return tuple(name.strip().lower() for name in options.metrics.split(",") if name.strip())
     about_images = IMAGE_METRICS if options.data else ()
@@ -131,8 +125,9 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise LdmError(f"--with {text!r}: write KEY=VALUE, such as steps=20")
+    row = find(name, "eval", f"--with {name}", [*SETTINGS, *LOADING])
     try:
-        return _known("--with", name, (*MAKING, *LOADING)), yaml.safe_load(value)
+        return row.name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise LdmError(f"--with {text!r}: the value cannot be read: {first_line(error)}") from None
 
@@ -145,30 +140,29 @@ def _sweeps(texts: Sequence[str]) -> dict[str, tuple[Value, ...]]:
 
 
 def _sweep(text: str) -> tuple[str, tuple[Value, ...]]:
-    """KEY=VALUE,VALUE,…, numbers (whole ones stay whole) or what is chosen by its name."""
+    """KEY=VALUE,VALUE,…, each value as the setting takes it, but whole numbers stay whole."""
     name, _, values = text.partition("=")
-    found: tuple[Value, ...] = tuple(value.strip() for value in values.split(","))
+    row = find(name, "eval", f"--sweep {name}")
+    if row.name in ("size", "width", "height"):
+        raise LdmError(f"--sweep {name}: all images of an evaluation have one size; use --with")
     try:
-        if name not in NAMED:
-            found = tuple(float(value) if set(value) & set(".eEn") else int(value) for value in values.split(","))
-    except ValueError:
+        found = tuple(_swept(row, value.strip()) for value in values.split(","))
+    except LdmError:
         found = ()
-    if not name or len(set(found)) < len(found) or not found:
+    if len(set(found)) < len(found) or not found:
         raise LdmError(
             f"--sweep {text!r}: write KEY=VALUE,VALUE, such as guidance=1,3,5 or scheduler=euler,ddim, each value once"
         )
-    return _known("--sweep", name, [known for known in MAKING if known != "size"]), found
+    return row.name, found
 
 
-def _known(option: str, name: str, names: Sequence[str]) -> str:
-    """A setting's name, with hyphens or without."""
-    if (plain := name.replace("-", "_")) not in names:
-        raise LdmError(f"{option} {name}: that is no setting of pictures here; {suggestion(plain, list(names))}")
-    return plain
+def _swept(row: Setting, text: str) -> Value:
+    value = row.parse(text)
+    return int(value) if isinstance(value, float) and not set(text) & set(".eEn") else value
 
 
 def is_model(source: str) -> bool:
-    """Whether a source is a model; else it is pictures.
+    """Whether a source is a model; else it is images.
 
     Raises:
         LdmError: it is nothing that exists.
@@ -176,40 +170,35 @@ def is_model(source: str) -> bool:
     path = builtin(source) or Path(source)
     if path.is_dir():
         return (path / "model_index.json").exists()
-    if path.suffix.lower() in PICTURES or "*" in source or "{" in source:
+    if path.suffix.lower() in IMAGES or "*" in source or "{" in source:
         return False
     if not path.exists() and not HUB_ID.fullmatch(source):
-        raise LdmError(f"{source} does not exist; name a model (folder, file, Hub name) or pictures (folder, shards)")
+        raise LdmError(f"{source} does not exist; name a model (folder, file, Hub name) or images (folder, shards)")
     return True
 
 
-def _model(source: str, settings: dict[str, Any], device: str, plan: Plan) -> Model:
+def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationPlan) -> Model:
     """A model with its settings, all checked, as evaluation knows it."""
-    loading = {name: settings.pop(name) for name in LOADING if name in settings}
-    for name, value in loading.items():
-        if not isinstance(value, bool if name == "allow_pickle" else str):
-            needed = "true or false" if name == "allow_pickle" else "a name"
-            raise LdmError(f"--with {name}={value}: {needed} is needed")
-    given = {**loading, **settings}
-    if "size" in settings:
-        settings |= dict(zip(("width", "height"), parse_size(str(settings.pop("size"))), strict=True))
-    pipeline = Pipeline(source, device=device, **{**loading, "dtype": to_dtype(loading.get("dtype"))})
+    rows = at("eval", LOADING)
+    loading = {name: row.check(settings[name]) for name, row in rows.items() if settings.get(name) is not None}
+    making = checked({name: value for name, value in settings.items() if name not in rows}, "eval")
+    pipeline = Pipeline(source, device=device, **{**loading, "dtype": dtype_named(loading.get("dtype"))})
     family = pipeline.model.family
     if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:
-        raise LdmError(f"{source} is a model of {family.name}, which makes no pictures of prompts alone")
+        raise LdmError(f"{source} is a model of {family.name}, which makes no images of prompts alone")
     for changes in ({}, *({name: value} for name, values in plan.sweeps.items() for value in values)):
-        pipeline.request("", **{**settings, **changes})
-    size = int(settings.get("height", family.size)), int(settings.get("width", family.size))
+        pipeline.request("", **{**making, **changes})
+    size = min(making.get("height", family.size), making.get("width", family.size))
 
     def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
-        return pipeline(prompts, seed=seeds, batch=len(prompts), **{**settings, **changes}).images
+        return pipeline(prompts, seed=seeds, batch=len(prompts), **{**making, **changes}).images
 
     def rebuilt(images: list[Image.Image]) -> list[Image.Image]:
         return reconstruct(pipeline.model, images)
 
-    dtype = str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch.")
+    dtype = str(pipeline.model.dtype).removeprefix("torch.")
     refiner = {} if pipeline.refiner is None else {"refiner_digest": pipeline.refiner.fingerprint()}
-    return Model(source, pipeline.model.fingerprint(), min(size), make, rebuilt, {**given, "dtype": dtype, **refiner})
+    return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, {**settings, "dtype": dtype, **refiner})
 
 
 # --- around it --------------------------------------------------------------------------------------------------------

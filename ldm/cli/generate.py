@@ -11,77 +11,55 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import ldm
-from ldm.cli.common import counter, to_dtype, to_png
+from ldm.cli.common import counter, to_png
 from ldm.cli.info import describe
 from ldm.cli.record import to_parameters
-from ldm.errors import LdmError, listing
+from ldm.errors import LdmError
 from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.sampling.guidance import Guidance
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import build
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
 from pipelines.pipeline import named
-from pipelines.tuning import room_of
+from pipelines.request import Request, records
+from pipelines.settings import LOADING, at, checked
+from pipelines.tuning import dtype_named, room_of
 
-LINE_OPTIONS = {  # what a line of a .jsonl file may set, beside its prompt
-    "negative", "prompt_2", "negative_2", "seed", "width", "height", "steps", "guidance", "scheduler", "spacing",
-    "clip_skip", "image", "mask", "strength", "eta", "reuse", "merge",
-}  # fmt: skip
-IDENTITY = (  # what changes a picture, of `Options`, beside its settings
-    "model", "family", "variant", "refiner", "guidance", "guidance_rescale", "guidance_interval", "threshold",
-    "perturbed", "image_guidance", "dtype", "attention", "compile", "quantize",
-)  # fmt: skip
-MOST = 100_000  # pictures of each prompt
 LARGEST_FILE = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says, checked when it is used."""
+    """What the command line says, each value within its bounds."""
 
     prompts: list[str]
-    model: str | None
-    refiner: str | None = None
-    n: int = 1
-    batch: int | None = None
-    seed: int | None = None
-    size: str | None = None
-    guidance: float | None = None
-    guidance_rescale: float = 0.0
-    guidance_interval: str = "0,1"
-    threshold: float = 0.0
-    perturbed: float = 0.0
-    image_guidance: float = 1.5
+    settings: dict[str, Any]  # of the call, those that are given
+    loading: dict[str, Any]  # of the model, likewise
     prompts_file: str | None = None
     out: str = "outputs"
     sheet: bool = False
-    device: str | None = None
-    dtype: str | None = None
-    attention: str = "auto"
-    compile: bool = False
-    quantize: str | None = None
-    offload: str = "auto"
     as_json: bool = False
     dry_run: bool = False
-    family: str | None = None
-    variant: str | None = None
-    allow_pickle: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)  # of `Pipeline.stream`, those that were given
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The settings of all images, as the pipeline takes them; but for numbers of images and their seeds."""
+        return {name: value for name, value in checked(self.settings, "shell").items() if name not in ("n", "seed")}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make."""
+    """One image to make."""
 
     index: int
     prompt: str
@@ -90,120 +68,155 @@ class Job:
     place: str = ""  # where that line is, for errors
 
     def name(self, common: dict[str, Any]) -> str:
-        """A file name that changes with everything that changes the picture."""
+        """A file name that changes with everything that changes the image."""
         text = json.dumps([self.prompt, self.seed, self.settings, common], sort_keys=True, default=str)
         return f"{self.index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
 
 
-def run(options: Options) -> None:
-    """Make what is asked for; print a path (or JSON) for each picture on stdout."""
+@dataclass(frozen=True)
+class Group:
+    """Images with the same settings, which can be made together, and the request for them, checked."""
+
+    jobs: list[Job]
+    settings: dict[str, Any]
+    request: Request  # without the images that it starts from: a list may name thousands
+
+    def whole(self) -> Request:
+        """The request with its images."""
+        given = {name: load_image(self.settings[name], mode) for name, mode in IMAGES if name in self.settings}
+        return replace(self.request, **given)  # type: ignore[arg-type]
+
+
+IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are files, and PIL's names of what they hold
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def generate_images(options: Options) -> None:
+    """Make what is asked for; print a path (or JSON) for each image on stdout."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    common = dict(options.settings)
-    if options.size:
-        common |= dict(zip(("width", "height"), parse_size(options.size), strict=True))
-    for name in ("image", "mask"):
-        if common.get(name):
-            load_image(common[name])  # before a model is loaded
+    for name, mode in IMAGES:
+        if name in options.settings:
+            load_image(options.settings[name], mode)  # before a model is loaded
     jobs = list(make_jobs(options))
-    targets = _targets(options, jobs, common | {name: getattr(options, name) for name in IDENTITY})
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
     if options.dry_run:
-        print(json.dumps(_describe(options, common, jobs, len(left)), indent=2, default=str))
+        print(json.dumps(_describe(options, jobs, len(left)), indent=2, default=str))
         return
     if not left:
-        print(f"ldm: nothing to do: all {len(jobs)} pictures are there", file=sys.stderr)
+        print(f"ldm: nothing to do: all {len(jobs)} images are there", file=sys.stderr)
         return
-    device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and _cuda() else None)
-    pipeline = Pipeline(
-        options.model, refiner=options.refiner, device=device, dtype=to_dtype(options.dtype),
-        attention=options.attention, compile=options.compile, quantize=options.quantize, offload=options.offload,
-        family=options.family, variant=options.variant, allow_pickle=options.allow_pickle,
-    )  # fmt: skip
-    groups = list(_groups(options, pipeline, common, jobs))
-    provenance: dict[str, Any] = {
-        "version": f"ldm {ldm.__version__}",
-        "model": Path(options.model or DEFAULT).stem,
-        "source": _absolute(options.model or DEFAULT),
-        "model_hash": pipeline.model.fingerprint(),
-        "dtype": str(next(pipeline.model.unet.parameters()).dtype).removeprefix("torch."),
-        "attention": options.attention,
-        "compile": options.compile,
-    }
-    room = room_of(pipeline.model)
-    given = {
-        "source_family": options.family, "variant": options.variant, "quantize": options.quantize,
-        "offload": "layers" if room and room.layers else None,  # which excludes quick layers, and so rounds otherwise
-    }  # fmt: skip
-    provenance |= {name: value for name, value in given.items() if value is not None}
-    if options.refiner:
-        provenance["refiner"] = _absolute(options.refiner)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    pipeline = _pipeline(options, world)
+    groups = list(checked_groups(pipeline, options.common, jobs))
+    provenance = _provenance(options, pipeline)
     made = []
-    batches = itertools.count()
-    with counter("pictures", -(-len(left) // world)) as advance:
-        for batchable, settings in groups:
-            files = {name: _file(settings[name]) for name in ("image", "mask") if settings.get(name)}
-            numbers = [job.index for job in batchable]
-
-            def ours(rows: range, numbers: list[int] = numbers) -> bool:
-                """Whether a batch is this process's, and not all there: batches are those of the whole list, so that
-                pictures are the same to the bit whoever makes them, and whatever is there already."""
-                return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
-
-            for result in pipeline.stream(**settings, batch=options.batch, needed=ours):
-                for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
-                    if numbers[row] not in left:
-                        continue
-                    job, full = batchable[row], {**record, **provenance, **files}
-                    target = targets[job.index] if options.prompts_file else _free(targets[job.index], options.out)
-                    save_png(image, target, full, to_parameters(full))
-                    print(json.dumps({"path": str(target), **full}) if options.as_json else target, flush=True)
-                    advance()
-                    if options.sheet:
-                        made.append(image)
-    if options.sheet and made:
+    with counter("images", -(-len(left) // world)) as advance:
+        for job, image, record in _images(pipeline, groups, left, rank, world):
+            full = {**record, **provenance}
+            target = targets[job.index] if options.prompts_file else _free(targets[job.index], options.out)
+            save_png(image, target, full, to_parameters(full))
+            print(json.dumps({"path": str(target), **full}) if options.as_json else target, flush=True)
+            advance()
+            if options.sheet:
+                made.append(image)
+    if made:
         sheet = targets[jobs[0].index].with_name("grid.png")
         save_png(grid(made), sheet)
         print(sheet)
 
 
-def _groups(
-    options: Options, pipeline: Pipeline, common: dict[str, Any], jobs: list[Job]
-) -> Iterator[tuple[list[Job], dict[str, Any]]]:
-    """Pictures with the same settings, which can be made together, and the arguments of `Pipeline.stream`, checked."""
-    for line, group in groupby(jobs, key=lambda job: job.settings):
-        together = list(group)
-        own = {name: value for name, value in line if value is not None}
-        settings = common | own | {"prompt": [job.prompt for job in together], "seed": [job.seed for job in together]}
-        try:
-            settings["guidance"] = _guidance(options, pipeline, own.get("guidance"))
-            pipeline.stream(**settings, batch=options.batch)
-        except LdmError:
-            for job in together:  # which of them is it?
-                try:
-                    settings["guidance"] = _guidance(options, pipeline, own.get("guidance"))
-                    pipeline.request(**{**settings, "prompt": job.prompt, "seed": job.seed})
-                except LdmError as error:
-                    raise LdmError(f"{job.place}{error}") from None
-            raise
-        yield together, settings
+def _pipeline(options: Options, world: int) -> Pipeline:
+    """The pipeline that is asked for; of several processes, each has a GPU of its own."""
+    loading = dict(options.loading)
+    if world > 1 and torch.cuda.is_available():
+        loading.setdefault("device", f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
+
+
+def _images(
+    pipeline: Pipeline, groups: list[Group], left: set[int], rank: int, world: int
+) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
+    """This process's images that are left to make, each with its record."""
+    batches = itertools.count()
+    for group in groups:
+        files = {name: _file(group.settings[name]) for name, _ in IMAGES if name in group.settings}
+        numbers = [job.index for job in group.jobs]
+
+        def ours(rows: range, numbers: list[int] = numbers) -> bool:
+            """Whether a batch is this process's, and not all there: batches are those of the whole list, so that
+            images are the same to the bit whoever makes them, and whatever is there already."""
+            return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
+
+        for result in pipeline.make(group.whole(), needed=ours):
+            for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
+                if numbers[row] in left:
+                    yield group.jobs[row], image, {**record, **files}
+
+
+def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
+    """What a record says of the model, beside the settings of the image."""
+    loading, model, room = options.loading, pipeline.model, room_of(pipeline.model)
+    source = loading.get("source") or DEFAULT
+    own = {
+        "source": _absolute(source),
+        "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "offload": "layers" if room and room.layers else None,  # which excludes quick layers, and so rounds otherwise
+    }
+    rows = at("record", LOADING).values()
+    values = {row.key: own[row.name] if row.name in own else loading.get(row.name, row.usual) for row in rows}
+    return {
+        "version": f"ldm {ldm.__version__}",
+        "model": Path(source).stem,
+        "model_hash": model.fingerprint(),
+        **{key: value for key, value in values.items() if value is not None},
+    }
+
+
+# --- what is to be made -----------------------------------------------------------------------------------------------
+
+
+def checked_groups(pipeline: Pipeline, common: dict[str, Any], jobs: list[Job]) -> Iterator[Group]:
+    """Images with the same settings together, all of them checked.
+
+    Raises:
+        LdmError: a setting does not fit, with the line that it stands in.
+    """
+    for line, found in groupby(jobs, key=lambda job: job.settings):
+        group, settings = list(found), common | dict(line)
+        request = _checked(pipeline, settings, group)
+        yield Group(group, settings, replace(request, image=None, mask=None))
+
+
+def _checked(pipeline: Pipeline, settings: dict[str, Any], jobs: list[Job]) -> Request:
+    """The request for images with the same settings; an error says which of them it is about."""
+    try:
+        return pipeline.request([job.prompt for job in jobs], seed=[job.seed for job in jobs], **settings)
+    except LdmError:
+        for job in jobs:
+            try:
+                pipeline.request(job.prompt, seed=job.seed, **settings)
+            except LdmError as error:
+                raise LdmError(f"{job.place}{error}") from None
+        raise
 
 
 def make_jobs(options: Options) -> Iterator[Job]:
-    """Every picture that is asked for, from the command line or from a file of prompts."""
+    """Every image that is asked for, from the command line or from a file of prompts."""
     lines = list(read_prompts(options.prompts_file)) if options.prompts_file else []
     lines += [(prompt, {}, "") for prompt in options.prompts]
     if not lines:
         raise LdmError("no prompt: give one, or a file of them (--prompts)")
-    if not 1 <= options.n <= MOST:
-        raise LdmError(f"-n {options.n}: a whole number from 1 to {MOST} is needed")
-    first = secrets.randbelow(2**32) if options.seed is None and not options.prompts_file else options.seed or 0
+    seed = options.settings.get("seed")
+    first = secrets.randbelow(2**32) if seed is None and not options.prompts_file else seed or 0
     index = 0
     for prompt, line, place in lines:
-        own = line.pop("seed", None)
-        for copy in range(options.n):
-            seed = first + index if own is None else own + copy
-            yield Job(index, prompt, seed, tuple(sorted(line.items())), place)
+        own, n = line.pop("seed", None), line.pop("n", options.settings.get("n", 1))
+        for copy in range(n):
+            yield Job(index, prompt, first + index if own is None else own + copy, tuple(sorted(line.items())), place)
             index += 1
 
 
@@ -230,21 +243,30 @@ def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
             prompt = content.pop("prompt")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise LdmError(f'{place}a JSON object with "prompt" is needed') from None
-        unknown = sorted(content.keys() - LINE_OPTIONS)
-        if unknown or not isinstance(prompt, str):
-            raise LdmError(f"{place}{listing(unknown) or 'the prompt'} is not known or no text")
-        seed = content.get("seed", 0)
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise LdmError(f"{place}seed {seed!r} is no whole number")
-        yield prompt, {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}, place
+        yield _line(prompt, content, place)
 
 
-def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[int, Path]:
-    """Where each picture goes. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
+def _line(prompt: Any, content: dict[str, Any], place: str) -> tuple[str, dict[str, Any], str]:
+    """A line of a JSON-lines file, its settings within their bounds."""
+    try:
+        settings = checked({"prompt": prompt, **content}, "list")
+    except LdmError as error:
+        raise LdmError(f"{place}{error}") from None
+    for name in ("prompt", "negative", "prompt_2", "negative_2", "seed"):
+        if isinstance(settings.get(name), tuple):
+            raise LdmError(f"{place}{name} {content.get(name, prompt)!r}: a line is about one prompt; give one")
+    return settings.pop("prompt"), settings, place
+
+
+# --- where it goes ----------------------------------------------------------------------------------------------------
+
+
+def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
+    """Where each image goes. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
     out = Path(options.out)
     if out.suffix.lower() == ".png":
         if len(jobs) > 1:
-            raise LdmError(f"--out {out}: {len(jobs)} pictures need a folder, not one file")
+            raise LdmError(f"--out {out}: {len(jobs)} images need a folder, not one file")
         return {jobs[0].index: to_png(options.out)}
     if out.suffix and not out.is_dir():
         raise LdmError(f"--out {out}: name a folder, or a file that ends in .png")
@@ -256,6 +278,9 @@ def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
+        recorded = at("record", LOADING)
+        common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
+        common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
     numbers = [int(m[1]) for path in out.glob("*.png") if (m := re.match(r"(\d{5,9})-", path.name))]
     start = max(numbers, default=-1) + 1
@@ -263,29 +288,11 @@ def _targets(options: Options, jobs: list[Job], common: dict[str, Any]) -> dict[
 
 
 def _free(target: Path, out: str) -> Path:
-    """The target, or the next number's if another run has put a picture there; a file named by --out is replaced."""
+    """The target, or the next number's if another run has put an image there; a file named by --out is replaced."""
     while target != Path(out) and target.exists():
         number, _, rest = target.name.partition("-")
         target = target.with_name(f"{int(number) + 1:05d}-{rest}")
     return target
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`--size`: width x height in pixels, or one number for both."""
-    match = re.fullmatch(r"(\d{1,9})(?:[x×](\d{1,9}))?", text.strip().lower())
-    if not match:
-        raise LdmError(f"--size {text!r}: write WIDTHxHEIGHT, such as 768x512")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def parse_spacing(text: str) -> str | tuple[float, ...]:
-    """`--spacing`: a name, or noise levels separated by commas."""
-    if "," not in text:
-        return text
-    try:
-        return tuple(float(level) for level in text.split(","))
-    except ValueError:
-        raise LdmError(f"--spacing {text!r}: write a name, or noise levels such as 14.6,7,3,1,0.1") from None
 
 
 def _absolute(source: str) -> str:
@@ -293,53 +300,31 @@ def _absolute(source: str) -> str:
     return source if builtin(source) or not Path(source).exists() else str(Path(source).absolute())
 
 
-def _guidance(options: Options, pipeline: Pipeline, scale: float | None = None) -> Guidance:
-    try:
-        start, end = (float(part) for part in options.guidance_interval.split(","))
-    except ValueError:
-        raise LdmError(f"--guidance-interval {options.guidance_interval!r}: write START,END, such as 0.1,0.8") from None
-    chosen = next(value for value in (scale, options.guidance, pipeline.model.family.guidance) if value is not None)
-    return Guidance(
-        chosen, options.guidance_rescale, (start, end), options.threshold, options.perturbed, options.image_guidance
-    )
-
-
-def _describe(options: Options, common: dict[str, Any], jobs: list[Job], left: int) -> dict[str, Any]:
+def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     """What `--dry-run` prints: all is checked, but no weights are loaded for it."""
-    opened = open_source(
-        named(options.model),
-        family=options.family,
-        variant=options.variant,
-        allow_pickle=options.allow_pickle,
-        verify=False,
-    )
-    refiner = open_source(options.refiner, verify=False) if options.refiner else None
+    named_ones = {
+        name: value for name, value in options.loading.items() if name in ("family", "variant", "allow_pickle")
+    }
+    opened = open_source(named(options.loading.get("source")), **named_ones, verify=False)
+    refiner = open_source(options.loading["refiner"], verify=False) if "refiner" in options.loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
         )
-    (_, first), *_ = _groups(options, pipeline, common, jobs)
-    request, _ = pipeline.request(**first)
-    family = opened.family
-    plan = request.plan(family.schedule, bool(family.unet.pooled_dim))
+    group, *_ = checked_groups(pipeline, options.common, jobs)
+    request, family = group.request, opened.family
+    (record,) = records(request.part(slice(1)), family)
+    files = {name: group.settings[name] for name, _ in IMAGES if name in group.settings}
     return {
         "model": describe(opened),
-        "settings": {
-            **{name: value for name, value in first.items() if name not in ("prompt", "seed")},
-            "width": request.width, "height": request.height, "steps": request.steps,
-            "guidance": vars(request.guidance),
-        },
-        "timesteps": [round(float(t), 2) for t in plan.timesteps],
-        "pictures": len(jobs),
+        "settings": {name: value for name, value in record.items() if name not in ("prompt", "seed")} | files,
+        "timesteps": [round(float(t), 2) for t in request.plan(family.schedule, family.xl).timesteps],
+        "images": len(jobs),
         "left_to_make": left,
         "first": {"prompt": jobs[0].prompt, "seed": jobs[0].seed},
-    }  # fmt: skip
+    }
 
 
 def _file(path: Any) -> dict[str, str]:
-    """A picture that was started from: where it was, and its digest, so that it can be found again."""
+    """An image that was started from: where it was, and its digest, so that it can be found again."""
     return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available()

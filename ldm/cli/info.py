@@ -21,7 +21,7 @@ from ldm.weights.components import Opened, build
 from ldm.weights.sources import verify_source
 
 
-def run(source: str, as_json: bool, verify: bool, options: SourceOptions) -> None:
+def print_description(source: str, as_json: bool, verify: bool, options: SourceOptions) -> None:
     """Print the description of a source or of a family."""
     if source in FAMILIES and not Path(source).exists() and not builtin(source):
         if verify or replace(options, allow_pickle=False) != SourceOptions():

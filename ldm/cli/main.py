@@ -11,12 +11,15 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 import ldm
+from ldm.cli.options import with_options
 from ldm.errors import LdmError
+from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
     name="ldm",
@@ -71,11 +74,11 @@ def info(
 
     A family's name (sd15, sdxl ...) in place of a source describes the released models of that family.
     """
-    from ldm.cli import info as command
     from ldm.cli.common import SourceOptions
+    from ldm.cli.info import print_description
 
     options = SourceOptions(family, variant, revision, tuple(component or ()), allow_pickle)
-    command.run(source, json, verify, options)
+    print_description(source, json, verify, options)
 
 
 @app.command()
@@ -93,143 +96,78 @@ def convert(
     allow_pickle: Pickle = False,
 ) -> None:
     """Write a model in another layout or type: folder to single file, single file to folder, fp32 to fp16."""
-    from ldm.cli import convert as command
     from ldm.cli.common import SourceOptions
+    from ldm.cli.convert import convert_model
 
     options = SourceOptions(family, variant, revision, tuple(component or ()), allow_pickle)
-    command.run(source, dest, dtype, as_variant, shard_size, force, options)
+    convert_model(source, dest, dtype, as_variant, shard_size, force, options)
 
 
-@app.command()
-def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to make pictures of.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder, a checkpoint file, or a Hub name.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What should not be seen.")] = None,
-    n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
-    batch: Annotated[
-        int | None, typer.Option(help="Pictures made at a time; by default as many as keep the device busy.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the scheduler; the built-in model 20, others 30.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Scale of classifier-free guidance; by default the family's.")
-    ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="See `ldm schedulers`; by default the model's own.")] = None,
-    spacing: Annotated[
-        str, typer.Option(help="See `ldm schedulers`; or falling noise levels, as 14.6,7,3,1,0.1.")
-    ] = "default",
-    seed: Annotated[
-        int | None, typer.Option(help="Of the first picture; the others have the numbers after it.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; by default the trained size.")] = None,
-    image: Annotated[str | None, typer.Option(help="A picture to start from.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of it is made anew, 0 to 1.")] = None,
-    mask: Annotated[str | None, typer.Option(help="Which of its pixels (white) are made anew.")] = None,
-    refiner: Annotated[str | None, typer.Option(help="A model of the family sdxl-refiner.")] = None,
-    refiner_at: Annotated[
-        float | None, typer.Option(help="Part of the run after which it takes over, such as 0.8.")
-    ] = None,
-    hires: Annotated[float | None, typer.Option(help="Enlarge by this factor in a second pass.")] = None,
-    hires_strength: Annotated[float | None, typer.Option(help="How much that pass makes anew (0.55).")] = None,
-    prompt_2: Annotated[str | None, typer.Option(help="For SDXL's second text encoder.")] = None,
-    negative_2: Annotated[str | None, typer.Option(help="Likewise.")] = None,
-    clip_skip: Annotated[int, typer.Option(help="Last layers of the text encoders to leave out.")] = 0,
-    weights: Annotated[bool, typer.Option(help="Read (brackets:1.2) as weights.")] = True,
-    chunks: Annotated[bool, typer.Option(help="Split long prompts instead of cutting them.")] = True,
-    eta: Annotated[float, typer.Option(help="Noise of DDIM's and TCD's steps, 0 to 1.")] = 0.0,
-    rescale: Annotated[float, typer.Option(help="Guidance rescale, 0 to 1.")] = 0.0,
-    interval: Annotated[str, typer.Option(help="START,END of the run in which guidance is on.")] = "0,1",
-    threshold: Annotated[float, typer.Option(help="Dynamic threshold's percentile, such as 0.995.")] = 0.0,
-    perturbed: Annotated[float, typer.Option(help="Scale of perturbed-attention guidance.")] = 0.0,
-    image_guidance: Annotated[
-        float, typer.Option(help="With a model that edits: how much of the picture stays.")
-    ] = 1.5,
-    rng: Annotated[str, typer.Option(help="Random numbers: ldm, or diffusers for its own.")] = "ldm",
-    reuse: Annotated[
-        int, typer.Option(help="Run the U-Net's inner levels in one call of so many: faster, rougher.")
-    ] = 1,
-    merge: Annotated[
-        float, typer.Option(help="Part of the tokens merged for self-attention, up to 0.75: faster, rougher.")
-    ] = 0.0,
+def _of_generate_itself(
+    *,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to make images of.")] = None,
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
     ] = None,
-    out: Annotated[str, typer.Option(help="A folder, or a .png for one picture.")] = "outputs",
-    sheet: Annotated[bool, typer.Option("--grid", help="Also all pictures on one sheet.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; by default what the device is good at.")
-    ] = None,
-    attention: Annotated[
-        str,
-        typer.Option(help="sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; by default the best."),
-    ] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks first: for many pictures.")] = False,
-    quantize: Annotated[
-        str | None, typer.Option(help="int8, int8-weights or fp8: linear layers with weights of 8 bits, by torchao.")
-    ] = None,
-    offload: Annotated[
-        str, typer.Option(help="For large models on a GPU: none, components or layers; by default what fits.")
-    ] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
+    out: Annotated[str, typer.Option(help="A folder, or a .png for one image.")] = "outputs",
+    sheet: Annotated[bool, typer.Option("--grid", help="Also all images on one sheet.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
-    family: FamilyOption = None,
-    variant: Variant = None,
-    allow_pickle: Pickle = False,
 ) -> None:
-    """Make pictures of prompts, as PNG files that say how they were made."""
-    from ldm.cli import generate as command
+    """The options of `ldm generate` that are about the command, not about images or models."""
 
-    given = {
-        "negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "steps": steps, "scheduler": scheduler,
-        "image": image, "mask": mask, "strength": strength, "refiner_at": refiner_at, "hires": hires,
-        "hires_strength": hires_strength,
-    }  # fmt: skip
-    settings: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-    settings |= {
-        "clip_skip": clip_skip, "weights": weights, "chunks": chunks, "eta": eta, "rng": rng, "reuse": reuse,
-        "merge": merge,
-    }  # fmt: skip
-    settings["spacing"] = command.parse_spacing(spacing)
-    command.run(
-        command.Options(
-            prompts=prompts or [], model=model, refiner=refiner, n=n, batch=batch, seed=seed, size=size,
-            guidance=guidance, guidance_rescale=rescale, guidance_interval=interval, threshold=threshold,
-            perturbed=perturbed, image_guidance=image_guidance, prompts_file=prompts_file, out=out, sheet=sheet,
-            device=device, dtype=dtype, attention=attention, compile=compile, quantize=quantize, offload=offload,
-            as_json=json, dry_run=dry_run, family=family, variant=variant, allow_pickle=allow_pickle,
-            settings=settings,
-        )
-    )  # fmt: skip
+
+def generate_command() -> Callable[..., None]:
+    """The command `generate`, with an option for each setting."""
+    settings, loading = at("shell"), at("shell", LOADING)
+    del settings["prompt"]  # its argument
+
+    def generate(**given: Any) -> None:
+        """Make images of prompts, as PNG files that say how they were made."""
+        from ldm.cli.generate import Options, generate_images
+
+        options = Options(
+            prompts=given["prompts"] or [], settings=parsed(given, settings), loading=parsed(given, loading),
+            prompts_file=given["prompts_file"], out=given["out"], sheet=given["sheet"], as_json=given["json"],
+            dry_run=given["dry_run"],
+        )  # fmt: skip
+        generate_images(options)
+
+    return with_options(generate, [*settings.values(), *loading.values()], _of_generate_itself)
+
+
+app.command()(generate_command())
 
 
 @app.command()
 def repro(
-    picture: Annotated[
-        str, typer.Argument(help="A PNG made by `ldm generate`, or by a program of AUTOMATIC1111's kind.")
+    file: Annotated[
+        str,
+        typer.Argument(metavar="IMAGE", help="A PNG made by `ldm generate`, or by a program of AUTOMATIC1111's kind."),
     ],
     model: Annotated[
         str | None, typer.Option(help="The model that it was made with, if it is not where it was.")
     ] = None,
     refiner: Annotated[str | None, typer.Option(help="The refiner, if one was used.")] = None,
-    image: Annotated[str | None, typer.Option(help="The picture that it started from, likewise.")] = None,
+    image: Annotated[str | None, typer.Option(help="The image that it started from, likewise.")] = None,
     mask: Annotated[str | None, typer.Option(help="The mask, likewise.")] = None,
-    out: Annotated[str | None, typer.Option(help="Also write the picture, to this .png.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write the image, to this .png.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default as it was made.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Make a picture again from what it says of itself, and report how the pixels differ."""
-    from ldm.cli import repro as command
+    """Make an image again from what it says of itself, and report how the pixels differ."""
+    from ldm.cli.repro import reproduce_image
 
-    command.run(picture, model, refiner, image, mask, out, device, dtype, allow_pickle)
+    reproduce_image(file, model, refiner, image, mask, out, device, dtype, allow_pickle)
 
 
 @app.command()
 def schedulers(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the schedulers and the spacings that go with each."""
-    from ldm.cli import schedulers as command
+    from ldm.cli.schedulers import print_schedulers
 
-    command.run(json)
+    print_schedulers(json)
 
 
 def _fields(wanted: bool) -> None:
@@ -252,9 +190,9 @@ def train(
 
     On several GPUs or machines: accelerate launch train_ldm.py CONFIG.yaml KEY=VALUE ...
     """
-    from ldm.cli import train as command
+    from ldm.cli.train import train_models
 
-    command.run(config, overrides or [])
+    train_models(config, overrides or [])
 
 
 @app.command()
@@ -269,9 +207,9 @@ def plan(
 
     Memory is predicted; PFLOP are counted.
     """
-    from ldm.cli import plan as command
+    from ldm.cli.plan import print_forecast
 
-    command.run(config, overrides or [], processes, measure, json)
+    print_forecast(config, overrides or [], processes, measure, json)
 
 
 @app.command()
@@ -284,9 +222,9 @@ def selftest(
     Gradients of every loss, the same weights on all processes, crops and their latents, drop-out, learning rates,
     stopping and going on, numbers that are not finite.
     """
-    from ldm.cli import selftest as command
+    from ldm.cli.selftest import check_training
 
-    command.run(folder, precision)
+    check_training(folder, precision)
 
 
 @app.command()
@@ -295,8 +233,8 @@ def bench(
         "emoji"
     ),
     size: Annotated[str | None, typer.Option(help="Pixels, WxH; by default the model's own.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 1,
-    steps: Annotated[int, typer.Option(help="Of each picture; the median one counts.")] = 4,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    steps: Annotated[int, typer.Option(help="Of each image; the median one counts.")] = 4,
     rounds: Annotated[int, typer.Option(help="Calls of each side, after one that warms up.")] = 5,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16; by default what the device is good at.")
@@ -308,14 +246,15 @@ def bench(
     ] = "diffusers",
     compile: Annotated[bool, typer.Option("--compile", help="Compile ours.")] = False,
     quantize: Annotated[str | None, typer.Option(help="Of ours: int8, int8-weights or fp8.")] = None,
-    cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the picture.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the image.")] = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
 ) -> None:
-    """Measure how fast pictures are made, beside diffusers with the same weights."""
-    from ldm.cli import bench as command
+    """Measure how fast images are made, beside diffusers with the same weights."""
+    from ldm.bench.command import measure
+    from ldm.bench.options import BenchOptions
 
-    command.run(
-        command.Options(
+    measure(
+        BenchOptions(
             source, size=size, batch=batch, steps=steps, rounds=rounds, dtype=dtype, rival_dtype=rival_dtype,
             device=device, against=against, compile=compile, quantize=quantize, cold=cold, out=out,
         )
@@ -324,9 +263,9 @@ def bench(
 
 @app.command("eval")
 def evaluate(
-    sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of pictures, one or two.")],
+    sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of images, one or two.")],
     data: Annotated[
-        str | None, typer.Option(help="Pictures to compare with, whose captions are prompts: a folder, shards.")
+        str | None, typer.Option(help="Images to compare with, whose captions are prompts: a folder, shards.")
     ] = None,
     metrics: Annotated[
         str | None,
@@ -335,46 +274,44 @@ def evaluate(
             "clip-score, r-precision; memorisation; rfid, psnr, ssim, lpips (autoencoder)."
         ),
     ] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", "-n", help="Pictures of each; by default one for each caption.")
-    ] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Images of each; by default one for each caption.")] = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts, one a line, in place of captions.")
     ] = None,
-    training: Annotated[str | None, typer.Option(help="Training pictures, to look for copies of them.")] = None,
+    training: Annotated[str | None, typer.Option(help="Training images, to look for copies of them.")] = None,
     features: Annotated[
         str, typer.Option(help="Network for FID and the like: inception[:FILE], or clip:… as for --clip.")
     ] = "inception",
     clip: Annotated[
         str | None, typer.Option(help="Network for prompts: clip:NAME@WEIGHTS of open_clip, or clip:FOLDER of ours.")
     ] = None,
-    copies: Annotated[str, typer.Option(help="Network that knows pictures again: sscd[:FILE].")] = "sscd",
+    copies: Annotated[str, typer.Option(help="Network that knows images again: sscd[:FILE].")] = "sscd",
     lpips: Annotated[str, typer.Option(help="Backbone of LPIPS, alex or vgg16, or a file of its weights.")] = "alex",
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V,V", help="Also with these values: guidance=1,3,5, steps=10,20.")
     ] = None,
     both: Annotated[
-        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="How pictures are made, such as steps=20.")
+        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="How images are made, such as steps=20.")
     ] = None,
     with_a: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the first alone.")] = None,
     with_b: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the second.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the others have the numbers after it.")] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures made at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the first image; the others have the numbers after it.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images made at a time.")] = 8,
     out: Annotated[
-        str, typer.Option(help="A folder for pictures and report; the same one again goes on.")
+        str, typer.Option(help="A folder for images and report; the same one again goes on.")
     ] = "evaluation",
-    cache: Annotated[str | None, typer.Option(help="Folder for what is found in reference pictures.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder for what is found in reference images.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print report.json in place of tables.")] = False,
 ) -> None:
-    """Say how good pictures are, with intervals, and which of two models is better: ldm eval A B --data FOLDER.
+    """Say how good images are, with intervals, and which of two models is better: ldm eval A B --data FOLDER.
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """
-    from ldm.cli import evaluate as command
+    from ldm.cli.evaluate import Options, evaluate_sources
 
-    command.run(
-        command.Options(
+    evaluate_sources(
+        Options(
             sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
             clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
             settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,

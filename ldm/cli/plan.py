@@ -13,7 +13,7 @@ from ldm.training.config import load
 from ldm.training.forecast import Forecast, forecast
 
 
-def run(config: str, overrides: Sequence[str], processes: int, measured: int, as_json: bool) -> None:
+def print_forecast(config: str, overrides: Sequence[str], processes: int, measured: int, as_json: bool) -> None:
     """Print the forecast of each stage and, after `measured` real steps of the first one, the time it will take."""
     settings = load(config, overrides)
     rows = forecast(settings, processes)

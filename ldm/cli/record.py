@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import LdmError
+from pipelines.settings import SETTINGS, expanded
 
 SAMPLERS = {  # AUTOMATIC1111's name -> ours
     "DDIM": "ddim", "PLMS": "pndm", "LMS": "lms", "Euler": "euler", "Euler a": "euler-a", "Heun": "heun",
@@ -20,27 +21,24 @@ USUAL = ("", "Automatic", "Uniform")  # types of schedule that mean the sampler'
 _PAIR = re.compile(r'\s*([\w /]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
-def to_parameters(settings: Mapping[str, Any]) -> str:
-    """Settings as the text of AUTOMATIC1111: prompt, negative prompt, and a line of the rest."""
+def to_parameters(record: Mapping[str, Any]) -> str:
+    """An image's record as the text of AUTOMATIC1111: prompt, negative prompt, and a line of the rest."""
+    found = expanded(record)
+    found["size"] = f"{found['width']}x{found['height']}"
     samplers = {ours: theirs for theirs, ours in SAMPLERS.items()}
-    spacing = {ours: theirs for theirs, ours in SPACINGS.items()}.get(settings["spacing"])
-    pairs = {
-        "Steps": settings["steps"],
-        "Sampler": samplers.get(settings["scheduler"], settings["scheduler"]),
-        "Schedule type": spacing,
-        "CFG scale": settings["guidance"]["scale"],
-        "Seed": settings["seed"],
-        "Size": f"{settings['width']}x{settings['height']}",
-        "Model hash": settings.get("model_hash"),
-        "Model": settings.get("model"),
-        "Denoising strength": settings.get("hires_strength", settings.get("strength")),
-        "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,
-        "Hires upscale": settings.get("hires"),
-        "Version": settings.get("version"),
-    }
-    lines = [settings["prompt"]]
-    if settings.get("negative"):
-        lines.append(f"Negative prompt: {settings['negative']}")
+    found["scheduler"] = samplers.get(found["scheduler"], found["scheduler"])
+    found["spacing"] = {ours: theirs for theirs, ours in SPACINGS.items()}.get(found["spacing"])
+    found["clip_skip"] = found["clip_skip"] + 1 if found["clip_skip"] else None
+    pairs: dict[str, Any] = {}
+    for row in SETTINGS:
+        if row.a1111 and row.name != "negative" and found.get(row.name) is not None:
+            pairs[row.a1111] = found[row.name]
+        if row.name == "size":
+            pairs |= {"Model hash": found.get("model_hash"), "Model": found.get("model")}
+    pairs["Version"] = found.get("version")
+    lines = [found["prompt"]]
+    if found.get("negative"):
+        lines.append(f"Negative prompt: {found['negative']}")
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items() if value is not None))
     return "\n".join(lines)
 
@@ -54,7 +52,7 @@ def from_parameters(text: str) -> dict[str, Any]:
     lines = text.strip().split("\n")
     pairs = dict(_PAIR.findall(lines[-1])) if lines else {}
     if "Steps" not in pairs:
-        raise LdmError("the picture's text does not say how it was made: it has no line with Steps")
+        raise LdmError("the image's text does not say how it was made: it has no line with Steps")
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
@@ -62,33 +60,35 @@ def from_parameters(text: str) -> dict[str, Any]:
         if line.startswith("Negative prompt:"):
             current, line = negative, line.removeprefix("Negative prompt:").strip()
         current.append(line)
-    settings: dict[str, Any] = {"prompt": "\n".join(prompt), "negative": "\n".join(negative) or None}
+    texts = {row.name: pairs[row.a1111] for row in SETTINGS if row.a1111 in pairs}
+    texts.pop("strength" if "hires" in texts else "hires_strength", None)  # which share a key
+    scheduler, spacing = _sampler(texts.pop("scheduler", ""), texts.pop("spacing", ""))
+    settings: dict[str, Any] = {
+        "prompt": "\n".join(prompt), "negative": "\n".join(negative) or None, "scheduler": scheduler,
+        "spacing": spacing,
+    }  # fmt: skip
     try:
-        settings["steps"] = int(pairs["Steps"])
-        sampler, spacing = pairs.get("Sampler", ""), pairs.get("Schedule type", "")
-        for name in SPACINGS:  # older versions put it behind the sampler
-            if sampler.endswith(f" {name}"):
-                sampler, spacing = sampler.removesuffix(f" {name}"), name
-        if sampler and sampler not in SAMPLERS:
-            raise LdmError(f"the picture was made with sampler {sampler!r}, which does not exist here")
-        settings["scheduler"] = SAMPLERS.get(sampler)
-        if spacing not in (*SPACINGS, *USUAL):
-            raise LdmError(f"the picture was made with schedule type {spacing!r}, which does not exist here")
-        settings["spacing"] = SPACINGS.get(spacing, "default")
-        if "CFG scale" in pairs:
-            settings["guidance"] = float(pairs["CFG scale"])
-        if "Seed" in pairs:
-            settings["seed"] = int(pairs["Seed"])
-        if "Size" in pairs:
-            settings["width"], settings["height"] = map(int, pairs["Size"].split("x"))
-        if "Hires upscale" in pairs:
-            settings["hires"] = float(pairs["Hires upscale"])
-        if "Denoising strength" in pairs:
-            settings["hires_strength" if "hires" in settings else "strength"] = float(pairs["Denoising strength"])
-        if "Clip skip" in pairs:
-            settings["clip_skip"] = max(0, int(pairs["Clip skip"]) - 1)
-    except LdmError:
-        raise
+        settings |= {row.name: row.kind.parse(texts[row.name]) for row in SETTINGS if row.name in texts}
     except ValueError as error:
-        raise LdmError(f"the picture's text is damaged: {error}") from None
+        raise LdmError(f"the image's text is damaged: {error}") from None
+    if "size" in settings:
+        settings["width"], settings["height"] = settings.pop("size")
+    if "clip_skip" in settings:
+        settings["clip_skip"] = max(0, settings["clip_skip"] - 1)
     return settings
+
+
+def _sampler(sampler: str, spacing: str) -> tuple[str | None, str]:
+    """Our scheduler and spacing for A1111's sampler and schedule type.
+
+    Raises:
+        LdmError: one of them does not exist here.
+    """
+    for name in SPACINGS:  # older versions put it behind the sampler
+        if sampler.endswith(f" {name}"):
+            sampler, spacing = sampler.removesuffix(f" {name}"), name
+    if sampler and sampler not in SAMPLERS:
+        raise LdmError(f"the image was made with sampler {sampler!r}, which does not exist here")
+    if spacing not in (*SPACINGS, *USUAL):
+        raise LdmError(f"the image was made with schedule type {spacing!r}, which does not exist here")
+    return SAMPLERS.get(sampler), SPACINGS.get(spacing, "default")

@@ -1,4 +1,4 @@
-"""`ldm repro`: a picture made again from its own record."""
+"""`ldm repro`: an image made again from its own record."""
 
 from __future__ import annotations
 
@@ -8,27 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from ldm.cli.common import to_dtype, to_png
+from ldm.cli.common import to_png
 from ldm.cli.record import from_parameters
 from ldm.errors import LdmError, listing
 from ldm.images import load_image, read_settings, save_png
-from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
-from pipelines.pipeline import RECORDED
+from pipelines.settings import LOADING, at
+from pipelines.tuning import dtype_named
 
-SETTINGS = {
-    *RECORDED, "prompt", "negative", "prompt_2", "negative_2", "seed", "steps", "scheduler", "guidance", "strength",
-    "hires", "hires_strength", "hires_latents", "refiner_at", "refiner_strength",
-}  # fmt: skip
-NAMES = {
-    "version", "model", "model_hash", "source", "source_family", "variant", "refiner", "dtype", "attention", "quantize",
-    "offload",
-}  # fmt: skip
-DESCRIPTION = {"task", "family", "image", "mask", "compile", "batch", "place"}  # the rest of a record
+ABOUT = {"version", "model", "model_hash", "task", "family", "batch", "place"}  # in a record beside the settings
 
 
-def run(
-    picture: str,
+def reproduce_image(
+    file: str,
     model: str | None,
     refiner: str | None,
     image: str | None,
@@ -39,36 +31,33 @@ def run(
     allow_pickle: bool,
 ) -> None:
     """Print the largest and the mean difference of the pixels, 0 to 255."""
-    path, target = Path(picture), to_png(out) if out else None
+    path, target = Path(file), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:
         raise LdmError(f"{path} does not say how it was made")
-    settings = from_parameters(parameters) if record is None else _settings(record)
+    settings = from_parameters(parameters) if record is None else settings_of(record)
     record = record or {}
-    source = model or record.get("source")
-    if source is None:
+    loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
+    loading |= {name: given for name, given in (("source", model), ("refiner", refiner), ("dtype", dtype)) if given}
+    if "source" not in loading:
         raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
     for name, given in (("image", image), ("mask", mask)):
         if given or name in record:
             settings[name] = given or _found(name, record[name])
     if "strength" in settings and "image" not in settings:
-        raise LdmError(f"{path} was made from a picture, which it does not name; name it (--image)")
-    pipeline = Pipeline(
-        source, refiner=refiner or record.get("refiner"), device=device, dtype=to_dtype(dtype or record.get("dtype")),
-        attention=record.get("attention", "sdpa"), compile=record.get("compile") is True,
-        quantize=record.get("quantize"), offload=record.get("offload", "auto"), family=record.get("source_family"),
-        variant=record.get("variant"), allow_pickle=allow_pickle,
-    )  # fmt: skip
+        raise LdmError(f"{path} was made from an image, which it does not name; name it (--image)")
+    pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
     found, stated = pipeline.model.fingerprint(), record.get("model_hash")
     if stated and found != stated:
+        source = loading["source"]
         raise LdmError(
             f"{path} was made with other weights ({stated}) than {source} has ({found}); name the right model"
         )
     batch, place = record.get("batch", 1), record.get("place", 0)
     if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:
-        raise LdmError("the picture's record is damaged")
+        raise LdmError("the image's record is damaged")
     settings |= {name: [settings[name]] * batch for name in ("prompt", "seed") if name in settings}
-    made = pipeline(**settings, batch=batch).images[place]  # among as many others, which numbers are rounded like
+    made = pipeline(**settings, batch=batch).images[place]  # in a batch of the same size: rounding depends on it
     original = load_image(path)
     if original.size != made.size:
         raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: it was changed since")
@@ -79,28 +68,38 @@ def run(
     print(f"{same}: largest difference {difference.max()}, mean {difference.mean():.4f} of 255")
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `Pipeline.stream` in our own record."""
-    unknown = sorted(record.keys() - SETTINGS - NAMES - DESCRIPTION)
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the call in our own record, images not included.
+
+    Raises:
+        LdmError: the record has others, or is damaged.
+    """
+    keys = {row.key.partition(".")[0] for row in at("record").values()}
+    unknown = sorted(record.keys() - keys - {row.key for row in at("record", LOADING).values()} - ABOUT)
     if unknown:
-        raise LdmError(f"the picture's record has {listing(unknown)}, which this version of ldm does not know")
-    settings = {name: value for name, value in record.items() if name in SETTINGS}
+        raise LdmError(f"the image's record has {listing(unknown)}, which this version of ldm does not know")
+    if not isinstance(record.get("prompt"), str) or not isinstance(record.get("guidance"), dict):
+        raise LdmError("the image's record is damaged")
+    return {name: value for name, value in record.items() if name in keys - {"image", "mask"} and value is not None}
+
+
+def loading_of(record: dict[str, Any]) -> dict[str, Any]:
+    """How the model was loaded, in our own record.
+
+    Raises:
+        LdmError: a value is damaged.
+    """
+    rows = at("record", LOADING).values()
     try:
-        guidance = settings["guidance"]
-        settings["guidance"] = Guidance(**{**guidance, "interval": tuple(guidance["interval"])})
-        if not isinstance(settings["prompt"], str) or not all(
-            isinstance(record[name], str) for name in NAMES & record.keys()
-        ):
-            raise TypeError
-    except (KeyError, TypeError):
-        raise LdmError("the picture's record is damaged") from None
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        return {row.name: row.check(record[row.key]) for row in rows if record.get(row.key) is not None}
+    except LdmError as error:
+        raise LdmError(f"the image's record is damaged: {error}") from None
 
 
 def _found(name: str, record: Any) -> str:
-    """The file that a picture was made from, if it is still the same."""
+    """The file that an image was made from, if it is still the same."""
     if not isinstance(record, dict) or not isinstance(record.get("path"), str):
-        raise LdmError(f"the picture's record of its {name} is damaged")
+        raise LdmError(f"the image's record of its {name} is damaged")
     path = Path(record["path"])
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record.get("sha256"):
         raise LdmError(f"the {name} that it was made from, {path}, is gone or has changed; name it (--{name})")

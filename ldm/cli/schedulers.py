@@ -10,7 +10,7 @@ from rich.table import Table
 from ldm.sampling.schedulers import SCHEDULERS, spacings
 
 
-def run(as_json: bool) -> None:
+def print_schedulers(as_json: bool) -> None:
     """Print each scheduler with diffusers' name of it and its spacings."""
     rows = {name: {"class": kind, "spacings": spacings(name)} for name, (kind, _) in SCHEDULERS.items()}
     if as_json:

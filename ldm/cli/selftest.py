@@ -13,7 +13,7 @@ from ldm.errors import LdmError
 from ldm.training.selftest import selftest
 
 
-def run(folder: str, precision: str) -> None:
+def check_training(folder: str, precision: str) -> None:
     """Print what was checked; what it trained is removed if all is well."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.ERROR, stream=sys.stderr)
     first, path, began = os.environ.get("RANK", "0") == "0", Path(folder), time.monotonic()

@@ -17,10 +17,11 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import describe, load
 from ldm.training.loop import Stopped
 from ldm.training.run import train
+from ldm.training.stages.table import kind_named
 from pipelines import Pipeline
 
 
-def run(config: str, overrides: Sequence[str]) -> None:
+def train_models(config: str, overrides: Sequence[str]) -> None:
     """Train what a configuration says."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -29,14 +30,14 @@ def run(config: str, overrides: Sequence[str]) -> None:
     display = Display(Console(stderr=True))
     try:
         with display.bar:
-            train(settings, make_pictures, display.report)
+            train(settings, make_images, display.report)
     except Stopped as stopped:
         if first:
             print(f"ldm: {stopped}; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     if first:
         for stage in settings.stages:
-            print(f"{settings.output}/{stage}/model")
+            print(f"{settings.output}/{stage}/{kind_named(stage).result}")
 
 
 class Display:
@@ -73,13 +74,13 @@ def _short(name: str, value: float) -> str:
     return f"{100 * value:.0f} %" if name in ("waiting", "model_flops_use") else f"{value:.4g}"
 
 
-def make_pictures(
+def make_images(
     model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int], settings: Mapping[str, Any]
 ) -> list[Image.Image]:
-    """A picture of each prompt, all at once; the settings are those of `Pipeline.request`."""
+    """An image of each prompt, all at once; the settings are those of `Pipeline.request`."""
     width, height = size
-    pictures = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
-    return pictures.images
+    images = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
+    return images.images
 
 
 def fields() -> str:

@@ -8,7 +8,7 @@ under its name, and is encoded again; what is there stays.
 Rows come in shards, safetensors files that are written whole or not at all: a build that is stopped goes on where it
 was, and several processes can build at once. Rows are read through the memory map, one by one.
 
-B rows, C latent channels, H×W and h×w sides of pictures and latents, T tokens, D and P widths of text
+B rows, C latent channels, H×W and h×w sides of images and latents, T tokens, D and P widths of text
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.framing import decoded_side, fixed_frame, render, to_pixels
 from ldm.data.image_set import made
-from ldm.data.plan import Plan
+from ldm.data.plan import BatchPlan
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError
-from ldm.weights.files import Output, TensorInfo, read_header, read_json, replacing, write_json, write_safetensors
+from ldm.files import read_json, replacing, write_json
+from ldm.weights.tensors import Output, TensorInfo, read_header, write_safetensors
 
 SHARD = 256 * 2**20  # bytes
 _STALE = 3600  # seconds after which a temporary file belongs to no living process
@@ -46,7 +47,7 @@ Report = Callable[[int, int], None]  # rows done, rows in all
 
 def build_latents(
     folder: Path,
-    plan: Plan,
+    plan: BatchPlan,
     fingerprint: str,
     encode: Encode,
     *,
@@ -84,8 +85,7 @@ def build_latents(
         for some in _chunks((crop for _, crop in group), batch)
     ]
     done, encoded, total = 0, 0, sum(len(some) for _, some in todo)
-    skipped = Skipped(plan.name, path / f"unreadable-{rank}.txt", fresh=True)
-    unreadable: dict[str, str] = {}
+    unreadable = _Unreadable(path, plan, rank)
     loading = DataLoader(
         _Rendering(plan), sampler=todo, batch_size=None, num_workers=workers, generator=torch.Generator()
     )
@@ -93,24 +93,42 @@ def build_latents(
         done += len(rows) + len(damaged)
         encoded += len(rows)
         if damaged:
-            for crop, reason in damaged:
-                unreadable[crop.name.hex()] = reason
-                skipped.add(plan.images.key(crop.index), reason)
-            skipped.check(done // _per_image(plan))
-            with replacing(path / f"unreadable-{rank}.json", folder=False, overwrite=True, need=0) as temporary:
-                write_json(temporary, unreadable)
+            unreadable.add(damaged, done)
         if rows:
-            pixels = to_pixels(torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])))
-            moments = torch.cat(encode(pixels), dim=1).detach().cpu()
-            for (crop, _, _), finite in zip(rows, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
-                if not finite:
-                    key = plan.images.key(crop.index)
-                    raise LdmError(f"the latents of {key} are not finite; encode in bf16 or fp32, not in fp16")
-            sizes = torch.tensor([numbers for _, _, numbers in rows], dtype=torch.int32)
-            writer.add([crop.name for crop, _, _ in rows], {"moments": moments, "sizes": sizes})
+            writer.add([crop.name for crop, _, _ in rows], _encoded(rows, plan, encode))
         report(done, total)
     writer.flush()
     return encoded
+
+
+def _encoded(rows: list[_Row], plan: BatchPlan, encode: Encode) -> dict[str, Tensor]:
+    """Moments (B, 2C, h, w) of these crops, and the six numbers of each one's `Frame` (B, 6)."""
+    pixels = to_pixels(torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])))
+    moments = torch.cat(encode(pixels), dim=1).detach().cpu()
+    for (crop, _, _), finite in zip(rows, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
+        if not finite:
+            key = plan.images.key(crop.index)
+            raise LdmError(f"the latents of {key} are not finite; encode in bf16 or fp32, not in fp16")
+    return {"moments": moments, "sizes": torch.tensor([numbers for _, _, numbers in rows], dtype=torch.int32)}
+
+
+class _Unreadable:
+    """The images that a process could not decode, noted in the cache; too many of them end the build."""
+
+    def __init__(self, folder: Path, plan: BatchPlan, rank: int) -> None:
+        self._file = folder / f"unreadable-{rank}.json"
+        self._plan = plan
+        self._skipped = Skipped(plan.name, folder / f"unreadable-{rank}.txt", fresh=True)
+        self._reasons: dict[str, str] = {}
+
+    def add(self, damaged: list[tuple[_Crop, str]], done: int) -> None:
+        """Note these crops and the reasons; `done` crops were read in all."""
+        for crop, reason in damaged:
+            self._reasons[crop.name.hex()] = reason
+            self._skipped.add(self._plan.images.key(crop.index), reason)
+        self._skipped.check(done // _per_image(self._plan))
+        with replacing(self._file, folder=False, overwrite=True, need=0) as temporary:
+            write_json(temporary, self._reasons)
 
 
 class Latents:
@@ -120,7 +138,7 @@ class Latents:
         LdmError: there are none of this autoencoder and these buckets, or some images are missing or have changed.
     """
 
-    def __init__(self, folder: Path, plan: Plan, fingerprint: str) -> None:
+    def __init__(self, folder: Path, plan: BatchPlan, fingerprint: str) -> None:
         path = _cache(folder, "latents", _latent_settings(plan, fingerprint), create=False)
         self._rows = _Rows(path)
         places = self._rows.places()
@@ -327,7 +345,10 @@ class _Crop:
     name: bytes
 
 
-def _latent_settings(plan: Plan, fingerprint: str) -> dict[str, object]:
+_Row = tuple[_Crop, np.ndarray, tuple[int, ...]]  # crop, pixels (H, W, 3) uint8, the six numbers of its `Frame`
+
+
+def _latent_settings(plan: BatchPlan, fingerprint: str) -> dict[str, object]:
     """All that decides the latents of a crop, besides the image: how many there are of each does not."""
     framing = plan.framing
     if not framing.fixed:
@@ -336,11 +357,11 @@ def _latent_settings(plan: Plan, fingerprint: str) -> dict[str, object]:
     return {"autoencoder": fingerprint} | {name: getattr(framing, name) for name in names}
 
 
-def _per_image(plan: Plan) -> int:
+def _per_image(plan: BatchPlan) -> int:
     return plan.framing.fixed * (2 if plan.framing.flip else 1)
 
 
-def _crops(plan: Plan) -> Iterator[tuple[tuple[int, int], _Crop]]:
+def _crops(plan: BatchPlan) -> Iterator[tuple[tuple[int, int], _Crop]]:
     """Every crop that the plan can show, with its bucket, bucket by bucket."""
     keys, stamps = plan.images.all_keys(), plan.images.all_stamps()
     for sides, members in plan.buckets.items():
@@ -360,14 +381,12 @@ def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
 class _Rendering(Dataset):
     """From crops of a bucket to their pixels (H, W, 3) uint8 and numbers; and those that cannot be read."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
 
-    def __getitem__(
-        self, item: tuple[tuple[int, int], list[_Crop]]
-    ) -> tuple[list[tuple[_Crop, np.ndarray, tuple[int, ...]]], list[tuple[_Crop, str]]]:
+    def __getitem__(self, item: tuple[tuple[int, int], list[_Crop]]) -> tuple[list[_Row], list[tuple[_Crop, str]]]:
         sides, some = item
-        rows: list[tuple[_Crop, np.ndarray, tuple[int, ...]]] = []
+        rows: list[_Row] = []
         damaged: list[tuple[_Crop, str]] = []
         for crop in some:
             example = self.plan.example(crop.index)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Entry, Part, decode_caption, to_captions
+from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Entry, SourcePart, decode_caption, to_captions
 from ldm.errors import LdmError
 
 Record = dict[str, Any]  # a row of a metadata file
@@ -30,9 +30,9 @@ class Folder:
         self.root = root
         self.name = str(root)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SourcePart]:
         """One part, listed at every start."""
-        return [Part(str(self.root.resolve()), "", self._entries)]
+        return [SourcePart(str(self.root.resolve()), "", self._entries)]
 
     def open(self, where: str) -> BinaryIO:
         """The file at a path within the folder."""

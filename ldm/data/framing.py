@@ -22,7 +22,7 @@ from ldm.errors import LdmError, check_whole
 
 @dataclass(frozen=True)
 class Framing:
-    """How images become pictures of a few sizes."""
+    """How images become images of a few sizes."""
 
     size: int = 1024  # every bucket has at most size² pixels, and about as many
     buckets: bool = True  # of many aspects; False: all images are cropped to squares

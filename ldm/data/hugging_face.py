@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.data.image_set import Captions, Entry, Part, to_captions
+from ldm.data.image_set import Captions, Entry, SourcePart, to_captions
 from ldm.errors import LdmError, first_line
 
 
@@ -86,9 +86,9 @@ class Dataset:
         self.part = f"{name}\t{split}\t{self.columns.caption}"
         self.stamp = dataset._fingerprint  # of the library: changes with the content
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SourcePart]:
         """One part, known by the library's fingerprint."""
-        return [Part(self.part, self.stamp, self._entries)]
+        return [SourcePart(self.part, self.stamp, self._entries)]
 
     def open(self, where: str) -> BinaryIO:
         """The file in a row."""

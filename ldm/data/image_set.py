@@ -24,8 +24,8 @@ from PIL import Image
 
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError, listing
+from ldm.files import replacing
 from ldm.images import image_size, load_image
-from ldm.weights.files import replacing
 
 IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",
@@ -80,7 +80,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """What is indexed together. A part with a stamp is not even listed again while that stays the same."""
 
     name: str
@@ -93,7 +93,7 @@ class Source(Protocol):
 
     name: str
 
-    def parts(self) -> Iterable[Part]:
+    def parts(self) -> Iterable[SourcePart]:
         """What is there. Raises LdmError if it cannot be read."""
 
     def open(self, where: str) -> BinaryIO:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.cache import Latents
 from ldm.data.framing import choose, decoded_side, render, to_pixels, visit_frame
 from ldm.data.keyed import uniform
-from ldm.data.plan import Item, Plan, Visit
+from ldm.data.plan import BatchPlan, Item, Visit
 from ldm.data.skipped import Skipped
 from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, check_whole, first_line
@@ -50,7 +50,7 @@ class Batch:
         return replace(self, pixels=pixels, moments=moments, size=change(self.size), scores=change(self.scores))
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch cut into `count` parts of equal length, or nearly so; into fewer if it has fewer pictures."""
+        """The batch cut into `count` parts of equal length, or nearly so; into fewer if it has fewer images."""
         edges = [len(self.keys) * k // count for k in range(count + 1)]
         rows = [slice(start, end) for start, end in pairwise(edges) if start < end]
         return [
@@ -92,7 +92,7 @@ class Loader:
 
     def __init__(
         self,
-        plan: Plan | StreamPlan,
+        plan: BatchPlan | StreamPlan,
         *,
         start: int = 0,
         rank: int = 0,
@@ -147,7 +147,7 @@ class Loader:
                 yield replace(item, visits=item.visits[first : first + rows])
 
 
-def once(plan: Plan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
+def once(plan: BatchPlan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
     """This process's share of all images of a plan, each once, as its first visit shows it, in an order that stays.
 
     A batch has up to `rows` images of one bucket, the fullest buckets first. Images that cannot be decoded are left
@@ -181,7 +181,7 @@ def _named(loading: Iterable[T]) -> Iterator[T]:
         said = first_line(error) if isinstance(error, RuntimeError) else "DataLoader worker closed its connection"
         if "DataLoader worker" not in said:
             raise
-        raise LdmError(f"a process that loads pictures ended ({said}); if memory ran out, lower data.workers") from None
+        raise LdmError(f"a process that loads images ended ({said}); if memory ran out, lower data.workers") from None
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:
@@ -195,7 +195,7 @@ def _ready(batch: Batch, device: torch.device | str) -> Batch:
 class _Loading(Dataset):
     """From what a batch is to hold to the batch, its pixels (B, H, W, 3) uint8; and the images that are damaged."""
 
-    def __init__(self, plan: Plan | StreamPlan, latents: Latents | None) -> None:
+    def __init__(self, plan: BatchPlan | StreamPlan, latents: Latents | None) -> None:
         self.plan = plan
         self.latents = latents
 

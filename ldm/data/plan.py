@@ -43,7 +43,7 @@ class Item:
     spares: list[Visit]  # of the same bucket
 
 
-class Plan:
+class BatchPlan:
     """The batches of a run over an image set.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.errors import LdmError, listing
-from ldm.weights.files import replacing
+from ldm.files import replacing
 
 MOST = 0.05  # of the images may be unusable
 HANDFUL = 5  # fewer are never too many

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Entry, Part, decode_caption, to_captions
+from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Entry, SourcePart, decode_caption, to_captions
 from ldm.errors import LdmError
 
 _BLOCK = 512
@@ -27,7 +27,7 @@ class Tar:
         self.name = name
         self.files = files
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[SourcePart]:
         """A part for each shard."""
         for file in self.files:
             try:
@@ -35,7 +35,7 @@ class Tar:
             except OSError as error:
                 raise LdmError(f"the shard {file} cannot be read: {error.strerror}") from None
             stamp = f"{status.st_size}:{status.st_mtime_ns}"
-            yield Part(str(file.resolve()), stamp, partial(_entries, file, stamp))
+            yield SourcePart(str(file.resolve()), stamp, partial(_entries, file, stamp))
 
     def open(self, where: str) -> BinaryIO:
         """The bytes of a member."""

@@ -1,6 +1,6 @@
-"""How good generated pictures are, in figures with their intervals, and whether one model is better than another.
+"""Evaluation of generated images: figures with their intervals, and comparisons of two models.
 
-from ldm.evaluation import Model, Plan, Work, evaluate
+from ldm.evaluation import EvaluationPlan, Model, Workspace, evaluate
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.evaluation.evaluation import Model, Plan, evaluate
-    from ldm.evaluation.stored import Work
+    from ldm.evaluation.evaluation import EvaluationPlan, Model, Workspace, evaluate
 
-__all__ = ["Model", "Plan", "Work", "evaluate"]
+__all__ = ["EvaluationPlan", "Model", "Workspace", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,72 +1,33 @@
-"""An evaluation from beginning to end: pictures, what networks find in them, figures, comparisons, the report.
+"""An evaluation from beginning to end: the sides' images, their features, and the report.
 
-A side is a folder of pictures, or a model handed in as functions; models make the same prompts with the same seeds.
-Everything is kept in the evaluation's folder, so that the same call goes on where it stopped.
+A side is a folder of images, or a model that is handed in as functions; models make images of the same prompts with the
+same seeds. Images and features are kept in the evaluation's folder, so that the same call goes on where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-
-from ldm.errors import LdmError, check_whole, listing
-from ldm.evaluation import galleries
-from ldm.evaluation.looking import Looked, Networks, digest_of, in_pairs, neighbours
-from ldm.evaluation.measures import DISTRACTORS, METRICS, comparison, copying, distractors, estimates, metric
-from ldm.evaluation.pictures import Pictures, open_pictures, write_pictures
-from ldm.evaluation.report import Report, Row, Side, Sweep, Table, Value, shown
-from ldm.evaluation.stored import Work
-from ldm.evaluation.words import p_said, verdict
-
-NAMES = ("A", "B")  # of the sides
+from ldm.errors import LdmError
+from ldm.evaluation.features import MeasuredImages, Networks, with_nearest
+from ldm.evaluation.images import Images
+from ldm.evaluation.metrics.table import METRICS
+from ldm.evaluation.plan import SIDES, EvaluationPlan, Model, check_counts, check_plan
+from ldm.evaluation.report import Report, Value
+from ldm.evaluation.results import Reconstructions, Results, report_of
+from ldm.evaluation.sides import Notes, made_images, opened, prompts_of, reconstructed_images
+from ldm.evaluation.workspace import Workspace
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model as evaluation knows it."""
-
-    source: str  # as it stands in the report
-    digest: str  # of its weights
-    size: int  # pixels of the sides of pictures that its autoencoder is tried with
-    make: Callable[
-        [list[str], list[int], Mapping[str, Value]], list[Image.Image]
-    ]  # prompts, seeds, settings swept over
-    reconstruct: Callable[[list[Image.Image]], list[Image.Image]] | None = None  # through its autoencoder and back
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of `make`; other settings make other pictures
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to evaluate and how."""
-
-    metrics: Sequence[str]  # names of `METRICS`
-    data: str | Pictures | None = None  # pictures to compare with, and captions to make pictures of
-    n: int | None = None  # pictures of each side; by default all of a folder, and of a model as many as `data` holds
-    prompts: Sequence[str] | None = None  # instead of the captions
-    training: str | Pictures | None = None  # pictures that the models were trained on, to look for copies of
-    features: str = "inception"  # network for FID and the like
-    clip: str | None = None  # network for what is about prompts
-    copies: str = "sscd"  # network that knows a picture again
-    lpips: str = "alex"  # LPIPS's backbone, alex or vgg16, or its file
-    sweeps: Mapping[str, Sequence[Value]] = field(default_factory=dict)  # values of settings, one setting at a time
-    seed: int = 0  # of the first picture, and of the choice of prompts
-    batch: int = 8  # pictures that a model makes at a time
-    device: str = "cpu"
-
-
-def evaluate(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Report | None:
+def evaluate(sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> Report | None:
     """Evaluate one side, or two and whether they differ; the same call goes on where an earlier one stopped.
 
     Args:
-        sides: models, or folders of pictures (or shards, or datasets).
-        plan: what to do.
-        work: where to keep pictures and what was found in them, and with whom to share it.
+        sides: models, or folders of images (or shards, or datasets).
+        plan: what to evaluate.
+        work: takes images and features, and says which processes share the work.
 
     Returns:
         The report, on the first rank. `save_report` and `write_page` write it.
@@ -74,347 +35,121 @@ def evaluate(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Rep
     Raises:
         LdmError: in one line, what is missing or does not fit.
     """
-    return begin(sides, plan, work).run()
-
-
-def begin(sides: Sequence[Model | str | Path], plan: Plan, work: Work) -> Evaluation:
-    """What needs no side: the plan is checked, networks are opened, and the pictures to compare with are looked at.
-
-    Arguments and errors are those of `evaluate`, which `run` of the result finishes.
-    """
-    metrics = {name: one for name, one in METRICS.items() if name in plan.metrics}
-    check([isinstance(side, Model) for side in sides], plan)
-    specs = {"features": plan.features, "clip": plan.clip, "copies": plan.copies, "lpips": plan.lpips}
-    return Evaluation(sides, plan, work, Networks(metrics, specs, plan.device))
-
-
-def check(models: Sequence[bool], plan: Plan) -> None:
-    """Raise LdmError for what cannot be done, before anything is opened; `models`: which of the sides are models."""
-    if not plan.metrics:
-        raise LdmError(f"no metric is asked for; known are {', '.join(METRICS)}")
-    metrics = {name: metric(name) for name in plan.metrics}
-    if not 1 <= len(models) <= len(NAMES):
-        raise LdmError(f"{len(models)} models or folders; evaluate one, or two to compare them")
-    if plan.n is not None:
-        check_whole("evaluation", "n", plan.n, 2, 10**7)
-    check_whole("evaluation", "batch", plan.batch, 1, 10**5)
-    check_whole("evaluation", "seed", plan.seed, 0, 2**32)
-    for name, one in metrics.items():
-        if one.reference and plan.data is None:
-            raise LdmError(f"{name} compares with other pictures: name them (data=, --data)")
-        if one.network == "clip" and plan.clip is None:
-            raise LdmError(f"{name} needs a network for pictures and texts: name one (clip=, --clip)")
-        if one.reconstruction and not all(models):
-            raise LdmError(f"{name} is about a model's autoencoder, which a folder of pictures does not have")
-        if plan.n is not None and plan.n < one.least:
-            raise LdmError(f"{name} needs at least {one.least} pictures, and n is {plan.n}")
-    if "memorisation" in metrics and plan.training is None:
-        raise LdmError(
-            "memorisation needs the pictures that the model was trained on: name them (training=, --training)"
-        )
-    if plan.sweeps and not all(models):
-        raise LdmError(
-            "only a model's pictures can be made with other settings (sweeps=, --sweep), not those of a folder"
-        )
-    if any(models) and plan.data is None and not plan.prompts:
-        raise LdmError("a model needs prompts: those of a reference set (data=, --data), or some (prompts=, --prompts)")
+    return Evaluation(sides, plan, work).run()
 
 
 class Evaluation:
-    """One evaluation: what is opened, and what has been noted for the report."""
+    """An evaluation that is ready to run: its plan is checked, networks are open, the reference has its features."""
 
-    def __init__(self, sides: Sequence[Model | str | Path], plan: Plan, work: Work, networks: Networks) -> None:
-        self.sides, self.plan, self.work, self.networks = sides, plan, work, networks
-        self.metrics = networks.metrics
-        self.notes: list[str] = []
-        self.about_sides = [name for name, one in self.metrics.items() if not one.reconstruction]
-        self.about_autoencoders = [name for name, one in self.metrics.items() if one.reconstruction]
-        self.data = None if plan.data is None else self._opened(plan.data, work.shared)
-        self.prompts = self._prompts() if any(isinstance(side, Model) for side in sides) else []
-        self._check_counts()
+    def __init__(self, sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> None:
+        """Arguments and errors are those of `evaluate`."""
+        check_plan([isinstance(side, Model) for side in sides], plan)
+        self.sides, self.plan, self.work = dict(zip(SIDES, sides, strict=False)), plan, work
+        self.metrics = {name: one for name, one in METRICS.items() if name in plan.metrics}
+        self.of_sets = [name for name, one in self.metrics.items() if not one.reconstruction]
+        self.of_autoencoders = [name for name, one in self.metrics.items() if one.reconstruction]
+        specs = {"features": plan.features, "clip": plan.clip, "copies": plan.copies, "lpips": plan.lpips}
+        self.networks = Networks(self.metrics, specs, plan.device)
+        self.notes = Notes()
+        self.data = None if plan.data is None else opened(plan.data, work.shared, self.notes)
+        self.prompts = self._prompts() if self._models() else []
+        check_counts(plan, self.prompts, len(self.data or ()))
         self.training = self._training()
         self.reference = self._reference()
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """All that the figures depend on, but for the sides and how their pictures are made."""
-        sets = (self.data, None if self.training is None else self.training.pictures)
+        """Everything that the figures depend on but the sides and how their images are made."""
+        sets = (self.data, None if self.training is None else self.training.images)
         stamps = [None if one is None else one.stamp for one in sets]
         networks = sorted((role, used.digest, used.preparation) for role, used in self.networks.used.items())
         return (*stamps, *networks, sorted(self.metrics), self.prompts, self.plan.seed)
 
-    # --- pictures ---------------------------------------------------------------------------------------------------
-
-    def _opened(self, source: str | Path | Pictures, work: Work, count: int | None = None) -> Pictures:
-        if isinstance(source, Pictures):
-            return source
-        pictures = open_pictures(source, work, count)
-        if reasons := pictures.images.skipped.reasons:
-            first = listing([f"{key} ({reason})" for key, reason in reasons.items()], 3)
-            self.note(
-                f"{source}: {len(reasons)} of {len(reasons) + len(pictures.images)} pictures cannot be used: {first}"
-            )
-        return pictures
-
-    def _prompts(self) -> list[str]:
-        """A prompt for each picture; they begin again when there are not enough."""
-        texts = list(self.plan.prompts or ())
-        if not texts:
-            assert self.data is not None
-            mixed = self.data.shuffled(self.plan.seed)
-            texts = [text for number in range(len(mixed)) if (text := mixed.caption(number))]
-        if not texts:
-            raise LdmError(f"{self.plan.data} has no captions to make pictures of; write some, or give prompts")
-        count = self.plan.n or len(texts)
-        if count > len(texts) and self.about_sides:
-            self.note(
-                f"{count} pictures of {len(texts)} prompts: pictures of one prompt are not independent, so that "
-                "intervals are too narrow"
-            )
-        return [texts[number % len(texts)] for number in range(count)]
-
-    def _check_counts(self) -> None:
-        """Raise LdmError where there are too few pictures, before any are made."""
-        for name, one in self.metrics.items():
-            for what, count in (("prompts", len(self.prompts)), ("pictures in the reference", len(self.data or ()))):
-                wanted = bool(self.prompts) if what == "prompts" else one.reference
-                if wanted and count < one.least:
-                    raise LdmError(f"{name} needs at least {one.least} pictures, and there are {count} {what}")
-        if "r-precision" in self.metrics and self.prompts and distractors(self.prompts) < 1:
-            raise LdmError("r-precision needs different prompts, and all are the same")
-
-    def _roles(self, names: Iterable[str]) -> list[str]:
-        """The networks that metrics need to look at single pictures."""
-        wanted = {self.metrics[name].network for name in names}
-        return [role for role in self.networks.opened if role in wanted]
-
-    def _look(self, pictures: Pictures, what: str, names: Iterable[str], work: Work, captions: bool = False) -> Looked:
-        looked, notes = self.networks.look(pictures, what, self._roles(names), work, captions)
-        for text in notes:
-            self.note(text)
-        return looked
-
-    def _training(self) -> Looked | None:
-        if self.plan.training is None or "memorisation" not in self.metrics:
-            return None
-        pictures = self._opened(self.plan.training, self.work.shared)
-        return self._look(pictures, "the training pictures", ["memorisation"], self.work.shared)
-
-    def _reference(self) -> Looked | None:
-        names = [name for name in self.about_sides if self.metrics[name].reference]
-        if self.data is None or not names:
-            return None
-        looked = self._look(self.data, "the reference", names, self.work.shared)
-        if self.training is None:
-            return looked
-        looked, _ = neighbours(looked, self.training)
-        assert looked.seen.apart is not None
-        if float(looked.seen.apart.kthvalue(max(1, len(looked.index) // 20)).values) < 1e-4:
-            self.note(
-                "the reference holds pictures of the training set: it says nothing about how close new pictures are"
-            )
-        return looked
-
-    def made(self, side: Model | str | Path, name: str, changes: Mapping[str, Value]) -> Pictures:
-        """The pictures of a side, made if it is a model."""
-        plan = self.plan
-        if not isinstance(side, Model):
-            pictures = self._opened(side, self.work, plan.n)
-            least = max((self.metrics[one].least for one in self.about_sides), default=2)
-            if len(pictures) < least:
-                raise LdmError(f"{side} holds {len(pictures)} pictures; at least {least} are needed")
-            return pictures
-
-        def make(numbers: range) -> list[Image.Image]:
-            prompts = [self.prompts[number] for number in numbers]
-            return side.make(prompts, [plan.seed + number for number in numbers], changes)
-
-        what = " ".join(["making", name, *(f"{key} {shown(value)}" for key, value in changes.items())])
-        facts = (side.digest, sorted(side.settings.items()), sorted(changes.items()), self.prompts, plan.seed)
-        return write_pictures(what, digest_of(facts, plan.batch), self.prompts, make, plan.batch, self.work)
-
-    def _seen(self, side: Model | str | Path, name: str, changes: Mapping[str, Value]) -> tuple[Looked, Tensor | None]:
-        """A side's pictures, what was found in them, and the training pictures that are nearest."""
-        captions = any(self.metrics[one].captions for one in self.about_sides)
-        pictures = self.made(side, name, changes)
-        looked = self._look(pictures, f"the pictures of {name}", self.about_sides, self.work, captions)
-        return neighbours(looked, self.training) if self.training is not None else (looked, None)
-
-    def _reconstructed(self, side: Model, name: str) -> tuple[Looked, Looked]:
-        """A model's reconstructions of the reference, and the originals at its resolution."""
-        plan, work = self.plan, self.work
-        assert self.data is not None
-        assert side.reconstruct is not None
-        reconstruct, data = side.reconstruct, self.data.shuffled(plan.seed)
-        count = min(plan.n or len(data), len(data))
-        keys = [data.key(number) for number in range(count)]
-
-        def cut(numbers: range) -> list[Image.Image]:
-            try:
-                read = [data.read(number)[1] for number in numbers]
-            except LdmError as error:
-                raise LdmError(f"{error}; mend or remove it") from None
-            return [ImageOps.fit(image, (side.size, side.size), Image.Resampling.LANCZOS) for image in read]
-
-        facts = data.stamp, side.size, keys
-        originals = write_pictures("cutting", digest_of(facts), keys, cut, plan.batch, work)
-
-        def there_and_back(numbers: range) -> list[Image.Image]:
-            return reconstruct([originals.read(number)[1] for number in numbers])
-
-        name_of = digest_of(facts, side.digest, sorted(side.settings.items()), plan.batch)
-        rebuilt = write_pictures(f"reconstructing with {name}", name_of, keys, there_and_back, plan.batch, work)
-        values = self.networks.compare(rebuilt, originals, f"{name} with the originals", work)
-        names = self.about_autoencoders
-        first = self._look(rebuilt, f"the reconstructions of {name}", names, work)
-        second = self._look(originals, "the originals", names, work)
-        return replace(first, seen=replace(first.seen, values=values)), second
-
-    # --- figures ----------------------------------------------------------------------------------------------------
-
     def run(self) -> Report | None:
-        """Make and look at everything, with all ranks; then, on the first one, what follows from it."""
-        named = list(zip(self.sides, NAMES, strict=False))
-        seen = [self._seen(side, name, {}) for side, name in named] if self.about_sides else []
-        rebuilt = [
-            self._reconstructed(side, name)
-            for side, name in named
-            if self.about_autoencoders and isinstance(side, Model)
-        ]
+        """Make and measure all images, with all ranks; then, on the first one, the report."""
+        measured = {name: self._measured(name, {}) for name in self.sides} if self.of_sets else {}
+        rebuilt = {name: self._rebuilt(name, model) for name, model in self._models().items() if self.of_autoencoders}
         swept = {
-            over: [[self._seen(side, name, {over: value})[0] for side, name in named] for value in values]
+            over: [[self._measured(name, {over: value}) for name in self.sides] for value in values]
             for over, values in self.plan.sweeps.items()
         }
         if not self.work.ranks.first:
             return None
-        looked, made_again = [one for one, _ in seen], [one for one, _ in rebuilt]
-        pairs = self._paired(looked)
-        together = list(pairs or looked)
-        groups = [list(zip(NAMES, together, strict=False))]
-        if len(looked) == 2 and not pairs:
-            groups = [[pair] for pair in groups[0]]
-        rows = self._rows(self.about_sides, together, [self.reference] * len(together), bool(pairs))
-        one_size = len({side.size for side in self.sides if isinstance(side, Model)}) < 2
-        if rebuilt and not one_size:
-            self.note("A and B are for pictures of different sizes: their autoencoders are not compared")
-        compare = one_size and len(rebuilt) == 2
-        rows += self._rows(self.about_autoencoders, made_again, [one for _, one in rebuilt], compare)
-        sweeps = [
-            Sweep(over, tuple(self.plan.sweeps[over]), tuple(tuple(self._sweep_rows(one)) for one in points))
-            for over, points in swept.items()
-        ]
-        sides = [self._side(*pair, one) for pair, one in zip(named, looked or made_again, strict=True)]
-        show = galleries.Show(self.work.folder)
-        shown = [
-            *galleries.samples(groups, show),
-            *galleries.prompts(groups, show),
-            *galleries.copies(list(zip(NAMES, seen, strict=False)), self.training, show),
-            *galleries.reconstructions(list(zip(NAMES, rebuilt, strict=False)), show),
-        ]
-        self._note_distractors(together)
-        for name, one in zip(NAMES, together, strict=False):
-            self._note_shared(name, one)
-        self._note_copies(together)
-        return Report(
-            sides=tuple(sides),
-            reference=self._reference_side(),
-            tables=tuple(self._tables(rows)),
-            galleries=tuple(shown),
-            histograms=tuple(galleries.histograms(looked, made_again, self.reference, NAMES)),
-            sweeps=tuple(sweeps),
-            notes=tuple(self.notes),
+        results = Results(
+            self.sides, self.plan, self.networks, self.data, self.reference, self.training, measured, rebuilt, swept
         )
+        return report_of(results, self.work.folder, self.notes)
 
-    def note(self, text: str) -> None:
-        """Say it in the report, once."""
-        if text not in self.notes:
-            self.notes.append(text)
+    # --- images and features ----------------------------------------------------------------------------------------
 
-    def _paired(self, looked: Sequence[Looked]) -> tuple[Looked, Looked] | None:
-        """Two sides cut down to the pictures that both have, if they can be compared."""
-        if len(looked) < 2:
-            return None
-        a, b = looked
-        pairs = in_pairs(a, b)
-        if pairs is None:
-            self.note(
-                "A and B are not compared: that needs the same names, or prompts and seeds, for the pictures of both"
+    def _models(self) -> dict[str, Model]:
+        return {name: side for name, side in self.sides.items() if isinstance(side, Model)}
+
+    def _prompts(self) -> list[str]:
+        """A prompt for each image; they begin again when there are not enough."""
+        texts = prompts_of(self.plan, self.data)
+        count = self.plan.n or len(texts)
+        if count > len(texts) and self.of_sets:
+            self.notes.add(
+                f"{count} images of {len(texts)} prompts: images of one prompt are not independent, so that "
+                "intervals are too narrow"
             )
-        elif len(pairs[0].index) < max(len(a.pictures), len(b.pictures)):
-            self.note(f"figures are of the {len(pairs[0].index)} pictures that both A and B have")
-        return pairs
+        return [texts[number % len(texts)] for number in range(count)]
 
-    def _rows(
-        self, names: Sequence[str], looked: Sequence[Looked], others: Sequence[Looked | None], compare: bool
-    ) -> list[Row]:
-        """Figures of each side, and, if the two are pairs, what their comparison says."""
-        if not looked:
-            return []
-        found = [
-            estimates(names, one.seen, None if other is None else other.seen)
-            for one, other in zip(looked, others, strict=True)
-        ]
-        rows = []
-        for name in names:
-            one = self.metrics[name]
-            figures = tuple(side[name] for side in found)
-            row = Row(name, self._label(name), one.better, figures, difference=one.difference)
-            if compare:
-                reference = None if others[0] is None else others[0].seen
-                difference = comparison(name, looked[0].seen, looked[1].seen, reference)
-                row = replace(row, comparison=difference, verdict=verdict(difference, one.better))
-            rows.append(row)
-        return rows
+    def _features(
+        self, images: Images, what: str, metrics: Iterable[str], work: Workspace, captions: bool = False
+    ) -> MeasuredImages:
+        measured, notes = self.networks.measure(images, what, metrics, work, captions)
+        for text in notes:
+            self.notes.add(text)
+        return measured
 
-    def _sweep_rows(self, looked: Sequence[Looked]) -> list[Row]:
-        return self._rows(self.about_sides, looked, [self.reference] * len(looked), compare=False)
-
-    def _label(self, name: str) -> str:
-        """FID is a name for features of Inception alone."""
-        one = self.metrics[name]
-        network = self.networks.opened.get(one.network)
-        foreign = one.network == "features" and network is not None and not network.name.startswith("Inception")
-        return one.plain if foreign and one.plain else one.label
-
-    def _tables(self, rows: Sequence[Row]) -> Iterator[Table]:
-        """A table for each network, so that figures of different ones do not meet."""
-        for role in ("features", "clip", "copies", "lpips", ""):
-            mine = tuple(row for row in rows if self.metrics[row.metric].network == role)
-            if mine:
-                yield Table(self.networks.used.get(role), mine)
-
-    def _side(self, side: Model | str | Path, name: str, looked: Looked) -> Side:
-        if not isinstance(side, Model):
-            return Side(name, str(side), looked.digest, len(looked.index))
-        settings = {**side.settings, "seed": self.plan.seed, "batch": self.plan.batch}
-        return Side(name, side.source, side.digest, len(looked.index), settings)
-
-    def _reference_side(self) -> Side | None:
-        if self.data is None or self.plan.data is None:
+    def _training(self) -> MeasuredImages | None:
+        """The training images, if a metric needs them."""
+        metrics = [name for name, one in self.metrics.items() if one.training]
+        if self.plan.training is None or not metrics:
             return None
-        count = len(self.data) if self.reference is None else len(self.reference.index)
-        return Side("reference", str(self.plan.data), self.reference.digest if self.reference else "", count)
+        images = opened(self.plan.training, self.work.shared, self.notes)
+        return self._features(images, "the training images", metrics, self.work.shared)
 
-    def _note_distractors(self, looked: Sequence[Looked]) -> None:
-        if "r-precision" in self.metrics and distractors(looked[0].seen.captions) < DISTRACTORS:
-            count = distractors(looked[0].seen.captions)
-            self.note(f"R-precision is among {count + 1} captions, as there are no more; usual are {DISTRACTORS + 1}")
-
-    def _note_shared(self, name: str, looked: Looked) -> None:
-        if self.reference is None or looked.pixels is None or self.reference.pixels is None:
-            return
-        if shared := int(torch.isin(looked.pixels, self.reference.pixels).sum()):
-            self.note(
-                f"{shared} of {len(looked.index)} pictures of {name} are in the reference too, so that distances from "
-                "it are too small"
+    def _reference(self) -> MeasuredImages | None:
+        """The reference images, if a metric of sets of images needs them."""
+        metrics = [name for name in self.of_sets if self.metrics[name].reference]
+        if self.data is None or not metrics:
+            return None
+        reference = self._features(self.data, "the reference", metrics, self.work.shared)
+        if self.training is None:
+            return reference
+        reference = with_nearest(reference, self.training)
+        assert reference.features.apart is not None
+        if float(reference.features.apart.kthvalue(max(1, len(reference.index) // 20)).values) < 1e-4:
+            self.notes.add(
+                "the reference holds images of the training set: it says nothing about how close new images are"
             )
+        return reference
 
-    def _note_copies(self, looked: Sequence[Looked]) -> None:
-        if self.reference is None or self.training is None:
-            return
-        found = [copying(one.seen, self.reference.seen) for one in looked]
-        chances = ", ".join(f"{name} {p_said(one.p)}" for name, one in zip(NAMES, found, strict=False))
-        self.note(
-            "near copies are closer to the training set than nearly all of the reference: of new pictures, a share of "
-            f"{found[0].expected:.3f} is to be expected; as many as there are, or more, have {chances}"
-        )
+    def _measured(self, name: str, changes: Mapping[str, Value]) -> MeasuredImages:
+        """A side's images with their features; a model makes them, with some settings changed."""
+        captions = any(self.metrics[metric].captions for metric in self.of_sets)
+        images = self._images(name, changes)
+        measured = self._features(images, f"the images of {name}", self.of_sets, self.work, captions)
+        return measured if self.training is None else with_nearest(measured, self.training)
+
+    def _images(self, name: str, changes: Mapping[str, Value]) -> Images:
+        side = self.sides[name]
+        if isinstance(side, Model):
+            return made_images(side, name, changes, self.prompts, self.plan, self.work)
+        images = opened(side, self.work, self.notes, self.plan.n)
+        least = max((self.metrics[metric].least for metric in self.of_sets), default=2)
+        if len(images) < least:
+            raise LdmError(f"{side} holds {len(images)} images; at least {least} are needed")
+        return images
+
+    def _rebuilt(self, name: str, model: Model) -> Reconstructions:
+        """A model's reconstructions of the reference images, and these at its resolution."""
+        assert self.data is not None
+        rebuilt, originals = reconstructed_images(model, name, self.data, self.plan, self.work)
+        pairs = self.networks.pairs(rebuilt, originals, f"{name} with the originals", self.work)
+        first = self._features(rebuilt, f"the reconstructions of {name}", self.of_autoencoders, self.work)
+        second = self._features(originals, "the originals", self.of_autoencoders, self.work)
+        return replace(first, features=replace(first.features, pairs=pairs)), second

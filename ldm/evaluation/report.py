@@ -1,6 +1,6 @@
-"""What an evaluation found, as data: written to `report.json`, shown as tables and as a page.
+"""The report of an evaluation, as data: written to `report.json`, shown as tables and as a page.
 
-A report holds no time and no machine: the same evaluation gives the same file.
+A report says nothing of time and machine: the same evaluation gives the same file.
 """
 
 from __future__ import annotations
@@ -11,77 +11,74 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
-from ldm.evaluation.comparison import Comparison
-from ldm.evaluation.uncertainty import Estimate
-from ldm.weights.files import replacing, write_json
-
-DISTANCES = ("fid", "kid", "fd-clip")  # metrics that a sweep draws against the CLIP score, if it has both
-CLIP_SCORE = "clip-score"
+from ldm.evaluation.metrics.comparison import Comparison
+from ldm.evaluation.metrics.intervals import Estimate
+from ldm.files import replacing, write_json
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are evaluated: a model, or a folder of pictures."""
+    """A model or a folder of images that is evaluated."""
 
     name: str  # "A" or "B"
     source: str  # as it was given
-    digest: str  # of the model's weights, or of the pictures
-    count: int  # pictures
-    settings: dict[str, Any] = field(default_factory=dict)  # they were made with; none for a folder
+    digest: str  # of the model's weights, or of the images
+    count: int  # images
+    settings: dict[str, Any] = field(default_factory=dict)  # of the model; none for a folder
 
 
 @dataclass(frozen=True)
-class Used:
-    """A network that pictures were looked at with. Figures of different ones are never in one table."""
+class UsedNetwork:
+    """A network that gave features. Figures of different networks are never in one table."""
 
     name: str
     digest: str  # SHA-256 of its weights
-    preparation: str  # how pictures were resized for it
+    preparation: str  # of images for it: how they were resized
 
 
 @dataclass(frozen=True)
 class Row:
     """One metric of every side."""
 
-    metric: str  # as it is named on the command line
+    metric: str  # its name on the command line
     label: str  # as people write it
     better: str  # "lower", "higher", or "" where neither is
     estimates: tuple[Estimate, ...]  # of each side
     comparison: Comparison | None = None  # of the two sides
-    verdict: str = ""  # what the comparison says, in words
-    difference: str = "A − B"  # what is compared; of the Inception score, logarithms: "ln A − ln B"
+    verdict: str = ""  # of the comparison, in words
+    difference: str = "A − B"  # of the comparison; of the Inception score, one of logarithms: "ln A − ln B"
 
 
 @dataclass(frozen=True)
 class Table:
-    """The metrics that one network gives."""
+    """The metrics of one network."""
 
-    extractor: Used | None  # none is needed for what compares pixels
+    extractor: UsedNetwork | None  # none for metrics of pixels
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Pictures to look at: one prompt, or one picture of the reference, and what each side made of it."""
+class GalleryRow:
+    """Images beside each other: each side's image of one prompt, or an image and the one that it is compared with."""
 
-    text: str  # the prompt
-    pictures: tuple[str, ...]  # of each side; files relative to the report's folder
-    scores: tuple[float, ...] = ()  # of the first of them, as many as have one
+    text: str  # the prompt, or the name of the image
+    images: tuple[str, ...]  # files relative to the report's folder
+    scores: tuple[float, ...] = ()  # of the first images; the others have none
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under one heading, such as those that follow their prompts worst."""
+    """Images under one heading, such as those that follow their prompts worst."""
 
     title: str
-    columns: tuple[str, ...]  # what each picture of a row is, such as the sides' names
-    score: str  # what the scores are; "" if there are none
-    rows: tuple[Shown, ...]
+    columns: tuple[str, ...]  # names of the images in a row, such as those of the sides
+    score: str  # name of the scores; "" if there are none
+    rows: tuple[GalleryRow, ...]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How the values of single pictures are distributed."""
+    """Distributions of numbers of single images."""
 
     title: str
     edges: tuple[float, ...]  # of the bins, one more than there are bins
@@ -89,11 +86,11 @@ class Histogram:
     counts: tuple[tuple[int, ...], ...]  # of each distribution
 
 
-Value = float | str  # of a setting: a number, or the name of what is chosen
+Value = float | str  # of a setting: a number, or a name
 
 
-def shown(value: Value) -> str:
-    """A setting's value as it is shown."""
+def value_text(value: Value) -> str:
+    """A setting's value as text."""
     return value if isinstance(value, str) else f"{value:g}"
 
 
@@ -113,8 +110,8 @@ class Sweep:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The values as they are shown."""
-        return tuple(map(shown, self.values))
+        """The values as text."""
+        return tuple(map(value_text, self.values))
 
 
 @dataclass(frozen=True)
@@ -127,11 +124,11 @@ class Report:
     galleries: tuple[Gallery, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
-    notes: tuple[str, ...] = ()  # what a reader must know: skipped pictures, too few images
+    notes: tuple[str, ...] = ()  # for readers: skipped images, too few images
 
 
 def check_report(report: Report) -> None:
-    """Raise unless every figure of the report is a finite number: what is not known is None, and says why.
+    """Raise unless every figure of the report is a finite number; an unknown figure is None, with a note.
 
     Raises:
         LdmError: one is not.

@@ -1,8 +1,8 @@
-"""The autoencoder between pictures and latents, regularised by a Kullback-Leibler term or by a codebook.
+"""The autoencoder between images and latents, regularised by a Kullback-Leibler term or by a codebook.
 
-Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G. Pictures are in [-1, 1].
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G. Images are in [-1, 1].
 
-B batch, C channels, H×W height and width of the picture, h×w those of the latents: H / factor, rounded down
+B batch, C channels, H×W height and width of the image, h×w those of the latents: H / factor, rounded down
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EPS = 1e-6  # of every group norm here; the U-Net's residual blocks have 1e-5
 class AutoencoderConfig:
     """The shape of an autoencoder. One entry of `channels` and `attention` for each level, full size first."""
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # of the feature maps; each level but the last halves the picture
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # of the feature maps; each level but the last halves the image
     attention: tuple[bool, ...] = (False, False, False, False)  # attention after each residual block of the level
     mid_attention: bool = True  # attention in the middle
     layers: int = 2  # residual blocks of a level on the way down; one more on the way up
@@ -36,7 +36,7 @@ class AutoencoderConfig:
     scaling_factor: float = 0.18215  # the diffusion model sees (latents - shift_factor) · scaling_factor
     shift_factor: float = 0.0
     force_upcast: bool = True  # in SDXL: overflows in fp16, decode in bf16 or fp32; diffusers' default too
-    sample_size: int = 512  # height and width of the pictures it was trained on; the default tile
+    sample_size: int = 512  # height and width of the images it was trained on; the default tile
     codebook: int = 0  # vectors of the codebook; 0: regularised by KL
     codebook_dim: int = 0  # channels of each; 0: like latent_channels
 
@@ -70,7 +70,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """How many times smaller than the picture the latents are, on each side."""
+        """How many times smaller than the image the latents are, on each side."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -101,7 +101,7 @@ class DiagonalGaussian:
 
 
 @dataclass(frozen=True)
-class Point:
+class PointPosterior:
     """The encoder's answer where there is no distribution: the latents before they are quantised."""
 
     value: Tensor  # (B, codebook_dim, h, w)
@@ -177,7 +177,7 @@ class MidLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures (B, in_channels, H, W) to features (B, channels_out, h, w)."""
+    """Images (B, in_channels, H, W) to features (B, channels_out, h, w)."""
 
     def __init__(self, config: AutoencoderConfig, channels_out: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, latent_channels, h, w) to pictures (B, out_channels, h · factor, w · factor)."""
+    """Latents (B, latent_channels, h, w) to images (B, out_channels, h · factor, w · factor)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Pictures (B, 3, H, W) in [-1, 1] to the distribution of their unscaled latents (B, latent_channels, h, w)."""
+        """Images (B, 3, H, W) in [-1, 1] to the distribution of their unscaled latents (B, latent_channels, h, w)."""
         return self.posterior(self.quant_conv(self.encoder(x)))
 
     def posterior(self, moments: Tensor) -> DiagonalGaussian:
@@ -234,7 +234,7 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, latent_channels, h, w) to pictures (B, 3, h · factor, w · factor), about [-1, 1]."""
+        """Unscaled latents (B, latent_channels, h, w) to images (B, 3, h · factor, w · factor), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
@@ -273,16 +273,16 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(dim, config.latent_channels, 1)
         self.decoder = Decoder(config)
 
-    def encode(self, x: Tensor) -> Point:
-        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, codebook_dim, h, w) not yet quantised."""
+    def encode(self, x: Tensor) -> PointPosterior:
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, codebook_dim, h, w) not yet quantised."""
         return self.posterior(self.quant_conv(self.encoder(x)))
 
-    def posterior(self, latents: Tensor) -> Point:
+    def posterior(self, latents: Tensor) -> PointPosterior:
         """Latents (B, codebook_dim, h, w) in the place of a distribution."""
-        return Point(latents)
+        return PointPosterior(latents)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, codebook_dim, h, w), quantised first, to pictures (B, 3, h · factor, w · factor)."""
+        """Latents (B, codebook_dim, h, w), quantised first, to images (B, 3, h · factor, w · factor)."""
         return self.decoder(self.post_quant_conv(self.quantize(z)[0]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
+class CLIPFeedForward(nn.Module):
     """Widen, activate, narrow again."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
@@ -125,7 +125,7 @@ class TextLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config.width, config.heads)
         self.layer_norm1 = nn.LayerNorm(config.width)
-        self.mlp = FeedForward(config.width, config.hidden, config.activation)
+        self.mlp = CLIPFeedForward(config.width, config.hidden, config.activation)
         self.layer_norm2 = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class TextLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
+class CLIPEncoder(nn.Module):
     """The layers, one behind the other."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -155,7 +155,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.end_id = end_id
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
         initialise(self, config)
 

@@ -1,9 +1,9 @@
 """A text–image pair in the manner of CLIP: the model's text encoders, and an image encoder to compare them with.
 
-Radford et al. 2021 (arXiv 2103.00020). The image encoder is transformers' vision transformer. It takes pictures of any
+Radford et al. 2021 (arXiv 2103.00020). The image encoder is transformers' vision transformer. It takes images of any
 shape whose sides are multiples of its patch: its positions are interpolated.
 
-B pictures or texts, K text encoders, M tokens, D channels in which both are compared, H×W height and width of pictures
+B images or texts, K text encoders, M tokens, D channels in which both are compared, H×W height and width of images
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ldm.errors import LdmError, check_whole
 from ldm.models.clip_text import TextEncoderConfig, TextTower
 from ldm.models.text import TextEncoders
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures, in [0, 1]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's images, in [0, 1]
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of the logits (Radford et al. 2021, section 2.5)
 
 
@@ -35,7 +35,7 @@ class ImageEncoderConfig:
     heads: int = 12
     patch: int = 32  # pixels of a patch, on each side
     size: int = 224  # pixels of the square whose patches have positions of their own, on each side
-    embed_dim: int = 512  # channels in which pictures and texts are compared
+    embed_dim: int = 512  # channels in which images and texts are compared
 
     def __post_init__(self) -> None:
         for name, high in (
@@ -47,7 +47,7 @@ class ImageEncoderConfig:
         self.check_sides(self.size)
 
     def check_sides(self, *sides: int) -> None:
-        """Raise unless pictures with these sides, in pixels, consist of whole patches.
+        """Raise unless images with these sides, in pixels, consist of whole patches.
 
         Raises:
             LdmError: they do not.
@@ -56,7 +56,7 @@ class ImageEncoderConfig:
             if side % self.patch:
                 raise LdmError(
                     f"image encoder: a side of {side} pixels does not divide into patches of {self.patch}; "
-                    "choose a patch that divides the sides of all pictures"
+                    "choose a patch that divides the sides of all images"
                 )
 
 
@@ -111,12 +111,12 @@ class ContrastivePair(nn.Module):
         )
 
     def forward(self, pixels: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] and token ids (B, M) for each text encoder to unit vectors of the pictures
+        """Images (B, 3, H, W) in [-1, 1] and token ids (B, M) for each text encoder to unit vectors of the images
         (B, D) and of the texts (K, B, D), and the scales of the logits (K,)."""
         return self.embed_images(pixels), self.embed_texts(tokens), self.heads.log_scales.exp()
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to unit vectors (B, D)."""
+        """Images (B, 3, H, W) in [-1, 1] to unit vectors (B, D)."""
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         normal = ((pixels + 1) / 2 - mean) / std
         embeds = self.image_encoder(normal, interpolate_pos_encoding=True).image_embeds
@@ -135,9 +135,8 @@ class ContrastivePair(nn.Module):
             vectors.append(F.normalize(project(tower.end(last, ids)).float(), dim=-1))
         return torch.stack(vectors)
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to unit vectors (B, D), to compare with those of texts.
+        """Images (B, 3, H, W) in [-1, 1] to unit vectors (B, D), to compare with those of texts.
 
         Raises:
             LdmError: their sides are no multiples of the patch.
@@ -145,7 +144,6 @@ class ContrastivePair(nn.Module):
         self.config.check_sides(*pixels.shape[2:])
         return self.embed_images(pixels.to(self.image_encoder.device))
 
-    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts to unit vectors (B, D), by the last text encoder: that of the pooled text where there is one."""
         return self.embed_texts(self.text_encoders.tokenize(texts))[-1]

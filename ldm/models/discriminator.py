@@ -1,11 +1,11 @@
 """The discriminator of patches that an autoencoder is trained against (PatchGAN).
 
 Isola et al. 2017 (arXiv 1611.07004), section 3.2.2, as Esser et al. 2021 (arXiv 2012.09841) use it, but for the norms.
-Theirs are batch norms, whose statistics depend on which pictures share a rank and a micro-batch, so that 1×8 and 2×4
-pictures would train different networks. Spectral norms advance with every forward pass, which counts micro-batches too.
-Group norms see one picture at a time.
+Theirs are batch norms, whose statistics depend on which images share a rank and a micro-batch, so that 1×8 and 2×4
+images would train different networks. Spectral norms advance with every forward pass, which counts micro-batches too.
+Group norms see one image at a time.
 
-B batch, H×W height and width of the picture, h×w those of the patches: about H/8 × W/8 with 3 layers
+B batch, H×W height and width of the image, h×w those of the patches: about H/8 × W/8 with 3 layers
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DiscriminatorConfig:
     """The shape of a discriminator."""
 
     channels: int = 64  # of the first feature map; each layer doubles them, up to 8 times as many
-    layers: int = 3  # convolutions that halve the picture; with 3 each patch is 70×70 pixels
+    layers: int = 3  # convolutions that halve the image; with 3 each patch is 70×70 pixels
     in_channels: int = 3
     groups: int = 32  # of every group norm
 
@@ -40,12 +40,12 @@ class DiscriminatorConfig:
 
     @property
     def smallest(self) -> int:
-        """Height and width in pixels of the smallest picture that there is a patch for."""
+        """Height and width in pixels of the smallest image that there is a patch for."""
         return 3 * 2**self.layers
 
 
 class Discriminator(nn.Module):
-    """Pictures (B, in_channels, H, W) to a number for each patch (B, 1, h, w): positive where it looks real."""
+    """Images (B, in_channels, H, W) to a number for each patch (B, 1, h, w): positive where it looks real."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ class Discriminator(nn.Module):
                 nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises LdmError where a picture is smaller than `config.smallest`."""
+        """Raises LdmError where an image is smaller than `config.smallest`."""
         if min(x.shape[2:]) < self.config.smallest:
             raise LdmError(
-                f"the discriminator needs pictures of at least {self.config.smallest}×{self.config.smallest} pixels; "
+                f"the discriminator needs images of at least {self.config.smallest}×{self.config.smallest} pixels; "
                 f"these have {x.shape[2]}×{x.shape[3]}: take larger ones, or fewer layers"
             )
         x = F.leaky_relu(self.conv_in(x), 0.2)

@@ -5,8 +5,7 @@ B batch, C channels, H×W height and width, N = H·W image tokens, M text tokens
 
 from __future__ import annotations
 
-import copy
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,6 @@ from ldm.models.attention import AttentionLayer
 M = TypeVar("M", bound=nn.Module)
 
 
-def twin(module: M) -> M:
-    """A copy of a module on the same parameters, for changes that no other user of them may see."""
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-
-
 def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """`x` (B, C, H, W) in the order in memory that `other` has: plain, or channels last."""
     last = other.is_contiguous(memory_format=torch.channels_last) and not other.is_contiguous()
@@ -30,6 +24,8 @@ def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
 
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions around a skip connection; between them the time (B, E), if there is one, is added."""
+
+    precomputable: ClassVar = {"time_emb_proj": "time"}  # parts that read nothing but the time
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, eps: float, time_dim: int = 0) -> None:
         super().__init__()
@@ -50,7 +46,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(AttentionLayer):
-    """Multi-head attention of image tokens on themselves or, given `text_dim`, on text tokens."""
+    """Multi-head attention of image tokens on a context: themselves or, given `text_dim`, text tokens."""
 
     def __init__(self, dim: int, heads: int, text_dim: int | None = None) -> None:
         super().__init__(dim, heads)
@@ -61,6 +57,12 @@ class Attention(AttentionLayer):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+
+class CrossAttention(Attention):
+    """Multi-head attention of image tokens on text tokens."""
+
+    precomputable: ClassVar = {"to_k": "text", "to_v": "text"}  # parts that read nothing but the text
 
 
 class GEGLU(nn.Module):
@@ -94,7 +96,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, heads, text_dim)
+        self.attn2 = CrossAttention(dim, heads, text_dim)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 

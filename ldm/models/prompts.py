@@ -75,18 +75,6 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     return merged
 
 
-def read(prompt: str, weights: bool = True) -> list[tuple[str, float]]:
-    """The parts of a prompt and their weights; all 1 without `weights`.
-
-    Raises:
-        LdmError: it is no text, longer than 100,000 characters, or a weight is above 1,000.
-    """
-    check_texts([prompt])
-    if len(prompt) > LONGEST:
-        raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")
-    return parse_weights(prompt) if weights else [(prompt, 1.0)]
-
-
 @dataclass(frozen=True)
 class Chunk:
     """Tokens of one chunk and their weights, without start, end and padding."""
@@ -125,10 +113,40 @@ def split_into_chunks(tokenizer: Tokenizer, parts: Sequence[tuple[str, float]], 
     return chunks
 
 
-def count_chunks(encoders: TextEncoders, prompts: Sequence[Sequence[str]], weights: bool = True) -> list[int]:
-    """Into how many chunks each of B prompts is split; `prompts` and `weights` are as for `encode_prompts`."""
+class PromptReader:
+    """Parses prompts and splits them into chunks of tokens, each text once, however often it is asked for."""
+
+    def __init__(self, weights: bool = True) -> None:
+        """Without `weights`, brackets are text, and all parts of a prompt weigh 1."""
+        self.weights = weights
+        self._parts: dict[str, list[tuple[str, float]]] = {}
+        self._chunks: dict[tuple[Tokenizer, int, str], list[Chunk]] = {}
+
+    def parts(self, prompt: str) -> list[tuple[str, float]]:
+        """The parts of a prompt and their weights.
+
+        Raises:
+            LdmError: it is no text, longer than 100,000 characters, or a weight is above 1,000.
+        """
+        if prompt not in self._parts:
+            check_texts([prompt])
+            if len(prompt) > LONGEST:
+                raise LdmError(f"a prompt of {len(prompt)} characters; at most {LONGEST} are read")
+            self._parts[prompt] = parse_weights(prompt) if self.weights else [(prompt, 1.0)]
+        return self._parts[prompt]
+
+    def chunks(self, tokenizer: Tokenizer, prompt: str, size: int) -> list[Chunk]:
+        """A prompt as chunks of at most `size` tokens; at least one. Errors are those of `parts`."""
+        key = (tokenizer, size, prompt)
+        if key not in self._chunks:
+            self._chunks[key] = split_into_chunks(tokenizer, self.parts(prompt), size)
+        return self._chunks[key]
+
+
+def count_chunks(encoders: TextEncoders, prompts: Sequence[Sequence[str]], reader: PromptReader) -> list[int]:
+    """Into how many chunks each of B prompts is split; `prompts` and `reader` are as for `encode_prompts`."""
     columns = [
-        [len(split_into_chunks(tokenizer, read(prompt, weights), config.context - 2)) for prompt in texts]
+        [len(reader.chunks(tokenizer, prompt, config.context - 2)) for prompt in texts]
         for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True)
     ]
     return [max(row) for row in zip(*columns, strict=True)]
@@ -140,7 +158,7 @@ def encode_prompts(
     *,
     clip_skip: int = 0,
     chunks: bool = True,
-    weights: bool = True,
+    reader: PromptReader | None = None,
 ) -> tuple[Conditioning, list[TokenReport]]:
     """Prompts to text (B, K·M, T), pooled text (B, P) of the first chunk, and a report for each prompt and encoder.
 
@@ -149,17 +167,18 @@ def encode_prompts(
         prompts: one list of B prompts for each of them.
         clip_skip: layers left out, as in `TextEncoders.encode`.
         chunks: split long prompts; without, what does not fit is cut, and the report says what.
-        weights: read brackets as weights; without, they are text.
+        reader: what reads them, and may have read some already; by default one that reads brackets as weights.
 
     Raises:
         LdmError: a prompt is longer than 100,000 characters, a weight is above 1,000, or `clip_skip` is out of range.
     """
+    reader = reader or PromptReader()
     reports: list[TokenReport] = []
     towers: list[list[list[Chunk]]] = []
     for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True):
         rows = []
         for prompt in texts:
-            row = split_into_chunks(tokenizer, read(prompt, weights), config.context - 2)
+            row = reader.chunks(tokenizer, prompt, config.context - 2)
             kept = row if chunks else row[:1]
             cut = tokenizer.decode([token for chunk in row[len(kept) :] for token in chunk.ids])
             count = sum(len(chunk.ids) for chunk in row)

@@ -74,12 +74,14 @@ class TextEncoders(nn.Module):
         Raises:
             LdmError: a prompt is no text.
         """
+        return [self.tokenize_for(number, prompts) for number in range(len(self.configs))]
+
+    def tokenize_for(self, number: int, prompts: Sequence[str]) -> Tensor:
+        """Token ids (B, M) for one of the towers, as `tokenize`."""
         check_texts(prompts)
-        tokens = []
-        for config, tokenizer in zip(self.configs, self.tokenizers, strict=True):
-            rows = tokenizer.encode(prompts)
-            tokens.append(torch.tensor([padded(row[: config.context - 2], tokenizer, config.context) for row in rows]))
-        return tokens
+        config, tokenizer = self.configs[number], self.tokenizers[number]
+        rows = tokenizer.encode(prompts)
+        return torch.tensor([padded(row[: config.context - 2], tokenizer, config.context) for row in rows])
 
     def encode(self, tokens: Sequence[Tensor], clip_skip: int = 0) -> Conditioning:
         """Token ids (B, M) for each tower to text (B, M, T) and, with `pooled`, pooled text (B, P).

@@ -1,12 +1,12 @@
-"""Encode and decode large pictures piece by piece, so that memory depends on the piece and not on the picture.
+"""Encode and decode large images piece by piece, so that memory depends on the piece and not on the image.
 
-Convolutions see a small neighbourhood, so a tile with a margin as wide as that gives exactly the whole picture's
-pixels, if only it is normalised like the whole picture. A first pass over the tiles therefore adds up the statistics
+Convolutions see a small neighbourhood, so a tile with a margin as wide as that gives exactly the whole image's
+pixels, if only it is normalised like the whole image. A first pass over the tiles therefore adds up the statistics
 of every group norm, a second one computes with them: neighbouring tiles agree, and there is nothing to blend. The
-middle of the network, which has the attention, is small and runs on the whole picture. What is approximate is that the
+middle of the network, which has the attention, is small and runs on the whole image. What is approximate is that the
 first pass normalises each tile by itself.
 
-B batch, C channels, H×W height and width of the picture, h×w those of the latents
+B batch, C channels, H×W height and width of the image, h×w those of the latents
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, Point, VQModel
-from ldm.models.layers import twin
+from ldm.models.autoencoder import Autoencoder, AutoencoderKL, DiagonalGaussian, PointPosterior, VQModel
+from ldm.models.surgery import twin
 
 
 def sliced_decode(autoencoder: Autoencoder, z: Tensor, size: int = 1) -> Tensor:
@@ -25,12 +25,12 @@ def sliced_decode(autoencoder: Autoencoder, z: Tensor, size: int = 1) -> Tensor:
     return torch.cat([autoencoder.decode(part) for part in z.split(size)])
 
 
-def sliced_encode(autoencoder: Autoencoder, x: Tensor, size: int = 1) -> DiagonalGaussian | Point:
+def sliced_encode(autoencoder: Autoencoder, x: Tensor, size: int = 1) -> DiagonalGaussian | PointPosterior:
     """`autoencoder.encode(x)`, `size` images of the batch at a time."""
     parts = [autoencoder.encode(part) for part in x.split(size)]
     if isinstance(autoencoder, AutoencoderKL):
         return DiagonalGaussian(*(torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "logvar")))
-    return Point(torch.cat([part.mode() for part in parts]))
+    return PointPosterior(torch.cat([part.mode() for part in parts]))
 
 
 def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0) -> Tensor:
     return _tiled(end, middle, tile, margin, config.factor, 1)
 
 
-def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0) -> DiagonalGaussian | Point:
+def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0) -> DiagonalGaussian | PointPosterior:
     """`autoencoder.encode(x)` in tiles of `tile`×`tile` pixels, rounded down to whole latents (default as above).
 
     Raises:

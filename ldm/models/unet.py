@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ldm.models.layers import Downsample, NoAttention, ResnetBlock, Transformer,
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net. One entry of `channels`, `depth` and `heads` for each level, widest picture first."""
+    """The shape of a U-Net. One entry of `channels`, `depth` and `heads` for each level, widest image first."""
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of the feature maps
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks in each transformer; 0: the level has none
@@ -212,6 +213,8 @@ def _transformer(config: UNetConfig, level: int) -> nn.Module:
 
 class UNet(nn.Module):
     """Predicts what `prediction_type` of the noise schedule says, from noisy latents, time and conditioning."""
+
+    precomputable: ClassVar = {"add_embedding": "conditioning"}  # see `ldm.runtime.precomputing`
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

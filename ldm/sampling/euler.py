@@ -1,14 +1,13 @@
-"""Euler's method, SDXL's scheduler, without diffusers, whose import takes longer than a small picture.
+"""Euler's method, SDXL's scheduler, without an import of diffusers, which takes longer than a small image.
 
-Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn. Its numbers are those of diffusers' class of the same
-name, to the bit: all is computed in the same precision and order.
+Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn. The numbers are those of diffusers' class of the same
+name to the bit, since the precision and the order of operations are the same.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.process import BETA_SCHEDULES, PARAMETRISATIONS, betas, noise_levels, with_zero_terminal_snr
 
 _KNOWN = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "beta_schedule": BETA_SCHEDULES,
+    "prediction_type": tuple(PARAMETRISATIONS),
     "interpolation_type": ("linear", "log_linear"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
     "timestep_type": ("discrete", "continuous"),
@@ -29,21 +29,21 @@ _KNOWN = {
 
 @dataclass(eq=False)
 class EulerDiscreteScheduler:
-    """One run's noise levels sigma, falling, and where in them it is. Options are diffusers'."""
+    """The falling noise levels sigma of one run, and the index of its next step. Options are diffusers'."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
-    interpolation_type: str = "linear"  # of noise levels between the trained ones; "log_linear": of their logarithms
+    interpolation_type: str = "linear"  # between trained noise levels; "log_linear": between their logarithms
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
     use_beta_sigmas: bool | None = False
-    sigma_min: float | None = None  # the lowest of these three's levels, by default that of the timesteps
-    sigma_max: float | None = None  # and the highest
+    sigma_min: float | None = None  # lowest level of these three; by default that of the last timestep
+    sigma_max: float | None = None  # highest level; by default that of the first timestep
     timestep_spacing: str = "linspace"
-    timestep_type: str = "discrete"  # "continuous": with v-prediction, the model is told log(sigma) / 4
+    timestep_type: str = "discrete"  # "continuous": with v-prediction, timesteps are log(sigma) / 4
     steps_offset: int = 0  # added to the timesteps of the spacing "leading"
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: str = "zero"  # "sigma_min": the run ends at the lowest trained level
@@ -56,27 +56,15 @@ class EulerDiscreteScheduler:
                 raise LdmError(f"{name} {getattr(self, name)!r} of scheduler euler: choose {' or '.join(known)}")
         if sum(map(bool, (self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas))) > 1:
             raise LdmError("scheduler euler: of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas, one")
-        self.alphas_cumprod = (1 - self._betas()).cumprod(0)
+        variances = betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, torch.float32)
+        if self.rescale_betas_zero_snr:
+            bars = with_zero_terminal_snr((1 - variances).cumprod(0))
+            variances = 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])  # diffusers' way round, for its rounding
+        self.alphas_cumprod = (1 - variances).cumprod(0)
         if self.rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = 2**-24  # so that the highest noise level is finite
-        self.trained = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+        self.trained = noise_levels(self.alphas_cumprod).numpy()
         self.set_levels(self.trained[::-1])
-
-    def _betas(self) -> Tensor:
-        """Variance added at each timestep: (train_steps,)."""
-        count = self.num_train_timesteps
-        if self.beta_schedule == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, count)
-        elif self.beta_schedule == "scaled_linear":
-            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, count) ** 2
-        else:  # Nichol and Dhariwal 2021, equation 17
-            shares = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-            betas = torch.tensor([min(1 - later / share, 0.999) for share, later in pairwise(shares)])
-        if not self.rescale_betas_zero_snr:
-            return betas
-        roots = (1 - betas).cumprod(0).sqrt()  # Lin et al. 2023 (arXiv 2305.08891), algorithm 1
-        bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
-        return 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -93,12 +81,12 @@ class EulerDiscreteScheduler:
         last = 0.0 if self.final_sigmas_type == "zero" else self.trained[0]
         self.sigmas = torch.from_numpy(np.append(levels, last).astype(np.float32))
         self.timesteps = torch.from_numpy(timesteps.astype(np.float32))
-        if self.timestep_type == "continuous" and self.prediction_type == "v_prediction":
+        if self.timestep_type == "continuous" and PARAMETRISATIONS[self.prediction_type].log_timesteps:
             self.timesteps = 0.25 * self.sigmas[:-1].log()
         self.index = 0  # of the next step
 
     def set_levels(self, levels: np.ndarray) -> None:
-        """Set up for a run through these noise levels; timesteps are where the model was trained with them."""
+        """Set up for a run through these noise levels, at the (fractional) timesteps trained with them."""
         self._set(levels, np.interp(np.log(levels), np.log(self.trained), np.arange(len(self.trained))))
 
     def set_timesteps(self, num_inference_steps: int, *, device: Any = "cpu") -> None:
@@ -135,22 +123,17 @@ class EulerDiscreteScheduler:
         self.index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        """What the model is to be given for noisy latents (B, C, h, w), likewise."""
+        """The model's input (B, C, h, w) for noisy latents, scaled to unit variance."""
         return sample / (self.sigmas[self.index] ** 2 + 1) ** 0.5
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor]:
-        """Noisy latents (B, C, h, w) at the next noise level, from what the model gave for `sample`."""
+        """Noisy latents (B, C, h, w) at the next noise level, from those at this one and the prediction for them."""
         x = sample.float()
         sigma, following = self.sigmas[self.index], self.sigmas[self.index + 1]
-        if self.prediction_type == "epsilon":
-            clean = x - sigma * model_output
-        elif self.prediction_type == "v_prediction":
-            clean = model_output * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
-        else:
-            clean = model_output
+        clean = PARAMETRISATIONS[self.prediction_type].denoised(model_output, x, sigma)
         self.index += 1
         return ((x + (x - clean) / sigma * (following - sigma)).to(model_output.dtype),)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean latents (B, C, h, w) with the noise of the step where the run is, whatever `timesteps` says."""
+        """Clean latents (B, C, h, w) with noise at the next step's level; `timesteps` is ignored."""
         return original_samples + noise * self.sigmas[self.index].to(original_samples.dtype)

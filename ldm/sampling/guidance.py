@@ -5,8 +5,7 @@ B images, C latent channels, h×w height and width of the latents
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.families import NoiseSchedule
-from ldm.models.attention import Kernel
-from ldm.models.layers import TransformerBlock, twin
 from ldm.models.unet import Conditioning, UNet
+from ldm.patches.patching import patched
+from ldm.process import NoiseSchedule
+from ldm.runtime.precomputing import TimeTable, precomputed
 from ldm.sampling.loop import Denoise, Time
-from ldm.sampling.prepared import Clock, prepared
 
 
 @dataclass(frozen=True)
@@ -31,41 +29,31 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)  # of the run in which it is on (Kynkäänniemi et al. 2024, 2404.07724)
     threshold: float = 0.0  # dynamic threshold's percentile of the predicted latents (Saharia et al. 2022); 0: none
     perturbed: float = 0.0  # scale of perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377)
-    image: float = 1.5  # of editing by instruction: how much of the picture stays (Brooks et al. 2022, 2211.09800)
+    image: float = 1.5  # of editing by instruction: how much of the image stays (Brooks et al. 2022, 2211.09800)
 
     @property
     def classifier_free(self) -> bool:
-        """Whether the negative prompt is looked at."""
+        """Whether the negative prompt takes part."""
         return self.scale > 1
-
-    def __post_init__(self) -> None:
-        limits = {"scale": 1000, "rescale": 1, "threshold": 1, "perturbed": 1000, "image": 1000}
-        for name, high in limits.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise LdmError(f"guidance {name} {value!r}: a number from 0 to {high} is needed")
-        numbers = [value for value in self.interval if isinstance(value, (int, float))]
-        if len(numbers) != 2 or len(self.interval) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
-            raise LdmError(
-                f"guidance interval {self.interval}: two rising numbers from 0 (noise) to 1 (picture) are needed"
-            )
 
 
 def join(*conds: Conditioning) -> Conditioning:
-    """Conditionings one below the other, in one batch."""
+    """Conditionings joined into one batch."""
     columns = ([getattr(cond, field.name) for cond in conds] for field in fields(Conditioning))
     return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 def plain(unet: UNet, cond: Conditioning, times: Sequence[float], extra: Tensor | None = None) -> Denoise:
-    """The U-Net's own prediction at the timesteps of a run; `extra` (B or 1, C, h, w) are more channels that it reads:
-    the mask …"""
-    clock = Clock(prepared(unet, cond), cond, times)
+    """The U-Net's prediction for `cond` alone, at the timesteps of a run.
+
+    `extra` (B or 1, C, h, w) are channels that the U-Net reads beside the latents, such as an inpainting mask.
+    """
+    table = TimeTable(precomputed(unet, cond), cond, times)
     channels = None if extra is None else extra.expand(len(cond.text), -1, -1, -1)
 
     def denoise(x: Tensor, time: Time) -> Tensor:
-        clock.set(time.value)
-        return clock.unet(x if channels is None else torch.cat([x, channels], dim=1), time.tensor, cond)
+        table.set(time.value)
+        return table.unet(x if channels is None else torch.cat([x, channels], dim=1), time.tensor, cond)
 
     return denoise
 
@@ -81,29 +69,31 @@ def guided(
 ) -> Denoise:
     """The U-Net's prediction for `cond`, pushed away from the one for `negative` as `guidance` says.
 
-    Where guidance is off, the U-Net runs once for each image. `times` and `extra` (B rows, or one) are as for `plain`.
+    At steps without guidance, the U-Net runs once for each image. `times` and `extra` are as for `plain`.
     """
     g = guidance
-    alone = cache(partial(plain, unet, cond, times, extra))  # which most runs with guidance never need
-    classifier_free = g.classifier_free
-    if not classifier_free and not g.perturbed:
+    alone = cache(partial(plain, unet, cond, times, extra))  # built only if a step needs it
+    if not g.classifier_free and not g.perturbed:
         return thresholded(alone(), g.threshold, schedule) if g.threshold else alone()
-    groups = [negative] * classifier_free + [cond] + [cond] * bool(g.perturbed)
-    model = _perturbed_twin(unet, len(groups)) if g.perturbed else unet
+    groups = {"negative": negative} if g.classifier_free else {}  # parts of one batch, in this order
+    groups["prompt"] = cond
+    if g.perturbed:
+        groups["perturbed"] = cond
+    model = patched(unet, {"perturbed_groups": len(groups) if g.perturbed else 0})
     rows = None if extra is None else torch.cat([extra.expand(len(cond.text), -1, -1, -1)] * len(groups))
-    together = plain(model, join(*groups), times, rows)
+    together = plain(model, join(*groups.values()), times, rows)
 
     def denoise(x: Tensor, time: Time) -> Tensor:
         progress = 1 - time.value / (schedule.train_steps - 1)
         if not g.interval[0] <= progress <= g.interval[1]:
             return alone()(x, time)
         predictions = together(torch.cat([x] * len(groups)), time).chunk(len(groups))
-        wanted = predictions[classifier_free]
-        result = wanted
-        if classifier_free:
-            result = predictions[0] + g.scale * (wanted - predictions[0])
+        of = dict(zip(groups, predictions, strict=True))
+        result = wanted = of["prompt"]
+        if g.classifier_free:
+            result = of["negative"] + g.scale * (wanted - of["negative"])
         if g.perturbed:
-            result = result + g.perturbed * (wanted - predictions[-1])
+            result = result + g.perturbed * (wanted - of["perturbed"])
         if g.rescale:
             result = rescaled(result, wanted, g.rescale)
         return result
@@ -120,9 +110,9 @@ def edited(
     times: Sequence[float],
     image: Tensor,
 ) -> Denoise:
-    """The prediction of a U-Net that edits: away from one without instruction, and away from one without the picture.
+    """The prediction of a U-Net that edits: away from one without instruction, and away from one without the image.
 
-    Brooks et al. 2022 (arXiv 2211.09800), equation 3. `image` (B, C, h, w) are the picture's latents, not scaled.
+    Brooks et al. 2022 (arXiv 2211.09800), equation 3. `image` (B, C, h, w) are the image's latents, not scaled.
     """
     g = guidance
     if not g.classifier_free:
@@ -147,61 +137,22 @@ def rescaled(guided: Tensor, wanted: Tensor, amount: float) -> Tensor:
 
 
 def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) -> Denoise:
-    """Keep the predicted latents within what their own percentile allows, image by image.
+    """A denoiser with dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3), image by image.
 
-    Saharia et al. 2022 (arXiv 2205.11487), section 2.3, on latents, whose ordinary spread is 1: where the percentile of
-    their absolute values is above 3, what is above it is cut, and all are scaled down until it is 3.
+    The ordinary spread of latents is 1. Where `percentile` of the predicted latents' absolute values is above 3, values
+    beyond it are clipped, and all are scaled down until it is 3.
     """
-    bars = schedule.alpha_bars().tolist()
+    parametrisation = schedule.parametrisation
 
     def limited(x: Tensor, time: Time) -> Tensor:
         prediction = denoise(x, time)
-        a, s = signal_and_noise(bars, time.value)
-        latents = to_latents(prediction, x, a, s, schedule.prediction_type)
+        scales = schedule.scales(time.value)
+        latents = parametrisation.to_clean(prediction, x, *scales)
         sizes = latents.flatten(1).abs().float()
         limit = torch.quantile(sizes, percentile, dim=1).clamp(min=3.0).to(latents.dtype)[:, None, None, None]
-        return from_latents(latents.clamp(-limit, limit) * (3 / limit), x, a, s, schedule.prediction_type)
+        return parametrisation.from_clean(latents.clamp(-limit, limit) * (3 / limit), x, *scales)
 
     return limited
-
-
-def signal_and_noise(bars: list[float], t: float) -> tuple[float, float]:
-    """√ᾱ and √(1 - ᾱ) at a timestep that may lie between two."""
-    low = min(int(t), len(bars) - 1)
-    high = min(low + 1, len(bars) - 1)
-    bar = bars[low] + (bars[high] - bars[low]) * (t - low)
-    return math.sqrt(bar), math.sqrt(1 - bar)
-
-
-def to_latents(prediction: Tensor, x: Tensor, a: float, s: float, prediction_type: str) -> Tensor:
-    """The clean latents that a prediction for x = a · latents + s · noise stands for (a² + s² = 1)."""
-    if prediction_type == "epsilon":
-        return (x - s * prediction) / max(a, 1e-4)
-    return a * x - s * prediction if prediction_type == "v_prediction" else prediction
-
-
-def from_latents(latents: Tensor, x: Tensor, a: float, s: float, prediction_type: str) -> Tensor:
-    """The prediction that stands for clean latents: the inverse of `to_latents`."""
-    if prediction_type == "epsilon":
-        return (x - a * latents) / max(s, 1e-4)
-    return (a * x - latents) / max(s, 1e-4) if prediction_type == "v_prediction" else latents
-
-
-def _perturbed_twin(unet: UNet, groups: int) -> UNet:
-    """A U-Net on the same weights whose middle, for the last of a batch's groups, lets no token see another."""
-    model = twin(unet)
-    for module in model.mid_block.modules():
-        if isinstance(module, TransformerBlock):
-            module.attn1.kernel = _identity_for_last(module.attn1.kernel, groups)
-    return model
-
-
-def _identity_for_last(kernel: Kernel, groups: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def perturbed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keep = len(q) - len(q) // groups
-        return torch.cat([kernel(q[:keep], k[:keep], v[:keep]), v[keep:]])
-
-    return perturbed
 
 
 def check_finite(latents: Tensor, stage: str, remedy: str) -> None:

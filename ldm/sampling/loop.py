@@ -1,4 +1,4 @@
-"""The one loop: from noise to latents, a step at a time.
+"""The sampling loop: from noise to latents, a step at a time.
 
 B images, C latent channels, h×w height and width of the latents
 """
@@ -11,38 +11,38 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.sampling.schedulers import Plan
+from ldm.sampling.schedulers import SamplingPlan
 
 
 @dataclass(frozen=True)
 class Time:
-    """One timestep, as a number for decisions and as a tensor for the model, so that nobody waits for the device."""
+    """One timestep, as a number to decide by and as a tensor for the model, which the CPU never reads back."""
 
     value: float  # 0 … train_steps - 1; a fraction with some spacings
     tensor: Tensor  # the same on the model's device: ()
 
 
-Denoise = Callable[[Tensor, Time], Tensor]  # noisy latents (B, C, h, w), already scaled -> prediction (B, C, h, w)
+Denoise = Callable[[Tensor, Time], Tensor]  # scaled noisy latents (B, C, h, w) -> prediction (B, C, h, w)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is known after a step."""
+    """A step of the loop and its tensors."""
 
     index: int  # from 0
     count: int  # of all steps
     time: Time
     latents: Tensor  # (B, C, h, w) after the step
-    model_input: Tensor  # (B, C, h, w) that the model was given, scaled
-    prediction: Tensor  # (B, C, h, w) that it gave
+    model_input: Tensor  # (B, C, h, w) scaled noisy latents before the step
+    prediction: Tensor  # (B, C, h, w) of the model for them
 
 
 def sample(
-    denoise: Denoise, plan: Plan, x: Tensor, arguments: Mapping[str, Any]
+    denoise: Denoise, plan: SamplingPlan, x: Tensor, arguments: Mapping[str, Any]
 ) -> Generator[Step, Tensor | None, None]:
-    """Noisy latents `x` (B, C, h, w) through all timesteps of the plan, a `Step` after each.
+    """Denoise latents `x` (B, C, h, w) through all timesteps of the plan, yielding a `Step` after each.
 
-    A caller that wants to change the latents between steps sends new ones into the generator.
+    A caller changes the latents between steps by sending new ones into the generator.
     """
     scheduler = plan.scheduler
     values = plan.times

@@ -1,4 +1,4 @@
-"""Noise that depends on each image's own seed alone, whatever batch it is made in, its place there, or the device."""
+"""Noise that depends on each image's seed alone: not on the batch, the image's place in it, or the device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LARGEST_SEED = 2**63 - 1
 class Noise:
     """The random numbers of one run, for images with these seeds.
 
-    With rng "ldm" each image has a generator of its own, on the CPU. With "diffusers" one generator with the first seed
-    serves the whole batch, in the dtype of the model: the numbers that a diffusers pipeline draws.
+    With rng "ldm" each image has its own generator, on the CPU. With "diffusers" one generator, seeded with the first
+    seed, draws for the whole batch in the model's dtype: the numbers of a diffusers pipeline.
     """
 
     def __init__(self, seeds: Sequence[int], rng: str = "ldm") -> None:
@@ -30,11 +30,11 @@ class Noise:
 
     @property
     def generator(self) -> torch.Generator | list[torch.Generator]:
-        """What diffusers' schedulers take as `generator`: one for all images, or one for each."""
+        """The `generator` argument of diffusers' schedulers: one for all images, or one for each."""
         return self.generators if self.rng == "ldm" else self.generators[0]
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """Standard normal noise (B, ...) with one image's noise in each row."""
+        """Standard normal noise (B, ...), one image a row."""
         if self.rng == "diffusers":
             return torch.randn(tuple(shape), generator=self.generators[0], dtype=dtype).to(device)
         rows = [torch.randn(tuple(shape[1:]), generator=generator) for generator in self.generators]

@@ -1,6 +1,6 @@
-"""A cheap look at latents: each pixel's colour as a linear function of its latent channels, without the autoencoder.
+"""Previews of latents without the autoencoder: each pixel's colour is a linear function of its latent channels.
 
-B pictures, C latent channels, h×w height and width of the latents, and of the preview in pixels
+B images, C latent channels, h×w height and width of the latents, and of the preview in pixels
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.families import NoiseSchedule
 from ldm.models.autoencoder import Autoencoder
-from ldm.sampling.guidance import signal_and_noise, to_latents
+from ldm.process import NoiseSchedule
 from ldm.sampling.loop import Step
 
 Factors = Sequence[Sequence[float]]  # a row (red, green, blue) for each latent channel, and one to add
 
 
 def clean(step: Step, schedule: NoiseSchedule) -> Tensor:
-    """The latents (B, C, h, w) without noise that the model expects after what it has seen in this step."""
-    a, s = signal_and_noise(schedule.alpha_bars().tolist(), step.time.value)
-    return to_latents(step.prediction, step.model_input, a, s, schedule.prediction_type)
+    """The clean latents (B, C, h, w) that the model predicts in this step."""
+    return schedule.parametrisation.to_clean(step.prediction, step.model_input, *schedule.scales(step.time.value))
 
 
 def to_pixels(latents: Tensor, factors: Factors) -> Tensor:
@@ -33,11 +31,11 @@ def to_pixels(latents: Tensor, factors: Factors) -> Tensor:
 
 @torch.inference_mode()
 def fit(autoencoder: Autoencoder, pixels: Tensor | None = None) -> list[list[float]]:
-    """The factors that come nearest to an autoencoder's own pixels, by least squares.
+    """The factors that predict an autoencoder's pixels best, by least squares.
 
     Args:
-        autoencoder: whose latents are to be seen.
-        pixels: pictures (B, 3, H, W) in [-1, 1] to fit to; by default smooth random colours.
+        autoencoder: encodes the images to be fitted to.
+        pixels: these images (B, 3, H, W) in [-1, 1]; by default smooth random colours.
     """
     config, weight = autoencoder.config, next(autoencoder.parameters())
     if pixels is None:

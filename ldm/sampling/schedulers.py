@@ -1,9 +1,9 @@
-"""Schedulers by short name, crossed with how their steps are spaced over the noise levels.
+"""Schedulers by short name, and the spacings of their steps over the noise levels.
 
-Euler is ours; all others are diffusers', some of them mended, and are imported when one of them is chosen.
+Euler's method is our own. The others are diffusers' classes, some of them corrected, imported only when chosen.
 
-Schedulers keep the state of a run, so each run makes its own. Everything that they compute with stays on the CPU, so
-that no step waits for the GPU.
+A scheduler keeps the state of a run, so each run makes its own. Its tables stay on the CPU, so that no step waits for
+the GPU.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.families import NoiseSchedule
+from ldm.process import NoiseSchedule, noise_levels
 from ldm.sampling.euler import EulerDiscreteScheduler
 
 
 class Scheduler(Protocol):
-    """What a scheduler must have: diffusers' interface."""
+    """diffusers' interface of a scheduler."""
 
     order: int
     timesteps: Tensor
@@ -64,7 +64,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> diffusers' clas
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-SPACINGS: dict[str, dict[str, Any]] = {  # name -> options; a scheduler that lacks them takes Euler's noise levels
+SPACINGS: dict[str, dict[str, Any]] = {  # name -> options; a scheduler without them is given Euler's noise levels
     "default": {},
     "leading": {"timestep_spacing": "leading"},
     "linspace": {"timestep_spacing": "linspace"},
@@ -85,33 +85,35 @@ OWN_SPACING = {  # scheduler -> why it can be spaced by its own options only
     "lcm": "it is for models distilled at certain timesteps",
     "tcd": "it is for models distilled at certain timesteps",
 }
-_NOT_SPACED = {  # what a model may be published with
+_NOT_SPACED = {  # options that a model may be published with, off
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
 }
-NO_SAMPLE_PREDICTION = {"euler-a", "dpm2", "dpm2-a"}  # diffusers has not written it for these
+UNSUPPORTED = {  # scheduler and prediction type: diffusers has not written these
+    ("euler-a", "sample"), ("dpm2", "sample"), ("dpm2-a", "sample"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A scheduler set up for one run, and the timesteps that it will be called with."""
+class SamplingPlan:
+    """A scheduler set up for one run, and the run's timesteps."""
 
     scheduler: Scheduler
-    timesteps: list[Tensor]  # scalars on the CPU, one for each call of the denoiser, from noise to picture
+    timesteps: list[Tensor]  # scalars on the CPU, one for each call of the denoiser, from noise to image
     begin: int = 0  # calls left out at the start (image to image)
 
-    def tail(self, begin: int) -> Plan:
+    def tail(self, begin: int) -> SamplingPlan:
         """The same run from call number `begin` on."""
         set_begin = getattr(self.scheduler, "set_begin_index", None)
         if set_begin:
             set_begin(self.begin + begin)
-        return Plan(self.scheduler, self.timesteps[begin:], self.begin + begin)
+        return SamplingPlan(self.scheduler, self.timesteps[begin:], self.begin + begin)
 
-    def head(self, end: int) -> Plan:
+    def head(self, end: int) -> SamplingPlan:
         """The same run up to call number `end`."""
-        return Plan(self.scheduler, self.timesteps[:end], self.begin)
+        return SamplingPlan(self.scheduler, self.timesteps[:end], self.begin)
 
     @property
     def times(self) -> list[float]:
@@ -126,7 +128,7 @@ class Plan:
 
 
 def scheduler_class(name: str) -> type:
-    """The class of that short name: diffusers', or ours in its stead.
+    """The class of that short name: ours if there is one, else diffusers'.
 
     Raises:
         LdmError: there is none; the nearest names are offered.
@@ -145,15 +147,15 @@ def scheduler_class(name: str) -> type:
 
 
 @cache
-def _options(kind: type) -> frozenset[str]:
+def _option_names(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
 
 
 def spacings(name: str) -> list[str]:
-    """The spacings that make sense for a scheduler."""
+    """The names of the spacings that a scheduler can use."""
     if name not in OWN_SPACING:
         return [*SPACINGS, *LEVELS]
-    known = _options(scheduler_class(name))
+    known = _option_names(scheduler_class(name))
     return [spacing for spacing, options in SPACINGS.items() if options.keys() <= known]
 
 
@@ -171,7 +173,7 @@ def make(
     name: str | None = None,
     spacing: str | Sequence[float] = "default",
     xl: bool = False,
-) -> Plan:
+) -> SamplingPlan:
     """A scheduler for one run of `steps` steps.
 
     Args:
@@ -182,46 +184,16 @@ def make(
         xl: whether "ays" means SDXL's noise levels.
 
     Raises:
-        LdmError: a name is not known, a combination makes no sense (those that do are listed), or a number is absurd.
+        LdmError: a name is not known, the combination is not possible (the message lists others), or a number is out
+            of bounds.
     """
     name = name or own_name(schedule)
     kind = scheduler_class(name)
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MOST_STEPS:
-        raise LdmError(f"{steps!r} steps; choose a whole number from 1 to {MOST_STEPS}")
     label = spacing if isinstance(spacing, str) else "list"
-    if label not in spacings(name):
-        known = label in SPACINGS or label in LEVELS
-        why = f"does not go with scheduler {name}: {OWN_SPACING[name]}" if known else "is not known"
-        others = [other for other in SCHEDULERS if known and label in spacings(other)]
-        more = f"; {label} goes with: {', '.join(others)}" if others else ""
-        raise LdmError(f"spacing {label!r} {why}; choose one of: {', '.join(spacings(name))}{more}")
-    if schedule.prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
-        fits = [other for other in SCHEDULERS if other not in NO_SAMPLE_PREDICTION]
-        raise LdmError(f"scheduler {name} cannot use a model that predicts the picture; choose {', '.join(fits)}")
-    options = {
-        "clip_sample": False,  # to [-1, 1], which diffusers does by default, and which latents do not keep to
-        **schedule.options,
-        "num_train_timesteps": schedule.train_steps,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.beta_schedule,
-        "prediction_type": schedule.prediction_type,
-        **SCHEDULERS[name][1],
-    }
-    if label != "default":
-        options |= _NOT_SPACED | SPACINGS.get(label, {})
+    _check(schedule, steps, name, kind, label)
     levels = _levels(schedule, steps, kind, spacing, xl)
-    if levels:
-        # the last of them may be the lowest that was trained: only the clean latents are left to step to
-        options |= {"use_exponential_sigmas": True, "set_alpha_to_one": True, "final_sigmas_type": "zero"}
-    if schedule.zero_terminal_snr:
-        options |= {"rescale_betas_zero_snr": True}
-        if "rescale_betas_zero_snr" not in _options(kind):
-            fits = [other for other in SCHEDULERS if "rescale_betas_zero_snr" in _options(scheduler_class(other))]
-            raise LdmError(
-                f"scheduler {name} cannot start from pure noise, which this model needs; choose {', '.join(fits)}"
-            )
-    scheduler: Any = kind(**{key: value for key, value in options.items() if key in _options(kind)})
+    options = _options(schedule, name, label, levels is not None)
+    scheduler: Any = kind(**{key: value for key, value in options.items() if key in _option_names(kind)})
     try:
         if levels:
             _set_levels(scheduler, name, levels)
@@ -231,26 +203,69 @@ def make(
         raise LdmError(f"scheduler {name} cannot do {steps} steps: {' '.join(str(error).split())}") from None
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    return Plan(scheduler, list(scheduler.timesteps))
+    return SamplingPlan(scheduler, list(scheduler.timesteps))
+
+
+def _check(schedule: NoiseSchedule, steps: int, name: str, kind: type, spacing: str) -> None:
+    """Raise unless a scheduler can do so many steps of this spacing with a model of this noise schedule."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MOST_STEPS:
+        raise LdmError(f"{steps!r} steps; choose a whole number from 1 to {MOST_STEPS}")
+    if spacing not in spacings(name):
+        known = spacing in SPACINGS or spacing in LEVELS
+        why = f"does not go with scheduler {name}: {OWN_SPACING[name]}" if known else "is not known"
+        others = [other for other in SCHEDULERS if known and spacing in spacings(other)]
+        more = f"; {spacing} goes with: {', '.join(others)}" if others else ""
+        raise LdmError(f"spacing {spacing!r} {why}; choose one of: {', '.join(spacings(name))}{more}")
+    prediction = schedule.prediction_type
+    if (name, prediction) in UNSUPPORTED:
+        fits = [other for other in SCHEDULERS if (other, prediction) not in UNSUPPORTED]
+        raise LdmError(f"scheduler {name} cannot use a model that predicts {prediction}; choose {', '.join(fits)}")
+    if schedule.zero_terminal_snr and "rescale_betas_zero_snr" not in _option_names(kind):
+        fits = [other for other in SCHEDULERS if "rescale_betas_zero_snr" in _option_names(scheduler_class(other))]
+        raise LdmError(
+            f"scheduler {name} cannot start from pure noise, which this model needs; choose {', '.join(fits)}"
+        )
+
+
+def _options(schedule: NoiseSchedule, name: str, spacing: str, levels: bool) -> dict[str, Any]:
+    """Options of a scheduler, of which its class may lack some; with `levels`, noise levels will be set afterwards."""
+    options = {
+        "clip_sample": False,  # diffusers clips to [-1, 1] by default, which latents exceed
+        **schedule.options,
+        "num_train_timesteps": schedule.train_steps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": schedule.beta_schedule,
+        "prediction_type": schedule.prediction_type,
+        **SCHEDULERS[name][1],
+    }
+    if spacing != "default":
+        options |= _NOT_SPACED | SPACINGS.get(spacing, {})
+    if levels:
+        # the last of them may be the lowest that was trained: only the clean latents are left to step to
+        options |= {"use_exponential_sigmas": True, "set_alpha_to_one": True, "final_sigmas_type": "zero"}
+    if schedule.zero_terminal_snr:
+        options["rescale_betas_zero_snr"] = True
+    return options
 
 
 def _levels(
     schedule: NoiseSchedule, steps: int, kind: type, spacing: str | Sequence[float], xl: bool
 ) -> list[float] | None:
-    """Noise levels that a scheduler must be given; none if it has options for that spacing."""
+    """Noise levels to set, or None if the scheduler has options for that spacing."""
     if spacing == "list":
         raise LdmError("spacing 'list' means noise levels of your own; give falling numbers, one for each step")
     if not isinstance(spacing, str):
         return _checked(spacing, steps)
     if spacing == "ays":
         return _align_your_steps(steps, xl)
-    if SPACINGS[spacing].keys() <= _options(kind):
+    if SPACINGS[spacing].keys() <= _option_names(kind):
         return None
     return make(schedule, steps, "euler", spacing).scheduler.sigmas[:-1].tolist()  # type: ignore[attr-defined]
 
 
 def _align_your_steps(steps: int, xl: bool) -> list[float]:
-    """The published noise levels, interpolated in their logarithm, as its authors do."""
+    """The published noise levels, their logarithms interpolated to the number of steps as its authors do."""
     levels = np.log(ALIGN_YOUR_STEPS[xl][::-1])
     points = np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, len(levels)), levels)
     return np.exp(points)[::-1][:-1].tolist()
@@ -271,17 +286,17 @@ def _checked(levels: Sequence[float], steps: int) -> list[float]:
 
 
 def _set_levels(scheduler: Any, name: str, levels: list[float]) -> None:
-    """Set a scheduler up for these noise levels; those that step from timestep to timestep get the nearest ones."""
+    """Set a scheduler up for these noise levels. DDIM and DDPM know timesteps only: the nearest ones."""
     if name == "euler":
         scheduler.set_levels(np.array(levels))
         return
     if name in ("ddim", "ddpm"):
         scheduler.set_timesteps(timesteps=_nearest(levels, scheduler), device="cpu")
         return
-    if hasattr(scheduler, "_convert_to_exponential"):  # where diffusers gets levels from, and timesteps from these
+    if hasattr(scheduler, "_convert_to_exponential"):  # diffusers takes the levels from here, then finds timesteps
         scheduler._convert_to_exponential = lambda **_: np.array(levels)
     scheduler.set_timesteps(len(levels), device="cpu")
-    if len(scheduler.timesteps) == len(levels):  # one call for each: there, some would cut the fraction off
+    if len(scheduler.timesteps) == len(levels):  # one call a level: some schedulers cut the timestep's fraction off
         trained = _trained(scheduler)
         scheduler.timesteps = torch.from_numpy(np.interp(np.log(levels), trained, np.arange(len(trained)))).float()
     if name == "euler-a":
@@ -291,11 +306,11 @@ def _set_levels(scheduler: Any, name: str, levels: list[float]) -> None:
 def _trained(scheduler: Any) -> np.ndarray:
     """The logarithm of the noise level at each training timestep: (train_steps,)."""
     bars = scheduler.alphas_cumprod.clamp(min=2**-24)  # what diffusers takes for pure noise
-    return (((1 - bars) / bars) ** 0.5).log().numpy()
+    return noise_levels(bars).log().numpy()
 
 
 def _nearest(levels: list[float], scheduler: Any) -> list[int]:
-    """The training timesteps with the nearest noise levels, or ones beside them where these are taken: each once."""
+    """The training timesteps with the nearest noise levels, each used once: where one is taken, its neighbour."""
     trained = _trained(scheduler)
     if len(levels) > len(trained):
         raise LdmError(f"{len(levels)} noise levels, but {len(trained)} training timesteps; choose fewer steps")
@@ -306,8 +321,10 @@ def _nearest(levels: list[float], scheduler: Any) -> list[int]:
 
 
 def add_noise(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """Latents (B, C, h, w) with as much noise as there is at a timestep (); the scheduler's tables stay on the CPU,
-    where diffusers moves them to the latents' device and later steps would wait for it."""
+    """Latents (B, C, h, w) with the noise of a timestep ().
+
+    diffusers moves the scheduler's table to the latents' device, for which later steps would wait; it is put back.
+    """
     table = getattr(scheduler, "alphas_cumprod", None)
     noisy = scheduler.add_noise(latents, noise, timestep[None])
     if table is not None:
@@ -316,8 +333,8 @@ def add_noise(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Te
 
 
 def step_arguments(scheduler: Scheduler, generator: Any, eta: float) -> dict[str, Any]:
-    """What this scheduler's `step` takes besides: generators of noise, DDIM's and TCD's eta, and diffusers' flag for a
-    plain tuple as its answer."""
+    """Further arguments of this scheduler's `step`: generators of noise, DDIM's and TCD's eta, and the flag with which
+    diffusers returns a plain tuple."""
     names = inspect.signature(scheduler.step).parameters
     wanted = {"generator": generator, "eta": eta, "return_dict": False}
     return {name: value for name, value in wanted.items() if name in names}

@@ -1,9 +1,9 @@
-"""diffusers' schedulers where a step of ours is quicker or more exact; each stands in for the class of the same name.
+"""diffusers' schedulers with steps that are faster or more exact; each class replaces the one of the same name.
 
-diffusers computes the weights of a multistep solver with tensors of one element, dozens of them in each step, which
-takes longer than the step itself. Here they are plain numbers; what is done with them, and when, stays diffusers'.
+diffusers computes the weights of a multistep solver with dozens of one-element tensors a step, which takes longer than
+the step itself. Here they are plain numbers; the rest of the algorithm stays diffusers'.
 
-s noise level sigma (of noise over signal), h a step in -log s, m predicted clean latents, e predicted noise
+s noise level sigma (noise over signal), h a step in -log s, m predicted clean latents, e predicted noise
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-
-def signal(s: float) -> float:
-    """Share of the clean latents in noisy ones of unit variance, at noise level s."""
-    return 1 / math.sqrt(s**2 + 1)
+from ldm.process import PARAMETRISATIONS, alpha_at
 
 
 def _span(start: float, end: float) -> float:
@@ -29,7 +26,7 @@ def _span(start: float, end: float) -> float:
 
 
 class _Levels:
-    """Keeps the noise levels of a run as plain numbers."""
+    """A mix-in that keeps the noise levels of a run as plain numbers."""
 
     levels: list[float]
     sigmas: Tensor
@@ -68,7 +65,7 @@ class DPMSolverMultistepScheduler(_Levels, diffusers.DPMSolverMultistepScheduler
         h = _span(start, end)
         k = h if noise is None else 2 * h  # with noise of its own, the old one decays twice as fast
         gain = -math.expm1(-k)
-        x = (signal(end) / signal(start) * math.exp(-k) * sample).add(m[-1], alpha=signal(end) * gain)
+        x = (alpha_at(end) / alpha_at(start) * math.exp(-k) * sample).add(m[-1], alpha=alpha_at(end) * gain)
         if len(m) > 1:
             h1 = _span(self.levels[i - 1], start)
             slope = (m[-1] - m[-2]) * (h / h1)
@@ -76,20 +73,20 @@ class DPMSolverMultistepScheduler(_Levels, diffusers.DPMSolverMultistepScheduler
                 h2 = _span(self.levels[i - 2], self.levels[i - 1])
                 bend = slope.sub(m[-2] - m[-3], alpha=h / h2) * (h / (h1 + h2))
                 slope = slope.add(bend, alpha=h1 / h)
-                x = x.add(bend, alpha=signal(end) * ((gain - k) / k**2 + 0.5))
+                x = x.add(bend, alpha=alpha_at(end) * ((gain - k) / k**2 + 0.5))
             midpoint = len(m) == 2 and self.config.solver_type == "midpoint"
-            x = x.add(slope, alpha=signal(end) * (gain / 2 if midpoint else 1 - gain / k))
-        return x if noise is None else x.add(noise, alpha=end * signal(end) * math.sqrt(gain))
+            x = x.add(slope, alpha=alpha_at(end) * (gain / 2 if midpoint else 1 - gain / k))
+        return x if noise is None else x.add(noise, alpha=end * alpha_at(end) * math.sqrt(gain))
 
 
 class DPMSolverSinglestepScheduler(_Levels, diffusers.DPMSolverSinglestepScheduler):
-    """DPM-Solver++ with a step in between, whose noise, in the SDE variant, is part of the noise of the whole step.
+    """DPM-Solver++ with an intermediate step, whose noise, in the SDE variant, is part of the noise of the whole step.
 
-    In diffusers the two are independent: what the model sees in between has nothing to do with where the step leads,
-    and the order is one in place of two.
+    In diffusers the two are independent: the intermediate latents lie on another path than the step's result, and the
+    order is one instead of two.
     """
 
-    noise: Tensor  # of the step in between
+    noise: Tensor  # of the intermediate step
 
     def dpm_solver_first_order_update(self, model_output: Tensor, *, sample: Tensor, noise: Tensor | None) -> Tensor:
         if noise is not None:
@@ -124,9 +121,9 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
         return self._update(self.step_index - 1, last_sample, order, this_model_output)
 
     def _update(self, i: int, sample: Tensor, order: int, new: Tensor | None) -> Tensor:
-        """From level i to the next; once more, corrected, when `new`, the prediction there, is known."""
+        """From level i to the next; with `new`, the prediction at the next level, the corrected step."""
         start, end = self.levels[i], self.levels[i + 1]
-        if start == end:  # as above
+        if start == end:  # as in DPM-Solver++
             return sample
         h = _span(start, end)
         points = [-_span(self.levels[i - j], start) / h for j in range(1, order)]
@@ -136,16 +133,16 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
         change = math.expm1(-h)
         scale = -h if self.config.solver_type == "bh1" else change
         shares = _unipc_shares(points, h, scale)
-        weights = [-signal(end) * scale * share / point for share, point in zip(shares, points, strict=True)]
-        x = end * signal(end) / (start * signal(start)) * sample
-        x = x.add(self.model_outputs[-1], alpha=-signal(end) * change - sum(weights))
+        weights = [-alpha_at(end) * scale * share / point for share, point in zip(shares, points, strict=True)]
+        x = end * alpha_at(end) / (start * alpha_at(start)) * sample
+        x = x.add(self.model_outputs[-1], alpha=-alpha_at(end) * change - sum(weights))
         for other, weight in zip(others, weights, strict=True):
             x = x.add(other, alpha=weight)
         return x.to(sample.dtype)
 
 
 def _unipc_shares(points: list[float], h: float, scale: float) -> list[float]:
-    """What the slopes to the predictions at `points`, in steps h from the start, count for."""
+    """Weights of the slopes to the predictions at `points`, in steps h from the start."""
     if len(points) < 2:
         return [0.5] * len(points)  # the paper's choice, which keeps the order
     shares, phi, factorial = [], math.expm1(-h) / -h - 1, 1
@@ -169,7 +166,7 @@ def _unipc_shares(points: list[float], h: float, scale: float) -> list[float]:
 class DEISMultistepScheduler(_Levels, diffusers.DEISMultistepScheduler):
     """DEIS (Zhang and Chen 2022, arXiv 2204.13902), with polynomials in log ρ = log s, up to the third order.
 
-    With "karras", "exponential" or "beta" levels, diffusers spends the last step on going nowhere; here it goes to 0.
+    With "karras", "exponential" or "beta" levels, diffusers' last step has length 0; here it goes to noise level 0.
     """
 
     def set_timesteps(self, *arguments: Any, **options: Any) -> None:
@@ -203,13 +200,14 @@ class DEISMultistepScheduler(_Levels, diffusers.DEISMultistepScheduler):
                 h2 = _span(self.levels[i - 2], self.levels[i - 1])
                 bend = (slope - (e[-2] - e[-3]) / -h2) / -(h1 + h2)
                 total = total + (v**2 * end - 2 * moment - h1 * moment) * bend
-        return signal(end) * (sample / signal(start) + total)
+        return alpha_at(end) * (sample / alpha_at(start) + total)
 
 
 class LMSDiscreteScheduler(_Levels, diffusers.LMSDiscreteScheduler):
-    """Linear multistep (Adams-Bashforth in s), whose weights diffusers finds by general quadrature, in 2 ms a step.
+    """Linear multistep (Adams-Bashforth in s).
 
-    They are integrals of polynomials of degree 3 at the most, for which two Gauss points are exact.
+    Its weights are integrals of polynomials of degree 3 at most, for which two Gauss points are exact; diffusers'
+    adaptive quadrature takes 2 ms a step.
     """
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
@@ -226,10 +224,10 @@ class LMSDiscreteScheduler(_Levels, diffusers.LMSDiscreteScheduler):
 
 
 class _Following:
-    """Steps that end where the next one begins.
+    """A mix-in whose steps end at the timestep where the next one begins.
 
-    In diffusers, DDIM and PNDM go back by train_steps // steps timesteps, which is not where the model is called next,
-    unless the timesteps are spaced so ("leading"): the error does not vanish with more steps.
+    In diffusers, steps of DDIM and PNDM end train_steps // steps timesteps earlier, where the model is called next only
+    with "leading" spacing; with others the error does not vanish with more steps.
     """
 
     config: Any
@@ -247,7 +245,7 @@ class _Following:
         self.following = dict(zip(times, [*times[1:], -1], strict=True))
 
     def set_length(self, timestep: int) -> None:
-        """Let diffusers take all steps for as long as the one that begins at a timestep."""
+        """Set diffusers' number of steps so that its step length is that of the step from this timestep."""
         self.num_inference_steps = Fraction(self.config.num_train_timesteps, timestep - self.following[timestep])
 
 
@@ -270,16 +268,14 @@ class DDIMScheduler(_Following, diffusers.DDIMScheduler):
 class PNDMScheduler(_Following, diffusers.PNDMScheduler):
     """PLMS (Liu et al. 2022, arXiv 2202.09778), which takes its first step twice.
 
-    What it averages over several steps is predicted noise. diffusers averages what the model predicts, whatever that
-    is, and makes noise of it afterwards, which for v-prediction leaves the first order only.
+    It averages the predicted noise of several steps. diffusers averages the model's predictions and converts the
+    average to noise, which with v-prediction is of the first order only.
     """
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
         bar = float(self.alphas_cumprod[timestep])
-        if self.config.prediction_type == "v_prediction":
-            model_output = bar**0.5 * model_output + (1 - bar) ** 0.5 * sample
-        elif self.config.prediction_type == "sample":
-            model_output = (sample - bar**0.5 * model_output) / (1 - bar) ** 0.5
+        parametrisation = PARAMETRISATIONS[self.config.prediction_type]
+        model_output = parametrisation.to_noise(model_output, sample, bar**0.5, (1 - bar) ** 0.5)
         start = int(timestep)
         if self.counter == 1:
             start = next(before for before, after in self.following.items() if after == start)

@@ -22,7 +22,12 @@ from ldm.errors import LdmError, first_line
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-STATE = {"sums": dict, "kind": dict, "looks": list, "log": int}  # what every checkpoint says besides
+STATE = {
+    "sums": dict,
+    "kind": dict,
+    "looks": list,
+    "log": int,
+}  # entries of the state, and their types
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -40,7 +45,7 @@ def save(
         accelerator: knows the networks, optimisers and what else is registered with it.
         folder: of the checkpoints.
         step: updates done.
-        state: what must be known besides, as JSON.
+        state: the rest of what the run depends on, as JSON.
         keep: how many checkpoints stay.
         more: called by all ranks with the folder, to write what accelerate does not.
 
@@ -129,7 +134,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def states(folder: Path) -> Iterator[dict[str, Any]]:
-    """What `save` was told besides, of each checkpoint that says it."""
+    """The `state` that `save` was given, of each checkpoint that can be read."""
     for path in checkpoints(folder):
         try:
             yield dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["state"])

@@ -1,6 +1,6 @@
-"""Captions and size conditioning of a batch, with parts left out as classifier-free guidance needs it.
+"""Captions and time ids of a batch, with conditioning dropout for classifier-free guidance.
 
-What is left out of a sample is a function of the seed, the sample's key and its epoch, so it differs between epochs.
+What is dropped from a sample is a function of the seed, the sample's key and its epoch, so it differs between epochs.
 
 B batch, M tokens, K text encoders
 """
@@ -21,15 +21,15 @@ from ldm.models.unet import Conditioning
 
 
 @dataclass(frozen=True)
-class DropOut:
-    """How often something is left out (Ho and Salimans 2022, arXiv 2207.12598)."""
+class ConditioningDropout:
+    """Rates of conditioning dropout (Ho and Salimans 2022, arXiv 2207.12598)."""
 
-    caption: tuple[float, ...] = (0.1,)  # for each text encoder, or one number for all
-    together: bool = False  # from all text encoders, or from none
-    size: float = 0.0  # the size conditioning: zeros in its place
+    caption: tuple[float, ...] = (0.1,)  # for each text encoder, or one rate for all
+    together: bool = False  # a caption is dropped for all text encoders, or for none
+    size: float = 0.0  # of the time ids, which become zeros
 
     def captions(self, seed: int, keys: Sequence[str], epochs: Sequence[int], encoders: int) -> Tensor:
-        """Whose caption is left out of which text encoder: (B, K)."""
+        """A mask of the captions that are dropped, for each text encoder: (B, K)."""
         rates = self.caption if len(self.caption) == encoders else self.caption[:1] * encoders
         rows = [
             [
@@ -41,7 +41,7 @@ class DropOut:
         return torch.tensor(rows, dtype=torch.bool).view(len(rows), encoders)
 
     def sizes(self, seed: int, keys: Sequence[str], epochs: Sequence[int]) -> Tensor:
-        """Whose size conditioning is left out: (B,)."""
+        """A mask of the time ids that are dropped: (B,)."""
         return torch.tensor(
             [uniform(seed, "drop size", key, epoch) < self.size for key, epoch in zip(keys, epochs, strict=True)]
         )
@@ -49,19 +49,19 @@ class DropOut:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the U-Net is to be told about a batch, before it is encoded."""
+    """Texts and time ids of a batch after conditioning dropout, before the texts are encoded."""
 
     texts: list[list[str]]  # B of them for each of the K text encoders
-    dropped: Tensor  # (B, K): whose text is left out
-    size: Tensor | None  # (B, 6 or 5) size conditioning
+    dropped: Tensor  # (B, K): mask of the texts that are dropped
+    size: Tensor | None  # (B, 6 or 5) time ids
 
 
-def prompt(batch: Batch, family: Family, drop: DropOut, seed: int, default_score: float) -> Prompt:
-    """A batch's captions and size conditioning, with parts left out.
+def prompt(batch: Batch, family: Family, dropout: ConditioningDropout, seed: int, default_score: float) -> Prompt:
+    """A batch's captions and time ids, with conditioning dropout.
 
-    A caption that is left out is an empty one; in SDXL's base family, zeros stand in the place of its encoding.
+    A dropped caption is an empty one; in SDXL's base family, its encoding becomes zeros (`conditioning`).
     """
-    dropped = drop.captions(seed, batch.keys, batch.epochs, len(family.text))
+    dropped = dropout.captions(seed, batch.keys, batch.epochs, len(family.text))
     texts = [
         [
             "" if gone and not family.zero_empty_prompt else text
@@ -69,16 +69,16 @@ def prompt(batch: Batch, family: Family, drop: DropOut, seed: int, default_score
         ]
         for column in dropped.T.tolist()
     ]
-    return Prompt(texts, dropped, size_ids(batch, drop.sizes(seed, batch.keys, batch.epochs), family, default_score))
+    return Prompt(texts, dropped, time_ids(batch, dropout.sizes(seed, batch.keys, batch.epochs), family, default_score))
 
 
 def encode(encoders: TextEncoders, texts: Sequence[Sequence[str]]) -> Conditioning:
-    """Texts, those of each text encoder, to text (B, M, T) and pooled text (B, P)."""
-    return encoders.encode([encoders.tokenize(column)[k] for k, column in enumerate(texts)])
+    """Texts for each text encoder to text (B, M, T) and pooled text (B, P)."""
+    return encoders.encode([encoders.tokenize_for(k, column) for k, column in enumerate(texts)])
 
 
 def conditioning(encoded: Conditioning, prompt: Prompt, family: Family) -> Conditioning:
-    """Encoded texts with zeros for what is left out, where the family has zeros there, and the size conditioning."""
+    """Encoded texts and time ids; dropped texts become zeros where the family has zeros for an empty prompt."""
     cond = replace(encoded, size=None if prompt.size is None else prompt.size.to(encoded.text.device))
     if not family.zero_empty_prompt or not bool(prompt.dropped.any()):
         return cond
@@ -88,9 +88,9 @@ def conditioning(encoded: Conditioning, prompt: Prompt, family: Family) -> Condi
     return replace(cond, text=text, pooled=None if cond.pooled is None else cond.pooled * keep[:, -1:])
 
 
-def size_ids(batch: Batch, dropped: Tensor, family: Family, default_score: float) -> Tensor | None:
-    """The size conditioning (B, 6), the refiner's (B, 5) with its aesthetic score, or none for families without."""
-    if not family.unet.size_ids:
+def time_ids(batch: Batch, dropped: Tensor, family: Family, default_score: float) -> Tensor | None:
+    """The time ids (B, 6), the refiner's (B, 5) with its aesthetic score, or none for families without."""
+    if not family.xl:
         return None
     ids = batch.size
     if family.refiner:

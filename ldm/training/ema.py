@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,10 +22,50 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.training.config import EmaSection
-from ldm.weights.files import Output, Store, TensorInfo, check_digest, replacing, write_safetensors
+from ldm.files import check_digest, replacing
+from ldm.training.sections import EmaSection
+from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
 SNAPSHOT = re.compile(r"(\d+)-([\d.]+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """The profile of an exponential average."""
+
+    section: EmaSection
+    name: ClassVar[str] = "ema"
+
+    def decay(self, step: int) -> float:
+        """The weight of the old average at update number `step` (from 1)."""
+        longest = self.section.decay
+        return min(longest, (1 + step) / (10 + step)) if self.section.ramp else longest
+
+
+@dataclass(frozen=True)
+class Power:
+    """The profile of a power-function average."""
+
+    width: float  # relative
+    gamma: float  # the exponent that has this width
+
+    @property
+    def name(self) -> str:
+        return f"width-{self.width:g}"
+
+    def decay(self, step: int) -> float:
+        """As `Exponential.decay`."""
+        return (1 - 1 / step) ** (self.gamma + 1)
+
+
+def profiles(section: EmaSection) -> list[Exponential | Power]:
+    """Those of the averages that the section asks for: the exponential one first.
+
+    Raises:
+        LdmError: a width is impossible.
+    """
+    powers = [Power(width, exponent(width)) for width in section.widths]
+    return [Exponential(section), *powers] if section.decay else list(powers)
 
 
 class Averages:
@@ -33,26 +74,20 @@ class Averages:
     def __init__(self, module: nn.Module, section: EmaSection) -> None:
         self.section = section
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.profiles = [0.0] * bool(section.decay) + [exponent(width) for width in section.widths]
+        self.profiles = profiles(section)
         self.averages = [[p.detach().clone() for p in self.parameters.values()] for _ in self.profiles]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after update number `step` (from 1)."""
         weights = [p.detach() for p in self.parameters.values()]
-        decays = [self._decay(step)] * bool(self.section.decay)
-        decays += [(1 - 1 / step) ** (gamma + 1) for gamma in self.profiles[len(decays) :]]
-        for average, decay in zip(self.averages, decays, strict=True):
-            torch._foreach_lerp_(average, weights, 1 - decay)
-
-    def _decay(self, step: int) -> float:
-        return min(self.section.decay, (1 + step) / (10 + step)) if self.section.ramp else self.section.decay
+        for average, profile in zip(self.averages, self.profiles, strict=True):
+            torch._foreach_lerp_(average, weights, 1 - profile.decay(step))
 
     @property
     def names(self) -> list[str]:
-        """What each of them is called: `ema`, `width-0.05`; without any, the weights themselves, `weights`."""
-        widths = [f"width-{width:g}" for width in self.section.widths]
-        return ["ema"] * bool(self.section.decay) + widths or ["weights"]
+        """The names of the averages: `ema`, `width-0.05`; without any, `weights`, the weights themselves."""
+        return [profile.name for profile in self.profiles] or ["weights"]
 
     def named(self, which: int = 0) -> dict[str, Tensor]:
         """One of the averages by the parameters' names; without any, the weights."""
@@ -94,9 +129,11 @@ class Averages:
     def save_snapshots(self, folder: Path, step: int) -> None:
         """Write the power-function averages, in fp16 as their authors do, for `recombine`."""
         folder.mkdir(parents=True, exist_ok=True)
-        for width, average in zip(self.section.widths, self.averages[bool(self.section.decay) :], strict=True):
-            path = folder / f"{step:08d}-{width:g}.safetensors"
-            self._write(path, average, torch.float16, {"step": str(step), "width": f"{width:g}"})
+        for profile, average in zip(self.profiles, self.averages, strict=True):
+            if isinstance(profile, Power):
+                width = f"{profile.width:g}"
+                path = folder / f"{step:08d}-{width}.safetensors"
+                self._write(path, average, torch.float16, {"step": str(step), "width": width})
 
     def _write(self, path: Path, tensors: Sequence[Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         outputs = [

@@ -1,8 +1,8 @@
-"""Evaluation while a stage trains: pictures by the weights that are in place, their figures, the best weights so far.
+"""Evaluation while a stage trains: images by the weights that are in place, their figures, the best weights so far.
 
 runs/x/base/evaluation/step-…/ema/     of each evaluation and average of the weights: report.html, report.json;
                                        figures.json, written last; unet.safetensors, weights that were the best
-runs/x/data/evaluation/                what was found in the pictures to compare with
+runs/x/data/evaluation/                what was found in the images to compare with
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from PIL import Image
 
 from ldm.data.image_set import ImageSet, made
 from ldm.errors import LdmError, out_of_memory
-from ldm.evaluation.evaluation import Evaluation, Model, Plan, begin, check
-from ldm.evaluation.looking import digest_of
-from ldm.evaluation.measures import METRICS
-from ldm.evaluation.page import write_page
-from ldm.evaluation.pictures import Pictures
+from ldm.evaluation.evaluation import Evaluation
+from ldm.evaluation.features import digest_of
+from ldm.evaluation.images import Images
+from ldm.evaluation.metrics.table import METRICS
+from ldm.evaluation.pages.page import write_page
+from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
 from ldm.evaluation.report import Value, save_report
-from ldm.evaluation.stored import Work
+from ldm.evaluation.workspace import Workspace
+from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import DenoiserSection, EvaluationSection
-from ldm.training.phases import phases
-from ldm.training.stage import MakePictures
-from ldm.weights.files import read_json, replacing, write_json
+from ldm.training.sections import EvaluationSection
+from ldm.training.stages.stage import MakeImages, StageKind
 
 log = logging.getLogger(__name__)
 FIGURES = "figures.json"
-SCRATCH = ("pictures", "found", "index")  # of an evaluation; removed once there are figures
+SCRATCH = ("images", "found", "index")  # of an evaluation; removed once there are figures
 
 
 @dataclass(frozen=True)
 class Best:
-    """Weights whose pictures were the best so far."""
+    """The weights with the best images so far."""
 
     step: int  # updates that they had
     average: str  # which of the averages they are
@@ -50,17 +50,17 @@ class Best:
     settings: Mapping[str, Any]  # of the evaluation: figures that came about in another way are no match
 
 
-def check_evaluation(name: str, plan: Plan) -> None:
-    """Raise LdmError, before anything is opened, for what cannot be done; `name` is the stage's."""
-    place = f"{name}.evaluation"
-    if name == "refiner":
-        raise LdmError(f"{place}.every: a refiner makes no pictures alone; set it to 0, and try it with `ldm eval`")
+def check_evaluation(kind: StageKind[Any], plan: EvaluationPlan) -> None:
+    """Raise LdmError, before anything is opened, for an evaluation that cannot be made."""
+    place = f"{kind.name}.evaluation"
+    if not kind.makes_images:
+        raise LdmError(f"{place}.every: a {kind.name} makes no images alone; set it to 0, and try it with `ldm eval`")
     with _at(place):
         if plan.data is None:
-            raise LdmError("a stream holds no pictures out; name some to compare with (data)")
-        if isinstance(plan.data, Pictures) and not len(plan.data):
-            raise LdmError("no pictures are held out (data.holdout); hold some out, or name others (data)")
-        check([True], plan)
+            raise LdmError("a stream holds no images out; name some to compare with (data)")
+        if isinstance(plan.data, Images) and not len(plan.data):
+            raise LdmError("no images are held out (data.holdout); hold some out, or name others (data)")
+        check_plan([True], plan)
         about_autoencoders = [metric for metric in plan.metrics if METRICS[metric].reconstruction]
         if about_autoencoders:
             raise LdmError(f"{about_autoencoders[0]} is about the autoencoder, which is not trained here; leave it out")
@@ -68,8 +68,8 @@ def check_evaluation(name: str, plan: Plan) -> None:
 
 def evaluation_plan(
     section: EvaluationSection, images: ImageSet | None, rows: Sequence[np.ndarray], device: str
-) -> Plan:
-    """What a section asks for.
+) -> EvaluationPlan:
+    """The evaluation that a section asks for.
 
     Args:
         section: of the configuration.
@@ -77,8 +77,8 @@ def evaluation_plan(
         rows: which of them are trained on, and which are held out.
         device: where networks run.
     """
-    trained_on, held_out = (Pictures(images, tuple(some.tolist())) for some in rows) if images else (None, None)
-    return Plan(
+    trained_on, held_out = (Images(images, tuple(some.tolist())) for some in rows) if images else (None, None)
+    return EvaluationPlan(
         metrics=tuple(section.metrics),
         data=section.data or held_out,
         n=section.n,
@@ -96,25 +96,27 @@ class Evaluator:
     def __init__(
         self,
         stage: str,
-        section: DenoiserSection,
-        plan: Plan,
+        section: EvaluationSection,
+        size: int,
+        plan: EvaluationPlan,
         model: LatentDiffusion,
-        make_pictures: MakePictures,
+        make_images: MakeImages,
         precision: str,
-        work: Work,
+        work: Workspace,
     ) -> None:
         """Args:
         stage: its name.
         section: of the configuration.
+        size: width and height of the images, in pixels.
         plan: what the section asks for.
         model: what is trained.
-        make_pictures: makes pictures with it.
+        make_images: makes images with it.
         precision: that it computes in.
-        work: its folder takes those of the evaluations, its cache what is found in pictures that no model made.
+        work: its folder takes those of the evaluations, its cache what is found in images that no model made.
         """
-        self.section, self.plan, self.model, self.work = section.evaluation, plan, model, work
+        self.section, self.plan, self.model, self.work = section, plan, model, work
         self.stage, self.place = stage, f"{stage}.evaluation"
-        self.make_pictures, self.size = make_pictures, phases(section)[-1].size
+        self.make_images, self.size = make_images, size
         self.sampling: dict[str, Any] = {"steps": self.section.steps}
         if self.section.guidance is not None:
             self.sampling["guidance"] = self.section.guidance
@@ -127,14 +129,14 @@ class Evaluator:
         return self.work.folder / f"step-{step:08d}" / average
 
     def prepare(self) -> None:
-        """Open networks, and look at the pictures to compare with, so that what is missing is found before training.
+        """Open networks, and look at the images to compare with, so that what is missing is found before training.
 
         Raises:
             LdmError: something is.
         """
         with _at(self.place):
             if self.model.family.refiner:
-                raise LdmError(f"a {self.model.family.name} model makes no pictures alone; set every to 0")
+                raise LdmError(f"a {self.model.family.name} model makes no images alone; set every to 0")
             self._begin("", "", self.work)
 
     def figures(self, step: int, average: str) -> dict[str, float]:
@@ -143,7 +145,7 @@ class Evaluator:
         The same call goes on where an earlier one was stopped, and what that finished is not done again.
 
         Raises:
-            LdmError: pictures cannot be made or looked at, or files not written.
+            LdmError: images cannot be made or looked at, or files not written.
         """
         with _at(f"evaluation after {step} updates (set {self.place}.every=0 to train without)"):
             try:
@@ -152,7 +154,7 @@ class Evaluator:
                 if not out_of_memory(error):
                     raise
                 raise LdmError(
-                    f"out of memory with {self.section.batch} pictures at a time; set {self.place}.batch to "
+                    f"out of memory with {self.section.batch} images at a time; set {self.place}.batch to "
                     f"{max(self.section.batch // 2, 1)}"
                 ) from None
 
@@ -180,13 +182,13 @@ class Evaluator:
         ranks.wait()
         return dict(read_json(folder / FIGURES)["figures"])
 
-    def _begin(self, name: str, digest: str, work: Work) -> Evaluation:
+    def _begin(self, name: str, digest: str, work: Workspace) -> Evaluation:
         """An evaluation of the model, which the report calls by that name."""
 
         def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
-            return self.make_pictures(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
+            return self.make_images(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
 
-        return begin([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
+        return Evaluation([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
 
     # --- the best weights so far ------------------------------------------------------------------------------------
 
@@ -204,7 +206,7 @@ class Evaluator:
         return set(self.work.folder.glob("step-*/*/*.safetensors"))
 
     def resumed(self, best: Best) -> Best | None:
-        """What a checkpoint says were the best weights so far, if they can be compared with those that come."""
+        """The best weights that a checkpoint names, if they can be compared with those that come."""
         if (best.metric, best.settings) == (self.section.choose, self.way):
             return best
         if self.section.choose:

@@ -1,4 +1,4 @@
-"""What a run will need, before it begins: parameters, memory, arithmetic.
+"""The parameters, memory and arithmetic that a run will need, counted before it begins.
 
 Networks are built on the meta device, where nothing has memory, and run once: the arithmetic and what the backward pass
 keeps are counted, not guessed. Memory is predicted all the same: allocators and libraries take more.
@@ -6,9 +6,8 @@ keeps are counted, not guessed. Memory is predicted all the same: allocators and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +16,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.families import Family
-from ldm.models.attention import attention_layers, math
-from ldm.models.discriminator import Discriminator, DiscriminatorConfig
-from ldm.models.unet import Conditioning
-from ldm.training.checkpointing import checkpointed
-from ldm.training.config import Config, StageName, StageSection
-from ldm.training.contrastive import contrastive_pair
+from ldm.training.config import Config
+from ldm.training.ema import profiles
+from ldm.training.gradient_checkpointing import checkpointed
+from ldm.training.optimizers import STATE_BYTES
 from ldm.training.phases import Phase, phases
+from ldm.training.sections import StageSection
+from ldm.training.stages.stage import ForwardPasses, Learner, Pass, trained
+from ldm.training.stages.table import kind_named
 from ldm.training.start import starting_family
 from ldm.weights.components import Components, build
 
-STATE = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0, "prodigy": 16}  # bytes of the optimiser for each parameter
 PEAK = {  # dense bf16 TFLOP/s of devices, as their makers state them
     "H200": 989, "H100": 989, "A100": 312, "L40": 181, "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
@@ -36,7 +34,7 @@ PEAK = {  # dense bf16 TFLOP/s of devices, as their makers state them
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one stage will need at one resolution. Memory is that of one device, in bytes."""
+    """The needs of one stage at one resolution. Memory is that of one device, in bytes."""
 
     stage: str
     size: int  # pixels
@@ -60,116 +58,75 @@ class Forecast:
 
 
 def forecast(config: Config, processes: int = 1) -> list[Forecast]:
-    """What each stage of a configuration will need, at each of its resolutions.
+    """The needs of each stage of a configuration, at each of its resolutions.
 
     Raises:
         LdmError: the configuration does not describe a model, or a batch does not divide.
     """
     found = []
     for name in config.stages:
-        section: StageSection = getattr(config, name)
-        model = config.refiner.model if name == "refiner" else config.model
+        kind, section = kind_named(name), getattr(config, name)
+        model, place = (kind.own_model(section), f"{name}.model") if kind.own_model else (config.model, "model")
         with torch.device("meta"):
-            parts = build(starting_family(model, "refiner.model" if name == "refiner" else "model"))
+            parts = build(starting_family(model, place))
+            learners = kind.learners(section, parts)
+            parameters = count(parts, learners, kind.helpers(section))
+        if section.checkpointing:
+            for learner in learners.values():
+                checkpointed(learner.module)
         for phase in phases(section):
             micro = phase.batch // (phase.parts(processes) * processes)
-            found.append(_forecast(config, name, section, parts, phase, micro))
+            passes = kind.passes(section, parts, learners, phase.size, config.data.cache)
+            found.append(_forecast(config, name, section, parameters, passes, phase, micro))
     return found
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Numbers of parameters."""
+
+    trained: int
+    averaged: int  # of them, those that averages are kept of
+    frozen: int
+
+
+def count(parts: Components, learners: Mapping[str, Learner], helpers: Iterable[nn.Module]) -> Counted:
+    """The parameters of a stage's networks, each counted once."""
+    modules = [*(learner.module for learner in learners.values()), *parts.modules().values(), *helpers]
+    everything = {id(p): p for module in modules for p in module.parameters()}.values()
+    learned = sum(p.numel() for p in everything if p.requires_grad)
+    averaged = sum(p.numel() for one in learners.values() if one.averaged for p in trained(one.module))
+    return Counted(learned, averaged, sum(p.numel() for p in everything) - learned)
+
+
 def _forecast(
-    config: Config, name: StageName, section: StageSection, parts: Components, phase: Phase, micro: int
+    config: Config,
+    name: str,
+    section: StageSection,
+    parameters: Counted,
+    passes: ForwardPasses,
+    phase: Phase,
+    micro: int,
 ) -> Forecast:
-    trained, frozen, learning, fixed = _work(config, name, parts, phase.size)
-    count, still = (sum(p.numel() for module in group for p in module.parameters()) for group in (trained, frozen))
-    if section.checkpointing:
-        for module in trained:
-            checkpointed(module)
-    kept, forward = _count(learning)
-    flops = (4 if section.checkpointing else 3) * forward + sum(_count(run)[1] for run in fixed)
-    averages = bool(section.ema.decay) + len(section.ema.widths)
+    kept, forward = _count(passes.learned)
+    backward = 3 if section.checkpointing else 2  # passes that cost as much as a forward one
+    flops = (1 + backward) * forward + sum(_count(run)[1] for run in passes.frozen)
+    learned, still = parameters.trained, parameters.frozen
+    averages = len(profiles(section.ema))
     kept *= micro
     if config.precision != "no":  # half of it, and a copy of the weights in 16 bits
-        kept = kept // 2 + 2 * count
+        kept = kept // 2 + 2 * learned
     return Forecast(
         stage=name, size=phase.size, steps=phase.end - phase.first, batch=phase.batch, micro_batch=micro,
-        trained=count, frozen=still, weights=4 * (count + still), gradients=4 * count,
-        optimizer=STATE[section.optimizer.name] * count, averages=4 * count * averages,
+        trained=learned, frozen=still, weights=4 * (learned + still), gradients=4 * learned,
+        optimizer=STATE_BYTES[section.optimizer.name] * learned, averages=4 * parameters.averaged * averages,
         activations=kept, flops_per_image=flops,
         flops_per_step=flops * phase.batch,
     )  # fmt: skip
 
 
-Pass = Callable[[], Tensor]  # one forward pass of one picture
-
-
-def _work(
-    config: Config, name: StageName, parts: Components, size: int
-) -> tuple[list[nn.Module], list[nn.Module], Pass, list[Pass]]:
-    """Networks that are trained and that are not, the pass that is learned from, and those that only run."""
-    family = parts.family
-    side = size // family.autoencoder.factor
-    picture = torch.empty(1, 3, size, size, device="meta")
-    texts = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in family.text]
-
-    def read() -> Conditioning:
-        return parts.text_encoders.encode(texts)
-
-    def encode() -> Tensor:
-        return parts.autoencoder.encode(picture).mode()
-
-    if name == "autoencoder":
-        trained: list[nn.Module] = [parts.autoencoder]
-        if config.autoencoder.adversarial_weight:
-            with torch.device("meta"):
-                trained.append(Discriminator(DiscriminatorConfig()))
-
-        def reconstruct() -> Tensor:
-            made = parts.autoencoder(picture)[0]
-            return sum((judge(made).mean() for judge in trained[1:]), made.mean())
-
-        return trained, [], reconstruct, []
-    if name == "text":
-        with torch.device("meta"):
-            pair = contrastive_pair(config.text, parts.text_encoders)
-        rest: list[nn.Module] = [parts.unet, parts.autoencoder]
-        if config.text.image_only:
-            images, heads = pair.image_encoder, pair.heads
-            read_texts = partial(pair.embed_texts, texts)
-            return [images, heads], [*rest, parts.text_encoders], partial(pair.embed_images, picture), [read_texts]
-        return [pair], rest, lambda: torch.stack([part.mean() for part in pair(picture, texts)[:2]]).sum(), []
-    latents, time, cond = blank(family, side, side)
-    section = config.refiner if name == "refiner" else config.base
-    if section.attention == "math":  # which alone keeps its scores
-        for layer in attention_layers(parts.unet):
-            layer.kernel = math
-    fixed: list[Pass] = [] if config.data.cache else [encode]
-    if section.train_text:
-        return (
-            [parts.unet, parts.text_encoders],
-            [parts.autoencoder],
-            lambda: parts.unet(latents, time, replace(cond, text=read().text)),
-            fixed,
-        )
-    if not config.data.cache:
-        fixed.append(lambda: read().text)
-    return [parts.unet], [parts.autoencoder, parts.text_encoders], lambda: parts.unet(latents, time, cond), fixed
-
-
-def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """What a family's U-Net is given for one picture, of these many latents, without memory: to count with."""
-    unet = family.unet
-    with torch.device("meta"):
-        cond = Conditioning(
-            torch.empty(1, family.text[0].context, unet.text_dim),
-            torch.empty(1, unet.pooled_dim) if unet.pooled_dim else None,
-            torch.empty(1, unet.size_ids) if unet.size_ids else None,
-        )
-        return torch.empty(1, unet.in_channels, height, width), torch.zeros(1, dtype=torch.long), cond
-
-
 class _Fused(TorchFunctionMode):
-    """Attention as devices do it, whose kernels keep no scores: on the meta device, PyTorch would keep them."""
+    """Attention by a kernel that keeps no scores, as on GPUs: on the meta device, PyTorch would keep them."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -205,7 +162,7 @@ def _count(run: Pass) -> tuple[int, int]:
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """What a GPU can do at the most in 16 bits, or nothing where that is not known."""
+    """The fastest that a GPU computes in 16 bits, in TFLOP/s; none where that is not known."""
     if device.type != "cuda" or precision == "no":
         return None
     name = torch.cuda.get_device_name(device)

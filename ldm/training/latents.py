@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.training.ranks import Reduce
+from ldm.training.parallel.ranks import Reduce
 
 
 @dataclass(frozen=True)
-class Moments:
+class LatentMoments:
     """Of the latents seen so far; float64, on the CPU."""
 
     count: Tensor  # (): numbers of each channel
@@ -41,23 +41,23 @@ class Moments:
         return float(variance.rsqrt())
 
 
-def measure(latents: Tensor) -> Moments:
+def measure(latents: Tensor) -> LatentMoments:
     """The moments of unscaled latents (B, C, h, w), as sampled from the posterior."""
     values = latents.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)  # (C, B · h · w)
     mean = values.mean(dim=1)
     count = torch.tensor(values.shape[1], dtype=torch.float64)
-    return Moments(count, mean, (values - mean.unsqueeze(1)).square().sum(dim=1))
+    return LatentMoments(count, mean, (values - mean.unsqueeze(1)).square().sum(dim=1))
 
 
-def merge(a: Moments, b: Moments) -> Moments:
+def merge(a: LatentMoments, b: LatentMoments) -> LatentMoments:
     """The moments of both together."""
     count = a.count + b.count
     delta = b.mean - a.mean
     mean = a.mean + delta * (b.count / count)
-    return Moments(count, mean, a.squares + b.squares + delta.square() * (a.count * b.count / count))
+    return LatentMoments(count, mean, a.squares + b.squares + delta.square() * (a.count * b.count / count))
 
 
-def over_ranks(moments: Moments, reduce: Reduce) -> Moments:
+def over_ranks(moments: LatentMoments, reduce: Reduce) -> LatentMoments:
     """The moments of all ranks together, the same on each.
 
     Args:
@@ -66,4 +66,4 @@ def over_ranks(moments: Moments, reduce: Reduce) -> Moments:
     counted = reduce(torch.cat([moments.count.view(1), moments.count * moments.mean]))
     mean = counted[1:] / counted[0]
     squares = reduce(moments.squares + moments.count * (moments.mean - mean).square())
-    return Moments(counted[0], mean, squares)
+    return LatentMoments(counted[0], mean, squares)

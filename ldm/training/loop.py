@@ -6,44 +6,33 @@ started again, or laid out over another number of processes, is the same run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from PIL import Image
 from torch import Tensor
 
 from ldm.data.loader import Batch
 from ldm.errors import LdmError, listing, out_of_memory
-from ldm.images import grid, save_png
-from ldm.training import checkpoint, sharded
-from ldm.training.ema import Averages
 from ldm.training.evaluator import Best, Evaluator
-from ldm.training.forecast import STATE
-from ldm.training.optimizers import lay_out_state, learning_rate, set_learning_rate
-from ldm.training.sharded import Skeleton, is_sharded, whole
-from ldm.training.stage import Stage
+from ldm.training.log import Report, StageLog, StepCost
+from ldm.training.looks import Looks
+from ldm.training.optimizers import learning_rate, set_learning_rate
+from ldm.training.parallel.sharded import whole
+from ldm.training.resuming import Checkpoints
+from ldm.training.signals import Signals
+from ldm.training.stages.stage import Player, Stage
+from ldm.training.weights import TrainedWeights
 
 log = logging.getLogger(__name__)
-Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
-OPTIONS = ("highest", "weight_decay", "betas", "eps")  # of an optimiser, which may change when a run goes on
-AVERAGES = "averages"  # a folder of a checkpoint
-AT_ONCE = 1.0  # seconds within which signals are one: a terminal and a launcher both send it
+NotFinite = list[tuple[list[str], Tensor]]  # keys of each micro-batch, and (B,): which of them have a loss that is not
 
 
 class Stopped(Exception):  # noqa: N818  (no error)
@@ -54,87 +43,46 @@ class Stopped(Exception):  # noqa: N818  (no error)
         self.signal = signal
 
 
-@dataclass(frozen=True)
-class Work:
-    """What training costs."""
-
-    tflop: float  # of an image, forward and backward
-    peak: float | None  # TFLOP/s of a device at the most, where that is known
-
-
-@dataclass
-class Clock:
-    """Where the time goes, since the last line of the log."""
-
-    since: float = field(default_factory=time.monotonic)
-    waiting: float = 0.0  # seconds for data
-    pictures: int = 0
-
-    def figures(self) -> dict[str, float]:
-        """Pictures a second over all ranks, and the part of the time spent waiting for data."""
-        seconds = time.monotonic() - self.since
-        return {"images_per_s": self.pictures / seconds, "waiting": self.waiting / seconds}
-
-
 class Training:
-    """One stage's run: the state, and the verbs."""
+    """One stage of a run: the loop over its steps."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         stage: Stage,
         folder: Path,
-        steps_per_batch: Callable[[int], Iterator[list[Batch]]],
+        batches: Callable[[int], Iterator[list[Batch]]],
         held_out: Callable[[], Iterable[Batch]],
         report: Report,
-        work: Callable[[int], Work | None] = lambda step: None,
+        work: Callable[[int], StepCost | None] = lambda step: None,
         evaluator: Evaluator | None = None,
     ) -> None:
         """Args:
         accelerator: launches and shards; what must be saved is registered with it here.
         stage: its players' networks and optimisers are prepared here.
         folder: of the stage's checkpoints, log and previews.
-        steps_per_batch: from a step on, the micro-batches of each step.
+        batches: from a step on, the micro-batches of each step.
         held_out: the batches to validate on, those of this rank.
         report: takes every line of the log, on the main process.
         work: what an image costs at a step, for the log.
-        evaluator: of the pictures that the stage's model makes, if it is to be evaluated.
+        evaluator: of the images that the stage's model makes, if it is to be evaluated.
         """
         self.accelerator = accelerator
         self.stage = stage
         self.folder = folder
-        self.batches = steps_per_batch
+        self.batches = batches
         self.held_out = held_out
-        self.report = report
         self.work = work
         self.evaluator = evaluator
-        self.best: Best | None = None  # of the weights that were evaluated, if they are chosen from
         self.section = stage.section
         self.step = 0  # updates done
-        self.skeletons: dict[str, Skeleton] = {}  # where weights are spread over the ranks
-        if is_sharded(accelerator, stage):
-            self.skeletons = {name: Skeleton(one.module, stage.model) for name, one in stage.players.items()}
-        for player in stage.players.values():
-            player.module, player.optimizer = accelerator.prepare(player.module, player.optimizer)
-        self.averages = {
-            name: Averages(accelerator.unwrap_model(player.module), self.section.ema)
-            for name, player in stage.players.items()
-            if player.averaged
-        }
-        for kept in (*(() if self.skeletons else self.averages.values()), *stage.extra.values()):
-            accelerator.register_for_checkpointing(kept)
-        self.sums: dict[str, list[float]] = {}  # of the figures since the last line of the log, and how many there were
-        self.clock = Clock()
+        self.weights = TrainedWeights(accelerator, stage)
+        self.log = StageLog(accelerator, stage, folder, report, work)
+        self.looks = Looks(accelerator, stage, self.weights, self.log, folder, held_out, evaluator)
+        self.checkpoints = Checkpoints(accelerator, stage, self.weights, self.log, self.looks, folder)
+        self.signals = Signals()
         self.pieces = 1  # into which micro-batches are cut, since memory did not suffice for more
         self.committed = False  # whether the step can no longer be begun again
-        self.every = {"validate": self.section.validate_every, "preview": self.section.preview_every}
-        if evaluator:
-            self.every["evaluate"] = evaluator.section.every
-        self.looks: list[str] = []  # of them, those that this step still owes
-        self.looking = False
-        self.saved = -1  # the step of the newest checkpoint
-        self.asked = 0  # the signal that asked for the end
-        self.asked_at = 0.0  # when it came
 
     def run(self) -> dict[str, Any]:
         """From the newest checkpoint, if there is one, to the last step; the result's record.
@@ -143,31 +91,69 @@ class Training:
             LdmError: a loss is not finite, or the disk is full or too small. The last checkpoint is whole.
             Stopped: a signal asked for it; a checkpoint was written.
         """
-        self.restore()
-        if self.accelerator.is_main_process and self.step < self.section.steps:
-            checkpoint.check_room(self.folder / "checkpoints", self.nbytes(), self.section.keep)
-        section = self.section
-        if self.evaluator and (self.looks or self.step < section.steps):
+        section, looks = self.section, self.looks
+        self.step = self.checkpoints.restore()
+        if self.step < section.steps:
+            self.checkpoints.check_room()
+        if self.evaluator and (looks.owed or self.step < section.steps):
             self.evaluator.prepare()
-        with self.signals():
+        with self.signals.heeded():
             self.look(None)
             batches = self.batches(self.step)
             while self.step < section.steps:
-                started = time.monotonic()
-                micro_batches = next(batches)
-                self.clock.waiting += time.monotonic() - started
+                with self.log.waiting():
+                    micro_batches = next(batches)
                 self.train_step(micro_batches)
                 self.step += 1
                 if self.due(section.log_every):
-                    self.write_log()
+                    rate = learning_rate(section.optimizer, self.step, section.steps)
+                    self.log.write_means(self.step, rate * section.optimizer.learning_rate)
                 if self.due(section.ema.every):
-                    self.save_snapshots()
-                self.looks = [look for look, every in self.every.items() if self.due(every)]
-                if self.due(section.save_every) or "evaluate" in self.looks:
-                    self.save()
+                    self.weights.save_snapshots(self.folder, self.step)
+                looks.owed = [look for look, every in looks.every.items() if self.due(every)]
+                if self.due(section.save_every) or "evaluate" in looks.owed:
+                    self.checkpoints.save(self.step)
                 self.look(micro_batches[0])
         with self.result():
             return self.stage.finish(self.held_out())
+
+    def due(self, every: int) -> bool:
+        """Whether it is time for what is done after so many steps, and after the last one."""
+        return self.step % every == 0 or self.step == self.section.steps
+
+    def look(self, batch: Batch | None) -> None:
+        """Validation, previews and evaluation, where they are due; `batch` is the step's, if it is known.
+
+        They come after the checkpoint: it knows of them, so a signal that comes meanwhile need not wait.
+        """
+        while self.looks.owed:
+            self.leave()
+            with self.signals.leaving_with(self.leave):
+                self.looks.take_next(self.step, batch, self.pieces)
+
+    def leave(self) -> None:
+        """End here if a signal asked for it and all that was done is saved.
+
+        Raises:
+            Stopped: see `run`.
+        """
+        if self.signals.asked and self.checkpoints.saved == self.step:
+            raise Stopped(self.stage.name, self.step, self.signals.asked)
+
+    @property
+    def best(self) -> Best | None:
+        """The best of the weights that were evaluated, if the result is chosen from them."""
+        return self.looks.best
+
+    def result(self) -> ExitStack:
+        """The networks with the best weights in place, if evaluation chose some, or with their averages.
+
+        Raises:
+            LdmError: the file of the best weights is missing or damaged.
+        """
+        if self.evaluator and self.best:
+            return self.weights.best(self.evaluator, self.best)
+        return self.weights.averaged()
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -180,19 +166,94 @@ class Training:
             LdmError: a loss or gradient is not finite, so that nothing has been updated; or memory does not suffice.
             Stopped: see `run`.
         """
-        while not self._fits(micro_batches):
-            self.cut_smaller(micro_batches[0])
-        self.clock.pictures += sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes
+        while True:
+            try:
+                self.update([part for batch in micro_batches for part in batch.parts(self.pieces)])
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            else:
+                break
+            self.cut_smaller(micro_batches[0])  # only here has the error let go of the tensors that did not fit
+        self.log.add_images(sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes)
 
-    def _fits(self, micro_batches: Sequence[Batch]) -> bool:
-        """Do the step, unless memory does not suffice; what did not fit is gone with the error when this returns."""
-        try:
-            self._train_step([part for batch in micro_batches for part in batch.parts(self.pieces)])
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            return False
-        return True
+    def update(self, micro_batches: Sequence[Batch]) -> None:
+        """The step itself: gradients, clipped; an update of the weights; one of their averages."""
+        step, players = self.step + 1, self.stage.players
+        rate = learning_rate(self.section.optimizer, step, self.section.steps)
+        figures, not_finite = self.gradients(micro_batches)
+        for name, player in players.items():
+            set_learning_rate(player.optimizer, rate)
+            figures[f"gradient/{name}"] = self.clip(player)
+        means = self.agree(figures, not_finite)
+        for player in players.values():
+            player.optimizer.step()
+            player.optimizer.zero_grad(set_to_none=True)
+        self.weights.update_averages(step)
+        self.log.add({**means, **self.stage.updated(step)})
+
+    def gradients(self, micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], NotFinite]:
+        """Propagate the mean losses of a step's micro-batches backwards: their figures, () each, and bad samples."""
+        images = sum(len(batch.keys) for batch in micro_batches)
+        self.committed = bool(self.weights.skeletons)  # whose ranks exchange weights in the forward pass already
+        figures: dict[str, Tensor] = {}
+        not_finite: NotFinite = []
+        for index, batch in enumerate(micro_batches):
+            last, share = index == len(micro_batches) - 1, images / len(batch.keys)  # 1 / its part of the step
+            with ExitStack() as stack:
+                if not last:  # ranks exchange gradients with the last micro-batch alone
+                    for player in self.stage.players.values():
+                        stack.enter_context(self.accelerator.no_sync(player.module))
+                for loss in self.stage.losses(batch, self.step):
+                    self.committed |= last and self.accelerator.num_processes > 1
+                    self.accelerator.backward(loss.values.mean() / share)
+                    values = loss.values.detach()
+                    not_finite.append((batch.keys, ~torch.isfinite(values).expand(len(batch.keys))))
+                    for name, part in {f"loss/{loss.player}": values.mean(), **loss.report}.items():
+                        figures[name] = figures.get(name, 0) + part.float() / share
+        self.committed = True
+        return figures, not_finite
+
+    def clip(self, player: Player) -> Tensor:
+        """Scale a player's gradient down to the largest norm that it may have; its norm before, ()."""
+        limit = player.clip or float("inf")
+        norm = self.accelerator.clip_grad_norm_(player.module.parameters(), limit)
+        return whole(torch.as_tensor(norm, device=self.accelerator.device)).detach().float()
+
+    def agree(self, figures: dict[str, Tensor], not_finite: NotFinite) -> dict[str, float]:
+        """The means over all ranks of a step's figures, in one exchange that also tells of bad numbers and of signals.
+
+        Raises:
+            LdmError: a number is not finite, on whatever rank.
+            Stopped: some rank was asked to stop.
+        """
+        wrong = torch.stack([rows.any() for _, rows in not_finite]).any().float()
+        stop = torch.full_like(wrong, 1.0 if self.signals.asked else 0.0)
+        any_wrong, any_stop, *means = self.accelerator.reduce(
+            torch.stack([wrong, stop, *figures.values()]), "mean"
+        ).tolist()
+        result = dict(zip(figures, means, strict=True))
+        overflows = self.accelerator.scaler is not None  # fp16's gradients do now and then, and are not used then
+        lost = [n for n, value in result.items() if n.startswith("gradient/") and not math.isfinite(value)]
+        if any_wrong or (lost and not overflows):
+            raise LdmError(self.lost("the loss" if any_wrong else f"the {lost[0]}", not_finite))
+        if any_stop:
+            for player in self.stage.players.values():
+                player.optimizer.zero_grad(set_to_none=True)
+            if self.checkpoints.saved != self.step:
+                self.checkpoints.save(self.step)
+            raise Stopped(self.stage.name, self.step, self.signals.asked or signal.SIGTERM)
+        return result
+
+    def lost(self, what: str, not_finite: NotFinite) -> str:
+        """Why the run ends here, and with which samples."""
+        found = {key for keys, rows in not_finite for key, row in zip(keys, rows.tolist(), strict=True) if row}
+        found = found or {key for keys, _ in not_finite for key in keys}  # a gradient's, or those of another rank
+        return (
+            f"{what} of step {self.step + 1} is not finite (samples here: {listing(sorted(found), 8)}); nothing was "
+            f"updated, the last checkpoint is {self.checkpoints.newest()}. A lower learning rate, bf16 in place of "
+            "fp16, or leaving these images out may help"
+        )
 
     def cut_smaller(self, batch: Batch) -> None:
         """Give up the step so far, and halve what is computed at a time.
@@ -209,358 +270,9 @@ class Training:
         clear_device_cache(garbage_collection=True)
         self.pieces *= 2
         log.warning(
-            "out of memory with %d pictures at a time on process %d; from now on it takes %d, and the same updates",
+            "out of memory with %d images at a time on process %d; from now on it takes %d, and the same updates",
             at_a_time, self.accelerator.process_index, -(-len(batch.keys) // self.pieces),
         )  # fmt: skip
-
-    def _train_step(self, micro_batches: Sequence[Batch]) -> None:
-        players, accelerator = self.stage.players, self.accelerator
-        pictures = sum(len(batch.keys) for batch in micro_batches)
-        self.committed = bool(self.skeletons)  # whose ranks exchange weights in the forward pass already
-        rate = learning_rate(self.section.optimizer, self.step + 1, self.section.steps)
-        sums: dict[str, Tensor] = {}
-        bad: list[tuple[list[str], Tensor]] = []  # keys, and which of them have a loss that is not finite
-        for index, batch in enumerate(micro_batches):
-            last, share = index == len(micro_batches) - 1, pictures / len(batch.keys)
-            with self.gradients_stay_here(not last):
-                for loss in self.stage.losses(batch, self.step):
-                    mean = loss.values.mean() / share
-                    self.committed |= last and accelerator.num_processes > 1
-                    accelerator.backward(mean)
-                    bad.append((batch.keys, ~torch.isfinite(loss.values.detach()).expand(len(batch.keys))))
-                    for name, part in {f"loss/{loss.player}": loss.values.detach().mean(), **loss.report}.items():
-                        sums[name] = sums.get(name, 0) + part.float() / share
-        self.committed = True
-        for name, player in players.items():
-            set_learning_rate(player.optimizer, rate)
-            limit = player.clip or float("inf")
-            norm = accelerator.clip_grad_norm_(player.module.parameters(), limit)
-            sums[f"gradient/{name}"] = whole(torch.as_tensor(norm, device=accelerator.device)).detach().float()
-        figures = self.agree(sums, bad)
-        for player in players.values():
-            player.optimizer.step()
-            player.optimizer.zero_grad(set_to_none=True)
-        for average in self.averages.values():
-            average.update(self.step + 1)
-        for name, value in {**figures, **self.stage.updated(self.step + 1)}.items():
-            if not math.isfinite(value):  # an fp16 gradient that overflowed and was not used
-                continue
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = [total + value, count + 1]
-
-    def agree(self, figures: dict[str, Tensor], bad: list[tuple[list[str], Tensor]]) -> dict[str, float]:
-        """The means over all ranks of a step's figures, in one exchange that also tells of bad numbers and of signals.
-
-        Raises:
-            LdmError: a number is not finite, on whatever rank.
-            Stopped: some rank was asked to stop.
-        """
-        wrong = torch.stack([rows.any() for _, rows in bad]).any().float()
-        stop = torch.tensor(float(bool(self.asked)), device=wrong.device)
-        any_wrong, any_stop, *means = self.accelerator.reduce(
-            torch.stack([wrong, stop, *figures.values()]), "mean"
-        ).tolist()
-        result = dict(zip(figures, means, strict=True))
-        overflows = self.accelerator.scaler is not None  # fp16's gradients do now and then, and are not used then
-        lost = [n for n, value in result.items() if n.startswith("gradient/") and not math.isfinite(value)]
-        if any_wrong or (lost and not overflows):
-            raise LdmError(self.lost("the loss" if any_wrong else f"the {lost[0]}", bad))
-        if any_stop:
-            for player in self.stage.players.values():
-                player.optimizer.zero_grad(set_to_none=True)
-            if self.saved != self.step:
-                self.save()
-            raise Stopped(self.stage.name, self.step, self.asked or signal.SIGTERM)
-        return result
-
-    def lost(self, what: str, bad: list[tuple[list[str], Tensor]]) -> str:
-        """Why the run ends here, and with which samples."""
-        found = {key for keys, rows in bad for key, row in zip(keys, rows.tolist(), strict=True) if row}
-        found = found or {key for keys, _ in bad for key in keys}  # a gradient's, or those of another rank
-        saved = checkpoint.checkpoints(self.folder / "checkpoints")
-        return (
-            f"{what} of step {self.step + 1} is not finite (samples here: {listing(sorted(found), 8)}); nothing was "
-            f"updated, the last checkpoint is {saved[-1].name if saved else 'none yet'}. A lower learning rate, bf16 "
-            "in place of fp16, or leaving these pictures out may help"
-        )
-
-    @contextmanager
-    def gradients_stay_here(self, more_to_come: bool) -> Iterator[None]:
-        """Ranks exchange gradients with the last micro-batch of a step alone."""
-        with ExitStack() as stack:
-            if more_to_come:
-                for player in self.stage.players.values():
-                    stack.enter_context(self.accelerator.no_sync(player.module))
-            yield
-
-    # --- now and then -----------------------------------------------------------------------------------------------
-
-    def write_log(self) -> None:
-        """The means since the last line, each over the steps that had the figure."""
-        figures = {name: total / count for name, (total, count) in self.sums.items()}
-        rate = learning_rate(self.section.optimizer, self.step, self.section.steps)
-        figures |= {"learning_rate": rate * self.section.optimizer.learning_rate, **self.clock.figures()}
-        if work := self.work(self.step - 1):
-            figures["tflops"] = figures["images_per_s"] / self.accelerator.num_processes * work.tflop
-            figures |= {"model_flops_use": figures["tflops"] / work.peak} if work.peak else {}
-        self.write(figures)
-        self.sums = {}
-        self.clock = Clock()
-
-    def write(self, figures: dict[str, float]) -> None:
-        """One line of the log, on the main process: into metrics.jsonl, and to whoever listens."""
-        if self.accelerator.is_main_process:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **figures}) + "\n")
-            self.report(self.stage.name, self.step, self.section.steps, figures)
-
-    def due(self, every: int) -> bool:
-        """Whether it is time for what is done after so many steps, and after the last one."""
-        return self.step % every == 0 or self.step == self.section.steps
-
-    def look(self, batch: Batch | None) -> None:
-        """Validation, previews and evaluation, where they are due; `batch` is the step's, if it is known.
-
-        They come after the checkpoint: it knows of them, so a signal that comes meanwhile need not wait.
-        """
-        verbs: dict[str, Callable[[], None]] = {
-            "validate": self.validate, "preview": partial(self.preview, batch), "evaluate": self.evaluate,
-        }  # fmt: skip
-        while self.looks:
-            self.leave()
-            self.looking = True
-            try:
-                verbs[self.looks[0]]()
-            finally:
-                self.looking = False
-            self.looks = self.looks[1:]
-
-    def leave(self) -> None:
-        """End here if a signal asked for it and all that was done is saved.
-
-        Raises:
-            Stopped: see `run`.
-        """
-        if self.asked and self.saved == self.step:
-            raise Stopped(self.stage.name, self.step, self.asked)
-
-    def validate(self) -> None:
-        """Figures over the held-out pictures, with the averages in place."""
-        batches = (part for batch in self.held_out() for part in batch.parts(self.pieces))
-        with self.averaged():
-            figures = self.stage.validate(batches)
-        if figures:
-            self.write({f"validation/{name}": value for name, value in figures.items()})
-        self.clock = Clock()
-
-    def preview(self, batch: Batch | None) -> None:
-        """Pictures to look at, on the main process: of held-out samples, always the same, or else of this batch."""
-        with self.averaged():
-            if self.accelerator.is_main_process and (shown := next(iter(self.held_out()), batch)):
-                try:
-                    self.show(self.stage.preview(shown, self.step))
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                    log.warning("no preview of step %d: out of memory", self.step)
-        self.accelerator.wait_for_everyone()
-        self.clock = Clock()
-
-    def show(self, pictures: list[Image.Image]) -> None:
-        """Keep them as one file."""
-        if pictures:
-            (self.folder / "previews").mkdir(exist_ok=True)
-            save_png(grid(pictures), self.folder / "previews" / f"step-{self.step:08d}.png")
-
-    def evaluate(self) -> None:
-        """Figures of the pictures that each average makes; if one chooses by them, the best weights so far are kept."""
-        evaluator = self.evaluator
-        if evaluator is None:  # the configuration no longer asks for what a checkpoint owes
-            return
-        names = next(iter(self.averages.values())).names
-        line: dict[str, float] = {}
-        for which, name in enumerate(names):
-            with self.averaged(which):
-                figures = evaluator.figures(self.step, name)
-            prefix = f"evaluation/{name}" if len(names) > 1 else "evaluation"
-            line |= {f"{prefix}/{metric}": value for metric, value in figures.items()}
-            best = evaluator.best(self.step, name, figures, self.best)
-            if best and best is not self.best and self.accelerator.is_main_process:
-                for average, path in self.weights(evaluator, best):
-                    average.save(path, which)
-            self.best = best
-        self.write(line)
-        self.accelerator.wait_for_everyone()  # until the best weights are there
-        self.clock = Clock()
-
-    def weights(self, evaluator: Evaluator, best: Best) -> list[tuple[Averages, Path]]:
-        """The files of evaluated weights that were kept, with what they are averages of."""
-        folder = evaluator.folder(best.step, best.average)
-        return [(average, folder / f"{name}.safetensors") for name, average in self.averages.items()]
-
-    def averaged(self, which: int = 0) -> ExitStack:
-        """The networks with one of their averages in the place of their weights."""
-        stack = ExitStack()
-        for name, average in self.averages.items():
-            if name in self.skeletons:
-                copied = self.skeletons[name].in_place(self.stage.players[name], self.stage.model, average.named(which))
-                stack.enter_context(copied)
-            else:
-                stack.enter_context(average.in_place(which))
-        return stack
-
-    def result(self) -> ExitStack:
-        """The networks with the best weights in place, if evaluation chose some, or with their averages.
-
-        Raises:
-            LdmError: the file of the best weights is missing or damaged.
-        """
-        if not (self.evaluator and self.best):
-            return self.averaged()
-        stack = ExitStack()
-        try:
-            for average, path in self.weights(self.evaluator, self.best):
-                stack.enter_context(average.read_in_place(path))
-        except LdmError as error:
-            raise LdmError(f"the best weights so far: {error}, or set {self.evaluator.place}.choose=null") from None
-        return stack
-
-    def save_snapshots(self) -> None:
-        """The power-function averages as they are now."""
-        if self.accelerator.is_main_process:
-            for name, average in self.averages.items():
-                average.save_snapshots(self.folder / "averages" / name, self.step)
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """A checkpoint of everything that the rest of the run depends on."""
-        state = {
-            "sums": self.sums, "kind": self.kind(), "best": self.best and asdict(self.best), "looks": self.looks,
-            "log": _size(self.folder / "metrics.jsonl"),
-        }  # fmt: skip
-        checkpoint.save(
-            self.accelerator, self.folder / "checkpoints", self.step, state, self.section.keep, self.save_spread
-        )
-        if self.evaluator and self.accelerator.is_main_process:
-            self.remove_surpassed(self.evaluator)
-        self.saved = self.step
-        self.clock = Clock()
-
-    def save_spread(self, folder: Path) -> None:
-        """The averages, where they are spread over the ranks."""
-        if self.skeletons:
-            sharded.save({name: one.named() for name, one in self.averages.items()}, folder / AVERAGES)
-
-    def nbytes(self) -> int:
-        """About what a checkpoint takes: weights, averages of them, and the optimisers' state."""
-        state = STATE[self.section.optimizer.name]
-        weights = [weight for player in self.stage.players.values() for weight in player.module.parameters()]
-        total = sum(weight.nbytes + weight.requires_grad * weight.numel() * state for weight in weights)
-        return total + sum(tensor.nbytes for a in self.averages.values() for row in a.averages for tensor in row)
-
-    def remove_surpassed(self, evaluator: Evaluator) -> None:
-        """Of the evaluated weights, keep only those that a checkpoint calls the best."""
-        bests = [Best(**state["best"]) for state in checkpoint.states(self.folder / "checkpoints") if state.get("best")]
-        wanted = {path for best in bests for _, path in self.weights(evaluator, best)}
-        for path in evaluator.kept() - wanted:
-            path.unlink(missing_ok=True)
-
-    def restore(self) -> None:
-        """Go on from the newest checkpoint that is whole; the log is cut back to it.
-
-        Raises:
-            LdmError: the configuration describes other networks, averages or another optimiser.
-        """
-        found, size = checkpoint.newest(self.folder / "checkpoints"), 0
-        if found:
-            path, manifest = found
-            kind, before = self.kind(), manifest["state"]["kind"]
-            differ = [name for name in kind if kind[name] != before.get(name)]
-            if differ:
-                raise LdmError(
-                    f"{path} does not fit the configuration: another {' and another '.join(differ)}; set back what was "
-                    f"changed since the run began, or choose another output"
-                )
-            optimizers = [player.optimizer for player in self.stage.players.values()]
-            wanted = [
-                [{k: v for k, v in group.items() if k in OPTIONS} for group in o.param_groups] for o in optimizers
-            ]
-            self.accelerator.load_state(str(path))
-            for optimizer in optimizers:
-                lay_out_state(optimizer)
-            if self.skeletons:
-                sharded.load({name: one.named() for name, one in self.averages.items()}, path / AVERAGES)
-            for optimizer, groups in zip(optimizers, wanted, strict=True):  # those of the configuration, if it changed
-                for group, options in zip(optimizer.param_groups, groups, strict=True):
-                    group.update(options)
-            self.step = self.saved = int(path.name.removeprefix("step-"))
-            self.sums, self.looks, size = (manifest["state"][name] for name in ("sums", "looks", "log"))
-            if self.evaluator and manifest["state"].get("best"):
-                self.best = self.evaluator.resumed(Best(**manifest["state"]["best"]))
-                self.result().close()  # to find out now whether these weights are whole
-            log.info("going on from %s", path)
-        if self.accelerator.is_main_process:
-            _cut(self.folder / "metrics.jsonl", size)
-
-    def kind(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to fit."""
-        shapes = [
-            (player, name, tuple(parameter.shape))
-            for player, one in self.stage.players.items()
-            for name, parameter in self.accelerator.unwrap_model(one.module).named_parameters()
-            if parameter.requires_grad
-        ]
-        return {
-            "network": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
-            "optimizer": self.section.optimizer.name,
-            "ema": [bool(self.section.ema.decay), *self.section.ema.widths],
-            "precision with a loss scale": self.accelerator.scaler is not None,
-            "layout of weights (DDP or FSDP2)": bool(self.skeletons),
-        }
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """While training, SIGTERM and SIGINT ask for a checkpoint and the end; a second one ends at once.
-
-        One that comes after the last step began is handed on to whoever handled signals before.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, _: object) -> None:
-            if not self.asked:
-                self.asked, self.asked_at = number, time.monotonic()
-                if self.looking:
-                    self.leave()
-            elif time.monotonic() - self.asked_at > AT_ONCE:
-                restore()
-                signal.raise_signal(number)
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            restore()
-        if self.asked:
-            signal.raise_signal(self.asked)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _cut(path: Path, size: int) -> None:
-    """The lines of a log in its first bytes."""
-    if path.exists():
-        with path.open("rb") as file:
-            kept = file.read(size)
-        os.truncate(path, kept.rfind(b"\n") + 1)
 
 
 def _too_large(stage: Stage, batch: Batch, at_a_time: int) -> str:
@@ -569,12 +281,6 @@ def _too_large(stage: Stage, batch: Batch, at_a_time: int) -> str:
     if not stage.divisible:
         fewer = f"a smaller {stage.name}.batch, "
     return (
-        f"out of memory with {at_a_time} pictures of {width}×{height} at a time; set {fewer}"
+        f"out of memory with {at_a_time} images of {width}×{height} at a time; set {fewer}"
         f"{stage.name}.checkpointing=true, or a smaller size"
     )
-
-
-def in_parts(batches: Iterator[Batch], parts: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each step."""
-    while some := list(islice(batches, parts)):
-        yield some

@@ -12,7 +12,7 @@ import torch
 
 from ldm.training.config import Config
 from ldm.training.phases import phases
-from ldm.training.run import Run
+from ldm.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def measure(config: Config, steps: int) -> Measured:
         LdmError: as the run itself would.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(config.model_copy(update={"output": folder, "trackers": []}), None, lambda *_: None)
+        run = TrainingRun(config.model_copy(update={"output": folder, "trackers": []}), None, lambda *_: None)
         name = config.stages[0]
         training = run.training(name, run.start(name, None), Path(folder) / name)
         device = training.accelerator.device

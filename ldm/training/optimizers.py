@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ldm.errors import LdmError
-from ldm.training.config import OptimizerSection
+from ldm.training.sections import OptimizerSection
 
+STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0, "prodigy": 16}  # of the state, for each parameter
 Group = tuple[list[nn.Parameter], float]  # parameters and their highest learning rate
 
 

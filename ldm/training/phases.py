@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldm.errors import LdmError
-from ldm.training.config import SizeSection, StageSection
+from ldm.training.sections import SizeSection, StageSection
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether training does what it should on this machine, with this launcher: small networks, every stage, two minutes.
+"""A test of training on this machine, with this launcher: small networks, every kind of stage, two minutes.
 
 Each check is a function that yields what is wrong; all processes make it, and all of them learn what any has found.
 What it trains is thrown away.
@@ -6,6 +6,7 @@ What it trains is thrown away.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -26,30 +27,21 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.agreement import differences
-from ldm.training.autoencoder import AutoencoderStage
-from ldm.training.conditioning import DropOut
-from ldm.training.config import Config, StageName
-from ldm.training.denoiser import encode_pictures
+from ldm.training.conditioning import ConditioningDropout
+from ldm.training.config import Config
 from ldm.training.loop import Training
-from ldm.training.run import Run
-from ldm.training.stage import Loss, Stage
+from ldm.training.parallel.agreement import differences
+from ldm.training.run import TrainingRun
+from ldm.training.stages.autoencoder import AutoencoderStage
+from ldm.training.stages.denoiser import encode_images
+from ldm.training.stages.stage import Loss, Stage
+from ldm.training.stages.table import KINDS, kind_named
+from ldm.training.stages.trial import MODEL, SIDE
 
-STAGES: tuple[StageName, ...] = ("autoencoder", "text", "base", "refiner")
-PICTURES = 32
-SIDE = 32  # pixels, of the squares that are cropped
+IMAGES = 32
 STEPS = 4
 RATE, WARMUP = 1e-3, 2
 DRAWS = 4000  # of captions, to see how often one is left out
-UNET = {
-    "channels": [32, 64], "depth": [0, 1], "mid_depth": 1, "heads": [2, 2], "layers": 1, "groups": 8,
-    "pooled_dim": 32, "size_dim": 16, "sample_size": 8,
-}  # fmt: skip
-AUTOENCODER = {
-    "channels": [16, 32, 32], "attention": [False, False, False], "mid_attention": False, "layers": 1, "groups": 8,
-    "sample_size": SIDE,
-}  # fmt: skip
-TOWER = {"width": 32, "layers": 2, "heads": 2, "hidden": 64, "vocab_size": 1000, "context": 16}
 COMMON = {
     "steps": STEPS, "sizes": [{"size": SIDE}], "log_every": 1, "save_every": 2, "validate_every": 1000,
     "preview_every": 1000, "optimizer": {"learning_rate": RATE, "warmup": WARMUP},
@@ -59,7 +51,7 @@ Say = Callable[[str, str | None], None]  # a check's name, and what is wrong, if
 
 @dataclass(frozen=True)
 class Ground:
-    """What the checks work with."""
+    """The folder and the settings that all checks share."""
 
     folder: Path  # shared by all processes
     precision: str
@@ -70,33 +62,14 @@ class Ground:
         dump: dict[str, Any] = {
             "output": str(self.folder / name),
             "precision": self.precision,
-            "stages": list(STAGES),
+            "stages": [kind.name for kind in KINDS],
             "trackers": [],
             "data": {
-                "source": str(self.folder / "pictures"), "holdout": 0, "workers": 0, "buckets": False, "bucket_step": 8,
+                "source": str(self.folder / "images"), "holdout": 0, "workers": 0, "buckets": False, "bucket_step": 8,
             },
-            "model": {
-                "family": "sdxl", "unet": {**UNET, "text_dim": 64}, "autoencoder": AUTOENCODER,
-                "text": [TOWER, {**TOWER, "projection": 32}],
-            },
-            "autoencoder": {
-                **COMMON, "batch": self.batch, "adversarial_start": 1, "kl_weight": 1e-2, "perceptual_weight": 0,
-                "discriminator": {"channels": 8, "layers": 1, "groups": 4},
-            },
-            "text": {
-                **COMMON, "batch": self.batch, "image_width": 32, "image_layers": 1, "image_heads": 2, "patch": 8,
-            },
-            "base": {**COMMON, "batch": self.batch, "drop_caption": [0.1, 0.1]},
-            "refiner": {
-                **COMMON,
-                "batch": self.batch,
-                "model": {
-                    "unet": {**UNET, "text_dim": 32},
-                    "autoencoder": AUTOENCODER,
-                    "text": [{**TOWER, "projection": 32}],
-                },
-            },
+            "model": copy.deepcopy(MODEL),
         }  # fmt: skip
+        dump |= {kind.name: {**COMMON, "batch": self.batch, **copy.deepcopy(kind.trial)} for kind in KINDS}
         for place, value in changes.items():
             *path, key = place.split("__")
             section = dump
@@ -109,21 +82,21 @@ class Ground:
         """A run of that configuration."""
         return Watched(self.config(name, **changes), None, lambda stage, step, steps, figures: None)
 
-    def built(self, name: str, stage: StageName, **changes: Any) -> tuple[Training, Batch]:
+    def built(self, name: str, stage: str, **changes: Any) -> tuple[Training, Batch]:
         """A stage of a new run that is ready to train, and this process's part of its first batch."""
         run = self.run(name, **changes)
-        base = None if stage != "refiner" else LatentDiffusion.from_family(run.start("base", None).family)
-        training = run.training(stage, run.start(stage, base), run.folder / stage)
+        before = LatentDiffusion.from_family(run.start("base", None).family) if kind_named(stage).own_model else None
+        training = run.training(stage, run.start(stage, before), run.folder / stage)
         return training, next(training.batches(0))[0]
 
 
-class Watched(Run):
-    """A run that keeps at hand what it trained last."""
+class Watched(TrainingRun):
+    """A run that keeps its last `Training`."""
 
     last: Training
 
-    def training(self, name: StageName, model: LatentDiffusion, folder: Path) -> Training:
-        """As it is."""
+    def training(self, name: str, model: LatentDiffusion, folder: Path) -> Training:
+        """As `TrainingRun.training`."""
         self.last = super().training(name, model, folder)
         return self.last
 
@@ -141,10 +114,10 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
     """
     accelerator = Accelerator(mixed_precision=precision)
     batch = 4 * accelerator.num_processes
-    if batch > PICTURES:
-        raise LdmError(f"{accelerator.num_processes} processes: the test is made for {PICTURES // 4} at the most")
+    if batch > IMAGES:
+        raise LdmError(f"{accelerator.num_processes} processes: the test is made for {IMAGES // 4} at the most")
     if accelerator.is_main_process:
-        draw_pictures(folder / "pictures")
+        draw_images(folder / "images")
     accelerator.wait_for_everyone()
     ground, well = Ground(folder, precision, batch), True
     for check in CHECKS:
@@ -156,14 +129,14 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
     return well
 
 
-def draw_pictures(folder: Path) -> None:
-    """Wide pictures whose colours tell where in them a pixel is, each with a caption of its own."""
+def draw_images(folder: Path) -> None:
+    """Wide images whose colours tell where in them a pixel is, each with a caption of its own."""
     folder.mkdir(parents=True)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         across, down = np.meshgrid(np.arange(48), np.arange(40))
         pixels = np.stack([across * 5, down * 6, np.full_like(down, number * 7)], axis=-1)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(f"picture number {number}", encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(f"image number {number}", encoding="utf-8")
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------
@@ -173,7 +146,7 @@ def all_stages(ground: Ground) -> Iterator[str]:
     """Every stage trains, with the same weights on all processes and the learning rate as configured."""
     run = ground.run("whole")
     model = None
-    for name in STAGES:
+    for name in run.config.stages:
         model = run.stage(name, run.start(name, model), run.folder / name)
         digest = {player: _digest(one.module.parameters()) for player, one in run.last.stage.players.items()}
         first, *others = gather_object([digest])
@@ -199,7 +172,7 @@ def gradients(ground: Ground) -> Iterator[str]:
     }.items():
         if torch.equal(pixels, other):
             yield f"autoencoder: {term} does not reach the weights"
-    for name in STAGES:
+    for name in (kind.name for kind in KINDS):
         training, batch = ground.built(f"gradients-{name}", name)
         training.step = 1  # the adversary takes part
         for loss in training.stage.losses(batch, 1):
@@ -219,15 +192,15 @@ def gradients(ground: Ground) -> Iterator[str]:
 def crops(ground: Ground) -> Iterator[str]:
     """Cached latents are those of the crop that the size conditioning speaks of."""
     training, batch = ground.built("crops", "base", data__cache=True, data__crops=3)
-    pictures = []
+    images = []
     for key, size in zip(batch.keys, batch.size.int().tolist(), strict=True):
-        with Image.open(ground.folder / "pictures" / Path(key).name) as image:
+        with Image.open(ground.folder / "images" / Path(key).name) as image:
             top, left = size[2:4]
             scale = SIDE / 40  # the shorter side becomes the square's
             whole = image.convert("RGB").resize((round(48 * scale), SIDE), Image.Resampling.LANCZOS)
-            pictures.append(whole.crop((left, top, left + SIDE, top + SIDE)))
-    pixels = to_tensor(pictures, SIDE, SIDE)
-    mean, _ = encode_pictures(training.stage.model.autoencoder, training.accelerator, pixels)
+            images.append(whole.crop((left, top, left + SIDE, top + SIDE)))
+    pixels = to_tensor(images, SIDE, SIDE)
+    mean, _ = encode_images(training.stage.model.autoencoder, training.accelerator, pixels)
     assert batch.moments is not None
     cached = batch.moments.chunk(2, dim=1)[0].to(mean)
     if len({tuple(row) for row in batch.size.int().tolist()}) < 2:
@@ -240,9 +213,9 @@ def crops(ground: Ground) -> Iterator[str]:
 
 def drop_out(ground: Ground) -> Iterator[str]:
     """Captions are left out as often as asked."""
-    keys = [f"picture {number}" for number in range(DRAWS)]
+    keys = [f"image {number}" for number in range(DRAWS)]
     for rate in (0.1, 0.5):
-        found = float(DropOut((rate,)).captions(0, keys, [0] * DRAWS, 1).float().mean())
+        found = float(ConditioningDropout((rate,)).captions(0, keys, [0] * DRAWS, 1).float().mean())
         if abs(found - rate) > 5 * math.sqrt(rate * (1 - rate) / DRAWS):
             yield f"{100 * found:.1f} % of the captions are left out, not {100 * rate:.0f} %"
 
@@ -290,7 +263,7 @@ CHECKS: tuple[Callable[[Ground], Iterator[str]], ...] = (
 
 
 class _Broken:
-    """A stage whose losses are not numbers, if it is told so."""
+    """A stage, with losses that are not numbers if `broken`."""
 
     def __init__(self, stage: Stage, broken: bool) -> None:
         self.stage, self.broken = stage, broken

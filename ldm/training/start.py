@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ldm.errors import LdmError, suggestion
 from ldm.families import Family, family_named
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.config import ModelSection
+from ldm.training.sections import ModelSection
 from ldm.weights.sources import open_source
 
 T = TypeVar("T")
@@ -38,13 +38,13 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
         random = LatentDiffusion.from_family(family, seed)
         for name in section.fresh:
             part = {"text": "text_encoders"}.get(name, name)
-            setattr(model, part, getattr(random, part))
+            model.networks[part] = random.networks[part]
     model.family = family
     return model
 
 
 def starting_family(section: ModelSection, place: str = "model") -> Family:
-    """What that model is, without its weights. Raises as `starting_model`."""
+    """The family of that model, without its weights. Raises as `starting_model`."""
     name = section.family or section.usual
     if section.source is None and name is None:
         raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
@@ -69,9 +69,10 @@ def _changed(family: Family, section: ModelSection, place: str) -> Family:
     if len(texts) != len(family.text):
         raise LdmError(f"{place}.text: {len(texts)} entries, but {family.name} has {len(family.text)} text encoders")
     schedule = with_changes(family.schedule, section.schedule, f"{place}.schedule")
-    if schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
+    if schedule.zero_terminal_snr and not schedule.parametrisation.defined_at_zero_snr:
         raise LdmError(
-            f"{place}.schedule: a model that starts from pure noise cannot predict it; prediction_type v_prediction"
+            f"{place}.schedule: {schedule.prediction_type} cannot be learned from pure noise, which zero_terminal_snr "
+            "begins with; set prediction_type to v_prediction"
         )
     different = bool(section.unet or section.autoencoder or any(texts))
     silent = family.zero_empty_prompt if section.zero_empty_prompt is None else section.zero_empty_prompt

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,30 +18,50 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.families import Family
+from ldm.files import Progress, silent
 from ldm.models.autoencoder import Autoencoder, build_autoencoder
 from ldm.models.text import TextEncoders
 from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.models.unet import UNet
-from ldm.weights.files import Progress, Store, TensorInfo, silent
 from ldm.weights.layouts import Layout, Link
+from ldm.weights.tensors import Store, TensorInfo
 
 Shape = tuple[int, ...]
 NOTHING = re.compile("(?!)")  # matches no name
+FOLDERS = {"autoencoder": "vae"}  # network -> its folder in a diffusers model, where that is called otherwise
 
 
 @dataclass
 class Components:
-    """The parts of a latent diffusion model."""
+    """A family and its networks by name: "unet", "autoencoder", "text_encoders"."""
 
     family: Family
-    unet: UNet
-    autoencoder: Autoencoder
-    text_encoders: TextEncoders
+    networks: dict[str, nn.Module]
+
+    @property
+    def unet(self) -> UNet:
+        """The network that predicts."""
+        return cast("UNet", self.networks["unet"])
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The network between images and latents."""
+        return cast("Autoencoder", self.networks["autoencoder"])
+
+    @property
+    def text_encoders(self) -> TextEncoders:
+        """The text towers with their tokenizers."""
+        return cast("TextEncoders", self.networks["text_encoders"])
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every network by the name of its folder in a diffusers model."""
-        towers = zip(self.text_encoders.configs, self.text_encoders.towers, strict=True)
-        return {"unet": self.unet, "vae": self.autoencoder} | {config.component: tower for config, tower in towers}
+        """The networks by the names of their folders in a diffusers model, where each text tower has its own."""
+        modules: dict[str, nn.Module] = {}
+        for name, network in self.networks.items():
+            if isinstance(network, TextEncoders):
+                modules |= {c.component: tower for c, tower in zip(network.configs, network.towers, strict=True)}
+            else:
+                modules[FOLDERS.get(name, name)] = network
+        return modules
 
 
 def build(family: Family, tokenizers: Iterable[Tokenizer] | None = None) -> Components:
@@ -51,10 +72,12 @@ def build(family: Family, tokenizers: Iterable[Tokenizer] | None = None) -> Comp
     if tokenizers is None:
         tokenizers = [clip_tokenizer(c.pad_token, c.context, c.vocab_size) for c in family.text]
     return Components(
-        family=family,
-        unet=UNet(family.unet),
-        autoencoder=build_autoencoder(family.autoencoder),
-        text_encoders=TextEncoders(family.text, tuple(tokenizers), pooled=bool(family.unet.pooled_dim)),
+        family,
+        {
+            "unet": UNet(family.unet),
+            "autoencoder": build_autoencoder(family.autoencoder),
+            "text_encoders": TextEncoders(family.text, tuple(tokenizers), pooled=family.xl),
+        },
     )
 
 
@@ -69,7 +92,7 @@ def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
 
 
 @dataclass
-class Part:
+class ComponentSource:
     """The tensors of one component: where they are, what they may be called there, and what may lie beside them."""
 
     store: Store
@@ -136,7 +159,7 @@ class Opened:
     layout: str  # "diffusers folder" or "single file"
     family: Family
     tokenizers: list[Tokenizer]
-    parts: dict[str, Part]  # by the name of the component
+    parts: dict[str, ComponentSource]  # by the name of the component
     ignored: list[str] = field(default_factory=list)  # what is there and not used: components or groups of tensors
 
     def __post_init__(self) -> None:

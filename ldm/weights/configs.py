@@ -1,7 +1,7 @@
 """`config.json` of diffusers and transformers, to our dataclasses and back.
 
 Every option is either translated, or must have the one value that our networks are built for. What is not listed here
-is refused by name: an unknown option must never be a wrong picture.
+is refused by name: an unknown option must never be a wrong image.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ldm.errors import LdmError
-from ldm.families import Family, NoiseSchedule
+from ldm.families import Family
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
+from ldm.process import NoiseSchedule
 
 Json = Mapping[str, Any]
 UNET_CLASSES = ("UNet2DConditionModel",)

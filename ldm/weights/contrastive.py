@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
+from ldm.files import read_json, replacing, write_json
 from ldm.models.contrastive import ContrastivePair, ImageEncoderConfig
 from ldm.weights import layouts
-from ldm.weights.components import Components, Part, fingerprint
+from ldm.weights.components import Components, ComponentSource, fingerprint
 from ldm.weights.configs import Reader
-from ldm.weights.files import read_json, replacing, write_json, write_safetensors
 from ldm.weights.folder import link_outputs, store_of
 from ldm.weights.manifest import check_manifest, write_manifest
+from ldm.weights.tensors import write_safetensors
 
 _IMAGE, _HEADS = Path("image_encoder", "model.safetensors"), Path("heads.safetensors")
 _TEXT_ENCODERS = "ldm.text_encoders"  # in a header: fingerprint of the text encoders that a pair was trained with
@@ -83,7 +84,7 @@ def load_clip(folder: Path, model: Components) -> ContrastivePair:
         pair = ContrastivePair(config, model.text_encoders)
     some = next(model.text_encoders.parameters())
     for file, module in _modules(pair).items():
-        links = Part(stores[file], [("", layouts.diffusers)]).links(module)
+        links = ComponentSource(stores[file], [("", layouts.diffusers)]).links(module)
         tensors = stores[file].read([link.theirs for link in links], some.dtype, some.device)
         module.load_state_dict(dict(tensors), assign=True)
     embeddings = pair.image_encoder.vision_model.embeddings

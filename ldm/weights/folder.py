@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,31 +20,18 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.errors import LdmError, listing
-from ldm.families import Family, NoiseSchedule, recognised
+from ldm.families import Family, recognised
+from ldm.files import Progress, alongside, read_json, replacing, silent, write_json
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNetConfig
+from ldm.process import NoiseSchedule
 from ldm.weights import configs, layouts
-from ldm.weights.components import Components, Opened, Part
-from ldm.weights.files import (
-    LINEAGE,
-    NAMES,
-    Output,
-    Progress,
-    Store,
-    TensorInfo,
-    alongside,
-    open_store,
-    read_header,
-    read_json,
-    replacing,
-    silent,
-    write_json,
-    write_safetensors,
-)
+from ldm.weights.components import Components, ComponentSource, Opened
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
+from ldm.weights.tensors import LINEAGE, NAMES, Output, Store, TensorInfo, open_store, read_header, write_safetensors
 from ldm.weights.tokenizer import read_tokenizer, write_tokenizer
 
 INDEX = "model_index.json"
@@ -59,7 +47,7 @@ _CLASSES: dict[str, frozenset[str]] = {
     "scheduler": configs.SCHEDULERS,
 }
 COMPONENTS = tuple(_CLASSES)
-_UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})  # no picture depends on them
+_UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})  # no image depends on them
 _PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline(Legacy)?")
 
 # names beside a component's own that files of some age hold
@@ -123,12 +111,13 @@ def _described(folder: Path, index: dict[str, Any], places: dict[str, Path], sto
             raise LdmError(
                 f"{folder / INDEX}: {name} is {_class_of(index[name])!r}, its own configuration says {kind!r}"
             )
-    if ("XL" in index["_class_name"]) != bool(unet.pooled_dim):
+    family = Family("custom", unet, vae, text, schedule)
+    if ("XL" in index["_class_name"]) != family.xl:
         raise LdmError(f"{folder / INDEX}: {index['_class_name']!r} does not go with a U-Net of this kind")
-    zeros = index.get("force_zeros_for_empty_prompt", unet.size_ids == 6)
+    zeros = index.get("force_zeros_for_empty_prompt", family.xl and not family.refiner)
     if not isinstance(zeros, bool):
         raise LdmError(f"{folder / INDEX}: force_zeros_for_empty_prompt is {zeros!r}; true or false is needed")
-    family = recognised(Family("custom", unet, vae, text, schedule, zeros))
+    family = recognised(replace(family, zero_empty_prompt=zeros))
     parts = {name: component_part(name, store, family) for name, store in stores.items()}
     ignored = [name for name, value in index.items() if name in _UNUSED and _class_of(value)]
     return Opened(str(folder), "diffusers folder", family, tokenizers, parts, ignored)
@@ -237,22 +226,22 @@ def store_of(files: list[Path], allow_pickle: bool) -> Store:
     return open_store(files[0], allow_pickle) if len(files) == 1 else Store(files)
 
 
-def component_part(name: str, store: Store, family: Family) -> Part:
+def component_part(name: str, store: Store, family: Family) -> ComponentSource:
     """The tensors of one component alone, in any of the layouts that such files have."""
     if name == "unet":
         original = [(prefix, layouts.original_unet(family.unet, prefix)) for prefix in ("", layouts.UNET_PREFIX)]
-        return Part(store, [("", layouts.diffusers), *original])
+        return ComponentSource(store, [("", layouts.diffusers), *original])
     if name == "vae":
         config = family.autoencoder
         original = [(p, layouts.original_autoencoder(config, p)) for p in ("", layouts.AUTOENCODER_PREFIX)]
         ours = [("", layouts.diffusers), ("", layouts.diffusers_attention_of_old)]
-        return Part(store, [*ours, *original], IGNORED["vae"])
+        return ComponentSource(store, [*ours, *original], IGNORED["vae"])
     index = [config.component for config in family.text].index(name)
     names = [("", layouts.transformers), ("", layouts.transformers_flat), ("", layouts.open_clip(""))]
     prefix = layouts.tower_prefix(family, index)
     names.append((prefix, layouts.original_tower(family.text[index], prefix)))
     vision = r"|visual\..*"  # a whole CLIP model as open_clip saves it
-    return Part(store, names, re.compile(tower_ignored(family.text[index]).pattern + vision))
+    return ComponentSource(store, names, re.compile(tower_ignored(family.text[index]).pattern + vision))
 
 
 def tower_ignored(config: TextEncoderConfig) -> re.Pattern[str]:
@@ -375,7 +364,7 @@ def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtyp
     if any(parameter.is_meta for parameter in parameters.values()):
         raise LdmError("weights that come a layer at a time (offload) are not written; load the model without that")
     if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters.values()):
-        raise LdmError("quantised weights are for making pictures, and are not written; load the model without them")
+        raise LdmError("quantised weights are for making images, and are not written; load the model without them")
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return [
         Output(
@@ -431,10 +420,9 @@ def _write_configs(model: Components, folder: Path) -> None:
 
 
 def _model_index(family: Family) -> dict[str, Any]:
-    xl = bool(family.unet.pooled_dim)
     kind = "Img2Img" if family.refiner else {"text": "", "inpaint": "Inpaint", "edit": "InstructPix2Pix"}[family.task]
     index: dict[str, Any] = {
-        "_class_name": f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline",
+        "_class_name": f"StableDiffusion{'XL' if family.xl else ''}{kind}Pipeline",
         "_diffusers_version": version("diffusers"),
         "_ldm_version": ldm.__version__,
         "scheduler": ["diffusers", family.schedule.scheduler],
@@ -445,7 +433,7 @@ def _model_index(family: Family) -> dict[str, Any]:
         classes = ("CLIPTextModelWithProjection" if config.projection else "CLIPTextModel", "CLIPTokenizer")
         names = (config.component, config.component.replace("text_encoder", "tokenizer"))
         index |= {name: ["transformers", kind] for name, kind in zip(names, classes, strict=True)}
-    if xl:
+    if family.xl:
         for name in ("text_encoder", "tokenizer"):
             index.setdefault(name, [None, None])
         index["force_zeros_for_empty_prompt"] = family.zero_empty_prompt

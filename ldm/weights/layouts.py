@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.families import Family, NoiseSchedule
+from ldm.families import Family
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
-from ldm.weights.files import TensorInfo
+from ldm.process import NoiseSchedule
+from ldm.weights.tensors import TensorInfo
 
 Kind = Literal["same", "pointwise", "stack", "transpose"]
 Shape = tuple[int, ...]
@@ -266,7 +267,7 @@ AUTOENCODER_PREFIX = "first_stage_model."
 
 def tower_prefix(family: Family, index: int) -> str:
     """Where an original checkpoint keeps a text tower: the order of the embedders is that of the towers."""
-    place = f"conditioner.embedders.{index}." if family.unet.pooled_dim else "cond_stage_model."
+    place = f"conditioner.embedders.{index}." if family.xl else "cond_stage_model."
     return place + ("model." if family.text[index].open_clip else "transformer.")
 
 
@@ -303,10 +304,10 @@ def original_extras(family: Family) -> dict[str, Callable[[], Tensor]]:
             extras[f"{prefix}text_projection"] = partial(torch.eye, config.width)
             for name, shape in _identity_block(config).items():
                 extras[f"{prefix}transformer.resblocks.{config.layers}.{name}"] = partial(torch.zeros, shape)
-    buffers = _sgm_buffers if family.unet.pooled_dim else _ldm_buffers
+    buffers = _sgm_buffers if family.xl else _ldm_buffers
     for name in buffers(NoiseSchedule(train_steps=2)):
         extras[name] = partial(_buffer, buffers, family.schedule, name)
-    if family.unet.pooled_dim and family.schedule.prediction_type == "v_prediction":
+    if family.xl and family.schedule.prediction_type == "v_prediction":
         extras["v_pred"] = partial(torch.zeros, 0)  # how other programs tell such a checkpoint
         if family.schedule.zero_terminal_snr:
             extras["ztsnr"] = partial(torch.zeros, 0)

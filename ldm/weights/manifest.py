@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from ldm.errors import LdmError, listing
-from ldm.weights.files import Progress, check_digest, file_digest, read_json, silent, write_json
+from ldm.files import Progress, check_digest, file_digest, read_json, silent, write_json
 
 NAME = "ldm_manifest.json"
 

@@ -1,4 +1,4 @@
-"""Where the published weights lie that pictures are compared with. `tools/fetch_weights.py` puts them there."""
+"""Where the published weights lie that images are compared with. `tools/fetch_weights.py` puts them there."""
 
 from __future__ import annotations
 

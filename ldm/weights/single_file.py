@@ -20,22 +20,12 @@ import yaml
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.families import FAMILIES, Family, family_named, recognised
+from ldm.files import Progress, alongside, check_digest, replacing, silent
 from ldm.models.tokenizer import clip_tokenizer
 from ldm.weights import configs, layouts
-from ldm.weights.components import NOTHING, Components, Opened, Part, is_adapter
-from ldm.weights.files import (
-    LINEAGE,
-    Output,
-    Progress,
-    Store,
-    alongside,
-    check_digest,
-    open_store,
-    replacing,
-    silent,
-    write_safetensors,
-)
+from ldm.weights.components import NOTHING, Components, ComponentSource, Opened, is_adapter
 from ldm.weights.folder import IGNORED, check_float, link_outputs, tower_ignored
+from ldm.weights.tensors import LINEAGE, Output, Store, open_store, write_safetensors
 
 CONFIG = "ldm.config"
 _PREDICTION = {
@@ -63,7 +53,7 @@ _YAML_NUMBERS = {
     "timesteps": "train_steps",
     "scale_factor": "scaling_factor",
 }
-# what checkpoints hold beside the three networks, and what no picture depends on
+# what checkpoints hold beside the three networks, and what no image depends on
 _LEFTOVERS = re.compile(
     r"model_ema\..*|embedding_manager\..*|denoiser\.sigmas|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod"
     r"(_prev)?|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|global_step"
@@ -107,7 +97,9 @@ def _described(path: Path, store: Store, family: str | None) -> Opened:
             raise LdmError(f"{path} says that it is {found.name}, not {family}; leave the family out")
     else:
         found = _recognise(path, store, family)
-    parts = {name: Part(store, [way], IGNORED.get(name, NOTHING)) for name, way in layouts.original(found).items()}
+    parts = {
+        name: ComponentSource(store, [way], IGNORED.get(name, NOTHING)) for name, way in layouts.original(found).items()
+    }
     for config in found.text:
         part = parts[config.component]
         part.ignored = tower_ignored(config)

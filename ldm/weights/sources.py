@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ldm.errors import LdmError
 from ldm.families import Family
+from ldm.files import Progress, check_digest, silent, stated_digest
 from ldm.models.tokenizer import Tokenizer
 from ldm.weights.builtin import DEFAULT, builtin, lender
 from ldm.weights.components import Opened
-from ldm.weights.files import Progress, check_digest, open_store, silent, stated_digest
 from ldm.weights.folder import (
     component_part,
     open_folder,
@@ -25,6 +25,7 @@ from ldm.weights.folder import (
 from ldm.weights.hub import HUB_ID, fetch
 from ldm.weights.manifest import check_manifest
 from ldm.weights.single_file import open_single_file
+from ldm.weights.tensors import open_store
 
 Source = str | os.PathLike[str]
 

@@ -17,8 +17,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ldm.errors import LdmError, first_line
+from ldm.files import read_json, write_json
 from ldm.models.tokenizer import END, START, VOCAB_SIZE, Tokenizer
-from ldm.weights.files import read_json, write_json
 
 WHOLE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

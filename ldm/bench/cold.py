@@ -1,0 +1,85 @@
+"""New processes that make an image, from the command to the file: seconds, memory, and importing and loading apart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.bench.options import OURS, PROMPT
+from ldm.errors import LdmError, first_line
+
+WATCHED = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""  # run in a small process: the peak of a child forked off a large one would begin at the parent's
+TIMED = """
+import sys, time
+began = time.perf_counter()
+{imports}
+imported = time.perf_counter()
+model = {loads}
+print(imported - began, time.perf_counter() - imported)
+"""
+
+
+@dataclass(frozen=True)
+class Cold:
+    """What a new process needs, from the command to the image."""
+
+    seconds: float
+    memory: float  # the most that was resident, GB
+    imports: float  # seconds, in another new process that only loads the model
+    load: float
+
+
+def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = None) -> dict[str, list[Cold]]:
+    """New processes that make an image: `ldm generate`, and a script that uses diffusers."""
+    imports = {
+        OURS: "from pipelines import Pipeline",
+        "diffusers": "import torch; from diffusers import DiffusionPipeline",
+    }
+    loads = {
+        OURS: f"Pipeline(sys.argv[1], device=sys.argv[2], quantize={quantize!r})",
+        "diffusers": "DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16).to(sys.argv[2])",
+    }
+    script = (
+        f"import sys; {imports['diffusers']}; p = {loads['diffusers']}\n"
+        "p(sys.argv[3], num_inference_steps=20).images[0].save(sys.argv[4])\n"
+    )
+    found: dict[str, list[Cold]] = {OURS: [], "diffusers": []}
+    more = ["--device", device, *([] if quantize is None else ["--quantize", quantize])]
+    with tempfile.TemporaryDirectory() as folder:
+        image = str(Path(folder, "image.png"))
+        commands = {
+            OURS: ["-m", "ldm", "generate", PROMPT, "--model", str(path), "--steps", "20", "--out", image, *more],
+            "diffusers": ["-c", script, str(path), device, PROMPT, image],
+        }
+        for number in range(rounds + 1):
+            for name, command in commands.items():
+                Path(image).unlink(missing_ok=True)
+                seconds, kilobytes = printed(name, [WATCHED, *command])
+                if not Path(image).is_file():
+                    raise LdmError(f"a new process of {name} made no image")
+                parts = printed(name, [TIMED.format(imports=imports[name], loads=loads[name]), str(path), device])
+                if number:
+                    found[name].append(Cold(seconds, kilobytes * 1024 / 1e9, *parts))
+    return found
+
+
+def printed(name: str, command: Sequence[str]) -> list[float]:
+    """The numbers that a new process prints last, of a Python program with arguments.
+
+    Raises:
+        LdmError: it fails.
+    """
+    done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = first_line(RuntimeError("\n".join(done.stderr.strip().splitlines()[-1:])))
+        raise LdmError(f"a new process of {name} failed: {last}")
+    return [float(number) for number in done.stdout.split("\n")[-2].split()]

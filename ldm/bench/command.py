@@ -1,0 +1,112 @@
+"""`ldm bench`: how fast images are made, beside diffusers with the same weights, prompts, steps and noise schedule.
+
+Each side lives in a process of its own, as its users have it. The sides take turns, an image each, so that other work
+on the machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ldm.bench.cold import cold_starts
+from ldm.bench.measuring import Seconds, device_name, products, speed
+from ldm.bench.options import OURS, RIVALS, BenchOptions, Call
+from ldm.bench.processes import SideProcess
+from ldm.bench.sides import named_family
+from ldm.bench.tables import cold_table, speed_tables
+from ldm.errors import LdmError
+from ldm.files import replacing, write_json
+from ldm.weights.builtin import builtin
+from ldm.weights.sources import open_source
+from pipelines.settings import find
+from pipelines.tuning import default_device, default_dtype, device_named, dtype_named
+
+log = logging.getLogger(__name__)
+
+
+def measure(options: BenchOptions) -> None:
+    """Measure all sides and print tables; with `out`, all numbers are written there as JSON.
+
+    Raises:
+        LdmError: an option is not valid, or a side other than a rival's first call fails.
+    """
+    rivals = [name.strip() for name in options.against.split(",") if name.strip()]
+    if unknown := [name for name in rivals if name not in RIVALS]:
+        raise LdmError(f"--against {unknown[0]!r} is not known; choose from {', '.join(RIVALS)}")
+    if min(options.steps - 1, options.rounds, options.batch) < 1:
+        raise LdmError("--steps must be at least 2, --rounds and --batch at least 1")
+    path = builtin(options.source) or Path(options.source)
+    if options.cold and not path.is_dir():
+        raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
+    device = device_named(options.device or default_device())
+    dtype = dtype_named(options.dtype) or default_dtype(device)
+    family = named_family(options.source) or open_source(options.source, verify=False).family
+    width, height = find("size", "shell").parse(options.size, "--size") if options.size else (family.size,) * 2
+    call = Call(width, height, options.batch, family.guidance)
+    factor = family.autoencoder.factor
+    work = 2 * call.batch * products(family, call.height // factor, call.width // factor)
+    sides = _started([OURS, *rivals], options, call, device, dtype)
+    found: dict[str, list[Seconds]] = {name: [] for name in sides}
+    memory: dict[str, float] = {}
+    result: dict[str, Any] = {
+        "options": asdict(options), "device": device_name(device), "dtype": str(dtype), "size": [width, height],
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}, "memory": memory,
+    }  # fmt: skip
+    fastest = 0.0
+    for number in range(options.rounds + 1):
+        fastest = max(fastest, speed(device, dtype))
+        for name in list(found):
+            try:
+                seconds, memory[name] = sides[name].image(options.steps)
+            except LdmError as error:
+                if name == OURS or number:
+                    raise
+                log.warning("without %s: %s", name, error)  # OpenVINO, say, runs fewer models than the others
+                del found[name]
+                continue
+            if number:  # the first round warms up
+                found[name].append(seconds)
+        if number:
+            result["limit of a step"] = work / fastest
+            result["seconds"] = {name: [asdict(one) for one in rows] for name, rows in found.items()}
+            _write(options.out, result)
+    console = Console()
+    console.print(*speed_tables(found, memory, work / fastest))
+    if options.cold:
+        cold = cold_starts(path, options.rounds, str(device), options.quantize)
+        result["cold"] = {name: [asdict(one) for one in rows] for name, rows in cold.items()}
+        console.print(cold_table(cold))
+        _write(options.out, result)
+
+
+def _started(
+    names: list[str], options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype
+) -> dict[str, SideProcess]:
+    """The processes of all sides, once they are ready.
+
+    On a CPU one after the other: sides share its memory, and need most of it while their models are loaded.
+    """
+    together = device.type == "cuda"
+    sides: dict[str, SideProcess] = {}
+    for name in names:
+        sides[name] = SideProcess(name, options, call, device, dtype)
+        if not together:
+            sides[name].wait()
+    if together:
+        for side in sides.values():
+            side.wait()
+    return sides
+
+
+def _write(out: str | None, result: dict[str, Any]) -> None:
+    """Write all numbers so far as JSON, if a file was asked for."""
+    if out:
+        with replacing(Path(out), folder=False, overwrite=True, need=0) as temporary:
+            write_json(temporary, result)

@@ -1,0 +1,70 @@
+"""A side in a process of its own, as its users have it: started, asked for images, and what goes wrong in it said."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import torch
+
+from ldm.bench.measuring import Seconds, peak, reset_peak, timed
+from ldm.bench.options import BenchOptions, Call
+from ldm.bench.sides import make_side
+from ldm.errors import LdmError, first_line
+
+
+class SideProcess:
+    """A side in a process of its own."""
+
+    def __init__(self, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
+        """Start the process; `wait` returns when its model is loaded."""
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, name, options, call, device, dtype), daemon=True)
+        self.process.start()
+        other.close()
+
+    def wait(self) -> None:
+        """Wait until its model is loaded.
+
+        Raises:
+            LdmError: the model cannot be loaded, or a package is missing.
+        """
+        self._answer()
+
+    def image(self, steps: int) -> tuple[Seconds, float]:
+        """Make one batch of images; the seconds it took, and the peak of memory since the model was loaded, GB.
+
+        Raises:
+            LdmError: the process has died.
+        """
+        return self._answer(steps)
+
+    def _answer(self, steps: int = 0) -> Any:
+        try:
+            if steps:
+                self.pipe.send(steps)
+            problem, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise LdmError(f"the process of {self.name} has died; does memory suffice for all sides?") from None
+        if problem:
+            raise LdmError(problem)
+        return answer
+
+
+def _serve(pipe: Any, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
+    """Make images for each request on the pipe, until it is closed."""
+    try:
+        side = make_side(name, options, call, device, dtype)
+        reset_peak(device)
+        pipe.send(("", None))
+        while True:
+            steps = pipe.recv()
+            pipe.send(("", (timed(side, steps, device), peak(device))))
+    except LdmError as error:
+        pipe.send((str(error), None))
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except Exception as error:  # of the other side's packages, say
+        pipe.send((f"{name}: {type(error).__name__}: {first_line(error)}", None))

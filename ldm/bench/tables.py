@@ -1,0 +1,47 @@
+"""What `ldm bench` prints: seconds of all sides, and ratios with their middle half."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median, quantiles
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from ldm.bench.cold import Cold
+from ldm.bench.measuring import STAGES, Seconds
+from ldm.bench.options import OURS
+
+
+def ratios(others: Sequence[float], own: Sequence[float]) -> str:
+    """How many times as long the others took, round by round: median, and the middle half."""
+    found = [other / mine for other, mine in zip(others, own, strict=True)]
+    low, _, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else (found[0],) * 3
+    return f"{median(found):.2f} ({low:.2f}–{high:.2f})"
+
+
+def speed_tables(found: dict[str, list[Seconds]], memory: dict[str, float], limit: float) -> tuple[Table, Table]:
+    """Seconds of all sides, and how many times as long as ours those of the others are."""
+    seconds = Table("seconds", *STAGES, "of the limit", "memory, GB", box=SIMPLE)
+    against = Table("times ours", *STAGES, box=SIMPLE)
+    for name, rows in found.items():
+        columns = [[getattr(one, stage) for one in rows] for stage in STAGES]
+        share = limit / median(one.step for one in rows)
+        times = (f"{median(column):.3f}" for column in columns)
+        seconds.add_row(name, *times, f"{share:.0%}", f"{memory[name]:.2f}")
+        if name != OURS:
+            own = [[getattr(one, stage) for one in found[OURS]] for stage in STAGES]
+            against.add_row(name, *(ratios(*both) for both in zip(columns, own, strict=True)))
+    return seconds, against
+
+
+def cold_table(found: dict[str, list[Cold]]) -> Table:
+    table = Table("new process", *found, "times ours", box=SIMPLE)
+    labels = {
+        "seconds": "command to image, s", "memory": "memory, GB", "imports": "importing, s", "load": "loading, s",
+    }  # fmt: skip
+    for field, label in labels.items():
+        columns = {name: [getattr(one, field) for one in rows] for name, rows in found.items()}
+        medians = (f"{median(column):.2f}" for column in columns.values())
+        table.add_row(label, *medians, ratios(columns["diffusers"], columns[OURS]))
+    return table

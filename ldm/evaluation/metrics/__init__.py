@@ -1,0 +1,1 @@
+"""Metrics: the table of all by name, their formulas, intervals and comparisons."""

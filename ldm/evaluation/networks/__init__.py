@@ -1,0 +1,1 @@
+"""Networks that images are measured with: Inception, CLIP, SSCD, LPIPS."""

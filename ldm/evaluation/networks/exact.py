@@ -1,0 +1,15 @@
+"""Inference of metrics' networks: without gradients and in full single precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Inference in which fp32 is fp32: PyTorch lets convolutions on CUDA round to TF32 otherwise."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield

@@ -1,0 +1,215 @@
+"""Files: what they are, reading JSON, digests, and writing whole or not at all.
+
+A file's SHA-256 counts a digest in its own safetensors header as zeros, so that a file can state its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import LdmError
+
+DIGEST = "ldm.sha256"
+HASHED = 64 * 2**20  # bytes: how much is mapped at a time when a file is hashed
+
+Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress report that reports nothing."""
+
+
+def sniff(path: Path) -> str:
+    """What a file is by its first bytes: "safetensors", "pickle" or something that is no checkpoint, in words."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise LdmError(f"{path} cannot be read: {error.strerror}") from None
+    if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
+        return "safetensors"
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return "pickle"
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself (git lfs pull fetches it)"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file"
+    if start.lstrip()[:1] in (b"{", b"["):
+        return "a JSON file"
+    if start.lstrip()[:1] == b"<":
+        return "a web page"
+    return "not a safetensors file" if start.count(0) else "a text file"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of at most 64 MB.
+
+    Raises:
+        LdmError: it is missing, unreadable, no JSON, or no object.
+    """
+    try:
+        if path.stat().st_size > 64 * 2**20:
+            raise LdmError(f"{path} has {path.stat().st_size} bytes; that is no configuration")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LdmError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, LdmError):
+            raise
+        raise LdmError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise LdmError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON with sorted keys, as Hugging Face writes it; bytes of file names that are no UTF-8 as escapes."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+DIGEST_AT = re.compile(rb'"' + re.escape(DIGEST).encode() + rb'":"([0-9a-f]{64})"')
+
+
+def _split_header(path: Path) -> tuple[bytes, str]:
+    """The first bytes of a safetensors file, up to the tensors, with the digest in them as zeros; and that digest.
+
+    Empty for other files, and without a digest "" in its place.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= min(path.stat().st_size - 8, 2**30):
+            return b"", ""
+        header = start + file.read(length)
+    found = DIGEST_AT.search(header)
+    if not found:
+        return header, ""
+    return header[: found.start(1)] + b"0" * 64 + header[found.end(1) :], found[1].decode()
+
+
+def file_digest(path: Path, progress: Progress = silent) -> str:
+    """SHA-256 of a file; a digest in its own header counts as zeros."""
+    header, _ = _split_header(path)
+    digest = hashlib.sha256(header)
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        for start in range(0, total, HASHED):
+            end = min(start + HASHED, total)
+            with mmap(file.fileno(), end - start, access=ACCESS_READ, offset=start) as piece, memoryview(piece) as view:
+                digest.update(view[max(len(header) - start, 0) :])
+            progress(f"checking {path.name}", end, total)
+    return digest.hexdigest()
+
+
+def stated_digest(path: Path) -> str:
+    """The digest that a file's own header states, "" if it states none."""
+    return _split_header(path)[1]
+
+
+def check_digest(path: Path, expected: str | None = None, progress: Progress = silent) -> bool:
+    """Compare a file with `expected` and with the digest in its own header; whether there was one to compare with.
+
+    Raises:
+        LdmError: they differ.
+    """
+    wanted = {value for value in (expected, stated_digest(path)) if value}
+    if not wanted:
+        return False
+    digest = file_digest(path, progress)
+    if wanted != {digest}:
+        other = sorted(wanted - {digest})[0]
+        raise LdmError(
+            f"{path} has changed since it was written (SHA-256 {digest[:12]}…, expected {other[:12]}…); "
+            "fetch or write it again"
+        )
+    return True
+
+
+@contextmanager
+def alongside(check: Callable[[], object]) -> Iterator[None]:
+    """Check something while the body goes on, since hashing leaves a core to it; what the check raises comes first."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(check)
+        try:
+            yield
+        finally:
+            result.result()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_destination(path: Path, folder: bool, overwrite: bool) -> Path:
+    """Where to write for `path`, behind all links.
+
+    Raises:
+        LdmError: `path` exists and `overwrite` is not set, or is of the other kind; or its folder is missing.
+    """
+    try:
+        parent = path.absolute().parent
+        if not parent.is_dir():
+            raise LdmError(f"the folder {parent} does not exist; create it first")
+        if path.is_dir() if not folder else path.is_file():
+            raise LdmError(f"{path} is a {'folder' if path.is_dir() else 'file'}; choose another name")
+        empty = folder and path.is_dir() and not any(path.iterdir())
+        if os.path.lexists(path) and not overwrite and not empty:
+            raise LdmError(f"{path} exists; choose another name or ask for it to be replaced (overwrite=True, --force)")
+        return Path(os.path.realpath(path))
+    except LdmError:
+        raise
+    except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte in it
+        raise LdmError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def replacing(path: Path, folder: bool, overwrite: bool, need: int) -> Iterator[Path]:
+    """A temporary neighbour of `path` to write to, which takes its place at the end, or vanishes on any error.
+
+    A link is followed: what it leads to is replaced.
+
+    Raises:
+        LdmError: as `check_destination`; or the disk is not writable, or too small for `need` bytes or what is written.
+    """
+    target = check_destination(path, folder, overwrite)
+    temporary = target.parent / f".{secrets.token_hex(6)}.part"
+    old = temporary.with_suffix(".old")
+    try:
+        free = shutil.disk_usage(target.parent).free
+        if need > free:
+            raise LdmError(f"{path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on its disk")
+        if folder:
+            temporary.mkdir()
+        yield temporary
+        if folder and target.exists():
+            target.rename(old)
+        temporary.replace(target)
+    except OSError as error:
+        raise LdmError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        if old.exists() and not target.exists():  # interrupted between the two renames
+            old.rename(target)
+        for rest in (temporary, old):
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)

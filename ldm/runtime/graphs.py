@@ -1,0 +1,196 @@
+"""CUDA graphs: a U-Net's step is recorded once and then replayed, without the time that it takes to start its kernels.
+
+A graph reads and writes the same places in memory every time: the inputs and the outputs precomputed from text and time
+are copied there, and the result is copied out. One recording thus serves all prompts, and weights changed in place.
+
+B batch, C channels, H×W height and width of the latents
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import first_line, out_of_memory
+from ldm.models.attention import attention_layers
+from ldm.models.surgery import twin
+from ldm.models.unet import Conditioning, UNet
+from ldm.runtime.fused import hooked
+from ldm.runtime.precomputing import PrecomputedOutput, TimestepOutput, precomputed_outputs, reads_conditioning
+
+log = logging.getLogger(__name__)
+Step = Callable[[], Tensor]
+LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
+MOST = 8  # recordings kept of one U-Net
+
+
+def record_steps(unet: UNet) -> None:
+    """Make a U-Net on a GPU record its steps: without gradients, and where it is `precomputed` for its conditioning."""
+    recorder = CudaRecorder(next(unet.parameters()).device)
+    unet.recordings = Recordings(unet, recorder)  # type: ignore[assignment]
+    unet.__class__ = RecordedUNet
+
+
+class CudaRecorder:
+    """Records steps as CUDA graphs in one pool of memory, since they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, step: Step) -> Step:
+        """Run a step, record it, and return a function that replays it; its result is always the same tensor."""
+        with torch.cuda.device(self.device):
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                for _ in range(2):  # the first calls compile kernels and choose algorithms, which must not be recorded
+                    step()
+            here.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            recording = torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            )  # other threads may go on
+            try:
+                with recording:
+                    out = step()
+            finally:
+                torch.cuda.set_stream(here)  # PyTorch does not restore it after an error
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class RecordedUNet(UNet):
+    """A U-Net that replays recordings of its steps; a step that cannot be recorded runs as it is."""
+
+    recordings: Recordings
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x, t, cond)
+        with LOCK:
+            found = self.recordings.replayed(self, x, t, cond)
+        return super().forward(x, t, cond) if found is None else found
+
+    def step(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The plain forward pass."""
+        return super().forward(x, t, cond)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphInputs:
+    """The precomputed outputs that a copy of a U-Net reads at each step, and the key of recordings that fit it."""
+
+    key: tuple[Any, ...]  # places of the weights, shapes of the outputs
+    conditioning: list[PrecomputedOutput]
+    timestep: list[TimestepOutput]
+
+    @classmethod
+    def of(cls, unet: UNet) -> GraphInputs:
+        """Those of a `precomputed` U-Net."""
+        outputs = precomputed_outputs(unet)
+        key = (*(_place(parameter) for parameter in unet.parameters()), *(layer.output.shape for layer in outputs))
+        timestep = [layer for layer in outputs if isinstance(layer, TimestepOutput)]
+        return cls(key, [layer for layer in outputs if not isinstance(layer, TimestepOutput)], timestep)
+
+
+class Recording:
+    """A recorded step for inputs of one shape."""
+
+    def __init__(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning, record: Callable[[Step], Step]):
+        self.unet = twin(unet)  # with precomputed outputs of its own, which the graph reads
+        del self.unet.recordings  # which will hold this recording
+        self.x, self.t, self.places = x.clone(), t.clone(), GraphInputs.of(self.unet)
+        for layer in self.places.timestep:
+            layer.output = layer.output.clone()  # one row alone, not a view of the whole table
+        self.filled_from: ref[GraphInputs] | None = None  # whose conditioning is in the graph's places
+        self.replay = record(lambda: self.unet.step(self.x, self.t, cond))
+
+    def __call__(self, inputs: GraphInputs, x: Tensor, t: Tensor) -> Tensor:
+        if self.filled_from is None or self.filled_from() is not inputs:
+            _copy(self.places.conditioning, inputs.conditioning)
+            self.filled_from = ref(inputs)
+        _copy(self.places.timestep, inputs.timestep)
+        self.x.copy_(x)
+        self.t.copy_(t)
+        return self.replay().clone()
+
+
+class Recordings:
+    """The recordings of one U-Net, shared by its copies that are `precomputed` for one conditioning or another."""
+
+    def __init__(self, unet: UNet, record: Callable[[Step], Step]) -> None:
+        self.record = record
+        self.works = True  # until something cannot be recorded
+        self.own = {id(module) for module in unet.modules() if not any(module.children())}
+        self.kinds = {RecordedUNet, PrecomputedOutput, TimestepOutput, *(type(module) for module in unet.modules())}
+        self.kernels = {layer.kernel for layer in attention_layers(unet)}
+        self.inputs: WeakKeyDictionary[nn.Module, GraphInputs | None] = WeakKeyDictionary()  # None: not recordable
+        self.found: OrderedDict[Any, Recording] = OrderedDict()
+
+    def __deepcopy__(self, memo: Any) -> Recordings:
+        return self
+
+    def replayed(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor | None:
+        """The result of the recording for inputs of that shape, which is made if there is none.
+
+        The least recently used recording goes where there are too many. None is the answer for a copy of the U-Net that
+        runs other layers, or not the same ones at every step, or computes something from the conditioning itself.
+        """
+        if unet not in self.inputs:
+            self.inputs[unet] = GraphInputs.of(unet) if self.works and self._recordable(unet) else None
+        inputs = self.inputs[unet]
+        if inputs is None:
+            return None
+        # tensors made in inference mode cannot be written outside of it
+        key = (inputs.key, x.shape, x.dtype, t.shape, t.dtype, torch.is_inference_mode_enabled())
+        if key not in self.found:
+            try:
+                self.found[key] = Recording(unet, x, t, cond, self.record)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                log.warning("steps are not recorded: %s", first_line(error))
+                self.inputs, self.works = WeakKeyDictionary(), False
+                return None
+        self.found.move_to_end(key)
+        while len(self.found) > MOST:
+            self.found.popitem(last=False)
+        return self.found[key](inputs, x, t)
+
+    def _recordable(self, unet: RecordedUNet) -> bool:
+        """Whether a copy runs the U-Net's own layers at every step but for precomputed outputs, without hooks."""
+        modules = list(unet.modules())
+        leaves = [layer for layer in modules if not any(layer.children()) and not isinstance(layer, PrecomputedOutput)]
+        return (
+            not reads_conditioning(unet)
+            and not any(hooked(module) for module in modules)
+            and all(type(module) in self.kinds for module in modules)
+            and all(id(module) in self.own for module in leaves)
+            and self.kernels.issuperset(layer.kernel for layer in attention_layers(unet))
+        )
+
+
+def _copy(places: Iterable[PrecomputedOutput], layers: Iterable[PrecomputedOutput]) -> None:
+    """Copy the outputs of layers to the places of others."""
+    pairs = list(zip(places, layers, strict=True))
+    if pairs:
+        torch._foreach_copy_([place.output for place, _ in pairs], [layer.output for _, layer in pairs])
+
+
+def _place(weight: nn.Parameter) -> int:
+    """A number that changes when a weight moves in memory; a quantised one consists of several tensors."""
+    return weight.data_ptr() if type(weight) is nn.Parameter else id(weight)

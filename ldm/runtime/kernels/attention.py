@@ -1,0 +1,39 @@
+"""Attention in bf16 on processors with AVX-512 BF16: see `attention.cpp`.
+
+B batch, N query tokens, M key tokens, D channels of one head
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.runtime.kernels.compiled import INT, fits, learns, library, threads
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v, as PyTorch's own: (B, heads, N, D), with k and v (B, heads, M, D).
+
+    In bf16, on the CPU. Where gradients are wanted, PyTorch's own kernel is taken.
+
+    Raises:
+        LdmError: other numbers or another device, or it cannot be compiled.
+    """
+    if learns(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+    if not fits(q, k, v):
+        raise LdmError(f"it is for bf16 on the CPU, not for {q.dtype} on {q.device.type}")
+    batch, heads, queries, channels = q.shape
+    keys = k.shape[2]
+    if channels % 2 or not keys:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    out = torch.empty(batch, queries, heads, channels, dtype=q.dtype).transpose(1, 2)  # as the next layer reads it
+    strides = (INT * 12)(*(step for tensor in (q, k, v, out) for step in tensor.stride()[:3]))
+    library().attend(
+        *(tensor.data_ptr() for tensor in (q, k, v, out)), strides, batch, heads, queries, keys, channels,
+        channels**-0.5, threads(batch * heads * queries * keys * channels // 10),
+    )  # fmt: skip
+    return out

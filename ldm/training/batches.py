@@ -1,0 +1,83 @@
+"""The batches of a stage: those to train on, through all its resolutions, and the held-out ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+
+from accelerate import Accelerator
+
+from ldm.data.framing import choose_buckets
+from ldm.data.loader import Batch, Loader, once
+from ldm.data.plan import BatchPlan
+from ldm.data.sources import open_stream
+from ldm.data.streams import StreamPlan
+from ldm.training.caching import Caches
+from ldm.training.images import TrainingImages
+from ldm.training.phases import Phase, phases
+from ldm.training.sections import StageSection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageBatches:
+    """This process's share of the batches of a stage."""
+
+    data: TrainingImages
+    section: StageSection
+    accelerator: Accelerator
+    seed: int  # of the run
+    caches: Caches
+
+    def sides(self) -> list[tuple[int, int]]:
+        """Width and height of every size that the images may come in."""
+        return [pair for phase in phases(self.section) for pair in self.data.framing(phase.size).sides()]
+
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from `start` on, through all resolutions."""
+        for number, phase in enumerate(phases(self.section)):
+            if phase.end <= start:
+                continue
+            parts, latents = phase.parts(self.accelerator.num_processes), self.caches.latents
+            plan = batch_plan(self.data, phase, self.seed, self.accelerator.process_index)
+            if isinstance(plan, BatchPlan):
+                log.info("size %d: %s", phase.size, plan)
+            loader = Loader(
+                plan, start=max(start, phase.first) - phase.first, rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes, micro_batches=parts, workers=self.data.section.workers,
+                device=self.accelerator.device, latents=latents[number] if latents else None,
+            )  # fmt: skip
+            batches = iter(loader)
+            for _ in range(max(start, phase.first), phase.end):
+                yield list(islice(batches, parts))
+
+    def last_resolution(self) -> Iterator[Batch]:
+        """The batches of the last resolution, one after the other."""
+        return chain.from_iterable(self.steps(phases(self.section)[-1].first))
+
+    def held_out(self) -> Iterable[Batch]:
+        """The held-out images at the last resolution, cropped in the middle."""
+        phase, data = phases(self.section)[-1], self.data
+        if data.images is None or not data.section.holdout:
+            return ()
+        framing = replace(data.framing(phase.size), crop="center", crops=0, flip=False)
+        width, height = (lengths[data.rows[1]] for lengths in data.images.sizes())
+        if (choose_buckets(framing, width, height)[1] > framing.upscale).all():
+            return ()  # all of them are too small
+        plan = BatchPlan(data.images, framing, phase.batch, self.seed, data.rows[1])
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rows = phase.micro_batch or max(phase.batch // world, 1)
+        return once(plan, rows, rank, world, self.accelerator.device)
+
+
+def batch_plan(data: TrainingImages, phase: Phase, seed: int, rank: int) -> BatchPlan | StreamPlan:
+    """The batches that are trained on at one resolution."""
+    section, framing = data.section, data.framing(phase.size)
+    if data.images is not None:
+        return BatchPlan(data.images, framing, phase.batch, seed, data.rows[0])
+    assert section.source
+    stream = open_stream(section.source, split=section.split, caption_column=section.caption_column)
+    return StreamPlan(stream, framing, phase.batch, seed, data.folder, section.captions, rank=rank)

@@ -1,0 +1,100 @@
+"""The images that a run trains on, with random access or as a stream, and whether they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from ldm.data.framing import Framing
+from ldm.data.image_set import ImageSet
+from ldm.data.plan import split
+from ldm.data.sources import open_images
+from ldm.errors import LdmError
+from ldm.files import read_json, replacing, write_json
+from ldm.training.parallel.agreement import check_agreement
+from ldm.training.sections import DataSection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The images that a run trains on, with random access or as a stream."""
+
+    section: DataSection
+    folder: Path  # of indexes and caches
+    images: ImageSet | None = None
+
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the images to train with, and of those that are held out. Raises as `split`."""
+        assert self.images is not None
+        return split(self.images, self.section.holdout)
+
+    @cached_property
+    def digest(self) -> str | None:
+        """A name for the set of images and captions, wherever it lies; a stream has none."""
+        if self.images is None:
+            return None
+        digest = hashlib.sha256()
+        for row in zip(self.images.all_keys(), self.images.all_captions(), *self.images.sizes(), strict=True):
+            digest.update(ascii(row).encode())
+        return digest.hexdigest()[:16]
+
+    def notice_changes(self) -> None:
+        """Say how many images there are, and whether they are still those that the run began with."""
+        assert self.images is not None
+        name, skipped = self.images.source.name, self.images.skipped
+        left_out = f"; {len(skipped.reasons)} cannot be used: {skipped.path}" if skipped.reasons else ""
+        log.info("%s: %d images%s", name, len(self.images), left_out)
+        path = self.folder / "images.json"
+        now = {"digest": self.digest, "images": len(self.images)}
+        try:
+            before = read_json(path) if path.exists() else now
+        except LdmError:
+            before = now
+        if before.get("digest") != now["digest"]:
+            log.warning(
+                "%s has changed since this run began (%s images then, %d now): it goes on with what is there now",
+                name, before.get("images"), len(self.images),
+            )  # fmt: skip
+        with replacing(path, folder=False, overwrite=True, need=0) as temporary:
+            write_json(temporary, now)
+
+    def framing(self, size: int) -> Framing:
+        """Buckets and crops at a size."""
+        data = self.section
+        return Framing(
+            size, data.buckets, data.bucket_step, data.aspect, data.crop, data.crops if data.cache else 0, data.flip,
+            data.upscale,
+        )  # fmt: skip
+
+
+def open_training_images(section: DataSection, folder: Path, accelerator: Accelerator) -> TrainingImages:
+    """The images that a section of the configuration names, with their index in `folder`; all processes call it.
+
+    Raises:
+        LdmError: they cannot be read, or the processes see other images.
+    """
+    if not section.source:
+        raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")
+    if section.stream:
+        if section.cache:
+            raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
+        return TrainingImages(section, folder)
+    with accelerator.main_process_first():  # the first one makes the index, the others read it
+        images = open_images(
+            section.source, folder, captions=section.captions, split=section.split,
+            caption_column=section.caption_column,
+        )  # fmt: skip
+        opened = TrainingImages(section, folder, images)
+    if accelerator.is_main_process:
+        opened.notice_changes()
+    check_agreement({"the number of images": len(images), "the digest of images": opened.digest})
+    return opened

@@ -1,0 +1,117 @@
+"""The log of a stage: figures of every step, their means in a line now and then, and where the time goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ldm.training.stages.stage import Stage
+
+Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The arithmetic of one image, and the device's speed."""
+
+    tflop: float  # of an image, forward and backward
+    peak: float | None  # TFLOP/s of a device at the most, where that is known
+
+
+@dataclass
+class Throughput:
+    """Images, and where the time went, since the last line of the log."""
+
+    since: float = field(default_factory=time.monotonic)
+    waiting: float = 0.0  # seconds for data
+    images: int = 0
+
+    def figures(self) -> dict[str, float]:
+        """Images a second over all ranks, and the part of the time spent waiting for data."""
+        seconds = time.monotonic() - self.since
+        return {"images_per_s": self.images / seconds, "waiting": self.waiting / seconds}
+
+
+class StageLog:
+    """Lines of figures, in metrics.jsonl and for whoever listens."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        stage: Stage,
+        folder: Path,
+        report: Report,
+        work: Callable[[int], StepCost | None],
+    ) -> None:
+        """Args:
+        accelerator: tells the main process, which writes.
+        stage: whose log it is.
+        folder: of the stage.
+        report: takes every line, on the main process.
+        work: what an image costs at a step.
+        """
+        self.accelerator, self.stage, self.report, self.work = accelerator, stage.name, report, work
+        self.steps = stage.section.steps
+        self.path = folder / "metrics.jsonl"
+        self.sums: dict[str, list[float]] = {}  # of the figures since the last line, and how many there were
+        self.clock = Throughput()
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Take in the figures of a step."""
+        for name, value in figures.items():
+            if math.isfinite(value):  # an fp16 gradient that overflowed was not used
+                total, count = self.sums.get(name, (0.0, 0))
+                self.sums[name] = [total + value, count + 1]
+
+    def add_images(self, images: int) -> None:
+        """Count the images of a step, over all ranks."""
+        self.clock.images += images
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time in here is spent waiting for data."""
+        started = time.monotonic()
+        yield
+        self.clock.waiting += time.monotonic() - started
+
+    def restart_clock(self) -> None:
+        """The time until now does not count: it was not spent on training."""
+        self.clock = Throughput()
+
+    def write_means(self, step: int, learning_rate: float) -> None:
+        """A line with the means since the last one, each over the steps that had the figure."""
+        figures = {name: total / count for name, (total, count) in self.sums.items()}
+        figures |= {"learning_rate": learning_rate, **self.clock.figures()}
+        if work := self.work(step - 1):
+            figures["tflops"] = figures["images_per_s"] / self.accelerator.num_processes * work.tflop
+            if work.peak:
+                figures["model_flops_use"] = figures["tflops"] / work.peak
+        self.write(step, figures)
+        self.sums = {}
+        self.restart_clock()
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """One line, on the main process."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.report(self.stage, step, self.steps, figures)
+
+    def size(self) -> int:
+        """Bytes of the log so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Keep the whole lines in its first bytes, on the main process."""
+        if self.accelerator.is_main_process and self.path.exists():
+            with self.path.open("rb") as file:
+                kept = file.read(size)
+            os.truncate(self.path, kept.rfind(b"\n") + 1)

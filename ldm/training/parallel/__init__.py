@@ -1,0 +1,1 @@
+"""Several processes: agreement, sums over ranks, sharded weights."""

@@ -1,0 +1,106 @@
+"""Whole copies of networks whose weights are spread over the ranks, FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
+
+Such a network runs only where all ranks run it together. To validate, to make images and to write results, each rank
+takes a whole copy, with the averages of the weights in it, in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ldm.errors import LdmError
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.stages.stage import Player, Stage
+from ldm.training.stages.table import KINDS, kind_named
+
+
+def is_sharded(accelerator: Accelerator, stage: Stage) -> bool:
+    """Whether the weights are spread over the ranks.
+
+    Raises:
+        LdmError: they would be, in a way or a stage in which that is not supported.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise LdmError("DeepSpeed is not supported; FSDP2 spreads the same: configs/accelerate/fsdp2.yaml")
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return False
+    if not accelerator.is_fsdp2:
+        raise LdmError("of FSDP the second version is supported: fsdp_version: 2, see configs/accelerate/fsdp2.yaml")
+    name, kind, section = stage.name, kind_named(stage.name), stage.section
+    if not kind.spreads:
+        others = " and ".join(other.name for other in KINDS if other.spreads)
+        raise LdmError(
+            f"stage {name}: its weights cannot be spread over processes (FSDP); launch it with "
+            f"configs/accelerate/ddp.yaml, and {others} from its result"
+        )
+    if section.ema.widths:
+        raise LdmError(f"{name}.ema.widths: averages of other widths need DDP; leave them out with FSDP")
+    wanted = kind.evaluation(section)
+    if wanted and wanted.choose:
+        raise LdmError(f"{name}.evaluation.choose: the best weights can be kept with DDP alone; leave it out with FSDP")
+    return True
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over the ranks, whole on each of them; all ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Skeleton:
+    """A network without its weights, made before they are spread, and where in it a model's networks are."""
+
+    def __init__(self, module: nn.Module, model: LatentDiffusion) -> None:
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()
+        }
+        memo |= {id(b): b.to("meta") for b in module.buffers()}
+        self.module = copy.deepcopy(module, memo)
+        paths = {id(part): path for path, part in module.named_modules()}
+        self.places = {name: path for name, part in model.networks.items() if (path := paths.get(id(part))) is not None}
+
+    @contextmanager
+    def in_place(self, player: Player, model: LatentDiffusion, averages: Mapping[str, Tensor]) -> Iterator[None]:
+        """A whole copy in the place of the player's network and of the model's, on every rank.
+
+        Args:
+            player: whose weights are spread.
+            model: of which its network is a part.
+            averages: what its trained parameters are to be, by name.
+        """
+        network, own = copy.deepcopy(self.module), player.module
+        for name, tensor in [*own.named_parameters(), *own.named_buffers()]:
+            holder, _, leaf = name.rpartition(".")
+            value = whole(averages.get(name, tensor).detach())
+            part = network.get_submodule(holder)
+            is_buffer = leaf in part._buffers
+            setattr(part, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
+        before = dict(model.networks)
+        player.module = network.train(own.training)
+        for name, path in self.places.items():
+            model.networks[name] = network.get_submodule(path)
+        try:
+            yield
+        finally:
+            player.module = own
+            model.networks.update(before)
+
+
+def save(averages: dict[str, Any], folder: Path) -> None:
+    """Write averages, tensors by player and name, that are spread: each rank its part; all ranks call it."""
+    dcp.save(averages, checkpoint_id=str(folder))
+
+
+def load(averages: dict[str, Any], folder: Path) -> None:
+    """Read what `save` wrote into the tensors of `averages`; by how many ranks it was written does not matter."""
+    with torch.no_grad():
+        dcp.load(averages, checkpoint_id=str(folder))

@@ -1,0 +1,1 @@
+"""Kinds of training stages, one file for each."""

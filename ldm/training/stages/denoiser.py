@@ -1,0 +1,326 @@
+"""The stages `base` and `refiner`: the U-Net learns to predict the noise in latents, perhaps with its text encoders.
+
+B batch, C latent channels, h×w height and width of the latents, H×W those of the images
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from ldm.data.keyed import normal
+from ldm.data.loader import Batch
+from ldm.errors import LdmError
+from ldm.families import Family
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.attention import attention_layers, math
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.text import TextEncoders
+from ldm.models.unet import Conditioning, UNet
+from ldm.runtime.attention import set_attention
+from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
+from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
+from ldm.training.optimizers import Group
+from ldm.training.sections import EvaluationSection, ModelSection, StageSection
+from ldm.training.stages.stage import (
+    Cached,
+    EncodeTexts,
+    ForwardPasses,
+    Learner,
+    Loss,
+    MakeImages,
+    Pass,
+    StageInputs,
+    freeze,
+)
+from ldm.weights.components import Components
+
+REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
+PREVIEW_STEPS = 20  # of the scheduler
+VALIDATION_DRAWS = 4  # of noise and timestep, for each held-out image
+Part = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class DenoiserSection(StageSection):
+    """The U-Net, base or refiner."""
+
+    min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
+    noise_offset: float = Field(0.0, ge=0, description="noise that a whole channel shares, usually up to 0.1")
+    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="how they are drawn")
+    timestep_range: tuple[int, int] | None = Field(None, description="first and last; without: all, refiner 0 to 199")
+    logit_mean: float = Field(0.0, description="of the logit-normal distribution (Esser et al. 2024)")
+    logit_std: float = Field(1.0, gt=0, description="likewise")
+    drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions left out")
+    drop_together: bool = Field(False, description="leave a caption out of both text encoders, or out of none")
+    drop_size: float = Field(0.0, ge=0, le=1, description="part of the size conditioning left out")
+    attention: str = Field("sdpa", description="kernel of the U-Net's attention; on a CPU math is faster")
+    train_text: bool = Field(False, description="train the text encoders together with the U-Net")
+    text_learning_rate: list[NotNegative] = Field(
+        [1e-6], min_length=1, max_length=2, description="of each text encoder"
+    )
+    prompts: list[str] = Field([], description="of the previews; without: held-out captions")
+    evaluation: EvaluationSection = EvaluationSection()
+
+
+class RefinerModelSection(ModelSection):
+    """The refiner to start from; one that is built takes over the base's autoencoder and last text encoder."""
+
+    usual: ClassVar[str | None] = "sdxl-refiner"
+    family: str | None = Field(None, description="what to build (sdxl-refiner), or what a single file is")
+
+
+class RefinerSection(DenoiserSection):
+    """The refiner: the last 200 timesteps, with its own text encoder and an aesthetic score."""
+
+    model: RefinerModelSection = RefinerModelSection()
+    default_score: float = Field(6.0, ge=0, le=10, description="aesthetic score of images that have none")
+
+
+def encoding(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The precision in which images are encoded: the run's, but never fp16, in which SDXL's autoencoder overflows."""
+    return nullcontext() if accelerator.mixed_precision == "fp16" else accelerator.autocast()
+
+
+@torch.no_grad()
+def encode_images(autoencoder: Autoencoder, accelerator: Accelerator, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) to the mean and standard deviation of their unscaled latents, (B, C, h, w) each, fp32."""
+    with encoding(accelerator):
+        posterior = autoencoder.encode(pixels.to(accelerator.device))
+    mean = posterior.mode().float()
+    return mean, getattr(posterior, "std", torch.zeros_like(mean)).float()
+
+
+class Joint(nn.Module):
+    """The U-Net and its text encoders as one module, where both are trained."""
+
+    def __init__(self, unet: UNet, text_encoders: TextEncoders, family: Family) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoders = text_encoders
+        self.family = family
+
+    def forward(self, x: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
+        """Noisy latents (B, C, h, w) to the prediction, likewise."""
+        encoded = encode(self.text_encoders, prompt.texts)
+        return self.unet(x, timestep, conditioning(encoded, prompt, self.family))
+
+
+def learners(section: DenoiserSection, parts: Components) -> dict[str, Learner]:
+    """The U-Net, perhaps with its text encoders."""
+    freeze(parts)
+    unet, encoders = parts.unet.requires_grad_(True).train(), parts.text_encoders
+    groups: list[Group] = [(list(unet.parameters()), section.optimizer.learning_rate)]
+    if not section.train_text:
+        return {"unet": Learner(unet, groups)}
+    rates = section.text_learning_rate
+    for k, tower in enumerate(encoders.towers):
+        chosen = _read_by_unet(tower, encoders, k)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        groups.append((chosen, rates[min(k, len(rates) - 1)]))
+    return {"unet": Learner(Joint(unet, encoders, parts.family), groups)}
+
+
+def passes(
+    section: DenoiserSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
+) -> ForwardPasses:
+    """The U-Net; the autoencoder and the text encoders before it, unless their outputs are cached."""
+    unet, encoders, side = parts.unet, parts.text_encoders, size // parts.family.autoencoder.factor
+    image = torch.empty(1, 3, size, size, device="meta")
+    tokens = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in parts.family.text]
+    latents, timestep, cond = blank(parts.family, side, side)
+    if section.attention == "math":  # the only kernel that keeps its scores
+        for layer in attention_layers(unet):
+            layer.kernel = math
+    frozen: list[Pass] = [] if cached else [lambda: parts.autoencoder.encode(image).mode()]
+    if section.train_text:
+        return ForwardPasses(lambda: unet(latents, timestep, replace(cond, text=encoders.encode(tokens).text)), frozen)
+    if not cached:
+        frozen.append(lambda: encoders.encode(tokens).text)
+    return ForwardPasses(lambda: unet(latents, timestep, cond), frozen)
+
+
+def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
+    """The inputs of a family's U-Net for one image, of these many latents, on the meta device: to count with."""
+    unet = family.unet
+    with torch.device("meta"):
+        cond = Conditioning(
+            torch.empty(1, family.text[0].context, unet.text_dim),
+            torch.empty(1, unet.pooled_dim) if family.xl else None,
+            torch.empty(1, unet.size_ids) if family.xl else None,
+        )
+        return torch.empty(1, unet.in_channels, height, width), torch.zeros(1, dtype=torch.long), cond
+
+
+def refiner_on_base(section: RefinerSection, refiner: LatentDiffusion, base: LatentDiffusion | None) -> LatentDiffusion:
+    """A refiner that is built anew takes the base's autoencoder, and its last text encoder where it has the same."""
+    if base is None or section.model.source is not None:
+        return refiner
+    refiner.family = replace(refiner.family, autoencoder=base.family.autoencoder, preview=base.family.preview)
+    refiner.networks["autoencoder"] = base.autoencoder
+    if refiner.family.text[-1] == base.family.text[-1]:
+        refiner.text_encoders.towers[-1] = base.text_encoders.towers[-1]
+        refiner.text_encoders.tokenizers = base.text_encoders.tokenizers[-1:]
+    return refiner
+
+
+class DenoiserStage:
+    """Training of a U-Net on noisy latents."""
+
+    divisible = True
+
+    def __init__(
+        self,
+        name: str,
+        section: DenoiserSection,
+        model: LatentDiffusion,
+        accelerator: Accelerator,
+        seed: int,
+        make_images: MakeImages | None = None,
+        texts: EncodeTexts | None = None,
+        choose: Callable[[Any, Components], dict[str, Learner]] = learners,
+    ) -> None:
+        """Args:
+            name: "base" or "refiner".
+            section: of the configuration.
+            model: on the accelerator's device, weights in fp32.
+            accelerator: for autocast and sums over ranks.
+            seed: of the run.
+            make_images: for previews; without, there are none.
+            texts: encodes captions, from a cache; by default the model's text encoders do.
+            choose: what is trained, as the kind's row says; the player is called "unet".
+
+        Raises:
+            LdmError: timesteps and noise schedule do not fit, or the kernel of attention does not run here.
+        """
+        self.name, self.section, self.model, self.accelerator, self.seed = name, section, model, accelerator, seed
+        self.make_images = make_images
+        family = model.family
+        if family.unet.in_channels != family.autoencoder.latent_channels:
+            raise LdmError(
+                f"{name}: the U-Net of {family.name} reads an image to edit besides, which there is no training for; "
+                "start from a text-to-image model"
+            )
+        last = family.schedule.train_steps - 1
+        usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
+        low, high = section.timestep_range or usual
+        timesteps = Timesteps(low, high, section.timesteps, section.logit_mean, section.logit_std)
+        self.loss = DiffusionLoss(family.schedule, timesteps, section.min_snr, section.noise_offset)
+        self.plain_loss = DiffusionLoss(family.schedule, Timesteps(low, high))
+        self.dropout = ConditioningDropout(tuple(section.drop_caption), section.drop_together, section.drop_size)
+        self.no_dropout = ConditioningDropout((0.0,))
+        self.score = section.default_score if isinstance(section, RefinerSection) else 6.0
+        self.encode_texts = texts or (lambda rows: encode(model.text_encoders, rows))
+        self.extra: dict[str, nn.Module] = {}
+        with accelerator.autocast():
+            set_attention(model.unet, section.attention)
+        found = choose(section, model)
+        self.players = {name: learner.player(section.optimizer) for name, learner in found.items()}
+
+    def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
+        """The weighted error of the prediction for each sample."""
+        latents = self.latents(batch, "posterior")
+        draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
+        said = prompt(batch, self.model.family, self.dropout, self.seed, self.score)
+        prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
+        yield Loss("unet", self.loss(prediction, latents, draw))
+
+    def predict(self, module: nn.Module, x: Tensor, timestep: Tensor, said: Prompt) -> Tensor:
+        """The U-Net's prediction (B, C, h, w); text encoders that are not trained get no gradient."""
+        if self.section.train_text:
+            return module(x, timestep, said)
+        with torch.no_grad(), self.accelerator.autocast():
+            cond = conditioning(self.encode_texts(said.texts), said, self.model.family)
+        return module(x, timestep, cond)
+
+    @torch.no_grad()
+    def latents(self, batch: Batch, purpose: str) -> Tensor:
+        """Scaled latents (B, C, h, w), drawn from the posterior, of pixels or of cached moments."""
+        autoencoder = self.model.autoencoder
+        if batch.moments is not None:
+            mean, std = batch.moments.chunk(2, dim=1)
+        else:
+            assert batch.pixels is not None
+            mean, std = encode_images(autoencoder, self.accelerator, batch.pixels)
+        latents = mean + std * normal(mean.shape[1:], self.seed, purpose, batch.keys, batch.epochs).to(mean.device)
+        return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+
+    def forget(self) -> None:
+        """Steps leave nothing behind."""
+
+    def updated(self, step: int) -> dict[str, float]:
+        """Nothing to do after an update."""
+        return {}
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The plain loss over held-out images, at noise and timesteps that are always the same."""
+        total = torch.zeros(2, device=self.accelerator.device)
+        module = self.accelerator.unwrap_model(self.players["unet"].module)
+        for batch in batches:
+            for number in range(VALIDATION_DRAWS):
+                epochs = [-1 - number] * len(batch.keys)
+                latents = self.latents(batch, "validation")
+                draw = self.plain_loss.draw(latents.shape[1:], self.seed, batch.keys, epochs).to(latents.device)
+                said = prompt(batch, self.model.family, self.no_dropout, self.seed, self.score)
+                prediction = self.predict(module, self.plain_loss.noisy(latents, draw), draw.timestep, said)
+                errors = self.plain_loss(prediction, latents, draw)
+                total += torch.stack([errors.sum(), torch.ones_like(errors).sum()])
+        loss, count = self.accelerator.reduce(total, "sum").tolist()
+        return {"loss": loss / count} if count else {}
+
+    def preview(self, batch: Batch, step: int) -> list[Image.Image]:
+        """Images of the configured prompts, or of the batch's captions, always with the same noise."""
+        if self.make_images is None or self.model.family.refiner:
+            return []
+        prompts = self.section.prompts or batch.captions[:4]
+        height, width = batch.size[0, 4:6].int().tolist()
+        seeds = [self.seed + number for number in range(len(prompts))]
+        return self.make_images(self.model, prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+
+    def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """The last validation goes into the record."""
+        return dict(self.validate(batches))
+
+
+def build(given: StageInputs[DenoiserSection]) -> DenoiserStage:
+    """The stage of a run."""
+    return DenoiserStage(
+        given.name, given.section, given.model, given.accelerator, given.seed, given.make_images, given.texts
+    )
+
+
+def cached(section: DenoiserSection) -> Cached:
+    """Latents, and encoded captions unless the text encoders are trained."""
+    return Cached(latents=True, texts=not section.train_text)
+
+
+def evaluation(section: DenoiserSection) -> EvaluationSection | None:
+    """The section on evaluation, if the stage is evaluated at all."""
+    return section.evaluation if section.evaluation.every else None
+
+
+def refiner_model(section: RefinerSection) -> RefinerModelSection:
+    """A refiner does not start from the stage before it."""
+    return section.model
+
+
+def _read_by_unet(tower: nn.Module, encoders: TextEncoders, number: int) -> list[nn.Parameter]:
+    """The parameters of a text encoder that the U-Net's conditioning depends on; the others stay as they are.
+
+    With two encoders, the layer after the one that is read serves the pooled text alone, which the first has none of.
+    """
+    unused = re.compile("(?!)")
+    if encoders.pooled and not encoders.configs[number].projection:
+        unused = re.compile(rf"(.*\.)?(layers\.{encoders.configs[number].layers - 1}\.|final_layer_norm\.).*")
+    return [parameter for name, parameter in tower.named_parameters() if not unused.fullmatch(name)]

@@ -1,0 +1,34 @@
+"""The usual result of a stage: a model folder that diffusers opens, and the same as a single file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ldm.errors import LdmError
+from ldm.latent_diffusion import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+
+class HoldsModel(Protocol):
+    """A stage, for `write_model`."""
+
+    model: LatentDiffusion
+
+
+def write_model(stage: HoldsModel, folder: Path, lineage: str) -> None:
+    """Write the model folder, and the single file where the model has such a layout."""
+    stage.model.save_pretrained(folder / "model", overwrite=True, lineage=lineage)
+    try:
+        stage.model.save_pretrained(folder / "model.safetensors", overwrite=True, lineage=lineage)
+    except LdmError as error:
+        log.warning("no single file: %s", error)
+
+
+def read_model(folder: Path, before: LatentDiffusion | None) -> LatentDiffusion:
+    """The model that `write_model` wrote, in fp32 on the CPU."""
+    return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)

@@ -1,0 +1,66 @@
+"""The kinds of stages, one row each, in the order in which a run trains them.
+
+A new kind is a file beside this one, with its section, its stage and the functions of its row, and a row here:
+CONTRIBUTING shows one. Nothing else knows of the kinds one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm.training.stages import autoencoder, denoiser, text, trial
+from ldm.training.stages.stage import StageKind
+
+KINDS: tuple[StageKind[Any], ...] = (
+    StageKind(
+        "autoencoder",
+        section=autoencoder.AutoencoderSection,
+        build=autoencoder.build,
+        learners=autoencoder.learners,
+        helpers=autoencoder.helpers,
+        passes=autoencoder.passes,
+        captions=False,
+        trial={
+            "adversarial_start": 1, "kl_weight": 1e-2, "perceptual_weight": 0,
+            "discriminator": {"channels": 8, "layers": 1, "groups": 4},
+        },
+    ),
+    StageKind(
+        "text",
+        section=text.TextSection,
+        build=text.build,
+        learners=text.learners,
+        passes=text.passes,
+        trial={"image_width": 32, "image_layers": 1, "image_heads": 2, "patch": 8},
+    ),
+    StageKind(
+        "base",
+        section=denoiser.DenoiserSection,
+        build=denoiser.build,
+        learners=denoiser.learners,
+        passes=denoiser.passes,
+        cached=denoiser.cached,
+        spreads=True,
+        evaluation=denoiser.evaluation,
+        trial={"drop_caption": [0.1, 0.1]},
+    ),
+    StageKind(
+        "refiner",
+        section=denoiser.RefinerSection,
+        build=denoiser.build,
+        learners=denoiser.learners,
+        passes=denoiser.passes,
+        cached=denoiser.cached,
+        spreads=True,
+        evaluation=denoiser.evaluation,
+        makes_images=False,
+        own_model=denoiser.refiner_model,
+        adopt=denoiser.refiner_on_base,
+        trial={"model": trial.REFINER},
+    ),
+)  # fmt: skip
+
+
+def kind_named(name: str) -> StageKind[Any]:
+    """The row of a kind, whose name is known to be in the table."""
+    return next(kind for kind in KINDS if kind.name == name)

@@ -1,0 +1,234 @@
+"""Files of tensors: what is in them, reading them piece by piece, writing them whole or not at all.
+
+A safetensors file is eight bytes of header length, a JSON header and the raw tensors; it has no checksum. What we write
+carries one: the header's metadata holds, as `ldm.sha256`, the SHA-256 of the whole file with those 64 characters as
+zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm.errors import LdmError, first_line, listing
+from ldm.files import DIGEST, DIGEST_AT, Progress, silent, sniff
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LINEAGE = "ldm.lineage"  # JSON in a header: how the weights were made
+PIECE = 512 * 2**20  # bytes: how much is mapped at a time when tensors change their dtype
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file that has not been read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+# --- what a file is ---------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, from its header alone.
+
+    Raises:
+        LdmError: the file is not safetensors, is cut short or longer than its header says, or the header is damaged.
+    """
+    kind = sniff(path)
+    if kind != "safetensors":
+        raise LdmError(f"{path} is {kind}; a safetensors file is needed")
+    try:
+        with safe_open(path, framework="pt") as file:  # checks lengths, offsets, overlaps
+            metadata = file.metadata() or {}
+            names = file.keys()
+        with path.open("rb") as raw:
+            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+        infos = {name: TensorInfo(DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])) for name in names}
+    except KeyError as error:
+        raise LdmError(f"{path} holds tensors of type {error.args[0]}, which is not supported") from None
+    except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
+        raise LdmError(f"{path} is damaged or cut short ({first_line(error)}); fetch or write it again") from None
+    return infos, metadata
+
+
+# --- stores: tensors by name, read when asked for ---------------------------------------------------------------------
+
+
+class Store:
+    """The tensors of one or more safetensors files."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = list(files)
+        self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in self.files:
+            infos, metadata = read_header(file)
+            twice = sorted(self.infos.keys() & infos.keys())
+            if twice:
+                raise LdmError(f"{file} holds tensors that another shard holds too: {listing(twice)}")
+            self.infos |= infos
+            self.metadata |= metadata
+            self._file_of |= dict.fromkeys(infos, file)
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device | str
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, one after the other, memory-mapped; floating-point ones in `dtype` if that is given.
+
+        Where the dtype changes, files are mapped anew every 512 MB: pages of the old dtype do not pile up in memory.
+        """
+        name_of_device = str(device).replace("cpu:0", "cpu")  # the only name that safetensors knows it by
+        todo: dict[Path, list[str]] = {}
+        for name in names:
+            todo.setdefault(self._file_of[name], []).append(name)
+        for file, wanted in todo.items():
+            while wanted:
+                mapped = 0
+                with safe_open(file, framework="pt", device=name_of_device) as tensors:
+                    while wanted and mapped < PIECE:
+                        name = wanted.pop(0)
+                        tensor = tensors.get_tensor(name)
+                        if dtype not in (None, tensor.dtype) and tensor.is_floating_point():
+                            mapped += tensor.nbytes
+                            tensor = tensor.to(dtype)
+                        yield name, tensor
+                    del tensor
+
+
+class PickleStore(Store):
+    """The tensors of a `.ckpt` or `.bin` pickle, read by PyTorch's restricted unpickler, which runs no code."""
+
+    def __init__(self, file: Path) -> None:
+        self.files = [file]
+        self.metadata = {}
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        except Exception as error:  # the unpickler meets whatever a damaged or hostile file holds
+            raise LdmError(
+                f"{file} cannot be read by the restricted unpickler ({first_line(error)}); it is damaged, or holds "
+                "more than tensors"
+            ) from None
+        content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        content = content if isinstance(content, dict) else {}
+        self._tensors = {
+            name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, Tensor)
+        }
+        strange = [name for name, t in self._tensors.items() if t.layout != torch.strided or t.is_meta]
+        if strange:
+            raise LdmError(f"{file} holds tensors without plain numbers: {listing(strange)}")
+        if not self._tensors:
+            raise LdmError(f"{file} holds no dictionary of tensors")
+        self.infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device | str
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            tensor = self._tensors[name]
+            yield name, tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def open_store(path: Path, allow_pickle: bool) -> Store:
+    """The tensors of one file, whatever its name ends with.
+
+    Raises:
+        LdmError: it is no checkpoint, or a pickle and `allow_pickle` is not set.
+    """
+    if sniff(path) != "pickle":
+        return Store([path])
+    if not allow_pickle:
+        raise LdmError(
+            f"{path} is a pickle, which can run code when it is opened; use the .safetensors file of the same model, "
+            "or allow_pickle=True (--allow-pickle) to read tensors, and nothing else, from it"
+        )
+    return PickleStore(path)
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write: its name, what it will be, and how to get it when its turn comes."""
+
+    name: str
+    info: TensorInfo
+    make: Callable[[], Tensor]
+
+
+def write_safetensors(
+    path: Path, outputs: Iterable[Output], metadata: Mapping[str, str], progress: Progress = silent
+) -> str:
+    """Write tensors one after the other, so that memory holds one at a time; returns the file's digest."""
+    outputs = sorted(
+        outputs, key=lambda output: (-output.info.dtype.itemsize, output.name)
+    )  # keeps all of them aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, DIGEST: "0" * 64}}
+    end = 0
+    for output in outputs:
+        start, end = end, end + output.info.nbytes
+        header[output.name] = {
+            "dtype": NAMES[output.info.dtype],
+            "shape": list(output.info.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            digest.update(piece)
+        for output in outputs:
+            made = output.make().detach()
+            tensor = made.to("cpu", output.info.dtype).contiguous()
+            if made.dtype != tensor.dtype and bool(tensor.isinf().any()) and not bool(made.isinf().any()):
+                raise LdmError(f"{output.name} has numbers too large for {tensor.dtype}; choose bf16 or fp32")
+            if tuple(tensor.shape) != output.info.shape:
+                raise RuntimeError(f"{output.name}: announced {output.info.shape}, made {tuple(tensor.shape)}")
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            file.write(data)
+            digest.update(data)
+            done += output.info.nbytes
+            progress(f"writing {path.name}", done, end)
+        found = DIGEST_AT.search(text)
+        assert found
+        file.seek(8 + found.start(1))
+        file.write(digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()

@@ -1,0 +1,401 @@
+"""Every setting of a call, once: what it means, which values it takes, and by which doors it comes in.
+
+The command line, the keywords of `Pipeline`, lines of a list of prompts, `ldm eval --with`, records in images, `ldm
+repro` and the text of AUTOMATIC1111's programs are all derived from `SETTINGS`, and from `LOADING`, which is about
+models. Nothing here imports torch, so that `ldm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.errors import LdmError
+
+DOORS = {
+    "python": "a keyword of Pipeline",
+    "shell": "an option of ldm generate",
+    "list": "a key of a line of ldm generate --prompts",
+    "record": "a key of the record in an image",
+    "eval": "a key of ldm eval --with",
+}
+LARGEST_SIDE = 16_384  # pixels
+LARGEST_SEED = 2**63 - 1
+MOST_STEPS = 1000
+MOST_IMAGES = 100_000  # of each prompt
+
+
+class Elsewhere(str):
+    """A default that depends on the model or on other settings, in words."""
+
+
+FAMILY = Elsewhere("the family's")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values that a setting takes."""
+
+    metavar: str  # for the help of the command line
+    needed: str  # what an error asks for
+    allowed: Callable[[Any], bool]
+    parse: Callable[[str], Any] = str  # from a text; it raises ValueError
+    structured: bool = False  # texts are parsed wherever they come from, not from the command line alone
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    name: str  # the keyword of `Pipeline`, the key in a list and of --with
+    kind: Kind
+    help: str
+    default: Any = None
+    flag: str = ""  # on the command line, if not --name
+    names: tuple[str, ...] = ()  # what diffusers, A1111 and ComfyUI call it
+    record: str = ""  # its key in a record, if not its name; "guidance.scale" is the key scale within guidance
+    a1111: str = ""  # its key in the text of A1111's programs
+    closed: Mapping[str, str] = field(default_factory=dict)  # doors by which it does not come in, and why
+    used: Callable[[Any], bool] = lambda request: True  # whether a request makes use of it; else it is not recorded
+
+    @property
+    def option(self) -> str:
+        """The name of its option on the command line."""
+        return self.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def key(self) -> str:
+        """Its key in a record."""
+        return self.record or self.name
+
+    @property
+    def usual(self) -> Any:
+        """Its default; None if that depends on the model or on other settings."""
+        return None if isinstance(self.default, Elsewhere) else self.default
+
+    def check(self, value: Any, called: str = "") -> Any:
+        """The value as the pipeline takes it: lists as tuples, structured texts parsed.
+
+        Raises:
+            LdmError: it is not allowed.
+        """
+        if self.kind.structured and isinstance(value, str):
+            return self.parse(value, called)
+        value = tuple(value) if isinstance(value, list) else value
+        if not self.kind.allowed(value):
+            raise LdmError(f"{called or self.name} {value!r}: {self.kind.needed} is needed")
+        return value
+
+    def parse(self, text: str, called: str = "") -> Any:
+        """The value that a text stands for.
+
+        Raises:
+            LdmError: it stands for none, or for one that is not allowed.
+        """
+        value: Any = text
+        try:
+            value = self.kind.parse(text)
+            allowed = self.kind.allowed(value)
+        except ValueError:
+            allowed = False
+        if not allowed:
+            raise LdmError(f"{called or self.name} {value!r}: {self.kind.needed} is needed")
+        return value
+
+
+# --- kinds of values --------------------------------------------------------------------------------------------------
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole(low: int, high: int) -> Kind:
+    """Whole numbers within bounds."""
+    needed = f"a whole number from {low} to {high}"
+    return Kind("INTEGER", needed, lambda value: is_whole(value) and low <= value <= high, int)
+
+
+def number(low: float, high: float) -> Kind:
+    """Numbers within bounds."""
+
+    def allowed(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+    return Kind("NUMBER", f"a number from {low} to {high}", allowed, float)
+
+
+def choice(*names: str) -> Kind:
+    """One of some names."""
+    return Kind("NAME", f"{', '.join(names[:-1])} or {names[-1]}", lambda value: value in names)
+
+
+def _flag(text: str) -> bool | None:
+    return {"true": True, "false": False}.get(text.lower())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _wholes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9})(?:[x×](\d{1,9}))?", text.strip().lower())
+    if not match:
+        raise ValueError(text)
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(is_whole(side) and 0 <= side <= 2**20 for side in value)
+
+
+def _is_interval(value: Any) -> bool:
+    numbers = isinstance(value, tuple) and all(isinstance(part, (int, float)) for part in value)
+    return numbers and len(value) == 2 and 0 <= value[0] <= value[1] <= 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, tuple) and all(text is None or isinstance(text, str) for text in value)
+    )
+
+
+def _is_seed(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, range)) else (value,)
+    return all(is_whole(seed) and 0 <= seed <= LARGEST_SEED for seed in values)
+
+
+NAME = Kind("NAME", "a name", lambda value: isinstance(value, str))
+FLAG = Kind("BOOLEAN", "true or false", lambda value: isinstance(value, bool), _flag)
+TEXT = Kind("TEXT", "a text, or one for each prompt,", _is_text)
+IMAGE = Kind("FILE", "an image or its file", lambda value: not isinstance(value, (bool, int, float, tuple)))
+SEED = Kind(
+    "INTEGER", f"a whole number from 0 to {LARGEST_SEED}, or one for each image,", _is_seed, int
+)  # fmt: skip
+SIDE = whole(1, LARGEST_SIDE)
+SIZE = Kind("WxH", "WIDTHxHEIGHT, such as 768x512,", _is_pair, _size, structured=True)
+PAIR = Kind("HEIGHT,WIDTH", "two whole numbers of pixels, height (top) first,", _is_pair, _wholes, structured=True)
+INTERVAL = Kind(
+    "START,END", "two rising numbers from 0 (noise) to 1 (image), such as 0.1,0.8,", _is_interval, _numbers,
+    structured=True,
+)  # fmt: skip
+SCALE = number(0, 1000)
+PART = number(0, 1)
+SPACING = Kind(
+    "NAME", "a name, or falling noise levels such as 14.6,7,3,1,0.1, one for each step,",
+    lambda value: isinstance(value, (str, tuple)), lambda text: _numbers(text) if "," in text else text,
+    structured=True,
+)  # fmt: skip
+SCHEDULER = Kind(
+    "NAME", "a name, or an object with diffusers' interface,",
+    lambda value: isinstance(value, str) or hasattr(value, "set_timesteps"),
+)  # fmt: skip
+SOURCE = Kind(
+    "MODEL", "the name of a model", lambda value: not isinstance(value, (bool, int, float, tuple))
+)  # fmt: skip
+DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+PROMPTS_OF_DATA = {"eval": "prompts are those of the data, or of its --prompts"}
+FROM_TEXT = {"eval": "images are made of prompts alone"}
+RECORDED_AS_SIZE = {"record": "width and height are there"}
+NO_IMAGE = {"record": "it changes no image"}
+ONE_MODEL = {"list": "one model makes the whole list"}
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "prompt", TEXT, "What to make images of.", "", flag="PROMPT...", names=("text", "positive"),
+        closed=PROMPTS_OF_DATA,
+    ),
+    Setting("negative", TEXT, "What should not be seen.", names=("negative_prompt",), a1111="Negative prompt"),
+    Setting("prompt_2", TEXT, "For SDXL's second text encoder.", closed=PROMPTS_OF_DATA,
+            used=lambda request: request.prompts_2 is not None),
+    Setting("negative_2", TEXT, "Likewise, what should not be seen.", names=("negative_prompt_2",),
+            used=lambda request: request.negative_2 is not None),
+    Setting(
+        "n", whole(1, MOST_IMAGES), "Images of each prompt.", 1, flag="-n",
+        names=("num_images_per_prompt", "n_iter", "batch_count"),
+        closed={"record": "a record is of one image", "eval": "its own -n says how many"},
+    ),
+    Setting(
+        "batch", whole(1, MOST_IMAGES), "Images made at a time.", Elsewhere("as many as keep the device busy"),
+        names=("batch_size",),
+        closed={"list": "lines with the same settings share a batch", "record": "batch and place say what was made "
+                "together", "eval": "its own --batch says how many"},
+    ),
+    Setting("steps", whole(1, MOST_STEPS), "Steps of the scheduler; the built-in model 20, others 30.", FAMILY,
+            names=("num_inference_steps",), a1111="Steps"),
+    Setting("scheduler", SCHEDULER, "See `ldm schedulers`.", Elsewhere("the model's own"),
+            names=("sampler", "sampler_name", "sampler_index"), a1111="Sampler"),
+    Setting("spacing", SPACING, "See `ldm schedulers`; or falling noise levels, as 14.6,7,3,1,0.1.", "default",
+            names=("schedule_type", "sigmas"), a1111="Schedule type"),
+    Setting("guidance", SCALE, "Scale of classifier-free guidance (CFG); at most 1: none.", FAMILY,
+            names=("guidance_scale", "cfg", "cfg_scale"), record="guidance.scale", a1111="CFG scale"),
+    Setting("rescale", PART, "Guidance rescale of Lin et al., 0 to 1.", 0.0, names=("guidance_rescale",),
+            record="guidance.rescale"),
+    Setting("interval", INTERVAL, "Guidance interval: the part of the run in which guidance is on.", (0.0, 1.0),
+            names=("guidance_interval",), record="guidance.interval"),
+    Setting("threshold", PART, "Dynamic thresholding: the percentile, such as 0.995; 0: none.", 0.0,
+            names=("dynamic_thresholding_ratio",), record="guidance.threshold"),
+    Setting("perturbed", SCALE, "Perturbed-attention guidance (PAG): its scale; 0: none.", 0.0, names=("pag_scale",),
+            record="guidance.perturbed"),
+    Setting("image_guidance", SCALE, "With a model that edits: how much of the image stays.", 1.5,
+            names=("image_guidance_scale", "image_cfg_scale"), record="guidance.image"),
+    Setting("seed", SEED, "Of the first image; the others have the numbers after it.", Elsewhere("random"),
+            names=("noise_seed", "generator"), a1111="Seed", closed={"eval": "its own --seed gives each image one"}),
+    Setting("size", SIZE, "Pixels, or one number for both sides.", Elsewhere("the image's, or the trained size"),
+            names=("resolution",), a1111="Size", closed=RECORDED_AS_SIZE),
+    Setting("width", SIDE, "Pixels, one side of the size.", Elsewhere("the image's, or the trained size")),
+    Setting("height", SIDE, "Likewise.", Elsewhere("the image's, or the trained size")),
+    Setting("image", IMAGE, "An image to start from.", names=("init_image", "init_images"), closed=FROM_TEXT),
+    Setting("strength", PART, "How much of it is made anew, 0 to 1.", Elsewhere("0.8, with a mask 1"),
+            names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
+            used=lambda request: request.task in ("image-to-image", "inpaint")),
+    Setting("mask", IMAGE, "Which of its pixels (white) are made anew.", names=("mask_image",), closed=FROM_TEXT),
+    Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out.", 0, a1111="Clip skip",
+            names=("stop_at_clip_layer",)),
+    Setting("refiner_at", number(0.01, 0.99), "Part of the run after which the refiner takes over, such as 0.8.",
+            Elsewhere("it refines the finished image"),
+            names=("denoising_end", "refiner_switch_at"), used=lambda request: bool(request.refiner_at)),
+    Setting("refiner_strength", PART, "How much the refiner makes anew of a finished image.", 0.3,
+            used=lambda request: request.refined and not request.refiner_at),
+    Setting("hires", number(1, 8), "Enlarge by this factor in a second pass.", names=("hr_scale", "upscale_by"),
+            a1111="Hires upscale", used=lambda request: bool(request.hires)),
+    Setting("hires_strength", PART, "How much that pass makes anew.", 0.55, a1111="Denoising strength",
+            used=lambda request: bool(request.hires)),
+    Setting("hires_latents", FLAG, "Enlarge the latents for it, not the image.", False,
+            used=lambda request: bool(request.hires)),
+    Setting("weights", FLAG, "Read (brackets:1.2) as weights.", True),
+    Setting("chunks", FLAG, "Split long prompts instead of cutting them.", True),
+    Setting("eta", PART, "Noise of DDIM's and TCD's steps, 0 to 1.", 0.0),
+    Setting("rng", choice("ldm", "diffusers"), "Random numbers: ldm, or diffusers for its own.", "ldm",
+            names=("randn_source",)),
+    Setting("reuse", whole(1, MOST_STEPS),
+            "DeepCache: run the U-Net's inner levels in one call of so many; faster, rougher.", 1,
+            names=("cache_interval",)),
+    Setting("merge", number(0, 0.75),
+            "Token merging (ToMe): part of the tokens merged for self-attention, up to 0.75; faster, rougher.", 0.0,
+            names=("token_merging_ratio", "tome_ratio")),
+    Setting("original_size", PAIR, "SDXL: the size that it is told the image had before its cropping.",
+            Elsewhere("the image's")),
+    Setting("crop", PAIR, "SDXL: top and left of the crop that it is told.", (0, 0),
+            names=("crops_coords_top_left",)),
+    Setting("target_size", PAIR, "SDXL: the size that it is told the image has.", Elsewhere("the image's")),
+    Setting("negative_original_size", PAIR, "The same, of the negative prompt.", Elsewhere("like the prompt's")),
+    Setting("negative_crop", PAIR, "Likewise.", Elsewhere("like the prompt's"),
+            names=("negative_crops_coords_top_left",)),
+    Setting("negative_target_size", PAIR, "Likewise.", Elsewhere("like the prompt's")),
+    Setting("aesthetic_score", number(0, 10), "SDXL's refiner: the score that it is told.", 6.0,
+            names=("ascore",)),
+    Setting("negative_aesthetic_score", number(0, 10), "The same, of the negative prompt.", 2.5),
+)  # fmt: skip
+
+LOADING: tuple[Setting, ...] = (
+    Setting("source", SOURCE, "A model folder, a checkpoint file, or a Hub name.", Elsewhere("the built-in model"),
+            flag="--model", names=("ckpt_name", "sd_model_checkpoint"),
+            closed=ONE_MODEL | {"eval": "its arguments are the models"}),
+    Setting("refiner", SOURCE, "A model of the family sdxl-refiner, or emoji-refiner.", closed=ONE_MODEL),
+    Setting("device", NAME, "cuda, mps or cpu.", Elsewhere("the best there is"),
+            closed=ONE_MODEL | {"record": "an image is made again on any", "eval": "it has its own --device"}),
+    Setting("dtype", DTYPE, "fp32, fp16 or bf16.", Elsewhere("what the device is good at"), names=("torch_dtype",),
+            closed=ONE_MODEL),
+    Setting("attention", NAME,
+            "Kernel: sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; auto is the best.", "auto",
+            closed=ONE_MODEL),
+    Setting("quick", FLAG, "Fused layers in place of plain ones.", True,
+            closed=dict.fromkeys(("shell", "list", "record", "eval"), "plain layers are for comparing: ldm bench")),
+    Setting("compile", FLAG, "Compile the networks first: for many images.", False, closed=ONE_MODEL),
+    Setting("quantize", choice("int8", "int8-weights", "fp8"),
+            "int8, int8-weights or fp8: linear layers with weights of 8 bits, by torchao.", closed=ONE_MODEL),
+    Setting("offload", choice("auto", "none", "components", "layers"),
+            "For large models on a GPU: none, components or layers; auto is what fits.", "auto", closed=ONE_MODEL),
+    Setting("family", NAME, "What a single file is, where it cannot say: sd2 or sd2-v.", record="source_family",
+            closed=ONE_MODEL),
+    Setting("variant", NAME, "Which of a folder's weights to read, such as fp16.", closed=ONE_MODEL),
+    Setting("allow_pickle", FLAG, "Read tensors, and nothing else, from .ckpt and .bin.", False,
+            closed=ONE_MODEL | {"record": "it is allowed anew each time"}),
+)  # fmt: skip
+
+
+def at(door: str, rows: Iterable[Setting] | None = None) -> dict[str, Setting]:
+    """The rows that come in by a door, by name; by default those of a call."""
+    return {row.name: row for row in (SETTINGS if rows is None else rows) if door not in row.closed}
+
+
+def find(name: str, door: str, called: str = "", rows: Iterable[Setting] | None = None) -> Setting:
+    """The row of that name, written with hyphens or underscores, if it comes in by that door.
+
+    Raises:
+        LdmError: there is none, and the nearest is offered, also for what other programs call it; or why not here.
+    """
+    called, plain = called or f"setting {name}", name.replace("-", "_")
+    rows = SETTINGS if rows is None else tuple(rows)
+    for row in rows:
+        if row.name == plain and door in row.closed:
+            raise LdmError(f"{called} is not taken here: {row.closed[door]}")
+        if row.name == plain:
+            return row
+    names = {other: row.name for row in at(door, rows).values() for other in (row.name, *row.names)}
+    near = difflib.get_close_matches(plain, names, 1, 0.4)
+    hint = f"did you mean {names[near[0]]}?" if near else f"known are {', '.join(at(door, rows))}"
+    raise LdmError(f"{called} is not known; {hint}")
+
+
+def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
+    """Settings of a call as the pipeline takes them, each within its bounds; those that are None are left out.
+
+    Raises:
+        LdmError: a name is not known, or a value is not allowed.
+    """
+    values: dict[str, Any] = {}
+    for name, value in expanded(given).items():
+        row = find(name, door)
+        if value is not None:
+            values[row.name] = row.check(value)
+    if "size" in values:
+        values = dict(zip(("width", "height"), values.pop("size"), strict=True)) | values
+    return values
+
+
+def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:
+    """Settings from the command line: texts as values within their bounds; those that are not given are left out.
+
+    Raises:
+        LdmError: a text has no meaning, or a value is not allowed.
+    """
+    found = [(row, given[name]) for name, row in rows.items() if given.get(name) is not None]
+    return {row.name: row.parse(value, row.option) if isinstance(value, str) else value for row, value in found}
+
+
+def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with guidance as an object or as a record has it taken apart into its own, which come after it."""
+    found = dict(given)
+    guidance = found.get("guidance")
+    parts = guidance if isinstance(guidance, Mapping) else vars(guidance) if hasattr(guidance, "scale") else {}
+    if parts:
+        del found["guidance"]
+        names = {row.key: row.name for row in SETTINGS}
+        own = {names.get(f"guidance.{part}", f"guidance.{part}"): value for part, value in parts.items()}
+        found = own | found
+    return found
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the key of a record, those with a dot as a dictionary within it."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        outer, dot, inner = key.partition(".")
+        if dot:
+            found.setdefault(outer, {})[inner] = value
+        else:
+            found[key] = value
+    return found

@@ -1,0 +1,382 @@
+"""`ldm generate` and `ldm repro`: files with their record, lists of prompts, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import COMMAND, run
+from launched import PATIENCE, on_two
+from PIL import Image
+
+from ldm.cli.record import from_parameters, to_parameters
+from ldm.errors import LdmError
+from ldm.images import load_image, read_settings, save_png
+
+
+@pytest.fixture
+def ldm(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command in an empty folder, with a tiny model, in fp32 on the CPU."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object, model: str | None = "sd15") -> tuple[int, str, str]:
+        named = ["--model", models / model] if model else []
+        fixed = ["--dtype", "fp32", "--device", "cpu", *named] if arguments[0] == "generate" else []
+        return run(capsys, monkeypatch, arguments[0], *fixed, *arguments[1:])
+
+    return call
+
+
+def test_images_and_their_record(ldm: Any, tmp_path: Path) -> None:
+    code, out, err = ldm("generate", "a (cat:1.2)", "-n", 2, "--steps", 3, "--seed", 7, "--negative", "bad", "--grid")
+    assert (code, err) == (0, "")
+    assert out.split() == ["outputs/00000-7.png", "outputs/00001-8.png", "outputs/grid.png"]
+    settings, parameters = read_settings(tmp_path / "outputs" / "00001-8.png")
+    assert settings is not None
+    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a (cat:1.2)", 8, 3)
+    assert re.match(
+        r"a \(cat:1.2\)\nNegative prompt: bad\nSteps: 3, Sampler: PLMS, CFG scale: 7.5, Seed: 8", parameters
+    )
+    assert Image.open(tmp_path / "outputs" / "grid.png").size == (128, 64)
+    assert ldm("generate", "another", "--steps", 1, "--seed", 1)[1] == "outputs/00002-1.png\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--scheduler", "euler-a", "--spacing", "trailing", "--eta", "0.5"],
+        ["--scheduler", "dpm++2m-sde", "--spacing", "karras", "--rescale", "0.3", "--interval", "0.1,0.9"],
+        ["--scheduler", "euler", "--spacing", "9,3,1,0.2", "--steps", "4", "--threshold", "0.9", "--perturbed", "1.5"],
+        ["--clip-skip", "1", "--no-weights", "--rng", "diffusers", "--size", "72x64"],
+        ["--hires", "1.5", "--hires-strength", "0.7"],
+        ["--merge", "0.4", "--reuse", "2", "--scheduler", "euler"],
+    ],
+)
+def test_an_image_can_be_made_again(ldm: Any, arguments: list[str]) -> None:
+    assert ldm("generate", "a (cat:1.2)", "--steps", 3, "--seed", 7, "--out", "a.png", *arguments)[0] == 0
+    code, out, _ = ldm("repro", "a.png", "--device", "cpu", "--out", "b.png")
+    assert (code, out) == (0, "identical: largest difference 0, mean 0.0000 of 255\n")
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+
+
+def test_an_image_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path) -> None:
+    """To the bit, though numbers are rounded otherwise in a batch of another size."""
+    made = ldm("generate", "a cat", "a dog", "-n", 2, "--steps", 3, "--seed", 7, "--dtype", "bf16")[1].split()
+    records = [read_settings(tmp_path / path)[0] or {} for path in made]
+    assert [(record["batch"], record["place"]) for record in records] == [(4, 0), (4, 1), (4, 2), (4, 3)]
+    for path in made[1:3]:
+        assert ldm("repro", path, "--device", "cpu")[1].startswith("identical")
+
+
+def test_images_from_images_and_refined_ones_can_be_made_again(ldm: Any, models: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("in.png")
+    Image.fromarray(noise[:, :, 0] // 128 * 255).save("mask.png")
+    cases = [
+        ["--image", "in.png", "--strength", "0.7"],
+        ["--image", "in.png", "--mask", "mask.png"],
+        ["--refiner", models / "sdxl-refiner", "--refiner-at", "0.6"],
+        ["--refiner", models / "sdxl-refiner"],
+    ]
+    for case in cases:
+        code, _, err = ldm("generate", "a cat", "--steps", 5, "--seed", 3, "--out", "a.png", *case, model="sdxl")
+        assert code == 0, err
+        code, out, err = ldm("repro", "a.png", "--device", "cpu")
+        assert out.startswith("identical"), err
+    edit = ["--image", "in.png", "--image-guidance", "2", "--steps", 3, "--out", "e.png"]
+    assert ldm("generate", "make it blue", *edit, model="sd15-edit")[0] == 0
+    assert ldm("repro", "e.png", "--device", "cpu")[1].startswith("identical")
+    Image.fromarray(noise[::-1]).save("in.png")
+    assert (
+        ldm("generate", "a cat", "--steps", 2, "--out", "b.png", "--image", "in.png", "--seed", 1, model="sdxl")[0] == 0
+    )
+    Image.fromarray(noise).save("in.png")
+    code, _, err = ldm("repro", "b.png", "--device", "cpu")
+    assert code == 1
+    assert "is gone or has changed; name it (--image)" in err
+
+
+def test_a_line_of_a_list_can_be_made_again(ldm: Any) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("in.png")
+    Path("p.jsonl").write_text('{"prompt": "a\u2028cat", "image": "in.png", "strength": 0.7, "guidance": null}\n')
+    code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 3, "--rescale", 0.5)
+    assert code == 0, err
+    assert ldm("repro", out.strip(), "--device", "cpu")[1].startswith("identical")
+    other = ldm("generate", "--prompts", "p.jsonl", "--steps", 3, "--rescale", 0.6)[1]
+    assert other not in ("", out)  # another image, and so another file
+
+
+def test_a_wrong_line_is_found_before_the_first_image(ldm: Any, tmp_path: Path) -> None:
+    for wrong in ('"scheduler": 5', '"guidance": "much"', '"width": 33', '"image": "missing.png"', '"negative": [1]'):
+        Path("p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", ' + wrong + "}\n")
+        code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 1)
+        assert (code, out) == (1, "")
+        assert err.startswith("ldm: p.jsonl, line 2: ")
+    Path("p.jsonl").write_text("[" * 100_000)
+    assert 'line 1: a JSON object with "prompt" is needed' in ldm("generate", "--prompts", "p.jsonl")[2]
+    Path("p.txt").write_text("a cat\n\na (dog:5000)\n")
+    assert "p.txt, line 3: a weight of 5000" in ldm("generate", "--prompts", "p.txt")[2]
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "latents"}, "has output, which this version of ldm does not know"),
+        ({"self": 1}, "has self, which this version"),
+        ({"source": 5}, "the image's record is damaged"),
+        ({"dtype": ["fp32"]}, "the image's record is damaged"),
+        ({"scheduler": 5}, "scheduler 5: a name"),
+        ({"crop": 5}, "crop 5: two whole numbers"),
+        ({"guidance": {"interval": [1]}}, "interval (1,): two rising numbers"),
+        ({"strength": 0.5}, "was made from an image, which it does not name"),
+        ({"batch": 2, "place": 2}, "the image's record is damaged"),
+        ({"batch": "2"}, "the image's record is damaged"),
+    ],
+)
+def test_damaged_records_are_refused(ldm: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    assert ldm("generate", "a cat", "--steps", 1, "--out", "a.png")[0] == 0
+    record, parameters = read_settings(tmp_path / "a.png")
+    save_png(Image.open("a.png").convert("RGB"), tmp_path / "b.png", {**(record or {}), **change}, parameters)
+    code, out, err = ldm("repro", "b.png", "--device", "cpu")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+
+
+def test_an_image_of_another_run_is_not_replaced(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs into one folder have counted the same images there before either had finished one."""
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    made = [ldm("generate", "a cat", "--steps", steps, "--seed", 1)[1].strip() for steps in (1, 2)]
+    assert made == ["outputs/00000-1.png", "outputs/00001-1.png"]
+
+
+def test_repro_notices_other_weights(ldm: Any, models: Path) -> None:
+    assert ldm("generate", "a cat", "--steps", 2, "--seed", 1, "--out", "a.png")[0] == 0
+    code, _, err = ldm("repro", "a.png", "--model", models / "sdxl", "--device", "cpu")
+    assert code == 1
+    assert "was made with other weights" in err
+    Image.new("RGB", (64, 64)).save("plain.png")
+    assert "does not say how it was made" in ldm("repro", "plain.png")[2]
+
+
+def test_a_list_of_prompts_goes_on_where_it_stopped(ldm: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a cat", "steps": 2}\n\n{"prompt": "a dog", "seed": 5, "negative": "bad"}\n{"prompt": "a cow"}\n'
+    )
+    command = ["generate", "--prompts", "p.jsonl", "--steps", 3, "--out", "o"]
+    code, out, _ = ldm(*command)
+    assert code == 0
+    paths = [Path(line) for line in out.splitlines()]
+    assert [read_settings(path)[0]["seed"] for path in paths] == [0, 5, 2]  # type: ignore[index]
+    assert [read_settings(path)[0]["steps"] for path in paths] == [2, 3, 3]  # type: ignore[index]
+    before = paths[1].read_bytes()
+    paths[1].unlink()
+    again = ldm(*command)
+    assert again[1] == f"{paths[1]}\n"
+    assert paths[1].read_bytes() == before
+    assert "nothing to do: all 3 images are there" in ldm(*command)[2]
+
+
+def test_processes_share_a_list(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\ne\n")
+    made = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        made += ldm("generate", "--prompts", "p.txt", "--steps", 1, "--out", "o")[1].split()
+    assert len(made) == len(set(made)) == 5
+
+
+@pytest.fixture(scope="module")
+def listed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of the installed command for a list of eight prompts."""
+    prompts = tmp_path_factory.mktemp("prompts") / "p.txt"
+    prompts.write_text("\n".join(f"prompt {number}" for number in range(8)))
+    return [
+        "generate", "--model", str(models / "sd15"), "--dtype", "fp32", "--device", "cpu", "--steps", "4",
+        "--scheduler", "euler-a", "--prompts", str(prompts), "--out",
+    ]  # fmt: skip
+
+
+# one thread each, as `on_two` gives: the order of a sum, and with it the last bit, depends on their number
+ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    """Every image of a folder, whole: the pixels by name."""
+    return {path.name: Image.open(path).tobytes() for path in folder.glob("*.png")}
+
+
+@pytest.fixture(scope="module")
+def whole(listed: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The list's images, made by one process without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run([COMMAND, *listed, str(folder)], env=ALONE, check=True, capture_output=True, timeout=PATIENCE)
+    return images(folder)
+
+
+def test_a_killed_list_goes_on(listed: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    command = [COMMAND, *listed, str(folder)]
+    for count, number in ((2, signal.SIGKILL), (5, signal.SIGINT)):
+        process = subprocess.Popen(command, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while len(list(folder.glob("*.png"))) < count and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert b"Traceback" not in process.communicate(timeout=PATIENCE)[1]
+        assert len(images(folder)) >= count
+        assert images(folder).items() <= whole.items()
+    subprocess.run(command, env=ALONE, check=True, capture_output=True, timeout=PATIENCE)
+    assert images(folder) == whole
+
+
+def test_launched_processes_share_a_list(listed: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
+    """What the README shows, with two real processes: together they make what one makes alone."""
+    result = on_two("-m", "ldm", *listed, tmp_path / "two")
+    assert len(set(result.stdout.split())) == 8
+    assert images(tmp_path / "two") == whole
+
+
+def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:
+    code, out, _ = ldm("generate", "a cat", "--steps", 4, "--dry-run")
+    plan = json.loads(out)
+    assert code == 0
+    assert len(plan["timesteps"]) == 5  # pndm repeats one
+    assert (plan["images"], plan["settings"]["width"]) == (1, 64)
+    assert list(tmp_path.iterdir()) == []
+    Image.new("RGB", (90, 100)).save("in.png")
+    settings = json.loads(ldm("generate", "a cat", "--image", "in.png", "--guidance", 0, "--dry-run")[1])["settings"]
+    assert (settings["width"], settings["height"], settings["guidance"]["scale"]) == (88, 96, 0)
+    assert "width 33" in ldm("generate", "a cat", "--size", 33, "--dry-run")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt"),
+        (["a", "-n", "0"], "-n 0: a whole number from 1"),
+        (["a", "-n", "1000000000"], "-n 1000000000: a whole number"),
+        (["a", "(b:1e)(c:5000)"], "a weight of 5000 in a prompt, for 'c'"),
+        (["a", "--size", "33"], "width 33: a multiple of 8"),
+        (["a", "--size", "big"], "--size 'big'"),
+        (["a", "--steps", "0"], "--steps 0: a whole"),
+        (["a", "--guidance", "nan"], "--guidance nan: a number"),
+        (["a", "--seed", "-3"], "seed"),
+        (["a", "--scheduler", "eulre"], "choose euler"),
+        (["a", "--spacing", "1,x"], "--spacing '1,x'"),
+        (["a", "--interval", "1"], "--interval (1.0,): two rising numbers"),
+        (["a", "--image", "missing.png"], "missing.png does not exist"),
+        (["a", "--image", "broken.png"], "broken.png cannot be read as an image"),
+        (["a", "--image", "bomb.png"], "pixels"),
+        (["a", "--prompts", "latin.txt"], "is not UTF-8 text: byte 1"),
+        (["a", "--prompts", "bad.jsonl"], "line 1: setting colour is not known"),
+        (["a", "--prompts", "missing.txt"], "missing.txt cannot be read"),
+        (["a", "b", "--out", "one.png"], "2 images need a folder"),
+        (["a", "--out", "no/one.png"], "does not exist; create it first"),
+        (["a", "--out", "one.jpg"], "name a folder, or a file that ends in .png"),
+        (["a", "--out", "broken.png/x"], "cannot be made"),
+        (["x" * 100_001], "a prompt of 100001 characters"),
+        (["a", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_wrong_input_gets_one_line(ldm: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not really")
+    (tmp_path / "latin.txt").write_bytes("gr\u00fcn".encode("latin-1")[1:])
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    before = set(tmp_path.rglob("*.png"))
+    code, out, err = ldm("generate", *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert set(tmp_path.rglob("*.png")) == before
+
+
+def test_schedulers_are_listed(ldm: Any) -> None:
+    code, out, _ = ldm("schedulers", "--json")
+    assert code == 0
+    assert json.loads(out)["euler"]["class"] == "EulerDiscreteScheduler"
+
+
+# --- records of other programs, and images --------------------------------------------------------------------------
+
+
+def test_the_text_of_other_programs() -> None:
+    text = (
+        "a cat, (red:1.2)\nsecond line\nNegative prompt: bad, ugly\n"
+        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 123, Size: 512x768, Clip skip: 2, "
+        'Lora hashes: "a: b, c: d"'
+    )
+    assert from_parameters(text) == {
+        "prompt": "a cat, (red:1.2)\nsecond line", "negative": "bad, ugly", "steps": 20, "scheduler": "dpm++2m",
+        "spacing": "karras", "guidance": 7.0, "seed": 123, "width": 512, "height": 768, "clip_skip": 1,
+    }  # fmt: skip
+    hires = "a\nSteps: 3, Sampler: Euler, Schedule type: Automatic, Denoising strength: 0.4, Hires upscale: 2"
+    assert from_parameters(hires).items() >= {"hires": 2.0, "hires_strength": 0.4, "spacing": "default"}.items()
+    start = time.monotonic()
+    from_parameters("a\nSteps: 3, " + "a " * 50_000)
+    assert time.monotonic() - start < 5
+    for wrong in (
+        "hello",
+        "a\nSteps: many",
+        "a\nSteps: 3, Sampler: Guesswork",
+        "a\nSteps: 3, Sampler: DPM++ 2S a Karras",  # ancestral, which ours is not
+        "a\nSteps: 3, Schedule type: Turbo",
+    ):
+        with pytest.raises(LdmError):
+            from_parameters(wrong)
+    ours = {"prompt": "p", "negative": None, "steps": 5, "scheduler": "euler-a", "spacing": "karras", "seed": 1,
+            "guidance": {"scale": 3.0}, "width": 8, "height": 16, "clip_skip": 0}  # fmt: skip
+    assert from_parameters(to_parameters(ours)) == {
+        "prompt": "p", "negative": None, "steps": 5, "scheduler": "euler-a", "spacing": "karras", "guidance": 3.0,
+        "seed": 1, "width": 8, "height": 16,
+    }  # fmt: skip
+
+
+def test_images_of_every_kind_are_read(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("LA", (4, 4), (255, 0)).save(tmp_path / "clear-mask.png")
+    assert load_image(tmp_path / "clear-mask.png", "L").getpixel((0, 0)) == 0
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)
+    Image.new("CMYK", (4, 4), (0, 0, 0, 0)).save(tmp_path / "print.jpg")
+    assert load_image(tmp_path / "print.jpg").mode == "RGB"
+    turned = Image.new("RGB", (8, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_a_record_keeps_file_names_that_are_no_text(tmp_path: Path) -> None:
+    record = {"prompt": "\N{FOX FACE} \0", "source": "b\udcff.png"}
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", record, "Model: b\udcff")
+    assert read_settings(tmp_path / "a.png") == (record, r"Model: b\udcff")
+
+
+def test_an_image_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldm.images.os.fsync", full)
+    with pytest.raises(LdmError, match="No space left on device"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
+    """Without quick layers numbers are rounded otherwise: in bf16 that is seen."""
+    arguments = ("--steps", 2, "--seed", 7, "--dtype", "bf16", "--offload", "layers", "--out", "a.png")
+    assert ldm("generate", "a cat", *arguments)[0] == 0
+    assert ldm("repro", "a.png", "--device", "cpu")[1].startswith("identical")

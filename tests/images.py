@@ -1,0 +1,113 @@
+"""Tiny captioned images, in a folder, a tar shard or a dataset."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZES = [(64, 64), (96, 64), (64, 96), (80, 72), (130, 70)]
+
+
+def place_image(width: int, height: int) -> Image.Image:
+    """An image whose red is x and whose green is y of each pixel; blue is the same everywhere."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 128)], axis=2).astype(np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def samples(count: int) -> dict[str, tuple[bytes, str]]:
+    """By name: files of noise of several sizes, and two captions each."""
+    generator = np.random.default_rng(0)
+    found = {}
+    for number in range(count):
+        width, height = SIZES[number % len(SIZES)]
+        noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        found[f"{number:03}"] = (png(Image.fromarray(noise)), f"image {number}\nthe same, number {number}")
+    return found
+
+
+def make_folder(root: Path, count: int) -> Path:
+    """A folder of samples with text files beside them."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, (image, caption) in samples(count).items():
+        (root / f"{name}.png").write_bytes(image)
+        (root / f"{name}.txt").write_text(caption, encoding="utf-8")
+    return root
+
+
+def make_tar(path: Path, files: dict[str, bytes]) -> Path:
+    """A tar file."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def make_shards(root: Path, count: int) -> str:
+    """The same samples in two shards; their pattern."""
+    root.mkdir(parents=True)
+    files = [(f"{n}.png", f"{n}.txt", image, text.encode()) for n, (image, text) in samples(count).items()]
+    for shard, some in enumerate((files[: count // 3], files[count // 3 :])):
+        make_tar(root / f"{shard:04}.tar", {k: v for png, txt, i, t in some for k, v in ((png, i), (txt, t))})
+    return f"{root}/{{0000..0001}}.tar"
+
+
+def saved_dataset(root: Path, count: int, text: str = "text") -> str:
+    """A dataset that `save_to_disk` wrote."""
+    import datasets
+
+    rows = [
+        {"image": {"bytes": image, "path": None}, text: caption.splitlines(), "key": f"{name}.png"}
+        for name, (image, caption) in samples(count).items()
+    ]
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    dataset.save_to_disk(str(root))
+    return str(root)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def odd_files() -> dict[str, bytes]:
+    """Ten: turned, CMYK, 16 bits, palette and transparency, animated, a JPEG called PNG."""
+    image = place_image(24, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.full((16, 24), 40_000, dtype=np.uint16))
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    palette = image.quantize(16)
+    palette.info["transparency"] = 0
+    red = Image.new("RGB", (24, 16), "red")
+    return {
+        "turned.jpg": encoded(image, "JPEG", exif=exif), "turned.png": encoded(image, "PNG", exif=exif),
+        "print.jpg": encoded(red.convert("CMYK"), "JPEG"), "deep.png": png(deep), "clear.png": png(clear),
+        "palette.png": png(palette), "moving.gif": encoded(red, "GIF", save_all=True, append_images=[image]),
+        "really-a-jpeg.png": encoded(red, "JPEG"), "gray.webp": encoded(image.convert("L"), "WEBP"),
+        "deep.pgm": b"P5 24 16 65535\n" + np.full((16, 24), 40_000, dtype=">u2").tobytes(),
+    }  # fmt: skip
+
+
+BAD = {
+    "empty.png": (b"", "it is no image, or damaged"),
+    "text.png": (b"hello", "it is no image, or damaged"),
+    "tiny.png": (png(place_image(7, 40)), "7×40 pixels: sides from 8 pixels"),
+    "long.png": (png(place_image(161, 10)), "161×10 pixels: sides from 8 pixels and up to 16 times"),
+    "program.png": (encoded(Image.new("RGB", (16, 16)), "EPS"), "is PostScript, a program that would be run"),
+    "hdr.tif": (encoded(Image.new("F", (16, 16)), "TIFF"), "floating-point numbers"),
+}

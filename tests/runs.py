@@ -1,0 +1,83 @@
+"""Training runs of tiny models on drawn shapes, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+
+from ldm.training.config import Config, load
+from ldm.training.run import train
+
+TINY: dict[str, Any] = {
+    "trackers": [],
+    "data": {"holdout": 6, "workers": 0, "bucket_step": 8},
+    "model": {
+        "family": "sd15",
+        "unet": {
+            "channels": [16, 32], "depth": [1, 1], "heads": [2, 2], "groups": 8, "text_dim": 32, "layers": 1,
+            "sample_size": 8,
+        },
+        "autoencoder": {
+            "channels": [8, 16, 16], "attention": [False] * 3, "mid_attention": False, "layers": 1, "groups": 8,
+            "sample_size": 32, "scaling_factor": 2.0,
+        },
+        "text": [{"width": 32, "layers": 2, "heads": 2, "hidden": 32, "vocab_size": 600, "context": 16}],
+    },
+    "base": {
+        "steps": 6, "batch": 8, "sizes": [{"size": 32}], "optimizer": {"learning_rate": 2e-3, "warmup": 2},
+        "log_every": 1, "save_every": 3, "validate_every": 6, "preview_every": 100, "ema": {"decay": 0.99},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Each run is a process's first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+def config(shapes: Path, output: Path, *overrides: str) -> Config:
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(TINY))
+    return load(path, [f"data.source={shapes}", f"output={output}", *overrides])
+
+
+def lines(output: Path, stage: str = "base") -> list[dict[str, Any]]:
+    """The log, without what depends on the time."""
+    rows = [json.loads(line) for line in (output / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waiting", "tflops")} for row in rows]
+
+
+def weights(output: Path, stage: str = "base") -> bytes:
+    return (output / stage / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def losses(output: Path, stage: str = "base") -> list[float]:
+    return [row["loss/unet"] for row in lines(output, stage) if "loss/unet" in row]
+
+
+class Pulled(Exception):  # noqa: N818
+    """The plug."""
+
+
+def interrupted(settings: Config, after: int) -> None:
+    """A run that ends without warning after so many updates are logged."""
+
+    def report(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        if step == after and "loss/unet" in figures:
+            raise Pulled
+
+    with pytest.raises(Pulled):
+        train(settings, report=report)

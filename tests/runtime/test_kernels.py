@@ -1,0 +1,151 @@
+"""Our own kernels beside the formula, on all shapes; and the ways in which they cannot be had."""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.models.attention import attention_layers
+from ldm.runtime.attention import best_attention
+from ldm.runtime.kernels import compiled
+from ldm.runtime.kernels.attention import attend
+from ldm.runtime.kernels.compiled import library, usable
+from pipelines import Pipeline
+
+runs = pytest.mark.skipif(not usable(), reason="needs AVX-512 BF16 and a C++ compiler")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Nothing compiled or found yet, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (library, usable, compiled._compiler):
+        function.cache_clear()
+    yield tmp_path / "ldm" / "kernels"
+    for function in (library, usable, compiled._compiler):
+        function.cache_clear()
+
+
+def heads(batch: int, count: int, tokens: int, channels: int) -> Tensor:
+    """As a layer gives them: channels of all heads side by side."""
+    return torch.randn(batch, tokens, count * channels).bfloat16().unflatten(-1, (count, channels)).transpose(1, 2)
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.double(), k.double(), v.double()
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm())
+
+
+@runs
+@pytest.mark.parametrize("channels", [2, 8, 32, 40, 64, 80, 112, 160, 512])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 3), (7, 77), (96, 16), (97, 256), (200, 257), (144, 600)])
+def test_it_is_the_formula(channels: int, queries: int, keys: int) -> None:
+    """No further from it than PyTorch's kernel in bf16 (and a fifth), whatever the sizes."""
+    count = 1 if channels == 512 else 3
+    q, k, v = heads(2, count, queries, channels), heads(2, count, keys, channels), heads(2, count, keys, channels)
+    for scale in (1, 8):  # flat and sharp softmax
+        exact = formula(scale * q, k, v)
+        theirs = torch.nn.functional.scaled_dot_product_attention(scale * q, k, v)
+        assert distance(attend(scale * q, k, v), exact) <= 1.2 * distance(theirs, exact) + 1e-4
+
+
+@runs
+def test_extreme_scores_and_layouts() -> None:
+    q, k, v = heads(1, 2, 50, 16), heads(1, 2, 300, 16), heads(1, 2, 300, 16)
+    k[:, :, 7] = 1000 * q[:, :, 3]  # one key far above all others
+    exact = formula(q, k, v)
+    assert torch.isfinite(attend(q, k, v)).all()
+    assert distance(attend(q, k, v), exact) < 0.01
+    contiguous = [tensor.contiguous() for tensor in (q, k, v)]
+    turned = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (q, k, v)]
+    for others in (contiguous, turned):
+        assert torch.equal(attend(*others), attend(q, k, v))
+    assert torch.isnan(attend(q, k, v * math.nan)).all()
+
+
+@runs
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = heads(2, 3, 500, 40), heads(2, 3, 400, 40), heads(2, 3, 400, 40)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = attend(q, k, v)
+    for threads in (2, 3, 50):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(attend(q, k, v), alone)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(other, alone) for other in pool.map(lambda _: attend(q, k, v), range(8)))
+    process = os.fork()
+    if process == 0:
+        monkeypatch.undo()
+        torch.set_num_threads(1)  # as PyTorch's workers do: OpenMP's threads are gone
+        os._exit(0 if torch.equal(attend(q, k, v), alone) else 1)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+@runs
+def test_gradients_are_pytorchs() -> None:
+    q, k, v = (heads(1, 2, 20, 8).float().requires_grad_() for _ in range(3))
+    attend(q, k, v).sum().backward()
+    assert q.grad is not None
+    with torch.no_grad(), pytest.raises(LdmError, match=r"for bf16 on the CPU, not for torch.float32 on cpu"):
+        attend(q, k, v)
+
+
+@runs
+def test_a_pipeline_takes_it_by_itself(tmp_path: Path) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    for dtype, name in ((torch.bfloat16, "avx512"), (torch.float32, "sdpa")):
+        assert best_attention(torch.device("cpu"), dtype) == name
+        model = Pipeline(tmp_path / "model", device="cpu", dtype=dtype).model
+        kernels = {
+            layer.kernel.__name__ for part in (model.unet, model.autoencoder) for layer in attention_layers(part)
+        }
+        assert kernels == {"_avx512" if name == "avx512" else "sdpa"}
+
+
+@runs
+def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = heads(1, 1, 4, 8)
+    attend(q, q, q)
+    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+    library.cache_clear()
+    monkeypatch.setattr(compiled.subprocess, "run", lambda *_, **__: pytest.fail("it is compiled again"))
+    attend(q, q, q)
+
+
+@runs
+def test_a_cache_that_cannot_be_written(fresh: Path) -> None:
+    fresh.parent.mkdir()
+    fresh.write_text("a file in the way")
+    q = heads(1, 1, 4, 8)
+    assert torch.isfinite(attend(q, q, q)).all()
+
+
+def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not usable()
+    assert best_attention(torch.device("cpu"), torch.bfloat16) == "sdpa"
+    with pytest.raises(LdmError, match=r"no C\+\+ compiler is found: install g\+\+"):
+        library()
+
+
+def test_a_compiler_that_fails(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'error: no such flag' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(LdmError, match="cannot compile .*kernels: error: no such flag"):
+        library()
+    assert not list(fresh.iterdir())
