@@ -15,7 +15,7 @@ from ldm.families import FAMILIES
 from ldm.models.prompts import PromptReader, count_chunks
 from ldm.sampling.loop import Step
 from pipelines import Pipeline
-from pipelines.packing import decodable, shared, together
+from pipelines.batching import decodable, shared, together
 from pipelines.request import Request
 
 LONG = ", ".join(f"thing {number}" for number in range(60))
