@@ -1,4 +1,4 @@
-"""How a model is made quick on its device: layers, kernels, compiling, weights of 8 bits; and device and dtype."""
+"""Loading a model for speed on its device: fused layers, kernels, compilation, quantisation; device and dtype."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `Pipeline` says of these."""
+    """The arguments of `Pipeline` about speed and memory."""
 
     attention: str = "auto"
     quick: bool = True
@@ -73,7 +73,7 @@ class Tuning:
         return models[0], None if refiner is None else models[1]
 
     def _loaded(self, opened: Opened, device: torch.device, dtype: torch.dtype, room: Room | None) -> LatentDiffusion:
-        """A model from where its weights are."""
+        """A model, loaded and tuned."""
         model = LatentDiffusion.of(opened.load(dtype, "cpu" if room else device))
         if dtype == torch.float16 and model.family.xl and model.family.autoencoder.force_upcast:
             model.autoencoder.float()  # SDXL's own overflows in fp16
@@ -113,7 +113,7 @@ class Tuning:
 
 
 def room_of(model: LatentDiffusion) -> Room | None:
-    """Where a model's networks take turns, if they do."""
+    """The room that an offloaded model's networks share; None for other models."""
     return model.room if isinstance(model, Tuned) else None
 
 
@@ -136,7 +136,7 @@ class Tuned(LatentDiffusion):
             quantize(model.unet, quantized)
 
     def fingerprint(self) -> str:
-        """That of the weights as they were loaded."""
+        """The fingerprint of the weights as they were loaded."""
         return self.known_by
 
     @property
@@ -182,7 +182,7 @@ def default_device() -> str:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What a device is good at: bf16 where it computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """The default dtype of a device: bf16 if its hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "mps":
