@@ -28,7 +28,7 @@ TOO_LONG = {
     "ldm/evaluation/evaluation.py Evaluation", "ldm/sampling/schedulers.py make", "pipelines/pipeline.py Pipeline",
     "pipelines/pipeline.py request", "pipelines/request.py check",
 }  # fmt: skip
-SAME_NAME = {"Options", "QuickNorm", "QuickGEGLU"}  # likewise
+SAME_NAME = {"Options"}  # likewise
 
 
 def lines(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
