@@ -326,6 +326,11 @@ LOADING: tuple[Setting, ...] = (
 )  # fmt: skip
 
 
+def every_row() -> tuple[Setting, ...]:
+    """Both tables: of a call, and of loading a model."""
+    return SETTINGS + LOADING
+
+
 def at(door: str, rows: Iterable[Setting] | None = None) -> dict[str, Setting]:
     """The rows that come in by a door, by name; by default those of a call."""
     return {row.name: row for row in (SETTINGS if rows is None else rows) if door not in row.closed}

@@ -32,7 +32,7 @@ from ldm.weights.builtin import builtin
 from ldm.weights.hub import HUB_ID
 from pipelines import Pipeline
 from pipelines.run import reconstruct
-from pipelines.settings import LOADING, SETTINGS, Setting, at, checked, find
+from pipelines.settings import LOADING, Setting, at, checked, every_row, find
 from pipelines.tuning import default_device, dtype_named
 
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
@@ -125,7 +125,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise LdmError(f"--with {text!r}: write KEY=VALUE, such as steps=20")
-    row = find(name, "eval", f"--with {name}", [*SETTINGS, *LOADING])
+    row = find(name, "eval", f"--with {name}", every_row())
     try:
         return row.name, yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import LdmError
-from pipelines.settings import SETTINGS, expanded
+from pipelines.settings import every_row, expanded
 
 SAMPLERS = {  # AUTOMATIC1111's name -> ours
     "DDIM": "ddim", "PLMS": "pndm", "LMS": "lms", "Euler": "euler", "Euler a": "euler-a", "Heun": "heun",
@@ -30,7 +30,7 @@ def to_parameters(record: Mapping[str, Any]) -> str:
     found["spacing"] = {ours: theirs for theirs, ours in SPACINGS.items()}.get(found["spacing"])
     found["clip_skip"] = found["clip_skip"] + 1 if found["clip_skip"] else None
     pairs: dict[str, Any] = {}
-    for row in SETTINGS:
+    for row in every_row():
         if row.a1111 and row.name != "negative" and found.get(row.name) is not None:
             pairs[row.a1111] = found[row.name]
         if row.name == "size":
@@ -60,7 +60,7 @@ def from_parameters(text: str) -> dict[str, Any]:
         if line.startswith("Negative prompt:"):
             current, line = negative, line.removeprefix("Negative prompt:").strip()
         current.append(line)
-    texts = {row.name: pairs[row.a1111] for row in SETTINGS if row.a1111 in pairs}
+    texts = {row.name: pairs[row.a1111] for row in every_row() if row.a1111 in pairs}
     texts.pop("strength" if "hires" in texts else "hires_strength", None)  # which share a key
     scheduler, spacing = _sampler(texts.pop("scheduler", ""), texts.pop("spacing", ""))
     settings: dict[str, Any] = {
@@ -68,7 +68,7 @@ def from_parameters(text: str) -> dict[str, Any]:
         "spacing": spacing,
     }  # fmt: skip
     try:
-        settings |= {row.name: row.kind.parse(texts[row.name]) for row in SETTINGS if row.name in texts}
+        settings |= {row.name: row.kind.parse(texts[row.name]) for row in every_row() if row.name in texts}
     except ValueError as error:
         raise LdmError(f"the image's text is damaged: {error}") from None
     if "size" in settings:

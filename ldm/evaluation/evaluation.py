@@ -121,8 +121,8 @@ class Evaluation:
         if self.training is None:
             return reference
         reference = with_nearest(reference, self.training)
-        assert reference.features.apart is not None
-        if float(reference.features.apart.kthvalue(max(1, len(reference.index) // 20)).values) < 1e-4:
+        assert reference.features.training_distances is not None
+        if float(reference.features.training_distances.kthvalue(max(1, len(reference.index) // 20)).values) < 1e-4:
             self.notes.add(
                 "the reference holds images of the training set: it says nothing about how close new images are"
             )

@@ -191,8 +191,10 @@ def in_pairs(a: MeasuredImages, b: MeasuredImages) -> tuple[MeasuredImages, Meas
 def with_nearest(measured: MeasuredImages, training: MeasuredImages) -> MeasuredImages:
     """The images with their nearest training images, and the distances to these."""
     own, others = (unit(one.features.outputs["copies"]["features"]) for one in (measured, training))
-    apart, closest = nearest(own, others)
-    return replace(measured, features=replace(measured.features, apart=apart), nearest=training.index[closest])
+    distances, closest = nearest(own, others)
+    return replace(
+        measured, features=replace(measured.features, training_distances=distances), nearest=training.index[closest]
+    )
 
 
 def _skipped(what: str, skipped: Mapping[str, str], count: int) -> list[str]:

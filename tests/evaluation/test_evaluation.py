@@ -1,7 +1,8 @@
-"""Evaluation as a whole: what was made and found is not made again, and figures worsen with what they measure."""
+"""Evaluation as a whole: images and features are kept, and figures worsen with the defects that they measure."""
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from drawings import SIDE, Toy, caption, drawing, drawings, tinted
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from ldm.errors import LdmError
 from ldm.evaluation import EvaluationPlan, Model, Workspace, evaluate, features
 from ldm.evaluation.chunks import CHUNK, ChunkValues, extract, in_chunks
 from ldm.evaluation.images import images_of
-from ldm.evaluation.metrics.table import METRICS
+from ldm.evaluation.metrics.intervals import mean_interval
+from ldm.evaluation.metrics.table import INCEPTION, METRICS, Metric, on_images
 from ldm.evaluation.report import Report, Row, save_report
 from ldm.evaluation.workspace import file_lock
 
@@ -324,15 +327,36 @@ def test_missing_captions_and_empty_folders(reference: Path, tmp_path: Path) -> 
         evaluate([single], EvaluationPlan(("fid",), data=str(reference)), Workspace(tmp_path / "work"))
 
 
+def test_a_new_metric_is_one_row(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ldm eval` has its figures, its interval and its comparison, in the terminal and in the report."""
+    functions = on_images(lambda images: INCEPTION(images)[:, 0], mean_interval)
+    monkeypatch.setitem(METRICS, "made-up", Metric("Made up", "higher", "features", *functions, reference=False))
+    a = drawings(tmp_path / "a", 12, 7)
+    b = drawings(tmp_path / "b", 12, 7, lambda image: tinted(image, 1.0))
+    asked = "--metrics", "made-up", "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--device", "cpu"
+    code, out, err = run(capsys, monkeypatch, "eval", a, b, *asked)
+    assert (code, err) == (0, "")
+    assert "Made up ↑" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = (row for table in report["tables"] for row in table["rows"])
+    figures, difference = row["estimates"], row["comparison"]
+    assert figures[0]["low"] < figures[0]["value"] < figures[0]["high"]
+    assert difference["difference"] == pytest.approx(figures[0]["value"] - figures[1]["value"])
+    assert row["verdict"]
+    assert "Made up" in (tmp_path / "out" / "report.html").read_text()
+
+
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
 def test_chunks_are_found_again_and_mended(tmp_path: Path) -> None:
-    looked: list[range] = []
+    computed: list[range] = []
 
     def find(numbers: range) -> ChunkValues:
-        looked.append(numbers)
-        if len(looked) == 3:
+        computed.append(numbers)
+        if len(computed) == 3:
             raise KeyboardInterrupt
         kept = [number for number in numbers if number != 7]
         return ChunkValues(
@@ -347,12 +371,12 @@ def test_chunks_are_found_again_and_mended(tmp_path: Path) -> None:
     content[-3] ^= 1
     chunk.write_bytes(content)
     found = in_chunks("x", "name", count, find, Workspace(tmp_path))
-    assert looked[3:] == [range(CHUNK, 2 * CHUNK), range(2 * CHUNK, 3 * CHUNK), range(3 * CHUNK, count)]
+    assert computed[3:] == [range(CHUNK, 2 * CHUNK), range(2 * CHUNK, 3 * CHUNK), range(3 * CHUNK, count)]
     assert found.values["x"][:, 0].tolist() == found.index.tolist() == [n for n in range(count) if n != 7]
     assert found.skipped == {"7": "bad"}
     assert [path.name for path in (tmp_path / "found" / "name").glob("[!.]*")] == ["all.safetensors"]
     assert in_chunks("x", "name", count, find, Workspace(tmp_path)).digest == found.digest
-    assert len(looked) == 6
+    assert len(computed) == 6
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -386,7 +410,7 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
         in_chunks("x", "n", 3, lambda numbers: extract(numbers, read, Toy().prepare, Toy()), Workspace(tmp_path))
 
 
-def test_a_changed_image_is_looked_at_again(tmp_path: Path) -> None:
+def test_a_changed_image_is_measured_again(tmp_path: Path) -> None:
     folder = drawings(tmp_path / "a", 3, 0)
     before = images_of(folder, Workspace(tmp_path / "w")).stamp
     assert images_of(folder, Workspace(tmp_path / "w")).stamp == before

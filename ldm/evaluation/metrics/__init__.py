@@ -1,1 +1,1 @@
-"""Metrics: the table of all by name, their formulas, intervals and comparisons."""
+"""Metrics: their table, formulas, intervals and comparisons."""

@@ -53,7 +53,7 @@ from ldm.evaluation.metrics.reconstruction import psnr, ssim
 
 DISTRACTORS = 99  # of R-precision (Xu et al. 2018), or as many as there are
 PRECISION_K, DENSITY_K = 3, 5  # neighbours, as published
-QUANTILE = 0.05  # of held-out images are as close to the training set as counts as memorised
+QUANTILE = 0.05  # share of held-out images that are as close to the training set as a near copy
 MOST_DB = 100.0  # PSNR of equal images, for which it is infinite
 
 
@@ -64,7 +64,7 @@ class Features:
     outputs: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by network and output: (N, D) each
     captions: Sequence[str] = ()
     texts: Tensor | None = None  # (N, D): CLIP's features of the captions
-    apart: Tensor | None = None  # (N,): distances to the nearest training images
+    training_distances: Tensor | None = None  # (N,): to the nearest training images
     pairs: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) by metric: of each image and its original
 
     def take(self, places: Tensor) -> Features:
@@ -73,7 +73,7 @@ class Features:
             {network: _taken(outputs, places) for network, outputs in self.outputs.items()},
             [self.captions[place] for place in places.tolist()] if self.captions else (),
             None if self.texts is None else self.texts[places],
-            None if self.apart is None else self.apart[places],
+            None if self.training_distances is None else self.training_distances[places],
             _taken(self.pairs, places),
         )
 
@@ -82,40 +82,40 @@ def _taken(values: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
     return {name: tensor[places] for name, tensor in values.items()}
 
 
-Figure = Callable[[Features, Features], Estimate]  # of images and of the reference
+Figure = Callable[[Features, Features], Estimate]  # of images and of the reference, which may be empty
 Difference = Callable[[Features, Features, Features], Comparison]  # of two models' images and of the reference
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: how it is computed, and what must be there for it."""
+    """A metric: its two functions, and what they need."""
 
     label: str  # as people write it
     better: str  # "lower" or "higher"
-    network: str  # features, clip, copies or lpips, the option that names it; "" without a network
-    estimate: Figure  # with its interval. The reference is empty where there is none; of reconstructions: the originals
+    network: str  # features, clip, copies or lpips (the options that name networks); "" if it needs none
+    estimate: Figure  # with its interval; the reference of reconstructions are the originals
     compare: Difference  # of two models' images for the same prompts and seeds
-    output: str = "features"  # of the network: features, spatial or logits; "pairs": a number for image and original
-    pair: Callable[[Tensor, Tensor], Tensor] | None = None  # (B, 3, H, W) in [-1, 1] twice -> (B,); none: the network
+    output: str = "features"  # needed of the network: features, spatial or logits; "pairs" as `Features.pairs`
+    pair: Callable[[Tensor, Tensor], Tensor] | None = None  # (B, 3, H, W) of images and originals: (B,); or the network
     reference: bool = True  # needs reference images
     captions: bool = False  # needs the prompts
     training: bool = False  # needs the models' training images
     reconstruction: bool = False  # of an autoencoder's reconstructions
     least: int = 2  # images
-    difference: str = "A − B"  # of what a comparison is
+    difference: str = "A − B"  # of a comparison, in words
     plain: str = ""  # label on features of another network than Inception
-    tradeoff: bool = False  # sweeps draw it against the CLIP score
-    check_prompts: Callable[[Sequence[str]], None] | None = None  # raises LdmError for prompts that do not do
-    note: Callable[[Mapping[str, Features], Features], str] | None = None  # for readers; of the sides by name
+    tradeoff: bool = False  # drawn against the CLIP score along a sweep
+    check_prompts: Callable[[Sequence[str]], None] | None = None  # raises LdmError for unfit prompts
+    note: Callable[[Mapping[str, Features], Features], str] | None = None  # of a report; takes the sides by name
 
 
-# --- what a metric is computed from -----------------------------------------------------------------------------------
+# --- values that metrics are computed from ----------------------------------------------------------------------------
 
 Values = Callable[[Features], Tensor]  # (N, D), or (N,) where each image has one number
 
 
 def given(network: str, output: str = "features") -> Values:
-    """What a network gives: (N, D)."""
+    """An output of a network: (N, D)."""
     return lambda features: features.outputs[network][output]
 
 
@@ -136,15 +136,15 @@ def _chance(features: Features) -> Tensor:
     return r_precision(CLIP(features), features.texts, features.captions, _distractors(features.captions))
 
 
-def _apart(features: Features) -> Tensor:
-    assert features.apart is not None
-    return features.apart
+def _training_distances(features: Features) -> Tensor:
+    assert features.training_distances is not None
+    return features.training_distances
 
 
 INCEPTION, SPATIAL, LOGITS = given("features"), given("features", "spatial"), given("features", "logits")
 CLIP = given("clip")
 
-# --- how it is computed from that -------------------------------------------------------------------------------------
+# --- functions of metrics ---------------------------------------------------------------------------------------------
 
 Formula = tuple[Callable[[Tensor, Tensor], Estimate], Callable[[Tensor, Tensor, Tensor], Comparison]]
 
@@ -174,7 +174,7 @@ def on_images(
 
 
 def _distractors(captions: Sequence[str]) -> int:
-    """How many other captions R-precision takes."""
+    """The number of other captions that R-precision takes."""
     return min(DISTRACTORS, len(set(captions)) - 1)
 
 
@@ -190,13 +190,15 @@ def _note_distractors(sides: Mapping[str, Features], _: Features) -> str:
     return f"R-precision is among {count + 1} captions, as there are no more; usual are {DISTRACTORS + 1}"
 
 
-def _near_copies(apart: Tensor, held_out: Tensor) -> Memorisation:
-    """Which images are closer to the training set than all but 5 % of the held-out ones."""
-    return memorisation(apart, held_out, QUANTILE)
+def _near_copies(distances: Tensor, held_out: Tensor) -> Memorisation:
+    """Images that are closer to the training set than all but 5 % of the held-out ones."""
+    return memorisation(distances, held_out, QUANTILE)
 
 
 def _note_copies(sides: Mapping[str, Features], reference: Features) -> str:
-    found = {name: _near_copies(_apart(side), _apart(reference)) for name, side in sides.items()}
+    found = {
+        name: _near_copies(_training_distances(side), _training_distances(reference)) for name, side in sides.items()
+    }
     chances = ", ".join(f"{name} {p_text(one.p)}" for name, one in found.items())
     return (
         "near copies are closer to the training set than nearly all of the reference: of new images, a share of "
@@ -223,7 +225,7 @@ DENSITY: Formula = (
 )
 COVERAGE: Formula = partial(coverage_interval, k=DENSITY_K), partial(compare_coverage, k=DENSITY_K)
 NEAR_COPIES: Formula = (
-    lambda apart, held_out: share_interval(_near_copies(apart, held_out).close),
+    lambda distances, held_out: share_interval(_near_copies(distances, held_out).close),
     lambda a, b, held_out: compare(_near_copies(a, held_out).close, _near_copies(b, held_out).close),
 )
 
@@ -251,7 +253,7 @@ METRICS = {
         reference=False, captions=True, check_prompts=_check_different, note=_note_distractors,
     ),
     "memorisation": Metric(
-        "near copies", "lower", "copies", *on_sets(_apart, NEAR_COPIES),
+        "near copies", "lower", "copies", *on_sets(_training_distances, NEAR_COPIES),
         training=True, least=round(1 / QUANTILE), note=_note_copies,
     ),
     "rfid": Metric("rFID", "lower", "features", *on_sets(INCEPTION, FRECHET), reconstruction=True, plain="rFD"),

@@ -1,1 +1,1 @@
-"""Networks that images are measured with: Inception, CLIP, SSCD, LPIPS."""
+"""Networks that give features of images: Inception, CLIP, SSCD; and LPIPS, of pairs of images."""

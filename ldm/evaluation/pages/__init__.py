@@ -1,1 +1,1 @@
-"""How a report is shown: tables, galleries, plots, the HTML page."""
+"""Pages of a report: tables for the terminal, galleries, plots, the HTML page."""

@@ -78,17 +78,17 @@ def _title(text: str, sides: Sides, groups: Sequence[Sides]) -> str:
 def copies(sides: Sides, training: MeasuredImages | None, shown: ShownFolder) -> Iterator[Gallery]:
     """The images of each side that are nearest to training images, beside these."""
     for name, one in sides.items():
-        apart = one.features.apart
-        if training is None or one.nearest is None or apart is None:
+        distances = one.features.training_distances
+        if training is None or one.nearest is None or distances is None:
             continue
         rows = []
-        for place in apart.argsort(stable=True)[:EXTREMES].tolist():
+        for place in distances.argsort(stable=True)[:EXTREMES].tolist():
             number = int(one.nearest[place])
             images = (
                 shown.copy(one.images, int(one.index[place]), name.lower()),
                 shown.copy(training.images, number, "training"),
             )
-            rows.append(GalleryRow(training.images.key(number), images, (float(apart[place]),)))
+            rows.append(GalleryRow(training.images.key(number), images, (float(distances[place]),)))
         yield Gallery(f"Images of {name} nearest to training images", (name, "training"), "distance", tuple(rows))
 
 
@@ -121,9 +121,13 @@ def histograms(measured: Sides, rebuilt: Sides, reference: MeasuredImages | None
     if measured and all(one.features.texts is not None for one in measured.values()):
         yield _histogram("CLIP score", {name: clip_score(one.features) for name, one in measured.items()})
     with_reference = {**measured, "reference": reference} if reference else measured
-    apart = {name: one.features.apart for name, one in with_reference.items() if one.features.apart is not None}
-    if apart:
-        yield _histogram("Distance to the nearest training image", apart)
+    distances = {
+        name: one.features.training_distances
+        for name, one in with_reference.items()
+        if one.features.training_distances is not None
+    }
+    if distances:
+        yield _histogram("Distance to the nearest training image", distances)
     for metric, known in METRICS.items():
         values = {name: one.features.pairs[metric] for name, one in rebuilt.items() if metric in one.features.pairs}
         if values:

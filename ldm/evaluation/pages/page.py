@@ -93,7 +93,7 @@ def _middle(estimate: Estimate) -> float:
 
 
 def _strips(row: Row) -> list[str]:
-    """What stands at the end of each of `lines`: its interval, drawn."""
+    """Drawings of the intervals of `lines`, in their order."""
     ends = [end for e in row.estimates for end in (_middle(e), e.low, e.high) if end is not None]
     found = [strip(side, _middle(e), e.low, e.high, ends) for side, e in enumerate(row.estimates)]
     if row.comparison:
@@ -107,16 +107,16 @@ def _strips(row: Row) -> list[str]:
 
 @dataclass(frozen=True)
 class _Thumbnail:
-    """A small image, or why there is none."""
+    """A small image, or the reason why there is none."""
 
-    data: str = ""  # a URL that holds it
+    data: str = ""  # its bytes, as a URL
     width: int = 0
     height: int = 0
     reason: str = ""
 
 
 class _Thumbnails:
-    """Small images of files, until the page holds enough of them."""
+    """Small images of files, as long as the page is not too large."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -165,7 +165,7 @@ def _sweep_plots(sweep: Sweep, names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _curve(sweep: Sweep, rows: Sequence[Row], side: int) -> list[Point]:
-    """A side's figures along the setting; without their bias and with intervals only if all of them can be so."""
+    """A side's figures along the setting; corrected and with intervals if all of them are."""
     whole = all(row.estimates[side].corrected is not None for row in rows)
     points = []
     for value, row in zip(sweep.numbers, rows, strict=True):

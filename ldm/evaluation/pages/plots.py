@@ -1,6 +1,6 @@
-"""Plots as SVG, to stand in a page: its style sheet gives lines and text their colours, also in the dark and in print.
+"""Plots as SVG for a page, whose style sheet gives lines and text their colours, also in the dark and in print.
 
-A series of a plot is known by its number: class `s0` is the first. Lengths are pixels of the plot's own canvas.
+The class of a series is its number: `s0` is the first. Lengths are pixels of the plot's own canvas.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ class Point:
     y: float
     low: float | None  # the interval of y
     high: float | None
-    text: str  # what it is, in words
-    label: str = ""  # stands beside it
+    text: str  # a description
+    label: str = ""  # beside the point
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Numbers to pixels."""
+    """A linear scale from numbers to pixels."""
 
     low: float
     high: float
-    start: float  # where `low` is
+    start: float  # pixel of `low`
     end: float
 
     def at(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Four to eight round numbers or so: where they stand, and their text."""
+        """About four to eight round numbers: their pixels and texts."""
         rough = (self.high - self.low) / 7
         places = -math.floor(math.log10(rough))
         step = next(s for s in (1, 2, 5, 10) if s >= rough * 10.0**places * (1 - 1e-9)) * 10.0**-places
@@ -57,7 +57,7 @@ class Axis:
 
 
 def _axis(values: Sequence[float], start: float, end: float, margin: float = 0.05) -> Axis:
-    """An axis for the values, and a little more; where all are equal, around them."""
+    """An axis that holds the values with a margin; around them if all are equal."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         around = abs(low) / 10 or 1.0
@@ -152,7 +152,7 @@ def _canvas(title: str, across: Axis, up: Axis, x: str, y: str) -> ElementTree.E
 
 
 def _beside(x: float, y: float, width: float, taken: list[Box]) -> tuple[tuple[float, float], str]:
-    """Where a label stands beside a point, clear of what is `taken`, and its anchor; it is taken then."""
+    """The place and the anchor of a label beside a point, clear of the boxes in `taken`, to which its own is added."""
     places = {(7, -7): "start", (-7, -7): "end", (7, 16): "start", (-7, 16): "end", (9, 4): "start", (-9, 4): "end"}
     boxes = {}
     for (right, down), anchor in places.items():
