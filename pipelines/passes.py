@@ -1,4 +1,4 @@
-"""What follows the first pass: a second one at a higher resolution (hires), and the refiner.
+"""The passes after the first one: a second pass at a higher resolution (hires), and the refiner.
 
 B images, C latent channels, h×w height and width of the latents
 """

@@ -27,7 +27,7 @@ from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
-from pipelines.packing import batches, together
+from pipelines.batching import batches, together
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a call made: images, and for each what is needed to make it again."""
+    """The images of a call, and for each its record: all that is needed to make it again."""
 
     images: list[Image.Image] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)  # one for each image
@@ -74,13 +74,13 @@ class Pipeline:
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.runtime.attention.KERNELS`; "auto" is the best for device and dtype.
-            quick: on a CPU or a CUDA GPU, layers that are quicker in place of plain ones, on the same weights; results
-                differ by rounding. Weights may change afterwards, but on a CPU not through `.data`, which nobody can
-                notice. On a CPU, this process then keeps memory that tensors give back; on a GPU, the steps of the
-                U-Net are recorded as CUDA graphs. A model that is loaded already stays as it is.
-            compile: compile the networks with `torch.compile` in place of that; steps are recorded likewise. That takes
-                a minute or two once for each size of image, and less in the next process. On a CPU, quick layers are
-                faster.
+            quick: fused layers in place of plain ones, on a CPU or a CUDA GPU, with the same weights; results differ by
+                rounding. On a CPU, weights may then not be changed through `.data`, which cannot be noticed, and memory
+                that tensors free is kept by the process. On a GPU, the steps of the U-Net are recorded as CUDA graphs.
+                A model that is loaded already stays as it is.
+            compile: networks compiled by `torch.compile` in place of fused layers; steps are recorded likewise.
+                Compiling takes a minute or two for each new size of image, less in the next process. On a CPU, fused
+                layers are faster.
             quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with weights of 8 bits; images
                 differ a little. Of models that are loaded here: with one that is loaded already it is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
@@ -174,7 +174,7 @@ class Pipeline:
         return self._batches(request, output, on_step, needed)
 
     def preview(self, step: Step) -> list[Image.Image]:
-        """What the images of a batch look like after a step (`on_step`), small: a pixel for each latent."""
+        """Small previews of a batch after a step (`on_step`), with a pixel for each latent."""
         latents = clean(step, self.model.family.schedule)
         return to_images(to_pixels(latents, self._preview_factors))
 
@@ -231,7 +231,7 @@ class Pipeline:
         return result
 
     def _note_unknown(self, prompts: Sequence[str]) -> None:
-        """Say, once for each, which words of the prompts the model cannot have learned, if it comes with a list."""
+        """Log the words of each prompt that are not in the list of words that the model comes with, if it has one."""
         known = self.words
         if known is None:
             return
@@ -242,9 +242,9 @@ class Pipeline:
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
-    """Let a refiner just loaded use the base's parts: the autoencoder, and the text encoder if it is the same one.
+    """Let a refiner just loaded share the base's autoencoder, and its text encoder if the weights are equal.
 
-    Not where the weights of only one of the two take turns.
+    Nothing is shared if only one of the two is offloaded.
     """
     if room_of(model) is not room_of(refiner):
         return
@@ -260,5 +260,5 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
 
 
 def named(source: Any) -> Any:
-    """The source; the built-in model where there is none."""
+    """The source; the folder of the built-in model if none is given."""
     return FOLDER / DEFAULT if source is None else source

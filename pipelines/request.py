@@ -1,7 +1,7 @@
 """A call of a pipeline: settings checked and filled up with the family's defaults, a prompt and a seed for each image.
 
-What is allowed for a setting alone, its row in `pipelines.settings` says; here is what settings and a family allow each
-other. What a task needs is said with the task.
+The bounds of a single setting are in its row of `pipelines.settings`. The checks here are about several settings, or a
+setting and the model's family; those of a task are in the task's file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Request:
         return replace(self, values={**self.values, **values})
 
     def texts(self, encoders: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-        """Prompts, and negative prompts where guidance looks at them, as each of so many text encoders reads them."""
+        """Prompts and, with classifier-free guidance, negative prompts: a list for each text encoder."""
         negative, negative_2 = (tuple(text or "" for text in texts) for texts in self.negatives)
         if not self.guidance.classifier_free:
             negative = negative_2 = ()
@@ -83,7 +83,7 @@ class Request:
 
 
 def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool) -> Request:
-    """The request that a prompt or several, and settings that are given, stand for.
+    """The request for a prompt or several, with the given settings.
 
     Raises:
         LdmError: a setting is not known, or its value not allowed.
@@ -134,7 +134,7 @@ def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[st
 
 
 def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
-    """The task that a model is asked to do: its only one, or by what is given."""
+    """The task of a call: the only one of the model, or decided by the given images."""
     if family.task in ("edit", "inpaint"):
         return family.task
     return "inpaint" if mask else "image-to-image" if image else "text-to-image"
@@ -237,7 +237,7 @@ def whole_steps(steps: int, name: str, strength: float) -> int:
 
 
 def records(request: Request, family: Family) -> list[dict[str, Any]]:
-    """For each image of a batch, all that it is made with, as JSON takes it, but for images that it starts from."""
+    """The record of each image of a batch, ready for JSON, without the images that it starts from."""
     scheduler = request.scheduler
     if not isinstance(scheduler, str):  # none, or an object of the user's own
         scheduler = own_name(family.schedule) if scheduler is None else type(scheduler).__name__

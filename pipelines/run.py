@@ -1,4 +1,4 @@
-"""What every task needs: conditioning, scheduler, noise, the way into the latents and out. One run is one batch.
+"""A sampling run of one batch: conditioning, scheduler, noise, encoding and decoding, shared by all tasks.
 
 B images, H×W height and width in pixels, C latent channels, h×w height and width of the latents
 """
@@ -29,7 +29,7 @@ from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, sample
 from ldm.sampling.noise import Noise
 from ldm.sampling.schedulers import SamplingPlan
-from pipelines.packing import decodable
+from pipelines.batching import decodable
 from pipelines.request import Request
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class SamplingRun:
 
     @cached_property
     def conditioning(self) -> tuple[Conditioning, Conditioning, list[TokenReport]]:
-        """For the prompts, for the negative prompts where guidance looks at them, and the report on their tokens."""
+        """The conditioning of prompts and of negative prompts, and the report on their tokens."""
         request, family = self.request, self.model.family
         prompts, negative = request.texts(len(family.text))
         both = [[*first, *second] for first, second in zip(prompts, negative, strict=True)]
@@ -212,7 +212,7 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Images of one size, a multiple of the autoencoder's factor, through it and back: what it can keep of them.
+    """Images of one size, a multiple of the autoencoder's factor, encoded and decoded again.
 
     Raises:
         LdmError: as `decode`.
@@ -226,7 +226,7 @@ def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[I
 
 
 def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> T:
-    """What `whole` gives or, if memory does not suffice for it, `tiled`."""
+    """The result of `whole` or, if memory does not suffice for it, of `tiled`."""
     try:
         return whole()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Every setting of a call, once: what it means, which values it takes, and by which doors it comes in.
+"""The table of settings: every setting of a call is declared here, once, with its bounds, help, default and names.
 
 The command line, the keywords of `Pipeline`, lines of a list of prompts, `ldm eval --with`, records in images, `ldm
 repro` and the text of AUTOMATIC1111's programs are all derived from `SETTINGS`, and from `LOADING`, which is about
@@ -29,7 +29,7 @@ MOST_IMAGES = 100_000  # of each prompt
 
 
 class Elsewhere(str):
-    """A default that depends on the model or on other settings, in words."""
+    """A default that depends on the model or on other settings, described in words."""
 
 
 FAMILY = Elsewhere("the family's")
@@ -130,7 +130,7 @@ def number(low: float, high: float) -> Kind:
 
 
 def choice(*names: str) -> Kind:
-    """One of some names."""
+    """One of several names."""
     return Kind("NAME", f"{', '.join(names[:-1])} or {names[-1]}", lambda value: value in names)
 
 
@@ -327,17 +327,17 @@ LOADING: tuple[Setting, ...] = (
 
 
 def every_row() -> tuple[Setting, ...]:
-    """Both tables: of a call, and of loading a model."""
+    """The rows of both tables."""
     return SETTINGS + LOADING
 
 
 def at(door: str, rows: Iterable[Setting] | None = None) -> dict[str, Setting]:
-    """The rows that come in by a door, by name; by default those of a call."""
+    """The rows that a door accepts, by name; by default rows of `SETTINGS`."""
     return {row.name: row for row in (SETTINGS if rows is None else rows) if door not in row.closed}
 
 
 def find(name: str, door: str, called: str = "", rows: Iterable[Setting] | None = None) -> Setting:
-    """The row of that name, written with hyphens or underscores, if it comes in by that door.
+    """The row of that name (with hyphens or underscores), if the door accepts it.
 
     Raises:
         LdmError: there is none, and the nearest is offered, also for what other programs call it; or why not here.
@@ -382,7 +382,7 @@ def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, A
 
 
 def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with guidance as an object or as a record has it taken apart into its own, which come after it."""
+    """Settings with `guidance`, if it is a `Guidance` or a record's dictionary, replaced by a setting for each part."""
     found = dict(given)
     guidance = found.get("guidance")
     parts = guidance if isinstance(guidance, Mapping) else vars(guidance) if hasattr(guidance, "scale") else {}
@@ -395,7 +395,7 @@ def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the key of a record, those with a dot as a dictionary within it."""
+    """Values by the keys of a record; keys with a dot make a dictionary within it."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         outer, dot, inner = key.partition(".")

@@ -1,4 +1,4 @@
-"""A model fitted to its device: fused layers, attention kernels, compilation, 8-bit weights, offloading, dtypes."""
+"""Loading a model for speed on its device: fused layers, kernels, compilation, quantisation; device and dtype."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """The choices that `Pipeline` offers; see its arguments."""
+    """The arguments of `Pipeline` about speed and memory."""
 
     attention: str = "auto"
     fused: bool = True
@@ -73,7 +73,7 @@ class Tuning:
         return models[0], None if refiner is None else models[1]
 
     def _loaded(self, opened: Opened, device: torch.device, dtype: torch.dtype, room: Room | None) -> LatentDiffusion:
-        """An opened model with its weights in memory, tuned."""
+        """A model, loaded and tuned."""
         model = LatentDiffusion.of(opened.load(dtype, "cpu" if room else device))
         if dtype == torch.float16 and model.family.xl and model.family.autoencoder.force_upcast:
             model.autoencoder.float()  # SDXL's own overflows in fp16
@@ -112,7 +112,7 @@ class Tuning:
 
 
 def room_of(model: LatentDiffusion) -> Room | None:
-    """The room in which a model's networks take turns; None if it is not offloaded."""
+    """The room that an offloaded model's networks share; None for other models."""
     return model.room if isinstance(model, TunedModel) else None
 
 
@@ -181,7 +181,7 @@ def default_device() -> str:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that a device is fast in: bf16 where it has it, else fp16 on a GPU and fp32 on a CPU."""
+    """The default dtype of a device: bf16 if its hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "mps":

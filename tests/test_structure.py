@@ -25,7 +25,7 @@ LONGEST_CLASS = 250
 # what is still too long: this list only shrinks
 TOO_LONG = {
     "ldm/cli/generate.py run", "ldm/cli/main.py generate",
-    "ldm/evaluation/evaluation.py Evaluation", "ldm/sampling/schedulers.py make", "pipelines/pipeline.py Pipeline",
+    "ldm/evaluation/evaluation.py Evaluation", "pipelines/pipeline.py Pipeline",
     "pipelines/pipeline.py request", "pipelines/request.py check",
 }  # fmt: skip
 SAME_NAME = {"Options"}  # likewise
@@ -88,7 +88,9 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     graph: dict[str, set[str]] = {}
     for module, path in MODULES.items():
         if not module.startswith("tools"):
-            graph[module] = {name for name, _ in imports(path) if name in MODULES} - {module, "ldm"}
+            found = {name for name, _ in imports(path) if name in MODULES} - {module, "ldm"}
+            # `from package import module` is about the module
+            graph[module] = {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:

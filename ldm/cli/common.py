@@ -1,4 +1,4 @@
-"""What commands share: options to values, and progress on stderr."""
+"""Shared by commands: parsing of options, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ldm.weights.sources import open_source
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What `info` and `convert` may say of their source."""
+    """The options of `info` and `convert` about their source."""
 
     family: str | None = None
     variant: str | None = None

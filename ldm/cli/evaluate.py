@@ -42,7 +42,7 @@ PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     sources: Sequence[str]
     data: str | None = None
@@ -205,7 +205,7 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
 
 
 def _cache() -> Path:
-    """Where what was found in reference sets is kept for later evaluations."""
+    """The folder of cached results on reference sets."""
     return cache_folder("evaluation")
 
 

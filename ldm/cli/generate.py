@@ -40,7 +40,7 @@ LARGEST_FILE = 256 * 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says, each value within its bounds."""
+    """The options of the command line, each value within its bounds."""
 
     prompts: list[str]
     settings: dict[str, Any]  # of the call, those that are given
@@ -146,8 +146,11 @@ def _images(
         numbers = [job.index for job in group.jobs]
 
         def ours(rows: range, numbers: list[int] = numbers) -> bool:
-            """Whether a batch is this process's, and not all there: batches are those of the whole list, so that
-            images are the same to the bit whoever makes them, and whatever is there already."""
+            """Whether this process makes a batch: its turn, and an image is missing.
+
+            Batches are those of the whole list, so that images do not depend on the number of processes, nor on what
+            is there already.
+            """
             return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
 
         for result in pipeline.make(group.whole(), needed=ours):
@@ -157,14 +160,14 @@ def _images(
 
 
 def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
-    """What a record says of the model, beside the settings of the image."""
+    """The part of a record that is about the model."""
     loading, model, room = options.loading, pipeline.model, room_of(pipeline.model)
     source = loading.get("source") or DEFAULT
     own = {
         "source": _absolute(source),
         "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "offload": "layers" if room and room.layers else None,  # which excludes quick layers, and so rounds otherwise
+        "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
     }
     rows = at("record", LOADING).values()
     values = {row.key: own[row.name] if row.name in own else loading.get(row.name, row.usual) for row in rows}
@@ -205,7 +208,7 @@ def _checked(pipeline: Pipeline, settings: dict[str, Any], jobs: list[Job]) -> R
 
 
 def make_jobs(options: Options) -> Iterator[Job]:
-    """Every image that is asked for, from the command line or from a file of prompts."""
+    """A job for every image that is asked for, from the command line or from a file of prompts."""
     lines = list(read_prompts(options.prompts_file)) if options.prompts_file else []
     lines += [(prompt, {}, "") for prompt in options.prompts]
     if not lines:
@@ -262,7 +265,7 @@ def _line(prompt: Any, content: dict[str, Any], place: str) -> tuple[str, dict[s
 
 
 def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
-    """Where each image goes. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
+    """The path of each image. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
     out = Path(options.out)
     if out.suffix.lower() == ".png":
         if len(jobs) > 1:
@@ -301,12 +304,11 @@ def _absolute(source: str) -> str:
 
 
 def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
-    """What `--dry-run` prints: all is checked, but no weights are loaded for it."""
-    named_ones = {
-        name: value for name, value in options.loading.items() if name in ("family", "variant", "allow_pickle")
-    }
-    opened = open_source(named(options.loading.get("source")), **named_ones, verify=False)
-    refiner = open_source(options.loading["refiner"], verify=False) if "refiner" in options.loading else None
+    """The plan that `--dry-run` prints. All is checked, but no weights are loaded."""
+    loading = options.loading
+    reading = {name: loading[name] for name in ("family", "variant", "allow_pickle") if name in loading}
+    opened = open_source(named(loading.get("source")), **reading, verify=False)
+    refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
@@ -326,5 +328,5 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
 
 
 def _file(path: Any) -> dict[str, str]:
-    """An image that was started from: where it was, and its digest, so that it can be found again."""
+    """The record of a starting image: its path and its digest."""
     return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}

@@ -40,7 +40,7 @@ def print_description(source: str, as_json: bool, verify: bool, options: SourceO
 
 
 def describe(opened: Opened) -> dict[str, Any]:
-    """What `ldm info --json` prints of a model found on disk."""
+    """The description of a model on disk, as `ldm info --json` prints it."""
     components = {}
     for name, module in opened.components.modules().items():
         infos = opened.infos(name).values()

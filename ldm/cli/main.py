@@ -329,7 +329,7 @@ def main() -> None:
         raise KeyboardInterrupt
 
     def unraisable(lost: Any) -> None:
-        """A signal that came in a callback whose exceptions Python drops comes once more; the rest is told as usual."""
+        """Repeat a signal that arrived in a callback, where Python drops exceptions; report all else as usual."""
         if not isinstance(lost.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(lost)
         elif interrupted:

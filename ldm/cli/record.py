@@ -1,4 +1,4 @@
-"""What a PNG says of how it was made: our own JSON, and the text that AUTOMATIC1111's programs write and read."""
+"""The text of settings that AUTOMATIC1111's programs write into PNG files and read: from and to our records."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, first_line
 from ldm.models.layers import TransformerBlock
+from ldm.runtime.kernels.processor import can
 
 QUANTIZED = {  # name -> what is rounded
     "int8": "weights to 8-bit integers with a scale a row; activations likewise, token by token, as they come",
@@ -96,10 +97,9 @@ def _config(name: str, device: torch.device) -> Any:
     if name == "int8-weights":
         return ao.Int8WeightOnlyConfig(set_inductor_config=False)
     if name == "int8":
-        # products of all 8 bits overflow on processors without VNNI
-        return ao.Int8DynamicActivationInt8WeightConfig(
-            set_inductor_config=False, reduce_range=should_reduce_range(device)
-        )
+        # products of all 8 bits overflow on processors without VNNI, and where it is not to be used
+        reduced = should_reduce_range(device) or (device.type == "cpu" and not can("avx512_vnni", "avx_vnni"))
+        return ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=reduced)
     # tokens may be zeros: SDXL's empty negative prompt; without a bound their scale would be zero too
     return ao.Float8DynamicActivationFloat8WeightConfig(
         granularity=ao.PerRow(), activation_value_lb=1e-12, set_inductor_config=False

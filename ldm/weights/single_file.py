@@ -192,7 +192,7 @@ def _signature(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 def _signature_of(family: Family) -> tuple[int, ...]:
     unet = family.unet
-    size = unet.pooled_dim + unet.size_ids * unet.size_dim if unet.pooled_dim else 0
+    size = unet.pooled_dim + unet.size_ids * unet.size_dim if family.xl else 0
     return (unet.channels[0], unet.in_channels, unet.text_dim, size)
 
 

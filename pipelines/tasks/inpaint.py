@@ -74,7 +74,7 @@ def inpaint(run: SamplingRun) -> Tensor:
 
 
 def pasted(made: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
-    """What was made where the mask is white, and the original's own pixels where it is black."""
+    """The made image where the mask is white, pasted on the original's own pixels."""
     size = made.size
     image = original if original.size == size else original.resize(size, Image.Resampling.LANCZOS)
     white = mask_to_tensor(mask, *size)[0, 0, :, :, None].numpy().astype(bool)

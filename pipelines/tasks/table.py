@@ -1,4 +1,4 @@
-"""The tasks by name: what each of them does, and what it needs."""
+"""The table of tasks: how each makes its latents, and what it checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.tasks.text_to_image import text_to_image
 
 @dataclass(frozen=True)
 class Task:
-    """One row."""
+    """One row of the table."""
 
     latents: Callable[[SamplingRun], Tensor]  # (B, C, h, w) of the images
     check: Callable[[Request, Family], None] | None = None  # raises an LdmError unless a request fits task and model

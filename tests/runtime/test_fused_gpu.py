@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from launched import PATIENCE
 from networks import DTYPES, adapted, cast, circular, device, distance, formula, hooked, inputs
 from torch import Tensor, nn
 
@@ -173,7 +174,7 @@ def alone(*arguments: str, **environment: str) -> None:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
         [sys.executable, *arguments], env=ours | environment, cwd=HERE.parent, capture_output=True, text=True,
-        timeout=280, check=False,
+        timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 

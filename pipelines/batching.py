@@ -12,23 +12,23 @@ from ldm.models.prompts import count_chunks
 from ldm.models.text import TextEncoders
 from pipelines.request import Request
 
-BUSY = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # pixels of latents with which a device has enough to do at a time
-DECODED = 2**20  # pixels of images that go through an autoencoder at a time, which takes more memory than a U-Net
+BUSY = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # pixels of latents that keep a device busy, in one batch
+DECODED = 2**20  # pixels of images in one call of an autoencoder, which takes more memory than a U-Net
 
 
 def together(request: Request, family: Family, device: torch.device) -> int:
-    """Images of a request's size to make at a time; one where its noise would depend on the others."""
+    """How many images of a request one batch holds by default; one if its noise would depend on the others."""
     latents = (request.height // family.autoencoder.factor) * (request.width // family.autoencoder.factor)
     return 1 if request.rng == "diffusers" else max(1, BUSY.get(device.type, 1) // latents)
 
 
 def decodable(height: int, width: int) -> int:
-    """Images of that many pixels that go through an autoencoder at a time."""
+    """How many images of a size one call of an autoencoder takes."""
     return max(1, DECODED // (height * width))
 
 
 def shared(count: int, most: int) -> int:
-    """Of `count` images, how many come next, so that batches of at most `most` are about as large as each other."""
+    """The size of the next batch of `count` images, so that batches of at most `most` are about equally large."""
     batches = -(-count // most)
     return -(-count // batches)
 
@@ -44,9 +44,9 @@ def batches(request: Request, most: int, encoders: TextEncoders) -> Iterator[ran
 
 
 def alike(request: Request, encoders: TextEncoders) -> int:
-    """The first images of a request that can be made together: whose prompts are split into as many chunks.
+    """How many of a request's first images can share a batch: those whose prompts have the same number of chunks.
 
-    Beside a longer prompt, a prompt would be encoded with empty chunks behind it, which changes its image.
+    In a batch with a longer prompt, a prompt would be padded with empty chunks, which changes its image.
     """
     if len(request.prompts) == 1 or not request.chunks:
         return len(request.prompts)
