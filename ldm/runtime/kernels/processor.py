@@ -1,4 +1,4 @@
-"""What this machine's processor can do."""
+"""The instruction sets of this machine's processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FORBIDDEN = {"avx2": ("avx512", "avx10", "amx"), "default": ("avx", "amx")}
 
 
 def can(*names: str) -> bool:
-    """Whether it has one of these sets of instructions, by PyTorch's names: avx512_bf16, amx_bf16 …
+    """Whether the processor has one of these instruction sets, by PyTorch's names: avx512_bf16, amx_bf16 …
 
     PyTorch's variable ATEN_CPU_CAPABILITY counts here as for its own kernels: with `avx2` or `default`, all is as on a
     processor that has neither AVX-512 nor AMX.
