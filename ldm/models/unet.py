@@ -67,7 +67,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is told besides the noisy latents and the time."""
+    """The U-Net's inputs besides noisy latents and timestep."""
 
     text: Tensor  # (B, M, T) one vector a token
     pooled: Tensor | None = None  # (B, pooled_dim) one vector for the whole prompt (SDXL)
@@ -115,7 +115,7 @@ class TimeEmbedding(Embedding):
 
 
 class NoEmbedding(nn.Module):
-    """Stands where a U-Net takes no pooled text and no size ids."""
+    """No addition to the time embedding: for U-Nets without pooled text and time ids."""
 
     def forward(self, cond: Conditioning) -> float:
         return 0.0
