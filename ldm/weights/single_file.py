@@ -179,7 +179,7 @@ def _agreed(path: Path, told: list[tuple[str, dict[str, Any]]]) -> str | None:
 
 
 def _signature(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The numbers that tell families apart: channels of the first level, of the latents, of the text, of pooled text and size."""
+    """The numbers that tell families apart: channels of first level, latents, text, pooled text and size."""
 
     def dim(ending: str, rank: int, index: int) -> int:
         names = (name for name in shapes if name.startswith(layouts.UNET_PREFIX) and name.endswith(ending))
@@ -197,7 +197,7 @@ def _signature_of(family: Family) -> tuple[int, ...]:
 
 
 def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
-    """Statements about a checkpoint by its metadata, marker tensors and a configuration beside it, with their places."""
+    """Statements of metadata, marker tensors and a configuration beside a checkpoint, with their places."""
     told: list[tuple[str, dict[str, Any]]] = []
     stated = store.metadata.get("modelspec.prediction_type")
     if stated is not None:
