@@ -37,7 +37,7 @@ class Tuning:
     """The arguments of `Pipeline` about speed and memory."""
 
     attention: str = "auto"
-    quick: bool = True
+    fused: bool = True
     compile: bool = False
     quantize: str | None = None
     offload: str = "auto"
@@ -50,7 +50,7 @@ class Tuning:
         dtype: torch.dtype | None,
         options: Mapping[str, Any],
     ) -> tuple[LatentDiffusion, LatentDiffusion | None]:
-        """A model and perhaps its refiner from their sources, tuned; those that are loaded already, as they are.
+        """A model and perhaps its refiner from their sources, tuned; models that are loaded already stay as they are.
 
         `options` are those of `open_source`, for the model.
 
@@ -80,11 +80,10 @@ class Tuning:
         return self.apply(model, room)
 
     def apply(self, model: LatentDiffusion, room: Room | None = None) -> LatentDiffusion:
-        """A model on its device, tuned in place; with quantised weights or with a room where its networks take turns,
-        another around the same networks.
+        """A model tuned in place on its device; if it is quantised or offloaded, a `TunedModel` around its networks.
 
         Raises:
-            LdmError: a kernel does not run here, nothing can be compiled or quantised, or one thing excludes another.
+            LdmError: a kernel does not run here, nothing can be compiled or quantised, or choices exclude each other.
         """
         device, dtype = room.device if room else model.device, model.dtype
         if room and room.layers and (self.compile or self.quantize):
@@ -95,9 +94,9 @@ class Tuning:
         for network in (model.unet, model.autoencoder):
             if self.compile:
                 compile_blocks(network, device)
-            elif self.quick and not (room and room.layers):
-                fused_cpu.quicken(network, device)
-                fused_gpu.quicken(network, device)
+            elif self.fused and not (room and room.layers):
+                fused_cpu.fuse(network, device)
+                fused_gpu.fuse(network, device)
         name = self.attention
         if name == "auto":
             name = "sdpa" if self.compile else best_attention(device, dtype)
@@ -106,22 +105,22 @@ class Tuning:
         if name == "avx512":
             set_attention(model.autoencoder, name, device)
         if self.quantize or room:
-            model = Tuned(model, self.quantize, room)
-        if (self.compile or self.quick) and device.type == "cuda" and not room:
+            model = TunedModel(model, self.quantize, room)
+        if (self.compile or self.fused) and device.type == "cuda" and not room:
             record_steps(model.unet)
         return model
 
 
 def room_of(model: LatentDiffusion) -> Room | None:
     """The room that an offloaded model's networks share; None for other models."""
-    return model.room if isinstance(model, Tuned) else None
+    return model.room if isinstance(model, TunedModel) else None
 
 
-class Tuned(LatentDiffusion):
-    """A model whose weights are quantised, or take turns in a room; it is known by those that it was loaded with."""
+class TunedModel(LatentDiffusion):
+    """A model that is quantised or offloaded; its fingerprint is that of the weights as they were loaded."""
 
     def __init__(self, model: LatentDiffusion, quantized: str | None, room: Room | None) -> None:
-        """A model around the networks of another; `quantized` is a name of `ldm.runtime.quantization.QUANTIZED`.
+        """Take the networks of a model; `quantized` is a name of `ldm.runtime.quantization.QUANTIZED`.
 
         Raises:
             LdmError: it cannot be quantised here.

@@ -7,14 +7,18 @@ import os
 import random
 from pathlib import Path
 
+# before PyTorch is imported, and for the processes that tests start, too
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to others
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: as many threads as there are cores, in all
+    THREADS = max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
 import pytest
 import tiny
 import torch
 import transformers
 from PIL import Image, ImageDraw
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: as many threads as there are cores, in all
-    torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1))
 logging.getLogger("xformers").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

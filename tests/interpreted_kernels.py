@@ -19,7 +19,7 @@ from torch import nn
 from ldm.models.layers import GEGLU, ResnetBlock
 from ldm.runtime import fused_gpu
 from ldm.runtime.fused import LAST, FusedResnetBlock
-from ldm.runtime.fused_gpu import QuickGEGLU, quicken
+from ldm.runtime.fused_gpu import TritonGEGLU, fuse
 
 __all__ = ["device"]  # a fixture
 LAST_BIT = {torch.float32: 2e-7, torch.float16: 5e-4, torch.bfloat16: 8e-3}  # relative errors
@@ -134,8 +134,8 @@ def test_layers_with_their_kernels(device: None, dtype: torch.dtype, side: int) 
         exact = copy.deepcopy(block).double()(x.double(), time.double()), copy.deepcopy(gated).double()(rows.double())
         plain = nn.ModuleList([block, gated]).to(dtype)
         quick = copy.deepcopy(plain)
-        quicken(quick)
-        assert [type(layer) for layer in quick] == [FusedResnetBlock, QuickGEGLU]
+        fuse(quick)
+        assert [type(layer) for layer in quick] == [FusedResnetBlock, TritonGEGLU]
         for i, given in enumerate(((x, time), (rows,))):
             given = [tensor.to(dtype) for tensor in given]
             far = distance(quick[i](*given), exact[i])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 1200  # seconds for any process that a test starts: against hanging alone, ten times what the slowest takes
 
 
 def on_two(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -26,6 +27,6 @@ def on_several(count: int, *arguments: str | Path) -> subprocess.CompletedProces
         *map(str, arguments),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done

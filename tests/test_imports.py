@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from launched import PATIENCE
 from modules import ROOT, SOURCES, imports
 
 # what each part may import of the project, besides itself and ldm.errors
@@ -71,7 +72,7 @@ def test_every_package_is_installed() -> None:
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     check = "import sys; heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys(); assert not heavy"
-    subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True, capture_output=True, timeout=PATIENCE)
 
 
 HEAVY = """
@@ -96,7 +97,7 @@ def test_an_image_needs_little_beside_torch(tmp_path: Path) -> None:
     """With the built-in model and its own scheduler; what `import torch` brings does not count."""
     image = tmp_path / "fox.png"
     done = subprocess.run(
-        [sys.executable, "-c", HEAVY, str(image)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", HEAVY, str(image)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     assert image.is_file()

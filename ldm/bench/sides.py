@@ -30,7 +30,7 @@ def make_side(name: str, options: BenchOptions, call: Call, device: torch.device
     if name == OURS:
         tuning = Tuning(compile=options.compile, quantize=options.quantize, offload="none")
         return ours(_model(options.source, device, dtype, tuning), call)
-    model = _model(options.source, device, dtype, Tuning("sdpa", quick=False, offload="none"))
+    model = _model(options.source, device, dtype, Tuning("sdpa", fused=False, offload="none"))
     if name == "plain":
         return ours(model, call)
     return theirs(model, call, dtype_named(options.rival_dtype) or dtype, name)
@@ -51,7 +51,10 @@ def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what lay there in fp32
         return tuning.apply(model)
-    return Pipeline(source, device=device, dtype=dtype, **vars(tuning)).model
+    return Pipeline(
+        source, device=device, dtype=dtype, attention=tuning.attention, quick=tuning.fused, compile=tuning.compile,
+        quantize=tuning.quantize, offload=tuning.offload,
+    ).model  # fmt: skip
 
 
 def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:

@@ -41,7 +41,7 @@ PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """The options of the command line."""
 
     sources: Sequence[str]
@@ -64,7 +64,7 @@ class Options:
     as_json: bool = False
 
 
-def evaluate_sources(options: Options) -> None:
+def evaluate_sources(options: EvaluateOptions) -> None:
     """Evaluate, print the tables, and say where the report is."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     ranks, device = _ranks(options.device)
@@ -107,7 +107,7 @@ def evaluate_sources(options: Options) -> None:
 # --- what the options mean --------------------------------------------------------------------------------------------
 
 
-def _metrics(options: Options) -> tuple[str, ...]:
+def _metrics(options: EvaluateOptions) -> tuple[str, ...]:
     """`--metrics`, or what there are weights and images for."""
     if options.metrics is not None:
         return tuple(name.strip().lower() for name in options.metrics.split(",") if name.strip())

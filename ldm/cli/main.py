@@ -308,10 +308,10 @@ def evaluate(
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """
-    from ldm.cli.evaluate import Options, evaluate_sources
+    from ldm.cli.evaluate import EvaluateOptions, evaluate_sources
 
     evaluate_sources(
-        Options(
+        EvaluateOptions(
             sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
             clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
             settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,

@@ -349,7 +349,7 @@ _Row = tuple[_Crop, np.ndarray, tuple[int, ...]]  # crop, pixels (H, W, 3) uint8
 
 
 def _latent_settings(plan: BatchPlan, fingerprint: str) -> dict[str, object]:
-    """All that decides the latents of a crop, besides the image: how many there are of each does not."""
+    """The settings that the latents of a crop depend on; the number of crops is not among them."""
     framing = plan.framing
     if not framing.fixed:
         raise LdmError("a new crop at each visit cannot be cached; set crops to 1 or more, or crop to center")
@@ -379,7 +379,7 @@ def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 class _Rendering(Dataset):
-    """From crops of a bucket to their pixels (H, W, 3) uint8 and numbers; and those that cannot be read."""
+    """The dataset of crops: pixels (H, W, 3) uint8 and numbers of each, and the crops that cannot be read."""
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan

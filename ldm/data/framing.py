@@ -1,4 +1,4 @@
-"""What a visit shows of an image: the bucket, the resize, the crop, the flip, and SDXL's six numbers that say so.
+"""Crops and buckets: how an image is resized, cropped and flipped at a visit, and SDXL's six numbers of that.
 
 Buckets are pairs (width, height). At size 1024 they are SDXL's (arXiv 2307.01952, section 2.2 and appendix I). It is
 conditioned on the original size, the crop's top left corner in the resized image, and the size of the crop.
@@ -22,7 +22,7 @@ from ldm.errors import LdmError, check_whole
 
 @dataclass(frozen=True)
 class Framing:
-    """How images become images of a few sizes."""
+    """The settings of buckets and crops."""
 
     size: int = 1024  # every bucket has at most size² pixels, and about as many
     buckets: bool = True  # of many aspects; False: all images are cropped to squares
@@ -110,7 +110,7 @@ def fixed_frame(
 def visit_frame(
     framing: Framing, seed: int, key: str, epoch: int, original: tuple[int, int], sides: tuple[int, int]
 ) -> Frame:
-    """What the visit of an image in an epoch shows."""
+    """The frame of an image in an epoch."""
     number, flip = choose(framing, seed, key, epoch)
     if framing.fixed:
         return fixed_frame(framing, key, number, flip, original, sides)
@@ -118,7 +118,7 @@ def visit_frame(
 
 
 def choose(framing: Framing, seed: int, key: str, epoch: int) -> tuple[int, bool]:
-    """Which of its fixed crops the visit of an image shows, and whether mirrored."""
+    """The number of the fixed crop that a visit shows, and whether it is mirrored."""
     number = int(uniform(seed, "crop number", key, epoch) * framing.fixed)
     return number, framing.flip and uniform(seed, "flip", key, epoch) < 0.5
 
@@ -126,7 +126,7 @@ def choose(framing: Framing, seed: int, key: str, epoch: int) -> tuple[int, bool
 def _frame(
     framing: Framing, at: Sequence[float], flip: bool, original: tuple[int, int], sides: tuple[int, int]
 ) -> Frame:
-    """The image resized to cover the bucket, and of what is left over the part `at` (0 to 1 across and down)."""
+    """The frame of an image that is resized to cover the bucket and cropped at `at` (0 to 1 across and down)."""
     at = (0.5, 0.5) if framing.crop == "center" else at
     scale = max(side / length for side, length in zip(sides, original, strict=True))
     width, height = (max(side, round(length * scale)) for side, length in zip(sides, original, strict=True))

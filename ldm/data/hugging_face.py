@@ -39,7 +39,7 @@ def load(name: str, split: str = "train", streaming: bool = False) -> Any:
 
 
 class Columns:
-    """Which columns of a dataset hold what.
+    """The columns of a dataset that hold images, captions, keys and scores.
 
     Raises:
         LdmError: there is no column of images, or not the column asked for.
@@ -70,7 +70,7 @@ class Columns:
         return dataset.cast_column(self.image, datasets.Image(decode=False))
 
     def captions(self, row: Mapping[str, Any]) -> Captions:
-        """What a row says about its image."""
+        """The captions of a row."""
         return to_captions(row.get(self.caption or ""), row.get(self.score or ""))
 
 

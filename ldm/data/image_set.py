@@ -51,7 +51,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Captions:
-    """What is written about an image."""
+    """The captions of an image, and its score."""
 
     texts: tuple[str, ...]
     score: float | None = None  # aesthetic
@@ -81,7 +81,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """What is indexed together. A part with a stamp is not even listed again while that stays the same."""
+    """A part of a source that is indexed as a whole; one with a stamp is listed again only if the stamp changes."""
 
     name: str
     stamp: str  # "" if there is none
@@ -94,7 +94,7 @@ class Source(Protocol):
     name: str
 
     def parts(self) -> Iterable[SourcePart]:
-        """What is there. Raises LdmError if it cannot be read."""
+        """All parts of the source. Raises LdmError if it cannot be read."""
 
     def open(self, where: str) -> BinaryIO:
         """One image's file."""
@@ -165,7 +165,7 @@ class ImageSet:
         return [self._twice.get(index) or _text(key) for index, key in enumerate(self._column("key"))]
 
     def all_stamps(self) -> list[str]:
-        """Of all images, what changes with them."""
+        """The stamps of all images, which change with their files."""
         return [_text(stamp) for stamp in self._column("stamp")]
 
     def example(self, index: int) -> Example:
@@ -224,7 +224,7 @@ def read_image(file: BinaryIO, size: tuple[int, int], least: int) -> Image.Image
 
 
 def made(folder: Path) -> Path:
-    """The folder, which is there now.
+    """Create a folder where there is none, and return it.
 
     Raises:
         LdmError: it cannot be made.
@@ -320,7 +320,7 @@ def _index(source: Source, folder: Path) -> Path:
 
 
 def _identity(entry: Entry) -> tuple[bytes, ...]:
-    """What must be as it was for an entry to be known from an earlier start: the columns `_SAME`."""
+    """The columns `_SAME` of an entry: while they are unchanged, the entry of an earlier start is used."""
     return tuple(_bytes(text) for text in (entry.key, entry.where, entry.stamp, entry.caption_stamp))
 
 

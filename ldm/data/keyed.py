@@ -1,4 +1,4 @@
-"""Random numbers that are functions of what they are for, not of when or where they are drawn.
+"""Random numbers as functions of a key (seed, sample, epoch …), whatever the time and the process of the draw.
 
 A crop, a caption, the noise of a sample depend on (seed, purpose, key) alone: never on the number of processes or
 workers, the place in a batch, or the state of any global generator. So a run can be resumed, or laid out anew, exactly.

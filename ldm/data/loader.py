@@ -34,7 +34,7 @@ Row = tuple[str, int, str, float, tuple[int, ...], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process trains on at once. It has pixels, or moments where latents are cached."""
+    """The samples of one forward pass of a process. It has pixels, or moments where latents are cached."""
 
     keys: list[str]  # of the images
     epochs: list[int]  # which visit of each image this is
@@ -168,7 +168,7 @@ def once(plan: BatchPlan, rows: int, rank: int, world: int, device: torch.device
 
 
 def _deaf(worker: int) -> None:
-    """Workers go on when a terminal or a scheduler asks all processes to end: the main one ends them once it saved."""
+    """Make a worker ignore SIGINT and SIGTERM: the main process ends its workers once it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -193,7 +193,7 @@ def _ready(batch: Batch, device: torch.device | str) -> Batch:
 
 
 class _Loading(Dataset):
-    """From what a batch is to hold to the batch, its pixels (B, H, W, 3) uint8; and the images that are damaged."""
+    """The dataset of batches: a plan's item to its batch, pixels (B, H, W, 3) uint8, and the damaged images."""
 
     def __init__(self, plan: BatchPlan | StreamPlan, latents: Latents | None) -> None:
         self.plan = plan
@@ -204,7 +204,7 @@ class _Loading(Dataset):
         return self.batch(rows) if len(rows) == len(item.visits) else None, damaged
 
     def rows(self, item: Item) -> tuple[list[Row], list[tuple[str, str]]]:
-        """What of it can be read, and the keys of damaged images with reasons."""
+        """The readable images, and the keys of damaged ones with reasons."""
         rows: list[Row] = []
         damaged: list[tuple[str, str]] = []
         for visit in item.visits:

@@ -36,7 +36,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Item:
-    """What a batch is to hold."""
+    """The samples of a batch, before they are loaded."""
 
     sides: tuple[int, int]  # width and height of its bucket
     visits: list[Visit]
@@ -97,7 +97,7 @@ class BatchPlan:
         return epoch
 
     def item(self, step: int) -> Item:
-        """What the batch of a step holds."""
+        """The samples of a step's batch."""
         epoch = self.epoch(step)
         counts = np.array([len(some) for some in self.buckets.values()])
         owed = np.repeat(np.arange(len(counts)), (epoch + 1) * counts // self.batch - epoch * counts // self.batch)

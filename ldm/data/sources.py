@@ -1,4 +1,4 @@
-"""Any source of captioned images, by what its name says."""
+"""Sources of captioned images, opened by name."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Streamed:
 
 
 class Stream(Protocol):
-    """Where images come from, one after the other."""
+    """A source of images that is read in one order."""
 
     name: str
 
@@ -91,7 +91,7 @@ class DatasetStream:
 
 
 class StreamPlan:
-    """The batches of a run over a stream, in the form of a `Plan`.
+    """The batches of a run over a stream, as `BatchPlan` gives them.
 
     Args:
         stream: where the images come from.

@@ -278,7 +278,7 @@ class VQModel(nn.Module):
         return self.posterior(self.quant_conv(self.encoder(x)))
 
     def posterior(self, latents: Tensor) -> PointPosterior:
-        """Latents (B, codebook_dim, h, w) in the place of a distribution."""
+        """Latents (B, codebook_dim, h, w) as a posterior without spread."""
         return PointPosterior(latents)
 
     def decode(self, z: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class TextEncoderConfig:
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
-    """Vectors that are still to be filled."""
+    """An embedding whose values are drawn later, by `fill`."""
     return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
 
 

@@ -61,7 +61,7 @@ class ImageEncoderConfig:
 
 
 class TextHeads(nn.Module):
-    """What brings the state at the end of a text into the common space, for each text encoder, and the logits' scales.
+    """Projections of each text encoder's final state into the common space, and the scales of the logits.
 
     A text encoder that has a projection uses that; the others get one here, which the U-Net knows nothing of.
     """

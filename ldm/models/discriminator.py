@@ -40,7 +40,7 @@ class DiscriminatorConfig:
 
     @property
     def smallest(self) -> int:
-        """Height and width in pixels of the smallest image that there is a patch for."""
+        """Height and width in pixels of the smallest image that has a patch."""
         return 3 * 2**self.layers
 
 

@@ -138,7 +138,7 @@ class TokenLinear(nn.Linear):
 
 
 class NoAttention(nn.Module):
-    """Stands where a level of the U-Net has no transformer."""
+    """No transformer: for levels of the U-Net without attention."""
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         return x

@@ -144,7 +144,7 @@ def _scaled(side: slice, up: int, down: int) -> slice:
 
 
 def _share_norms(module: nn.Module) -> list[SharedNorm]:
-    """Put a `SharedNorm` in the place of every group norm of a module."""
+    """Replace every group norm of a module by a `SharedNorm`."""
     norms = []
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -1,7 +1,7 @@
-"""CLIP's tokenizer: texts to numbers of tokens and back. Its own vocabulary comes with the package open_clip_torch.
+"""CLIP's tokenizer: texts to token ids and back. Its own vocabulary comes with the package open_clip_torch.
 
-Radford et al. 2021 (arXiv 2103.00020), section 2.4. The rules are those of transformers' `CLIPTokenizer`: what is in a
-text is normalised, split into words and these into pairs of letters by the library `tokenizers`.
+Radford et al. 2021 (arXiv 2103.00020), section 2.4. The rules are those of transformers' `CLIPTokenizer`: the
+library `tokenizers` normalises a text, splits it into words, and merges the letters of each word into tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 
 
 class Tokenizer:
-    """A vocabulary, what belongs together in it, and the tokens with a meaning of their own.
+    """A vocabulary, its merges, and the special tokens.
 
     Several threads may use one: no call changes it.
     """
@@ -44,11 +44,11 @@ class Tokenizer:
     ) -> None:
         """Args:
             vocab: the number of each token.
-            merges: which two make one, the most frequent first.
-            start: the token in front of a text.
-            end: the one behind it.
-            unknown: what stands for a token that is not there.
-            pad: what fills a text up.
+            merges: pairs of tokens that are merged, the most frequent first.
+            start: the token before a text.
+            end: the token behind a text.
+            unknown: the token for what is not in the vocabulary.
+            pad: the token that fills a text up to its length.
             added: tokens that are found in a text before anything else is, in this order; those in no vocabulary get
                 the next numbers. The four above are among them, if need be at the end.
             context: tokens of a text, with start and end; None if the tokenizer's files do not say.

@@ -32,7 +32,7 @@ class UNetConfig:
     in_channels: int = 4  # 9: with mask and masked image (inpainting); 8: with the image to edit (InstructPix2Pix)
     out_channels: int = 4
     linear_projection: bool = False  # transformers project tokens (SD 2, SDXL), not feature maps (SD 1)
-    pooled_dim: int = 0  # channels of the pooled text; 0: the model takes no pooled text and no size ids
+    pooled_dim: int = 0  # channels of the pooled text; 0: the model takes no pooled text and no time ids
     size_ids: int = 0  # numbers of size conditioning: 6, or 5 for the refiner
     size_dim: int = 256  # sinusoid channels of each of them
     groups: int = 32  # of every group norm
@@ -67,7 +67,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is told besides the noisy latents and the time."""
+    """The U-Net's inputs besides noisy latents and timestep."""
 
     text: Tensor  # (B, M, T) one vector a token
     pooled: Tensor | None = None  # (B, pooled_dim) one vector for the whole prompt (SDXL)
@@ -115,14 +115,14 @@ class TimeEmbedding(Embedding):
 
 
 class NoEmbedding(nn.Module):
-    """Stands where a U-Net takes no pooled text and no size ids."""
+    """No addition to the time embedding: for U-Nets without pooled text and time ids."""
 
     def forward(self, cond: Conditioning) -> float:
         return 0.0
 
 
 class SizeEmbedding(Embedding):
-    """Pooled text and size ids to an addition to the time embedding (Podell et al. 2023, sections 2.1 and 2.2)."""
+    """Pooled text and time ids to an addition to the time embedding (Podell et al. 2023, sections 2.1 and 2.2)."""
 
     def __init__(self, config: UNetConfig, time_dim: int) -> None:
         super().__init__(config.pooled_dim + config.size_ids * config.size_dim, time_dim)
@@ -133,7 +133,7 @@ class SizeEmbedding(Embedding):
         shapes = [None if x is None else tuple(x.shape[1:]) for x in (cond.pooled, cond.size)]
         if shapes != [(c.pooled_dim,), (c.size_ids,)] or cond.pooled is None or cond.size is None:
             raise LdmError(
-                f"this U-Net needs pooled text (B, {c.pooled_dim}) and {c.size_ids} size ids (B, {c.size_ids}) in its "
+                f"this U-Net needs pooled text (B, {c.pooled_dim}) and {c.size_ids} time ids (B, {c.size_ids}) in its "
                 f"conditioning; got {shapes[0]} and {shapes[1]} for each image"
             )
         size = sinusoids(cond.size.flatten(), c.size_dim).view(len(cond.size), -1)  # (B, size_ids · size_dim)
@@ -231,7 +231,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def embed_time(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Timestep, pooled text and size ids to one vector an image, as residual blocks take it: (B, E)."""
+        """Timestep, pooled text and time ids to one vector an image, as residual blocks take it: (B, E)."""
         return F.silu(self.time_embedding(t.expand(len(x)), x.dtype) + self.add_embedding(cond))
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

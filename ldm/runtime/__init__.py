@@ -1,1 +1,1 @@
-"""What changes a network's speed or place alone: fused layers, kernels, graphs, precomputing, offload, 8-bit types."""
+"""What changes only a network's speed or place: fused layers, kernels, graphs, precomputing, offload, quantisation."""

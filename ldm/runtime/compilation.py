@@ -1,7 +1,7 @@
 """Residual and transformer blocks compiled by `torch.compile`, each kind once for all places where it stands.
 
-They are most of the work, and compiling them takes a fraction of what the whole network would. What was compiled is
-kept on disk for the next process; weights are its inputs, so that others may come in their place.
+They do most of the work, and take a fraction of the whole network's time to compile. Compiled code is kept on disk for
+the next process. Weights are its inputs, so that they may change.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ldm.runtime.fused import LAST
 from ldm.runtime.precomputing import precomputed_outputs
 
 log = logging.getLogger(__name__)
-VARIANTS = 256  # of a kind of block: widths, sizes of images; PyTorch stops compiling after 8 unless told otherwise
+VARIANTS = 256  # of one kind of block, for widths and sizes of images; PyTorch's own limit is 8
 
 
 def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None:
-    """Put compiled blocks in the place of a network's own; they are compiled at the first call.
+    """Replace a network's blocks by compiled ones, in place; they are compiled at the first call.
 
     A block is compiled for its channels and the height and width of its images, and for any length of text; for one
     image and for several. Convolutions get their weights channels last, in place. `device` is where the network will
@@ -44,10 +44,10 @@ def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None
 
 
 def check_compiling(device: torch.device) -> None:
-    """Raise unless something can be compiled for a device; what will be is kept in the user's folder for caches.
+    """Check that `torch.compile` works for a device, and let it keep compiled code in the user's cache folder.
 
     Raises:
-        LdmError: nothing can.
+        LdmError: it does not work.
     """
     if problem := failure(device):
         raise LdmError(
@@ -64,7 +64,7 @@ def failure(device: torch.device) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     except OSError as error:
-        log.warning("what is compiled cannot be kept for the next time: %s: %s", folder, error.strerror)
+        log.warning("compiled code cannot be kept for the next time: %s: %s", folder, error.strerror)
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # PyTorch's own kinds of errors, those of compilers, of missing packages
@@ -74,7 +74,7 @@ def failure(device: torch.device) -> str:
 
 @cache
 def _blocks() -> dict[type[nn.Module], type[nn.Module]]:
-    """For each kind of block, the compiled one."""
+    """The compiled class for each kind of block."""
     import torch._dynamo  # which takes a second
 
     config: Any = torch._dynamo.config
@@ -84,7 +84,7 @@ def _blocks() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class whose forward pass is the compiled one of another class."""
+    """A subclass of a block whose forward pass is compiled."""
     body = torch.compile(kind.forward, dynamic=False)
     mark = torch._dynamo.maybe_mark_dynamic
 
@@ -101,7 +101,7 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Say that something is being compiled, and how long it took, if that happens within."""
+    """Log that code is being compiled, and how long that took, if it happens within this context."""
     from torch._dynamo.callback import callback_handler as handler
 
     seconds, began, count = 0.0, 0.0, 0

@@ -1,8 +1,7 @@
-"""Layers that leave small steps to a kernel, which reads memory once for several of them: the part of `on_cpu.py` and
-`on_gpu.py` that both share.
+"""Fused layers: several small steps in one kernel, which reads memory once. What those of CPUs and GPUs share.
 
-Each stands in for the layer that it is made of, with the same parameters under the same names. Where its kernel does
-not fit what it is given, it does what that layer does.
+Each has the parameters of the plain layer that it replaces, under the same names, and computes what that layer computes
+wherever its kernel does not fit the input.
 
 B batch, C channels, H×W height and width
 """
@@ -19,28 +18,28 @@ LAST = torch.channels_last
 
 
 def hooked(layer: nn.Module) -> bool:
-    """Whether others want to see or change what it is given or gives."""
+    """Whether hooks read or change the layer's input or output."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
-class FusedNorm(nn.GroupNorm):
-    """In one pass for the statistics and one for the result."""
+class FusedGroupNorm(nn.GroupNorm):
+    """A group norm in two passes over memory: one for the statistics, one for the result."""
 
     def fits(self, *tensors: Tensor) -> bool:
-        """Whether the kernel can compute with these and the layer's own, and nobody wants gradients."""
+        """Whether the kernel can compute with these tensors and the weights, and no gradients are wanted."""
         raise NotImplementedError
 
     def kernel(self, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
-        """The norm of images (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it."""
+        """The norm of `x` (B, C, H, W), channels last, plus an offset (B, C); with `silu`, SiLU of the norm."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        quick = self.fits(x) and x.is_contiguous(memory_format=LAST)
-        return self.kernel(x) if quick else super().forward(x)
+        fits = self.fits(x) and x.is_contiguous(memory_format=LAST)
+        return self.kernel(x) if fits else super().forward(x)
 
 
 class FusedResnetBlock(ResnetBlock):
-    """With group norm and SiLU as one, which takes the time embedding along."""
+    """A residual block that computes the sum with the time embedding, group norm and SiLU in one kernel."""
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(_activated(self.norm1, x))
@@ -48,36 +47,37 @@ class FusedResnetBlock(ResnetBlock):
         return self.end(_activated(self.norm2, h, offset), self.conv_shortcut(x))
 
     def end(self, h: Tensor, x: Tensor) -> Tensor:
-        """The last convolution of `h`, and the skip connection `x`."""
+        """The last convolution of `h`, added to the skip connection `x`."""
         return x + self.conv2(h)
 
 
 def _activated(norm: nn.Module, x: Tensor, offset: Tensor | None = None) -> Tensor:
-    """SiLU of the norm of `x` (B, C, H, W) and an offset (B, C)."""
-    given = (x,) if offset is None else (x, offset)
-    if isinstance(norm, FusedNorm) and not hooked(norm) and norm.fits(*given) and x.is_contiguous(memory_format=LAST):
+    """SiLU of the norm of `x` (B, C, H, W) plus an offset (B, C)."""
+    tensors = (x,) if offset is None else (x, offset)
+    last = x.is_contiguous(memory_format=LAST)
+    if last and isinstance(norm, FusedGroupNorm) and not hooked(norm) and norm.fits(*tensors):
         return norm.kernel(x, offset, silu=True)
     return F.silu(norm(x if offset is None else x + offset[:, :, None, None]))
 
 
 class FusedGEGLU(GEGLU):
-    """With the bias, GELU and the product as one."""
+    """A GEGLU that computes the sum with the bias, GELU and the gating product in one kernel."""
 
-    known: tuple[type[nn.Module], ...] = (nn.Linear,)  # whose product without bias is `product`
+    linear: tuple[type[nn.Module], ...] = (nn.Linear,)  # classes of `proj` whose product without bias is `product`
 
     def fits(self, *tensors: Tensor) -> bool:
-        """Whether the kernel can compute with these and the layer's own, and nobody wants gradients."""
+        """Whether the kernel can compute with these tensors and the weights, and no gradients are wanted."""
         raise NotImplementedError
 
     def kernel(self, x: Tensor, bias: Tensor) -> Tensor:
-        """GELU of the second half of `x` (…, 2 C) plus a bias (2 C,), times the first: (…, C)."""
+        """Of `x` (…, 2 C) plus a bias (2 C,), the first half of the channels times GELU of the second: (…, C)."""
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """`x` (…, C) by the weights alone."""
+        """`x` (…, C) times the weights, without bias."""
         return F.linear(x, self.proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.proj) not in self.known or hooked(self.proj) or not self.fits(x):
+        if type(self.proj) not in self.linear or hooked(self.proj) or not self.fits(x):
             return super().forward(x)
         return self.kernel(self.product(x), self.proj.bias)

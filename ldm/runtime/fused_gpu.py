@@ -1,7 +1,6 @@
-"""What makes images quicker on a CUDA GPU: layers that read memory less often, for images that lie channels last,
-as the multiplying units of GPUs take them. Convolutions stay cuDNN's.
+"""Fused layers for CUDA GPUs, in Triton: they read memory less often, with channels last. Convolutions stay cuDNN's.
 
-Each gives the numbers of the layer that it stands in for, but for rounding (`quick.py`).
+Each gives the numbers of the plain layer that it replaces, but for rounding (`fused.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ldm.errors import first_line
 from ldm.models.layers import GEGLU, ResnetBlock
 from ldm.models.surgery import reclassed
-from ldm.runtime.fused import LAST, FusedGEGLU, FusedNorm, FusedResnetBlock
+from ldm.runtime.fused import LAST, FusedGEGLU, FusedGroupNorm, FusedResnetBlock
 from ldm.runtime.kernels.compiled import learns
 
 log = logging.getLogger(__name__)
@@ -26,9 +25,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 4096  # channels of a group that fit into a program's registers
 
 
-def quicken(model: nn.Module, device: torch.device | None = None) -> None:
-    """Put quicker layers in the place of a network's own, if that is a CUDA GPU; they stay its weights, but those of
-    convolutions lie channels last in memory from then on, and so do the images that come out.
+def fuse(model: nn.Module, device: torch.device | None = None) -> None:
+    """Replace layers of a network on a CUDA GPU by fused ones with the same weights, in place.
+
+    The weights of convolutions are channels last in memory from then on, and so are the network's outputs.
 
     `device` is where the network will compute, if not where its weights are.
     """
@@ -37,29 +37,29 @@ def quicken(model: nn.Module, device: torch.device | None = None) -> None:
     if device.type != DEVICE or not works(device, weight.dtype):
         return
     model.to(memory_format=LAST)
-    reclassed(model, {nn.GroupNorm: QuickNorm, ResnetBlock: FusedResnetBlock, GEGLU: QuickGEGLU})
+    reclassed(model, {nn.GroupNorm: TritonGroupNorm, ResnetBlock: FusedResnetBlock, GEGLU: TritonGEGLU})
 
 
 @cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton is there, and computes in that type on that GPU: tried on a few numbers."""
+    """Whether Triton's kernels compute correctly in that type on that GPU, tried on a few numbers."""
     if dtype not in DTYPES:
         return False
     try:
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            return False  # Triton does not promise to know older ones
+            return False  # Triton does not support older ones
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             right = _right(device, dtype)
-    except Exception as error:  # compilers and drivers fail in many ways, and plain layers do as well
-        log.warning("without quick layers: %s", first_line(error))
+    except Exception as error:  # compilers and drivers fail in many ways; plain layers do the work then
+        log.warning("fused layers are not used: %s", first_line(error))
         return False
     if not right:
-        log.warning("without quick layers: what Triton's kernels give in %s on %s is wrong", dtype, device)
+        log.warning("fused layers are not used: Triton's kernels give wrong results in %s on %s", dtype, device)
     return right
 
 
 def _right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels give what plain layers give: for images in one piece and in chunks, and for GEGLU."""
+    """Whether the kernels agree with plain layers: group norm of images in one piece and in chunks, and GEGLU."""
     norm, gated = nn.GroupNorm(4, 64), GEGLU(8, 40)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
@@ -77,21 +77,21 @@ def _right(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def kernels() -> ModuleType:
-    """`ldm.runtime.kernels.triton_layers`, imported when needed: Triton comes with PyTorch for GPUs alone."""
+    """`ldm.runtime.kernels.triton_layers`, imported when needed: Triton comes only with PyTorch for GPUs."""
     from ldm.runtime.kernels import triton_layers
 
     return triton_layers
 
 
 def fits(x: Tensor, *others: Tensor) -> bool:
-    """Whether these are on a GPU, of one type that the kernels know, and nobody wants gradients."""
+    """Whether the tensors are on a GPU, of one type that the kernels support, and no gradients are wanted."""
     right = x.device.type == DEVICE and x.dtype in DTYPES
     right = right and all(other.dtype == x.dtype and other.device == x.device for other in others)
     return right and not learns(x, *others)
 
 
-class QuickNorm(FusedNorm):
-    """In Triton."""
+class TritonGroupNorm(FusedGroupNorm):
+    """A group norm by the Triton kernels."""
 
     def fits(self, *tensors: Tensor) -> bool:
         return fits(*tensors, self.weight) and self.num_channels <= WIDEST * self.num_groups
@@ -100,8 +100,8 @@ class QuickNorm(FusedNorm):
         return kernels().group_norm(self, x, offset, silu)
 
 
-class QuickGEGLU(FusedGEGLU):
-    """In Triton."""
+class TritonGEGLU(FusedGEGLU):
+    """A GEGLU by the Triton kernel."""
 
     def fits(self, *tensors: Tensor) -> bool:
         return fits(*tensors, self.proj.weight)

@@ -1,4 +1,4 @@
-"""Models that are larger than a GPU's memory: their weights lie in the computer's, and come when they are needed."""
+"""Offloading: models larger than a GPU's memory keep their weights in main memory, and move them when needed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ldm.weights.components import Components
 
 log = logging.getLogger(__name__)
 OFFLOAD = {  # name -> what it does
-    "auto": "what fits into the memory that is free on a GPU",
+    "auto": "the first of the others that fits into a GPU's free memory",
     "none": "all weights stay on the device",
-    "components": "text encoders, U-Net and autoencoder are there one at a time",
-    "layers": "the same, and of the U-Net one layer at a time",
+    "components": "text encoders, U-Net and autoencoder are on the device one at a time",
+    "layers": "the same, and the U-Net's layers are there one at a time",
 }
-WORK = 2 * 2**30  # bytes beside the weights: what an image of usual size needs on its way
+WORK = 2 * 2**30  # bytes that an image of usual size needs beside the weights
 
 
 class Room:
-    """Memory of a device, for one of several networks at a time; one batch of images at a time uses it."""
+    """A device's memory, which holds one of several networks at a time, for one batch of images at a time."""
 
     def __init__(self, device: torch.device, layers: bool) -> None:
         self.device = device
@@ -34,19 +34,19 @@ class Room:
         self.present: nn.Module | None = None
 
     def add(self, model: Components) -> None:
-        """Let the networks of a model, which are elsewhere now, take turns here."""
-        for network in model.networks.values():
-            if self.layers and isinstance(network, UNet):
-                by_layers(network, self.device)
-            else:
-                self.guests.add(network)
+        """Let the networks of a model, which are in main memory now, take turns in this room."""
+        self.guests |= {model.text_encoders, model.autoencoder}
+        if self.layers:
+            by_layers(model.unet, self.device)
+        else:
+            self.guests.add(model.unet)
 
     def bring(self, network: nn.Module) -> None:
-        """Let a network in, and the one that is there out."""
+        """Move a network onto the device, after the one that is there has been moved out."""
         if network not in self.guests or network is self.present:
             return
         present, self.present = self.present, None
-        with torch.inference_mode(False), torch.no_grad():  # where quantised weights could not move
+        with torch.inference_mode(False), torch.no_grad():  # in inference mode quantised weights cannot move
             if present is not None:
                 present.to("cpu")
             try:
@@ -58,19 +58,19 @@ class Room:
 
 
 def by_layers(unet: UNet, device: torch.device) -> None:
-    """Let each layer of a U-Net have its weights on a device only while it computes; elsewhere they are on "meta"."""
+    """Keep each layer's weights on the device only while it computes; between calls its parameters are on "meta"."""
     from accelerate.hooks import attach_align_device_hook
 
     attach_align_device_hook(unet, execution_device=device, offload=True, weights_map=dict(unet.state_dict()))
 
 
 def room_for(models: Iterable[Components], offload: str, device: torch.device, dtype: torch.dtype) -> Room | None:
-    """Where the networks of models, a base and perhaps its refiner, take turns; None if all of them stay.
+    """The room where the networks of a base and perhaps its refiner take turns; None if all stay on the device.
 
     `offload` is a name of `OFFLOAD`.
 
     Raises:
-        LdmError: it is none.
+        LdmError: the name is unknown.
     """
     if offload not in OFFLOAD:
         raise LdmError(f"offload {offload!r} is not known; choose one of: {', '.join(OFFLOAD)}")
@@ -78,7 +78,7 @@ def room_for(models: Iterable[Components], offload: str, device: torch.device, d
         if device.type != "cuda":
             return None
         free, sizes = torch.cuda.mem_get_info(device)[0], nbytes(models, dtype)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # which PyTorch keeps
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, and kept by PyTorch
         offload = choice(sizes, free)
         if offload != "none":
             log.warning(
@@ -89,18 +89,18 @@ def room_for(models: Iterable[Components], offload: str, device: torch.device, d
 
 
 def nbytes(models: Iterable[Components], dtype: torch.dtype) -> dict[str, int]:
-    """What the weights of each network will take, of a refiner those of its U-Net: the rest is the base's."""
+    """Bytes that each network's weights will take; a refiner shares all but its U-Net with the base."""
     sizes: dict[str, int] = {}
     for number, model in enumerate(models):
         for name, network in model.modules().items():
-            if not number or name == "unet":
+            if number == 0 or name == "unet":
                 count = sum(parameter.numel() for parameter in network.parameters())
                 sizes[f"{name}{number}"] = count * dtype.itemsize
     return sizes
 
 
 def choice(sizes: Mapping[str, int], free: int) -> str:
-    """How networks of these sizes fit into so many bytes: none, components or layers."""
+    """The offloading that networks of these sizes need to fit into `free` bytes: none, components or layers."""
     if sum(sizes.values()) + WORK <= free:
         return "none"
     return "components" if max(sizes.values()) + WORK <= free else "layers"

@@ -1,10 +1,10 @@
-"""Linear layers with weights of 8 bits, by the library torchao: for making images, not for training.
+"""Linear layers with 8-bit weights, by the library torchao: for making images, not for training.
 
-Those of a U-Net's transformer blocks, attention and feed-forward: 85 % of the weights of SDXL, 28 % of SD 1.5. All else
-stays as it is. The first and the last layer, and those of the embedding of time and size, are small, and their errors
-reach every pixel; the projections around the blocks are convolutions in SD 1, and convolutions are not for these types.
+The layers of a U-Net's transformer blocks are quantised: 85 % of the weights of SDXL, 28 % of SD 1.5. All others stay
+as they are. The first and the last layer, and the embeddings of timestep and time ids, are small, and their errors
+reach every pixel; the projections around the blocks are convolutions in SD 1, which these types do not support.
 
-C channels, R rows of a weight: the channels that a layer makes
+C channels, R rows of a weight: the output channels of a layer
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, first_line
 from ldm.models.layers import TransformerBlock
+from ldm.runtime.kernels.processor import can
 
 QUANTIZED = {  # name -> what is rounded
     "int8": "weights to 8-bit integers with a scale a row; activations likewise, token by token, as they come",
     "int8-weights": "weights alone, likewise",
     "fp8": "weights and activations to floating-point numbers of 8 bits (e4m3), scaled likewise: a newer GPU, in bf16",
 }
-WIDTH = 16  # what the widths of a layer must be multiples of, for the products of 8-bit numbers on a GPU
+WIDTH = 16  # the widths of a layer must be multiples of it, for 8-bit products on a GPU
 
 
 def quantize(model: nn.Module, name: str) -> int:
-    """Replace the weights of a U-Net's linear layers in transformer blocks; how many layers they were.
+    """Quantise the linear layers in a U-Net's transformer blocks, in place, and return how many they are.
 
-    `name` is a key of `QUANTIZED`. A scale is what the largest number of its row needs (Dettmers et al. 2022,
-    arXiv 2208.07339, section 3.1). Layers whose widths are no multiples of 16 are passed over, as are those with a row
-    of zeros, which has no scale; released models have widths that fit.
+    `name` is a key of `QUANTIZED`. The scale of a row follows from its largest number (Dettmers et al. 2022,
+    arXiv 2208.07339, section 3.1). Layers whose widths are no multiples of 16 are left out, as are those with a row of
+    zeros, which has no scale; released models have widths that fit.
 
     Raises:
-        LdmError: the name is unknown, torchao is missing, it does not run here, or there is no weight to be replaced.
+        LdmError: the name is unknown, torchao is missing or does not run here, or no layer can be quantised.
     """
     weight = next(model.parameters())
     config = check_quantize(name, weight.device, weight.dtype)
@@ -47,20 +48,20 @@ def quantize(model: nn.Module, name: str) -> int:
         if isinstance(layer, nn.Linear) and _suits(layer.weight)
     ]
     if not chosen:
-        raise LdmError(f"quantize {name!r}: no layer is left to do it to; is the model quantised already?")
+        raise LdmError(f"quantize {name!r}: no layer can be quantised; is the model quantised already?")
     for layer in chosen:
         _replace_weight(layer, config)
     return len(chosen)
 
 
 def _suits(weight: Tensor) -> bool:
-    """Whether a weight (R, C) is plain, of widths that fit, and without a row of zeros."""
+    """Whether a weight (R, C) is not quantised yet, has widths that fit, and no row of zeros."""
     plain = type(weight) is nn.Parameter
     return plain and all(side % WIDTH == 0 for side in weight.shape) and bool(weight.any(dim=1).all())
 
 
 def check_quantize(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """torchao's configuration, once a small layer of that device and dtype has been tried.
+    """torchao's configuration, after a test with a small layer on that device and in that dtype.
 
     Raises:
         LdmError: the name is unknown, torchao is missing, or it does not run here.
@@ -82,7 +83,7 @@ def check_quantize(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _config(name: str, device: torch.device) -> Any:
-    warns = logging.getLogger("torch.utils._pytree")  # of how torchao registers enums, which is not the user's concern
+    warns = logging.getLogger("torch.utils._pytree")  # it warns of how torchao registers enums
     level = warns.level
     warns.setLevel(logging.ERROR)
     try:
@@ -96,10 +97,9 @@ def _config(name: str, device: torch.device) -> Any:
     if name == "int8-weights":
         return ao.Int8WeightOnlyConfig(set_inductor_config=False)
     if name == "int8":
-        # products of all 8 bits overflow on processors without VNNI
-        return ao.Int8DynamicActivationInt8WeightConfig(
-            set_inductor_config=False, reduce_range=should_reduce_range(device)
-        )
+        # products of all 8 bits overflow on processors without VNNI, and where it is not to be used
+        reduced = should_reduce_range(device) or (device.type == "cpu" and not can("avx512_vnni", "avx_vnni"))
+        return ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=reduced)
     # tokens may be zeros: SDXL's empty negative prompt; without a bound their scale would be zero too
     return ao.Float8DynamicActivationFloat8WeightConfig(
         granularity=ao.PerRow(), activation_value_lb=1e-12, set_inductor_config=False
@@ -107,7 +107,7 @@ def _config(name: str, device: torch.device) -> Any:
 
 
 def _replace_weight(layer: nn.Linear, config: Any) -> None:
-    """Put a quantised weight in the place of a layer's (R, C)."""
+    """Replace a layer's weight (R, C) by a quantised one."""
     from torchao.quantization import quantize_
 
     quantize_(layer, config)
@@ -125,6 +125,6 @@ def _try(config: Any, device: torch.device, dtype: torch.dtype) -> str:
         _replace_weight(layer, config)
         with torch.inference_mode():
             found: Tensor = layer(x[None])[0].float()
-    except Exception as error:  # as kernels of attention do, these fail in many ways
+    except Exception as error:  # these kernels fail in many ways
         return first_line(error)
     return "" if (found - wanted).norm() < 0.1 * wanted.norm() else "its result is wrong"

@@ -1,1 +1,1 @@
-"""Weights: every format that models of these families come in and go out in."""
+"""Weights: the file formats of models, read and written."""

@@ -223,7 +223,7 @@ class Opened:
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raise unless tensors can be put there.
+    """Check that tensors can be moved to a device.
 
     Raises:
         LdmError: there is no such device, or it does not work.

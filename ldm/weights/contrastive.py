@@ -1,4 +1,4 @@
-"""What a contrastive pair has besides the model's text encoders, as a folder.
+"""The folder of a contrastive pair: all but the model's text encoders.
 
 image_encoder/          a `CLIPVisionModelWithProjection` that transformers opens
 heads.safetensors       heads of the text encoders without a projection, and the logarithms of the logits' scales

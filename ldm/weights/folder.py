@@ -68,7 +68,7 @@ def open_folder(
     progress: Progress = silent,
     lender: Path | None = None,
 ) -> Opened:
-    """Find out what a diffusers folder holds.
+    """Open a diffusers folder: family, tokenizers and the files of each component; nothing is loaded.
 
     `variant` picks weights such as "fp16" (default: those without a variant, or the only one there). With `verify`,
     everything that is read is checked against the manifest if the folder has one. Components that the folder lacks are
@@ -97,7 +97,7 @@ def open_folder(
 
 
 def _described(folder: Path, index: dict[str, Any], places: dict[str, Path], stores: dict[str, Store]) -> Opened:
-    """What the configurations of a folder and the headers of its weights say."""
+    """The family as the configurations of a folder and the headers of its weights describe it."""
     towers = [name for name in stores if name.startswith("text_encoder")]
     tokenizers = [read_tokenizer(places[name.replace("text_encoder", "tokenizer")]) for name in towers]
     text = tuple(
@@ -150,7 +150,7 @@ def _class_of(value: Any) -> str | None:
 
 
 def base_name(component: str) -> str:
-    """What a component's weights are called, without endings: transformers and diffusers differ."""
+    """The name of a component's weights without endings; transformers and diffusers differ."""
     return TEXT_FILE if component.startswith("text_encoder") else UNET_FILE
 
 
@@ -355,7 +355,7 @@ def _outputs(name: str, module: nn.Module, dtype: torch.dtype | None) -> list[Ou
 
 
 def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtype | None) -> list[Output]:
-    """What to write for the parameters of a module, in the layout that the links describe.
+    """The tensors to write for a module's parameters, in the layout of the links.
 
     Raises:
         LdmError: they are quantised, or elsewhere.

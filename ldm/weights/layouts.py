@@ -1,4 +1,4 @@
-"""Key layouts: what the tensors of a component are called, and how they lie, in each kind of file.
+"""Key layouts: names and shapes of a component's tensors in each kind of file.
 
 A layout is a list of links. A link says that one tensor of a file ("theirs") is one or more parameters of our module
 ("ours"), either the same or reshaped. One list serves both ways: reading follows it from theirs to ours, writing back.
@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor of a file and the parameters that it is."""
+    """One tensor of a file, and the parameters that are read from it."""
 
     theirs: str
     ours: tuple[str, ...]

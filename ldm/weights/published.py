@@ -1,4 +1,4 @@
-"""Where the published weights lie that images are compared with. `tools/fetch_weights.py` puts them there."""
+"""The folder of published weights for evaluation, which `tools/fetch_weights.py` fills."""
 
 from __future__ import annotations
 

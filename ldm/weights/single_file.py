@@ -73,7 +73,7 @@ def open_single_file(
     verify: bool = True,
     progress: Progress = silent,
 ) -> Opened:
-    """Find out what an original checkpoint holds.
+    """Open an original checkpoint: family and the tensors of each component; nothing is loaded.
 
     `family` says what the file cannot: an SD 2 file does not tell whether the model predicts noise (sd2) or velocity
     (sd2-v), unless its metadata or a configuration beside it (`model.yaml` for `model.safetensors`) does.
@@ -87,7 +87,7 @@ def open_single_file(
 
 
 def _described(path: Path, store: Store, family: str | None) -> Opened:
-    """What the names and shapes of a checkpoint's tensors say, and its metadata."""
+    """The family as the names and shapes of a checkpoint's tensors, and its metadata, describe it."""
     names = store.infos
     if not any(name.startswith(layouts.UNET_PREFIX) for name in names):
         raise LdmError(f"{path} is not a checkpoint of a whole model: {_what(names)}")
@@ -179,7 +179,7 @@ def _agreed(path: Path, told: list[tuple[str, dict[str, Any]]]) -> str | None:
 
 
 def _signature(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """What tells families apart: channels of the first level, of the latents, of the text, of pooled text and size."""
+    """The numbers that tell families apart: channels of first level, latents, text, pooled text and size."""
 
     def dim(ending: str, rank: int, index: int) -> int:
         names = (name for name in shapes if name.startswith(layouts.UNET_PREFIX) and name.endswith(ending))
@@ -197,7 +197,7 @@ def _signature_of(family: Family) -> tuple[int, ...]:
 
 
 def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
-    """What metadata, marker tensors and a configuration beside the checkpoint say of it, and where they say it."""
+    """Statements of metadata, marker tensors and a configuration beside a checkpoint, with their places."""
     told: list[tuple[str, dict[str, Any]]] = []
     stated = store.metadata.get("modelspec.prediction_type")
     if stated is not None:

@@ -1,4 +1,4 @@
-"""Any source of a model, by what it is: a folder, a file, or the name of a model on the Hub."""
+"""Sources of models: a folder, a file, or the name of a model on the Hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def open_source(
     verify: bool = True,
     progress: Progress = silent,
 ) -> Opened:
-    """Find out what `source` is, without loading it.
+    """Open a model of any kind of source; nothing is loaded.
 
     Args:
         source: a diffusers folder, a single-file checkpoint, a Hub name (owner/name), or a built-in model's name.

@@ -1,4 +1,4 @@
-"""Files of tensors: what is in them, reading them piece by piece, writing them whole or not at all.
+"""Files of tensors: headers, reading tensor by tensor, writing whole or not at all.
 
 A safetensors file is eight bytes of header length, a JSON header and the raw tensors; it has no checksum. What we write
 carries one: the header's metadata holds, as `ldm.sha256`, the SHA-256 of the whole file with those 64 characters as
@@ -172,9 +172,6 @@ def open_store(path: Path, allow_pickle: bool) -> Store:
             "or allow_pickle=True (--allow-pickle) to read tensors, and nothing else, from it"
         )
     return PickleStore(path)
-
-
-# --- digests ----------------------------------------------------------------------------------------------------------
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from commands import COMMAND, run
+from launched import PATIENCE
 
 import ldm
 from ldm.cli import main as cli
@@ -36,7 +37,7 @@ def test_installed_command(model: Path, tmp_path: Path) -> None:
     """In a process of its own: version, JSON on stdout, an error in one line on stderr with exit code 1."""
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+        return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
 
     assert call("--version").stdout == f"ldm {ldm.__version__}\n"
     report = call("info", model, "--json")
@@ -156,7 +157,7 @@ def test_wrong_arguments_get_one_line_and_leave_nothing(
 def test_the_end_of_the_output_is_noticed(model: Path) -> None:
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
-            [COMMAND, "info", str(model)], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+            [COMMAND, "info", str(model)], stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
         )
     assert result.returncode == 1
     assert result.stderr == "ldm: the output cannot be written: No space left on device\n"
@@ -180,7 +181,7 @@ def test_a_signal_in_a_callback_is_not_lost() -> None:
         "cli.app = app\n"
         "cli.main()\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "ldm: interrupted\n")
 
 
@@ -198,7 +199,7 @@ def test_a_signal_leaves_nothing(model: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         time.sleep(1.5)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         if process.returncode == 0:
             (tmp_path / "out.safetensors").unlink()
         else:
@@ -226,7 +227,7 @@ def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         if process.returncode != 0:
             assert process.returncode in (130, -signal.SIGINT), err
             assert "Traceback" not in err or delay == 0.3  # the interpreter itself was still starting

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from commands import COMMAND, run
-from launched import on_two
+from launched import PATIENCE, on_two
 from PIL import Image, ImageDraw
 
 from ldm.training.config import load
@@ -75,7 +75,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 def ldm(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        [COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -132,7 +132,7 @@ def test_killed_and_continued_is_the_same(
     while len(list((folder / "images").rglob("*.png"))) < 50 and process.poll() is None:
         time.sleep(0.01)  # all of A, which have been looked at, and some of B
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert list((folder / "found").rglob("*.safetensors"))
     assert not (folder / "report.json").exists()
     assert run(capsys, monkeypatch, *arguments)[0] == 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import COMMAND, run
-from launched import on_two
+from launched import PATIENCE, on_two
 from PIL import Image
 
 from ldm.cli.record import from_parameters, to_parameters
@@ -196,14 +196,19 @@ def test_processes_share_a_list(ldm: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(made) == len(set(made)) == 5
 
 
-@pytest.fixture
-def listed(models: Path, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def listed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of the installed command for a list of eight prompts."""
-    (tmp_path / "p.txt").write_text("\n".join(f"prompt {number}" for number in range(8)))
+    prompts = tmp_path_factory.mktemp("prompts") / "p.txt"
+    prompts.write_text("\n".join(f"prompt {number}" for number in range(8)))
     return [
         "generate", "--model", str(models / "sd15"), "--dtype", "fp32", "--device", "cpu", "--steps", "4",
-        "--scheduler", "euler-a", "--prompts", str(tmp_path / "p.txt"), "--out",
+        "--scheduler", "euler-a", "--prompts", str(prompts), "--out",
     ]  # fmt: skip
+
+
+# one thread each, as `on_two` gives: the order of a sum, and with it the last bit, depends on their number
+ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -211,36 +216,34 @@ def images(folder: Path) -> dict[str, bytes]:
     return {path.name: Image.open(path).tobytes() for path in folder.glob("*.png")}
 
 
-def test_a_killed_list_goes_on(listed: list[str], tmp_path: Path) -> None:
-    subprocess.run([COMMAND, *listed, str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
+@pytest.fixture(scope="module")
+def whole(listed: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The list's images, made by one process without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run([COMMAND, *listed, str(folder)], env=ALONE, check=True, capture_output=True, timeout=PATIENCE)
+    return images(folder)
+
+
+def test_a_killed_list_goes_on(listed: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    for count in (1, 4):
-        process = subprocess.Popen([COMMAND, *listed, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [COMMAND, *listed, str(folder)]
+    for count, number in ((2, signal.SIGKILL), (5, signal.SIGINT)):
+        process = subprocess.Popen(command, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while len(list(folder.glob("*.png"))) < count and process.poll() is None:
             time.sleep(0.005)
-        process.kill()
-        process.communicate(timeout=60)
-        assert images(folder).items() <= images(tmp_path / "whole").items()
-    process = subprocess.Popen([COMMAND, *listed, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while len(list(folder.glob("*.png"))) < 6 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    assert b"Traceback" not in process.communicate(timeout=60)[1]
-    assert len(images(folder)) >= 6
-    subprocess.run([COMMAND, *listed, str(folder)], check=True, capture_output=True, timeout=120)
-    assert images(folder) == images(tmp_path / "whole")
+        process.send_signal(number)
+        assert b"Traceback" not in process.communicate(timeout=PATIENCE)[1]
+        assert len(images(folder)) >= count
+        assert images(folder).items() <= whole.items()
+    subprocess.run(command, env=ALONE, check=True, capture_output=True, timeout=PATIENCE)
+    assert images(folder) == whole
 
 
-def test_launched_processes_share_a_list(listed: list[str], tmp_path: Path) -> None:
-    """What the README shows, with two real processes: together they make what one makes alone.
-
-    One thread each, as `on_two` gives: the order of a sum, and with it the last bit, depends on their number.
-    """
+def test_launched_processes_share_a_list(listed: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
+    """What the README shows, with two real processes: together they make what one makes alone."""
     result = on_two("-m", "ldm", *listed, tmp_path / "two")
     assert len(set(result.stdout.split())) == 8
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([COMMAND, *listed, str(tmp_path / "one")], env=alone, check=True, capture_output=True, timeout=120)
-    assert images(tmp_path / "two") == images(tmp_path / "one")
+    assert images(tmp_path / "two") == whole
 
 
 def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:

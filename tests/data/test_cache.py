@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from images import make_folder, place_image, png
+from launched import PATIENCE
 from safetensors import safe_open
 from torch import Tensor
 
@@ -159,7 +160,8 @@ def test_a_build_that_is_killed_while_it_writes_goes_on(tmp_path: Path) -> None:
     plan(tmp_path)
     here = Path(__file__).parent
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), str(here), str(here.parent), str(here.parent.parent)], timeout=60
+        [sys.executable, "-c", CHILD, str(tmp_path), str(here), str(here.parent), str(here.parent.parent)],
+        timeout=PATIENCE,
     )
     assert child.returncode == -signal.SIGKILL and len(shards(tmp_path)) == 4
     built = rows_in(tmp_path)

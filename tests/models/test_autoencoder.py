@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from rounding import DECODER, NETWORK, near
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -45,11 +46,11 @@ def test_kl_equals_diffusers(config: AutoencoderConfig) -> None:
     with torch.no_grad():
         posterior, reference = ours.encode(x), theirs.encode(x).latent_dist
         assert posterior.mode().shape == (2, config.latent_channels, 64 // config.factor, 96 // config.factor)
-        torch.testing.assert_close(posterior.mean, reference.mean, atol=1e-5, rtol=0)
-        torch.testing.assert_close(posterior.std, reference.std, atol=1e-5, rtol=0)
-        torch.testing.assert_close(posterior.kl(), reference.kl(), atol=1e-2, rtol=1e-5)
+        near(posterior.mean, reference.mean, NETWORK)
+        near(posterior.std, reference.std, NETWORK)
+        near(posterior.kl(), reference.kl(), NETWORK)
         z = torch.randn(2, config.latent_channels, 5, 7)
-        torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, atol=1e-5, rtol=0)
+        near(ours.decode(z), theirs.decode(z).sample, DECODER)
 
 
 def test_bf16_is_no_further_from_fp32_than_diffusers() -> None:
@@ -72,8 +73,8 @@ def test_vq_equals_diffusers(config: AutoencoderConfig) -> None:
     x = torch.rand(2, 3, 64, 96) * 2 - 1
     with torch.no_grad():
         z = ours.encode(x).mode()
-        torch.testing.assert_close(z, theirs.encode(x).latents, atol=1e-5, rtol=0)
-        torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, atol=1e-5, rtol=0)
+        near(z, theirs.encode(x).latents, NETWORK)
+        near(ours.decode(z), theirs.decode(z).sample, DECODER)
 
 
 def test_vq_quantises_to_the_nearest_vector_and_passes_gradients() -> None:
@@ -161,9 +162,9 @@ def test_slices_equal_the_batch(config: AutoencoderConfig) -> None:
     x = torch.rand(3, 3, 64, 64)
     with torch.no_grad():
         whole, slices = model.encode(x), tiling.sliced_encode(model, x)
-        torch.testing.assert_close(slices.mode(), whole.mode(), atol=1e-5, rtol=0)
+        near(slices.mode(), whole.mode(), NETWORK)
         z = whole.mode()
-        torch.testing.assert_close(tiling.sliced_decode(model, z), model.decode(z), atol=5e-5, rtol=0)
+        near(tiling.sliced_decode(model, z), model.decode(z), DECODER)
 
 
 def test_absurd_tiles_are_refused() -> None:

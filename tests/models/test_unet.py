@@ -68,9 +68,9 @@ def test_size_conditioning_matters_and_is_demanded() -> None:
         small = unet(x, t, Conditioning(text, pooled, size))
         large = unet(x, t, Conditioning(text, pooled, size + 64))
     assert (small - large).abs().max() > 1e-4
-    with pytest.raises(LdmError, match=r"needs pooled text \(B, 40\) and 6 size ids"):
+    with pytest.raises(LdmError, match=r"needs pooled text \(B, 40\) and 6 time ids"):
         unet(x, t, Conditioning(text))
-    with pytest.raises(LdmError, match="size ids"):
+    with pytest.raises(LdmError, match="time ids"):
         unet(x, t, Conditioning(text, pooled, size[:, :5]))
 
 

@@ -14,7 +14,7 @@ from ldm.models.layers import Attention
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.deepcache import reuse_inner_levels
 from ldm.patches.token_merging import MergeTargets, MergingAttention, gathered, merge_tokens, merged
-from ldm.runtime.fused_cpu import quicken
+from ldm.runtime.fused_cpu import fuse
 from ldm.runtime.precomputing import precomputed
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
@@ -137,7 +137,7 @@ def test_only_the_level_with_the_most_tokens(name: str, level: int) -> None:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "emoji"])
 def test_beside_the_other_wrappers(name: str) -> None:
-    """With the text's keys and values known, inner levels reused, quick layers, and each image alone."""
+    """With the text's keys and values known, inner levels reused, fused layers, and each image alone."""
     unet = tiny.model(name).unet
     x, cond = inputs(unet, 7, 5)
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_beside_the_other_wrappers(name: str) -> None:
         assert not torch.equal(reused(-x, TIME, cond), reused(x, TIME, cond))
         for row in (slice(0, 1), slice(1, 2)):
             torch.testing.assert_close(model(x[row], TIME, cond.rows(row)), made[row], atol=1e-5, rtol=1e-4)
-        quicken(unet)
+        fuse(unet)
         torch.testing.assert_close(merge_tokens(unet, 0.5)(x, TIME, cond), made, atol=1e-4, rtol=1e-3)
 
 

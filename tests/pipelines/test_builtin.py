@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import tiny
 import torch
 from commands import run
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from ldm.errors import LdmError
 from ldm.evaluation.networks.extractors import open_text_extractor
@@ -23,6 +24,7 @@ from ldm.weights.builtin import FOLDER, builtin, known_words, vocabulary
 from ldm.weights.components import fingerprint
 from ldm.weights.sources import open_source, verify_source
 from pipelines import Pipeline
+from pipelines.tuning import default_dtype
 
 MOST = 36 * 10**6  # bytes of weights
 # words of different concepts, and styles, that the model was trained with
@@ -54,6 +56,26 @@ def test_it_is_whole_small_and_of_its_family() -> None:
     assert any("all weights are finite" in line for line in verify_source(opened))
     assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) <= MOST
     assert {path.name for path in (FOLDER / "emoji").iterdir()} >= {"README.md", "NOTICE.md", "words.txt", "clip"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, "fp32-avx2"), (torch.bfloat16, "bf16-avx512-bf16")], ids=["fp32", "bf16"]
+)
+def test_an_image_looks_as_recorded(dtype: torch.dtype, kind: str) -> None:
+    """For the default dtype of each kind of processor. To record anew: GOLDEN=write pytest tests/pipelines."""
+    if dtype == torch.bfloat16 != default_dtype(torch.device("cpu")):
+        pytest.skip("bf16 is emulated on this processor, which computes in fp32 by default")
+    image = Pipeline(dtype=dtype, device="cpu")("fox, fluent 3d style", seed=0).images[0]
+    path = Path(__file__).parents[1] / "recorded" / f"golden-{kind}.png"
+    if os.environ.get("GOLDEN") == "write":
+        image.save(path, optimize=True)
+    with Image.open(path) as recorded:
+        found, wanted = (
+            [np.asarray(one, float) for one in (whole, whole.filter(ImageFilter.GaussianBlur(2)))]
+            for whole in (image, recorded.convert("RGB"))
+        )
+    assert 10 * np.log10(255**2 / max(np.square(found[0] - wanted[0]).mean(), 1e-6)) > 30  # PSNR, dB
+    assert np.abs(found[1] - wanted[1]).mean() < 2  # of 255, blurred
 
 
 def test_its_images_are_what_was_asked_for(pipeline: Pipeline) -> None:

@@ -1,4 +1,4 @@
-"""Quick layers on the CPU: the numbers of the plain ones, no further from exact in bf16, with the same weights."""
+"""Fused layers on the CPU: the numbers of the plain ones, no further from exact in bf16, with the same weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.tiling import tiled_decode, tiled_encode
 from ldm.runtime import fused_cpu
 from ldm.runtime.fused_cpu import (
+    CPUGEGLU,
     FEW,
-    QuickConv2d,
-    QuickGEGLU,
-    QuickLinear,
-    QuickNorm,
-    QuickResnetBlock,
-    QuickTokenLinear,
-    QuickUpsample,
+    CPUGroupNorm,
+    CPUResnetBlock,
+    FusedConv2d,
+    FusedUpsample,
+    OneDNNLinear,
+    OneDNNTokenLinear,
+    fuse,
     matrices,
-    quicken,
 )
 from ldm.runtime.kernels import layers as kernels
 from ldm.runtime.precomputing import precomputed
@@ -54,7 +54,7 @@ def test_a_unet(name: str, height: int, width: int, dtype: torch.dtype) -> None:
     exact = copy.deepcopy(unet).double()
     unet.to(dtype)
     quick = copy.deepcopy(unet)
-    quicken(quick)
+    fuse(quick)
     with torch.inference_mode():
         x, t, cond = inputs(unet, dtype, height, width)
         wanted = exact(x.double(), t, cast(cond, torch.float64))
@@ -69,7 +69,7 @@ def test_an_autoencoder(name: str, dtype: torch.dtype) -> None:
     exact = copy.deepcopy(autoencoder).double()
     autoencoder.to(dtype)
     quick = copy.deepcopy(autoencoder)
-    quicken(quick)
+    fuse(quick)
     config = autoencoder.config
     z, x = torch.randn(2, config.latent_channels, 12, 10).to(dtype), torch.randn(2, 3, 96, 80).to(dtype)
     with torch.inference_mode():
@@ -84,10 +84,10 @@ def test_an_autoencoder(name: str, dtype: torch.dtype) -> None:
 def test_which_layers(dtype: torch.dtype) -> None:
     unet = tiny.model("sdxl").unet.to(dtype)
     names = [name for name, _ in unet.named_parameters()]
-    quicken(unet)
+    fuse(unet)
     kinds = {type(module) for module in unet.modules()}
-    fused = {QuickNorm, QuickGEGLU, QuickLinear, QuickTokenLinear}
-    assert {QuickConv2d, QuickUpsample, QuickResnetBlock} <= kinds
+    fused = {CPUGroupNorm, CPUGEGLU, OneDNNLinear, OneDNNTokenLinear}
+    assert {FusedConv2d, FusedUpsample, CPUResnetBlock} <= kinds
     assert kinds & fused == (fused if dtype == torch.bfloat16 else set())
     assert [name for name, _ in unet.named_parameters()] == names
 
@@ -97,7 +97,7 @@ def test_gradients_and_changed_weights(dtype: torch.dtype) -> None:
     """What is trained, or gets other weights, is not what was remembered."""
     plain = tiny.model("sd15").unet.to(dtype)
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    fuse(quick)
     x, t, cond = inputs(plain, dtype)
     for unet in (plain, quick):
         unet(x, t, cond).float().square().mean().backward()
@@ -122,9 +122,9 @@ def test_where_the_operators_are_not_as_they_were(monkeypatch: pytest.MonkeyPatc
     for operator in (lambda *arguments: arguments[0], None):
         fused_cpu.works.cache_clear()
         monkeypatch.setattr(fused_cpu, "onednn", SimpleNamespace(_reorder_convolution_transpose_weight=operator))
-        quicken(unet)
-        assert not any(type(module).__name__.startswith("Quick") for module in unet.modules())
-    assert "without quick layers" in caplog.text
+        fuse(unet)
+        assert not any(type(module).__module__ == fused_cpu.__name__ for module in unet.modules())
+    assert "fused layers are not used" in caplog.text
     assert torch.equal(torch.get_rng_state(), state)
     fused_cpu.works.cache_clear()
 
@@ -132,12 +132,12 @@ def test_where_the_operators_are_not_as_they_were(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("change", [circular, hooked, adapted])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_others_change_counts(dtype: torch.dtype, change: Any) -> None:
-    """What is done to a U-Net after it was made quick does to it what it does to a plain one."""
+    """What is done to a U-Net after its layers were fused does to it what it does to a plain one."""
     plain = tiny.model("sd15").unet
     exact = copy.deepcopy(plain).double()
     plain.to(dtype)
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    fuse(quick)
     for unet in (exact, plain, quick):
         change(unet)
     with torch.inference_mode():
@@ -151,7 +151,7 @@ def test_a_pipeline(tmp_path: Path, dtype: torch.dtype) -> None:
     plain = Pipeline(tmp_path / "model", device="cpu", dtype=dtype, quick=False)
     quick = Pipeline(tmp_path / "model", device="cpu", dtype=dtype)
     kinds = [{type(module) for module in one.model.unet.modules()} for one in (plain, quick)]
-    assert QuickUpsample not in kinds[0] and QuickUpsample in kinds[1]
+    assert FusedUpsample not in kinds[0] and FusedUpsample in kinds[1]
     made = [one("a fox", steps=2, seed=3, output="latents").latents[0] for one in (plain, quick)]
     assert distance(made[1], made[0]) < (1e-5 if dtype == torch.float32 else 0.05)
     quick.model.save_pretrained(tmp_path / "again")
@@ -211,7 +211,7 @@ def test_products_of_few_rows() -> None:
     """By ordered weights, of which no copy is made for many rows; in any layout, with or without a bias."""
     plain = nn.Linear(24, 40).bfloat16()
     quick = copy.deepcopy(plain)
-    quick.__class__ = QuickLinear
+    quick.__class__ = OneDNNLinear
     exact = copy.deepcopy(plain).double()
     with torch.inference_mode():
         many = torch.randn(FEW + 1, 24).bfloat16()

@@ -1,4 +1,4 @@
-"""Quick layers for GPUs, without one: in the place of a network's own, and their kernels interpreted and compiled."""
+"""Fused layers for GPUs, without one: in the place of a network's own, and their kernels interpreted and compiled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from launched import PATIENCE
 from networks import DTYPES, adapted, cast, circular, device, distance, formula, hooked, inputs
 from torch import Tensor, nn
 
 from ldm.models.layers import GEGLU, ResnetBlock
 from ldm.runtime import fused_gpu
 from ldm.runtime.fused import LAST, FusedResnetBlock
-from ldm.runtime.fused_gpu import QuickGEGLU, QuickNorm, quicken, works
+from ldm.runtime.fused_gpu import TritonGEGLU, TritonGroupNorm, fuse, works
 from pipelines.tuning import Tuning
 
 __all__ = ["device"]  # a fixture
@@ -59,9 +60,9 @@ def test_a_unet_and_an_autoencoder(stand_in: Any, name: str, dtype: torch.dtype)
         exact = copy.deepcopy(part).double()
         part.to(dtype)
         quick = copy.deepcopy(part)
-        quicken(quick)
+        fuse(quick)
         kinds = {type(module) for module in quick.modules()}
-        assert {QuickNorm, FusedResnetBlock} <= kinds and not kinds & {nn.GroupNorm, ResnetBlock, GEGLU}
+        assert {TritonGroupNorm, FusedResnetBlock} <= kinds and not kinds & {nn.GroupNorm, ResnetBlock, GEGLU}
         names = [name for name, _ in quick.named_parameters()]
         assert names == [name for name, _ in part.named_parameters()]
         weights = [module.weight for module in quick.modules() if isinstance(module, nn.Conv2d)]
@@ -89,7 +90,7 @@ def decoded(autoencoder: Any, dtype: torch.dtype) -> Tensor:
 def test_one_call_of_the_kernel_for_each_norm(stand_in: list[tuple[bool, bool]]) -> None:
     """The embedding's offset and SiLU go along."""
     unet = tiny.model("sdxl").unet
-    quicken(unet)
+    fuse(unet)
     denoised(unet, torch.float32)
     blocks = sum(isinstance(module, ResnetBlock) for module in unet.modules())
     assert stand_in.count((True, True)) == stand_in.count((False, True)) == blocks
@@ -100,7 +101,7 @@ def test_one_call_of_the_kernel_for_each_norm(stand_in: list[tuple[bool, bool]])
 def test_what_others_change_counts(stand_in: Any, change: Any) -> None:
     plain = tiny.model("sd15").unet
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    fuse(quick)
     for unet in (plain, quick):
         change(unet)
     assert distance(denoised(quick, torch.float32), denoised(plain, torch.float32)) < 1e-5
@@ -110,7 +111,7 @@ def test_gradients_and_other_types(stand_in: list[tuple[bool, bool]]) -> None:
     """There the layers are plain."""
     plain = tiny.model("sd15").unet
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    fuse(quick)
     x, t, cond = inputs(plain, torch.float32)
     for unet in (plain, quick):
         unet(x, t, cond).square().mean().backward()
@@ -123,7 +124,7 @@ def test_gradients_and_other_types(stand_in: list[tuple[bool, bool]]) -> None:
 
 def test_they_stay_plain_on_a_cpu() -> None:
     unet = tiny.model("sd15").unet
-    quicken(unet)
+    fuse(unet)
     assert {nn.GroupNorm, ResnetBlock, GEGLU} <= {type(module) for module in unet.modules()}
 
 
@@ -144,23 +145,23 @@ def test_where_the_kernels_fail(
     monkeypatch.setattr(fused_gpu, "kernels", broken)
     model = tiny.model("sd15")
     state = torch.get_rng_state()
-    quicken(model.unet)
-    quicken(model.autoencoder)
+    fuse(model.unet)
+    fuse(model.autoencoder)
     for part in (model.unet, model.autoencoder):
-        assert not any(isinstance(module, (QuickNorm, QuickGEGLU)) for module in part.modules())
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("without quick layers: ")
+        assert not any(isinstance(module, (TritonGroupNorm, TritonGEGLU)) for module in part.modules())
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("fused layers are not used: ")
     assert "wrong" in caplog.text if fault is None else str(fault) in caplog.text
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_is_tuned_by_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind of quick layers is offered both networks."""
+    """Each kind of fused layers is offered both networks."""
     seen: list[nn.Module] = []
-    monkeypatch.setattr(fused_gpu, "quicken", lambda network, device: seen.append(network))
+    monkeypatch.setattr(fused_gpu, "fuse", lambda network, device: seen.append(network))
     model = tiny.model("sd15")
     Tuning().apply(model)
     assert seen == [model.unet, model.autoencoder]
-    Tuning(quick=False).apply(model)
+    Tuning(fused=False).apply(model)
     assert len(seen) == 2
 
 
@@ -173,7 +174,7 @@ def alone(*arguments: str, **environment: str) -> None:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
         [sys.executable, *arguments], env=ours | environment, cwd=HERE.parent, capture_output=True, text=True,
-        timeout=280, check=False,
+        timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 

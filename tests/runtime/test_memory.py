@@ -14,7 +14,7 @@ import torch
 from ldm.runtime.kernels.memory import keep_freed
 arranged = keep_freed() if sys.argv[1] == "keep" else None
 block = torch.ones(2**24)  # 64 MB
-for _ in range(20):
+for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for number in range(8):
         block = block + number

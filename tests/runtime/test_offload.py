@@ -14,7 +14,7 @@ from ldm.errors import LdmError
 from ldm.runtime.offload import OFFLOAD, WORK, Room, choice, nbytes, room_for
 from ldm.weights.components import build
 from pipelines import Pipeline
-from pipelines.tuning import Tuned
+from pipelines.tuning import TunedModel
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def test_the_same_images(models: Path, name: str, settings: dict[str, Any], offl
     more = {"refiner": models / "sdxl-refiner"} if "refiner_at" in settings else {}
     plain = pipeline(models, name, "none", quick=offload == "components", **more)
     ours = pipeline(models, name, offload, **more)
-    assert isinstance(ours.model, Tuned) and ours.model.room
+    assert isinstance(ours.model, TunedModel) and ours.model.room
     room = ours.model.room
     present = []
     for part in (ours.model.unet, ours.model.autoencoder.decoder, *ours.model.text_encoders.towers):

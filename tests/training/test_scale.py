@@ -7,15 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
-from launched import ROOT, on_several, on_two
+from launched import PATIENCE, ROOT, on_several, on_two
 from PIL import Image
 from runs import _fresh_accelerator, config, lines, losses, weights  # noqa: F401
 from safetensors.torch import load
@@ -43,17 +43,16 @@ main()
 """
 
 
-def on_differing(script: Path, elsewhere: Path, extra: list[str], *arguments: object) -> tuple[int, str, float]:
-    """Exit code, messages and seconds of a run whose second process starts in another folder, with more arguments."""
+def on_differing(script: Path, elsewhere: Path, extra: list[str], *arguments: object) -> tuple[int, str]:
+    """Exit code and messages of a run whose second process starts in another folder, with more arguments."""
     script.write_text(ON_ONE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     command += [str(elsewhere), json.dumps(extra), "train", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    began = time.monotonic()
     done = subprocess.run(
-        command, env=environment, cwd=script.parent, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, cwd=script.parent, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
-    return done.returncode, done.stderr, time.monotonic() - began
+    return done.returncode, done.stderr
 
 
 def test_processes_with_other_configurations_or_weights_end(shapes: Path, tmp_path: Path) -> None:
@@ -62,18 +61,16 @@ def test_processes_with_other_configurations_or_weights_end(shapes: Path, tmp_pa
     fixed = [settings, f"data.source={shapes}", f"output={tmp_path / 'r'}", "base.steps=2"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    code, said, seconds = on_differing(tmp_path / "run.py", elsewhere, ["base.batch=4"], *fixed)
+    code, said = on_differing(tmp_path / "run.py", elsewhere, ["base.batch=4"], *fixed)
     assert code != 0
     assert "the processes of this run differ: base.batch is 8 on process 0 and 4 on process 1" in said
-    assert seconds < 60
     for seed, folder in ((0, tmp_path), (1, elsewhere)):
         train(config(shapes, tmp_path / f"m{seed}", f"seed={seed}", "base.steps=1"))
         shutil.copytree(tmp_path / f"m{seed}" / "base" / "model", folder / "start")
     named = ["model.family=null", "model.unet={}", "model.autoencoder={}", "model.text=[]", "model.source=start"]
-    code, said, seconds = on_differing(tmp_path / "run.py", elsewhere, [], *fixed, *named)
+    code, said = on_differing(tmp_path / "run.py", elsewhere, [], *fixed, *named)
     assert code != 0
     assert "the processes of this run differ: the weights of unet is '" in said
-    assert seconds < 60
 
 
 def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +194,10 @@ def test_weights_spread_over_processes_train_alike(
         assert row == pytest.approx(expected, rel=1e-3)
     with pytest.raises(LdmError, match=r"step-00000003 does not fit .*: another layout of weights \(DDP or FSDP2\)"):
         train(config(shapes, tmp_path / "layout", *extra), make_images)
-    images = [Image.open(tmp_path / name / "base/previews/step-00000003.png").tobytes() for name in ("one", "two")]
-    assert images[0] == images[1]
+    images = [Image.open(tmp_path / name / "base/previews/step-00000003.png") for name in ("one", "two")]
+    assert images[0].size == images[1].size
+    difference = np.subtract(*(np.asarray(image, dtype=int) for image in images))
+    assert np.abs(difference).max() <= 1  # where a number lies between two of the 256 levels, its last bit decides
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from launched import PATIENCE
 from safetensors.torch import load_file
 from torch import nn
 
@@ -152,8 +153,8 @@ def test_a_new_kind_is_one_file_and_one_row(ground: Ground, tmp_path: Path) -> N
     work = tmp_path / "work"
     shutil.copytree(ground.folder / "images", work / "images")
     done = subprocess.run(
-        [sys.executable, "-c", USE, str(work)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", USE, str(work)], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
+        check=False, env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])

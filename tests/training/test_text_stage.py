@@ -20,6 +20,7 @@ import tiny
 import torch
 import transformers
 from accelerate import Accelerator
+from launched import PATIENCE
 from open_clip.loss import ClipLoss
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -265,7 +266,7 @@ def test_two_processes_are_one_with_the_same_batch(models: Callable[[str], Path]
         for rank in "01"
     ]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

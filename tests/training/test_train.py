@@ -21,7 +21,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from commands import COMMAND
-from launched import ROOT, on_two
+from launched import PATIENCE, ROOT, on_two
 from PIL import Image
 from runs import TINY, _fresh_accelerator, config, interrupted, lines, losses, weights  # noqa: F401
 from safetensors.torch import load_file
@@ -378,41 +378,34 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command_is_killed_and_goes_on(shapes: Path, tmp_path: Path) -> None:
     """A real process, killed where it stands, then asked to stop, then left alone."""
-    config(shapes, tmp_path / "r")
-    command = [
-        COMMAND,
-        "train",
-        str(tmp_path / "r.yaml"),
-        f"data.source={shapes}",
-        "base.steps=30",
-        "base.save_every=2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    extra = ["base.steps=30", "base.save_every=2"]
+    config(shapes, tmp_path / "parts")  # writes parts.yaml
+    settings = [str(tmp_path / "parts.yaml"), f"data.source={shapes}", f"output={tmp_path / 'parts'}", *extra]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def start(output: str) -> subprocess.Popen[str]:
+    def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, f"output={tmp_path / output}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
+            [COMMAND, "train", *settings], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def until(step: int) -> None:
         log = tmp_path / "parts" / "base" / "metrics.jsonl"
-        while not log.exists() or len(log.read_text().splitlines()) < step:
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < step):
             time.sleep(0.01)
 
-    process = start("parts")
+    process = start()
     until(7)
     process.kill()
-    process.communicate(timeout=60)
-    process = start("parts")
+    process.communicate(timeout=PATIENCE)
+    process = start()
     until(15)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "and saved them; run the same command again to go on" in err
-    for output in ("parts", "whole"):
-        out, err = start(output).communicate(timeout=120)
-        assert out == f"{tmp_path / output}/base/model\n", err
+    out, err = start().communicate(timeout=PATIENCE)
+    assert out == f"{tmp_path / 'parts'}/base/model\n", err
+    train(config(shapes, tmp_path / "whole", *extra))
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
@@ -546,7 +539,7 @@ def test_averages_of_another_width_make_a_model(shapes: Path, tmp_path: Path) ->
     train(config(shapes, tmp_path / "r", "base.ema.widths=[0.05, 0.1]", "base.steps=3", "base.train_text=true",
                  "base.text_learning_rate=[1e-2]"))  # fmt: skip
     command = [sys.executable, str(ROOT / "tools" / "recombine_averages.py"), str(tmp_path / "r" / "base")]
-    subprocess.run([*command, "--width", "0.2", "--out", str(tmp_path / "wide")], check=True, timeout=120,
+    subprocess.run([*command, "--width", "0.2", "--out", str(tmp_path / "wide")], check=True, timeout=PATIENCE,
                    env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     wanted = recombine(tmp_path / "r" / "base" / "averages" / "unet", 0.2)
     found, saved = (

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from launched import PATIENCE
 
 from ldm.weights.hub import wanted
 
@@ -95,7 +96,7 @@ def info(name: str, home: Path, **environment: str) -> subprocess.CompletedProce
         env=clean | {"HF_HOME": str(home)} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 

@@ -16,10 +16,10 @@ from ldm.runtime.kernels.compiled import INT, fits, learns, library, threads
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v, as PyTorch's own: (B, heads, N, D), with k and v (B, heads, M, D).
 
-    In bf16, on the CPU. Where gradients are wanted, PyTorch's own kernel is taken.
+    It computes in bf16 on the CPU; where gradients are wanted, PyTorch's own kernel does.
 
     Raises:
-        LdmError: other numbers or another device, or it cannot be compiled.
+        LdmError: the dtype or the device is another, or it cannot be compiled.
     """
     if learns(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)

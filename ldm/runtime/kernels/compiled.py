@@ -35,13 +35,13 @@ SIGNATURES = {
 
 @cache
 def usable() -> bool:
-    """Whether this machine can compile and run them."""
+    """Whether this machine can compile and run the C++ kernels."""
     if not can("avx512_bf16") or _compiler() is None:
         return False
     try:
         library()
     except LdmError as error:
-        log.warning("without kernels of our own: %s", error)
+        log.warning("C++ kernels are not used: %s", error)
         return False
     return True
 
@@ -68,14 +68,14 @@ def library() -> Any:
 
 
 def learns(*tensors: Tensor) -> bool:
-    """Whether gradients are wanted of what is computed with these."""
+    """Whether a result computed from these tensors needs gradients."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors of bf16 on the CPU, and nobody wants gradients.
+    """Whether these are plain bf16 tensors on the CPU, and no gradients are wanted.
 
-    Others, such as quantised weights, say that they are bf16 too, but have no numbers of that type in memory.
+    Other classes, such as quantised weights, report bf16 but hold other types in memory.
     """
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
     right = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
@@ -83,12 +83,12 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def threads(numbers: int) -> int:
-    """How many to share that much work."""
+    """How many threads to use for that much work."""
     return torch.get_num_threads() if numbers > SMALL else 1
 
 
 def _compiled(compiler: str, path: Path) -> Path:
-    """Compile; into a folder of the process's own if the cache cannot be written."""
+    """Compile the kernels to `path`, or to a temporary folder if the cache cannot be written."""
     log.info("compiling %s once, for this machine: %s", FOLDER, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

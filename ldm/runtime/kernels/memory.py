@@ -1,4 +1,4 @@
-"""Memory that tensors give back, kept for the next ones.
+"""Keeping the memory of freed tensors in the process, for the next ones.
 
 GNU's C library asks the system for every block of more than 32 MB, and returns it as soon as it is free. The system
 hands it out page by page, filled with zeros, when it is first touched: a quarter of the time of decoding an image.
@@ -13,9 +13,9 @@ TRIM, MMAP_MAX = -1, -4  # names of `mallopt` in malloc.h: how much is kept at t
 
 
 def keep_freed() -> bool:
-    """Keep freed memory in this process; whether that could be arranged.
+    """Keep freed memory in this process, and return whether that succeeded.
 
-    It cannot with other C libraries, and is not where the environment says how memory is to be had.
+    It fails with other C libraries than GNU's, and is not tried where the environment configures the allocator.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
