@@ -33,7 +33,7 @@ def shared(count: int, most: int) -> int:
     return -(-count // batches)
 
 
-def batches(request: Request, most: int, encoders: TextEncoders) -> Iterator[range]:
+def batch_ranges(request: Request, most: int, encoders: TextEncoders) -> Iterator[range]:
     """Which images of a request are made together: its `batch` at a time or, without, at most `most`."""
     done, count = 0, len(request.prompts)
     while done < count:

@@ -7,7 +7,7 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +27,7 @@ from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
-from pipelines.batching import batches, together
+from pipelines.batching import batch_ranges, together
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
@@ -117,14 +117,13 @@ class Pipeline:
         *,
         output: str = "images",
         on_step: OnStep | None = None,
-        needed: Callable[[range], bool] | None = None,
         **settings: Any,
     ) -> Iterator[Result]:
         """Images as they are finished, a `Result` for each batch. All settings are checked before the first.
 
         Args:
             prompt: one or several.
-            output, on_step, needed: as for `make`.
+            output, on_step: as for `make`.
             **settings: the rows of `pipelines.settings.SETTINGS`, by name. Beside a number, guidance may be a
                 `Guidance`, image and mask are PIL images or files, scheduler may be an object of diffusers' kind, and
                 what is said for each prompt or image may be a list.
@@ -132,7 +131,7 @@ class Pipeline:
         Raises:
             LdmError: a setting is not known, out of bounds or does not fit the model.
         """
-        return self.make(self.request(prompt, **settings), output=output, on_step=on_step, needed=needed)
+        return self.make(self.request(prompt, **settings), output=output, on_step=on_step)
 
     def request(self, prompt: str | Sequence[str], **settings: Any) -> Request:
         """The settings of a call, checked, with the model's defaults filled in.
@@ -155,7 +154,7 @@ class Pipeline:
         *,
         output: str = "images",
         on_step: OnStep | None = None,
-        needed: Callable[[range], bool] | None = None,
+        only: Iterable[range] | None = None,
     ) -> Iterator[Result]:
         """The images of a checked request as they are finished, a `Result` for each batch.
 
@@ -163,15 +162,23 @@ class Pipeline:
             request: what `request` gave.
             output: "images" or "latents".
             on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small image of it.
-            needed: asked for each batch whether it shall be made, with the numbers of its images. Which images
-                are batches does not depend on memory: where it does not suffice, one is made in parts.
+            only: the batches to make, some of those that `batches` gave; by default all.
 
         Raises:
             LdmError: the output is not known or, later, memory does not suffice or a number is not finite.
         """
         if output not in ("images", "latents"):
             raise LdmError(f"output {output!r} is not known; choose images or latents")
-        return self._batches(request, output, on_step, needed)
+        return self._made(request, output, on_step, self.batches(request) if only is None else only)
+
+    def batches(self, request: Request) -> Iterator[range]:
+        """Which images of a checked request are made together, by their numbers.
+
+        That does not depend on memory: a batch that does not fit is made in parts.
+        """
+        largest = enlarged_request(request, self.model.family) if request.hires else request
+        most = request.batch or together(largest, self.model.family, self.model.device)
+        return batch_ranges(request, most, self.model.text_encoders)
 
     def preview(self, step: Step) -> list[Image.Image]:
         """Small previews of a batch after a step (`on_step`), with a pixel for each latent."""
@@ -182,14 +189,13 @@ class Pipeline:
     def _preview_factors(self) -> Factors:
         return self.model.family.preview or fit(self.model.autoencoder)
 
-    def _batches(
-        self, request: Request, output: str, on_step: OnStep | None, needed: Callable[[range], bool] | None
+    def _made(
+        self, request: Request, output: str, on_step: OnStep | None, batches: Iterable[range]
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
-        largest = enlarged_request(request, self.model.family) if request.hires else request
-        most = fits = request.batch or together(largest, self.model.family, self.model.device)
-        for rows in batches(request, most, self.model.text_encoders):
-            done = rows.start if needed is None or needed(rows) else rows.stop
+        fits = len(request.prompts)
+        for rows in batches:
+            done = rows.start
             while done < rows.stop:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
@@ -201,6 +207,7 @@ class Pipeline:
                     fits = (len(part.prompts) + 1) // 2
                     log.warning("memory does not suffice for %d images at a time: %d", len(part.prompts), fits)
                 if result:
+                    result.latents = [latents.clone() for latents in result.latents]  # ordinary, not of inference mode
                     result.rows = range(done, done + len(part.prompts))
                     done = result.rows.stop
                     yield result

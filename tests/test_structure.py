@@ -63,6 +63,7 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_the_word_is_image() -> None:
     word = "pic" + "ture"
+    old = f"{word}s.json"  # a file in the folders of runs that earlier versions began
     tops = [ROOT / top for top in ("ldm", "pipelines", "tools", "tests", "configs", "docs", "benchmarks")]
     files = [*ROOT.glob("*"), *(path for top in tops for path in top.rglob("*"))]
     names = {path: str(path.relative_to(ROOT)) for path in files if path.is_file()}
@@ -70,7 +71,10 @@ def test_the_word_is_image() -> None:
         name
         for path, name in names.items()
         if not name.startswith(RECORDED)
-        and (word in name.lower() or (path.suffix in TEXTS and word in path.read_text(encoding="utf-8").lower()))
+        and (
+            word in name.lower()
+            or (path.suffix in TEXTS and word in path.read_text(encoding="utf-8").lower().replace(old, ""))
+        )
     ]
     assert not wrong, f"say image, not {word}: {wrong}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -140,20 +139,18 @@ def _images(
     pipeline: Pipeline, groups: list[Group], left: set[int], rank: int, world: int
 ) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
     """This process's images that are left to make, each with its record."""
-    batches = itertools.count()
+    before = 0  # batches of the groups before
     for group in groups:
         files = {name: _file(group.settings[name]) for name, _ in IMAGES if name in group.settings}
         numbers = [job.index for job in group.jobs]
-
-        def ours(rows: range, numbers: list[int] = numbers) -> bool:
-            """Whether this process makes a batch: its turn, and an image is missing.
-
-            Batches are those of the whole list, so that images do not depend on the number of processes, nor on what
-            is there already.
-            """
-            return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
-
-        for result in pipeline.make(group.whole(), needed=ours):
+        # those of the whole list, so that images do not depend on the number of processes, nor on what is there already
+        batches = list(enumerate(pipeline.batches(group.request), before))
+        before += len(batches)
+        ours = [rows for number, rows in batches if number % world == rank]
+        missing = [rows for rows in ours if not left.isdisjoint(numbers[rows.start : rows.stop])]
+        if not missing:
+            continue
+        for result in pipeline.make(group.whole(), only=missing):
             for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
                 if numbers[row] in left:
                     yield group.jobs[row], image, {**record, **files}

@@ -53,7 +53,9 @@ class TrainingImages:
         name, skipped = self.images.source.name, self.images.skipped
         left_out = f"; {len(skipped.reasons)} cannot be used: {skipped.path}" if skipped.reasons else ""
         log.info("%s: %d images%s", name, len(self.images), left_out)
-        path = self.folder / "images.json"
+        path, old = self.folder / "images.json", self.folder / "pictures.json"
+        if old.exists():  # of a run that an earlier version began
+            old.replace(path)
         now = {"digest": self.digest, "images": len(self.images)}
         try:
             before = read_json(path) if path.exists() else now

@@ -101,21 +101,18 @@ def test_less_memory_makes_fewer(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         return forward(x, *more)
 
     monkeypatch.setattr(model.unet, "forward", small)
-    settings: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1, "output": "latents"}
+    settings: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1}
     seen = Batches()
-    asked: list[range] = []
-    parts = list(
-        pipeline.stream("a fox", n=7, on_step=seen, needed=lambda rows: not asked.append(rows), **settings)  # type: ignore[func-returns-value]
-    )
+    assert list(pipeline.batches(pipeline.request("a fox", n=7, **settings))) == [range(7)]
+    parts = list(pipeline.stream("a fox", n=7, on_step=seen, output="latents", **settings))
     assert [part.rows for part in parts] == [range(2), range(2, 4), range(4, 6), range(6, 7)]
     made = [latents for part in parts for latents in part.latents]
     assert seen.sizes == [2, 2, 2, 1]
-    assert asked == [range(7)]
     assert [record.getMessage() for record in caplog.records] == [
         "memory does not suffice for 7 images at a time: 4",
         "memory does not suffice for 4 images at a time: 2",
     ]
-    for a, b in zip(made, plain("a fox", n=7, **settings).latents, strict=True):
+    for a, b in zip(made, plain("a fox", n=7, output="latents", **settings).latents, strict=True):
         near(a, b, RUN)
     with pytest.raises(LdmError, match="a batch of 2 would fit better"):
         pipeline("a fox", n=4, batch=4, **settings)
@@ -141,8 +138,16 @@ def test_numbers() -> None:
 
 def test_batches_that_are_not_needed() -> None:
     pipeline, seen = Pipeline(tiny.model("sd15")), Batches()
-    settings: dict[str, Any] = {"width": 256, "height": 256, "steps": 1, "seed": 0, "output": "latents"}
-    parts = list(pipeline.stream("a fox", n=10, on_step=seen, needed=lambda rows: 5 in rows, **settings))
+    request = pipeline.request("a fox", n=10, width=256, height=256, steps=1, seed=0)
+    missing = [rows for rows in pipeline.batches(request) if 5 in rows]
+    parts = list(pipeline.make(request, only=missing, on_step=seen, output="latents"))
     assert [part.rows for part in parts] == [range(4, 7)]
     assert seen.sizes == [3]
     assert [row["seed"] for row in parts[0].settings] == [4, 5, 6]
+
+
+def test_latents_can_be_changed_and_learned_from() -> None:
+    pipeline = Pipeline(tiny.model("sd15"))
+    latents = pipeline("a fox", width=64, height=64, steps=1, seed=0, output="latents").latents[0]
+    latents.mul_(2).requires_grad_().sum().backward()
+    assert latents.grad is not None

@@ -275,6 +275,8 @@ def test_images_that_changed_are_noticed(shapes: Path, tmp_path: Path, caplog: p
     train(settings)
     assert "has changed" not in caplog.text
     (tmp_path / "mine" / "000.txt").write_text("something else")
+    data = tmp_path / "r" / "data"
+    (data / "images.json").rename(data / "pictures.json")  # as earlier versions called it
     train(settings)
     assert "mine has changed since this run began (50 images then, 50 now)" in caplog.text
 
