@@ -35,7 +35,7 @@ PATCHES = (
 
 
 def patched(unet: UNet, values: Mapping[str, Any]) -> UNet:
-    """The U-Net with the patches that `values` ask for by their names; names that are no patch's are passed over."""
+    """The U-Net with the patches that `values` ask for by name; other names are ignored."""
     for patch in PATCHES:
         value = values.get(patch.name, patch.off)
         if value != patch.off:
