@@ -62,7 +62,7 @@ def test_a_failure_is_said_and_ends_in_an_error(
     assert code == 1
     assert out.splitlines()[0] == "FAILED  All is as it should be: it is not"
     assert out.splitlines()[1].startswith("ok ")
-    assert err == f"ldm: training does not work as it should here; what was trained is in {tmp_path / 'new'}\n"
+    assert err == f"ldm: training does not work as it should here; the trained networks are in {tmp_path / 'new'}\n"
 
 
 def _half(original: Callable[..., float]) -> Callable[..., float]:

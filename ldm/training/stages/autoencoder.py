@@ -49,9 +49,7 @@ class AutoencoderSection(StageSection):
     perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: only measured")
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as in latent-diffusion")
     commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
-    codebook_decay: float = Field(
-        0.99, ge=0, lt=1, description="decay of a codebook's averages; 0: trained by gradients"
-    )
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="decay of a codebook's averages; 0: by gradients")
     codebook_patience: int = Field(100, ge=1, description="updates after which an unused vector is replaced")
     adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
     adversarial_start: int = Field(50_000, ge=0, description="updates before the discriminator takes part")
