@@ -207,7 +207,7 @@ def crops(ground: Ground) -> Iterator[str]:
         yield "all crops are the same"
     error = (cached - mean).abs().max() / mean.abs().max()
     if error > (1e-2 if ground.precision == "no" else 5e-2):
-        yield f"cached latents differ from those of the crop that their time ids state by {100 * float(error):.0f} %"
+        yield f"cached latents are not those of the crop in their time ids: they differ by {100 * float(error):.0f} %"
     training.accelerator.free_memory()
 
 
