@@ -80,7 +80,12 @@ def _unseen(self: Training, figures: dict[str, torch.Tensor], bad: object) -> di
         ("gradients", "ldm.training.stages.autoencoder.kl_loss", lambda p, x: p.mean.sum().detach(), "the KL term"),
         ("drop_out", "ldm.training.conditioning.uniform", _half(uniform), "captions are dropped, not 10 %"),
         ("not_a_number", "ldm.training.loop.Training.agree", _unseen, "went unnoticed"),
-        ("crops", "ldm.data.framing.Frame.numbers", property(lambda frame: (40, 48, 0, 0, 32, 32)), "of the crop in their time ids"),
+        (
+            "crops",
+            "ldm.data.framing.Frame.numbers",
+            property(lambda frame: (40, 48, 0, 0, 32, 32)),
+            "of the crop in their time ids",
+        ),
         ("resuming", "ldm.training.ema.Averages.load_state_dict", lambda self, state: None, "after a stop"),
     ],
 )
