@@ -281,7 +281,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("rng", choice("ldm", "diffusers"), "Random numbers: of ldm, or the same as diffusers draws.", "ldm",
             names=("randn_source",)),
     Setting("reuse", whole(1, MOST_STEPS),
-            "DeepCache: run the U-Net's inner levels in one call of so many; faster, rougher.", 1,
+            "DeepCache: calls of the U-Net for one run of its inner levels; more is faster, but rougher.", 1,
             names=("cache_interval",)),
     Setting("merge", number(0, 0.75),
             "Token merging (ToMe): part of the tokens merged for self-attention, up to 0.75; faster, rougher.", 0.0,

@@ -20,7 +20,7 @@ from ldm.patches.token_merging import merge_tokens
 class Patch:
     """One change of a network's result."""
 
-    name: str  # of the value that asks for it, in the settings of a call
+    name: str  # of the setting that turns it on
     off: Any  # the value that leaves the network as it is
     apply: Callable[[UNet, Any], UNet]
 

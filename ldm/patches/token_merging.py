@@ -42,7 +42,7 @@ def _merging_level(block: DownBlock | UpBlock, ratio: float) -> nn.Module:
 
 
 class MergeTargets:
-    """Which tokens of a map others are merged into, for the self-attentions of one transformer."""
+    """The tokens of a map into which others are merged, for the self-attentions of one transformer."""
 
     def __init__(self) -> None:
         self.count = 0  # D

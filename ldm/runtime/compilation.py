@@ -75,7 +75,7 @@ def failure(device: torch.device) -> str:
 @cache
 def _blocks() -> dict[type[nn.Module], type[nn.Module]]:
     """The compiled class for each kind of block."""
-    import torch._dynamo  # which takes a second
+    import torch._dynamo  # the import takes a second
 
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)

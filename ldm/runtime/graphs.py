@@ -112,7 +112,7 @@ class Recording:
 
     def __init__(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning, record: Callable[[Step], Step]):
         self.unet = twin(unet)  # with precomputed outputs of its own, which the graph reads
-        del self.unet.recordings  # which will hold this recording
+        del self.unet.recordings  # they will hold this recording
         self.x, self.t, self.places = x.clone(), t.clone(), GraphInputs.of(self.unet)
         for layer in self.places.timestep:
             layer.output = layer.output.clone()  # one row alone, not a view of the whole table

@@ -84,10 +84,10 @@ class TimeTable:
         """`unet` is `precomputed` for the conditioning; `times` are the timesteps of a run, in their order."""
         self.source, self.cond, self.times = unet, cond, list(dict.fromkeys(times))
         self.embedding = TimestepOutput(torch.empty(0))
-        self.projections: list[tuple[nn.Module, TimestepOutput]] = []  # of the blocks: the layer, and its replacement
+        self.projections: list[tuple[nn.Module, TimestepOutput]] = []  # each block's layer, and its replacement
         self.unet = replaced(rebuilt(unet, self._replacements), time_embedding=self.embedding)
         self.results: list[Tensor] = []  # the embedding (K, B, E), then each projection (K, B, C)
-        self.rows: dict[float, int] = {}  # of `results`, by timestep
+        self.rows: dict[float, int] = {}  # row of `results` for each timestep
 
     def _replacements(self, module: nn.Module) -> dict[str, nn.Module]:
         found = {name: (part, TimestepOutput(torch.empty(0))) for name, part in parts_reading(module, "time").items()}

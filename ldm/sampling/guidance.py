@@ -22,7 +22,7 @@ from ldm.sampling.loop import Denoise, Time
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, and when, a prediction is pushed towards the prompt."""
+    """The settings of guidance, which pushes predictions towards the prompt."""
 
     scale: float = 7.5  # of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); at most 1: none
     rescale: float = 0.0  # guidance rescale; 1: the standard deviation without guidance (Lin et al. 2023, 2305.08891)

@@ -29,7 +29,7 @@ class RunSection(Section):
 
     output: str = Field("runs/run", description="the run's folder; the same command again resumes the run")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the computation; weights stay in fp32")
+    precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision to compute in; weights stay fp32")
     stages: list[Annotated[str, AfterValidator(_known)]] = Field(
         ["base"], min_length=1, description="stages to train, in this order"
     )

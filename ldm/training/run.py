@@ -171,7 +171,7 @@ class TrainingRun:
     def _warn_of_long_captions(self, model: LatentDiffusion) -> None:
         """Warn if some of the first captions are longer than the context of the text encoders."""
         some = self.data.images.captions()[:SOME] if self.data.images else []
-        room = min(config.context for config in model.family.text) - 2  # but the start and end tokens
+        room = min(config.context for config in model.family.text) - 2  # without start and end token
         long = sum(len(ids) > room for ids in model.text_encoders.tokenizers[0].encode(some))
         if long:
             log.warning("%d of %d captions have over %d tokens; the rest of them is not read", long, len(some), room)

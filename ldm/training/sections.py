@@ -31,11 +31,11 @@ class ModelSection(Section):
 
 
 class OptimizerSection(Section):
-    """How weights are updated. The learning rate depends on the update's number alone, whatever runs in parallel."""
+    """How weights are updated. The learning rate depends on the update's number alone, not on the processes."""
 
     name: Literal["adamw", "adamw-8bit", "adafactor", "prodigy"] = Field("adamw", description="the method")
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="its fall after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how the rate falls at the end")
     warmup: int = Field(0, ge=0, description="updates until the highest learning rate is reached")
     cooldown: int = Field(0, ge=0, description="last updates, in which the learning rate falls; 0: all after warm-up")
     final: float = Field(0.0, ge=0, le=1, description="part of the learning rate left at the last update")
@@ -100,7 +100,7 @@ class EvaluationSection(Section):
     data: str | None = Field(None, description="reference images with captions; null: the held-out ones")
     features: str = Field("inception", description="network for FID, KID and the like")
     clip: str | None = Field(None, description="network for CLIP score and the like: clip:MODEL@WEIGHTS, clip:FOLDER")
-    steps: int = Field(30, ge=1, le=1000, description="of the scheduler")
+    steps: int = Field(30, ge=1, le=1000, description="steps of the scheduler")
     guidance: float | None = Field(None, ge=0, le=1000, description="guidance scale; null: the family's default")
     batch: int = Field(8, ge=1, description="images made at a time on each device")
     choose: str | None = Field(None, description="metric whose best weights become the result; null: the last ones")
@@ -122,14 +122,14 @@ class DataSection(Section):
     source: str | None = Field(
         None, description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub"
     )
-    split: str = Field("train", description="of a dataset")
+    split: str = Field("train", description="split of a dataset")
     caption_column: str | None = Field(None, description="column of a dataset; null: text, caption, captions or prompt")
-    captions: Literal["required", "optional"] = Field("required", description="optional: images without caption count")
+    captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
     holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
     bucket_step: int = Field(64, ge=8, description="sides of the buckets are multiples of it, in pixels")
     aspect: float = Field(4.0, ge=1, description="width / height of the widest bucket")
-    crop: Literal["random", "center"] = Field("random", description="where to crop")
+    crop: Literal["random", "center"] = Field("random", description="place of the crop")
     flip: bool = Field(False, description="mirror half of the images; not where left and right matter")
     upscale: float = Field(1.25, ge=1, description="images to be enlarged more than this are left out, and counted")
     stream: bool = Field(False, description="read shards or a dataset from the beginning, without a copy on disk")

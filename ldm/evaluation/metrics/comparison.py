@@ -225,7 +225,7 @@ def _compare_reached(reference: Tensor, a: Tensor, b: Tensor, first: Tensor, sec
 
     def difference(signs: np.ndarray) -> np.ndarray:
         """How many more of the reference A reaches than B after exchanges (N, B), as a share: (B,)."""
-        more = apart @ signs  # of A's images than of B's, around each of the reference
+        more = apart @ signs  # images of A than of B near each reference image
         return ((more > -total).astype(float) - (more < total)).mean(axis=0)
 
     found = float(difference(np.ones((len(a), 1)))[0])

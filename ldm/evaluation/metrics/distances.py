@@ -337,6 +337,6 @@ def memorisation(samples: Tensor, held_out: Tensor, quantile: float = 0.05) -> M
     threshold = held_out.double().kthvalue(rank).values
     close = samples.double() < threshold
     n, m, found = len(samples), len(held_out), int(close.sum())
-    # as many samples before the rank-th held-out image: of the closest found + rank - 1, fewer than rank are held out
+    # found samples precede the rank-th held-out image if fewer than rank of the closest found + rank - 1 are held out
     p = float(hypergeom.cdf(rank - 1, n + m, m, found + rank - 1))
     return Memorisation(found / n, rank / (m + 1), float(threshold), p, close)

@@ -273,7 +273,7 @@ def _without_groups(points: Tensor, others: Tensor, k: int, same: bool) -> Tenso
 
 
 def _held(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
-    """How many balls of radius (1 + G, M) hold each point: (1 + G, N); those of group g are not in row 1 + g."""
+    """How many balls of radius (1 + G, M) hold each point: (1 + G, N); row 1 + g leaves out the balls of group g."""
     radius = radius.clone()
     for group in range(GROUPS):
         radius[1 + group, group::GROUPS] = -1

@@ -73,7 +73,7 @@ def estimate_line(name: str, estimate: Estimate) -> Line:
     """The line of one side."""
     error = estimate.error
     if not error and estimate.low is not None and estimate.high is not None:
-        error = (estimate.high - estimate.low) / 2  # of a share of 0 or 1, whose standard error is 0
+        error = (estimate.high - estimate.low) / 2  # a share of 0 or 1 has standard error 0
     places = decimal_places(estimate.value, error)
     interval = _interval(estimate.low, estimate.high, places)
     corrected = number(estimate.corrected, places)

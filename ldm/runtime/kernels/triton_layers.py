@@ -24,14 +24,14 @@ FEW = 256  # pixels which a program takes alone, without chunks
 TILE = 4096  # numbers that a program has in its registers at a time
 WARPS = {"num_warps": 8, "enable_fp_fusion": True}
 FEWER = {"num_warps": 4, "enable_fp_fusion": True}
-CHUNKS = 128  # whose statistics are read at a time
+CHUNKS = 128  # chunks whose statistics are read at a time
 ROWS, COLUMNS = 8, 256  # of GEGLU: the inner widths of all released models are multiples of 256
 # arguments whose values do not specialise a kernel
 NUMBERS = ["has_offset", "eps", "pixels", "groups", "per_group", "length", "chunks"]
 
 
 class Share(NamedTuple):
-    """What one program takes of an image's channels."""
+    """The share of an image's channels that one program takes."""
 
     width: int  # channels, of whole groups
     tile_c: int  # the power of two that holds them

@@ -54,7 +54,7 @@ class AutoencoderSection(StageSection):
     adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
     adversarial_start: int = Field(50_000, ge=0, description="updates before the discriminator takes part")
     discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
-    discriminator_learning_rate: float | None = Field(None, gt=0, description="if it differs")
+    discriminator_learning_rate: float | None = Field(None, gt=0, description="null: as the autoencoder's")
     decoder_only: bool = Field(False, description="train the decoder alone, so that U-Nets of its latents still fit")
     measure: int = Field(10_000, ge=1, description="most images on which the latents' scale is measured at the end")
     measure_shift: bool = Field(False, description="measure the latents' mean too, as a shift")

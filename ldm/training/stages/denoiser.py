@@ -59,7 +59,7 @@ class DenoiserSection(StageSection):
     timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="distribution of timesteps")
     timestep_range: tuple[int, int] | None = Field(None, description="first and last; null: all, refiner 0 to 199")
     logit_mean: float = Field(0.0, description="mean of the logit-normal distribution (Esser et al. 2024)")
-    logit_std: float = Field(1.0, gt=0, description="likewise")
+    logit_std: float = Field(1.0, gt=0, description="its standard deviation")
     drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions dropped")
     drop_together: bool = Field(False, description="drop a caption for both text encoders, or for none")
     drop_size: float = Field(0.0, ge=0, le=1, description="part of the time ids dropped")

@@ -44,8 +44,8 @@ class TextSection(StageSection):
     """The text encoders, trained contrastively with an image encoder (CLIP)."""
 
     image_width: int = Field(768, ge=8, description="channels of the image encoder")
-    image_layers: int = Field(12, ge=1, description="its layers")
-    image_heads: int = Field(12, ge=1, description="heads of its attention")
+    image_layers: int = Field(12, ge=1, description="layers of the image encoder")
+    image_heads: int = Field(12, ge=1, description="attention heads of the image encoder")
     patch: int = Field(32, ge=1, description="side of a patch in pixels; it divides the sides of all images")
     embed_dim: int | None = Field(
         None, ge=1, description="channels of the comparison; null: the text encoders' projection, or 512"
