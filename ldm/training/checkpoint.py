@@ -76,7 +76,7 @@ def save(
         why = getattr(error, "strerror", None) or first_line(error)
         raise LdmError(
             f"checkpoint {path} cannot be written: {why}; {free:.2f} GB are free; "
-            "earlier checkpoints are whole: make room and run the same command again"
+            "earlier checkpoints are whole: mend this and run the same command again"
         ) from None
     accelerator.wait_for_everyone()
     return path

@@ -96,7 +96,7 @@ class Metric:
     estimate: Figure  # with its interval; for reconstructions, the reference is the originals
     compare: Difference  # of two models' images for the same prompts and seeds
     output: str = "features"  # the network's output: features, spatial or logits; "pairs": `Features.pairs`
-    pair: Callable[[Tensor, Tensor], Tensor] | None = None  # images and originals (B, 3, H, W) -> (B,)
+    pair: Callable[[Tensor, Tensor], Tensor] | None = None  # (B, 3, H, W) twice -> (B,); None: by the network
     reference: bool = True  # needs reference images
     captions: bool = False  # needs the prompts
     training: bool = False  # needs the models' training images
