@@ -1,6 +1,6 @@
-"""Latent diffusion: Stable Diffusion 1.x, 2.x and SDXL, to generate with, to train with, to read.
+"""Latent diffusion: Stable Diffusion 1.x, 2.x and SDXL, for generation, training and reading.
 
-Importing this package costs nothing: torch is imported when the first name below is used.
+Importing this package is fast: torch is imported when a name below is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where this project keeps what it can make or fetch again."""
+"""The project's cache folder, for files that can be computed or fetched again."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """`ldm/NAME` in the user's folder for caches. It need not exist."""
+    """The path `ldm/NAME` in the user's cache folder. It may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / name

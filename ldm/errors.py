@@ -1,13 +1,13 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""`LdmError`, the exception for wrong input, and helpers for its messages. Other exceptions mean defects."""
 
 import difflib
 
 
 class LdmError(ValueError):
-    """Bad input, said in one line: the value, where it stands, and what to do about it.
+    """Wrong input. The message is one line with the value, its place and the remedy.
 
-    The command line prints the message and exits with 1; a traceback is only for defects of this program. Whatever a
-    file or a user put into the message, it stays one printable line of at most 1,000 characters.
+    The command line prints the message and exits with 1; a traceback is only for defects of this program. Text from
+    files or users in the message is cleaned, so that it is one printable line of at most 1,000 characters.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,38 +16,38 @@ class LdmError(ValueError):
 
 
 def check_whole(what: str, name: str, value: object, low: int, high: int) -> None:
-    """Raise unless `value` is a whole number within the bounds.
+    """Check that `value` is a whole number within the bounds.
 
     Raises:
-        LdmError: it is not.
+        LdmError: `value` is not an `int`, or is out of bounds.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise LdmError(f"{what}: {name} is {value!r}; it must be a whole number from {low} to {high}")
 
 
 def listing(names: list[str], most: int = 4) -> str:
-    """`a, b, c, d and 12 more`: names for an error message that stays one readable line."""
+    """A short list of names for an error message: `a, b, c, d and 12 more`."""
     shown = ", ".join(names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """What to say of a name that is not known: the nearest one that is, or all of them."""
+    """A hint for an unknown name: the most similar known name, or all known names."""
     near = difflib.get_close_matches(name, known, 1, 0.4)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 NO_MEMORY = (
     "out of memory", "allocate memory", "_STATUS_ALLOC_FAILED",  # cuBLAS' and cuDNN's handles and workspaces
-    "unable to find an engine to execute this computation",  # cuDNN: none with the workspace that there is
+    "unable to find an engine to execute this computation",  # cuDNN has no algorithm for the free workspace
 )  # fmt: skip
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch's error is about memory: only CUDA's allocator has an exception of its own for that."""
+    """Whether PyTorch's error means out of memory; only CUDA's allocator has its own exception class for it."""
     return any(text in str(error) for text in NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, in its first line; its class if it says nothing."""
+    """The first line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The model families, released and our own, one literal each, and what each family is like."""
+"""The model families: Stable Diffusion's and our own. Each family is one literal of `Family`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.process import NoiseSchedule
 
 @dataclass(frozen=True)
 class Family:
-    """The description of a model: all that is needed to build it, but for its weights."""
+    """The description of a model: everything that is needed to build the model, except its weights."""
 
     name: str
     unet: UNetConfig
@@ -23,7 +23,7 @@ class Family:
     zero_empty_prompt: bool = False  # a missing negative prompt is encoded as zeros (SDXL base)
     steps: int = field(default=30, compare=False)  # usual number of sampling steps
     guidance: float = field(default=7.5, compare=False)  # usual guidance scale
-    # preview colours: one for each latent channel, and one to add; (): not known, to be fitted
+    # preview colours: one for each latent channel, and a constant; (): not known, see tools/fit_preview.py
     preview: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -63,12 +63,12 @@ class Family:
 
     @property
     def xl(self) -> bool:
-        """Whether it is built like SDXL or its refiner: the U-Net reads pooled text and time ids too."""
+        """Whether the model is like SDXL or its refiner: the U-Net also reads pooled text and time ids."""
         return self.unet.pooled_dim > 0
 
     @property
     def refiner(self) -> bool:
-        """Whether it is built like SDXL's refiner: the time ids have an aesthetic score instead of a target size."""
+        """Whether the model is like SDXL's refiner: the time ids hold an aesthetic score instead of a target size."""
         return self.unet.size_ids == 5
 
 
@@ -151,7 +151,7 @@ SDXL_REFINER = Family(
     preview=PREVIEW_XL,
 )
 
-# the built-in model: SDXL's shape, small, trained on emoji (configs/emoji-small.yaml)
+# the built-in model: a small model like SDXL, trained on emoji (configs/emoji-small.yaml)
 _SMALL_CLIP = TextEncoderConfig(width=128, layers=3, heads=4, hidden=512, vocab_size=4000, context=32)
 _SMALL_POOLED = TextEncoderConfig(
     width=192,
@@ -193,7 +193,7 @@ EMOJI = Family(
     text=(_SMALL_CLIP, _SMALL_POOLED),
     schedule=NoiseSchedule(
         "v_prediction",
-        beta_end=0.02,  # almost pure noise at the end, and a start from there
+        beta_end=0.02,  # the last timestep is almost pure noise, so sampling can start from pure noise
         scheduler="EulerDiscreteScheduler",
         options={"timestep_spacing": "trailing"},
     ),
@@ -211,7 +211,7 @@ EMOJI_REFINER = replace(
 
 
 def variant(family: Family, name: str, in_channels: int) -> Family:
-    """The same family with a U-Net that reads more channels."""
+    """A family like `family` with another number of input channels of the U-Net."""
     return replace(family, name=name, unet=replace(family.unet, in_channels=in_channels))
 
 
@@ -241,10 +241,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_named(name: str) -> Family:
-    """The family of that name.
+    """The family with the given name.
 
     Raises:
-        LdmError: there is none.
+        LdmError: no family has this name.
     """
     if name not in FAMILIES:
         raise LdmError(f"family {name!r} is not known; choose one of: {', '.join(FAMILIES)}")

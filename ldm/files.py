@@ -1,6 +1,6 @@
-"""Files: what they are, reading JSON, digests, and writing whole or not at all.
+"""Files: format detection, JSON, digests, and atomic writing.
 
-A file's SHA-256 counts a digest in its own safetensors header as zeros, so that a file can state its own.
+A safetensors file can hold its own SHA-256 in its header: the digest is computed with zeros in that place.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 from ldm.errors import LdmError
 
 DIGEST = "ldm.sha256"
-HASHED = 64 * 2**20  # bytes: how much is mapped at a time when a file is hashed
+HASHED = 64 * 2**20  # bytes that are mapped at a time when a file is hashed
 
-Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # name of the work, bytes done, bytes in total
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress report that reports nothing."""
+    """A progress callback that does nothing."""
 
 
 def sniff(path: Path) -> str:
-    """What a file is by its first bytes: "safetensors", "pickle" or something that is no checkpoint, in words."""
+    """The format of a file by its first bytes: "safetensors", "pickle", or a description for error messages."""
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of at most 64 MB.
 
     Raises:
-        LdmError: it is missing, unreadable, no JSON, or no object.
+        LdmError: the file is missing, unreadable, not JSON, or not an object.
     """
     try:
         if path.stat().st_size > 64 * 2**20:
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON with sorted keys, as Hugging Face writes it; bytes of file names that are no UTF-8 as escapes."""
+    """Write JSON as Hugging Face does, indented with sorted keys; bytes of names that are not UTF-8 become escapes."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
         file.write("\n")
@@ -91,9 +91,9 @@ DIGEST_AT = re.compile(rb'"' + re.escape(DIGEST).encode() + rb'":"([0-9a-f]{64})
 
 
 def _split_header(path: Path) -> tuple[bytes, str]:
-    """The first bytes of a safetensors file, up to the tensors, with the digest in them as zeros; and that digest.
+    """The start of a safetensors file, up to the tensors, with zeros in place of the digest; and the digest.
 
-    Empty for other files, and without a digest "" in its place.
+    The start is empty for other files; the digest is "" if the header has none.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -108,7 +108,7 @@ def _split_header(path: Path) -> tuple[bytes, str]:
 
 
 def file_digest(path: Path, progress: Progress = silent) -> str:
-    """SHA-256 of a file; a digest in its own header counts as zeros."""
+    """SHA-256 of a file, computed with zeros in place of a digest in its header."""
     header, _ = _split_header(path)
     digest = hashlib.sha256(header)
     total = path.stat().st_size
@@ -122,15 +122,15 @@ def file_digest(path: Path, progress: Progress = silent) -> str:
 
 
 def stated_digest(path: Path) -> str:
-    """The digest that a file's own header states, "" if it states none."""
+    """The digest in a file's own header, "" if it has none."""
     return _split_header(path)[1]
 
 
 def check_digest(path: Path, expected: str | None = None, progress: Progress = silent) -> bool:
-    """Compare a file with `expected` and with the digest in its own header; whether there was one to compare with.
+    """Compare a file with `expected` and with the digest in its header; returns False if neither is available.
 
     Raises:
-        LdmError: they differ.
+        LdmError: the digests differ.
     """
     wanted = {value for value in (expected, stated_digest(path)) if value}
     if not wanted:
@@ -147,7 +147,7 @@ def check_digest(path: Path, expected: str | None = None, progress: Progress = s
 
 @contextmanager
 def alongside(check: Callable[[], object]) -> Iterator[None]:
-    """Check something while the body goes on, since hashing leaves a core to it; what the check raises comes first."""
+    """Run `check` in a thread while the body runs, since hashing uses one core; errors of the check take precedence."""
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(check)
         try:
@@ -160,10 +160,11 @@ def alongside(check: Callable[[], object]) -> Iterator[None]:
 
 
 def check_destination(path: Path, folder: bool, overwrite: bool) -> Path:
-    """Where to write for `path`, behind all links.
+    """The real path to write to, with links resolved.
 
     Raises:
-        LdmError: `path` exists and `overwrite` is not set, or is of the other kind; or its folder is missing.
+        LdmError: `path` exists and `overwrite` is not set; it is a file instead of a folder or the reverse; or its
+            parent folder is missing.
     """
     try:
         parent = path.absolute().parent
@@ -183,12 +184,12 @@ def check_destination(path: Path, folder: bool, overwrite: bool) -> Path:
 
 @contextmanager
 def replacing(path: Path, folder: bool, overwrite: bool, need: int) -> Iterator[Path]:
-    """A temporary neighbour of `path` to write to, which takes its place at the end, or vanishes on any error.
+    """Yield a temporary path beside `path`; at the end it replaces `path`, on an error it is removed.
 
-    A link is followed: what it leads to is replaced.
+    If `path` is a link, its target is replaced.
 
     Raises:
-        LdmError: as `check_destination`; or the disk is not writable, or too small for `need` bytes or what is written.
+        LdmError: see `check_destination`; or the disk is not writable, has less than `need` bytes free, or is full.
     """
     target = check_destination(path, folder, overwrite)
     temporary = target.parent / f".{secrets.token_hex(6)}.part"

@@ -1,4 +1,4 @@
-"""Images: PIL to tensors and back, files in, PNG files with everything needed to make them again out.
+"""Images: reading files, conversion between PIL and tensors, and PNG files that hold the settings to reproduce them.
 
 B images, H×W height and width
 """
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 
-MOST_PIXELS = 100_000_000  # of an image that is read: larger ones are mistakes or attacks
-KEY = "ldm"  # of our own JSON in a PNG; "parameters" is the text that AUTOMATIC1111's programs read
+MOST_PIXELS = 100_000_000  # largest number of pixels of an image that is read: larger images are mistakes or attacks
+KEY = "ldm"  # PNG text key of our JSON; AUTOMATIC1111's programs read the key "parameters"
 ImageFile = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
 def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, least: int = 0) -> Image.Image:
-    """An image from a file, upright, its first frame, its transparency on white, or in grey (a mask) on black.
+    """The first frame of an image file, upright; transparent parts become white, or black in mode "L" (a mask).
 
     Args:
         source: a path, a file open for reading, or an image.
-        mode: PIL's name of what to make of it.
-        name: what to call it in errors, if not `source`.
+        mode: PIL's mode of the result.
+        name: the name in error messages, by default `source`.
         least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, rounded up, if its shorter side keeps this many pixels.
 
     Raises:
-        LdmError: the file cannot be read, is no image, is damaged, or has over 100 million pixels.
+        LdmError: the file cannot be read, is not an image, is damaged, or has over 100 million pixels.
     """
     with _reading(source, name):
         image = _open(source, name)
@@ -54,7 +54,7 @@ def image_size(source: ImageFile, name: str | None = None) -> tuple[int, int]:
     """Width and height of an image, upright, from its header alone.
 
     Raises:
-        LdmError: as `load_image`, as far as the header tells.
+        LdmError: see `load_image`; only errors in the header are found.
     """
     with _reading(source, name):
         image = _open(source, name)
@@ -73,15 +73,15 @@ def _open(source: ImageFile, name: str | None) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number, from the header: looking for it behind a PNG's pixels would decode them."""
+    """EXIF's orientation from the header; in a PNG, metadata after the pixels is ignored, since that decodes them."""
     exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
     return exif.get(ExifTags.Base.Orientation, 1)
 
 
 def _decode_smaller(image: Image.Image, least: int) -> None:
-    """Have a JPEG decoded at the smallest size whose shorter side has `least` pixels."""
+    """Set a JPEG to be decoded at the smallest scale whose shorter side has at least `least` pixels."""
     for part in (8, 4, 2):
-        # a block that is not full stands at the right or bottom; turning the image would shift the others by it
+        # an incomplete block is at the right or bottom; rotating the image would then shift all other blocks
         whole = not (image.width % part or image.height % part) or _orientation(image) == 1
         if whole and min(image.size) // part >= least:
             image.draft(None, (image.width // part, image.height // part))
@@ -90,7 +90,7 @@ def _decode_smaller(image: Image.Image, least: int) -> None:
 
 @contextmanager
 def _reading(source: ImageFile, name: str | None) -> Iterator[None]:
-    """Whatever a damaged file makes a decoder raise, as one line."""
+    """Turn any error of a decoder into an LdmError of one line."""
     name = name or str(source)
     try:
         yield
@@ -106,25 +106,25 @@ def _reading(source: ImageFile, name: str | None) -> Iterator[None]:
 
 
 def to_tensor(images: Sequence[Image.Image], width: int, height: int) -> Tensor:
-    """Images, resized, as (B, 3, H, W) in [-1, 1], float32."""
+    """Resize images and convert them to (B, 3, H, W) in [-1, 1], float32."""
     arrays = [np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 * 2 - 1
 
 
 def mask_to_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
-    """A mask, resized, as (1, 1, H, W): 1 where the image is to be made anew (white), 0 where it stays (black)."""
+    """Resize a mask and convert it to (1, 1, H, W): 1 (white) where the image is repainted, 0 (black) elsewhere."""
     array = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
     return torch.from_numpy((array >= 0.5).astype(np.float32))[None, None]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] as images of 8 bits."""
+    """Convert (B, 3, H, W) in [-1, 1] to 8-bit images."""
     numbers = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(image) for image in numbers.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:
-    """Images side by side in rows, as square as they come."""
+    """A contact sheet of images; by default with about as many columns as rows."""
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
@@ -134,15 +134,15 @@ def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None, parameters: str = "") -> None:
-    """Write a PNG whole or not at all, with our settings as JSON and AUTOMATIC1111's parameters in it.
+    """Write a PNG atomically, with our settings as JSON and AUTOMATIC1111's parameters in its metadata.
 
     Raises:
-        LdmError: it cannot be written.
+        LdmError: the file cannot be written.
     """
     info = PngImagePlugin.PngInfo()
     texts = {"parameters": parameters, KEY: json.dumps(settings, ensure_ascii=False) if settings else ""}
     for key, text in texts.items():
-        if text:  # bytes of file names that are no UTF-8 become JSON's escapes, which read back as they were
+        if text:  # bytes of file names that are not UTF-8 become JSON escapes, which can be read back
             info.add_itxt(key, text.encode("utf-8", "backslashreplace").decode())
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -158,10 +158,10 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Our JSON in a PNG (None if there is none) and AUTOMATIC1111's parameters ("" if there are none).
+    """Our JSON in a PNG (None if absent) and AUTOMATIC1111's parameters ("" if absent).
 
     Raises:
-        LdmError: the file is no image.
+        LdmError: the file is not an image, or our JSON is damaged.
     """
     load_image(path)
     with Image.open(path) as image:

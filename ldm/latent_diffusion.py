@@ -1,4 +1,4 @@
-"""`LatentDiffusion`: a bundle of U-Net, autoencoder, text encoders and noise schedule, from and to disk.
+"""`LatentDiffusion`: a bundle of U-Net, autoencoder, text encoders and noise schedule, loaded from and saved to disk.
 
 B prompts, M tokens, T text channels, P channels of the pooled text
 """
@@ -26,7 +26,7 @@ from ldm.weights.folder import write_folder
 from ldm.weights.single_file import write_single_file
 from ldm.weights.sources import Source, open_source
 
-_INITIALISING = threading.Lock()  # initial weights come from PyTorch's global generator
+_INITIALISING = threading.Lock()  # because initial weights are drawn from PyTorch's global generator
 
 
 class LatentDiffusion(Components):
@@ -47,13 +47,13 @@ class LatentDiffusion(Components):
         verify: bool = True,
         progress: Progress = silent,
     ) -> Self:
-        """Load a model from a diffusers folder, an original single-file checkpoint or a Hub name, ready to infer.
+        """Load a model in evaluation mode from a diffusers folder, an original single-file checkpoint or a Hub name.
 
-        Weights are memory-mapped, as stored unless `dtype` is given. The other arguments are those of
+        Weights are memory-mapped in the stored dtype unless `dtype` is given. The other arguments are those of
         `ldm.weights.sources.open_source`.
 
         Raises:
-            LdmError: in one line, what is wrong with the source and what to do.
+            LdmError: the source cannot be loaded; the message says why, and the remedy.
         """
         opened = open_source(
             source,
@@ -70,40 +70,40 @@ class LatentDiffusion(Components):
 
     @classmethod
     def of(cls, parts: Components) -> Self:
-        """The bundle of these parts."""
+        """The model made of these components."""
         return cls(parts.family, dict(parts.networks))
 
     @classmethod
     def from_family(cls, family: str | Family, seed: int = 0) -> Self:
-        """A model with random weights (float32, on the CPU) that depend on the seed alone: where training starts."""
+        """A model to be trained from scratch: random weights (float32, CPU) that depend on the seed alone."""
         with _INITIALISING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return cls.of(build(family_named(family) if isinstance(family, str) else family))
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """How noise was added in training."""
+        """The noise schedule of training."""
         return self.family.schedule
 
     @property
     def device(self) -> torch.device:
-        """The device that it computes on."""
+        """The device on which the model computes."""
         return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights of the network that predicts."""
+        """The dtype of the denoiser's weights."""
         return next(self.unet.parameters()).dtype
 
     def bring(self, network: nn.Module) -> None:
-        """Move one of its networks to `device`. All of them are there, unless the model is offloaded."""
+        """Move one of the model's networks to `device`. Has an effect only if the model is offloaded."""
 
     def alone(self) -> AbstractContextManager[Any]:
-        """A context for the making of one batch of images: a lock if the model is offloaded."""
+        """A context for generating one batch of images: holds a lock if the model is offloaded."""
         return nullcontext()
 
     def fingerprint(self) -> str:
-        """Ten hexadecimal digits that depend on the weights, whatever file they came from."""
+        """A digest of the weights, ten hexadecimal digits, which does not depend on the file format."""
         return fingerprint(self.modules())
 
     def save_pretrained(
@@ -119,11 +119,11 @@ class LatentDiffusion(Components):
     ) -> None:
         """Write a folder that diffusers opens, or, if the path ends in `.safetensors`, an original single file.
 
-        It is written whole or not at all, and carries digests that are checked when it is loaded. `lineage`, JSON that
-        says how the model was made, goes into the headers.
+        Writing is atomic, and adds digests that are checked on loading. `lineage`, JSON that describes how the model
+        was made, goes into the headers.
 
         Raises:
-            LdmError: the path exists and `overwrite` is not set, or it cannot be written.
+            LdmError: the path exists and `overwrite` is not set, or writing fails.
         """
         path = Path(path)
         if path.suffix.lower() == ".safetensors":
@@ -134,14 +134,14 @@ class LatentDiffusion(Components):
     def encode_prompt(
         self, prompts: str | Sequence[str], *, clip_skip: int = 0, size: Sequence[float] | None = None
     ) -> Conditioning:
-        """Prompts to the conditioning of the U-Net: text (B, M, T) and, for SDXL, pooled text (B, P) and time ids.
+        """Encode prompts to the U-Net's conditioning: text (B, M, T) and, for SDXL, pooled text (B, P) and time ids.
 
         `size` holds the time ids for all prompts: original height and width, crop top and left, then target height and
-        width (SDXL), or the aesthetic score (its refiner). The default is an uncropped image of the trained size,
-        with a score of 6. The text encoders run with gradients where PyTorch's are on (`torch.no_grad()`: without).
+        width (SDXL), or the aesthetic score (its refiner). The default is an uncropped image of the training size,
+        with a score of 6. Gradients of the text encoders are recorded, except under `torch.no_grad()`.
 
         Raises:
-            LdmError: there are no prompts, or `size` has the wrong length or is for a model that takes none.
+            LdmError: the list of prompts is empty, or the model does not take `size` or needs another number of ids.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence) or not prompts:

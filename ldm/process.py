@@ -1,7 +1,7 @@
-"""The noise process: noise schedules, and the parametrisations of what a network predicts of noisy latents.
+"""The noise process: noise schedules, and the parametrisations (prediction types) of the network's output.
 
-α share of the clean latents, σ of the noise: x = α · latents + σ · noise, where α² + σ² = 1, and ᾱ = α². A noise level
-is σ / α, the noise in latents at their own scale: y = latents + level · noise.
+Noisy latents are x = α · latents + σ · noise with α² + σ² = 1, and ᾱ = α². A noise level is σ / α, the standard
+deviation of the noise in y = x / α = latents + level · noise.
 B batch, C latent channels, h×w height and width of the latents
 """
 
@@ -21,48 +21,48 @@ from torch import Tensor
 from ldm.errors import LdmError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-SMALLEST = 1e-4  # of an α or σ that is divided by
+SMALLEST = 1e-4  # smallest α or σ used as a divisor
 
 
-# --- what a network predicts ------------------------------------------------------------------------------------------
+# --- parametrisations -------------------------------------------------------------------------------------------------
 
 
 class Parametrisation(ABC):
-    """What a network predicts of noisy latents x (B, C, h, w), or of y; α and σ are numbers, or broadcast to x."""
+    """The meaning of a prediction for noisy latents x (B, C, h, w), or y; α and σ are numbers or broadcast to x."""
 
-    defined_at_zero_snr: ClassVar[bool] = True  # pure noise, α = 0, leaves something to predict
-    log_timesteps: ClassVar[bool] = False  # diffusers' "continuous" timesteps, log(level) / 4, are known for it
+    defined_at_zero_snr: ClassVar[bool] = True  # the prediction for pure noise (α = 0) determines the clean latents
+    log_timesteps: ClassVar[bool] = False  # diffusers' "continuous" timesteps, log(level) / 4, are supported
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The prediction that is right for these latents and this noise."""
+        """The correct prediction for these latents and this noise."""
 
     @abstractmethod
     def to_clean(self, prediction: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """The clean latents that a prediction for x stands for."""
+        """The clean latents implied by a prediction for x."""
 
     @abstractmethod
     def from_clean(self, latents: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """The prediction for x that stands for these clean latents: the inverse of `to_clean`."""
+        """The prediction for x that implies these clean latents: the inverse of `to_clean`."""
 
     @abstractmethod
     def to_noise(self, prediction: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """The noise that a prediction for x stands for."""
+        """The noise implied by a prediction for x."""
 
     @abstractmethod
     def denoised(self, prediction: Tensor, y: Tensor, level: Tensor) -> Tensor:
-        """The clean latents that a prediction for y at a noise level () stands for."""
+        """The clean latents implied by a prediction for y at a noise level ()."""
 
     @abstractmethod
     def weight(self, snr: Tensor, limit: float) -> Tensor:
-        """min-SNR-γ weights (B,) of squared errors at α² / σ² (B,): min(SNR, γ) for the errors of the clean latents.
+        """min-SNR-γ weights (B,) of the squared errors of predictions at SNR = α² / σ² (B,).
 
-        Hang et al. 2023 (arXiv 2303.09556), section 3.4; `limit` is γ.
+        Hang et al. 2023 (arXiv 2303.09556), section 3.4; `limit` is γ. For clean latents the weight is min(SNR, γ).
         """
 
 
 class Epsilon(Parametrisation):
-    """The noise (Ho et al. 2020, arXiv 2006.11239)."""
+    """The network predicts the noise (Ho et al. 2020, arXiv 2006.11239)."""
 
     defined_at_zero_snr = False
 
@@ -86,7 +86,7 @@ class Epsilon(Parametrisation):
 
 
 class Velocity(Parametrisation):
-    """v = α · noise - σ · latents (Salimans and Ho 2022, arXiv 2202.00512, appendix D)."""
+    """The network predicts v = α · noise - σ · latents (Salimans and Ho 2022, arXiv 2202.00512, appendix D)."""
 
     log_timesteps = True
 
@@ -110,7 +110,7 @@ class Velocity(Parametrisation):
 
 
 class Sample(Parametrisation):
-    """The clean latents."""
+    """The network predicts the clean latents."""
 
     def target(self, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return latents
@@ -131,26 +131,26 @@ class Sample(Parametrisation):
         return snr.clamp(max=limit)
 
 
-PARAMETRISATIONS: dict[str, Parametrisation] = {  # by the prediction type of diffusers' schedulers
+PARAMETRISATIONS: dict[str, Parametrisation] = {  # keys are diffusers' prediction types
     "epsilon": Epsilon(), "v_prediction": Velocity(), "sample": Sample(),
 }  # fmt: skip
 
 
-# --- how much noise there is ------------------------------------------------------------------------------------------
+# --- noise schedules --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How noise was added in training, and the scheduler that the model is published with."""
+    """The noise schedule of training, and the scheduler with which the model is published."""
 
-    prediction_type: str = "epsilon"  # what the network predicts: a name of `PARAMETRISATIONS`
+    prediction_type: str = "epsilon"  # a key of `PARAMETRISATIONS`
     beta_start: float = 0.00085  # variance added in the first step
-    beta_end: float = 0.012  # and in the last
-    beta_schedule: str = "scaled_linear"  # between them: linear in the square root
+    beta_end: float = 0.012  # variance added in the last step
+    beta_schedule: str = "scaled_linear"  # interpolation of betas; "scaled_linear": linear in the square root
     train_steps: int = 1000
     zero_terminal_snr: bool = False  # betas rescaled so that the last step is pure noise (Lin et al. 2023)
-    scheduler: str = "PNDMScheduler"  # diffusers' name of the sampler
-    options: Mapping[str, Any] = field(default_factory=dict)  # its further options
+    scheduler: str = "PNDMScheduler"  # diffusers' class of the sampler
+    options: Mapping[str, Any] = field(default_factory=dict)  # further options of the scheduler
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PARAMETRISATIONS:
@@ -164,7 +164,7 @@ class NoiseSchedule:
 
     @property
     def parametrisation(self) -> Parametrisation:
-        """What the network predicts."""
+        """The parametrisation of `prediction_type`."""
         return PARAMETRISATIONS[self.prediction_type]
 
     def betas(self) -> Tensor:
@@ -181,7 +181,7 @@ class NoiseSchedule:
         return self.alpha_bars().tolist()
 
     def scales(self, t: float) -> tuple[float, float]:
-        """α and σ at a timestep that may lie between two."""
+        """α and σ at a timestep, which may be fractional."""
         bars = self._bars
         low = min(int(t), len(bars) - 1)
         high = min(low + 1, len(bars) - 1)
@@ -201,13 +201,13 @@ def betas(kind: str, start: float, end: float, steps: int, dtype: torch.dtype) -
 
 
 def with_zero_terminal_snr(bars: Tensor) -> Tensor:
-    """ᾱ (train_steps,) rescaled so that the last is 0 (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
+    """ᾱ (train_steps,) rescaled so that the last value is 0 (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
     roots = bars.sqrt()
     return ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
 
 
 def noise_levels(bars: Tensor) -> Tensor:
-    """σ / α for values ᾱ, of the same shape."""
+    """The noise levels σ / α for values of ᾱ; the shape is the same."""
     return ((1 - bars) / bars) ** 0.5
 
 

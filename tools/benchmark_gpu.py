@@ -1,12 +1,12 @@
-"""Measure images and training on a GPU beside diffusers: one `ldm bench` or `measure_training.py` after the other.
+"""Compare generation and training on a GPU with diffusers, by a series of `ldm bench` or `measure_training.py` runs.
 
     python tools/benchmark_gpu.py images --out benchmarks/gpu
     python tools/benchmark_gpu.py compiled --out benchmarks/gpu
     python tools/benchmark_gpu.py training --out benchmarks/gpu
 
-Each takes ten minutes at the most: what does not begin in time is left out, and said. All numbers go to a JSON file for
-each row, after every round of it, and what is said meanwhile to a log beside it. Weights are random, of the real
-shapes. `--small` does the same with the built-in model and few steps, to try the script itself.
+Each command takes at most ten minutes: rows that do not start in time are left out and reported. For each row, a JSON
+file holds all numbers, updated after every round, and a log beside it holds the output. Weights are random with the
+real shapes. `--small` uses the built-in model and few steps, to test this script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.table import Table
 
 BENCH = [sys.executable, "-m", "ldm", "bench"]
 TRAINING = [sys.executable, str(Path(__file__).with_name("measure_training.py"))]
-GROUPS = {  # what is measured -> name of the file, and the command's arguments; the most telling first
+GROUPS = {  # group -> {row and name of its file: arguments of the command}; the most informative rows first
     "images": {
         "sdxl": "sdxl --size 1024 --steps 30 --rounds 3 --against diffusers,channels-last",
         "sd15": "sd15 --size 512 --steps 50 --rounds 5 --against diffusers,channels-last",
@@ -62,11 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the numbers")
-    parser.add_argument("--minutes", type=float, default=9.5, help="after which what is not done is left")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit; rows that are not done are left out")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     if not (options.small or torch.cuda.is_available()):
-        raise SystemExit("benchmark_gpu: no GPU is found; --small tries the script itself")
+        raise SystemExit("benchmark_gpu: no GPU is found; --small tests the script without one")
     options.out.mkdir(parents=True, exist_ok=True)
     table = Table("row", "side", "a step, s", "an image, s", "images a second", "of the limit")
     end, left = time.monotonic() + 60 * options.minutes, []
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def measured(command: list[str], arguments: str, file: Path, seconds: float) -> bool:
-    """Whether a command wrote numbers in time, of some rounds at least; if not of all, its last line says why."""
+    """Run a command; returns whether it wrote the numbers of at least one round. Prints why rounds are missing."""
     if seconds <= 0:
         return False
     file.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ def measured(command: list[str], arguments: str, file: Path, seconds: float) -> 
         try:
             code: int | None = done.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(done.pid, signal.SIGKILL)  # and what it started
+            os.killpg(done.pid, signal.SIGKILL)  # the command and its child processes
             code = None
     if code != 0:
         said = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
@@ -106,7 +106,7 @@ def measured(command: list[str], arguments: str, file: Path, seconds: float) -> 
 
 
 def made(found: dict[str, Any]) -> list[list[str]]:
-    """What `ldm bench` found: a row for each side."""
+    """The results of `ldm bench`: a row for each side."""
     rows = []
     for side, seconds in found["seconds"].items():
         step, image = (median(row[stage] for row in seconds) for stage in ("step", "image"))
@@ -116,7 +116,7 @@ def made(found: dict[str, Any]) -> list[list[str]]:
 
 
 def trained(found: dict[str, Any]) -> list[list[str]]:
-    """What `measure_training.py` found, likewise."""
+    """The results of `measure_training.py`: a row for each side."""
     batch, ours = found["options"]["batch"], median(found["seconds"]["ours"])
     rows = []
     for side, seconds in found["seconds"].items():

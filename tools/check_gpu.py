@@ -1,11 +1,12 @@
-"""Check a GPU within ten minutes. Quick layers beside plain ones, on the shapes of SD 1.5 at 512² and SDXL at 1024²;
-images: the same in every way of making them. Training: the same curves as on the CPU, memory that does not suffice,
-speed.
+"""Check a GPU within ten minutes.
+
+Layers: fused against plain layers, on the shapes of SD 1.5 at 512² and SDXL at 1024². Images: the same with fused
+layers, compilation and offload. Training: the same loss curves as on the CPU, recovery from too little memory, speed.
 
     python tools/check_gpu.py --out benchmarks/gpu-checks.json
 
-What a check found is printed and kept when it ends, the most telling ones first. `--small` makes everything small
-enough for a CPU, where what needs a GPU is left out.
+The result of each check is printed and saved when the check ends, the most informative checks first. `--small` runs
+small checks on a CPU, without those that need a GPU.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from ldm.training.selftest import Ground, draw_images
 from pipelines import Pipeline
 
 STEPS = 30
-NEAR, NEAR_16_BIT = 2e-3, 3e-2  # relative differences of losses that are taken as rounding
-ROOM = 0.6  # part of the memory that a run had needed, which does not suffice for it
+NEAR, NEAR_16_BIT = 2e-3, 3e-2  # largest relative differences that count as rounding
+ROOM = 0.6  # memory limit of the out-of-memory check, as a part of the memory that the run needs
 NORMS = [  # batch, channels, height and width
     (2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1920, 32), (2, 1280, 16), (2, 2560, 16), (2, 1280, 8),  # SD 1.5
     (2, 320, 128), (2, 960, 128), (2, 640, 64), (2, 1920, 64), (2, 1280, 32), (2, 2560, 32),  # SDXL
-    (1, 512, 128), (1, 512, 512), (1, 256, 1024), (1, 128, 1024),  # its decoder
+    (1, 512, 128), (1, 512, 512), (1, 256, 1024), (1, 128, 1024),  # SDXL's decoder
 ]  # fmt: skip
 GATED = [(2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 4096, 640), (2, 1024, 1280)]  # batch, tokens, channels
-CALLS = 10  # of a layer in one CUDA graph
-EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # of fp32: without rounding factors to 10 bits, as convolutions do by default
-PATIENCE = 300  # seconds for a process
+CALLS = 10  # calls of a layer in one CUDA graph
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # exact fp32: no TF32, which convolutions use by default
+PATIENCE = 300  # time limit of a process in seconds
 HERE = Path(__file__).parent
-Finding = tuple[bool, str, Any]  # whether it is as it should be, in words, and in numbers
+Finding = tuple[bool, str, Any]  # whether the check passed, the result in words, and in numbers
 
 
 def main() -> None:
-    """Print a table; the exit code says whether all is well."""
+    """Run the checks and print their results; the exit code is 0 if all checks passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON with all numbers")
     parser.add_argument("--small", action="store_true")
@@ -65,22 +66,22 @@ def main() -> None:
     if options.run:
         return run_here(Path(options.run), options.memory)
     if not (options.small or torch.cuda.is_available()):
-        raise SystemExit("check_gpu: no GPU is found; --small tries the script itself")
+        raise SystemExit("check_gpu: no GPU is found; --small tests the script without one")
     large: dict[str, Callable[[], Finding]] = {
-        "quick layers, bf16": lambda: layers(torch.bfloat16),
-        "images": lambda: images({"quick": {}}),
+        "fused layers, bf16": lambda: layers(torch.bfloat16),
+        "images": lambda: images({"fused": {}}),
         "training step, sd15": lambda: steps("sd15", 512, 8),
         "images, compiled": lambda: images({"compiled": {"compile": True}}),
         "images, offload": lambda: images({name: {"offload": name} for name in ("components", "layers")}),
         "selftest, bf16": lambda: selftest("bf16"),
         "losses as on the CPU": curves,
-        "quick layers, fp16": lambda: layers(torch.float16),
+        "fused layers, fp16": lambda: layers(torch.float16),
         "too little memory": memory,
         "training step, sdxl": lambda: steps("sdxl", 1024, 2),
         "selftest, fp16": lambda: selftest("fp16"),
     }
     small: dict[str, Callable[[], Finding]] = {
-        "images": lambda: images({"quick": {}, "components": {"offload": "components"}}),
+        "images": lambda: images({"fused": {}, "components": {"offload": "components"}}),
         "training step, sd15": lambda: steps("sd15", 64, 1),
         "selftest, bf16": large["selftest, bf16"],
         "losses as on the CPU": curves,
@@ -99,26 +100,26 @@ def main() -> None:
 
 
 def timed(check: Callable[[], Finding]) -> dict[str, Any]:
-    """What a check found; one that cannot be made fails, and the others go on."""
+    """Run a check and time it; a check that raises an error counts as failed."""
     began = time.monotonic()
     try:
         well, found, numbers = check()
     except subprocess.CalledProcessError as error:
         well, found, numbers = False, " ".join((error.stderr or error.stdout or str(error)).split())[-300:], None
-    except Exception as error:  # of whatever package
+    except Exception as error:  # any package may raise
         traceback.print_exc()
         well, found, numbers = False, f"{type(error).__name__}: {first_line(error)}", None
     return {"well": well, "found": found, "numbers": numbers, "seconds": time.monotonic() - began}
 
 
 def selftest(precision: str) -> Finding:
-    """Gradients, weights, resuming, numbers that are not finite."""
+    """Run `ldm selftest`, which checks gradients, weights, resuming, and numbers that are not finite."""
     done = python("-m", "ldm", "selftest", "--precision", precision)
-    return True, "all of it", done.stdout.splitlines()
+    return True, "all tests passed", done.stdout.splitlines()
 
 
 def curves() -> Finding:
-    """The base on the CPU in fp32, and here in fp32 and bf16."""
+    """Compare the losses of the stage base on the GPU, in fp32 and bf16, with those on the CPU in fp32."""
     with tempfile.TemporaryDirectory() as folder:
         draw_images(Path(folder, "images"))
         expected = losses(Path(folder), "cpu", "no", ACCELERATE_USE_CPU="true")
@@ -129,7 +130,7 @@ def curves() -> Finding:
 
 
 def memory() -> Finding:
-    """A run with too little memory takes smaller parts, and its losses are the same."""
+    """Check that a run with too little memory uses smaller micro-batches and has the same losses."""
     changes: dict[str, Any] = {"base__sizes": [{"size": 256}], "base__batch": 64}
     with tempfile.TemporaryDirectory() as folder:
         draw_images(Path(folder, "images"))
@@ -143,14 +144,14 @@ def memory() -> Finding:
 
 
 def images(ways: dict[str, dict[str, Any]]) -> Finding:
-    """The built-in model's in fp32, by pipelines in several ways (quick layers and recorded steps …): as plain ones."""
+    """Compare the built-in model's images in fp32 from pipelines with these settings with those of plain layers."""
     torch.backends.cudnn.allow_tf32 = False
     plain = Pipeline(dtype=torch.float32, quick=False, offload="none")
     several = [{"n": 3}, {"n": 3, "batch": 2}, {"guidance": 1.0}, {"hires": 1.5}, {"reuse": 2}, {"merge": 0.5}]
     far = {}
     for name, settings in ways.items():
         pipeline, far[name] = Pipeline(dtype=torch.float32, **settings), 0.0
-        for prompt in ("a cat, noto style", "two very happy dogs, fluent flat style"):  # one recording for both
+        for prompt in ("a cat, noto style", "two very happy dogs, fluent flat style"):  # both use one CUDA graph
             for more in several:
                 made, wanted = (one(prompt, seed=1, steps=8, **more).latents for one in (pipeline, plain))
                 for a, b in zip(made, wanted, strict=True):
@@ -159,7 +160,8 @@ def images(ways: dict[str, dict[str, Any]]) -> Finding:
 
 
 def layers(dtype: torch.dtype) -> Finding:
-    """Each kernel beside the plain layer, both in a CUDA graph: no further from fp64 (and a tenth), how much faster."""
+    """Compare each kernel with the plain layer in a CUDA graph: its error against fp64 is at most 1.1 times the plain
+    layer's. Reports the speed-up."""
     if not fused_gpu.works(torch.device("cuda"), dtype):
         return False, "the kernels do not work here", None
     rows = []
@@ -178,7 +180,7 @@ def layers(dtype: torch.dtype) -> Finding:
 
 
 def norm_row(shape: tuple[int, int, int], with_offset: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Group norm and SiLU; the plain layers have images as they lie in plain pipelines."""
+    """Compare group norm and SiLU; the plain layer gets contiguous tensors, as in plain pipelines."""
     batch, channels, side = shape
     norm = nn.GroupNorm(32, channels, 1e-5)
     nn.init.normal_(norm.weight)
@@ -200,7 +202,7 @@ def norm_row(shape: tuple[int, int, int], with_offset: bool, dtype: torch.dtype)
 
 
 def gated_row(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
-    """GEGLU, with the multiplication: in plain layers the bias is added there."""
+    """Compare GEGLU with its matrix product, since the plain layer adds the bias in the product."""
     layer = GEGLU(shape[-1], 4 * shape[-1]).to("cuda", dtype)
     x = torch.randn(shape, device="cuda").to(dtype)
     exact = copy.deepcopy(layer).double()(x.double())
@@ -213,7 +215,7 @@ def gated_row(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]
 def row(
     layer: str, shape: tuple[int, ...], exact: Tensor, quick: Callable[[], Tensor], plain: Callable[[], Tensor]
 ) -> dict[str, Any]:
-    """Relative distances from what is exact, whether a graph gives what a call gives, and milliseconds of a call."""
+    """Relative errors of both layers, whether a graph gives the same as a call, and milliseconds of a call."""
     found, expected = quick(), plain()
     far, plain_far = (float((one.double() - exact).norm() / exact.norm()) for one in (found, expected))
     ms, from_graph = in_graph(quick)
@@ -224,7 +226,7 @@ def row(
 
 
 def in_graph(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Milliseconds of a call without what Python takes, the best of several; and its result."""
+    """Milliseconds of a call in a CUDA graph, without Python's time, the best of several; and the result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -246,12 +248,12 @@ def in_graph(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 def distance(found: list[float], expected: list[float]) -> float:
-    """The largest relative difference of two curves."""
+    """The largest relative difference of two loss curves."""
     return max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
 
 
 def losses(folder: Path, name: str, precision: str, limit: int | None = None, **changes: Any) -> list[float]:
-    """Of a run in a process of its own, whose messages stay in `name.log`; capitals are its environment."""
+    """The losses of a run in a new process, which writes to `name.log`; changes in capitals set its environment."""
     environment = {key: changes.pop(key) for key in list(changes) if key.isupper()}
     settings = Ground(folder, precision, 8).config(
         name, stages=["base"], base__steps=STEPS, base__save_every=STEPS, **changes
@@ -266,7 +268,7 @@ def losses(folder: Path, name: str, precision: str, limit: int | None = None, **
 
 
 def run_here(path: Path, limit: int | None) -> None:
-    """Train in this process, with so many bytes of the GPU's memory; note the most that was used."""
+    """Train in this process with at most `limit` bytes of the GPU's memory; record the peak memory."""
     if limit:
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     train(load(path, []))
@@ -275,7 +277,7 @@ def run_here(path: Path, limit: int | None) -> None:
 
 
 def steps(family: str, size: int, batch: int) -> Finding:
-    """Ours beside diffusers' example script's, in bf16."""
+    """Compare the time of our training step with diffusers' example script in bf16."""
     options = ["--family", family, "--size", str(size), "--batch", str(batch), "--precision", "bf16"]
     done = python(str(HERE / "measure_training.py"), *options, "--steps", "3", "--rounds", "1")
     said, numbers = done.stdout.splitlines()[-2:]
@@ -283,7 +285,7 @@ def steps(family: str, size: int, batch: int) -> Finding:
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that must succeed."""
+    """Run Python in a new process; raises CalledProcessError if it fails."""
     return subprocess.run(
         [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, check=True,
         timeout=PATIENCE,

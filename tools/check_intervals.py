@@ -1,7 +1,8 @@
-"""Check intervals and tests of `ldm.evaluation` on features whose truth is known (tests/gaussians.py).
+"""Check the confidence intervals and tests of `ldm.evaluation` on features with known true values (tests/gaussians.py).
 
-How often the 95 % interval of each metric holds the truth, how often two equal models are called different at 5 %, and
-how often a model that is a little off is found. With 400 trials, a share of 95 % is measured to ±2 %.
+Measures how often the 95 % interval of each metric contains the true value, how often two equal models are called
+different at the 5 % level, and how often a slightly worse model is detected. With 400 trials, a share of 95 % is
+measured to ±2 %.
 
     python tools/check_intervals.py --trials 400
 """
@@ -47,7 +48,7 @@ NEIGHBOURS = {
     "precision": precision_interval, "recall": recall_interval,
     "density": density_interval, "coverage": coverage_interval,
 }  # fmt: skip
-FRECHET = [  # features, images, of the reference (0: known), decay, shift, change
+FRECHET = [  # feature dimensions, model's images, reference images (0: known), decay, shift, change
     (8, 200, 200, 0.0, 0.3, 0.2), (8, 400, 400, 0.0, 0.2, 0.1), (16, 200, 200, 1.0, 0.3, 0.2),
     (16, 500, 500, 1.0, 0.3, 0.3), (16, 500, 0, 1.0, 0.3, 0.2), (16, 80, 80, 1.0, 0.5, 0.3),
     (64, 320, 320, 1.0, 0.3, 0.2), (48, 120, 4800, 1.5, 0.3, 0.2), (16, 300, 300, 1.0, 0.0, 0.0),
@@ -55,12 +56,12 @@ FRECHET = [  # features, images, of the reference (0: known), decay, shift, chan
 
 
 def row(what: str, share: float, wanted: str) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     print(f"| {what} | {share:.1%} | {wanted} |", flush=True)
 
 
 def intervals(trials: int) -> None:
-    """Coverage of the intervals."""
+    """Measure the coverage of the intervals."""
     for dim, n, m, decay, shift, change in FRECHET:
         model, reference, truth = pair(dim, decay, shift, change)
 
@@ -91,7 +92,7 @@ def intervals(trials: int) -> None:
 
 
 def tests(trials: int) -> None:
-    """How often a difference is found, where there is none and where there is a small one."""
+    """Measure how often the tests find a difference between equal models, and between slightly different ones."""
     comparisons: dict[str, Callable[[Tensor, Tensor, Tensor], Comparison]] = {
         "FD": lambda a, b, r: compare(*frechet_parts(a, b, measure(r))),
         "KID": lambda a, b, r: compare(*mmd_parts(polynomial, a, b, r)),

@@ -1,12 +1,12 @@
-"""End runs at random moments, start them again until they are through, and compare them with whole ones.
+"""Interrupt training runs at random moments, restart them until they finish, and compare them with undisturbed runs.
 
     python tools/check_resume.py --kills 50 --stops 20
     python tools/check_resume.py --kills 20 --stops 10 --processes 2
 
-For every stage, with and without caches, with and without loader processes. Runs are killed (SIGKILL) and asked to stop
-(SIGTERM), half of the time at any moment, half while a checkpoint is written. Every loss, and every byte of the result,
-must be those of the undisturbed run, and a run that is asked to stop must have ended within 30 seconds. Of several
-processes one is killed and the others are ended as launchers do; all of them are asked to stop.
+All stages are checked, with and without caches, with and without loader processes. Runs are killed (SIGKILL) or asked
+to stop (SIGTERM), half of the time at any moment, half while a checkpoint is written. Every loss and every byte of the
+result must equal those of the undisturbed run, and a run that is asked to stop must end within 30 seconds. In runs of
+several processes, one process is killed and the others are then ended as launchers do; SIGTERM goes to all processes.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from ldm.training.stages.stage import Cached
 from ldm.training.stages.table import KINDS
 
 STEPS = 12
-TIMING = ("images_per_s", "waiting", "tflops")  # figures that no two runs share
-SLOWEST = 120.0  # seconds after which an attempt hangs
-LONGEST = 30.0  # seconds that a run may go on after it was asked to stop
-PATIENCE = 0.5  # seconds that processes have to end themselves once another was killed
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that stopped because it was asked to
-Kind = tuple[str, str, dict[str, Any]]  # of a run: its name, what it trains, and how
+TIMING = ("images_per_s", "waiting", "tflops")  # timing values of the log, which differ between runs
+SLOWEST = 120.0  # seconds after which an attempt counts as hanging
+LONGEST = 30.0  # seconds within which a run must end after it was asked to stop
+PATIENCE = 0.5  # seconds that the other processes have to end after one was killed
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop
+Kind = tuple[str, str, dict[str, Any]]  # a kind of run: name, stage, changes of the configuration
 
 
 @dataclass
 class Outcome:
-    """What came of one kind of run."""
+    """The results of one kind of run."""
 
     name: str
     kills: int = 0
     stops: int = 0
-    writing: int = 0  # of them, while a checkpoint was written
+    writing: int = 0  # number of kills and stops while a checkpoint was written
     runs: int = 0
-    slowest: float = 0.0  # seconds from a request to stop to the end
+    slowest: float = 0.0  # longest time from a request to stop to the end, in seconds
     problems: list[str] = field(default_factory=list)
 
 
 def main() -> None:
-    """Print a table; the exit code says whether all runs were the same."""
+    """Run the checks and print a table; the exit code is 0 if all runs gave the same result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--stops", type=int, default=20, help="in all")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the kinds of runs, only every Nth")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of each run")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="check only every Nth kind of run")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of each run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     table = Table("run", "kills", "stops", "while writing", "runs", "slowest stop, s", "problems")
@@ -82,7 +82,7 @@ def main() -> None:
 def check(
     folder: Path, kinds: list[Kind], ends: list[signal.Signals], draw: random.Random, processes: int = 1
 ) -> Iterator[Outcome]:
-    """Runs of these kinds, which share the ends, of so many processes each."""
+    """Check these kinds of runs with so many processes each; the signals in `ends` are divided among the kinds."""
     torch.set_num_threads(1)
     ground = Ground(folder, "no", 8)
     draw_images(folder / "images")
@@ -92,7 +92,7 @@ def check(
 
 
 def kinds() -> Iterator[Kind]:
-    """Every kind of stage, with loader processes too, and with caches where it reads them."""
+    """All kinds of runs: every stage, with and without loader processes, and with caches if the stage uses them."""
     for kind in KINDS:
         stage = kind.name
         for cached in (False, True) if kind.cached(kind.section()) != Cached() else (False,):
@@ -107,7 +107,7 @@ def kinds() -> Iterator[Kind]:
 def check_kind(
     ground: Ground, kind: Kind, ends: list[signal.Signals], draw: random.Random, processes: int = 1
 ) -> Outcome:
-    """One undisturbed run, and others that are ended on the way."""
+    """Make one undisturbed run and several interrupted runs, and compare them."""
     name, stage, changes = kind
     outcome = Outcome(name)
     plain = ground.config(f"{name}-0", **changes)
@@ -128,7 +128,7 @@ def check_kind(
             if code == 0:
                 break
             if not end.sent or code not in (-end.sent, STOPPED):
-                outcome.problems.append(f"a run that went on ended with {code}")
+                outcome.problems.append(f"a resumed run ended with exit code {code}")
                 return outcome
             left.pop()
             outcome.kills += end.sent == signal.SIGKILL
@@ -136,34 +136,34 @@ def check_kind(
             outcome.writing += writing
             outcome.slowest = max(outcome.slowest, end.seconds if end.sent == signal.SIGTERM else 0)
         else:
-            outcome.problems.append("the run got nowhere")
+            outcome.problems.append(f"the run was not done after {10 * STEPS} attempts")
             return outcome
         outcome.problems += differences(Path(plain.output) / stage, Path(settings.output) / stage)
     if outcome.slowest > LONGEST:
-        outcome.problems.append("a stop took too long")
+        outcome.problems.append(f"a stop took more than {LONGEST:.0f} s")
     return outcome
 
 
 @dataclass
 class End:
-    """Sends processes a signal after a while, or that long after they begin to write a checkpoint."""
+    """Sends a signal to processes `wait` seconds after their start, or after they begin to write a checkpoint."""
 
     signal: signal.Signals | None
     checkpoints: Path | None
     wait: float  # seconds
-    first: int = 0  # which process is killed first
+    first: int = 0  # index of the process that is killed first
     sent: signal.Signals | None = None
     seconds: float = 0.0  # from the signal to the end of the processes
 
     def __call__(self, processes: Sequence[int]) -> None:
-        """Returns when they have ended."""
+        """Send the signal and wait until the processes have ended."""
         if not self.signal or not self._moment(processes[self.first]):
             return
         self.sent, began = self.signal, time.monotonic()
         if self.signal == signal.SIGKILL:
             os.kill(processes[self.first], signal.SIGKILL)
         for process in processes:
-            os.kill(process, signal.SIGTERM)  # which means nothing to one that has ended
+            os.kill(process, signal.SIGTERM)  # no effect on a process that has ended
         while not all(_ended(process) for process in processes):
             if self.signal == signal.SIGKILL and time.monotonic() - began > PATIENCE:
                 for process in processes:
@@ -172,7 +172,7 @@ class End:
         self.seconds = time.monotonic() - began
 
     def _moment(self, process: int) -> bool:
-        """Wait for it; whether the process lives to see it."""
+        """Wait for the moment of the signal; returns False if the process ends before."""
         while self.checkpoints and not any(self.checkpoints.glob(".step-*.part")):
             if _ended(process):
                 return False
@@ -186,9 +186,9 @@ class End:
 
 
 def forked(settings: Config, end: Callable[[Sequence[int]], None], processes: int = 1) -> int:
-    """Train in processes that are ended on the way; the exit code of the first that did not end well, or 0.
+    """Train in processes that `end` interrupts; returns the exit code of the first process that failed, or 0.
 
-    Forks, so that each attempt need not import PyTorch again.
+    Processes are forked, so that they need not import PyTorch again.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -201,7 +201,7 @@ def forked(settings: Config, end: Callable[[Sequence[int]], None], processes: in
 
 
 def _child(settings: Config, rank: int, processes: int, port: int) -> int:
-    """A process that trains, as that rank of several; its number."""
+    """Fork a process that trains as `rank` of `processes`; returns its process id."""
     process = os.fork()
     if process:
         return process
@@ -214,19 +214,19 @@ def _child(settings: Config, rank: int, processes: int, port: int) -> int:
         train(settings)
     except Stopped:
         os._exit(STOPPED)
-    except BaseException as error:  # nothing of the parent's must run on in the child
+    except BaseException as error:  # the child must not continue with the parent's code
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(1)
     os._exit(0)
 
 
 def _ended(process: int) -> bool:
-    """Whether a child has ended; it is not yet waited for."""
+    """Whether a child process has ended; it is not reaped."""
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def differences(expected: Path, found: Path) -> Iterator[str]:
-    """Where two results of a stage are not the same: lines of the log, bytes of the weights."""
+    """The differences between two results of a stage, in the log's lines and the weights' bytes."""
     if _lines(expected) != _lines(found):
         yield "the logs differ"
     for path in sorted((expected / "model").rglob("*.safetensors")):
@@ -235,7 +235,7 @@ def differences(expected: Path, found: Path) -> Iterator[str]:
 
 
 def weights(path: Path) -> bytes:
-    """A file's tensors; its header tells of the run's folder."""
+    """The bytes of a file's tensors, without the header, which names the run's folder."""
     data = path.read_bytes()
     return data[8 + int.from_bytes(data[:8], "little") :]
 

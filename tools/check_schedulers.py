@@ -1,8 +1,8 @@
-"""Check schedulers on a problem whose answer is known: a mixture of Gaussians and its true denoiser (tests/mixture.py).
+"""Check schedulers on a problem with a known solution: a mixture of Gaussians and its true denoiser (tests/mixture.py).
 
-For the deterministic ones: the error against the exact solution of the probability-flow ODE where the model is called
-last, and the order of convergence that it shows, beside the one that the method claims. For the stochastic ones: the
-Wasserstein distance of the samples from the mixture. "Left" is what the samples differ by from the model's last word.
+For deterministic schedulers: the error against the exact solution of the probability-flow ODE at the last model call,
+and the measured order of convergence beside the method's stated order. For stochastic schedulers: the Wasserstein
+distance of the samples from the mixture. "Left" is the difference between the samples and the model's last prediction.
 
     python tools/check_schedulers.py --spacing list
     python tools/check_schedulers.py --scheduler unipc --scheduler deis --prediction v_prediction
@@ -27,7 +27,7 @@ STEPS = (10, 20, 40, 80)
 
 
 def row(name: str, spacing: str, prediction: str, count: int) -> str:
-    """One line of the table; what is refused says why."""
+    """One line of the table; for a refused combination it holds the reason."""
     cells = []
     measured = []
     for steps in STEPS:
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--scheduler", action="append", choices=list(SCHEDULERS), help="only this one (repeatable)")
     parser.add_argument("--spacing", action="append", choices=[*SPACINGS, *LEVELS], help="the same")
     parser.add_argument("--prediction", action="append", choices=PARAMETRISATIONS, help="the same")
-    parser.add_argument("--samples", type=int, default=65536, help="of the stochastic schedulers")
+    parser.add_argument("--samples", type=int, default=65536, help="number of samples for stochastic schedulers")
     options = parser.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     columns = ["scheduler", "spacing", "prediction", "measure", *map(str, STEPS), "order", "claimed", "left"]

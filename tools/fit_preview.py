@@ -1,8 +1,8 @@
-"""Fit a model's latent → colour factors, for `Family.preview`, and say how near the previews come.
+"""Fit the linear map from a model's latents to colours, for `Family.preview`, and print the previews' PSNR.
 
     python tools/fit_preview.py MODEL --images FOLDER --size 512
 
-Without images of your own, smooth random colours serve. The PSNR is that of the previews to the shrunken images.
+Without `--images`, smooth random colours are used. The PSNR compares the previews with the images at the latents' size.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ldm.sampling.preview import fit, to_pixels
 
 
 def main() -> None:
-    """Print the rows as they stand in `ldm/families.py`."""
+    """Print the rows in the format of `ldm/families.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, file or Hub name")
     parser.add_argument("--images", type=Path, help="a folder of images")
-    parser.add_argument("--size", type=int, default=512, help="pixels to which they are resized")
+    parser.add_argument("--size", type=int, default=512, help="side in pixels to which images are resized")
     options = parser.parse_args()
     model = LatentDiffusion.from_pretrained(options.model, dtype=torch.float32)
     pixels = None

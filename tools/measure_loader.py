@@ -1,8 +1,8 @@
-"""Measure how many images a core decodes, resizes, crops and batches in a second, beside torchvision's ImageFolder.
+"""Measure how many images per second a core loads, compared with torchvision's ImageFolder.
 
-Both do the same: decode a JPEG, resize its shorter side to the target with PIL's bicubic filter, crop at random, make
-float batches. Photographs are imitated by smoothed noise, written once. One thread, no workers, seconds of CPU; passes
-of both alternate, and the first ones do not count.
+Both decode a JPEG, resize its shorter side to the target with PIL's bicubic filter, crop at random, and make float
+batches. The images are smoothed noise with about the detail of photographs, written once. One thread, no workers, CPU
+seconds; passes of both alternate, and the first passes do not count.
 
     python tools/measure_loader.py /tmp/jpegs
 """
@@ -34,7 +34,7 @@ BATCH = 16
 
 
 def write(folder: Path, count: int, side: int) -> None:
-    """JPEGs of about the detail of photographs, unless they are there."""
+    """Write JPEGs with about the detail of photographs, unless they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -50,7 +50,7 @@ def write(folder: Path, count: int, side: int) -> None:
 
 
 def rate(batches: Iterable[object], count: int) -> float:
-    """Images per second of one pass."""
+    """The images per second of one pass."""
     start = time.process_time()
     for _ in islice(batches, count // BATCH):
         pass
@@ -58,11 +58,11 @@ def rate(batches: Iterable[object], count: int) -> float:
 
 
 def main() -> None:
-    """Print images per second of both, their spread, and all of it as JSON."""
+    """Print the images per second of both, their spread, and all numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the images")
     parser.add_argument("--images", type=int, default=320)
-    parser.add_argument("--side", type=int, action="append", help="of the JPEGs; 512 and 2048 by default")
+    parser.add_argument("--side", type=int, action="append", help="side of the JPEGs in pixels; default: 512 and 2048")
     parser.add_argument("--runs", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Measure loading a model of real size: peak resident memory against the file's size, and time against plain reading.
+"""Measure loading a model of real size: peak resident memory and time, compared with the file's size and plain reading.
 
 Random weights of the real configuration are written once (SDXL in bf16: 7 GB), as a folder and as a single file, then
-loaded in a process of its own, with the file's pages in the cache.
+loaded in a new process, with the files in the system's page cache.
 
     python tools/measure_loading.py /tmp/loading --family sd15 --family sdxl
 """
@@ -34,7 +34,7 @@ print(json.dumps({"seconds": loaded, "seconds_all_pages": time.perf_counter() - 
 
 
 def write(root: Path, family: str) -> list[Path]:
-    """Random weights of the family in bf16, as a folder and as a single file, unless they are there."""
+    """Write random weights of the family in bf16, as a folder and as a single file, unless they exist."""
     import torch
 
     from ldm.families import FAMILIES
@@ -64,7 +64,7 @@ def weights(path: Path) -> list[Path]:
 
 
 def read_seconds(path: Path, digest: bool) -> float:
-    """Seconds to read the files in large pieces, and to hash them if asked to: what loading cannot do without."""
+    """Seconds to read the files in large pieces and, with `digest`, to hash them: the least time of loading."""
     start = time.perf_counter()
     for file in weights(path):
         sha = hashlib.sha256()
@@ -82,9 +82,9 @@ def load(path: Path, verify: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a line for each family, layout and way of loading, and all of it as JSON at the end."""
+    """Print a line for each family, layout and way of loading, and all numbers as JSON at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write the models (20 GB for both families)")
+    parser.add_argument("folder", type=Path, help="folder for the models (20 GB for both families)")
     parser.add_argument("--family", action="append", choices=["sd15", "sd2-v", "sdxl", "sdxl-refiner"])
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
@@ -93,7 +93,7 @@ def main() -> None:
     for family in options.family or ["sd15", "sdxl"]:
         for path in write(options.folder, family):
             size = sum(file.stat().st_size for file in weights(path))
-            read_seconds(path, digest=False)  # into the cache
+            read_seconds(path, digest=False)  # fill the page cache
             for verify in (True, False):
                 runs = [load(path, verify) for _ in range(options.runs)]
                 row = {

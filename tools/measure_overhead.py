@@ -1,7 +1,7 @@
-"""Measure the time of a sampling step outside the U-Net, for every scheduler, beside diffusers' on the same weights.
+"""Measure the time of a sampling step outside the U-Net for every scheduler, compared with diffusers' pipeline.
 
-The calls of each pipeline's own tiny U-Net are timed and taken out; what is left is scheduler, guidance and loop. Runs
-alternate between the two; each gives its median step, and medians over all runs are printed.
+Both pipelines have a tiny U-Net with the same weights. The time of its calls is subtracted, which leaves scheduler,
+guidance and loop. Runs of the two alternate; the medians over all runs of the runs' median steps are printed.
 
     python tools/measure_overhead.py --steps 30 --runs 7
 """
@@ -29,7 +29,7 @@ from pipelines import Pipeline
 
 
 class Timed:
-    """A module's forward, with the time of each call."""
+    """Times each call of a module's forward."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.seconds: list[float] = []
@@ -45,13 +45,13 @@ class Timed:
 
 
 def outside(marks: list[float], timer: Timed) -> float:
-    """Milliseconds of the median step, from the end of one to the end of the next, without its call of the U-Net."""
+    """Milliseconds of the median step, from end to end of consecutive steps, without the U-Net's call."""
     steps = [after - before for before, after in pairwise(marks)]
     return median(step - call for step, call in zip(steps, timer.seconds[1:], strict=True)) * 1000
 
 
 def ours(pipeline: Pipeline, timer: Timed, name: str, steps: int) -> float:
-    """Milliseconds a step outside the U-Net."""
+    """Milliseconds per step outside the U-Net in our pipeline."""
     marks: list[float] = []
     timer.seconds = []
     pipeline(
@@ -66,7 +66,7 @@ def ours(pipeline: Pipeline, timer: Timed, name: str, steps: int) -> float:
 
 
 def theirs(pipeline: Any, timer: Timed, name: str, steps: int, config: Any) -> float:
-    """The same of diffusers."""
+    """Milliseconds per step outside the U-Net in diffusers' pipeline."""
     kind, options = SCHEDULERS[name]
     pipeline.scheduler = getattr(diffusers, kind).from_config(config, **options)
     marks: list[float] = []
@@ -81,7 +81,7 @@ def theirs(pipeline: Any, timer: Timed, name: str, steps: int, config: Any) -> f
 
 
 def main() -> None:
-    """Print a line for each scheduler, and all of it as JSON at the end."""
+    """Print a line for each scheduler, and all numbers as JSON at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--runs", type=int, default=7)

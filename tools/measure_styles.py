@@ -1,11 +1,11 @@
-"""Style and concept of images as the model's own pair sees them: seen and held-out (concept, style) combinations.
+"""Measure style and concept of images by a contrastive pair, for seen and held-out (concept, style) combinations.
 
     python tools/measure_styles.py emoji --clip clip:emoji --data emoji [--refiner MODEL] [--steps 20] [--guidance 3]
 
-For each held-out drawing, and as many training drawings, an image is made of its caption. "Style": the caption is
-nearer to it than the same caption with any other style's name. "Concept": it is nearer than the captions of 99 other
-concepts in that style (R-precision). Beside them the drawings themselves, which say what the pair could reach; with
-Wilson's 95 % intervals.
+For each held-out drawing, and for as many training drawings, an image is made from its caption. "Style": the image is
+nearer to its caption than to the same caption with another style's name. "Concept": it is nearer to its caption than to
+the captions of 99 other concepts in that style (R-precision). The same numbers for the drawings themselves show the
+pair's own accuracy. Intervals are Wilson's at 95 %.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ldm.evaluation.metrics.intervals import share_interval
 from ldm.evaluation.networks.extractors import TextExtractor, open_text_extractor
 from pipelines import Pipeline
 
-OTHERS = 99  # concepts that each is compared with
+OTHERS = 99  # number of other concepts with which each image is compared
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One of the data set."""
+    """A drawing of the data set."""
 
     label: str
     style: str
@@ -50,12 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--clip", default="clip:emoji")
-    parser.add_argument("--data", type=Path, required=True, help="what prepare_emoji.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that prepare_emoji.py wrote")
     parser.add_argument("--refiner")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--scheduler")
-    parser.add_argument("--most", type=int, help="drawings of each kind")
+    parser.add_argument("--most", type=int, help="largest number of drawings of each kind")
     options = parser.parse_args()
     try:
         judge = open_text_extractor(options.clip)
@@ -70,7 +70,7 @@ def main() -> None:
 def measure(
     pipeline: Pipeline, judge: TextExtractor, data: Path, settings: dict[str, Any], most: int | None = None
 ) -> None:
-    """Make the images and print what the pair says of them."""
+    """Make the images, compare them by the pair and print the table."""
     held_out, seen = drawings(data, "held-out"), drawings(data, "train")
     random.Random(0).shuffle(seen)
     random.Random(0).shuffle(held_out)
@@ -91,10 +91,10 @@ def measure(
 
 
 def drawings(data: Path, part: str) -> list[Drawing]:
-    """The drawings of the shards whose names begin so.
+    """The drawings in the shards `part`-*.tar.
 
     Raises:
-        LdmError: there are none.
+        LdmError: there are no such shards.
     """
     found = []
     for path in sorted(data.glob(f"{part}-*.tar")):
@@ -112,7 +112,7 @@ def drawings(data: Path, part: str) -> list[Drawing]:
 
 
 def caption(label: str, style: str) -> str:
-    """As the data set says it first."""
+    """The first caption that the data set has for a drawing."""
     return f"{label}, {style} style"
 
 
@@ -123,7 +123,7 @@ def style_is_right(judge: TextExtractor, features: Tensor, drawing: Drawing, sty
 
 
 def concept_is_right(judge: TextExtractor, features: Tensor, drawing: Drawing, labels: Sequence[str]) -> bool:
-    """Whether an image (D,) is nearer to its own caption than to those of other concepts, a fixed choice of them."""
+    """Whether an image (D,) is nearer to its own caption than to the captions of a fixed choice of other concepts."""
     others = [label for label in labels if label != drawing.label]
     chosen = [drawing.label, *random.Random(drawing.label).sample(others, OTHERS)]
     texts = judge.texts([caption(label, drawing.style) for label in chosen])

@@ -1,9 +1,10 @@
-"""Measure a training step of the U-Net beside that of diffusers' own example scripts, on the same weights and batch.
+"""Measure a training step of the U-Net, compared with diffusers' example scripts on the same weights and batch.
 
-Each side runs in a process of its own, alternating; medians over all steps but each process's first. Both train on
-cached latents and encoded captions with AdamW, clipping and the same precision, without averages. Theirs is what
-`train_text_to_image.py` and `train_text_to_image_sdxl.py` do in a step, on `UNet2DConditionModel`. "Use" is the part of
-the device's speed that the multiplications of the U-Net make use of: a GPU's by its data sheet.
+Each side runs in its own process, alternating; the results are medians over all steps but each process's first. Both
+sides train on cached latents and encoded captions with AdamW, gradient clipping and the same precision, without weight
+averages. Diffusers' step is that of `train_text_to_image.py` and `train_text_to_image_sdxl.py`, on
+`UNet2DConditionModel`. "Use" is the U-Net's operations per second divided by the device's peak (a GPU's from its data
+sheet).
 
     python tools/measure_training.py --family sd15 --size 512 --batch 1 --steps 3 --rounds 2
     python tools/measure_training.py --family sdxl --size 1024 --batch 8 --precision bf16 --compile
@@ -43,7 +44,7 @@ from ldm.weights.configs import write_unet
 
 
 def conditioning(family: Any, batch: int, device: torch.device) -> Conditioning:
-    """Random captions, already encoded, and size conditioning."""
+    """Random encoded captions and time ids."""
     text = torch.randn(batch, 77, family.unet.text_dim, generator=torch.Generator().manual_seed(1)).to(device)
     if not family.xl:
         return Conditioning(text)
@@ -52,14 +53,14 @@ def conditioning(family: Any, batch: int, device: torch.device) -> Conditioning:
 
 
 def weights(options: argparse.Namespace, device: torch.device) -> UNet:
-    """A U-Net with random weights, always the same ones."""
+    """A U-Net with random weights from a fixed seed."""
     torch.manual_seed(0)
     with device:
         return UNet(FAMILIES[options.family].unet)
 
 
 def ours(options: argparse.Namespace) -> Callable[[int], None]:
-    """A step of ours: keyed noise, loss, backward, checks, clipping, update."""
+    """Our training step: keyed noise, loss, backward, checks, clipping, update."""
     family = FAMILIES[options.family]
     accelerator = Accelerator(mixed_precision=options.precision)
     unet = weights(options, accelerator.device)
@@ -94,7 +95,7 @@ def ours(options: argparse.Namespace) -> Callable[[int], None]:
 
 
 def theirs(options: argparse.Namespace) -> Callable[[int], None]:
-    """A step of the example scripts."""
+    """The training step of diffusers' example scripts."""
     family = FAMILIES[options.family]
     accelerator = Accelerator(mixed_precision=options.precision)
     with torch.device("meta"):
@@ -130,16 +131,16 @@ def theirs(options: argparse.Namespace) -> Callable[[int], None]:
 
 
 def main() -> None:
-    """Print medians and their ratio, and all of it as JSON."""
+    """Print medians and their ratio, and all numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="sd15", choices=["sd15", "sdxl"])
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3, help="counted in each process, after one that is not")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--steps", type=int, default=3, help="steps measured in each process, after a warm-up step")
+    parser.add_argument("--rounds", type=int, default=2, help="number of processes of each side")
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="ours")
-    parser.add_argument("--checkpointing", action="store_true", help="of gradients, both")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for both sides")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with all numbers")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -164,7 +165,7 @@ def main() -> None:
                 result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if result.returncode and side == "ours":
                     raise SystemExit("measure_training: ours failed")
-                if not result.returncode:  # theirs may need more memory
+                if not result.returncode:  # diffusers may need more memory than there is
                     found[side] += json.loads(result.stdout.splitlines()[-1])
     mine, other = median(found["ours"]), median(found["theirs"] or [float("nan")])
     family = FAMILIES[options.family]

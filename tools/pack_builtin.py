@@ -1,9 +1,9 @@
-"""Make the built-in models of trained ones: weights in fp16, the pair that compares texts and images, known words.
+"""Make the built-in models from trained models: weights in fp16, the contrastive pair, and the captions' words.
 
     python tools/pack_builtin.py runs/emoji-small/base/model --refiner runs/emoji-small/refiner/model \\
         --clip runs/emoji-small/text/clip --data emoji
 
-The README.md of the base's folder, its model card, is ours to write and stays.
+The base's model card, README.md in its folder, is written by hand and is kept.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ldm.weights.contrastive import load_clip, write_clip
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import write_manifest
 
-MOST = 36 * 10**6  # bytes of weights, of all built-in models
+MOST = 36 * 10**6  # largest size in bytes of the weights of all built-in models
 CARD, NOTICE = "README.md", "NOTICE.md"
 
 
 def main() -> None:
-    """Write the folder whole, and say how large it is."""
+    """Write the folders and print their size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the result of the stage base")
-    parser.add_argument("--refiner", required=True, help="of the stage refiner")
+    parser.add_argument("--refiner", required=True, help="the result of the stage refiner")
     parser.add_argument("--vae", help="the folder of an autoencoder with a better decoder than the model's")
-    parser.add_argument("--clip", type=Path, required=True, help="the folder clip of the stage text")
-    parser.add_argument("--data", type=Path, required=True, help="what prepare_emoji.py wrote")
+    parser.add_argument("--clip", type=Path, required=True, help="the folder `clip` of the stage text")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that prepare_emoji.py wrote")
     options = parser.parse_args()
     try:
         components = {"vae": options.vae} if options.vae else None
@@ -50,7 +50,7 @@ def pack(model: LatentDiffusion, refiner: LatentDiffusion, clip: Path, data: Pat
     """Write both folders.
 
     Raises:
-        LdmError: something is missing, what belongs together is not of one model, or the weights are too large.
+        LdmError: a file is missing, the models do not belong together, or the weights are too large.
     """
     pair = load_clip(clip, model)
     known = vocabulary(open_images(f"{data}/train-*.tar", data / "index").captions())
@@ -66,7 +66,7 @@ def pack(model: LatentDiffusion, refiner: LatentDiffusion, clip: Path, data: Pat
         if (FOLDER / DEFAULT / CARD).is_file():
             shutil.copy(FOLDER / DEFAULT / CARD, base / CARD)
         refiner.save_pretrained(small, dtype=torch.float16)
-        for part in ("vae", "text_encoder_2", "tokenizer_2"):  # those of the base
+        for part in ("vae", "text_encoder_2", "tokenizer_2"):  # shared with the base
             shutil.rmtree(small / part)
         (small / MANIFEST).unlink()
         write_manifest(small, {})

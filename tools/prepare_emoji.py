@@ -3,12 +3,12 @@
     pip install resvg_py; python tools/prepare_emoji.py emoji --size 128
     python tools/prepare_emoji.py emoji-small --size 96 --styles "fluent 3d,noto" --no-tones --cache emoji/packages
 
-Fetches pinned packages with `npm pack` (nothing in them is run), checks their digests, renders vector art with resvg,
-and writes `train-*.tar`, `held-out-*.tar`, NOTICE.md and a list of what was left out. Run it again and it goes on. Art
-whose licence is neither MIT, Apache-2.0 nor CC-BY-4.0 is not fetched; country flags are left out.
+Fetches pinned packages with `npm pack` (no code in them is run), checks their digests, renders vector art with resvg,
+and writes `train-*.tar`, `held-out-*.tar`, NOTICE.md and a list of the drawings left out. An interrupted run continues
+when it is started again. All art is licensed under MIT, Apache-2.0 or CC-BY-4.0; country flags are left out.
 
-(concept, style) pairs are held out by a fixed rule, so that combinations that were never seen can be asked for: the
-concept in other styles, and the style of other concepts, stay.
+A fixed rule holds out (concept, style) pairs, so that models can be tested on combinations that were not in training;
+the concept in other styles, and other concepts in the style, are in training.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ LABELS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c3
 FLAGS, COMPONENTS = 9, 2  # groups of emojibase that are left out
 TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 PER_SHARD = 1000
-HELD_OUT = 0.03  # of (concept, style) pairs
+HELD_OUT = 0.03  # share of (concept, style) pairs that are held out
 
 
 @dataclass(frozen=True)
 class Style:
     """One set of drawings."""
 
-    name: str  # as captions say it
+    name: str  # the style's name in captions
     package: str
     sha256: str
     licence: str
@@ -97,17 +97,17 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """Names it: code and style."""
+        """The key of the drawing: code and style."""
         return f"{self.concept.code}.{self.style.name.replace(' ', '-')}"
 
     @property
     def held_out(self) -> bool:
-        """Whether it is kept from training; all skin tones of an emoji together."""
+        """Whether the drawing is held out from training; the same for all skin tones of an emoji."""
         digest = hashlib.sha256(f"{self.concept.base}/{self.style.name}".encode()).digest()
         return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
 
     def captions(self) -> list[str]:
-        """What training chooses from."""
+        """The captions from which training chooses."""
         label, style = self.concept.label, self.style.name
         found = [f"{label}, {style} style", f"{style} emoji of {label}"]
         if self.concept.tags:
@@ -119,7 +119,7 @@ def fetch(package: str, sha256: str, cache: Path) -> Path:
     """The unpacked folder of an npm package, from the cache or the registry.
 
     Raises:
-        LdmError: it cannot be fetched, or is not what it was.
+        LdmError: the package cannot be fetched, or its digest is wrong.
     """
     name = package.removeprefix("@").replace("/", "-")
     folder = cache / name
@@ -147,7 +147,7 @@ def fetch(package: str, sha256: str, cache: Path) -> Path:
 
 
 def concepts(folder: Path) -> list[Concept]:
-    """Every emoji that is no flag, with its skin tones."""
+    """All emoji except flags, with their skin tones."""
     found = []
     for row in json.loads((folder / "en" / "data.json").read_text(encoding="utf-8")):
         if row.get("group") in (None, FLAGS, COMPONENTS):
@@ -163,14 +163,14 @@ def concepts(folder: Path) -> list[Concept]:
 
 
 def names_of(folder: Path) -> dict[str, str]:
-    """What an icon set calls each code point; most sets agree, and some do not say."""
+    """An icon set's names by code point, from chars.json; empty if the set has no such file."""
     chars = folder / "chars.json"
     known = json.loads(chars.read_text(encoding="utf-8")) if chars.exists() else {}
     return {_plain(code): name for code, name in known.items()}
 
 
 def art_of(folder: Path, names: list[dict[str, str]]) -> Callable[[Concept], str | None]:
-    """What finds a style's drawing of a concept: by code point, else by what any set or emojibase calls it."""
+    """A function that finds a style's drawing of a concept, by code point or by its name in emojibase or any set."""
     if (folder / "assets").is_dir():
         paths = {_plain(path.stem): str(path) for path in sorted((folder / "assets").glob("*.webp"))}
         return lambda concept: paths.get(_plain(concept.code))
@@ -206,19 +206,19 @@ def _plain(code: str) -> str:
 
 
 def _loose(name: str) -> str:
-    """A name without what sets write differently: hyphens, a number at the end."""
+    """A name without hyphens and the ending -1, which differ between sets."""
     return re.sub(r"-1$", "", name).replace("-", "")
 
 
 def _name(label: str) -> str:
-    """A label as icon sets write it."""
+    """A label in the spelling of icon sets: lower case, with hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("’", "").replace("'", "")).strip("-")
 
 
 def pairs(cache: Path) -> list[Pair]:
-    """Every drawing that is used, in a fixed order.
+    """All drawings of the data set, in a fixed order.
 
-    What Microsoft has not released openly is in no flat set; it is left out of the other Fluent sets too.
+    Emoji that Microsoft has not released openly are missing in the flat set, and are left out of the other Fluent sets.
     """
     everything = concepts(fetch(*LABELS, cache))
     found: list[Pair] = []
@@ -238,7 +238,7 @@ def pairs(cache: Path) -> list[Pair]:
 
 
 def render(pair: Pair, size: int) -> bytes:
-    """A PNG of `size` pixels a side, on white, with a small margin."""
+    """A PNG with `size` pixels on each side, on white, with a small margin."""
     inner = size - 2 * round(size / 16)
     if pair.art.endswith(".webp"):
         image = Image.open(pair.art).convert("RGBA")
@@ -259,7 +259,7 @@ def render(pair: Pair, size: int) -> bytes:
 
 
 def write_shard(path: Path, some: list[Pair], size: int) -> list[str]:
-    """One tar file, whole or not at all; the keys of drawings that could not be rendered."""
+    """Write one tar file atomically; returns the keys of drawings that could not be rendered."""
     failed = []
     temporary = path.with_suffix(".part")
     with tarfile.open(temporary, "w") as file:
@@ -283,14 +283,14 @@ def write_shard(path: Path, some: list[Pair], size: int) -> list[str]:
 
 
 def chunks(values: list[Pair]) -> Iterator[list[Pair]]:
-    """A shard's worth at a time."""
+    """The drawings of each shard."""
     rest = iter(values)
     while some := list(islice(rest, PER_SHARD)):
         yield some
 
 
 def notice(used: list[Pair]) -> str:
-    """Who drew what, under which licence."""
+    """The text of NOTICE.md: authors and licences of the drawings."""
     rows = []
     for style in STYLES:
         count = sum(pair.style == style for pair in used)
@@ -306,7 +306,7 @@ def notice(used: list[Pair]) -> str:
 
 
 def chosen(everything: list[Pair], styles: list[str], tones: bool) -> list[Pair]:
-    """The drawings in some styles, with skin tones or without.
+    """The drawings in the given styles, with or without skin tones.
 
     Raises:
         LdmError: a style is not known.
@@ -319,10 +319,10 @@ def chosen(everything: list[Pair], styles: list[str], tones: bool) -> list[Pair]
 
 
 def prepare(out: Path, cache: Path, size: int, styles: list[str], tones: bool, limit: int | None) -> None:
-    """Write everything that is not there yet.
+    """Write all files that do not exist yet.
 
     Raises:
-        LdmError: a style is not known, a package cannot be had, or the folder holds drawings chosen in another way.
+        LdmError: a style is not known, a package cannot be fetched, or the folder was made with other options.
     """
     used = chosen(pairs(cache), styles, tones)[:limit]
     settings = {"size": size, "styles": sorted(styles), "tones": tones, "limit": limit}
@@ -349,16 +349,16 @@ def _shard(size: int, task: tuple[Path, list[Pair]]) -> list[str]:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--size", type=int, default=128, help="pixels of each side")
-    parser.add_argument("--cache", type=Path, help="folder of the packages; by default OUT/packages")
+    parser.add_argument("--cache", type=Path, help="folder for the packages; default: OUT/packages")
     parser.add_argument(
-        "--styles", default=",".join(style.name for style in STYLES), help="names, with commas between; by default all"
+        "--styles", default=",".join(style.name for style in STYLES), help="comma-separated names; default: all"
     )
-    parser.add_argument("--no-tones", action="store_true", help="leave out what has a skin tone")
-    parser.add_argument("--limit", type=int, help="only so many drawings")
+    parser.add_argument("--no-tones", action="store_true", help="leave out emoji with a skin tone")
+    parser.add_argument("--limit", type=int, help="largest number of drawings")
     options = parser.parse_args()
     try:
         cache = options.cache or options.out / "packages"

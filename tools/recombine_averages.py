@@ -2,7 +2,7 @@
 
     python tools/recombine_averages.py runs/mine/base --width 0.08 --out mine-0.08
 
-Karras et al. 2024 (arXiv 2312.02696), section 3.2. Narrow averages (0.02) are near to the last weights, wide ones
+Karras et al. 2024 (arXiv 2312.02696), section 3.2. Narrow averages (0.02) are close to the last weights, wide averages
 (0.25) to the mean over the run.
 """
 
@@ -24,7 +24,7 @@ def run(stage: Path, width: float, step: int | None, out: Path) -> None:
     """Write the model.
 
     Raises:
-        LdmError: there are no snapshots, or the destination exists.
+        LdmError: the stage has no snapshots, or the destination exists.
     """
     model = LatentDiffusion.from_pretrained(stage / "model", dtype=torch.float32)
     whole = nn.ModuleDict({part: getattr(model, part) for part in ("unet", "autoencoder", "text_encoders")})
@@ -36,11 +36,11 @@ def run(stage: Path, width: float, step: int | None, out: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", type=Path, help="the folder of a stage that is done")
+    parser.add_argument("stage", type=Path, help="the folder of a finished stage")
     parser.add_argument("--width", type=float, required=True, help="relative to the run's length, 0 to 0.288")
-    parser.add_argument("--step", type=int, help="where the average ends; by default at the last snapshot")
+    parser.add_argument("--step", type=int, help="last step of the average; default: the last snapshot")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     options = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""New processes that make an image, from the command to the file: seconds, memory, and importing and loading apart."""
+"""Cold starts: time and memory of a new process that makes an image, with the times of importing and loading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import resource, subprocess, sys, time
 began = time.perf_counter()
 subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
 print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""  # run in a small process: the peak of a child forked off a large one would begin at the parent's
+"""  # run in a small process, because the peak memory of a forked child starts at that of its parent
 TIMED = """
 import sys, time
 began = time.perf_counter()
@@ -30,16 +30,16 @@ print(imported - began, time.perf_counter() - imported)
 
 @dataclass(frozen=True)
 class Cold:
-    """What a new process needs, from the command to the image."""
+    """Time and memory of a new process, from the command to the image."""
 
     seconds: float
-    memory: float  # the most that was resident, GB
-    imports: float  # seconds, in another new process that only loads the model
+    memory: float  # peak resident memory, GB
+    imports: float  # seconds of importing, measured in another new process that only loads the model
     load: float
 
 
 def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = None) -> dict[str, list[Cold]]:
-    """New processes that make an image: `ldm generate`, and a script that uses diffusers."""
+    """Measure new processes that make an image: `ldm generate`, and a script that uses diffusers."""
     imports = {
         OURS: "from pipelines import Pipeline",
         "diffusers": "import torch; from diffusers import DiffusionPipeline",
@@ -73,10 +73,10 @@ def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = Non
 
 
 def printed(name: str, command: Sequence[str]) -> list[float]:
-    """The numbers that a new process prints last, of a Python program with arguments.
+    """Run a Python program in a new process; returns the numbers in its last line of output.
 
     Raises:
-        LdmError: it fails.
+        LdmError: the process fails.
     """
     done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,7 +1,7 @@
-"""`ldm bench`: how fast images are made, beside diffusers with the same weights, prompts, steps and noise schedule.
+"""`ldm bench`: the speed of generation compared with diffusers, for equal weights, prompts, steps and noise schedule.
 
-Each side lives in a process of its own, as its users have it. The sides take turns, an image each, so that other work
-on the machine slows all of them alike.
+Each side runs in its own process, as it does for its users. The sides alternate, one image each, so that other load on
+the machine slows all sides equally.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def measure(options: BenchOptions) -> None:
-    """Measure all sides and print tables; with `out`, all numbers are written there as JSON.
+    """Measure all sides and print tables; all numbers are written as JSON to `options.out`, if it is given.
 
     Raises:
-        LdmError: an option is not valid, or a side other than a rival's first call fails.
+        LdmError: an option is not valid, or a call fails (if a rival's first call fails, the rival is only left out).
     """
     rivals = [name.strip() for name in options.against.split(",") if name.strip()]
     if unknown := [name for name in rivals if name not in RIVALS]:
@@ -44,7 +44,7 @@ def measure(options: BenchOptions) -> None:
         raise LdmError("--steps must be at least 2, --rounds and --batch at least 1")
     path = builtin(options.source) or Path(options.source)
     if options.cold and not path.is_dir():
-        raise LdmError(f"--cold compares what opens a model folder; {options.source} is none")
+        raise LdmError(f"--cold needs a model folder, and {options.source} is not one")
     device = device_named(options.device or default_device())
     dtype = dtype_named(options.dtype) or default_dtype(device)
     family = named_family(options.source) or open_source(options.source, verify=False).family
@@ -68,10 +68,10 @@ def measure(options: BenchOptions) -> None:
             except LdmError as error:
                 if name == OURS or number:
                     raise
-                log.warning("without %s: %s", name, error)  # OpenVINO, say, runs fewer models than the others
+                log.warning("without %s: %s", name, error)  # for example, OpenVINO does not run every model
                 del found[name]
                 continue
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 found[name].append(seconds)
         if number:
             result["limit of a step"] = work / fastest
@@ -89,9 +89,9 @@ def measure(options: BenchOptions) -> None:
 def _started(
     names: list[str], options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype
 ) -> dict[str, SideProcess]:
-    """The processes of all sides, once they are ready.
+    """Start the processes of all sides and wait until their models are loaded.
 
-    On a CPU one after the other: sides share its memory, and need most of it while their models are loaded.
+    On a CPU they are started one after the other, because loading needs the most memory, and the sides share it.
     """
     together = device.type == "cuda"
     sides: dict[str, SideProcess] = {}
@@ -106,7 +106,7 @@ def _started(
 
 
 def _write(out: str | None, result: dict[str, Any]) -> None:
-    """Write all numbers so far as JSON, if a file was asked for."""
+    """Write all numbers so far as JSON to `out`, if it is given."""
     if out:
         with replacing(Path(out), folder=False, overwrite=True, need=0) as temporary:
             write_json(temporary, result)

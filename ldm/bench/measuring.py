@@ -1,4 +1,4 @@
-"""Seconds of a call by its stages, memory, and what the multiplications of a step must take on this machine."""
+"""Measurements: the time of each stage of a call, memory, and the least time of a step's matrix products."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ldm.families import Family
 from ldm.models.unet import UNet
 from ldm.training.stages.denoiser import blank
 
-STAGES = ("before", "step", "decode", "image")  # of a call: text and all else before the steps; one step; the end; all
-SIZES = {"cpu": 4096, "cuda": 8192}  # of the matrices whose multiplication says what a device can do at the most
-Side = Callable[[int, Callable[[], None]], None]  # make images with that many steps, and tell after each
+STAGES = ("before", "step", "decode", "image")  # text encoding etc.; one step; decoding; the whole call
+SIZES = {"cpu": 4096, "cuda": 8192}  # size of the square matrices that measure a device's peak speed
+Side = Callable[[int, Callable[[], None]], None]  # (steps, callback after each step): makes a batch of images
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long the stages of one call took."""
+    """The time of each stage of one call, in seconds."""
 
     before: float
     step: float
@@ -40,11 +40,11 @@ class Seconds:
 
 
 def timed(side: Side, steps: int, device: torch.device) -> Seconds:
-    """Make images once and time the stages; each step but the first is timed, and their median counts."""
+    """Make images once and time the stages; `step` is the median of all steps but the first."""
     marks: list[Any] = []
 
     def mark() -> None:
-        if device.type == "cuda":  # the GPU runs behind the CPU: it records the times itself
+        if device.type == "cuda":  # the GPU runs asynchronously, so its own events give the times
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
         else:
@@ -62,14 +62,14 @@ def timed(side: Side, steps: int, device: torch.device) -> Seconds:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a plain product of large matrices: what a device can do at the most."""
+    """Floating-point operations per second of a product of large matrices, the device's practical peak."""
     size = SIZES.get(device.type, SIZES["cpu"])
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = math.inf
@@ -81,7 +81,7 @@ def speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def products(family: Family, height: int, width: int) -> int:
-    """Floating-point operations of the U-Net's multiplications, for one image of these many latents, once."""
+    """Floating-point operations of one U-Net pass for one image with `height`×`width` latents."""
     with torch.device("meta"):
         unet = UNet(family.unet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -90,7 +90,7 @@ def products(family: Family, height: int, width: int) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget how much memory was needed so far, where that can be done."""
+    """Reset the record of peak memory, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
@@ -98,7 +98,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> float:
-    """The most memory that was needed, GB: a GPU's, or what was resident."""
+    """Peak memory in GB: allocated memory of a GPU, or resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with suppress(OSError):
@@ -109,7 +109,7 @@ def peak(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader must know of the machine."""
+    """A description of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

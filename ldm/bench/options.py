@@ -1,4 +1,4 @@
-"""What `ldm bench` measures: the options of the command, the sides by name, and the call that all of them make."""
+"""The options of `ldm bench`, the sides by name, and the call that all sides make."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ldm.weights.builtin import DEFAULT
 PROMPT = "a photograph of an astronaut riding a horse"
 OURS = "ldm"
 RIVALS = {
-    "diffusers": "diffusers as it comes",
-    "channels-last": "diffusers at its best without compiling",
-    "compiled": "diffusers as its documentation says: channels last, fused projections, torch.compile",
-    "compiled-blocks": "the same, with the blocks of the U-Net compiled each for itself",
+    "diffusers": "diffusers with its default settings",
+    "channels-last": "diffusers with channels last, its fastest setting without compilation",
+    "compiled": "diffusers with channels last, fused projections and torch.compile, as in its documentation",
+    "compiled-blocks": "like compiled, but each block of the U-Net is compiled separately",
     "openvino": "diffusers' pipeline with its networks run by OpenVINO, on the CPU",
     "plain": "ours, with plain layers and PyTorch's attention",
 }
@@ -20,7 +20,7 @@ RIVALS = {
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What the command was asked for."""
+    """The command's options."""
 
     source: str = DEFAULT
     size: str | None = None
@@ -31,15 +31,15 @@ class BenchOptions:
     rival_dtype: str | None = None
     device: str | None = None
     against: str = "diffusers"
-    compile: bool = False  # of ours alone
-    quantize: str | None = None  # likewise
+    compile: bool = False  # only for our side
+    quantize: str | None = None  # only for our side
     cold: bool = False
     out: str | None = None
 
 
 @dataclass(frozen=True)
 class Call:
-    """What all sides make."""
+    """The size, batch and guidance scale of the images that all sides make."""
 
     width: int
     height: int

@@ -1,4 +1,4 @@
-"""A side in a process of its own, as its users have it: started, asked for images, and what goes wrong in it said."""
+"""The process of a side: it loads the model, makes images on request, and reports errors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ldm.errors import LdmError, first_line
 
 
 class SideProcess:
-    """A side in a process of its own."""
+    """A side that runs in its own process."""
 
     def __init__(self, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
-        """Start the process; `wait` returns when its model is loaded."""
+        """Start the process, which loads the model; see `wait`."""
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, other = context.Pipe()
@@ -26,7 +26,7 @@ class SideProcess:
         other.close()
 
     def wait(self) -> None:
-        """Wait until its model is loaded.
+        """Wait until the model is loaded.
 
         Raises:
             LdmError: the model cannot be loaded, or a package is missing.
@@ -34,7 +34,7 @@ class SideProcess:
         self._answer()
 
     def image(self, steps: int) -> tuple[Seconds, float]:
-        """Make one batch of images; the seconds it took, and the peak of memory since the model was loaded, GB.
+        """Make one batch of images; returns its times and the peak memory in GB since the model was loaded.
 
         Raises:
             LdmError: the process has died.
@@ -54,7 +54,7 @@ class SideProcess:
 
 
 def _serve(pipe: Any, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
-    """Make images for each request on the pipe, until it is closed."""
+    """Make images for each request on the pipe, until the pipe is closed."""
     try:
         side = make_side(name, options, call, device, dtype)
         reset_peak(device)
@@ -66,5 +66,5 @@ def _serve(pipe: Any, name: str, options: BenchOptions, call: Call, device: torc
         pipe.send((str(error), None))
     except (EOFError, KeyboardInterrupt):
         pass
-    except Exception as error:  # of the other side's packages, say
+    except Exception as error:  # such as errors of the rival's packages
         pipe.send((f"{name}: {type(error).__name__}: {first_line(error)}", None))

@@ -1,4 +1,4 @@
-"""The sides of a comparison: this package's pipeline, and diffusers' on the same weights in its various ways."""
+"""The sides of a comparison: this package's pipeline, and diffusers' pipeline on the same weights in several ways."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.tuning import Tuning, dtype_named
 
 
 def make_side(name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> Side:
-    """A side by its name: ours, or one of `RIVALS`."""
+    """The side of a name: ours, or one of `RIVALS`."""
     if name == OURS:
         tuning = Tuning(compile=options.compile, quantize=options.quantize, offload="none")
         return ours(_model(options.source, device, dtype, tuning), call)
@@ -37,19 +37,19 @@ def make_side(name: str, options: BenchOptions, call: Call, device: torch.device
 
 
 def named_family(source: str) -> Family | None:
-    """The family whose name a source is, if it is not a model's."""
+    """The family that `source` names, or None if `source` is a model."""
     return None if builtin(source) else FAMILIES.get(source)
 
 
 def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning) -> LatentDiffusion:
-    """A model as pipelines have it by default; with the name of a family, one of its shape with random weights."""
+    """The model of a pipeline with this tuning; if `source` names a family, a model with random weights."""
     if family := named_family(source):
-        with device:  # which fills its memory faster than this one could
+        with device:  # a GPU draws random weights faster than the CPU
             model = LatentDiffusion.from_family(family)
         for module in model.modules().values():
             module.to(dtype)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what lay there in fp32
+            torch.cuda.empty_cache()  # free the memory of the fp32 weights
         return tuning.apply(model)
     return Pipeline(
         source, device=device, dtype=dtype, attention=tuning.attention, quick=tuning.fused, compile=tuning.compile,
@@ -58,7 +58,7 @@ def _model(source: str, device: torch.device, dtype: torch.dtype, tuning: Tuning
 
 
 def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
-    """This package's pipeline."""
+    """A side that runs this package's pipeline."""
     pipeline = Pipeline(model)
 
     def make(steps: int, tell: Callable[[], None]) -> None:
@@ -71,8 +71,8 @@ def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
 
 
 def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "diffusers") -> Side:
-    """diffusers' pipeline, on the same weights in memory where dtype and layout allow it; `name` is one of `RIVALS`."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # diffusers imports it, and it says what does not load
+    """A side that runs diffusers' pipeline, sharing the weights if dtype and layout allow; `name` is in `RIVALS`."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # diffusers imports xformers, which warns about missing parts
     import diffusers
     from transformers import CLIPTokenizer
 
@@ -104,7 +104,7 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
     if name == "openvino":
-        pipeline.to(torch.float32)  # numpy knows no bf16; OpenVINO computes in it
+        pipeline.to(torch.float32)  # NumPy has no bf16; OpenVINO converts to bf16 itself
         run_by_openvino(pipeline, model, call, dtype)
     if name in ("compiled", "compiled-blocks"):
         pipeline.fuse_qkv_projections()
@@ -130,10 +130,10 @@ def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "
 
 
 def run_by_openvino(pipeline: Any, model: LatentDiffusion, call: Call, dtype: torch.dtype) -> None:
-    """Let OpenVINO run the U-Net and the decoder of diffusers' pipeline, in this precision and for calls of this shape.
+    """Run the U-Net and the decoder of diffusers' pipeline by OpenVINO, in this dtype and for calls of this shape.
 
     Raises:
-        LdmError: it is not installed.
+        LdmError: OpenVINO is not installed.
     """
     try:
         import openvino  # type: ignore[import-not-found]
@@ -176,7 +176,7 @@ def run_by_openvino(pipeline: Any, model: LatentDiffusion, call: Call, dtype: to
 
 
 def their_tower(config: TextEncoderConfig, tower: nn.Module, end_id: int) -> nn.Module:
-    """transformers' class of a text tower, on the weights of ours."""
+    """transformers' text tower with the weights of our `tower`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel

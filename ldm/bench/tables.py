@@ -1,4 +1,4 @@
-"""What `ldm bench` prints: seconds of all sides, and ratios with their middle half."""
+"""The tables of `ldm bench`: seconds of all sides, and ratios with their interquartile ranges."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ldm.bench.options import OURS
 
 
 def ratios(others: Sequence[float], own: Sequence[float]) -> str:
-    """How many times as long the others took, round by round: median, and the middle half."""
+    """The ratios of the others' times to ours, round by round: median and interquartile range."""
     found = [other / mine for other, mine in zip(others, own, strict=True)]
     low, _, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else (found[0],) * 3
     return f"{median(found):.2f} ({low:.2f}–{high:.2f})"
 
 
 def speed_tables(found: dict[str, list[Seconds]], memory: dict[str, float], limit: float) -> tuple[Table, Table]:
-    """Seconds of all sides, and how many times as long as ours those of the others are."""
+    """A table of the seconds of all sides, and a table of the ratios of the others' times to ours."""
     seconds = Table("seconds", *STAGES, "of the limit", "memory, GB", box=SIMPLE)
     against = Table("times ours", *STAGES, box=SIMPLE)
     for name, rows in found.items():

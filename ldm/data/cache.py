@@ -1,12 +1,12 @@
 """Latents and encoded texts on disk, so that training needs neither the images nor the frozen networks.
 
-A cache is a folder named by a digest of what all its contents depend on: the networks' fingerprint, and for latents the
-buckets. Each row in it is named by a digest of what it alone depends on: for latents the image's key, size and time of
-modification, the number of the crop and the flip; for texts the caption. So a changed image or network finds nothing
-under its name, and is encoded again; what is there stays.
+A cache is a folder whose name is a digest of the settings shared by all rows: the networks' fingerprint, and for
+latents the buckets. The name of a row is a digest of its own inputs: for latents the image's key, size and time of
+modification, the number of the crop and the flip; for texts the caption. So a changed image or network gets a new name
+and is encoded again; the old rows stay.
 
-Rows come in shards, safetensors files that are written whole or not at all: a build that is stopped goes on where it
-was, and several processes can build at once. Rows are read through the memory map, one by one.
+Rows are stored in shards, safetensors files that are written whole or not at all: an interrupted build continues where
+it stopped, and several processes can build at once. Rows are read one by one from memory-mapped files.
 
 B rows, C latent channels, H×W and h×w sides of images and latents, T tokens, D and P widths of text
 """
@@ -42,7 +42,7 @@ _STALE = 3600  # seconds after which a temporary file belongs to no living proce
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels (B, 3, H, W) in [-1, 1] -> mean, deviation (B, C, h, w)
 EncodeTexts = Callable[[list[str]], dict[str, Tensor]]  # captions -> text (B, T, D), pooled (B, P), …
-Report = Callable[[int, int], None]  # rows done, rows in all
+Report = Callable[[int, int], None]  # rows encoded so far, rows in total
 
 
 def build_latents(
@@ -57,21 +57,21 @@ def build_latents(
     world: int = 1,
     report: Report = lambda done, total: None,
 ) -> int:
-    """Encode every crop that the plan can show and the cache lacks, mirrored too if it flips; returns their number.
+    """Encode every crop of the plan that the cache lacks, also mirrored if `framing.flip`; returns the number encoded.
 
-    An image that cannot be decoded is noted in the cache, where training finds it like a damaged one; the next build
+    An image that cannot be decoded is recorded in the cache, and training then skips it as damaged; the next build
     tries it again.
 
     Args:
-        folder: of caches.
-        plan: whose images and framing to use; its seed and batch do not matter.
-        fingerprint: of the autoencoder.
-        encode: the posterior's mean and standard deviation, in the dtype to be kept.
-        batch: images encoded at once.
-        workers: processes that read images.
-        rank: of this process, which encodes its share of the images.
-        world: number of processes.
-        report: called with the number of rows done and in all.
+        folder: the folder of caches.
+        plan: gives the images and the framing; its seed and batch do not matter.
+        fingerprint: the autoencoder's fingerprint.
+        encode: gives the posterior's mean and standard deviation, in the dtype to store.
+        batch: the number of images encoded at once.
+        workers: the number of processes that read images.
+        rank: the rank of this process, which encodes its share of the images.
+        world: the number of processes.
+        report: called with the number of rows encoded so far and in total.
 
     Raises:
         LdmError: the plan has a new crop at each visit, too many images are damaged, or latents are not finite.
@@ -102,7 +102,7 @@ def build_latents(
 
 
 def _encoded(rows: list[_Row], plan: BatchPlan, encode: Encode) -> dict[str, Tensor]:
-    """Moments (B, 2C, h, w) of these crops, and the six numbers of each one's `Frame` (B, 6)."""
+    """Moments (B, 2C, h, w) and time ids (B, 6, see `Frame.numbers`) of these crops."""
     pixels = to_pixels(torch.from_numpy(np.stack([pixels for _, pixels, _ in rows])))
     moments = torch.cat(encode(pixels), dim=1).detach().cpu()
     for (crop, _, _), finite in zip(rows, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
@@ -113,7 +113,7 @@ def _encoded(rows: list[_Row], plan: BatchPlan, encode: Encode) -> dict[str, Ten
 
 
 class _Unreadable:
-    """The images that a process could not decode, noted in the cache; too many of them end the build."""
+    """The record in the cache of the images that a process could not decode; too many such images end the build."""
 
     def __init__(self, folder: Path, plan: BatchPlan, rank: int) -> None:
         self._file = folder / f"unreadable-{rank}.json"
@@ -122,7 +122,7 @@ class _Unreadable:
         self._reasons: dict[str, str] = {}
 
     def add(self, damaged: list[tuple[_Crop, str]], done: int) -> None:
-        """Note these crops and the reasons; `done` crops were read in all."""
+        """Record these crops and the reasons; `done` is the number of crops read so far."""
         for crop, reason in damaged:
             self._reasons[crop.name.hex()] = reason
             self._skipped.add(self._plan.images.key(crop.index), reason)
@@ -135,7 +135,7 @@ class Latents:
     """The cached latents of a plan.
 
     Raises:
-        LdmError: there are none of this autoencoder and these buckets, or some images are missing or have changed.
+        LdmError: the folder has no cache of this autoencoder and these buckets, or images are missing or have changed.
     """
 
     def __init__(self, folder: Path, plan: BatchPlan, fingerprint: str) -> None:
@@ -161,7 +161,7 @@ class Latents:
             )
 
     def read(self, index: int, number: int, flip: bool) -> tuple[Tensor, tuple[int, ...]]:
-        """Mean and deviation (2C, h, w), float32, of a fixed crop of an image, and the six numbers of `Frame`.
+        """Mean and deviation (2C, h, w), float32, of a fixed crop of an image, and its time ids (`Frame.numbers`).
 
         Raises:
             LdmError: the image could not be decoded.
@@ -184,9 +184,9 @@ def build_texts(
     world: int = 1,
     report: Report = lambda done, total: None,
 ) -> int:
-    """Encode the distinct captions that the cache lacks, and the empty one; returns how many.
+    """Encode the distinct captions that the cache lacks, and the empty caption; returns the number encoded.
 
-    Arguments as for `build_latents`; `fingerprint` is that of the text encoders, `encode` gives tensors by name.
+    The arguments are those of `build_latents`, but `fingerprint` is the text encoders', and `encode` returns a dict.
     """
     path = _cache(folder, "texts", {"text encoders": fingerprint}, create=True)
     writer = _Writer(path)
@@ -210,7 +210,7 @@ class Texts:
     """Cached encoded texts.
 
     Raises:
-        LdmError: there are none of these text encoders.
+        LdmError: the folder has no cache of these text encoders.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -218,7 +218,7 @@ class Texts:
         self._places = self._rows.places()
 
     def read(self, captions: Iterable[str]) -> dict[str, Tensor]:
-        """What the encoders gave for these captions: text (B, T, D), pooled (B, P), … by name, as they were given.
+        """The text encoders' outputs for these captions by name: text (B, T, D), pooled (B, P), …
 
         Raises:
             LdmError: a caption is not in the cache, or the texts have different lengths.
@@ -253,7 +253,7 @@ class _Rows:
         found: dict[bytes, tuple[int, int]] = {}
         for shard, file in enumerate(self.files):
             if "names" not in read_header(file)[0]:
-                raise LdmError(f"{file} is no part of a cache; remove it")
+                raise LdmError(f"{file} is not a shard of a cache; remove it")
             names = self._file(shard).get_tensor("names").numpy()
             found |= {name.tobytes(): (shard, row) for row, name in enumerate(names)}
         return found
@@ -276,12 +276,12 @@ class _Writer:
         self.folder = folder
         self._names: list[bytes] = []
         self._pieces: list[dict[str, Tensor]] = []
-        for file in folder.glob(".*.part"):  # of a build that was killed
+        for file in folder.glob(".*.part"):  # left by a build that was killed
             if time.time() - file.stat().st_mtime > _STALE:
                 file.unlink(missing_ok=True)
 
     def add(self, names: list[bytes], tensors: dict[str, Tensor]) -> None:
-        """Add rows (B, ...); writes a shard when there is enough for one, or the shape changes."""
+        """Add rows (B, ...); writes a shard when enough rows have gathered, or the shape changes."""
         if self._pieces and _kinds(self._pieces[0]) != _kinds(tensors):
             self.flush()
         self._names += names
@@ -290,7 +290,7 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write what there is."""
+        """Write the gathered rows as a shard."""
         if not self._names:
             return
         joined = {name: torch.cat([piece[name] for piece in self._pieces]) for name in self._pieces[0]}
@@ -339,17 +339,17 @@ def _text_name(caption: str) -> bytes:
 class _Crop:
     """One row of the cache."""
 
-    index: int  # of the image
-    number: int  # of the fixed crop
+    index: int  # the image's index
+    number: int  # the fixed crop's number
     flip: bool
     name: bytes
 
 
-_Row = tuple[_Crop, np.ndarray, tuple[int, ...]]  # crop, pixels (H, W, 3) uint8, the six numbers of its `Frame`
+_Row = tuple[_Crop, np.ndarray, tuple[int, ...]]  # crop, pixels (H, W, 3) uint8, time ids (`Frame.numbers`)
 
 
 def _latent_settings(plan: BatchPlan, fingerprint: str) -> dict[str, object]:
-    """The settings that the latents of a crop depend on; the number of crops is not among them."""
+    """The settings that the latents of a crop depend on; they do not include the number of crops."""
     framing = plan.framing
     if not framing.fixed:
         raise LdmError("a new crop at each visit cannot be cached; set crops to 1 or more, or crop to center")
@@ -379,7 +379,7 @@ def _chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 class _Rendering(Dataset):
-    """The dataset of crops: pixels (H, W, 3) uint8 and numbers of each, and the crops that cannot be read."""
+    """The dataset of crops: pixels (H, W, 3) uint8 and time ids of each, and the crops that cannot be read."""
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan

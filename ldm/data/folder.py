@@ -1,9 +1,9 @@
-"""A folder of images, and all folders within it, with captions beside them.
+"""A folder of images, searched with all its sub-folders, with captions beside the images.
 
-`a.txt` holds the captions of `a.png`, one on each line. Instead, a `metadata.jsonl` or `metadata.csv` in an image's
-folder or above it may list them, as Hugging Face's imagefolder does: `file_name` (relative to it), `text` (a text, or
-in JSON a list) and, if there is one, `score` or `aesthetic_score`. Several rows of a file are several captions. Names
-that start with a dot are passed over.
+`a.txt` holds the captions of `a.png`, one on each line. Instead, a `metadata.jsonl` or `metadata.csv` in the image's
+folder or above it may list the captions, as Hugging Face's imagefolder does: `file_name` (relative to the metadata
+file), `text` (a text, or in JSON a list) and optionally `score` or `aesthetic_score`. Several rows with the same
+`file_name` are several captions. Files whose names start with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Folder:
 
 
 def _files(folder: str, within: str = "") -> Iterator[tuple[str, str]]:
-    """Paths within a folder, and of each file its size and time of modification."""
+    """The files in a folder and its sub-folders: path, and a stamp of size and time of modification."""
     try:
         with os.scandir(os.path.join(folder, within)) as entries:  # noqa: PTH118  a Path for each of a million files is slow
             for entry in entries:

@@ -1,6 +1,6 @@
-"""Crops and buckets: how an image is resized, cropped and flipped at a visit, and SDXL's six numbers of that.
+"""Crops and buckets: how an image is resized, cropped and flipped at a visit, and SDXL's six time ids.
 
-Buckets are pairs (width, height). At size 1024 they are SDXL's (arXiv 2307.01952, section 2.2 and appendix I). It is
+Buckets are pairs (width, height). At size 1024 they are SDXL's (arXiv 2307.01952, section 2.2 and appendix I). SDXL is
 conditioned on the original size, the crop's top left corner in the resized image, and the size of the crop.
 """
 
@@ -24,21 +24,21 @@ from ldm.errors import LdmError, check_whole
 class Framing:
     """The settings of buckets and crops."""
 
-    size: int = 1024  # every bucket has at most size² pixels, and about as many
-    buckets: bool = True  # of many aspects; False: all images are cropped to squares
-    step: int = 64  # sides are multiples of it
+    size: int = 1024  # every bucket has about size² pixels, and never more
+    buckets: bool = True  # use buckets of many aspects; False: crop all images to squares
+    step: int = 64  # the sides of buckets are multiples of this
     aspect: float = 4.0  # width / height of the widest bucket; the tallest has 1 / aspect
     crop: str = "random"  # or "center"
-    crops: int = 0  # so many fixed crops of each image to choose from, which can be cached; 0: a new one at each visit
+    crops: int = 0  # number of fixed crops of each image, which can be cached; 0: a new crop at each visit
     flip: bool = False  # every other visit shows the mirror image
-    upscale: float = 1.25  # images that would have to be enlarged more are left out
+    upscale: float = 1.25  # largest factor by which images are enlarged; images that need more are left out
 
     def __post_init__(self) -> None:
         check_whole("framing", "step", self.step, 8, 1024)
         check_whole("framing", "size", self.size, self.step, 8192)
         check_whole("framing", "crops", self.crops, 0, 64)
         if self.step % 8 or self.size % self.step:
-            raise LdmError(f"framing: size {self.size} must be a multiple of step {self.step}, and that of 8")
+            raise LdmError(f"framing: size {self.size} must be a multiple of step {self.step}, itself a multiple of 8")
         if not 1 <= self.aspect <= 16:
             raise LdmError(f"framing: aspect is {self.aspect}; it must be from 1 to 16")
         if not 1 <= self.upscale <= 64:
@@ -50,11 +50,11 @@ class Framing:
 
     @property
     def fixed(self) -> int:
-        """How many crops an image has that are the same at every visit; 0 if each visit has its own."""
+        """The number of fixed crops of an image; 0 if each visit has a new crop."""
         return 1 if self.crop == "center" else self.crops
 
     def sides(self) -> list[tuple[int, int]]:
-        """The buckets, tallest first: pairs with 90 to 100 % of size² pixels, or for small sizes the nearest below."""
+        """The buckets, tallest first, each with 90 to 100 % of size² pixels; for small sizes the nearest ones below."""
         if not self.buckets:
             return [(self.size, self.size)]
         area, found = self.size**2, dict[float, tuple[int, int]]()
@@ -69,7 +69,7 @@ class Framing:
 
 
 def choose_buckets(framing: Framing, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For images of these sizes (N,): the bucket of nearest aspect (N,), and how much the image is enlarged (N,)."""
+    """The bucket of nearest aspect (N,) and the factor of enlargement (N,), for images of these sizes (N,)."""
     sides = _sides(framing)
     aspects = np.log(sides[:, 0] / sides[:, 1])
     bucket = np.searchsorted((aspects[1:] + aspects[:-1]) / 2, np.log(widths / heights))
@@ -83,17 +83,17 @@ def _sides(framing: Framing) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Frame:
-    """The part of an image that is shown. All lengths in pixels."""
+    """The crop of an image that a visit shows. All lengths are in pixels."""
 
     original: tuple[int, int]  # width and height of the image
-    resized: tuple[int, int]  # after resizing
+    resized: tuple[int, int]  # width and height after resizing
     corner: tuple[int, int]  # left and top of the crop in the resized image, before the flip
     sides: tuple[int, int]  # width and height of the crop
     flip: bool
 
     @property
     def numbers(self) -> tuple[int, int, int, int, int, int]:
-        """Original height and width, top and left of the crop, its height and width; left as seen after the flip."""
+        """SDXL's time ids: original height, width; top, left of the crop after the flip; height, width of the crop."""
         (width, height), (left, top) = self.original, self.corner
         if self.flip:
             left = self.resized[0] - self.sides[0] - left
@@ -103,7 +103,7 @@ class Frame:
 def fixed_frame(
     framing: Framing, key: str, number: int, flip: bool, original: tuple[int, int], sides: tuple[int, int]
 ) -> Frame:
-    """Fixed crop `number` of an image. It depends on no run's seed, so that a cache serves all runs."""
+    """Fixed crop `number` of an image. It does not depend on the run's seed, so that a cache serves all runs."""
     return _frame(framing, [uniform(0, f"fixed crop {axis}", key, number) for axis in "xy"], flip, original, sides)
 
 
@@ -118,7 +118,7 @@ def visit_frame(
 
 
 def choose(framing: Framing, seed: int, key: str, epoch: int) -> tuple[int, bool]:
-    """The number of the fixed crop that a visit shows, and whether it is mirrored."""
+    """The number of the fixed crop that a visit shows, and whether the crop is mirrored."""
     number = int(uniform(seed, "crop number", key, epoch) * framing.fixed)
     return number, framing.flip and uniform(seed, "flip", key, epoch) < 0.5
 
@@ -126,7 +126,7 @@ def choose(framing: Framing, seed: int, key: str, epoch: int) -> tuple[int, bool
 def _frame(
     framing: Framing, at: Sequence[float], flip: bool, original: tuple[int, int], sides: tuple[int, int]
 ) -> Frame:
-    """The frame of an image that is resized to cover the bucket and cropped at `at` (0 to 1 across and down)."""
+    """The frame of an image that is resized to cover the bucket and cropped at position `at` (0 to 1 in x and y)."""
     at = (0.5, 0.5) if framing.crop == "center" else at
     scale = max(side / length for side, length in zip(sides, original, strict=True))
     width, height = (max(side, round(length * scale)) for side, length in zip(sides, original, strict=True))
@@ -135,16 +135,16 @@ def _frame(
 
 
 def decoded_side(frame: Frame) -> int:
-    """The shorter side that a JPEG must keep when it is decoded smaller: resizing halves it at least, as it should."""
+    """The shortest side to which a JPEG may be decoded: twice the resized side, so that resizing still filters."""
     return 2 * min(frame.resized)
 
 
 def render(image: Image.Image, frame: Frame) -> np.ndarray:
-    """The part of an image as (H, W, 3) uint8. The image may have been decoded at 1/2, 1/4 or 1/8 of its size."""
+    """The crop as (H, W, 3) uint8. The image may have been decoded at 1/2, 1/4 or 1/8 of its size."""
     (left, top), (width, height) = frame.corner, frame.sides
     if image.size == frame.resized:
         image = image.crop((left, top, left + width, top + height))
-    else:  # only what is shown is resized; pixels around it take part in the filter, as if all were
+    else:  # resize the crop only; the filter also reads pixels around it, so the result is the same
         part = round(frame.original[0] / image.width)
         across, down = (frame.original[axis] / part / frame.resized[axis] for axis in (0, 1))
         right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)

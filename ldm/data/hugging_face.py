@@ -1,7 +1,7 @@
 """Datasets of Hugging Face's `datasets` with random access: saved folders, parquet files, names on the Hub.
 
-The first column of images is taken, and captions from `text`, `caption`, `captions` or `prompt` unless a column is
-named; keys from `key` or `__key__`, or the rows' numbers; scores from `score` or `aesthetic_score`.
+Images come from the first column of images; captions from the named column, or from `text`, `caption`, `captions` or
+`prompt`; keys from `key` or `__key__`, or the row numbers; scores from `score` or `aesthetic_score`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ldm.errors import LdmError, first_line
 
 
 def load(name: str, split: str = "train", streaming: bool = False) -> Any:
-    """A split of a dataset: of a folder that `save_to_disk` wrote, of parquet files (a pattern), or of the Hub.
+    """A split of a dataset: `name` is a folder that `save_to_disk` wrote, a pattern of parquet files, or a Hub name.
 
     Raises:
-        LdmError: it cannot be loaded, or has no such split.
+        LdmError: the dataset cannot be loaded, or has no such split.
     """
     import datasets
 
@@ -42,7 +42,7 @@ class Columns:
     """The columns of a dataset that hold images, captions, keys and scores.
 
     Raises:
-        LdmError: there is no column of images, or not the column asked for.
+        LdmError: the dataset has no column of images, or not the named caption column.
     """
 
     def __init__(self, name: str, dataset: Any, caption: str | None) -> None:
@@ -64,7 +64,7 @@ class Columns:
         self.score = _first(features, "score", "aesthetic_score")
 
     def undecoded(self, dataset: Any) -> Any:
-        """The dataset with its images as files."""
+        """The dataset with its images as undecoded files."""
         import datasets
 
         return dataset.cast_column(self.image, datasets.Image(decode=False))
@@ -84,14 +84,14 @@ class Dataset:
         self.rows = self.columns.undecoded(dataset)
         self.images = self.rows.select_columns([self.columns.image])
         self.part = f"{name}\t{split}\t{self.columns.caption}"
-        self.stamp = dataset._fingerprint  # of the library: changes with the content
+        self.stamp = dataset._fingerprint  # the library's digest, which changes with the content
 
     def parts(self) -> list[SourcePart]:
-        """One part, known by the library's fingerprint."""
+        """One part, whose stamp is the library's fingerprint."""
         return [SourcePart(self.part, self.stamp, self._entries)]
 
     def open(self, where: str) -> BinaryIO:
-        """The file in a row."""
+        """The image file in a row."""
         return open_image(self.images[int(where)][self.columns.image])
 
     def _entries(self) -> Iterator[Entry]:
@@ -108,7 +108,7 @@ class Dataset:
 
 
 def open_image(cell: Mapping[str, Any] | None) -> BinaryIO:
-    """The file that a cell of an undecoded column of images holds or names; an empty one if it holds none."""
+    """The image file that a cell of an undecoded image column holds or names; an empty file if the cell is empty."""
     if cell and cell["bytes"] is None and cell["path"]:
         return Path(cell["path"]).open("rb")
     return io.BytesIO(cell["bytes"] if cell else b"")

@@ -1,9 +1,9 @@
-"""Captioned images with random access, from any source, behind an index that is kept in a file.
+"""Captioned images with random access, from any source, with an index that is kept in a file.
 
-The first start opens every image's header; the index remembers sizes and captions, so that a later start opens what has
-changed: a file is the same while its size and its time of modification (in nanoseconds) are. Digests of the content
-would need to read everything at each start. The index is an Arrow file, mapped into memory: nothing of it is copied to
-the processes that load images.
+The first start reads every image's header and stores sizes and captions in the index; later starts read only the files
+that have changed. A file counts as unchanged while its size and time of modification (in nanoseconds) are the same:
+digests would mean reading all files at each start. The index is a memory-mapped Arrow file, so the processes that load
+images share it without copies.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",
     "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
 })  # fmt: skip
-# Those that PIL cannot read without a plugin are listed as unreadable, not passed over.
-SHORTEST = 8  # pixels of a side
-LONGEST = 16  # times the other side
+# Formats that PIL cannot read without a plugin are included: their files are listed as unreadable, not ignored.
+SHORTEST = 8  # least length of a side in pixels
+LONGEST = 16  # greatest ratio of the longer to the shorter side
 _AT_ONCE = 4096  # entries in memory while the index is made
 _SAME = ("key", "where", "stamp", "caption_stamp")
 _SCHEMA = pa.schema(
     [
-        ("part", pa.binary(16)),  # a digest of its name and stamp
+        ("part", pa.binary(16)),  # digest of the part's name and stamp
         *((name, pa.binary()) for name in _SAME),
         ("captions", pa.list_(pa.string())),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("score", pa.float32()),
-        ("reason", pa.string()),  # why it cannot be used; "" if it can
+        ("reason", pa.string()),  # why the image cannot be used; "" if it can
     ]
 )
 
@@ -59,11 +59,11 @@ class Captions:
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what is known about it without decoding it."""
+    """One image's entry in the index, known without decoding the image."""
 
-    key: str  # names it: a path within the source, or a number
-    captions: tuple[str, ...]  # none if it has none and none is needed
-    width: int  # upright
+    key: str  # the image's name: a path within the source, or a number
+    captions: tuple[str, ...]  # empty if captions are optional and the image has none
+    width: int  # after rotation to upright
     height: int
     score: float | None  # aesthetic
 
@@ -73,23 +73,23 @@ class Entry:
     """One image as a source lists it. The stamps change with the files."""
 
     key: str
-    where: str  # how its source finds it
+    where: str  # the address of the image within its source
     stamp: str
     caption_stamp: str
-    captions: Callable[[], Captions]  # called when it is not known from an earlier start; may raise LdmError
+    captions: Callable[[], Captions]  # called if the index does not hold the captions yet; may raise LdmError
 
 
 @dataclass(frozen=True)
 class SourcePart:
-    """A part of a source that is indexed as a whole; one with a stamp is listed again only if the stamp changes."""
+    """A part of a source that is indexed as a whole. A part with a stamp is listed again only if the stamp changes."""
 
     name: str
-    stamp: str  # "" if there is none
+    stamp: str  # "" if the part has none
     entries: Callable[[], Iterator[Entry]]
 
 
 class Source(Protocol):
-    """A place with captioned images: a folder, shards, a dataset. It can be sent to other processes."""
+    """A source of captioned images: a folder, shards, a dataset. It can be pickled and sent to other processes."""
 
     name: str
 
@@ -101,17 +101,17 @@ class Source(Protocol):
 
 
 class ImageSet:
-    """The usable images of a source in the order of their keys, which does not depend on how they are stored.
+    """The usable images of a source, sorted by key, so that the order does not depend on the storage.
 
-    `skipped` counts the others. An image whose key another one has gets a number after it: `a.png#2`.
+    `skipped` counts the unusable images. Repeated keys get a number: `a.png#2`.
 
     Args:
-        source: where the images are.
-        folder: of this project's files about it: indexes and lists of what was skipped.
-        captions: "required", or "optional": images without captions have the empty one.
+        source: the source of the images.
+        folder: the folder for the index and the list of skipped images.
+        captions: "required", or "optional": images without captions get the empty caption.
 
     Raises:
-        LdmError: there is no usable image, too many cannot be used, or captions are missing.
+        LdmError: no image is usable, too many are unusable, or captions are missing.
     """
 
     def __init__(self, source: Source, folder: Path, captions: str = "required") -> None:
@@ -147,7 +147,7 @@ class ImageSet:
 
     @property
     def table(self) -> pa.Table:
-        """The index, mapped."""
+        """The index, memory-mapped."""
         if self._table is None:
             self._table = pa.ipc.open_file(pa.memory_map(str(self._index))).read_all()
         return self._table
@@ -165,20 +165,20 @@ class ImageSet:
         return [self._twice.get(index) or _text(key) for index, key in enumerate(self._column("key"))]
 
     def all_stamps(self) -> list[str]:
-        """The stamps of all images, which change with their files."""
+        """The stamps of all images; a stamp changes when the image's file changes."""
         return [_text(stamp) for stamp in self._column("stamp")]
 
     def example(self, index: int) -> Example:
-        """What is known about an image."""
+        """An image's entry in the index."""
         row = self._rows[index]
         captions, *others = (self.table[name][row].as_py() for name in ("captions", "width", "height", "score"))
         return Example(self.key(index), tuple(captions), *others)
 
     def read(self, index: int, least: int = 0) -> Image.Image:
-        """An image, upright, in RGB; `least` as in `load_image`.
+        """An image, upright, in RGB; for `least` see `load_image`.
 
         Raises:
-            LdmError: it cannot be decoded, or is not what it was when it was indexed.
+            LdmError: the image cannot be decoded, or its size differs from the index.
         """
         row = self._rows[index]
         size = self.table["width"][row].as_py(), self.table["height"][row].as_py()
@@ -193,17 +193,17 @@ class ImageSet:
         return self._column("captions").to_pylist()
 
     def captions(self) -> list[str]:
-        """All distinct captions, sorted; the empty one too if there are images without any."""
+        """All distinct captions, sorted, with the empty caption if some images have none."""
         lists = self._column("captions")
         bare = pc.any(pc.equal(pc.list_value_length(lists), 0)).as_py()
         return sorted({*pc.unique(pc.list_flatten(lists)).to_pylist(), *([""] if bare else [])})
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        """A column of the index for the usable images in their order."""
+        """A column of the index, restricted to the usable images, in key order."""
         return self.table[name].take(pa.array(self._rows))
 
     def _number_twins(self) -> dict[int, str]:
-        """Keys with a number, by index, of images whose key an earlier one has."""
+        """Numbered keys, by index, of the images whose key repeats an earlier image's."""
         keys = self._column("key").combine_chunks()
         same = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
         found: dict[int, str] = {}
@@ -215,7 +215,7 @@ class ImageSet:
 
 
 def read_image(file: BinaryIO, size: tuple[int, int], least: int) -> Image.Image:
-    """The image in a file that should have this width and height, or a fraction if `least` allows, as `load_image`."""
+    """The image in a file, checked against its width and height, or their fraction if `least` reduces it."""
     with file:
         image = load_image(file, name="the file", least=least)
     if image.size not in [tuple(-(-side // n) for side in size) for n in (1, 2, 4, 8)]:
@@ -224,10 +224,10 @@ def read_image(file: BinaryIO, size: tuple[int, int], least: int) -> Image.Image
 
 
 def made(folder: Path) -> Path:
-    """Create a folder where there is none, and return it.
+    """Create a folder if it does not exist, and return it.
 
     Raises:
-        LdmError: it cannot be made.
+        LdmError: the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def made(folder: Path) -> Path:
 
 
 def check_captions(captions: str) -> None:
-    """Raise LdmError for a setting that is not known."""
+    """Raise LdmError unless the setting is "required" or "optional"."""
     if captions not in ("required", "optional"):
         raise LdmError(f"captions: {captions!r} is not known; choose required or optional")
 
@@ -251,10 +251,10 @@ def check_size(width: int, height: int) -> None:
 
 
 def decode_caption(data: bytes) -> str:
-    """Text of a caption file, which must be UTF-8.
+    """The text of a caption file, which must be UTF-8.
 
     Raises:
-        LdmError: it is not.
+        LdmError: the file is not UTF-8.
     """
     try:
         return data.decode("utf-8-sig")
@@ -263,10 +263,10 @@ def decode_caption(data: bytes) -> str:
 
 
 def to_captions(texts: object, score: object = None) -> Captions:
-    """Captions from what a record holds: a text, or a list of texts; blank ones are none.
+    """Captions and score from a metadata record's values: a text or a list of texts, without blank ones, and a number.
 
     Raises:
-        LdmError: it is something else.
+        LdmError: a value has another type.
     """
     texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -288,7 +288,7 @@ def _index(source: Source, folder: Path) -> Path:
             found = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             old = found if found.schema.equals(_SCHEMA) else old
         except (pa.ArrowInvalid, OSError):
-            pass  # damaged: made anew
+            pass  # the index is damaged and is built again
     runs = pc.run_end_encode(old["part"].combine_chunks())
     tags, ends = runs.values.to_pylist(), runs.run_ends.to_pylist()
     if parts and [tag for _, tag in parts] == tags and all(part.stamp for part, _ in parts):
@@ -320,12 +320,12 @@ def _index(source: Source, folder: Path) -> Path:
 
 
 def _identity(entry: Entry) -> tuple[bytes, ...]:
-    """The columns `_SAME` of an entry: while they are unchanged, the entry of an earlier start is used."""
+    """The entry's columns `_SAME`: while they are unchanged, the row of the existing index is reused."""
     return tuple(_bytes(text) for text in (entry.key, entry.where, entry.stamp, entry.caption_stamp))
 
 
 def _look(source: Source, entry: Entry) -> dict[str, object]:
-    """Size and captions of an image, or the reason why it cannot be used."""
+    """An index row with the image's size and captions, or the reason why the image cannot be used."""
     found: dict[str, object] = dict(zip(_SAME, _identity(entry), strict=True))
     found |= {"width": 0, "height": 0, "captions": [], "score": None, "reason": ""}
     try:

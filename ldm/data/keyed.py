@@ -1,7 +1,8 @@
-"""Random numbers as functions of a key (seed, sample, epoch …), whatever the time and the process of the draw.
+"""Random numbers as pure functions of a key (seed, sample, epoch …).
 
 A crop, a caption, the noise of a sample depend on (seed, purpose, key) alone: never on the number of processes or
-workers, the place in a batch, or the state of any global generator. So a run can be resumed, or laid out anew, exactly.
+workers, the position in a batch, or a global generator. So a run can be resumed, or moved to another number of
+processes, exactly.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import Tensor
 
 
 def _number(seed: int, purpose: str, key: tuple[int | str, ...]) -> int:
-    """64 bits of a digest. `ascii` keeps 1 and "1" apart, and ("a", "b") from ("ab",), whatever the strings hold."""
+    """64 bits of a digest of the arguments; `ascii` keeps 1 and "1" distinct, and ("a", "b") and ("ab",)."""
     return int.from_bytes(hashlib.blake2b(ascii((seed, purpose, *key)).encode(), digest_size=8).digest(), "little")
 
 
 def generator(seed: int, purpose: str, *key: int | str) -> torch.Generator:
     """A generator on the CPU that depends on the arguments alone."""
-    return torch.Generator().manual_seed(_number(seed, purpose, key) >> 1)  # 63 bits: what a seed may have
+    return torch.Generator().manual_seed(_number(seed, purpose, key) >> 1)  # PyTorch's seeds have 63 bits
 
 
 def uniform(seed: int, purpose: str, *key: int | str) -> float:

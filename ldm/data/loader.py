@@ -1,10 +1,10 @@
 """A plan's batches, loaded in worker processes and handed out on the device.
 
-Images stay 8-bit until they are there. Every process takes its rows of each batch: with `world` processes and
-`micro_batches` parts, together they see the rows of one process with one part, and the sample alone decides what each
-row shows.
+Images are sent to the device as 8-bit numbers. Every process takes its rows of each batch: the number of processes and
+of micro-batches changes only who computes a row, not the rows of the whole batch; and the crop, caption and noise of a
+row depend on its sample alone.
 
-B rows of this process, C latent channels, H×W height and width of the bucket, h×w those of the latents
+B rows of this process, C latent channels, H×W height and width of the bucket, h×w height and width of the latents
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, check_whole, first_line
 
 T = TypeVar("T")
-# of one image: key, epoch, caption, score, SDXL's numbers, and pixels (H, W, 3) uint8 or moments (2C, h, w)
+# one image's key, epoch, caption, score, time ids, and pixels (H, W, 3) uint8 or moments (2C, h, w)
 Row = tuple[str, int, str, float, tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one forward pass of a process. It has pixels, or moments where latents are cached."""
+    """The samples of one forward pass of a process, with pixels, or with moments if latents are cached."""
 
-    keys: list[str]  # of the images
-    epochs: list[int]  # which visit of each image this is
+    keys: list[str]  # the images' keys
+    epochs: list[int]  # the epoch of each image
     captions: list[str]
     pixels: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]
     moments: Tensor | None  # (B, 2C, h, w) float32: mean and standard deviation of the latents, not scaled
     size: Tensor  # (B, 6) float32: original height, width; top, left of the crop; target height, width (SDXL's order)
-    scores: Tensor  # (B,) float32: aesthetic scores, NaN where there is none
+    scores: Tensor  # (B,) float32: aesthetic scores, NaN for images without a score
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with every tensor changed."""
+        """A copy of the batch with `change` applied to every tensor."""
         pixels, moments = (None if one is None else change(one) for one in (self.pixels, self.moments))
         return replace(self, pixels=pixels, moments=moments, size=change(self.size), scores=change(self.scores))
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch cut into `count` parts of equal length, or nearly so; into fewer if it has fewer images."""
+        """The batch cut into `count` parts of (nearly) equal length; fewer parts if it has fewer images."""
         edges = [len(self.keys) * k // count for k in range(count + 1)]
         rows = [slice(start, end) for start, end in pairwise(edges) if start < end]
         return [
@@ -63,27 +63,27 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        pinned = torch.device(device).type == "cuda"  # other ways, numbers might be read before they are there
+        pinned = torch.device(device).type == "cuda"  # to other devices, asynchronous copies might be read too early
         return self.map(lambda tensor: tensor.to(device, non_blocking=pinned))
 
     def pin_memory(self) -> Batch:
-        """The same batch where a GPU can fetch it; the data loader asks for it."""
+        """The same batch in pinned memory; PyTorch's data loader calls this."""
         return self.map(lambda tensor: tensor.pin_memory())
 
 
 class Loader:
-    """The batches of one process, from a step on, without end: `micro_batches` of them for each step.
+    """An endless iterator over the batches of one process, `micro_batches` for each step, from step `start` on.
 
-    An image that turns out to be damaged is replaced by another one of its bucket, counted in `skipped` and listed.
+    A damaged image is replaced by another image of its bucket, counted in `skipped` and listed.
 
     Args:
-        plan: what the batches hold.
+        plan: the order of the samples.
         start: the first step.
-        rank: of this process.
-        world: number of processes.
-        micro_batches: parts that a step's rows of one process come in.
-        workers: processes that load; 0: this one does.
-        device: where the batches are wanted.
+        rank: the rank of this process.
+        world: the number of processes.
+        micro_batches: the number of batches into which this process's rows of a step are divided.
+        workers: the number of worker processes; 0: load in this process.
+        device: the device of the batches.
         latents: the plan's cache; batches then have moments and no pixels.
 
     Raises:
@@ -122,7 +122,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise it draws from the global one
+            generator=torch.Generator(),  # otherwise the data loader draws from the global generator
             worker_init_fn=_deaf,
         )
         seen = 0
@@ -131,9 +131,7 @@ class Loader:
                 self.skipped.add(key, reason)
             if batch is None:
                 key, reason = damaged[-1]
-                raise LdmError(
-                    f"{self.plan.name}: neither an image nor any that replaces it can be read: {key}: {reason}"
-                )
+                raise LdmError(f"{self.plan.name}: neither an image nor its replacements can be read: {key}: {reason}")
             seen += len(batch.keys)
             self.skipped.check(seen)
             yield _ready(batch, self.device)
@@ -148,10 +146,10 @@ class Loader:
 
 
 def once(plan: BatchPlan, rows: int, rank: int, world: int, device: torch.device | str) -> Iterator[Batch]:
-    """This process's share of all images of a plan, each once, as its first visit shows it, in an order that stays.
+    """This process's share of all images of a plan, each once, with the crop of epoch 0, in a fixed order.
 
     A batch has up to `rows` images of one bucket, the fullest buckets first. Images that cannot be decoded are left
-    out, and listed.
+    out and listed.
     """
     loading, skipped = _Loading(plan, None), Skipped(plan.name, plan.folder / f"skipped-{rank}.txt")
     pieces = [
@@ -174,7 +172,7 @@ def _deaf(worker: int) -> None:
 
 
 def _named(loading: Iterable[T]) -> Iterator[T]:
-    """The same; a worker that was killed is an error that says so."""
+    """Iterate over `loading`, and raise a clear LdmError if a worker was killed."""
     try:
         yield from loading
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -185,7 +183,7 @@ def _named(loading: Iterable[T]) -> Iterator[T]:
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:
-    """A loaded batch on the device, its pixels (B, 3, H, W) in [-1, 1]."""
+    """A loaded batch moved to the device, with pixels (B, 3, H, W) in [-1, 1]."""
     batch = batch.to(device)
     if batch.pixels is None:
         return batch
@@ -193,7 +191,7 @@ def _ready(batch: Batch, device: torch.device | str) -> Batch:
 
 
 class _Loading(Dataset):
-    """The dataset of batches: a plan's item to its batch, pixels (B, H, W, 3) uint8, and the damaged images."""
+    """The dataset of batches: a plan's item gives a batch, pixels (B, H, W, 3) uint8, and a list of damaged images."""
 
     def __init__(self, plan: BatchPlan | StreamPlan, latents: Latents | None) -> None:
         self.plan = plan
@@ -224,7 +222,7 @@ class _Loading(Dataset):
         return Batch(keys, epochs, captions, pixels, moments, size, score)
 
     def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
-        """The visit, and what replaces it if it is damaged, in an order of its own."""
+        """The visit, then the spares that may replace it, in an order that depends on the visit."""
         yield visit
         key = self.plan.example(visit.image).key
         first = int(uniform(self.plan.seed, "replacement", key, visit.epoch) * len(spares))

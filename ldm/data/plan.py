@@ -1,9 +1,9 @@
-"""The order of batches, as a pure function of the step: no state, nothing to replay.
+"""The order of batches as a pure function of the step, so that a resumed run has nothing to replay.
 
-Every bucket is an endless sequence: its images in the shuffled order of epoch 0, then in that of epoch 1, and so on,
-cut into batches of B. Of a bucket with n images, epoch e holds the batches from floor(e·n / B) to floor((e+1)·n / B);
-it shuffles all its batches. So nothing is dropped, nothing is repeated within an epoch, and a bucket with fewer images
-than a batch takes part every few epochs.
+Every bucket is an endless sequence of images, shuffled anew for each epoch and cut into batches of B. For a bucket with
+n images, epoch e holds the batches from floor(e·n / B) to floor((e+1)·n / B); the batches of all buckets are shuffled
+within the epoch. So no image is dropped or repeated within an epoch, and a bucket with fewer images than a batch
+appears every few epochs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ldm.data.image_set import Example, ImageSet
 from ldm.data.keyed import generator, uniform
 from ldm.errors import LdmError, check_whole
 
-SPARES = 4  # images that stand by for those of a batch that cannot be decoded
+SPARES = 4  # replacement images of a batch, used for images that cannot be decoded
 
 
 @dataclass(frozen=True)
 class Visit:
     """One image in one epoch."""
 
-    image: Any  # an index into the image set; of a stream, the image itself
+    image: Any  # an index into the image set; in a stream, the image itself
     epoch: int
 
 
@@ -40,7 +40,7 @@ class Item:
 
     sides: tuple[int, int]  # width and height of its bucket
     visits: list[Visit]
-    spares: list[Visit]  # of the same bucket
+    spares: list[Visit]  # replacements from the same bucket
 
 
 class BatchPlan:
@@ -49,8 +49,8 @@ class BatchPlan:
     Args:
         images: the image set; several plans can share it.
         framing: buckets and crops.
-        batch: images of a step, of all processes and micro-batches together.
-        seed: of the run.
+        batch: images in a step, over all processes and micro-batches.
+        seed: the run's seed.
         samples: indices of the images to use; all by default.
 
     Raises:
@@ -77,7 +77,7 @@ class BatchPlan:
         self.buckets = {sides: some for sides, some in zip(framing.sides(), buckets, strict=True) if len(some)}
 
     def __len__(self) -> int:
-        """How many images take part."""
+        """The number of images in use."""
         return sum(map(len, self.buckets.values()))
 
     def __str__(self) -> str:
@@ -86,12 +86,12 @@ class BatchPlan:
         return text + (f"; {small} are too small (upscale {self.framing.upscale}) and left out" if small else "")
 
     def first_step(self, epoch: int) -> int:
-        """The step an epoch begins with."""
+        """The first step of an epoch."""
         return sum(epoch * len(some) // self.batch for some in self.buckets.values())
 
     def epoch(self, step: int) -> int:
         """The epoch a step belongs to."""
-        epoch = step * self.batch // len(self)  # the fractions that epochs owe can only put it later
+        epoch = step * self.batch // len(self)  # a lower bound: batches cut by an epoch's end belong to the next epoch
         while self.first_step(epoch + 1) <= step:
             epoch += 1
         return epoch
@@ -119,21 +119,22 @@ class BatchPlan:
         return map(self.item, count(start))
 
     def example(self, image: int) -> Example:
-        """What is known about an image of the plan."""
+        """An image's entry in the index."""
         return self.images.example(image)
 
     def read(self, image: int, least: int) -> Image.Image:
-        """An image of the plan; `least` as in `load_image`. Raises LdmError if it cannot be decoded."""
+        """An image of the plan; for `least` see `load_image`. Raises LdmError if it cannot be decoded."""
         return self.images.read(image, least)
 
 
 def split(images: ImageSet, held_out: int | float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train with and to validate with: a number of images, or, below 1, a fraction.
+    """Indices of the images for training and for validation; `held_out` is a number of images, or, below 1, a fraction.
 
-    The choice is a function of each image's key: it stays as it is when other images come or go (of a number, nearly).
+    The choice depends on each image's key, so that adding or removing other images does not change it (a fixed number:
+    hardly).
 
     Raises:
-        LdmError: nothing would be left to train with.
+        LdmError: no image would be left for training.
     """
     places = np.array([uniform(0, "held out", key) for key in images.all_keys()])
     held = places < held_out if held_out < 1 else np.argsort(np.argsort(places)) < held_out

@@ -1,4 +1,4 @@
-"""Images that cannot be used: counted, listed in a file, and an error when they are too many to be accidents."""
+"""Unusable images are counted and listed in a file; too many of them are an error."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from ldm.errors import LdmError, listing
 from ldm.files import replacing
 
-MOST = 0.05  # of the images may be unusable
-HANDFUL = 5  # fewer are never too many
+MOST = 0.05  # largest share of unusable images
+HANDFUL = 5  # fewer unusable images than this are never an error
 
 
 class Skipped:
-    """The unusable images of one source, with the reason of each in `path`, a line each, written as they are found."""
+    """The unusable images of one source. Each is appended to the file `path` with its reason when it is found."""
 
     def __init__(self, name: str, path: Path, fresh: bool = False) -> None:
         self.name = name
@@ -34,16 +34,16 @@ class Skipped:
             raise LdmError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def add_all(self, reasons: Iterable[tuple[str, str]]) -> None:
-        """Count and list images that are known at once; the list is written anew."""
+        """Count and list many images at once; the file is rewritten."""
         self.reasons = dict(reasons)
         with replacing(self.path, folder=False, overwrite=True, need=0) as temporary:
             temporary.write_text("".join(_line(*pair) for pair in self.reasons.items()), "utf-8", "backslashreplace")
 
     def check(self, seen: int) -> None:
-        """Raise when more than 5 % of the images seen, and more than a few, are unusable.
+        """Raise if too many images are unusable.
 
         Raises:
-            LdmError: they are.
+            LdmError: more than 5 % of the `seen` images, and more than a few, are unusable.
         """
         count = len(self.reasons)
         if count >= HANDFUL and count > MOST * seen:

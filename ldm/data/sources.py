@@ -21,13 +21,13 @@ def open_images(
 
     Args:
         source: a folder; shards such as `data/*.tar` or `data/{0000..0012}.tar`; `data/*.parquet`; owner/name.
-        folder: of this project's files about it, see `ImageSet`.
+        folder: the folder for the index, see `ImageSet`.
         captions: "required" or "optional".
-        split: of a dataset.
-        caption_column: of a dataset, if not the usual one.
+        split: the dataset's split.
+        caption_column: the dataset's caption column, if it does not have one of the usual names.
 
     Raises:
-        LdmError: there is no such source, or what is in it cannot be used.
+        LdmError: the source does not exist, or its images cannot be used.
     """
     found: Source
     if _is_tar(source):
@@ -45,10 +45,10 @@ def open_images(
 
 
 def open_stream(source: str, *, split: str = "train", caption_column: str | None = None) -> Stream:
-    """Tar shards or a dataset as a stream; what they are is said as for `open_images`, or `pipe:` and a command.
+    """Tar shards or a dataset as a stream; `source` as in `open_images`, or `pipe:` and a command.
 
     Raises:
-        LdmError: there is no such source.
+        LdmError: the source does not exist.
     """
     if _is_tar(source):
         return TarStream(source, _expanded(source) if _is_remote(source) else [str(file) for file in _files(source)])

@@ -1,8 +1,8 @@
 """Captioned images that can only be read from the beginning: remote or piped shards, streamed datasets.
 
-The order is a function of the seed and the epoch: shards in shuffled order, and images through a buffer that shuffles
-them. Every process reads the whole stream and decodes its own rows, so that the batches do not depend on their number;
-and resuming reads again, without decoding, what was consumed. Copy what is trained on for long to a disk.
+The order is a function of the seed and the epoch: shards in shuffled order, and images through a shuffle buffer. Every
+process reads the whole stream and decodes its own rows, so that the batches do not depend on the number of processes; a
+resumed run reads the consumed images again, without decoding them. For long training, copy the data to a disk.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Stream(Protocol):
 
 
 class TarStream:
-    """WebDataset shards by address: anything that the `webdataset` library opens (https:, pipe:, files)."""
+    """WebDataset shards at addresses that the `webdataset` library opens (https:, pipe:, files)."""
 
     def __init__(self, name: str, addresses: list[str]) -> None:
         self.name = name
@@ -70,7 +70,7 @@ class TarStream:
 
 
 class DatasetStream:
-    """A dataset of Hugging Face's `datasets`, streamed. Without a column of keys, images are named by their content."""
+    """A streamed dataset of Hugging Face's `datasets`. Without a column of keys, a key is a digest of the image."""
 
     def __init__(self, name: str, split: str = "train", caption: str | None = None) -> None:
         self.name = name
@@ -91,17 +91,17 @@ class DatasetStream:
 
 
 class StreamPlan:
-    """The batches of a run over a stream, as `BatchPlan` gives them.
+    """The batches of a run over a stream, with the interface of `BatchPlan`.
 
     Args:
-        stream: where the images come from.
+        stream: the source of the images.
         framing: buckets and crops.
-        batch: images of a step, of all processes and micro-batches together.
-        seed: of the run.
-        folder: for the list of images that cannot be used.
-        captions: "required", where images without are skipped and counted, or "optional".
-        buffer: images that wait in memory to be shuffled; up to a batch for each bucket wait besides.
-        rank: of this process, which has a list of its own.
+        batch: images in a step, over all processes and micro-batches.
+        seed: the run's seed.
+        folder: the folder for the list of skipped images.
+        captions: "required" (images without captions are skipped and counted) or "optional".
+        buffer: the size of the shuffle buffer in images; memory also holds up to a batch for each bucket.
+        rank: the rank of this process, which writes a list of its own.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class StreamPlan:
         check_whole("stream", "buffer", buffer, 1, 2**24)
         self.stream, self.framing, self.batch, self.seed = stream, framing, batch, seed
         self.name, self.folder, self.captions, self.buffer = stream.name, folder, captions, buffer
-        self.seen = 0  # images, so far
-        self.left_out = 0  # images that would be enlarged too much, so far
+        self.seen = 0  # images read so far
+        self.left_out = 0  # images so far that would be enlarged too much
         self.list = made(folder) / f"skipped-stream-{rank}.txt"
 
     def items(self, start: int) -> Iterator[Item]:
-        """The batches from a step on, without end; those before it are read, not returned.
+        """The batches from a step on, without end; earlier ones are read, but not returned.
 
         Raises:
             LdmError: the stream fails, holds no usable image, or too many cannot be used.
@@ -156,15 +156,15 @@ class StreamPlan:
                 raise LdmError(f"{self.name} holds no image that can be used; {self.left_out} are too small")
 
     def example(self, image: Streamed) -> Example:
-        """What is known about an image of the plan."""
+        """The key, captions and size of an image of the plan."""
         return image.example
 
     def read(self, image: Streamed, least: int) -> Image.Image:
-        """An image of the plan; `least` as in `load_image`. Raises LdmError if it cannot be decoded."""
+        """An image of the plan; for `least` see `load_image`. Raises LdmError if it cannot be decoded."""
         return read_image(io.BytesIO(image.data), (image.example.width, image.example.height), least)
 
     def _shuffled(self, epoch: int, skipped: Skipped) -> Iterator[Streamed]:
-        """The images of an epoch, through the buffer."""
+        """The images of an epoch, shuffled by the buffer."""
         buffer: list[Streamed] = []
         for number, streamed in enumerate(self._usable(epoch, skipped)):
             if len(buffer) < self.buffer:
@@ -177,7 +177,7 @@ class StreamPlan:
             yield buffer[index]
 
     def _usable(self, epoch: int, skipped: Skipped) -> Iterator[Streamed]:
-        """The images of an epoch whose headers and captions are good, in the stream's order."""
+        """The images of an epoch with valid headers and captions, in the stream's order."""
         arrivals = self.stream.arrivals(self.seed, epoch)
         while True:
             try:

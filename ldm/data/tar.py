@@ -1,7 +1,7 @@
-"""WebDataset shards on disk: tar files in which the files of a sample stand side by side and share a name.
+"""WebDataset shards on disk: tar files in which the files of a sample are adjacent and share a name.
 
-A shard is read through once, to learn where its images are; then they are read in any order. Captions are `NAME.txt`, a
-line each, or `caption` or `text` in `NAME.json` (a text or a list; `score` or `aesthetic_score` beside it).
+A shard is read once from end to end to find the offsets of its images; then images are read in any order. Captions are
+the lines of `NAME.txt`, or `caption` or `text` in `NAME.json` (a text or a list; also `score` or `aesthetic_score`).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Tar:
 
 
 def captions_of(texts: Mapping[str, bytes]) -> Captions:
-    """Captions of a sample from its files, by the ends of their names.
+    """Captions of a sample from its files, given by extension.
 
     Raises:
-        LdmError: they cannot be read.
+        LdmError: a caption file cannot be read.
     """
     record = {}
     if "json" in texts:
@@ -66,7 +66,7 @@ def captions_of(texts: Mapping[str, bytes]) -> Captions:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name as WebDataset reads it: the sample, up to the first dot of the last part, and the rest."""
+    """A member's name split as in WebDataset: the sample's name, up to the first dot of the file name, and the rest."""
     folder, slash, last = name.removeprefix("./").rpartition("/")
     stem, _, suffix = last.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower()
@@ -86,7 +86,7 @@ def _entries(path: Path, stamp: str) -> Iterator[Entry]:
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # which would grow with the shard
+                tar.members = []  # type: ignore[attr-defined]  # the list would grow with the shard
                 name, suffix = split_name(member.name)
                 if not member.isreg() or name.rpartition("/")[2] == "":  # not a file, or a hidden one
                     continue

@@ -1,1 +1,1 @@
-"""The networks, in torch alone: one file for each, attribute names are the released state-dict keys."""
+"""The networks, in plain torch: one file for each network; attribute names are the released state-dict keys."""

@@ -2,7 +2,7 @@
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G. Images are in [-1, 1].
 
-B batch, C channels, H×W height and width of the image, h×w those of the latents: H / factor, rounded down
+B batch, C channels, H×W height and width of the image, h×w height and width of the latents: H / factor, rounded down
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ldm.errors import LdmError, check_whole
 from ldm.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 
-EPS = 1e-6  # of every group norm here; the U-Net's residual blocks have 1e-5
+EPS = 1e-6  # epsilon of every group norm here; the U-Net's residual blocks have 1e-5
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """The shape of an autoencoder. One entry of `channels` and `attention` for each level, full size first."""
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # of the feature maps; each level but the last halves the image
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level; each but the last halves the image
     attention: tuple[bool, ...] = (False, False, False, False)  # attention after each residual block of the level
     mid_attention: bool = True  # attention in the middle
     layers: int = 2  # residual blocks of a level on the way down; one more on the way up
@@ -31,14 +31,14 @@ class AutoencoderConfig:
     out_channels: int = 3
     latent_channels: int = 4
     quant_conv: bool = True  # 1×1 convolution after the encoder
-    post_quant_conv: bool = True  # and before the decoder
-    groups: int = 32  # of every group norm
+    post_quant_conv: bool = True  # 1×1 convolution before the decoder
+    groups: int = 32  # groups of every group norm
     scaling_factor: float = 0.18215  # the diffusion model sees (latents - shift_factor) · scaling_factor
     shift_factor: float = 0.0
-    force_upcast: bool = True  # in SDXL: overflows in fp16, decode in bf16 or fp32; diffusers' default too
-    sample_size: int = 512  # height and width of the images it was trained on; the default tile
-    codebook: int = 0  # vectors of the codebook; 0: regularised by KL
-    codebook_dim: int = 0  # channels of each; 0: like latent_channels
+    force_upcast: bool = True  # overflows in fp16 (as SDXL's does), so decode in bf16 or fp32; diffusers' default
+    sample_size: int = 512  # height and width of the training images; the default tile
+    codebook: int = 0  # number of vectors of the codebook; 0: no codebook, regularised by KL
+    codebook_dim: int = 0  # channels of each vector; 0: latent_channels
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.channels) <= 8 or len(self.attention) != len(self.channels):
@@ -65,21 +65,21 @@ class AutoencoderConfig:
 
     @property
     def channels_out(self) -> int:
-        """Channels of the latents as the diffusion model sees them."""
+        """Channels of the latents that the diffusion model reads."""
         return self.codebook_dim or self.latent_channels if self.codebook else self.latent_channels
 
     @property
     def factor(self) -> int:
-        """How many times smaller than the image the latents are, on each side."""
+        """The ratio of the image's sides to the latents' sides."""
         return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """The encoder's posterior: independent normal distributions, one for each number of the latents."""
+    """The encoder's posterior: an independent normal distribution for each element of the latents."""
 
     mean: Tensor  # (B, latent_channels, h, w)
-    logvar: Tensor  # likewise, in [-30, 20]
+    logvar: Tensor  # (B, latent_channels, h, w), in [-30, 20]
 
     @property
     def std(self) -> Tensor:
@@ -90,19 +90,19 @@ class DiagonalGaussian:
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Random latents; noise is drawn where the generator lives, so a CPU seed means the same on every device."""
+        """Random latents; noise is drawn on the generator's device, so a CPU seed gives the same on every device."""
         device = generator.device if generator else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
 
     def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal, summed over an image: (B,), in nats."""
+        """Kullback-Leibler divergence from the standard normal distribution, summed over each image: (B,), in nats."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True)
 class PointPosterior:
-    """The encoder's answer where there is no distribution: the latents before they are quantised."""
+    """The posterior of an autoencoder with a codebook: a single point, the latents before quantisation."""
 
     value: Tensor  # (B, codebook_dim, h, w)
 
@@ -114,7 +114,7 @@ class PointPosterior:
 
 
 class Level(nn.Module):
-    """Residual blocks of one size, each with its attention where the level has any."""
+    """The residual blocks of one resolution, each followed by attention if the level has attention."""
 
     def __init__(self, config: AutoencoderConfig, ins: list[int], width: int, attention: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    """One level of the encoder; all but the last halve the size at their end."""
+    """One level of the encoder; every level but the last ends with a downsampling by 2."""
 
     def __init__(self, config: AutoencoderConfig, level: int) -> None:
         width = config.channels[level]
@@ -147,7 +147,7 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """One level of the decoder; all but the last double the size at their end."""
+    """One level of the decoder; every level but the last ends with an upsampling by 2."""
 
     def __init__(self, config: AutoencoderConfig, level: int) -> None:
         width = config.channels[level]
@@ -244,7 +244,7 @@ class AutoencoderKL(nn.Module):
 
 
 class Codebook(nn.Module):
-    """The nearest of a set of learned vectors for every place (van den Oord et al. 2017, arXiv 1711.00937)."""
+    """Vector quantisation: each position takes the nearest learned vector (van den Oord et al. 2017, 1711.00937)."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -252,8 +252,8 @@ class Codebook(nn.Module):
         self.embedding.weight.data.uniform_(-1 / size, 1 / size)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, D, h, w) to the nearest vectors (B, D, h, w), whose gradient passes straight through to `z`,
-        and to their numbers (B, h, w)."""
+        """Latents (B, D, h, w) to the nearest vectors (B, D, h, w), with a straight-through gradient to `z`, and the
+        vectors' indices (B, h, w)."""
         vectors = z.movedim(1, -1)  # (B, h, w, D)
         index = torch.cdist(vectors.flatten(0, 2), self.embedding.weight).argmin(dim=1).view(vectors.shape[:3])
         nearest = self.embedding(index).movedim(-1, 1)  # (B, D, h, w)
@@ -261,7 +261,7 @@ class Codebook(nn.Module):
 
 
 class VQModel(nn.Module):
-    """The autoencoder with a codebook: latents are quantised when they are decoded, not when they are encoded."""
+    """The autoencoder with a codebook: `decode` quantises the latents, `encode` does not."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -274,20 +274,20 @@ class VQModel(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, x: Tensor) -> PointPosterior:
-        """Images (B, 3, H, W) in [-1, 1] to latents (B, codebook_dim, h, w) not yet quantised."""
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, codebook_dim, h, w) before quantisation."""
         return self.posterior(self.quant_conv(self.encoder(x)))
 
     def posterior(self, latents: Tensor) -> PointPosterior:
-        """Latents (B, codebook_dim, h, w) as a posterior without spread."""
+        """Latents (B, codebook_dim, h, w) as a posterior of a single point."""
         return PointPosterior(latents)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, codebook_dim, h, w), quantised first, to images (B, 3, h · factor, w · factor)."""
+        """Quantise latents (B, codebook_dim, h, w) and decode them to images (B, 3, h · factor, w · factor)."""
         return self.decoder(self.post_quant_conv(self.quantize(z)[0]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode, quantise, decode: the reconstruction, the latents before they were quantised, and the codebook
-        numbers (B, h, w)."""
+        """Encode, quantise, decode: the reconstruction, the latents before quantisation, and the codebook indices
+        (B, h, w)."""
         z = self.encode(x).value
         quantised, index = self.quantize(z)
         return self.decoder(self.post_quant_conv(quantised)), z, index
@@ -297,5 +297,5 @@ Autoencoder = AutoencoderKL | VQModel
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder that the config describes: with a codebook if it has one."""
+    """The autoencoder of a config: `VQModel` if the config has a codebook, else `AutoencoderKL`."""
     return VQModel(config) if config.codebook else AutoencoderKL(config)

@@ -1,6 +1,6 @@
-"""CLIP's text tower: token ids to a state of each token. Attribute names are transformers' state-dict keys.
+"""CLIP's text tower: token ids to a hidden state for each token. Attribute names are transformers' state-dict keys.
 
-Radford et al. 2021 (arXiv 2103.00020), section 2.4: a transformer whose tokens see themselves and what is before them.
+Radford et al. 2021 (arXiv 2103.00020), section 2.4: a transformer with causal attention.
 
 B texts, M tokens, W channels of the tower, P channels of the pooled text
 """
@@ -35,8 +35,8 @@ class TextEncoderConfig:
     layers: int = 12
     heads: int = 12
     hidden: int = 3072  # channels inside the feed-forward layers
-    activation: str = "quick_gelu"  # OpenAI's CLIP; "gelu" is OpenCLIP
-    projection: int = 0  # channels of the pooled text; 0: the tower has no projection and gives none
+    activation: str = "quick_gelu"  # OpenAI's CLIP; OpenCLIP has "gelu"
+    projection: int = 0  # channels of the pooled text; 0: the tower has no projection and no pooled text
     vocab_size: int = VOCAB_SIZE
     context: int = 77  # tokens of a text
     pad_token: str = END  # "!" (id 0) in the OpenCLIP towers
@@ -57,22 +57,22 @@ class TextEncoderConfig:
 
     @property
     def component(self) -> str:
-        """The name of its folder in a diffusers model: the tower that gives the pooled text is the second one."""
+        """The name of the tower's folder in a diffusers model; the tower with pooled text is `text_encoder_2`."""
         return "text_encoder_2" if self.projection else "text_encoder"
 
     @property
     def open_clip(self) -> bool:
-        """Whether it is one of OpenCLIP's towers, which original checkpoints hold in OpenCLIP's own layout."""
+        """Whether the tower is OpenCLIP's, so that original checkpoints hold it in OpenCLIP's layout."""
         return self.activation == "gelu"
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
-    """An embedding whose values are drawn later, by `fill`."""
+    """An embedding without initial values; `fill` draws them later."""
     return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
 
 
 class Embeddings(nn.Module):
-    """A vector for each token, and one for its place."""
+    """Token embeddings plus position embeddings."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -84,9 +84,9 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of each token on itself and on those before it.
+    """Causal self-attention: each token attends to itself and to the tokens before it.
 
-    It is none of `ldm.models.attention`'s layers: their kernels, which can be exchanged, let a token see all others.
+    It is not an `AttentionLayer`, because the exchangeable kernels of `ldm.models.attention` have no causal mask.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
 
 
 class CLIPFeedForward(nn.Module):
-    """Widen, activate, narrow again."""
+    """The feed-forward layer: linear, activation, linear."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class CLIPFeedForward(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Self-attention and feed-forward, each behind a layer norm and around a skip connection."""
+    """A transformer layer: self-attention and feed-forward, each after a layer norm and with a skip connection."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -134,14 +134,14 @@ class TextLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The layers, one behind the other."""
+    """The stack of transformer layers."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.layers))
 
     def forward(self, x: Tensor, count: int) -> list[Tensor]:
-        """`x` (B, M, W) and the state behind each of the first `count` layers."""
+        """`x` (B, M, W) and the hidden states after each of the first `count` layers."""
         states = [x]
         for layer in islice(self.layers, count):
             states.append(layer(states[-1]))
@@ -149,7 +149,7 @@ class CLIPEncoder(nn.Module):
 
 
 class TextTower(nn.Module):
-    """A tower without projection; `end_id` is the token at whose first place the state of the whole text stands."""
+    """A tower without projection; the state at the first token `end_id` represents the whole text."""
 
     def __init__(self, config: TextEncoderConfig, end_id: int) -> None:
         super().__init__()
@@ -160,15 +160,15 @@ class TextTower(nn.Module):
         initialise(self, config)
 
     def forward(self, ids: Tensor, *layers: int) -> list[Tensor]:
-        """Token ids (B, M) to the states (B, M, W) behind the layers of these numbers; 0 are the embeddings.
+        """Token ids (B, M) to the hidden states (B, M, W) after the layers of these numbers; 0 means the embeddings.
 
-        Layers behind the last one that is asked for do not run. No state is behind the final layer norm.
+        Layers after the highest of these numbers do not run. The final layer norm is not applied.
         """
         states = self.encoder(self.embeddings(ids), max(layers))
         return [states[number] for number in layers]
 
     def end(self, states: Tensor, ids: Tensor) -> Tensor:
-        """From the states (B, M, W) behind the last layer, that of each text (B, W), behind the final layer norm."""
+        """The state of each whole text (B, W) after the final layer norm, from the last layer's states (B, M, W)."""
         first = (ids == self.end_id).int().argmax(dim=1)
         return self.final_layer_norm(states[torch.arange(len(ids), device=ids.device), first])
 
@@ -183,25 +183,25 @@ class ProjectedTextTower(nn.Module):
         fill(self.text_projection.weight, config.width**-0.5)
 
     def forward(self, ids: Tensor, *layers: int) -> list[Tensor]:
-        """As `TextTower.forward`."""
+        """See `TextTower.forward`."""
         return self.text_model(ids, *layers)
 
     def end(self, states: Tensor, ids: Tensor) -> Tensor:
-        """From the states (B, M, W) behind the last layer, the pooled text (B, P)."""
+        """The pooled text (B, P), from the last layer's states (B, M, W)."""
         return self.text_projection(self.text_model.end(states, ids))
 
 
 def build_tower(config: TextEncoderConfig, end_id: int) -> TextTower | ProjectedTextTower:
     """A tower with random initial weights.
 
-    `end_id` is the tokenizer's: configurations before 2023 state a wrong one, 2.
+    `end_id` is the tokenizer's end token; the `eos_token_id` in configurations before 2023 is wrong (2).
     """
     return ProjectedTextTower(config, end_id) if config.projection else TextTower(config, end_id)
 
 
 def initialise(tower: TextTower, config: TextEncoderConfig) -> None:
-    """Random initial weights, as transformers has them: standard deviations that fall with the width and, in some
-    matrices, with the number of layers; no biases."""
+    """Random initial weights as in transformers: normal, with standard deviations that fall with the width and, in
+    some matrices, with the number of layers; biases are zero."""
     deep = (2 * config.layers * config.width) ** -0.5
     spreads = {
         "token_embedding": 0.02, "position_embedding": 0.02, "q_proj": deep, "k_proj": deep, "v_proj": deep,
@@ -215,6 +215,6 @@ def initialise(tower: TextTower, config: TextEncoderConfig) -> None:
 
 
 def fill(weight: Tensor, std: float) -> None:
-    """Draw normal weights, unless they are without memory: to do nothing with those, PyTorch imports SymPy first."""
+    """Draw normal weights, unless they are on the meta device, where PyTorch would import SymPy only to do nothing."""
     if not weight.is_meta:
         nn.init.normal_(weight, std=std)

@@ -1,9 +1,9 @@
-"""A text–image pair in the manner of CLIP: the model's text encoders, and an image encoder to compare them with.
+"""A contrastive pair like CLIP: the model's text encoders and an image encoder, with a common embedding space.
 
-Radford et al. 2021 (arXiv 2103.00020). The image encoder is transformers' vision transformer. It takes images of any
-shape whose sides are multiples of its patch: its positions are interpolated.
+Radford et al. 2021 (arXiv 2103.00020). The image encoder is transformers' vision transformer. Position embeddings are
+interpolated, so it takes images of any shape whose sides are multiples of the patch.
 
-B images or texts, K text encoders, M tokens, D channels in which both are compared, H×W height and width of images
+B images or texts, K text encoders, M tokens, D channels of the common space, H×W height and width of images
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ldm.errors import LdmError, check_whole
 from ldm.models.clip_text import TextEncoderConfig, TextTower
 from ldm.models.text import TextEncoders
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's images, in [0, 1]
-FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of the logits (Radford et al. 2021, section 2.5)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's normalisation of [0, 1]
+FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # scale of the logits (Radford et al. 2021, section 2.5)
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class ImageEncoderConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    patch: int = 32  # pixels of a patch, on each side
-    size: int = 224  # pixels of the square whose patches have positions of their own, on each side
-    embed_dim: int = 512  # channels in which images and texts are compared
+    patch: int = 32  # side of a patch in pixels
+    size: int = 224  # side in pixels of the square images for which the position embeddings are stored
+    embed_dim: int = 512  # channels of the common space of images and texts
 
     def __post_init__(self) -> None:
         for name, high in (
@@ -47,10 +47,10 @@ class ImageEncoderConfig:
         self.check_sides(self.size)
 
     def check_sides(self, *sides: int) -> None:
-        """Raise unless images with these sides, in pixels, consist of whole patches.
+        """Check that images with these sides, in pixels, consist of whole patches.
 
         Raises:
-            LdmError: they do not.
+            LdmError: a side is not a multiple of the patch.
         """
         for side in sides:
             if side % self.patch:
@@ -61,9 +61,9 @@ class ImageEncoderConfig:
 
 
 class TextHeads(nn.Module):
-    """Projections of each text encoder's final state into the common space, and the scales of the logits.
+    """The projections of the text encoders' final states into the common space, and the scales of the logits.
 
-    A text encoder that has a projection uses that; the others get one here, which the U-Net knows nothing of.
+    A text encoder with a projection uses it; the others get a projection here, which the U-Net does not use.
     """
 
     def __init__(self, configs: Sequence[TextEncoderConfig], embed_dim: int) -> None:
@@ -82,12 +82,12 @@ class TextHeads(nn.Module):
         )
         for layer in self.projections:
             if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # as CLIP's own
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # as in CLIP
         self.log_scales = nn.Parameter(torch.full((len(configs),), math.log(FIRST_SCALE)))
 
 
 class ContrastivePair(nn.Module):
-    """Text encoders and an image encoder with a common space."""
+    """Text encoders and an image encoder with a common embedding space."""
 
     def __init__(self, config: ImageEncoderConfig, text_encoders: TextEncoders) -> None:
         """Raises:
@@ -123,7 +123,7 @@ class ContrastivePair(nn.Module):
         return F.normalize(embeds.float(), dim=-1)
 
     def embed_texts(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Token ids (B, M) for each text encoder to unit vectors (K, B, D): of the state at the end of each text."""
+        """Token ids (B, M) for each text encoder to unit vectors (K, B, D), from the state at the end of each text."""
         vectors = []
         encoders = self.text_encoders
         for config, module, project, row in zip(
@@ -136,14 +136,14 @@ class ContrastivePair(nn.Module):
         return torch.stack(vectors)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to unit vectors (B, D), to compare with those of texts.
+        """Images (B, 3, H, W) in [-1, 1] to unit vectors (B, D), comparable with the vectors of texts.
 
         Raises:
-            LdmError: their sides are no multiples of the patch.
+            LdmError: a side is not a multiple of the patch.
         """
         self.config.check_sides(*pixels.shape[2:])
         return self.embed_images(pixels.to(self.image_encoder.device))
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts to unit vectors (B, D), by the last text encoder: that of the pooled text where there is one."""
+        """Texts to unit vectors (B, D), by the last text encoder (in SDXL the one with pooled text)."""
         return self.embed_texts(self.text_encoders.tokenize(texts))[-1]

@@ -1,4 +1,4 @@
-"""The parts that the U-Net and the autoencoder are built from. Attribute names are diffusers' state-dict keys.
+"""The layers of the U-Net and the autoencoder. Attribute names are diffusers' state-dict keys.
 
 B batch, C channels, H×W height and width, N = H·W image tokens, M text tokens, T text channels, E time channels
 """
@@ -17,15 +17,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
-    """`x` (B, C, H, W) in the order in memory that `other` has: plain, or channels last."""
+    """`x` (B, C, H, W) in the memory format of `other`: contiguous or channels last."""
     last = other.is_contiguous(memory_format=torch.channels_last) and not other.is_contiguous()
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class ResnetBlock(nn.Module):
-    """Two 3×3 convolutions around a skip connection; between them the time (B, E), if there is one, is added."""
+    """Two 3×3 convolutions with a skip connection; between them the time embedding (B, E), if given, is added."""
 
-    precomputable: ClassVar = {"time_emb_proj": "time"}  # parts that read nothing but the time
+    precomputable: ClassVar = {"time_emb_proj": "time"}  # parts whose only input is the time embedding
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, eps: float, time_dim: int = 0) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(AttentionLayer):
-    """Multi-head attention of image tokens on a context: themselves or, given `text_dim`, text tokens."""
+    """Multi-head attention of image tokens on a context: the image tokens or, with `text_dim`, text tokens."""
 
     def __init__(self, dim: int, heads: int, text_dim: int | None = None) -> None:
         super().__init__(dim, heads)
@@ -62,11 +62,11 @@ class Attention(AttentionLayer):
 class CrossAttention(Attention):
     """Multi-head attention of image tokens on text tokens."""
 
-    precomputable: ClassVar = {"to_k": "text", "to_v": "text"}  # parts that read nothing but the text
+    precomputable: ClassVar = {"to_k": "text", "to_v": "text"}  # parts whose only input is the text
 
 
 class GEGLU(nn.Module):
-    """Linear layer whose second half gates the first through GELU (Shazeer 2020)."""
+    """A linear layer whose first half is multiplied by GELU of its second half (Shazeer 2020)."""
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widen four times, gate, narrow again. `net[1]` is the place of a drop-out that no released model uses."""
+    """The feed-forward layer: GEGLU with four times the width, linear. `net[1]` stands for an unused dropout."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention on the text, feed-forward; each behind a layer norm and around a skip connection."""
+    """Self-attention, cross-attention on the text, feed-forward; each after a layer norm, with a skip connection."""
 
     def __init__(self, dim: int, heads: int, text_dim: int) -> None:
         super().__init__()
@@ -108,10 +108,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` transformer blocks over the pixels of a feature map, inside one skip connection.
+    """`depth` transformer blocks over the pixels of a feature map, with a skip connection around all blocks.
 
-    `linear` projects the tokens with a linear layer (SD 2, SDXL) where SD 1 uses a 1×1 convolution on the map: the same
-    product, another weight shape and another rounding.
+    With `linear`, tokens are projected by a linear layer (SD 2, SDXL), otherwise by a 1×1 convolution (SD 1): the same
+    product with another weight shape and another rounding.
     """
 
     def __init__(self, channels: int, heads: int, depth: int, text_dim: int, groups: int, linear: bool) -> None:
@@ -131,21 +131,21 @@ class Transformer(nn.Module):
 
 
 class TokenLinear(nn.Linear):
-    """A linear layer over the channels of a map (B, C, H, W)."""
+    """A linear layer over the channels of a feature map (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return laid_out_like(super().forward(x.movedim(1, -1)).movedim(-1, 1), x)
 
 
 class NoAttention(nn.Module):
-    """No transformer: for levels of the U-Net without attention."""
+    """The identity in place of a transformer, for levels of the U-Net without attention."""
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         return x
 
 
 class SpatialAttention(AttentionLayer):
-    """Self-attention with one head over the pixels of a feature map: the autoencoder's."""
+    """The autoencoder's attention: self-attention with one head over the pixels of a feature map."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, heads=1)
@@ -162,10 +162,10 @@ class SpatialAttention(AttentionLayer):
 
 
 class Downsample(nn.Module):
-    """Half the height and width by a 3×3 convolution of stride 2.
+    """Downsampling by 2 with a 3×3 convolution of stride 2.
 
     The U-Net pads all sides, so that odd sizes are rounded up; the autoencoder (`asymmetric`) pads the right and the
-    bottom only, so that they are rounded down.
+    bottom only, so that odd sizes are rounded down.
     """
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:

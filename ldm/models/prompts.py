@@ -1,8 +1,8 @@
-"""Prompts with weights and of any length, as AUTOMATIC1111's web interface reads them.
+"""Prompts of any length with weighted words, in the syntax of AUTOMATIC1111's web interface.
 
-`(word)` counts 1.1 times, `(word:1.4)` 1.4 times, `[word]` 1/1.1 times, nested they multiply; a backslash takes a
-bracket literally; `BREAK` starts a new chunk. A prompt of more tokens than fit is split into chunks, after a comma if
-there is one among the last 20 tokens, and the encodings of the chunks stand one behind the other.
+`(word)` has weight 1.1, `(word:1.4)` weight 1.4, `[word]` weight 1/1.1; nested weights multiply. A backslash makes a
+bracket literal; `BREAK` starts a new chunk. A prompt with too many tokens is split into chunks, after a comma if one is
+among the last 20 tokens, and the encodings of the chunks are concatenated.
 
 B prompts, K chunks, M tokens of a chunk (77), T text channels
 """
@@ -22,33 +22,33 @@ from ldm.models.text import TextEncoders, check_texts, padded
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import Conditioning
 
-LONGEST = 100_000  # characters of a prompt
-BACKTRACK = 20  # tokens that may move to the next chunk, so that it starts after a comma
-HEAVIEST = 1000  # weight of a word: far beyond what has a meaning, far below what overflows
+LONGEST = 100_000  # largest number of characters of a prompt
+BACKTRACK = 20  # largest number of tokens moved to the next chunk, so that it starts after a comma
+HEAVIEST = 1000  # largest weight of a word: far above meaningful weights, far below an overflow
 BREAK = "BREAK"
 _PIECES = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:")
 
 
 @dataclass(frozen=True)
 class TokenReport:
-    """How many tokens a prompt has for one text encoder, and what did not fit."""
+    """The number of tokens of a prompt for one text encoder, and the text that did not fit."""
 
     prompt: str
-    encoder: str  # its component's name
-    tokens: int  # without start and end
-    room: int  # that fit: of all chunks
-    cut: str = ""  # the text that was left out, "" if nothing was
+    encoder: str  # the text encoder's component name
+    tokens: int  # number of tokens, without start and end
+    room: int  # number of tokens that fit into all chunks
+    cut: str = ""  # the text that was left out
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """The parts of a prompt and their weights; brackets without a partner reach to the end, or are text.
+    """The parts of a prompt and their weights; an unclosed bracket extends to the end, an unopened one is text.
 
     Raises:
-        LdmError: a weight is above 1,000, by its number or by its many brackets.
+        LdmError: a weight is above 1,000, by its number or by nested brackets.
     """
-    texts: list[tuple[str, int, int]] = []  # with the innermost round bracket, and how many square ones are open
-    around = [0]  # for each round bracket the one around it; number 0 is the whole prompt
-    factors = [1.0]  # what each round bracket multiplies by
+    texts: list[tuple[str, int, int]] = []  # (text, index of innermost round bracket, number of open square brackets)
+    around = [0]  # for each round bracket the index of the enclosing one; index 0 is the whole prompt
+    factors = [1.0]  # the weight factor of each round bracket
     inner = square = 0
     for match in _PIECES.finditer(prompt):
         piece, number = match[0], match[1]
@@ -77,7 +77,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one chunk and their weights, without start, end and padding."""
+    """The tokens of one chunk and their weights, without start, end and padding."""
 
     ids: list[int]
     weights: list[float]
@@ -114,10 +114,10 @@ def split_into_chunks(tokenizer: Tokenizer, parts: Sequence[tuple[str, float]], 
 
 
 class PromptReader:
-    """Parses prompts and splits them into chunks of tokens, each text once, however often it is asked for."""
+    """Parses prompts and splits them into chunks of tokens, with a cache of the results."""
 
     def __init__(self, weights: bool = True) -> None:
-        """Without `weights`, brackets are text, and all parts of a prompt weigh 1."""
+        """Without `weights`, brackets are text, and all parts of a prompt have weight 1."""
         self.weights = weights
         self._parts: dict[str, list[tuple[str, float]]] = {}
         self._chunks: dict[tuple[Tokenizer, int, str], list[Chunk]] = {}
@@ -126,7 +126,7 @@ class PromptReader:
         """The parts of a prompt and their weights.
 
         Raises:
-            LdmError: it is no text, longer than 100,000 characters, or a weight is above 1,000.
+            LdmError: the prompt is not a string, is longer than 100,000 characters, or has a weight above 1,000.
         """
         if prompt not in self._parts:
             check_texts([prompt])
@@ -136,7 +136,7 @@ class PromptReader:
         return self._parts[prompt]
 
     def chunks(self, tokenizer: Tokenizer, prompt: str, size: int) -> list[Chunk]:
-        """A prompt as chunks of at most `size` tokens; at least one. Errors are those of `parts`."""
+        """A prompt as chunks of at most `size` tokens; at least one. Raises the errors of `parts`."""
         key = (tokenizer, size, prompt)
         if key not in self._chunks:
             self._chunks[key] = split_into_chunks(tokenizer, self.parts(prompt), size)
@@ -144,7 +144,7 @@ class PromptReader:
 
 
 def count_chunks(encoders: TextEncoders, prompts: Sequence[Sequence[str]], reader: PromptReader) -> list[int]:
-    """Into how many chunks each of B prompts is split; `prompts` and `reader` are as for `encode_prompts`."""
+    """The number of chunks of each of B prompts; for `prompts` and `reader` see `encode_prompts`."""
     columns = [
         [len(reader.chunks(tokenizer, prompt, config.context - 2)) for prompt in texts]
         for config, tokenizer, texts in zip(encoders.configs, encoders.tokenizers, prompts, strict=True)
@@ -160,14 +160,14 @@ def encode_prompts(
     chunks: bool = True,
     reader: PromptReader | None = None,
 ) -> tuple[Conditioning, list[TokenReport]]:
-    """Prompts to text (B, K·M, T), pooled text (B, P) of the first chunk, and a report for each prompt and encoder.
+    """Encode prompts: text (B, K·M, T), pooled text (B, P) of the first chunk, a report for each prompt and encoder.
 
     Args:
         encoders: the text encoders.
-        prompts: one list of B prompts for each of them.
-        clip_skip: layers left out, as in `TextEncoders.encode`.
-        chunks: split long prompts; without, what does not fit is cut, and the report says what.
-        reader: what reads them, and may have read some already; by default one that reads brackets as weights.
+        prompts: a list of B prompts for each text encoder.
+        clip_skip: the number of last layers left out, see `TextEncoders.encode`.
+        chunks: split long prompts into chunks; otherwise long prompts are cut, and the report holds the text cut off.
+        reader: parses the prompts and caches the results; by default a new one that reads brackets as weights.
 
     Raises:
         LdmError: a prompt is longer than 100,000 characters, a weight is above 1,000, or `clip_skip` is out of range.
@@ -199,7 +199,7 @@ def encode_prompts(
 
 
 def _weighted(text: Tensor, chunks: Sequence[Sequence[Chunk]], encoders: TextEncoders) -> Tensor:
-    """Token vectors (B, M, T) times their weights; the mean of each prompt and encoder stays what it was."""
+    """Token vectors (B, M, T) times their weights, rescaled to keep the mean of each prompt and encoder."""
     parts = []
     for part, rows in zip(text.split([config.width for config in encoders.configs], dim=-1), chunks, strict=True):
         if all(weight == 1 for chunk in rows for weight in chunk.weights):

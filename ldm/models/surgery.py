@@ -1,7 +1,7 @@
-"""Networks changed without touching the ones that others use.
+"""Functions that change the layers of a network.
 
-Three ways, each with its invariant: `twin` copies all modules and shares all parameters; `replaced` and `rebuilt` share
-every module that they do not replace; `reclassed` changes a network in place, and keeps its parameters and their names.
+`twin` copies all modules and shares all parameters; `replaced` and `rebuilt` make a copy that shares every module that
+they do not replace; `reclassed` changes a network in place, and keeps its parameters and their names.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def twin(module: M) -> M:
-    """A copy of a module on the same parameters, for changes that no other user of them may see."""
+    """A copy of a module with the same parameters; changes to the copy's modules do not affect the original."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def replaced(module: M, **parts: nn.Module) -> M:
-    """A shallow copy of a module with some of its parts replaced; it shares the others."""
+    """A shallow copy of a module with the named sub-modules replaced; all other sub-modules are shared."""
     other = copy.copy(module)
     other._modules = {**module._modules, **parts}
     return other
 
 
 def rebuilt(module: M, replacements: Callable[[nn.Module], Mapping[str, nn.Module]]) -> M:
-    """A copy of a module with parts replaced at any depth; the module itself if none are.
+    """A copy of a module with sub-modules replaced at any depth; the module itself if nothing is replaced.
 
-    `replacements` is asked for each module, from the outside in, which of its direct parts to replace, by their names;
-    it is not asked about what lies inside a replaced part.
+    `replacements` is called for each module, from the outside in, and returns the replacements of its direct
+    sub-modules by name; it is not called inside a replaced sub-module.
     """
     new = replacements(module)
     parts = {name: new[name] if name in new else rebuilt(part, replacements) for name, part in module.named_children()}
@@ -41,6 +41,6 @@ def rebuilt(module: M, replacements: Callable[[nn.Module], Mapping[str, nn.Modul
 
 
 def reclassed(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Change the classes of a network's layers, each by the class that it has; parameters stay as they are."""
+    """Change the classes of a network's layers in place: `classes` maps old classes to new ones."""
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))

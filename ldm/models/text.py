@@ -1,10 +1,10 @@
 """Text encoders: prompts to the conditioning of the U-Net, by one or two CLIP text towers.
 
-SD 1.x reads CLIP ViT-L's last layer; SD 2.x OpenCLIP ViT-H's last but one (the last is left out of the model); SDXL
-joins the last but one of CLIP ViT-L and OpenCLIP ViT-bigG, and takes the latter's pooled text too; its refiner has bigG
-only.
+SD 1.x uses the last layer of CLIP ViT-L; SD 2.x the last but one of OpenCLIP ViT-H (the model omits the last layer);
+SDXL concatenates the last but one layers of CLIP ViT-L and OpenCLIP ViT-bigG, and also uses bigG's pooled text; SDXL's
+refiner has bigG only.
 
-B prompts, M tokens (77), T text channels (all towers side by side), P channels of the pooled text
+B prompts, M tokens (77), T text channels (all towers concatenated), P channels of the pooled text
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ldm.models.unet import Conditioning
 
 
 def check_texts(prompts: Sequence[str]) -> None:
-    """Raise unless every prompt is a text that tokenizers take.
+    """Check that every prompt is a string that tokenizers accept.
 
     Raises:
-        LdmError: one is not.
+        LdmError: a prompt is not a string, or holds half a surrogate pair.
     """
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -39,16 +39,16 @@ def check_texts(prompts: Sequence[str]) -> None:
 
 
 def padded(ids: Sequence[int], tokenizer: Tokenizer, context: int) -> list[int]:
-    """Tokens of a text, at most `context` - 2, with start, end and padding."""
+    """The tokens of a text (at most `context` - 2) with start, end and padding."""
     row = [tokenizer.start_id, *ids, tokenizer.end_id]
     return row + [tokenizer.pad_id] * (context - len(row))
 
 
 class TextEncoders(nn.Module):
-    """One or two towers and their tokenizers.
+    """One or two text towers and their tokenizers.
 
-    With `pooled` (SDXL) each tower gives its last but one layer as it is, and the last tower the pooled text; without,
-    the single tower gives its last layer behind the final layer norm.
+    With `pooled` (SDXL), text is the last but one layer of each tower without layer norm, and the last tower gives the
+    pooled text. Otherwise, text is the single tower's last layer after the final layer norm.
     """
 
     def __init__(self, configs: Sequence[TextEncoderConfig], tokenizers: Sequence[Tokenizer], pooled: bool) -> None:
@@ -69,15 +69,15 @@ class TextEncoders(nn.Module):
         )
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Token ids (B, M) for each tower; what does not fit into M tokens is cut.
+        """Token ids (B, M) for each tower; longer prompts are cut to M tokens.
 
         Raises:
-            LdmError: a prompt is no text.
+            LdmError: a prompt is not a valid string.
         """
         return [self.tokenize_for(number, prompts) for number in range(len(self.configs))]
 
     def tokenize_for(self, number: int, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, M) for one of the towers, as `tokenize`."""
+        """Token ids (B, M) for tower `number`, see `tokenize`."""
         check_texts(prompts)
         config, tokenizer = self.configs[number], self.tokenizers[number]
         rows = tokenizer.encode(prompts)
@@ -86,10 +86,10 @@ class TextEncoders(nn.Module):
     def encode(self, tokens: Sequence[Tensor], clip_skip: int = 0) -> Conditioning:
         """Token ids (B, M) for each tower to text (B, M, T) and, with `pooled`, pooled text (B, P).
 
-        `clip_skip` leaves out that many more of the last layers (diffusers counts alike; other programs start at 1).
+        `clip_skip` is the number of further last layers that are left out (as in diffusers; other programs start at 1).
 
         Raises:
-            LdmError: more layers are skipped than a tower has.
+            LdmError: `clip_skip` is larger than a tower allows.
         """
         fewest = min(config.layers for config in self.configs)
         if not isinstance(clip_skip, int) or not 0 <= clip_skip <= fewest - 1 - self.pooled:

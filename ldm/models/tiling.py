@@ -1,12 +1,12 @@
-"""Encode and decode large images piece by piece, so that memory depends on the piece and not on the image.
+"""Tiled encoding and decoding of large images, so that memory depends on the tile and not on the image.
 
-Convolutions see a small neighbourhood, so a tile with a margin as wide as that gives exactly the whole image's
-pixels, if only it is normalised like the whole image. A first pass over the tiles therefore adds up the statistics
-of every group norm, a second one computes with them: neighbouring tiles agree, and there is nothing to blend. The
-middle of the network, which has the attention, is small and runs on the whole image. What is approximate is that the
-first pass normalises each tile by itself.
+Convolutions have a small receptive field, so a tile with a margin of that size gives exactly the pixels of the whole
+image, if the group norms have the statistics of the whole image. Therefore a first pass over the tiles sums up the
+statistics of every group norm, and a second pass normalises with them: neighbouring tiles agree, without blending. The
+middle of the network, which has the attention, is small and runs on the whole image. The result is approximate in one
+point: the first pass normalises each tile with the tile's own statistics.
 
-B batch, C channels, H×W height and width of the image, h×w those of the latents
+B batch, C channels, H×W height and width of the image, h×w height and width of the latents
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sliced_encode(autoencoder: Autoencoder, x: Tensor, size: int = 1) -> Diagona
 
 
 def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0) -> Tensor:
-    """`autoencoder.decode(z)` in tiles of `tile`×`tile` latents (default: what the autoencoder was trained on).
+    """`autoencoder.decode(z)` in tiles of `tile`×`tile` latents (default: the size of the training images).
 
     Raises:
         LdmError: the tile is smaller than 4 latents.
@@ -53,7 +53,7 @@ def tiled_decode(autoencoder: Autoencoder, z: Tensor, tile: int = 0) -> Tensor:
 
 
 def tiled_encode(autoencoder: Autoencoder, x: Tensor, tile: int = 0) -> DiagonalGaussian | PointPosterior:
-    """`autoencoder.encode(x)` in tiles of `tile`×`tile` pixels, rounded down to whole latents (default as above).
+    """`autoencoder.encode(x)` in tiles of `tile`×`tile` pixels, rounded down to whole latents (default as in decoding).
 
     Raises:
         LdmError: the tile is smaller than 4 latents.
@@ -80,15 +80,15 @@ Box = tuple[slice, slice]  # rows and columns
 
 
 class SharedNorm(nn.Module):
-    """A group norm that first adds up the statistics of all tiles, without their margins, then normalises with them."""
+    """A group norm for tiles: first sums up the statistics of all tiles without margins, then normalises with them."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.norm = norm
         self.count = 0
-        self.sums: Tensor | float = 0.0  # of values and of squares: (2, B, groups), float64
-        self.inner: Box | None = None  # of the tile that is being added up; None: normalise
-        self.height = 0  # of that tile with its margins, where it enters the network
+        self.sums: Tensor | float = 0.0  # sums of values and of squares: (2, B, groups), float64
+        self.inner: Box | None = None  # in the first pass, the current tile without margins; None: second pass
+        self.height = 0  # height of the current tile with margins at the network's input
 
     def forward(self, x: Tensor) -> Tensor:
         groups = x.unflatten(1, (self.norm.num_groups, -1)).float()  # (B, G, C/G, H, W)
@@ -109,8 +109,8 @@ class SharedNorm(nn.Module):
 
 
 def _tiled(module: nn.Module, x: Tensor, tile: int, margin: int, up: int, down: int) -> Tensor:
-    """`module` on `x` in tiles with margins; the result is `up` times larger and `down` times smaller than `x`."""
-    module = twin(module)  # with norms of this call's own: others may be using the module
+    """Run `module` on `x` in tiles with margins; the result has the size of `x` times `up` divided by `down`."""
+    module = twin(module)  # this call needs its own norms, because other threads may be using the module
     norms = _share_norms(module)
     height, width = x.shape[2:]
     boxes = [

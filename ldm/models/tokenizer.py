@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: texts to token ids and back. Its own vocabulary comes with the package open_clip_torch.
+"""CLIP's tokenizer: texts to token ids and back. CLIP's vocabulary comes with the package open_clip_torch.
 
 Radford et al. 2021 (arXiv 2103.00020), section 2.4. The rules are those of transformers' `CLIPTokenizer`: the
 library `tokenizers` normalises a text, splits it into words, and merges the letters of each word into tokens.
@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ldm.errors import LdmError
 
-VOCAB_SIZE = 49408  # of CLIP: 512 bytes, 48,894 merges, start and end
+VOCAB_SIZE = 49408  # CLIP's vocabulary: 512 bytes, 48,894 merges, start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
-BYTES = 512  # every byte within a word, and at its end
+BYTES = 512  # tokens of single bytes: each byte within a word, and at the end of a word
 _WORD_END = "</w>"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -27,7 +27,7 @@ _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 class Tokenizer:
     """A vocabulary, its merges, and the special tokens.
 
-    Several threads may use one: no call changes it.
+    Several threads may use one tokenizer, because no call changes it.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class Tokenizer:
         context: int | None = None,
     ) -> None:
         """Args:
-            vocab: the number of each token.
+            vocab: the id of each token.
             merges: pairs of tokens that are merged, the most frequent first.
             start: the token before a text.
-            end: the token behind a text.
-            unknown: the token for what is not in the vocabulary.
-            pad: the token that fills a text up to its length.
-            added: tokens that are found in a text before anything else is, in this order; those in no vocabulary get
-                the next numbers. The four above are among them, if need be at the end.
-            context: tokens of a text, with start and end; None if the tokenizer's files do not say.
+            end: the token after a text.
+            unknown: the token for words that are not in the vocabulary.
+            pad: the padding token.
+            added: tokens that are matched in a text before words are split, in this order; tokens that are not in the
+                vocabulary get the next ids. The four tokens above are appended if they are missing.
+            context: the number of tokens of a text, with start and end; None if the tokenizer's files do not state it.
 
         Raises:
-            Exception: by the library, where the vocabulary and the merges do not fit.
+            Exception: the library rejects the vocabulary and the merges.
         """
         self.start, self.end, self.unknown, self.pad = start, end, unknown, pad
         self.context = context
@@ -83,7 +83,7 @@ class Tokenizer:
         own = [name for name in dict.fromkeys((start, end, unknown, pad)) if name not in there]
         self._rules.add_tokens([*found, *(AddedToken(name, special=True) for name in own)])
         self.start_id, self.end_id, self.pad_id = (self.id_of(name) for name in (start, end, pad))
-        self._rules.post_processor = processors.RobertaProcessing(  # for other programs: `encode` does without
+        self._rules.post_processor = processors.RobertaProcessing(  # used by other programs, not by `encode`
             (end, self.end_id), (start, self.start_id), trim_offsets=False, add_prefix_space=False
         )
 
@@ -91,24 +91,24 @@ class Tokenizer:
         return self._rules.get_vocab_size()
 
     def vocabulary(self) -> dict[str, int]:
-        """The number of each token, added ones included."""
+        """The id of each token, with the added tokens."""
         return self._rules.get_vocab()
 
     def id_of(self, token: str) -> int:
-        """The number of a token, or that of the unknown one."""
+        """The id of a token, or the id of the unknown token."""
         number = self._rules.token_to_id(token)
         return self.id_of(self.unknown) if number is None else number
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, without start, end and padding, and however many they are."""
+        """The token ids of each text, without start, end and padding, and not cut."""
         return [encoding.ids for encoding in self._rules.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, in small letters and with single spaces."""
+        """The text of these tokens, in lower case and with single spaces."""
         return self._rules.decode(list(ids), skip_special_tokens=False).replace(_WORD_END, " ").strip()
 
     def to_json(self) -> str:
-        """All of it in the format of `tokenizer.json`."""
+        """The tokenizer in the format of `tokenizer.json`."""
         return self._rules.to_str(pretty=True)
 
 
@@ -116,8 +116,8 @@ def clip_tokenizer(pad_token: str = END, context: int = 77, vocab_size: int = VO
     """CLIP's tokenizer for texts of `context` tokens, padded with `pad_token`: `<|endoftext|>` or, in SD 2's and SDXL's
     OpenCLIP towers, `!`.
 
-    Merges are ordered by frequency, so a smaller `vocab_size` keeps the first of them: a coarser tokenizer of the same
-    kind, for small models.
+    A smaller `vocab_size` keeps the first merges, which are the most frequent ones: a coarser tokenizer for small
+    models.
 
     Raises:
         LdmError: the vocabulary size is not between 514 and 49,408, or open_clip_torch is not installed.
@@ -133,7 +133,7 @@ def clip_tokenizer(pad_token: str = END, context: int = 77, vocab_size: int = VO
 
 @cache
 def _merges() -> list[tuple[str, str]]:
-    spec = importlib.util.find_spec("open_clip")  # found, not imported: importing it takes seconds
+    spec = importlib.util.find_spec("open_clip")  # find the package's files without importing it, which takes seconds
     if spec is None or not spec.submodule_search_locations:
         raise LdmError("CLIP's vocabulary comes with open_clip_torch, which is missing: pip install open_clip_torch")
     path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"

@@ -1,4 +1,4 @@
-"""The U-Net that predicts noise (or velocity, or the image) from noisy latents: SD 1.x, SD 2.x, SDXL and its refiner.
+"""The U-Net that predicts noise, velocity or clean latents from noisy latents: SD 1.x, SD 2.x, SDXL and its refiner.
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.3; Podell et al. 2023 (arXiv 2307.01952), section 2.
 
@@ -21,22 +21,22 @@ from ldm.models.layers import Downsample, NoAttention, ResnetBlock, Transformer,
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net. One entry of `channels`, `depth` and `heads` for each level, widest image first."""
+    """The shape of a U-Net. `channels`, `depth` and `heads` have an entry for each level, highest resolution first."""
 
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of the feature maps
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks in each transformer; 0: the level has none
-    mid_depth: int = 1  # the same in the middle
-    heads: tuple[int, ...] = (8, 8, 8, 8)  # of each attention
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # channels of the feature maps
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks in each transformer; 0: the level has no transformers
+    mid_depth: int = 1  # transformer blocks in the middle
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # attention heads
     layers: int = 2  # residual blocks of a level on the way down; one more on the way up
     text_dim: int = 768  # channels of the text that cross-attention reads
-    in_channels: int = 4  # 9: with mask and masked image (inpainting); 8: with the image to edit (InstructPix2Pix)
+    in_channels: int = 4  # 9: with mask and masked image (inpainting); 8: with the input image (InstructPix2Pix)
     out_channels: int = 4
     linear_projection: bool = False  # transformers project tokens (SD 2, SDXL), not feature maps (SD 1)
     pooled_dim: int = 0  # channels of the pooled text; 0: the model takes no pooled text and no time ids
-    size_ids: int = 0  # numbers of size conditioning: 6, or 5 for the refiner
-    size_dim: int = 256  # sinusoid channels of each of them
-    groups: int = 32  # of every group norm
-    sample_size: int = 64  # height and width of the latents it was trained on; only a default for pipelines
+    size_ids: int = 0  # number of time ids: 6, or 5 for the refiner
+    size_dim: int = 256  # sinusoid channels of each time id
+    groups: int = 32  # groups of every group norm
+    sample_size: int = 64  # height and width of the latents in training; only a default for pipelines
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -69,14 +69,14 @@ class UNetConfig:
 class Conditioning:
     """The U-Net's inputs besides noisy latents and timestep."""
 
-    text: Tensor  # (B, M, T) one vector a token
-    pooled: Tensor | None = None  # (B, pooled_dim) one vector for the whole prompt (SDXL)
+    text: Tensor  # (B, M, T): a vector for each token
+    pooled: Tensor | None = None  # (B, pooled_dim): a vector for the whole prompt (SDXL)
     size: Tensor | None = (
         None  # (B, size_ids) original height, width, crop top, left, then target height, width or score
     )
 
     def rows(self, part: slice) -> Conditioning:
-        """The same for some of the batch."""
+        """The conditioning of some rows of the batch."""
         columns = (getattr(self, field.name) for field in fields(self))
         return Conditioning(*(None if column is None else column[part] for column in columns))  # type: ignore[arg-type]
 
@@ -115,7 +115,7 @@ class TimeEmbedding(Embedding):
 
 
 class NoEmbedding(nn.Module):
-    """No addition to the time embedding: for U-Nets without pooled text and time ids."""
+    """Adds nothing to the time embedding, for U-Nets without pooled text and time ids."""
 
     def forward(self, cond: Conditioning) -> float:
         return 0.0
@@ -141,7 +141,7 @@ class SizeEmbedding(Embedding):
 
 
 class DownBlock(nn.Module):
-    """One level on the way down; gives back its result and everything the way up will need."""
+    """One level on the way down; returns its output and the skip tensors for the way up."""
 
     def __init__(self, config: UNetConfig, level: int, time_dim: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up; takes its skips off the end of the list."""
+    """One level on the way up; removes its skip tensors from the end of the list."""
 
     def __init__(self, config: UNetConfig, level: int, time_dim: int) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def _transformer(config: UNetConfig, level: int) -> nn.Module:
 
 
 class UNet(nn.Module):
-    """Predicts what `prediction_type` of the noise schedule says, from noisy latents, time and conditioning."""
+    """Predicts noise, velocity or clean latents (the prediction type) from noisy latents, timestep and conditioning."""
 
     precomputable: ClassVar = {"add_embedding": "conditioning"}  # see `ldm.runtime.precomputing`
 
@@ -231,13 +231,13 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def embed_time(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Timestep, pooled text and time ids to one vector an image, as residual blocks take it: (B, E)."""
+        """Timestep, pooled text and time ids to the time embedding (B, E) that the residual blocks read."""
         return F.silu(self.time_embedding(t.expand(len(x)), x.dtype) + self.add_embedding(cond))
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Noisy latents `x` (B, in_channels, H, W) at timestep `t`, () or (B,), in 0 … 999: (B, out_channels, H, W).
 
-        Any H and W will do. `x`, `cond.text` and `cond.pooled` have the dtype of the weights.
+        H and W can be any numbers. `x`, `cond.text` and `cond.pooled` have the dtype of the weights.
         """
         time = self.embed_time(x, t, cond)  # (B, E)
         x = self.conv_in(x)

@@ -1,1 +1,1 @@
-"""Weights: the file formats of models, read and written."""
+"""Weights: readers and writers of the file formats of models."""

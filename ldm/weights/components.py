@@ -1,7 +1,7 @@
-"""From a model found on disk to a model in memory: built on the meta device, checked by name and shape, then mapped in.
+"""Loading a model: networks are built on the meta device, checked by names and shapes, then filled from mapped files.
 
-Readers of each format find out the family and where the tensors of each component are (`Opened`); everything after that
-is the same for all formats and is here.
+The reader of each format finds the family and the places of each component's tensors (`Opened`). The later steps are
+the same for all formats and are in this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ldm.weights.tensors import Store, TensorInfo
 
 Shape = tuple[int, ...]
 NOTHING = re.compile("(?!)")  # matches no name
-FOLDERS = {"autoencoder": "vae"}  # network -> its folder in a diffusers model, where that is called otherwise
+FOLDERS = {"autoencoder": "vae"}  # network -> its folder in a diffusers model, if the names differ
 
 
 @dataclass
@@ -40,12 +40,12 @@ class Components:
 
     @property
     def unet(self) -> UNet:
-        """The network that predicts."""
+        """The denoiser."""
         return cast("UNet", self.networks["unet"])
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """The network between images and latents."""
+        """The network that encodes images to latents and decodes latents to images."""
         return cast("Autoencoder", self.networks["autoencoder"])
 
     @property
@@ -54,7 +54,7 @@ class Components:
         return cast("TextEncoders", self.networks["text_encoders"])
 
     def modules(self) -> dict[str, nn.Module]:
-        """The networks by the names of their folders in a diffusers model, where each text tower has its own."""
+        """The networks by the names of their folders in a diffusers model; each text tower has a folder."""
         modules: dict[str, nn.Module] = {}
         for name, network in self.networks.items():
             if isinstance(network, TextEncoders):
@@ -65,7 +65,7 @@ class Components:
 
 
 def build(family: Family, tokenizers: Iterable[Tokenizer] | None = None) -> Components:
-    """A model of that family with PyTorch's random initial weights, on the default device.
+    """A model of a family with PyTorch's random initial weights, on the default device.
 
     `tokenizers`, one for each text tower, default to CLIP's own.
     """
@@ -82,7 +82,7 @@ def build(family: Family, tokenizers: Iterable[Tokenizer] | None = None) -> Comp
 
 
 def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
-    """Ten hexadecimal digits that tell the weights of these networks from others."""
+    """A digest of the networks' weights, ten hexadecimal digits."""
     digest = hashlib.sha256()
     for name, module in modules.items():
         for key, parameter in module.named_parameters():
@@ -93,11 +93,11 @@ def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
 
 @dataclass
 class ComponentSource:
-    """The tensors of one component: where they are, what they may be called there, and what may lie beside them."""
+    """The tensors of one component: the files, the layouts that are tried, and the other tensors that are ignored."""
 
     store: Store
-    layouts: list[tuple[str, Layout]]  # with the prefix of their names; the one of which most is found is taken
-    ignored: re.Pattern[str] = NOTHING  # names that may be there and are not needed
+    layouts: list[tuple[str, Layout]]  # (prefix of names, layout); the layout with the most matching names is used
+    ignored: re.Pattern[str] = NOTHING  # names of tensors that may be present and are not needed
 
     def links(self, module: nn.Module) -> list[Link]:
         """Links for every parameter of the module, all checked against names, shapes and types in the store.
@@ -146,21 +146,21 @@ def _files(store: Store) -> str:
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Whether tensors are those of a LoRA, LoHa or similar adapter."""
+    """Whether the tensors belong to a LoRA, LoHa or similar adapter."""
     marks = (".lora_", "lora_unet_", "lora_te", ".lora.", ".hada_", ".lokr_", ".oft_", ".alpha")
     return any(mark in name for name in names for mark in marks)
 
 
 @dataclass
 class Opened:
-    """A model found on disk: what it is and where its tensors are. Names and shapes are checked, nothing is loaded."""
+    """An opened model on disk: family and places of tensors. Names and shapes are checked, no tensor is loaded."""
 
     source: str
     layout: str  # "diffusers folder" or "single file"
     family: Family
     tokenizers: list[Tokenizer]
-    parts: dict[str, ComponentSource]  # by the name of the component
-    ignored: list[str] = field(default_factory=list)  # what is there and not used: components or groups of tensors
+    parts: dict[str, ComponentSource]  # component name -> its tensors
+    ignored: list[str] = field(default_factory=list)  # components or groups of tensors that are present and unused
 
     def __post_init__(self) -> None:
         with torch.device("meta"):
@@ -168,12 +168,12 @@ class Opened:
         self.links = {name: self.parts[name].links(module) for name, module in self.components.modules().items()}
 
     def infos(self, component: str) -> Mapping[str, TensorInfo]:
-        """The tensors of one component as the store has them."""
+        """Names, types and shapes of one component's tensors in the store."""
         infos = self.parts[component].store.infos
         return {link.theirs: infos[link.theirs] for link in self.links[component]}
 
     def check_dtype(self, dtype: torch.dtype | None) -> None:
-        """Raise if weights are stored in a type that networks cannot compute in, and no other is named."""
+        """Raise if `dtype` is None and the stored type is one that networks cannot compute in (such as float8)."""
         for name in self.links:
             stored = {info.dtype for info in self.infos(name).values() if info.dtype.itemsize < 2}
             if dtype is None and stored:
@@ -186,9 +186,9 @@ class Opened:
         progress: Progress = silent,
         only: Collection[str] | None = None,
     ) -> Components:
-        """Map the weights in: floating-point ones as `dtype`, or as they are stored.
+        """Load the weights by memory-mapping: floating-point weights as `dtype`, or in the stored type.
 
-        With `only`, those of the components of these names; the others stay without memory.
+        With `only`, load the components of these names; the others stay on the meta device.
         """
         if not all(parameter.is_meta for parameter in self.components.unet.parameters()):
             raise RuntimeError("load() fills this object's own networks, once; open the source again for another copy")
@@ -226,7 +226,7 @@ def check_device(device: torch.device | str) -> None:
     """Check that tensors can be moved to a device.
 
     Raises:
-        LdmError: there is no such device, or it does not work.
+        LdmError: the device does not exist, or does not work.
     """
     try:
         torch.empty(0, device=device)

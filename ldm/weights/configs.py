@@ -1,7 +1,7 @@
-"""`config.json` of diffusers and transformers, to our dataclasses and back.
+"""Conversion between the `config.json` files of diffusers and transformers and our dataclasses.
 
-Every option is either translated, or must have the one value that our networks are built for. What is not listed here
-is refused by name: an unknown option must never be a wrong image.
+Every option is either translated, or must have the value for which our networks are built. An option that is not listed
+here is an error that names it, because ignoring it could give wrong images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Json = Mapping[str, Any]
 UNET_CLASSES = ("UNet2DConditionModel",)
 AUTOENCODER_CLASSES = ("AutoencoderKL", "VQModel")
 
-# options with the only values that our networks have
+# options and the only values that our networks support
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "flip_sin_to_cos": (True,),
@@ -75,7 +75,7 @@ _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({}, None),
 }
-# options of text encoders without effect on what the tower computes: initialisation, and text generation
+# options of text encoders that do not change the tower's output: initialisation, and text generation
 _TEXT_IGNORED = frozenset(
     [
         "architectures",
@@ -135,7 +135,7 @@ _TEXT_IGNORED = frozenset(
 
 
 class Reader:
-    """Takes options out of a JSON object one by one, checks them, and at the end refuses what is left."""
+    """Takes options out of a JSON object one by one and checks them; `done` raises if unknown options are left."""
 
     def __init__(self, where: str, json: Json, classes: Sequence[str] = ()) -> None:
         self.where = where
@@ -148,7 +148,7 @@ class Reader:
         return LdmError(f"{self.where}: option {name!r} is {_short(value)}; {wanted}")
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The option's value, of that type, or the default if it is absent or null."""
+        """The option's value, checked to be of type `kind`, or the default if the option is absent or null."""
         value = self.left.pop(name, None)
         if value is None:
             if default is None:
@@ -160,7 +160,7 @@ class Reader:
         return value
 
     def ints(self, name: str, length: int, default: Any = None) -> tuple[int, ...]:
-        """A list of whole numbers; one number stands for as many equal ones."""
+        """A list of whole numbers; a single number is repeated `length` times."""
         value = self.take(name, (int, list), default)
         values = [value] * length if isinstance(value, int) else value
         if len(values) != length or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
@@ -168,14 +168,14 @@ class Reader:
         return tuple(values)
 
     def same(self, name: str, default: Any = None) -> int:
-        """One whole number, perhaps written as a list of equal ones."""
+        """One whole number, which may be written as a list of equal numbers."""
         value = self.left.get(name)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             self.left[name] = value[0]
         return self.take(name, int, default)
 
     def done(self, fixed: Mapping[str, tuple[Any, ...]], ignored: Iterable[str] = ()) -> None:
-        """Raise unless every option left over has a value that our networks are built for."""
+        """Raise unless every remaining option has a value that our networks support."""
         for name in ignored:
             self.left.pop(name, None)
         for name, value in self.left.items():
@@ -188,7 +188,7 @@ class Reader:
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Put the file in front of what a dataclass says of its values."""
+    """Prefix the errors of a config dataclass with the file's name."""
     try:
         yield
     except LdmError as error:
@@ -204,7 +204,7 @@ def _short(value: Any) -> str:
 
 
 def read_unet(where: str, json: Json, pooled_dim: int) -> UNetConfig:
-    """The U-Net of a diffusers `config.json`; `pooled_dim` is what the text encoder beside it gives, 0 for nothing."""
+    """The U-Net of a diffusers `config.json`; `pooled_dim` is the text encoders' width of the pooled text, or 0."""
     reader = Reader(where, json, UNET_CLASSES)
     channels = tuple(reader.take("block_out_channels", list))
     n = len(channels)
@@ -294,7 +294,7 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
 
 
 def read_autoencoder(where: str, json: Json) -> AutoencoderConfig:
-    """The autoencoder of a diffusers `config.json`: `AutoencoderKL`, or `VQModel` if its class says so."""
+    """The autoencoder of a diffusers `config.json`, whose class is `AutoencoderKL` or `VQModel`."""
     reader = Reader(where, json, AUTOENCODER_CLASSES)
     channels = tuple(reader.take("block_out_channels", list))
     down, up = reader.take("down_block_types", list), reader.take("up_block_types", list)
@@ -367,7 +367,7 @@ def write_autoencoder(config: AutoencoderConfig) -> dict[str, Any]:
 def read_text(where: str, json: Json, projects: bool, pad_token: str, end_id: int) -> TextEncoderConfig:
     """The tower of a transformers `config.json`; `projects` if its class is `CLIPTextModelWithProjection`.
 
-    `end_id` is the tokenizer's; configurations before 2023 say 2, which means the same.
+    `end_id` is the tokenizer's end token; configurations before 2023 have 2 instead, which is accepted.
     """
     reader = Reader(where, json)
     wanted = ["CLIPTextModelWithProjection" if projects else "CLIPTextModel"]
@@ -524,14 +524,14 @@ def write_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
     return json | ({"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {})
 
 
-# --- what we write must be what we read -------------------------------------------------------------------------------
+# --- written configurations must read back as the same ----------------------------------------------------------------
 
 
 def check_writable(family: Family) -> None:
-    """Raise unless the family's configurations, written, would be read as the same.
+    """Check that the family's configurations are the same after being written and read back.
 
     Raises:
-        LdmError: something has no place in them.
+        LdmError: the file formats cannot hold some value.
     """
     end_id = 2
     ours = (family.unet, family.autoencoder, family.schedule, *family.text)

@@ -1,4 +1,4 @@
-"""The folder of a contrastive pair: all but the model's text encoders.
+"""The folder of a contrastive pair without its text encoders, which are saved with the model.
 
 image_encoder/          a `CLIPVisionModelWithProjection` that transformers opens
 heads.safetensors       heads of the text encoders without a projection, and the logarithms of the logits' scales
@@ -24,7 +24,7 @@ from ldm.weights.manifest import check_manifest, write_manifest
 from ldm.weights.tensors import write_safetensors
 
 _IMAGE, _HEADS = Path("image_encoder", "model.safetensors"), Path("heads.safetensors")
-_TEXT_ENCODERS = "ldm.text_encoders"  # in a header: fingerprint of the text encoders that a pair was trained with
+_TEXT_ENCODERS = "ldm.text_encoders"  # key in a header: fingerprint of the text encoders used in training
 _FIXED: dict[str, Any] = {
     "architectures": ["CLIPVisionModelWithProjection"],
     "attention_dropout": 0.0,
@@ -42,10 +42,10 @@ def _modules(pair: ContrastivePair) -> dict[Path, nn.Module]:
 
 
 def write_clip(pair: ContrastivePair, folder: Path) -> None:
-    """Write a pair without its text encoders, which are part of the model; whole or not at all, over an older one.
+    """Write a pair without its text encoders, which are part of the model; atomically, replacing an older pair.
 
     Raises:
-        LdmError: it cannot be written.
+        LdmError: the folder cannot be written.
     """
     outputs = {
         file: link_outputs(layouts.diffusers(dict(module.named_parameters())), module, None)
@@ -63,10 +63,10 @@ def write_clip(pair: ContrastivePair, folder: Path) -> None:
 
 
 def load_clip(folder: Path, model: Components) -> ContrastivePair:
-    """The pair of a model and the folder that `write_clip` wrote, on the device and in the dtype of its text encoders.
+    """A pair of the model's text encoders and a folder written by `write_clip`, on their device and in their dtype.
 
     Raises:
-        LdmError: the folder is damaged or holds no pair, or the text encoders are not those it was trained with.
+        LdmError: the folder is damaged or holds no pair, or the pair was trained with other text encoders.
     """
     if not (folder / _HEADS).is_file():
         raise LdmError(f"{folder} holds no contrastive pair ({_HEADS} is missing); the stage text writes one")
@@ -88,7 +88,9 @@ def load_clip(folder: Path, model: Components) -> ContrastivePair:
         tensors = stores[file].read([link.theirs for link in links], some.dtype, some.device)
         module.load_state_dict(dict(tensors), assign=True)
     embeddings = pair.image_encoder.vision_model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions, device=some.device)[None]  # which no file holds
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=some.device)[
+        None
+    ]  # a buffer that is not in the file
     return pair.eval()
 
 

@@ -1,7 +1,7 @@
 """The diffusers folder: one sub-folder for each component, `model_index.json` above them.
 
-Class names come from closed tables and file names must lie in their folder: nothing that a folder names is imported
-or run.
+Class names are looked up in fixed tables and file names must not lead out of the folder, so that no code named by a
+folder is imported or run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ldm.weights.tensors import LINEAGE, NAMES, Output, Store, TensorInfo, open_
 from ldm.weights.tokenizer import read_tokenizer, write_tokenizer
 
 INDEX = "model_index.json"
-UNET_FILE, TEXT_FILE = "diffusion_pytorch_model", "model"  # the names of weights, without their endings
+UNET_FILE, TEXT_FILE = "diffusion_pytorch_model", "model"  # names of weight files, without extensions
 
 _CLASSES: dict[str, frozenset[str]] = {
     "unet": frozenset(configs.UNET_CLASSES),
@@ -47,10 +47,12 @@ _CLASSES: dict[str, frozenset[str]] = {
     "scheduler": configs.SCHEDULERS,
 }
 COMPONENTS = tuple(_CLASSES)
-_UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})  # no image depends on them
+_UNUSED = frozenset(
+    {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
+)  # components without effect on images
 _PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline(Legacy)?")
 
-# names beside a component's own that files of some age hold
+# names of superfluous tensors in older files of a component
 IGNORED = {
     "vae": re.compile(r"(.*\.)?loss\..*"),
     "text_encoder": re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask|text_projection)"),
@@ -68,14 +70,14 @@ def open_folder(
     progress: Progress = silent,
     lender: Path | None = None,
 ) -> Opened:
-    """Open a diffusers folder: family, tokenizers and the files of each component; nothing is loaded.
+    """Open a diffusers folder: find family, tokenizers and the files of each component, without loading weights.
 
-    `variant` picks weights such as "fp16" (default: those without a variant, or the only one there). With `verify`,
-    everything that is read is checked against the manifest if the folder has one. Components that the folder lacks are
-    those of the folder `lender`.
+    `variant` selects weights such as "fp16" (default: the weights without a variant, or the only variant). With
+    `verify`, all files are checked against the folder's manifest, if it has one. Components that the folder lacks are
+    taken from the folder `lender`.
 
     Raises:
-        LdmError: the folder is none of ours or is damaged; the message says where.
+        LdmError: the folder is not a model that we support, or is damaged; the message names the file.
     """
     index = _read_index(folder)
     components = [name for name, value in index.items() if _class_of(value) and name not in _UNUSED]
@@ -97,7 +99,7 @@ def open_folder(
 
 
 def _described(folder: Path, index: dict[str, Any], places: dict[str, Path], stores: dict[str, Store]) -> Opened:
-    """The family as the configurations of a folder and the headers of its weights describe it."""
+    """The family, read from a folder's configurations and the headers of its weights."""
     towers = [name for name in stores if name.startswith("text_encoder")]
     tokenizers = [read_tokenizer(places[name.replace("text_encoder", "tokenizer")]) for name in towers]
     text = tuple(
@@ -150,17 +152,17 @@ def _class_of(value: Any) -> str | None:
 
 
 def base_name(component: str) -> str:
-    """The name of a component's weights without endings; transformers and diffusers differ."""
+    """The name of a component's weight file without extensions; transformers and diffusers use different names."""
     return TEXT_FILE if component.startswith("text_encoder") else UNET_FILE
 
 
 def weight_names(names: Collection[str], base: str, variant: str | None, allow_pickle: bool) -> list[str]:
-    """Which of a folder's file names are the weights to read: one file, or an index and its shards. Empty if none are.
+    """The names of the weight files to read: one file, or an index and its shards; empty if there are none.
 
-    Without `variant`, those without one, or the only variant there is (except "non_ema").
+    Without `variant`, the weights without a variant are chosen, or else the only variant (except "non_ema").
 
     Raises:
-        LdmError: there are both a single file and shards.
+        LdmError: the folder holds both a single file and shards.
     """
     ending = re.compile(rf"{base}(?:\.(\w+))?\.safetensors|{base}\.safetensors\.index(?:\.(\w+))?\.json")
     found = {match[1] or match[2] or "" for name in names if (match := ending.fullmatch(name))}
@@ -180,10 +182,10 @@ def weight_names(names: Collection[str], base: str, variant: str | None, allow_p
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None, allow_pickle: bool = False) -> list[Path]:
-    """The files that hold a component's weights: one, or all its shards.
+    """The files that hold a component's weights: one file, or all shards.
 
     Raises:
-        LdmError: there are none, or only pickles without `allow_pickle`, or a shard's name leads out of the folder.
+        LdmError: no file is found, or only pickles without `allow_pickle`, or a shard's name leads out of the folder.
     """
     names = sorted(path.name for path in folder.iterdir())
     base = base_name(component)
@@ -198,7 +200,7 @@ def weight_files(folder: Path, component: str, variant: str | None = None, allow
     if variant:
         raise LdmError(f"{folder} has no weights of the variant {variant!r}; it has {listing(names)}")
     if pickles := weight_names(names, base, None, allow_pickle=True):
-        open_store(folder / pickles[0], allow_pickle=False)  # says what a pickle is, and what to do
+        open_store(folder / pickles[0], allow_pickle=False)  # raises the error that explains pickles
     raise LdmError(f"{folder} has no weights ({base}.safetensors); it has {listing(names)}")
 
 
@@ -222,12 +224,12 @@ def _shards(index: Path) -> list[Path]:
 
 
 def store_of(files: list[Path], allow_pickle: bool) -> Store:
-    """The tensors of a component's files, as `weight_files` gives them."""
+    """The tensors in the files from `weight_files`."""
     return open_store(files[0], allow_pickle) if len(files) == 1 else Store(files)
 
 
 def component_part(name: str, store: Store, family: Family) -> ComponentSource:
-    """The tensors of one component alone, in any of the layouts that such files have."""
+    """The tensors of a file that holds one component, in any known layout of such files."""
     if name == "unet":
         original = [(prefix, layouts.original_unet(family.unet, prefix)) for prefix in ("", layouts.UNET_PREFIX)]
         return ComponentSource(store, [("", layouts.diffusers), *original])
@@ -245,13 +247,13 @@ def component_part(name: str, store: Store, family: Family) -> ComponentSource:
 
 
 def tower_ignored(config: TextEncoderConfig) -> re.Pattern[str]:
-    """Names of a text tower's file that are not needed: leftovers, and OpenCLIP's last block if the model omits it."""
+    """Names of a text tower's tensors that are ignored: buffers, and OpenCLIP's last block if the tower omits it."""
     last = rf"|(.*\.)?resblocks\.{config.layers}\..*" if config.open_clip and not config.projection else ""
     return re.compile(IGNORED["text_encoder"].pattern + last)
 
 
 def read_unet_config(folder: Path, pooled_dim: int) -> UNetConfig:
-    """The U-Net described in a folder; `pooled_dim` is what the text encoder beside it gives."""
+    """The U-Net described in a folder; `pooled_dim` is the width of the text encoders' pooled text."""
     return configs.read_unet(f"{folder}/config.json", read_json(folder / "config.json"), pooled_dim)
 
 
@@ -289,13 +291,13 @@ def write_folder(
     progress: Progress = silent,
     lineage: str = "",
 ) -> None:
-    """Write a model as a folder that diffusers opens, with a manifest of digests; whole or not at all.
+    """Write a model atomically as a folder that diffusers opens, with a manifest of digests.
 
     `dtype` converts floating-point weights, `variant` goes into file names (diffusers: "fp16"), files larger than
     `max_shard_size` bytes are split. `lineage`, if it is not empty, goes into the header of each file.
 
     Raises:
-        LdmError: the folder exists, without `overwrite` or as no model; it cannot be written; the disk is full.
+        LdmError: the folder exists and `overwrite` is not set, or it is not a model; writing fails; the disk is full.
     """
     if overwrite and folder.is_dir():
         _check_replaceable(folder)
@@ -330,7 +332,7 @@ def write_folder(
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise unless a folder is empty, or a model and nothing else: what is replaced is gone."""
+    """Raise unless a folder is empty or holds only a model, because replacing deletes all its files."""
     inside = {path.name for path in folder.iterdir()}
     if inside and INDEX not in inside:
         raise LdmError(f"{folder} is not a model folder, so it is not replaced; choose another name")
@@ -340,10 +342,10 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def check_float(dtype: torch.dtype | None) -> None:
-    """Raise unless weights can be written in that type.
+    """Check that weights can be written as `dtype`.
 
     Raises:
-        LdmError: it is no floating-point type that safetensors files hold.
+        LdmError: `dtype` is not a floating-point type that safetensors files support.
     """
     if dtype is not None and (not dtype.is_floating_point or dtype not in NAMES):
         raise LdmError(f"weights cannot be written as {dtype}; choose torch.float32, float16 or bfloat16")
@@ -358,7 +360,7 @@ def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtyp
     """The tensors to write for a module's parameters, in the layout of the links.
 
     Raises:
-        LdmError: they are quantised, or elsewhere.
+        LdmError: the parameters are quantised or offloaded.
     """
     parameters = dict(module.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):

@@ -18,7 +18,7 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None, al
     Raises:
         LdmError: there is no such model, it is private, or neither the Hub nor a cached copy can be reached.
     """
-    from huggingface_hub import HfApi, snapshot_download  # not for models that are here
+    from huggingface_hub import HfApi, snapshot_download  # not needed for local models
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -37,7 +37,7 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None, al
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted(files, variant, allow_pickle)))
     except LdmError:
         raise
-    except Exception as error:  # likewise
+    except Exception as error:  # network errors, as above
         raise LdmError(f"{name!r} could not be fetched: {first_line(error)}") from None
 
 
@@ -54,7 +54,7 @@ def _cached(name: str, revision: str | None) -> Path:
 
 
 def wanted(files: list[str], variant: str | None, allow_pickle: bool = False) -> list[str]:
-    """Those of a repository's files that a model is read from: configurations, tokenizers, and one set of weights."""
+    """The files of a repository that are needed to load a model: configurations, tokenizers, and one set of weights."""
     chosen = [file for file in files if file in (INDEX, MANIFEST)]
     for component in COMPONENTS:
         inside = [file.split("/", 1)[1] for file in files if file.startswith(f"{component}/") and file.count("/") == 1]

@@ -1,7 +1,7 @@
-"""Key layouts: names and shapes of a component's tensors in each kind of file.
+"""Key layouts: names and shapes of a component's tensors in each file format.
 
-A layout is a list of links. A link says that one tensor of a file ("theirs") is one or more parameters of our module
-("ours"), either the same or reshaped. One list serves both ways: reading follows it from theirs to ours, writing back.
+A layout is a list of links. A link maps one tensor of a file ("theirs") to one or more parameters of our module
+("ours"), either unchanged or reshaped. The same list is used for reading (theirs to ours) and writing (ours to theirs).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor of a file, and the parameters that are read from it."""
+    """One tensor of a file and the parameters of our module that it holds."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -87,12 +87,12 @@ def _rename(rules: Sequence[tuple[str, str]], name: str) -> str:
 
 
 def diffusers(names: Iterable[str]) -> list[Link]:
-    """Our own names: they are diffusers'."""
+    """diffusers' names, which are our own."""
     return [Link(name, (name,)) for name in names]
 
 
 def diffusers_attention_of_old(names: Iterable[str]) -> list[Link]:
-    """diffusers before 0.15 called an autoencoder's attention layers query, key, value and proj_attn."""
+    """diffusers' names before 0.15, when an autoencoder's attention layers were query, key, value and proj_attn."""
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
     def theirs(name: str) -> str:
@@ -104,17 +104,17 @@ def diffusers_attention_of_old(names: Iterable[str]) -> list[Link]:
 
 
 def _published(name: str) -> str:
-    """A text tower's parameter as published folders name it; ours without a projection lacks the prefix."""
+    """A text tower's parameter name in published folders; our towers without a projection lack the prefix."""
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
 def transformers(names: Iterable[str]) -> list[Link]:
-    """A text tower as published folders hold it."""
+    """A text tower in the layout of published folders."""
     return [Link(_published(name), (name,)) for name in names]
 
 
 def transformers_flat(names: Iterable[str]) -> list[Link]:
-    """A text tower without projection as transformers 5 writes it: without the prefix `text_model.`."""
+    """A text tower without projection in transformers 5's layout: without the prefix `text_model.`."""
     return [Link(_published(name).removeprefix("text_model."), (name,)) for name in names]
 
 
@@ -131,7 +131,7 @@ _RESNET = [
 
 
 def original_unet(config: UNetConfig, prefix: str) -> Layout:
-    """CompVis' and Stability's `UNetModel`: blocks numbered through, whatever is in them."""
+    """CompVis' and Stability's `UNetModel`: all blocks of a side are numbered consecutively, across the levels."""
     modules = {
         "conv_in.": "input_blocks.0.0.",
         "time_embedding.linear_1.": "time_embed.0.",
@@ -202,7 +202,7 @@ def original_autoencoder(config: AutoencoderConfig, prefix: str) -> Layout:
             (f"{side}.mid_block.resnets.1.", f"{side}.mid.block_2."),
             (f"{side}.conv_norm_out.", f"{side}.norm_out."),
         ]
-    modules.append(("", ""))  # all else has the same name
+    modules.append(("", ""))  # all other names are the same
 
     def link(name: str) -> Link:
         attention = ".attentions." in name
@@ -234,14 +234,14 @@ _OPEN_CLIP_BLOCK = {
 
 
 def open_clip(prefix: str) -> Layout:
-    """open_clip's text tower: query, key and value in one matrix, the projection from the left."""
+    """open_clip's text tower: query, key and value are one matrix, and the projection is transposed."""
 
     def links(names: Iterable[str]) -> list[Link]:
         result = []
         for name in names:
             published = _published(name)
             if ".k_proj." in name or ".v_proj." in name:
-                continue  # with q_proj
+                continue  # part of q_proj's link
             if ".q_proj." in name:
                 theirs = _rename(_OPEN_CLIP, published).replace(".self_attn.q_proj.", ".attn.in_proj_")
                 ours = tuple(name.replace(".q_proj.", f".{part}_proj.") for part in "qkv")
@@ -257,7 +257,7 @@ def open_clip(prefix: str) -> Layout:
 
 
 def prefixed(layout: Layout, prefix: str) -> Layout:
-    """The same layout with all of its names behind a prefix."""
+    """A layout with a prefix before all of the file's names."""
     return lambda names: [Link(prefix + link.theirs, link.ours, link.kind) for link in layout(names)]
 
 
@@ -266,7 +266,7 @@ AUTOENCODER_PREFIX = "first_stage_model."
 
 
 def tower_prefix(family: Family, index: int) -> str:
-    """Where an original checkpoint keeps a text tower: the order of the embedders is that of the towers."""
+    """The prefix of a text tower's tensors in an original checkpoint; embedders are numbered like the towers."""
     place = f"conditioner.embedders.{index}." if family.xl else "cond_stage_model."
     return place + ("model." if family.text[index].open_clip else "transformer.")
 
@@ -277,7 +277,7 @@ def original_tower(config: TextEncoderConfig, prefix: str) -> Layout:
 
 
 def original(family: Family) -> dict[str, tuple[str, Layout]]:
-    """Where an original checkpoint keeps each component of a model, and in which layout."""
+    """The prefix and the layout of each component in an original checkpoint."""
     result = {
         "unet": (UNET_PREFIX, original_unet(family.unet, UNET_PREFIX)),
         "vae": (AUTOENCODER_PREFIX, original_autoencoder(family.autoencoder, AUTOENCODER_PREFIX)),
@@ -288,11 +288,11 @@ def original(family: Family) -> dict[str, tuple[str, Layout]]:
     return result
 
 
-# --- what original checkpoints hold besides ---------------------------------------------------------------------------
+# --- further tensors of original checkpoints --------------------------------------------------------------------------
 
 
 def original_extras(family: Family) -> dict[str, Callable[[], Tensor]]:
-    """Tensors that the original modules have and ours do not need: buffers, and parameters that no image depends on."""
+    """Tensors of the original modules that ours do not need: buffers, and parameters without effect on images."""
     extras: dict[str, Callable[[], Tensor]] = {}
     for index, config in enumerate(family.text):
         prefix = tower_prefix(family, index)
@@ -300,7 +300,7 @@ def original_extras(family: Family) -> dict[str, Callable[[], Tensor]]:
             extras[f"{prefix}text_model.embeddings.position_ids"] = partial(_positions, config.context)
             continue
         extras[f"{prefix}logit_scale"] = partial(torch.full, (), math.log(100))
-        if not config.projection:  # SD 2 reads the last but one layer, and the last never came with the folder
+        if not config.projection:  # SD 2 reads the last but one layer, and its diffusers folder omits the last
             extras[f"{prefix}text_projection"] = partial(torch.eye, config.width)
             for name, shape in _identity_block(config).items():
                 extras[f"{prefix}transformer.resblocks.{config.layers}.{name}"] = partial(torch.zeros, shape)
@@ -308,7 +308,7 @@ def original_extras(family: Family) -> dict[str, Callable[[], Tensor]]:
     for name in buffers(NoiseSchedule(train_steps=2)):
         extras[name] = partial(_buffer, buffers, family.schedule, name)
     if family.xl and family.schedule.prediction_type == "v_prediction":
-        extras["v_pred"] = partial(torch.zeros, 0)  # how other programs tell such a checkpoint
+        extras["v_pred"] = partial(torch.zeros, 0)  # other programs recognise v-prediction by this tensor
         if family.schedule.zero_terminal_snr:
             extras["ztsnr"] = partial(torch.zeros, 0)
     return extras
@@ -330,7 +330,7 @@ def _buffer(buffers: Callable[[NoiseSchedule], dict[str, Tensor]], schedule: Noi
 
 
 def _identity_block(config: TextEncoderConfig) -> dict[str, Shape]:
-    """Parameters of one of OpenCLIP's residual blocks; all zeros, the block passes its input through."""
+    """Shapes of the parameters of one of OpenCLIP's residual blocks; with zeros the block returns its input."""
     w, h = config.width, config.hidden
     weights = {"attn.in_proj_": (3 * w, w), "attn.out_proj.": (w, w), "mlp.c_fc.": (h, w), "mlp.c_proj.": (w, h)}
     shapes: dict[str, Shape] = {f"{name}weight": shape for name, shape in weights.items()}

@@ -1,4 +1,4 @@
-"""The manifest of a model folder that we wrote: the digest of every file, so that no damage loads silently."""
+"""The manifest of a model folder that we wrote: the digest of every file, so that damaged files are not loaded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ NAME = "ldm_manifest.json"
 
 
 def write_manifest(folder: Path, known: dict[str, str]) -> None:
-    """List every file of the folder; `known` holds the digests that writing gave, by path within the folder."""
+    """Write the manifest of a folder; `known` holds the digests that are already computed, by path in the folder."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     digests = {name: known.get(name) or file_digest(folder / name) for name in files}
     write_json(folder / NAME, {"format": 1, "sha256": digests})
 
 
 def check_manifest(folder: Path, files: Iterable[Path], progress: Progress = silent) -> bool:
-    """Check the files to be read against the folder's manifest; whether there is one.
+    """Check files against the folder's manifest; returns False if the folder has none.
 
     Raises:
         LdmError: a file differs from the manifest, is missing, or is not in it.
@@ -55,7 +55,7 @@ def check_manifest(folder: Path, files: Iterable[Path], progress: Progress = sil
 
 
 def _plain(name: str, digest: object) -> bool:
-    """Whether an entry is a path within the folder, written plainly, and a digest."""
+    """Whether an entry is a normalised path within the folder and a digest."""
     parts = PurePosixPath(name).parts
     inside = bool(parts) and ".." not in parts and not PurePosixPath(name).is_absolute()
     return inside and PurePosixPath(name).as_posix() == name and isinstance(digest, str)

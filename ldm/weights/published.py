@@ -1,4 +1,4 @@
-"""The folder of published weights for evaluation, which `tools/fetch_weights.py` fills."""
+"""The folder of published weights for evaluation, filled by `tools/fetch_weights.py`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ldm.errors import LdmError
 
 
 def weights_folder() -> Path:
-    """`LDM_WEIGHTS`, or else `ldm/weights` in the user's folder for caches. It need not exist."""
+    """The folder `LDM_WEIGHTS`, by default `ldm/weights` in the user's cache folder. It may not exist."""
     if named := os.environ.get("LDM_WEIGHTS"):
         return Path(named)
     return cache_folder("weights")
 
 
 def published(name: str, command: str) -> Path:
-    """The file of that name in the weights folder; `command` of the tool fetches it.
+    """The file `name` in the weights folder; the error names the tool's `command` that fetches the file.
 
     Raises:
-        LdmError: it is not there.
+        LdmError: the file is missing.
     """
     path = weights_folder() / name
     if not path.is_file():

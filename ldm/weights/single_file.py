@@ -1,7 +1,7 @@
 """The original single-file checkpoint: all components in one file, named as in CompVis' and Stability's repositories.
 
-The family is recognised from names and shapes. What we write says it in the header too, as `ldm.config`, so that models
-of other sizes come back; and as `modelspec.*`, which other programs read.
+The family is recognised from names and shapes. The files that we write also state the configuration in the header: as
+`ldm.config`, so that models of other sizes can be read back, and as `modelspec.*` for other programs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _YAML_NUMBERS = {
     "timesteps": "train_steps",
     "scale_factor": "scaling_factor",
 }
-# what checkpoints hold beside the three networks, and what no image depends on
+# tensors of checkpoints beside the three networks, without effect on images
 _LEFTOVERS = re.compile(
     r"model_ema\..*|embedding_manager\..*|denoiser\.sigmas|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod"
     r"(_prev)?|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|global_step"
@@ -73,13 +73,13 @@ def open_single_file(
     verify: bool = True,
     progress: Progress = silent,
 ) -> Opened:
-    """Open an original checkpoint: family and the tensors of each component; nothing is loaded.
+    """Open an original checkpoint: find the family and the tensors of each component, without loading weights.
 
-    `family` says what the file cannot: an SD 2 file does not tell whether the model predicts noise (sd2) or velocity
-    (sd2-v), unless its metadata or a configuration beside it (`model.yaml` for `model.safetensors`) does.
+    `family` is needed if an SD 2 file does not state the prediction type, noise (sd2) or velocity (sd2-v), in its
+    metadata or in a configuration beside it (`model.yaml` for `model.safetensors`).
 
     Raises:
-        LdmError: the file is no such checkpoint, is damaged, or its family cannot be told.
+        LdmError: the file is not a checkpoint of a whole model, is damaged, or its family is unclear.
     """
     store = open_store(path, allow_pickle)
     with alongside(lambda: check_digest(path, progress=progress)) if verify else nullcontext():
@@ -87,7 +87,7 @@ def open_single_file(
 
 
 def _described(path: Path, store: Store, family: str | None) -> Opened:
-    """The family as the names and shapes of a checkpoint's tensors, and its metadata, describe it."""
+    """The family, recognised from the names and shapes of a checkpoint's tensors and from its metadata."""
     names = store.infos
     if not any(name.startswith(layouts.UNET_PREFIX) for name in names):
         raise LdmError(f"{path} is not a checkpoint of a whole model: {_what(names)}")
@@ -116,7 +116,7 @@ def _described(path: Path, store: Store, family: str | None) -> Opened:
 
 
 def _what(names: Iterable[str]) -> str:
-    """What a file seems to be, when it is not a whole model."""
+    """A guess for error messages at the content of a file that is not a whole model."""
     names = list(names)
     if is_adapter(names):
         return "it is a LoRA or another adapter"
@@ -135,7 +135,7 @@ def _what(names: Iterable[str]) -> str:
 
 
 def _recognise(path: Path, store: Store, named: str | None) -> Family:
-    """The family whose U-Net has these shapes, or that the user named; with all that the file says of itself."""
+    """The family whose U-Net has the file's shapes, or that the user named, with the settings stated in the file."""
     shapes = {name: info.shape for name, info in store.infos.items()}
     for name in ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"):
         if name in shapes:
@@ -166,10 +166,10 @@ def _recognise(path: Path, store: Store, named: str | None) -> Family:
 
 
 def _agreed(path: Path, told: list[tuple[str, dict[str, Any]]]) -> str | None:
-    """The prediction type that all statements name, or None if none does.
+    """The prediction type that the statements agree on, or None if no statement has one.
 
     Raises:
-        LdmError: they contradict each other.
+        LdmError: the statements contradict each other.
     """
     stated = [(origin, facts["prediction_type"]) for origin, facts in told if "prediction_type" in facts]
     if len({value for _, value in stated}) > 1:
@@ -179,7 +179,7 @@ def _agreed(path: Path, told: list[tuple[str, dict[str, Any]]]) -> str | None:
 
 
 def _signature(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The numbers that tell families apart: channels of first level, latents, text, pooled text and size."""
+    """The numbers that identify a family: channels of first level, latents, text, pooled text with time ids."""
 
     def dim(ending: str, rank: int, index: int) -> int:
         names = (name for name in shapes if name.startswith(layouts.UNET_PREFIX) and name.endswith(ending))
@@ -197,7 +197,7 @@ def _signature_of(family: Family) -> tuple[int, ...]:
 
 
 def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
-    """Statements of metadata, marker tensors and a configuration beside a checkpoint, with their places."""
+    """The settings stated by metadata, by marker tensors and by a configuration beside a checkpoint, with origins."""
     told: list[tuple[str, dict[str, Any]]] = []
     stated = store.metadata.get("modelspec.prediction_type")
     if stated is not None:
@@ -218,7 +218,7 @@ def _prediction(where: str, stated: Any) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """Prediction type, betas and latent scale of an original configuration. No `target`, naming code, is imported."""
+    """Prediction type, betas and latent scale of an original configuration. Its `target` classes are not imported."""
     try:
         if path.stat().st_size > 2**20:
             raise LdmError(f"{path} has {path.stat().st_size} bytes; that is no model configuration")
@@ -232,7 +232,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from None
     except (KeyError, TypeError):
         raise LdmError(f"{path} is not a model configuration: it has no model.params") from None
-    except Exception as error:  # the parser has its own, and raises others for odd dates and numbers
+    except Exception as error:  # the parser raises its own errors, and others for odd dates and numbers
         raise LdmError(f"{path} is not plain YAML: {first_line(error)}") from None
     told: dict[str, Any] = {}
     for theirs, ours in _YAML_NUMBERS.items():
@@ -308,13 +308,13 @@ def write_single_file(
     progress: Progress = silent,
     lineage: str = "",
 ) -> None:
-    """Write a model as one safetensors file with the names of the original repositories; whole or not at all.
+    """Write a model atomically as one safetensors file with the names of the original repositories.
 
-    `lineage`, if it is not empty, goes into the header: JSON that says how the model was made.
+    `lineage`, JSON that describes how the model was made, goes into the header unless it is empty.
 
     Raises:
-        LdmError: the file exists and `overwrite` is not set; it cannot be written; the disk is full; or the tokenizer
-            is not CLIP's own, which this layout has no place for.
+        LdmError: the file exists and `overwrite` is not set; writing fails; the disk is full; or the tokenizer is not
+            CLIP's own, which this format cannot hold.
     """
     family = model.family
     check_float(dtype)
@@ -336,7 +336,7 @@ def write_single_file(
         "modelspec.architecture": _ARCHITECTURES.get(family.name, "stable-diffusion"),
     }
     metadata |= {LINEAGE: lineage} if lineage else {}
-    if family.schedule.prediction_type != "sample":  # which the specification does not know
+    if family.schedule.prediction_type != "sample":  # the modelspec standard has no value for "sample"
         metadata["modelspec.prediction_type"] = "v" if family.schedule.prediction_type == "v_prediction" else "epsilon"
     total = sum(output.info.nbytes for output in outputs)
     with replacing(path, folder=False, overwrite=overwrite, need=total) as temporary:

@@ -41,20 +41,20 @@ def open_source(
     verify: bool = True,
     progress: Progress = silent,
 ) -> Opened:
-    """Open a model of any kind of source; nothing is loaded.
+    """Open a model from any kind of source, without loading weights.
 
     Args:
         source: a diffusers folder, a single-file checkpoint, a Hub name (owner/name), or a built-in model's name.
-        family: what a single file is, where it cannot say so itself (sd2 or sd2-v).
-        variant: of a folder's weights, such as "fp16".
-        revision: of a model on the Hub.
-        components: parts to take from elsewhere, by name (unet, vae, text_encoder, text_encoder_2): a component's
+        family: the family of a single file that does not state it (sd2 or sd2-v).
+        variant: the variant of a folder's weights, such as "fp16".
+        revision: the revision of a model on the Hub.
+        components: replacements of components by name (unet, vae, text_encoder, text_encoder_2): a component's
             folder or a file with its weights, in diffusers', the original or open_clip's names.
-        allow_pickle: read tensors from `.ckpt` and `.bin` files, by PyTorch's restricted unpickler.
-        verify: compare what carries digests with them.
+        allow_pickle: read tensors from `.ckpt` and `.bin` files, with PyTorch's restricted unpickler.
+        verify: check all files that have digests against them.
 
     Raises:
-        LdmError: in one line, what is wrong with it and what to do.
+        LdmError: the source cannot be opened; the message says why, and the remedy.
     """
     path = builtin(source) or Path(source)
     try:
@@ -92,7 +92,7 @@ def _replaced(
     verify: bool,
     progress: Progress,
 ) -> Opened:
-    """The same model with some of its components from elsewhere."""
+    """The model with some of its components replaced from other places."""
     if not components:
         return opened
     parts, family = dict(opened.parts), opened.family
@@ -115,7 +115,7 @@ def _replaced(
 
 
 def _described(name: str, folder: Path, family: Family, tokenizers: list[Tokenizer]) -> Family:
-    """The family with one component as the `config.json` in its folder says."""
+    """The family with the configuration of one component read from the `config.json` in a folder."""
     if name == "unet":
         return replace(family, unet=read_unet_config(folder, family.text[-1].projection))
     if name == "vae":
@@ -127,7 +127,7 @@ def _described(name: str, folder: Path, family: Family, tokenizers: list[Tokeniz
 
 
 def verify_source(opened: Opened, progress: Progress = silent) -> list[str]:
-    """Read all of a model's tensors and digests; what was checked, a line each.
+    """Read and check all of a model's tensors and digests; returns a line of text for each check.
 
     Raises:
         LdmError: a digest differs, or weights are not finite numbers.

@@ -1,8 +1,8 @@
-"""Files of tensors: headers, reading tensor by tensor, writing whole or not at all.
+"""Files of tensors: headers, reading tensor by tensor, and writing.
 
-A safetensors file is eight bytes of header length, a JSON header and the raw tensors; it has no checksum. What we write
-carries one: the header's metadata holds, as `ldm.sha256`, the SHA-256 of the whole file with those 64 characters as
-zeros.
+A safetensors file is eight bytes of header length, a JSON header and the raw tensors; it has no checksum. We add a
+checksum to the files that we write: the header's metadata holds, as `ldm.sha256`, the SHA-256 of the whole file,
+computed with zeros in place of these 64 characters.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LINEAGE = "ldm.lineage"  # JSON in a header: how the weights were made
-PIECE = 512 * 2**20  # bytes: how much is mapped at a time when tensors change their dtype
+PIECE = 512 * 2**20  # bytes that are mapped at a time when tensors are converted to another dtype
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file that has not been read."""
+    """Type, shape and place of one tensor in a file, from the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
 
-# --- what a file is ---------------------------------------------------------------------------------------------------
+# --- headers ----------------------------------------------------------------------------------------------------------
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -75,7 +75,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
-# --- stores: tensors by name, read when asked for ---------------------------------------------------------------------
+# --- stores: tensors by name, read on demand --------------------------------------------------------------------------
 
 
 class Store:
@@ -98,11 +98,11 @@ class Store:
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device | str
     ) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, one after the other, memory-mapped; floating-point ones in `dtype` if that is given.
+        """Yield the named tensors, memory-mapped; floating-point tensors are converted to `dtype` if it is given.
 
-        Where the dtype changes, files are mapped anew every 512 MB: pages of the old dtype do not pile up in memory.
+        When the dtype changes, files are mapped anew every 512 MB, to free the memory of pages already converted.
         """
-        name_of_device = str(device).replace("cpu:0", "cpu")  # the only name that safetensors knows it by
+        name_of_device = str(device).replace("cpu:0", "cpu")  # safetensors only accepts "cpu"
         todo: dict[Path, list[str]] = {}
         for name in names:
             todo.setdefault(self._file_of[name], []).append(name)
@@ -128,7 +128,7 @@ class PickleStore(Store):
         self.metadata = {}
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-        except Exception as error:  # the unpickler meets whatever a damaged or hostile file holds
+        except Exception as error:  # damaged or hostile files can raise anything
             raise LdmError(
                 f"{file} cannot be read by the restricted unpickler ({first_line(error)}); it is damaged, or holds "
                 "more than tensors"
@@ -159,10 +159,10 @@ def _is_zip(path: Path) -> bool:
 
 
 def open_store(path: Path, allow_pickle: bool) -> Store:
-    """The tensors of one file, whatever its name ends with.
+    """The tensors of one file, whose format is detected from its content.
 
     Raises:
-        LdmError: it is no checkpoint, or a pickle and `allow_pickle` is not set.
+        LdmError: the file is not a checkpoint, or it is a pickle and `allow_pickle` is not set.
     """
     if sniff(path) != "pickle":
         return Store([path])
@@ -179,7 +179,7 @@ def open_store(path: Path, allow_pickle: bool) -> Store:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write: its name, what it will be, and how to get it when its turn comes."""
+    """One tensor to write: its name, its type and shape, and a function that returns it."""
 
     name: str
     info: TensorInfo
@@ -189,10 +189,10 @@ class Output:
 def write_safetensors(
     path: Path, outputs: Iterable[Output], metadata: Mapping[str, str], progress: Progress = silent
 ) -> str:
-    """Write tensors one after the other, so that memory holds one at a time; returns the file's digest."""
+    """Write tensors one after the other, so that only one is in memory at a time; returns the file's digest."""
     outputs = sorted(
         outputs, key=lambda output: (-output.info.dtype.itemsize, output.name)
-    )  # keeps all of them aligned
+    )  # keeps all tensors aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, DIGEST: "0" * 64}}
     end = 0
     for output in outputs:

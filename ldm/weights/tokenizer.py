@@ -1,11 +1,11 @@
-"""The files of a tokenizer, read as transformers does.
+"""The files of a tokenizer, read as transformers reads them.
 
-tokenizer.json             all of it; or else
-vocab.json, merges.txt     the vocabulary, and what belongs together in it
-tokenizer_config.json      the special tokens, how many tokens a text has, and perhaps `added_tokens_decoder`: all that
-                           are added to the vocabulary. Without it, they are in the files below, or in tokenizer.json
+tokenizer.json             the whole tokenizer; or else
+vocab.json, merges.txt     the vocabulary, and the pairs of tokens that are merged
+tokenizer_config.json      the special tokens, the number of tokens of a text, and perhaps `added_tokens_decoder`, the
+                           list of added tokens; else added tokens are in the files below, or in tokenizer.json
 special_tokens_map.json    the special tokens
-added_tokens.json          further tokens and their numbers
+added_tokens.json          further tokens and their ids
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ldm.models.tokenizer import END, START, VOCAB_SIZE, Tokenizer
 
 WHOLE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # how a token is found in a text
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # options for finding a token in a text
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _USUAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
@@ -31,7 +31,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder, from `tokenizer.json` or from `vocab.json` and `merges.txt`.
 
     Raises:
-        LdmError: files are missing or damaged, or the vocabulary is not CLIP's kind.
+        LdmError: files are missing or damaged, or the tokenizer is not of CLIP's kind.
     """
     names = (CONFIG, SPECIAL, ADDED, WHOLE, VOCABULARY)
     files = {name: read_json(folder / name) for name in names if (folder / name).is_file()}
@@ -69,14 +69,14 @@ def _tokenizer(folder: Path, files: dict[str, Any]) -> Tokenizer:
         unknown=names["unk_token"],
         pad=names["pad_token"],
         added=added,
-        context=context if isinstance(context, int) and context < 10**6 else None,  # some files say 10³⁰
+        context=context if isinstance(context, int) and context < 10**6 else None,  # some files state 10³⁰
     )
 
 
 def _special_tokens(config: dict[str, Any], files: dict[str, Any]) -> tuple[dict[str, str], list[AddedToken]]:
-    """What the special tokens are, by their names in files; and all tokens to be added, in order.
+    """The special tokens by their names in the files, and all added tokens in order.
 
-    Where a token is described twice, a list of all added tokens counts, or else the later description.
+    If a token is described twice, a list of all added tokens takes precedence, then the later description.
     """
     named = _USUAL | {name: config[name] for name in _NAMED if config.get(name) is not None}
     more = [*(config.get("extra_special_tokens") or config.get("additional_special_tokens") or ())]
@@ -102,7 +102,7 @@ def _special_tokens(config: dict[str, Any], files: dict[str, Any]) -> tuple[dict
 
 
 def _content(token: str | dict[str, Any]) -> str:
-    """A token's text, from itself or from a file's description."""
+    """A token's text; `token` is the text itself or a file's description of the token."""
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -117,10 +117,10 @@ def _special(token: str | dict[str, Any]) -> AddedToken:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """`vocab.json` and `merges.txt`, as published models have them, and transformers 5's `tokenizer.json`.
+    """Write `vocab.json` and `merges.txt`, as published models have them, and transformers 5's `tokenizer.json`.
 
     Raises:
-        LdmError: they cannot be written.
+        LdmError: the files cannot be written.
     """
     names = {
         "bos_token": tokenizer.start, "eos_token": tokenizer.end, "unk_token": tokenizer.unknown,

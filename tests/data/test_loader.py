@@ -193,7 +193,7 @@ def test_when_no_image_of_a_bucket_is_left(tmp_path: Path, workers: int) -> None
     root = make_folder(tmp_path / "images", 1)
     found = open_images(str(root), tmp_path / "cache")
     (root / "000.png").unlink()
-    with pytest.raises(LdmError, match="any that replaces it can be read: 000.png: it cannot be read: No such file"):
+    with pytest.raises(LdmError, match="nor its replacements can be read: 000.png: it cannot be read: No such file"):
         next(iter(Loader(BatchPlan(found, SMALL, 2, seed=0), workers=workers)))
 
 

@@ -90,7 +90,7 @@ def test_only_what_is_shown_is_resized() -> None:
     ("options", "message"),
     [
         ({"size": 100}, "size 100 must be a multiple of step 64"),
-        ({"step": 12, "size": 120}, "step 12, and that of 8"),
+        ({"step": 12, "size": 120}, "step 12, itself a multiple of 8"),
         ({"size": 0}, "size is 0; it must be a whole number from 64"),
         ({"aspect": 0.5}, "aspect is 0.5; it must be from 1"),
         ({"upscale": 0.5}, r"upscale is 0.5; it must be from 1 \(never enlarge\)"),
