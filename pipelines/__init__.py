@@ -1,4 +1,4 @@
-"""Pipelines: what turns prompts into images with an `ldm.LatentDiffusion`."""
+"""Pipelines, which turn prompts into images with an `ldm.LatentDiffusion`."""
 
 from __future__ import annotations
 

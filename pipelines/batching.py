@@ -1,4 +1,4 @@
-"""Batching: how many images are made at a time; by default as many as keep a device busy."""
+"""Batching: the number of images made at a time, by default as many as keep a device busy."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ldm.models.prompts import count_chunks
 from ldm.models.text import TextEncoders
 from pipelines.request import Request
 
-BUSY = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # pixels of latents that keep a device busy, in one batch
+BUSY = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # pixels of latents in a batch that keeps a device busy
 DECODED = 2**20  # pixels of images in one call of an autoencoder, which takes more memory than a U-Net
 
 
 def together(request: Request, family: Family, device: torch.device) -> int:
-    """How many images of a request one batch holds by default; one if its noise would depend on the others."""
+    """The default batch size of a request; 1 if an image's noise would depend on the others in its batch."""
     latents = (request.height // family.autoencoder.factor) * (request.width // family.autoencoder.factor)
     return 1 if request.rng == "diffusers" else max(1, BUSY.get(device.type, 1) // latents)
 
 
 def decodable(height: int, width: int) -> int:
-    """How many images of a size one call of an autoencoder takes."""
+    """The number of images of a size that one call of an autoencoder decodes."""
     return max(1, DECODED // (height * width))
 
 
@@ -34,7 +34,7 @@ def shared(count: int, most: int) -> int:
 
 
 def batches(request: Request, most: int, encoders: TextEncoders) -> Iterator[range]:
-    """Which images of a request are made together: its `batch` at a time or, without, at most `most`."""
+    """The batches of a request, as ranges of its images: of its `batch` setting or else of at most `most` images."""
     done, count = 0, len(request.prompts)
     while done < count:
         next_ones = request.part(slice(done, done + (request.batch or shared(count - done, most))))
@@ -44,7 +44,7 @@ def batches(request: Request, most: int, encoders: TextEncoders) -> Iterator[ran
 
 
 def alike(request: Request, encoders: TextEncoders) -> int:
-    """How many of a request's first images can share a batch: those whose prompts have the same number of chunks.
+    """The number of a request's first images that can share a batch: their prompts have equally many chunks.
 
     In a batch with a longer prompt, a prompt would be padded with empty chunks, which changes its image.
     """

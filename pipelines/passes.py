@@ -23,7 +23,7 @@ def check_passes(request: Request, family: Family, refiner: Family | None) -> No
     """Raise unless the passes after the first one fit the request and the models.
 
     Raises:
-        LdmError: they do not.
+        LdmError: a pass does not fit.
     """
     if request.refiner_at is not None and refiner is None:
         raise LdmError("refiner_at without a refiner: name one (refiner=, --refiner)")
@@ -76,6 +76,6 @@ def refined(first: SamplingRun, refiner: LatentDiffusion, latents: Tensor) -> Te
     if request.refiner_at is None:
         run = SamplingRun(refiner, asked, first.noise, first.on_step)
         return renoised(run, latents.to(run.device, run.dtype))
-    # the same scheduler goes on, whatever the refiner was published with
+    # the base's scheduler goes on, not the one that the refiner was published with
     schedule = replace(first.schedule, prediction_type=refiner.family.schedule.prediction_type)
     return continued(SamplingRun(refiner, asked, first.noise, first.on_step, schedule), latents)

@@ -1,4 +1,4 @@
-"""`Pipeline`: prompts in, images out. It picks the task from what it is given and makes the batches.
+"""`Pipeline` makes images of prompts: it chooses the task from the given inputs and makes batches.
 
 pipeline = Pipeline("sd_xl_base_1.0.safetensors")
 pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
@@ -40,13 +40,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """The images of a call, and for each its record: all that is needed to make it again."""
+    """Images of a call, and for each its record, with which it can be made again."""
 
     images: list[Image.Image] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)  # one for each image
     latents: list[Tensor] = field(default_factory=list)  # (C, h, w) each, scaled
     reports: list[TokenReport] = field(default_factory=list)  # tokens of every prompt, by text encoder
-    rows: range = range(0)  # which images of the call they are
+    rows: range = range(0)  # the images' numbers within the call
 
 
 class Pipeline:
@@ -66,28 +66,28 @@ class Pipeline:
         offload: str = "auto",
         **options: Any,
     ) -> None:
-        """Load a model, or take one that is loaded.
+        """Load a model, or use one that is loaded.
 
         Args:
-            source: a folder, file, Hub name, `LatentDiffusion`, or the name of a built-in model, which is the default.
-            refiner: likewise, a model of the family sdxl-refiner, or emoji-refiner.
+            source: a folder, file, Hub name, `LatentDiffusion`, or the name of a built-in model; by default "emoji".
+            refiner: a model of the family sdxl-refiner, or emoji-refiner, named in the same ways.
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.runtime.attention.KERNELS`; "auto" is the best for device and dtype.
             quick: fused layers in place of plain ones, on a CPU or a CUDA GPU, with the same weights; results differ by
-                rounding. On a CPU, weights may then not be changed through `.data`, which cannot be noticed, and memory
-                that tensors free is kept by the process. On a GPU, the steps of the U-Net are recorded as CUDA graphs.
-                A model that is loaded already stays as it is.
-            compile: networks compiled by `torch.compile` in place of fused layers; steps are recorded likewise.
+                rounding. On a CPU, weights must then not be changed through `.data`, which fused layers cannot notice,
+                and the process keeps freed memory. On a GPU, the steps of the U-Net are recorded as CUDA graphs. A
+                model that is loaded already stays as it is.
+            compile: networks compiled by `torch.compile` in place of fused layers; on a GPU, steps are recorded too.
                 Compiling takes a minute or two for each new size of image, less in the next process. On a CPU, fused
                 layers are faster.
-            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with weights of 8 bits; images
-                differ a little. Of models that are loaded here: with one that is loaded already it is refused.
+            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; images differ a
+                little. A model that is loaded already is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             **options: further arguments of `LatentDiffusion.from_pretrained`.
 
         Raises:
-            LdmError: in one line, what is wrong and what to do.
+            LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
         """
         source = named(source)
         device = device_named(device or default_device())
@@ -125,9 +125,9 @@ class Pipeline:
         Args:
             prompt: one or several.
             output, on_step, needed: as for `make`.
-            **settings: the rows of `pipelines.settings.SETTINGS`, by name. Beside a number, guidance may be a
-                `Guidance`, image and mask are PIL images or files, scheduler may be an object of diffusers' kind, and
-                what is said for each prompt or image may be a list.
+            **settings: the rows of `pipelines.settings.SETTINGS`, by name. `guidance` is a number or a `Guidance`,
+                `image` and `mask` are PIL images or files, `scheduler` may be an object with diffusers' interface, and
+                settings of each prompt or image may be lists.
 
         Raises:
             LdmError: a setting is not known, out of bounds or does not fit the model.
@@ -160,11 +160,11 @@ class Pipeline:
         """The images of a checked request as they are finished, a `Result` for each batch.
 
         Args:
-            request: what `request` gave.
+            request: the request that `request` returned.
             output: "images" or "latents".
-            on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes a small image of it.
-            needed: asked for each batch whether it shall be made, with the numbers of its images. Which images
-                are batches does not depend on memory: where it does not suffice, one is made in parts.
+            on_step: called with a `ldm.sampling.loop.Step` after each step; `preview` makes small images of it.
+            needed: called with the numbers of each batch's images; batches for which it returns False are left out.
+                Batches do not depend on memory: where it does not suffice, a batch is made in parts.
 
         Raises:
             LdmError: the output is not known or, later, memory does not suffice or a number is not finite.
@@ -199,7 +199,7 @@ class Pipeline:
                     if request.batch or len(part.prompts) == 1:
                         raise
                     fits = (len(part.prompts) + 1) // 2
-                    log.warning("memory does not suffice for %d images at a time: %d", len(part.prompts), fits)
+                    log.warning("memory does not suffice for %d images at a time; making %d", len(part.prompts), fits)
                 if result:
                     result.rows = range(done, done + len(part.prompts))
                     done = result.rows.stop
@@ -231,7 +231,7 @@ class Pipeline:
         return result
 
     def _note_unknown(self, prompts: Sequence[str]) -> None:
-        """Log the words of each prompt that are not in the list of words that the model comes with, if it has one."""
+        """Log the words of each prompt that are not in the model's own list of known words, if it has one."""
         known = self.words
         if known is None:
             return
@@ -260,5 +260,5 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
 
 
 def named(source: Any) -> Any:
-    """The source; the folder of the built-in model if none is given."""
+    """The source, or the folder of the built-in model if there is no source."""
     return FOLDER / DEFAULT if source is None else source

@@ -30,18 +30,18 @@ class Request:
     """One call of a pipeline, for one batch or many. A setting is an attribute: `request.steps`."""
 
     prompts: tuple[str, ...]  # one for each image
-    negative: tuple[str | None, ...]  # likewise; None: none was given
-    prompts_2: tuple[str, ...] | None = None  # for the second text encoder, where they differ
+    negative: tuple[str | None, ...]  # one for each image; None: not given
+    prompts_2: tuple[str, ...] | None = None  # for the second text encoder, if they differ
     negative_2: tuple[str | None, ...] | None = None
     seeds: tuple[int, ...] = ()  # one for each image
     values: Mapping[str, Any] = field(default_factory=dict)  # all other settings, by name
     guidance: Guidance = field(default_factory=Guidance)
     image: Image.Image | None = None  # to start from
-    mask: Image.Image | None = None  # white: to be made anew
+    mask: Image.Image | None = None  # white: changed
     task: str = "text-to-image"
     refined: bool = False  # whether a refiner follows
-    begin: float = 0.0  # part of the run that another model did before
-    end: float = 1.0  # and from where on another will
+    begin: float = 0.0  # part of the run at which this model begins
+    end: float = 1.0  # part of the run at which this model ends
     reader: PromptReader = field(default_factory=PromptReader)  # of the prompts
 
     def __getattr__(self, name: str) -> Any:
@@ -79,7 +79,7 @@ class Request:
         return SamplingPlan(self.scheduler, list(self.scheduler.timesteps))
 
 
-# --- from what is given to a request ----------------------------------------------------------------------------------
+# --- from settings to a request ---------------------------------------------------------------------------------------
 
 
 def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool) -> Request:
@@ -122,7 +122,7 @@ OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a req
 
 
 def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[str, Any]:
-    """The defaults that depend on the model and on what is given."""
+    """The defaults that depend on the model and on the given image and mask."""
     width, height = (family.size, family.size) if image is None else fitted(image, family.autoencoder.factor)
     return {
         "width": width,
@@ -134,17 +134,17 @@ def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[st
 
 
 def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
-    """The task of a call: the only one of the model, or decided by the given images."""
+    """The task of a call: the only one that the model has, or the one for the given images."""
     if family.task in ("edit", "inpaint"):
         return family.task
     return "inpaint" if mask else "image-to-image" if image else "text-to-image"
 
 
 def seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Seeds of `count` images: `seed` and the numbers after it, or those given; without any, a random one first.
+    """Seeds of `count` images: the given ones, or `seed` (by default a random one) and the numbers after it.
 
     Raises:
-        LdmError: one is out of range, or there are too many or too few.
+        LdmError: a seed is out of range, or there are too many or too few.
     """
     first = secrets.randbelow(2**32) if seed is None else seed
     values = tuple(range(first, first + count)) if isinstance(first, int) else tuple(first)
@@ -164,7 +164,7 @@ def _for_each(name: str, value: str | Sequence[str | None], count: int, each: in
     """A text, or one for each of `count` prompts, repeated for `each` image of the same prompt.
 
     Raises:
-        LdmError: there are neither one nor `count` of them.
+        LdmError: the number of texts is neither one nor `count`.
     """
     texts = [value] * count if isinstance(value, str) else value
     if len(texts) != count:
@@ -172,14 +172,14 @@ def _for_each(name: str, value: str | Sequence[str | None], count: int, each: in
     return tuple(text for text in texts for _ in range(each))
 
 
-# --- what settings and a family allow each other ----------------------------------------------------------------------
+# --- checks of several settings, or of a family -----------------------------------------------------------------------
 
 
 def check_request(request: Request, family: Family) -> None:
-    """Raise unless the settings fit the model and each other, but for what tasks and passes need.
+    """Raise unless the settings fit the model and each other; tasks and passes have checks of their own.
 
     Raises:
-        LdmError: what does not fit, and what would.
+        LdmError: settings do not fit; the message names values that would.
     """
     check_size(request, family)
     if request.scheduler is None or isinstance(request.scheduler, str):
@@ -197,7 +197,7 @@ def check_size(request: Request, family: Family) -> None:
     """Raise unless the sides are multiples of the autoencoder's factor, and not too large.
 
     Raises:
-        LdmError: they are not; the nearest that would be is named.
+        LdmError: a side is not; the message names the nearest one that fits.
     """
     factor = family.autoencoder.factor
     for name in ("width", "height"):
@@ -213,7 +213,7 @@ def check_patches(request: Request, family: Family) -> None:
     """Raise unless the U-Net has the levels that DeepCache and token merging work in.
 
     Raises:
-        LdmError: it has not.
+        LdmError: the U-Net lacks them.
     """
     if request.reuse > 1 and len(family.unet.channels) < 2:
         raise LdmError("reuse: this model's U-Net has one level, of which nothing can be reused; leave it out")
@@ -222,10 +222,10 @@ def check_patches(request: Request, family: Family) -> None:
 
 
 def whole_steps(steps: int, name: str, strength: float) -> int:
-    """Steps that a part `strength` of the run has, rounded down.
+    """The number of steps in a part `strength` of the run, rounded down.
 
     Raises:
-        LdmError: it has none.
+        LdmError: the part is less than one step.
     """
     count = min(int(steps * strength), steps)
     if not count:
@@ -239,7 +239,7 @@ def whole_steps(steps: int, name: str, strength: float) -> int:
 def records(request: Request, family: Family) -> list[dict[str, Any]]:
     """The record of each image of a batch, ready for JSON, without the images that it starts from."""
     scheduler = request.scheduler
-    if not isinstance(scheduler, str):  # none, or an object of the user's own
+    if not isinstance(scheduler, str):  # None, or an object of the user's own
         scheduler = own_name(family.schedule) if scheduler is None else type(scheduler).__name__
     common = {**request.values, **settings.expanded({"guidance": request.guidance}), "scheduler": scheduler}
     rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
@@ -252,6 +252,6 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
         record = settings.nested({row.key: values[row.name] for row in rows})
         record |= {"task": request.task, "family": family.name}
         if len(request.prompts) > 1:
-            record |= {"batch": len(request.prompts), "place": index}  # which others it rounds like
+            record |= {"batch": len(request.prompts), "place": index}  # rounding depends on the batch
         found.append(record)
     return found

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class TooManyError(LdmError):
-    """Memory does not suffice for so many images at a time."""
+    """Raised if memory does not suffice for a batch."""
 
 
 class SamplingRun:
@@ -52,9 +52,9 @@ class SamplingRun:
         on_step: OnStep | None = None,
         schedule: NoiseSchedule | None = None,
     ) -> None:
-        """A checked request on a model. A second pass is given the first one's noise, to go on with it.
+        """Prepare a checked request on a model. A second pass continues the random numbers of the first, `noise`.
 
-        Noise that was already drawn is part of the latents: drawn again, it would not be independent of them.
+        If it drew the first pass's noise again, that noise would not be independent of the latents.
         """
         self.model = model
         self.request = request
@@ -87,7 +87,7 @@ class SamplingRun:
         return replace(cond, size=size), replace(uncond, size=negative_size), reports
 
     def _size_ids(self) -> tuple[Tensor | None, Tensor | None]:
-        """The size ids (B, 6 or 5) for the prompts and for the negative prompts."""
+        """The time ids (B, 6 or 5) for the prompts and for the negative prompts."""
         request, family = self.request, self.model.family
         if not family.xl:
             return None, None
@@ -147,7 +147,7 @@ class SamplingRun:
                 x = step.latents if keep is None else keep(step.latents, step)
                 if self.on_step:
                     self.on_step(replace(step, latents=x))
-                self.model.bring(self.model.unet)  # which a caller may have sent away
+                self.model.bring(self.model.unet)  # a caller may have moved it off the device
                 step = steps.send(x)
         except StopIteration:
             pass
@@ -158,7 +158,7 @@ class SamplingRun:
         check_finite(x, "U-Net", "its weights or this dtype are at fault: try another dtype (bf16, fp32)")
         return x
 
-    # --- into the latents and out -----------------------------------------------------------------------------------
+    # --- encoding and decoding --------------------------------------------------------------------------------------
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Images (B or 1, 3, H, W) in [-1, 1] to latents (B, C, h, w), drawn from the posterior."""
@@ -232,7 +232,7 @@ def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> 
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-    # outside of the handler, which would keep the failed attempt's tensors alive
+    # outside of the handler, which would keep the tensors of the failed attempt alive
     log.warning("the images do not fit into memory at once: %s them in tiles", doing)
     try:
         return tiled()
@@ -243,7 +243,7 @@ def _or_in_tiles(whole: Callable[[], T], tiled: Callable[[], T], doing: str) -> 
 
 
 def _zeroed(cond: Conditioning, rows: list[bool]) -> Conditioning:
-    """The conditioning with zeros in the given rows: what SDXL takes for an empty negative prompt."""
+    """The conditioning with zeros in the given rows, as SDXL expects for an empty negative prompt."""
     keep = torch.tensor([not row for row in rows], device=cond.text.device)
     pooled = None if cond.pooled is None else torch.where(keep[:, None], cond.pooled, torch.zeros_like(cond.pooled))
     return Conditioning(torch.where(keep[:, None, None], cond.text, torch.zeros_like(cond.text)), pooled)

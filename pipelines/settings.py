@@ -1,8 +1,8 @@
 """The table of settings: every setting of a call is declared here, once, with its bounds, help, default and names.
 
 The command line, the keywords of `Pipeline`, lines of a list of prompts, `ldm eval --with`, records in images, `ldm
-repro` and the text of AUTOMATIC1111's programs are all derived from `SETTINGS`, and from `LOADING`, which is about
-models. Nothing here imports torch, so that `ldm --help` answers at once.
+repro` and the text of AUTOMATIC1111's programs are all derived from `SETTINGS`, and from `LOADING`, the
+settings of loading a model. Nothing here imports torch, so that `ldm --help` answers at once.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ FAMILY = Elsewhere("the family's")
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a setting takes."""
+    """A kind of values, with their texts and bounds."""
 
     metavar: str  # for the help of the command line
-    needed: str  # what an error asks for
+    needed: str  # the allowed values, in words, for errors
     allowed: Callable[[Any], bool]
-    parse: Callable[[str], Any] = str  # from a text; it raises ValueError
-    structured: bool = False  # texts are parsed wherever they come from, not from the command line alone
+    parse: Callable[[str], Any] = str  # text -> value; raises ValueError
+    structured: bool = False  # whether texts from anywhere are parsed, not only those of the command line
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Setting:
     help: str
     default: Any = None
     flag: str = ""  # on the command line, if not --name
-    names: tuple[str, ...] = ()  # what diffusers, A1111 and ComfyUI call it
+    names: tuple[str, ...] = ()  # its names in diffusers, A1111 and ComfyUI
     record: str = ""  # its key in a record, if not its name; "guidance.scale" is the key scale within guidance
     a1111: str = ""  # its key in the text of A1111's programs
-    closed: Mapping[str, str] = field(default_factory=dict)  # doors by which it does not come in, and why
-    used: Callable[[Any], bool] = lambda request: True  # whether a request makes use of it; else it is not recorded
+    closed: Mapping[str, str] = field(default_factory=dict)  # doors that do not accept it, with the reason
+    used: Callable[[Any], bool] = lambda request: True  # whether a request uses it; if not, it is not recorded
 
     @property
     def option(self) -> str:
@@ -80,7 +80,7 @@ class Setting:
         """The value as the pipeline takes it: lists as tuples, structured texts parsed.
 
         Raises:
-            LdmError: it is not allowed.
+            LdmError: the value is not allowed.
         """
         if self.kind.structured and isinstance(value, str):
             return self.parse(value, called)
@@ -93,7 +93,7 @@ class Setting:
         """The value that a text stands for.
 
         Raises:
-            LdmError: it stands for none, or for one that is not allowed.
+            LdmError: the text has no meaning, or its value is not allowed.
         """
         value: Any = text
         try:
@@ -110,7 +110,7 @@ class Setting:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; True and False are none."""
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -213,13 +213,14 @@ ONE_MODEL = {"list": "one model makes the whole list"}
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(
-        "prompt", TEXT, "What to make images of.", "", flag="PROMPT...", names=("text", "positive"),
+        "prompt", TEXT, "The prompt: a description of the images.", "", flag="PROMPT...", names=("text", "positive"),
         closed=PROMPTS_OF_DATA,
     ),
-    Setting("negative", TEXT, "What should not be seen.", names=("negative_prompt",), a1111="Negative prompt"),
-    Setting("prompt_2", TEXT, "For SDXL's second text encoder.", closed=PROMPTS_OF_DATA,
+    Setting("negative", TEXT, "Negative prompt: what the images should not show.", names=("negative_prompt",),
+            a1111="Negative prompt"),
+    Setting("prompt_2", TEXT, "Prompt for SDXL's second text encoder.", closed=PROMPTS_OF_DATA,
             used=lambda request: request.prompts_2 is not None),
-    Setting("negative_2", TEXT, "Likewise, what should not be seen.", names=("negative_prompt_2",),
+    Setting("negative_2", TEXT, "Negative prompt for SDXL's second text encoder.", names=("negative_prompt_2",),
             used=lambda request: request.negative_2 is not None),
     Setting(
         "n", whole(1, MOST_IMAGES), "Images of each prompt.", 1, flag="-n",
@@ -234,10 +235,10 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("steps", whole(1, MOST_STEPS), "Steps of the scheduler; the built-in model 20, others 30.", FAMILY,
             names=("num_inference_steps",), a1111="Steps"),
-    Setting("scheduler", SCHEDULER, "See `ldm schedulers`.", Elsewhere("the model's own"),
+    Setting("scheduler", SCHEDULER, "Name of a scheduler: see `ldm schedulers`.", Elsewhere("the model's own"),
             names=("sampler", "sampler_name", "sampler_index"), a1111="Sampler"),
-    Setting("spacing", SPACING, "See `ldm schedulers`; or falling noise levels, as 14.6,7,3,1,0.1.", "default",
-            names=("schedule_type", "sigmas"), a1111="Schedule type"),
+    Setting("spacing", SPACING, "Spacing of the steps: see `ldm schedulers`; or noise levels, as 14.6,7,3,1,0.1.",
+            "default", names=("schedule_type", "sigmas"), a1111="Schedule type"),
     Setting("guidance", SCALE, "Scale of classifier-free guidance (CFG); at most 1: none.", FAMILY,
             names=("guidance_scale", "cfg", "cfg_scale"), record="guidance.scale", a1111="CFG scale"),
     Setting("rescale", PART, "Guidance rescale of Lin et al., 0 to 1.", 0.0, names=("guidance_rescale",),
@@ -248,55 +249,55 @@ SETTINGS: tuple[Setting, ...] = (
             names=("dynamic_thresholding_ratio",), record="guidance.threshold"),
     Setting("perturbed", SCALE, "Perturbed-attention guidance (PAG): its scale; 0: none.", 0.0, names=("pag_scale",),
             record="guidance.perturbed"),
-    Setting("image_guidance", SCALE, "With a model that edits: how much of the image stays.", 1.5,
+    Setting("image_guidance", SCALE, "InstructPix2Pix: guidance scale of the image; higher keeps more of it.", 1.5,
             names=("image_guidance_scale", "image_cfg_scale"), record="guidance.image"),
-    Setting("seed", SEED, "Of the first image; the others have the numbers after it.", Elsewhere("random"),
+    Setting("seed", SEED, "Seed of the first image; the others have the numbers after it.", Elsewhere("random"),
             names=("noise_seed", "generator"), a1111="Seed", closed={"eval": "its own --seed gives each image one"}),
-    Setting("size", SIZE, "Pixels, or one number for both sides.", Elsewhere("the image's, or the trained size"),
+    Setting("size", SIZE, "Size in pixels; one number for both sides.", Elsewhere("the image's, or the trained size"),
             names=("resolution",), a1111="Size", closed=RECORDED_AS_SIZE),
-    Setting("width", SIDE, "Pixels, one side of the size.", Elsewhere("the image's, or the trained size")),
-    Setting("height", SIDE, "Likewise.", Elsewhere("the image's, or the trained size")),
+    Setting("width", SIDE, "Width in pixels, in place of size.", Elsewhere("the image's, or the trained size")),
+    Setting("height", SIDE, "Height in pixels, in place of size.", Elsewhere("the image's, or the trained size")),
     Setting("image", IMAGE, "An image to start from.", names=("init_image", "init_images"), closed=FROM_TEXT),
-    Setting("strength", PART, "How much of it is made anew, 0 to 1.", Elsewhere("0.8, with a mask 1"),
+    Setting("strength", PART, "How much the image to start from changes, 0 to 1.", Elsewhere("0.8, with a mask 1"),
             names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
             used=lambda request: request.task in ("image-to-image", "inpaint")),
-    Setting("mask", IMAGE, "Which of its pixels (white) are made anew.", names=("mask_image",), closed=FROM_TEXT),
+    Setting("mask", IMAGE, "Inpainting mask: its white pixels are made anew.", names=("mask_image",), closed=FROM_TEXT),
     Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out.", 0, a1111="Clip skip",
             names=("stop_at_clip_layer",)),
     Setting("refiner_at", number(0.01, 0.99), "Part of the run after which the refiner takes over, such as 0.8.",
             Elsewhere("it refines the finished image"),
             names=("denoising_end", "refiner_switch_at"), used=lambda request: bool(request.refiner_at)),
-    Setting("refiner_strength", PART, "How much the refiner makes anew of a finished image.", 0.3,
+    Setting("refiner_strength", PART, "How much the refiner changes a finished image, 0 to 1.", 0.3,
             used=lambda request: request.refined and not request.refiner_at),
-    Setting("hires", number(1, 8), "Enlarge by this factor in a second pass.", names=("hr_scale", "upscale_by"),
+    Setting("hires", number(1, 8), "Factor of enlargement by a second pass.", names=("hr_scale", "upscale_by"),
             a1111="Hires upscale", used=lambda request: bool(request.hires)),
-    Setting("hires_strength", PART, "How much that pass makes anew.", 0.55, a1111="Denoising strength",
+    Setting("hires_strength", PART, "How much the second pass (hires) changes the image, 0 to 1.", 0.55,
+            a1111="Denoising strength", used=lambda request: bool(request.hires)),
+    Setting("hires_latents", FLAG, "Enlarge the latents for the second pass, not the image.", False,
             used=lambda request: bool(request.hires)),
-    Setting("hires_latents", FLAG, "Enlarge the latents for it, not the image.", False,
-            used=lambda request: bool(request.hires)),
-    Setting("weights", FLAG, "Read (brackets:1.2) as weights.", True),
+    Setting("weights", FLAG, "Read (word:1.2) in prompts as weights.", True),
     Setting("chunks", FLAG, "Split long prompts instead of cutting them.", True),
-    Setting("eta", PART, "Noise of DDIM's and TCD's steps, 0 to 1.", 0.0),
-    Setting("rng", choice("ldm", "diffusers"), "Random numbers: ldm, or diffusers for its own.", "ldm",
+    Setting("eta", PART, "Share of noise in DDIM's and TCD's steps, 0 to 1.", 0.0),
+    Setting("rng", choice("ldm", "diffusers"), "Random numbers: of ldm, or the same as diffusers draws.", "ldm",
             names=("randn_source",)),
     Setting("reuse", whole(1, MOST_STEPS),
-            "DeepCache: run the U-Net's inner levels in one call of so many; faster, rougher.", 1,
+            "DeepCache: calls of the U-Net for one run of its inner levels; more is faster, but rougher.", 1,
             names=("cache_interval",)),
     Setting("merge", number(0, 0.75),
             "Token merging (ToMe): part of the tokens merged for self-attention, up to 0.75; faster, rougher.", 0.0,
             names=("token_merging_ratio", "tome_ratio")),
-    Setting("original_size", PAIR, "SDXL: the size that it is told the image had before its cropping.",
+    Setting("original_size", PAIR, "SDXL's time ids: the size of the image before cropping.",
             Elsewhere("the image's")),
-    Setting("crop", PAIR, "SDXL: top and left of the crop that it is told.", (0, 0),
+    Setting("crop", PAIR, "SDXL's time ids: top and left of the crop.", (0, 0),
             names=("crops_coords_top_left",)),
-    Setting("target_size", PAIR, "SDXL: the size that it is told the image has.", Elsewhere("the image's")),
-    Setting("negative_original_size", PAIR, "The same, of the negative prompt.", Elsewhere("like the prompt's")),
-    Setting("negative_crop", PAIR, "Likewise.", Elsewhere("like the prompt's"),
+    Setting("target_size", PAIR, "SDXL's time ids: the size of the image.", Elsewhere("the image's")),
+    Setting("negative_original_size", PAIR, "Original size for the negative prompt.", Elsewhere("like the prompt's")),
+    Setting("negative_crop", PAIR, "Crop for the negative prompt.", Elsewhere("like the prompt's"),
             names=("negative_crops_coords_top_left",)),
-    Setting("negative_target_size", PAIR, "Likewise.", Elsewhere("like the prompt's")),
-    Setting("aesthetic_score", number(0, 10), "SDXL's refiner: the score that it is told.", 6.0,
+    Setting("negative_target_size", PAIR, "Target size for the negative prompt.", Elsewhere("like the prompt's")),
+    Setting("aesthetic_score", number(0, 10), "Time ids of SDXL's refiner: the aesthetic score.", 6.0,
             names=("ascore",)),
-    Setting("negative_aesthetic_score", number(0, 10), "The same, of the negative prompt.", 2.5),
+    Setting("negative_aesthetic_score", number(0, 10), "Aesthetic score for the negative prompt.", 2.5),
 )  # fmt: skip
 
 LOADING: tuple[Setting, ...] = (
@@ -304,25 +305,25 @@ LOADING: tuple[Setting, ...] = (
             flag="--model", names=("ckpt_name", "sd_model_checkpoint"),
             closed=ONE_MODEL | {"eval": "its arguments are the models"}),
     Setting("refiner", SOURCE, "A model of the family sdxl-refiner, or emoji-refiner.", closed=ONE_MODEL),
-    Setting("device", NAME, "cuda, mps or cpu.", Elsewhere("the best there is"),
-            closed=ONE_MODEL | {"record": "an image is made again on any", "eval": "it has its own --device"}),
-    Setting("dtype", DTYPE, "fp32, fp16 or bf16.", Elsewhere("what the device is good at"), names=("torch_dtype",),
-            closed=ONE_MODEL),
+    Setting("device", NAME, "Device: cuda, mps or cpu.", Elsewhere("the best there is"),
+            closed=ONE_MODEL | {"record": "an image can be made again on any", "eval": "it has its own --device"}),
+    Setting("dtype", DTYPE, "Type of the weights: fp32, fp16 or bf16.", Elsewhere("what the device is good at"),
+            names=("torch_dtype",), closed=ONE_MODEL),
     Setting("attention", NAME,
-            "Kernel: sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; auto is the best.", "auto",
-            closed=ONE_MODEL),
+            "Attention kernel: sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; auto is the best.",
+            "auto", closed=ONE_MODEL),
     Setting("quick", FLAG, "Fused layers in place of plain ones.", True,
             closed=dict.fromkeys(("shell", "list", "record", "eval"), "plain layers are for comparing: ldm bench")),
     Setting("compile", FLAG, "Compile the networks first: for many images.", False, closed=ONE_MODEL),
     Setting("quantize", choice("int8", "int8-weights", "fp8"),
-            "int8, int8-weights or fp8: linear layers with weights of 8 bits, by torchao.", closed=ONE_MODEL),
+            "Quantisation of linear layers by torchao: int8, int8-weights or fp8.", closed=ONE_MODEL),
     Setting("offload", choice("auto", "none", "components", "layers"),
-            "For large models on a GPU: none, components or layers; auto is what fits.", "auto", closed=ONE_MODEL),
-    Setting("family", NAME, "What a single file is, where it cannot say: sd2 or sd2-v.", record="source_family",
-            closed=ONE_MODEL),
+            "Offload of large models from a GPU: none, components or layers; auto chooses.", "auto", closed=ONE_MODEL),
+    Setting("family", NAME, "Family of a single file, if its tensors do not tell: sd2 or sd2-v.",
+            record="source_family", closed=ONE_MODEL),
     Setting("variant", NAME, "Which of a folder's weights to read, such as fp16.", closed=ONE_MODEL),
     Setting("allow_pickle", FLAG, "Read tensors, and nothing else, from .ckpt and .bin.", False,
-            closed=ONE_MODEL | {"record": "it is allowed anew each time"}),
+            closed=ONE_MODEL | {"record": "it must be allowed each time"}),
 )  # fmt: skip
 
 
@@ -340,7 +341,8 @@ def find(name: str, door: str, called: str = "", rows: Iterable[Setting] | None 
     """The row of that name (with hyphens or underscores), if the door accepts it.
 
     Raises:
-        LdmError: there is none, and the nearest is offered, also for what other programs call it; or why not here.
+        LdmError: the name is not known (the message suggests the nearest, also for other programs' names), or the
+            door does not accept it (the message has the reason).
     """
     called, plain = called or f"setting {name}", name.replace("-", "_")
     rows = SETTINGS if rows is None else tuple(rows)

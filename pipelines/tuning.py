@@ -50,12 +50,12 @@ class Tuning:
         dtype: torch.dtype | None,
         options: Mapping[str, Any],
     ) -> tuple[LatentDiffusion, LatentDiffusion | None]:
-        """A model and perhaps its refiner from their sources, tuned; models that are loaded already stay as they are.
+        """Load and tune a model and perhaps its refiner; models that are loaded already stay as they are.
 
-        `options` are those of `open_source`, for the model.
+        `options` are arguments of `open_source`, for the model.
 
         Raises:
-            LdmError: they cannot be loaded, or tuned like that.
+            LdmError: a model cannot be loaded or tuned in this way.
         """
         dtype = dtype or default_dtype(device)
         if isinstance(source, LatentDiffusion) or isinstance(refiner, LatentDiffusion):
@@ -80,7 +80,7 @@ class Tuning:
         return self.apply(model, room)
 
     def apply(self, model: LatentDiffusion, room: Room | None = None) -> LatentDiffusion:
-        """A model tuned in place on its device; if it is quantised or offloaded, a `TunedModel` around its networks.
+        """Tune a model in place, on its device; a quantised or offloaded one becomes a `TunedModel`.
 
         Raises:
             LdmError: a kernel does not run here, nothing can be compiled or quantised, or choices exclude each other.
@@ -123,7 +123,7 @@ class TunedModel(LatentDiffusion):
         """Take the networks of a model; `quantized` is a name of `ldm.runtime.quantization.QUANTIZED`.
 
         Raises:
-            LdmError: it cannot be quantised here.
+            LdmError: the model cannot be quantised here.
         """
         super().__init__(model.family, dict(model.networks))
         self.known_by = model.fingerprint()
@@ -154,7 +154,7 @@ def device_named(name: torch.device | str) -> torch.device:
     """The device of that name.
 
     Raises:
-        LdmError: there is none.
+        LdmError: the name is not known.
     """
     try:
         return torch.device(name)
@@ -163,10 +163,10 @@ def device_named(name: torch.device | str) -> torch.device:
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """The type of a short or long name; none for none.
+    """The dtype of a short or long name; None for None.
 
     Raises:
-        LdmError: there is none of that name.
+        LdmError: the name is not known.
     """
     if name is not None and name not in DTYPES:
         raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")

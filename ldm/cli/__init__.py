@@ -1,1 +1,1 @@
-"""The command line `ldm`: one module declares the commands, one for each of them does the work."""
+"""The command line `ldm`: main.py declares the commands, and a module for each does the work."""

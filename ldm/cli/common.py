@@ -1,4 +1,4 @@
-"""Shared by commands: parsing of options, and progress on stderr."""
+"""Functions that commands share: parsing of options, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ldm.weights.sources import open_source
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The options of `info` and `convert` about their source."""
+    """The options of `info` and `convert` for reading their source."""
 
     family: str | None = None
     variant: str | None = None
@@ -39,7 +39,7 @@ class SourceOptions:
     allow_pickle: bool = False
 
     def open(self, source: str, verify: bool, report: Report) -> Opened:
-        """Find out what the source is."""
+        """Open the source and recognise its family; weights are not read yet."""
         return open_source(
             source,
             family=self.family,
@@ -53,7 +53,7 @@ class SourceOptions:
 
 
 def to_png(out: str) -> Path:
-    """`--out`: a PNG file in a folder that exists."""
+    """The value of `--out`: a PNG file in an existing folder."""
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise LdmError(f"--out {out}: name a file that ends in .png")
@@ -63,7 +63,7 @@ def to_png(out: str) -> Path:
 
 
 def to_components(options: Sequence[str]) -> dict[str, str]:
-    """`--component NAME=PATH`, each."""
+    """The paths of all `--component NAME=PATH`, by name."""
     pairs = [option.partition("=") for option in options]
     for name, equals, path in pairs:
         if not (name and equals and path):
@@ -74,7 +74,7 @@ def to_components(options: Sequence[str]) -> dict[str, str]:
 
 
 def to_bytes(text: str) -> int:
-    """`--shard-size`: a number of bytes, or with KB, MB or GB behind it."""
+    """The bytes of `--shard-size`: a number, in KB, MB or GB if it ends so."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * 1000 ** "_KMG".index(match[2].upper() or "_")) if match else 0
     if size < 1:
@@ -84,7 +84,7 @@ def to_bytes(text: str) -> int:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """A bar on stderr, one line for each kind of work, gone when all is done."""
+    """A progress bar on stderr for each kind of work, removed when all is done."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield silent
@@ -103,7 +103,7 @@ def progress() -> Iterator[Report]:
 
 @contextmanager
 def counter(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr that counts things as they are finished, with their rate and the time left."""
+    """A progress bar on stderr that counts finished items, with their rate and the time left."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda: None

@@ -20,7 +20,7 @@ def convert_model(
     force: bool,
     options: SourceOptions,
 ) -> None:
-    """Load memory-mapped, as stored; convert and write tensor by tensor."""
+    """Map the weights of the source into memory, and convert and write them tensor by tensor."""
     path = Path(dest)
     single = path.suffix.lower() == ".safetensors"
     wanted, shard = dtype_named(dtype), to_bytes(shard_size or "10GB")

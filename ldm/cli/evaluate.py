@@ -1,4 +1,4 @@
-"""`ldm eval`: one or two models, or folders of images, to a table, a JSON file and a page."""
+"""`ldm eval`: evaluates one or two models or folders of images; writes a table, a JSON file and a page."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from pipelines.settings import LOADING, Setting, at, checked, every_row, find
 from pipelines.tuning import default_device, dtype_named
 
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
-IMAGES = (".tar", ".tgz", ".gz", ".parquet")  # what shards of them end in
+IMAGES = (".tar", ".tgz", ".gz", ".parquet")  # endings of shards of images
 PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The options of the command line."""
+    """The options of `ldm eval`."""
 
     sources: Sequence[str]
     data: str | None = None
@@ -55,7 +55,7 @@ class EvaluateOptions:
     copies: str = "sscd"
     lpips: str = "alex"
     sweeps: Sequence[str] = ()
-    settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # KEY=VALUE, each; of "both", "A" and "B"
+    settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # for "both", "A" and "B": KEY=VALUE, …
     seed: int = 0
     batch: int = 8
     out: str = "evaluation"
@@ -65,7 +65,7 @@ class EvaluateOptions:
 
 
 def evaluate_sources(options: EvaluateOptions) -> None:
-    """Evaluate, print the tables, and say where the report is."""
+    """Evaluate, print the tables, and print where the report is."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     ranks, device = _ranks(options.device)
     plan = EvaluationPlan(
@@ -76,7 +76,7 @@ def evaluate_sources(options: EvaluateOptions) -> None:
     )  # fmt: skip
     given = {side: dict(map(_setting, texts)) for side, texts in options.settings.items()}
     if given.get("B") and len(options.sources) < 2:
-        raise LdmError("--with-b is about a second model, and there is one alone")
+        raise LdmError("--with-b is for a second model, and only one is given")
     check_plan([is_model(source) for source in options.sources], plan)
     sides: list[Model | str] = []
     for source, name in zip(options.sources, "AB", strict=False):
@@ -104,11 +104,11 @@ def evaluate_sources(options: EvaluateOptions) -> None:
     print(page)
 
 
-# --- what the options mean --------------------------------------------------------------------------------------------
+# --- values of the options --------------------------------------------------------------------------------------------
 
 
 def _metrics(options: EvaluateOptions) -> tuple[str, ...]:
-    """`--metrics`, or what there are weights and images for."""
+    """The metrics of `--metrics`, or all for which there are weights and images."""
     if options.metrics is not None:
         return tuple(name.strip().lower() for name in options.metrics.split(",") if name.strip())
     about_images = IMAGE_METRICS if options.data else ()
@@ -121,7 +121,7 @@ def _prompts(file: str | None) -> list[str] | None:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value as in YAML."""
+    """The name and value of KEY=VALUE, with the value in YAML."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise LdmError(f"--with {text!r}: write KEY=VALUE, such as steps=20")
@@ -140,7 +140,7 @@ def _sweeps(texts: Sequence[str]) -> dict[str, tuple[Value, ...]]:
 
 
 def _sweep(text: str) -> tuple[str, tuple[Value, ...]]:
-    """KEY=VALUE,VALUE,…, each value as the setting takes it, but whole numbers stay whole."""
+    """The name and values of KEY=VALUE,VALUE,…, parsed by the setting; whole numbers stay whole."""
     name, _, values = text.partition("=")
     row = find(name, "eval", f"--sweep {name}")
     if row.name in ("size", "width", "height"):
@@ -162,10 +162,10 @@ def _swept(row: Setting, text: str) -> Value:
 
 
 def is_model(source: str) -> bool:
-    """Whether a source is a model; else it is images.
+    """Whether a source is a model; if not, it is images.
 
     Raises:
-        LdmError: it is nothing that exists.
+        LdmError: the source does not exist.
     """
     path = builtin(source) or Path(source)
     if path.is_dir():
@@ -178,7 +178,7 @@ def is_model(source: str) -> bool:
 
 
 def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationPlan) -> Model:
-    """A model with its settings, all checked, as evaluation knows it."""
+    """A model with its checked settings, as the functions that evaluation calls."""
     rows = at("eval", LOADING)
     loading = {name: row.check(settings[name]) for name, row in rows.items() if settings.get(name) is not None}
     making = checked({name: value for name, value in settings.items() if name not in rows}, "eval")
@@ -201,7 +201,7 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
     return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, {**settings, "dtype": dtype, **refiner})
 
 
-# --- around it --------------------------------------------------------------------------------------------------------
+# --- surroundings -----------------------------------------------------------------------------------------------------
 
 
 def _cache() -> Path:
@@ -221,7 +221,7 @@ def _ranks(device: str | None) -> tuple[Ranks, str]:
 
 @contextmanager
 def _telling(wanted: bool) -> Iterator[Tell]:
-    """A bar on stderr for each kind of work, on a terminal."""
+    """A progress bar on stderr for each kind of work, if stderr is a terminal."""
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):
         yield silent

@@ -1,4 +1,4 @@
-"""`ldm generate`: prompts to PNG files, one batch after the other; and many prompts over several processes."""
+"""`ldm generate`: makes PNG files of prompts, batch by batch, and shares many prompts among processes."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ LARGEST_FILE = 256 * 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command line, each value within its bounds."""
+    """The options of `ldm generate`, each value within its bounds."""
 
     prompts: list[str]
-    settings: dict[str, Any]  # of the call, those that are given
-    loading: dict[str, Any]  # of the model, likewise
+    settings: dict[str, Any]  # settings of the call that were given
+    loading: dict[str, Any]  # settings of loading that were given
     prompts_file: str | None = None
     out: str = "outputs"
     sheet: bool = False
@@ -53,7 +53,7 @@ class Options:
 
     @property
     def common(self) -> dict[str, Any]:
-        """The settings of all images, as the pipeline takes them; but for numbers of images and their seeds."""
+        """The settings of all images for the pipeline, but the number of images and their seeds."""
         return {name: value for name, value in checked(self.settings, "shell").items() if name not in ("n", "seed")}
 
 
@@ -65,40 +65,40 @@ class Job:
     prompt: str
     seed: int
     settings: tuple[tuple[str, Any], ...] = ()  # of its line alone
-    place: str = ""  # where that line is, for errors
+    place: str = ""  # the place of that line, for errors
 
     def name(self, common: dict[str, Any]) -> str:
-        """A file name that changes with everything that changes the image."""
+        """A file name that is different for every different image."""
         text = json.dumps([self.prompt, self.seed, self.settings, common], sort_keys=True, default=str)
         return f"{self.index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images with the same settings, which can be made together, and the request for them, checked."""
+    """Images with the same settings, which can be made together, and their checked request."""
 
     jobs: list[Job]
     settings: dict[str, Any]
-    request: Request  # without the images that it starts from: a list may name thousands
+    request: Request  # without starting images, because a list may name thousands
 
     def whole(self) -> Request:
-        """The request with its images."""
+        """The request with its starting images."""
         given = {name: load_image(self.settings[name], mode) for name, mode in IMAGES if name in self.settings}
         return replace(self.request, **given)  # type: ignore[arg-type]
 
 
-IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are files, and PIL's names of what they hold
+IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def generate_images(options: Options) -> None:
-    """Make what is asked for; print a path (or JSON) for each image on stdout."""
+    """Make all images of the options; print a path (or JSON) for each on stdout."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     for name, mode in IMAGES:
         if name in options.settings:
-            load_image(options.settings[name], mode)  # before a model is loaded
+            load_image(options.settings[name], mode)  # errors come before a model is loaded
     jobs = list(make_jobs(options))
     targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
@@ -129,7 +129,7 @@ def generate_images(options: Options) -> None:
 
 
 def _pipeline(options: Options, world: int) -> Pipeline:
-    """The pipeline that is asked for; of several processes, each has a GPU of its own."""
+    """The pipeline of the options; each of several processes has a GPU of its own."""
     loading = dict(options.loading)
     if world > 1 and torch.cuda.is_available():
         loading.setdefault("device", f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
@@ -139,7 +139,7 @@ def _pipeline(options: Options, world: int) -> Pipeline:
 def _images(
     pipeline: Pipeline, groups: list[Group], left: set[int], rank: int, world: int
 ) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
-    """This process's images that are left to make, each with its record."""
+    """Make this process's missing images, each with its record."""
     batches = itertools.count()
     for group in groups:
         files = {name: _file(group.settings[name]) for name, _ in IMAGES if name in group.settings}
@@ -148,8 +148,8 @@ def _images(
         def ours(rows: range, numbers: list[int] = numbers) -> bool:
             """Whether this process makes a batch: its turn, and an image is missing.
 
-            Batches are those of the whole list, so that images do not depend on the number of processes, nor on what
-            is there already.
+            Batches are those of the whole list, so that images do not depend on the number of processes, nor on the
+            images that exist already.
             """
             return next(batches) % world == rank and not left.isdisjoint(numbers[rows.start : rows.stop])
 
@@ -160,7 +160,7 @@ def _images(
 
 
 def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
-    """The part of a record that is about the model."""
+    """The model's part of a record."""
     loading, model, room = options.loading, pipeline.model, room_of(pipeline.model)
     source = loading.get("source") or DEFAULT
     own = {
@@ -179,14 +179,14 @@ def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-# --- what is to be made -----------------------------------------------------------------------------------------------
+# --- jobs and groups --------------------------------------------------------------------------------------------------
 
 
 def checked_groups(pipeline: Pipeline, common: dict[str, Any], jobs: list[Job]) -> Iterator[Group]:
-    """Images with the same settings together, all of them checked.
+    """Groups of images with the same settings, all of them checked.
 
     Raises:
-        LdmError: a setting does not fit, with the line that it stands in.
+        LdmError: a setting does not fit; the message has its line.
     """
     for line, found in groupby(jobs, key=lambda job: job.settings):
         group, settings = list(found), common | dict(line)
@@ -195,7 +195,7 @@ def checked_groups(pipeline: Pipeline, common: dict[str, Any], jobs: list[Job]) 
 
 
 def _checked(pipeline: Pipeline, settings: dict[str, Any], jobs: list[Job]) -> Request:
-    """The request for images with the same settings; an error says which of them it is about."""
+    """The checked request for images with the same settings; an error names the line of the faulty one."""
     try:
         return pipeline.request([job.prompt for job in jobs], seed=[job.seed for job in jobs], **settings)
     except LdmError:
@@ -208,7 +208,7 @@ def _checked(pipeline: Pipeline, settings: dict[str, Any], jobs: list[Job]) -> R
 
 
 def make_jobs(options: Options) -> Iterator[Job]:
-    """A job for every image that is asked for, from the command line or from a file of prompts."""
+    """A job for every image, from the command line or from a file of prompts."""
     lines = list(read_prompts(options.prompts_file)) if options.prompts_file else []
     lines += [(prompt, {}, "") for prompt in options.prompts]
     if not lines:
@@ -224,11 +224,11 @@ def make_jobs(options: Options) -> Iterator[Job]:
 
 
 def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Prompts of a text file, one a line, or of a JSON-lines file with settings of their own, and where each stands."""
+    """Prompts of a text file, one a line, or of a JSON-lines file with settings; each with its settings and place."""
     path = Path(name)
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise LdmError(f"{path} has {path.stat().st_size} bytes; that is no file of prompts")
+            raise LdmError(f"{path} has {path.stat().st_size} bytes; that is too large for a file of prompts")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from None
@@ -257,15 +257,15 @@ def _line(prompt: Any, content: dict[str, Any], place: str) -> tuple[str, dict[s
         raise LdmError(f"{place}{error}") from None
     for name in ("prompt", "negative", "prompt_2", "negative_2", "seed"):
         if isinstance(settings.get(name), tuple):
-            raise LdmError(f"{place}{name} {content.get(name, prompt)!r}: a line is about one prompt; give one")
+            raise LdmError(f"{place}{name} {content.get(name, prompt)!r}: a line holds one prompt; give one")
     return settings.pop("prompt"), settings, place
 
 
-# --- where it goes ----------------------------------------------------------------------------------------------------
+# --- output files -----------------------------------------------------------------------------------------------------
 
 
 def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
-    """The path of each image. Prompts from a file have fixed names, so that a second run goes on where one stopped."""
+    """The path of each image. Prompts of a file give fixed names, so that a second run resumes a stopped one."""
     out = Path(options.out)
     if out.suffix.lower() == ".png":
         if len(jobs) > 1:
@@ -291,7 +291,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
 
 
 def _free(target: Path, out: str) -> Path:
-    """The target, or the next number's if another run has put an image there; a file named by --out is replaced."""
+    """The target, or the next free number if another run has written it; a file named by --out is replaced."""
     while target != Path(out) and target.exists():
         number, _, rest = target.name.partition("-")
         target = target.with_name(f"{int(number) + 1:05d}-{rest}")
@@ -299,12 +299,12 @@ def _free(target: Path, out: str) -> Path:
 
 
 def _absolute(source: str) -> str:
-    """A source as it can be named from elsewhere: a path in full, the name of a model as it is."""
+    """The absolute path of a source, or the name of a model as it is."""
     return source if builtin(source) or not Path(source).exists() else str(Path(source).absolute())
 
 
 def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
-    """The plan that `--dry-run` prints. All is checked, but no weights are loaded."""
+    """The plan that `--dry-run` prints. Everything is checked, but no weights are loaded."""
     loading = options.loading
     reading = {name: loading[name] for name in ("family", "variant", "allow_pickle") if name in loading}
     opened = open_source(named(loading.get("source")), **reading, verify=False)

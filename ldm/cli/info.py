@@ -1,4 +1,4 @@
-"""`ldm info`: what a model is, from names, shapes and configurations; weights are read only with --verify."""
+"""`ldm info`: describes a model by names, shapes and configurations; weights are read only with --verify."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def print_description(source: str, as_json: bool, verify: bool, options: SourceO
     """Print the description of a source or of a family."""
     if source in FAMILIES and not Path(source).exists() and not builtin(source):
         if verify or replace(options, allow_pickle=False) != SourceOptions():
-            raise LdmError(f"{source} is a family, not a model: the other options mean nothing for it")
+            raise LdmError(f"{source} is a family, not a model: leave the other options out")
         report = describe_family(FAMILIES[source])
     else:
         with progress() as bar:
@@ -61,7 +61,7 @@ def describe(opened: Opened) -> dict[str, Any]:
 
 
 def describe_family(family: Family) -> dict[str, Any]:
-    """The same of the released models of a family, as far as it is known without their weights."""
+    """The description of the released models of a family, as far as it is known without weights."""
     with torch.device("meta"):
         modules = build(family).modules()
     components = {

@@ -32,12 +32,12 @@ app = typer.Typer(
 )
 
 Source = Annotated[str, typer.Argument(help="A model folder, a checkpoint file, or a Hub name (owner/name).")]
-FamilyOption = Annotated[str | None, typer.Option(help="What a single file is, where it cannot say: sd2 or sd2-v.")]
+FamilyOption = Annotated[str | None, typer.Option(help="Family of a file whose tensors do not tell: sd2 or sd2-v.")]
 Variant = Annotated[str | None, typer.Option(help="Which of a folder's weights to read, such as fp16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 Replace = Annotated[
     list[str] | None,
-    typer.Option("--component", help="Take a part from elsewhere, as NAME=PATH: unet, vae, text_encoder[_2]."),
+    typer.Option("--component", help="Component from another file, as NAME=PATH: unet, vae, text_encoder[_2]."),
 ]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read tensors, and nothing else, from .ckpt and .bin.")]
 
@@ -62,7 +62,7 @@ def info(
     source: Source,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read everything: digests, and that all weights are finite.")
+        bool, typer.Option("--verify", help="Read all weights: check digests, and that all are finite.")
     ] = False,
     family: FamilyOption = None,
     variant: Variant = None,
@@ -70,7 +70,7 @@ def info(
     component: Replace = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Say what a model is: family, components, types, parameters, prediction type.
+    """Describe a model: family, components, types, parameters, prediction type.
 
     A family's name (sd15, sdxl ...) in place of a source describes the released models of that family.
     """
@@ -86,8 +86,8 @@ def convert(
     source: Source,
     dest: Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")],
     dtype: Annotated[str | None, typer.Option(help="Convert the weights: fp32, fp16 or bf16.")] = None,
-    as_variant: Annotated[str | None, typer.Option(help="Put a variant into the names of a folder's weights.")] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Split a folder's larger files, such as 5GB (10GB).")] = None,
+    as_variant: Annotated[str | None, typer.Option(help="Variant in the names of a folder's files: fp16.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest file in a folder, such as 5GB (10GB).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")] = False,
     family: FamilyOption = None,
     variant: Variant = None,
@@ -105,25 +105,25 @@ def convert(
 
 def _of_generate_itself(
     *,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to make images of.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One prompt or several.")] = None,
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
     ] = None,
     out: Annotated[str, typer.Option(help="A folder, or a .png for one image.")] = "outputs",
-    sheet: Annotated[bool, typer.Option("--grid", help="Also all images on one sheet.")] = False,
+    sheet: Annotated[bool, typer.Option("--grid", help="Also write all images on one sheet.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
 ) -> None:
-    """The options of `ldm generate` that are about the command, not about images or models."""
+    """The options of `ldm generate` that are no settings of images or models."""
 
 
 def generate_command() -> Callable[..., None]:
     """The command `generate`, with an option for each setting."""
     settings, loading = at("shell"), at("shell", LOADING)
-    del settings["prompt"]  # its argument
+    del settings["prompt"]  # it is the argument, not an option
 
     def generate(**given: Any) -> None:
-        """Make images of prompts, as PNG files that say how they were made."""
+        """Make images of prompts, as PNG files with a record of how they were made."""
         from ldm.cli.generate import Options, generate_images
 
         options = Options(
@@ -143,20 +143,18 @@ app.command()(generate_command())
 def repro(
     file: Annotated[
         str,
-        typer.Argument(metavar="IMAGE", help="A PNG made by `ldm generate`, or by a program of AUTOMATIC1111's kind."),
+        typer.Argument(metavar="IMAGE", help="A PNG made by `ldm generate`, AUTOMATIC1111's programs or the like."),
     ],
-    model: Annotated[
-        str | None, typer.Option(help="The model that it was made with, if it is not where it was.")
-    ] = None,
-    refiner: Annotated[str | None, typer.Option(help="The refiner, if one was used.")] = None,
-    image: Annotated[str | None, typer.Option(help="The image that it started from, likewise.")] = None,
-    mask: Annotated[str | None, typer.Option(help="The mask, likewise.")] = None,
-    out: Annotated[str | None, typer.Option(help="Also write the image, to this .png.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that made the image, if its path has changed.")] = None,
+    refiner: Annotated[str | None, typer.Option(help="The refiner, if its path has changed.")] = None,
+    image: Annotated[str | None, typer.Option(help="The starting image, if its path has changed.")] = None,
+    mask: Annotated[str | None, typer.Option(help="The mask, if its path has changed.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write the new image, to this .png.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default as it was made.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default that of the record.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Make an image again from what it says of itself, and report how the pixels differ."""
+    """Make an image again from the record in it, and print how the pixels differ."""
     from ldm.cli.repro import reproduce_image
 
     reproduce_image(file, model, refiner, image, mask, out, device, dtype, allow_pickle)
@@ -186,7 +184,7 @@ def train(
         bool, typer.Option("--help", "-h", callback=_fields, is_eager=True, help="Describe every key.")
     ] = False,
 ) -> None:
-    """Train models: ldm train CONFIG.yaml KEY=VALUE ... The same command again goes on where it stopped.
+    """Train models: ldm train CONFIG.yaml KEY=VALUE ... The same command again resumes a stopped run.
 
     On several GPUs or machines: accelerate launch train_ldm.py CONFIG.yaml KEY=VALUE ...
     """
@@ -199,13 +197,13 @@ def train(
 def plan(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as for `ldm train`.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="On top of it.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="On how many devices.")] = 1,
-    measure: Annotated[int, typer.Option(min=0, help="Do so many real steps, and say how long all will take.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    measure: Annotated[int, typer.Option(min=0, help="Number of real steps to time.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what training will need: parameters, memory (weights + gradients + optimiser + averages + activations), work.
+    """Forecast a run: parameters, memory (weights, gradients, optimiser, averages, activations), operations.
 
-    Memory is predicted; PFLOP are counted.
+    Memory is predicted; operations (PFLOP) are counted.
     """
     from ldm.cli.plan import print_forecast
 
@@ -214,13 +212,13 @@ def plan(
 
 @app.command()
 def selftest(
-    folder: Annotated[str, typer.Option(help="Where to work: new, and seen by all processes.")] = "selftest",
-    precision: Annotated[str, typer.Option(help="Of the computation: no, fp16 or bf16.")] = "no",
+    folder: Annotated[str, typer.Option(help="A new folder, which all processes can see.")] = "selftest",
+    precision: Annotated[str, typer.Option(help="Precision of the computation: no, fp16 or bf16.")] = "no",
 ) -> None:
     """Check in two minutes that training works on this machine: accelerate launch -m ldm selftest.
 
-    Gradients of every loss, the same weights on all processes, crops and their latents, drop-out, learning rates,
-    stopping and going on, numbers that are not finite.
+    Gradients of every loss, the same weights on all processes, crops and their latents, conditioning dropout, learning
+    rates, resuming, numbers that are not finite.
     """
     from ldm.cli.selftest import check_training
 
@@ -229,27 +227,27 @@ def selftest(
 
 @app.command()
 def bench(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a family to try with random weights.")] = (
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a family with random weights.")] = (
         "emoji"
     ),
-    size: Annotated[str | None, typer.Option(help="Pixels, WxH; by default the model's own.")] = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
-    steps: Annotated[int, typer.Option(help="Of each image; the median one counts.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Calls of each side, after one that warms up.")] = 5,
+    size: Annotated[str | None, typer.Option(help="Size of the images, WxH; by default the model's own.")] = None,
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 1,
+    steps: Annotated[int, typer.Option(help="Steps of each image; the median step is shown.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Measured calls of each side, after one to warm up.")] = 5,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16; by default what the device is good at.")
     ] = None,
-    rival_dtype: Annotated[str | None, typer.Option(help="Likewise, of the others; by default the same.")] = None,
+    rival_dtype: Annotated[str | None, typer.Option(help="Type of the other sides; by default the same.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
     against: Annotated[
-        str, typer.Option(help="Separated by commas: diffusers, channels-last, compiled, openvino, plain (ours).")
+        str, typer.Option(help="Other sides, with commas: diffusers, channels-last, compiled, openvino, plain (ours).")
     ] = "diffusers",
     compile: Annotated[bool, typer.Option("--compile", help="Compile ours.")] = False,
-    quantize: Annotated[str | None, typer.Option(help="Of ours: int8, int8-weights or fp8.")] = None,
-    cold: Annotated[bool, typer.Option("--cold", help="New processes too, from the command to the image.")] = False,
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="JSON with all numbers.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Quantisation of our side: int8, int8-weights or fp8.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Also time new processes, from command to image.")] = False,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="File for all numbers, as JSON.")] = None,
 ) -> None:
-    """Measure how fast images are made, beside diffusers with the same weights."""
+    """Measure the speed of making images, beside diffusers with the same weights."""
     from ldm.bench.command import measure
     from ldm.bench.options import BenchOptions
 
@@ -263,48 +261,49 @@ def bench(
 
 @app.command("eval")
 def evaluate(
-    sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="Models, or folders of images, one or two.")],
+    sources: Annotated[list[str], typer.Argument(metavar="A [B]", help="One or two models or folders of images.")],
     data: Annotated[
-        str | None, typer.Option(help="Images to compare with, whose captions are prompts: a folder, shards.")
+        str | None, typer.Option(help="Reference images, whose captions are the prompts: a folder or shards.")
     ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Separated by commas: fid, sfid, kid, is, precision, recall, density, coverage; fd-clip, cmmd, "
+            help="Metrics, with commas: fid, sfid, kid, is, precision, recall, density, coverage; fd-clip, cmmd, "
             "clip-score, r-precision; memorisation; rfid, psnr, ssim, lpips (autoencoder)."
         ),
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", "-n", help="Images of each; by default one for each caption.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Images a side; by default one for each caption.")] = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts, one a line, in place of captions.")
     ] = None,
-    training: Annotated[str | None, typer.Option(help="Training images, to look for copies of them.")] = None,
+    training: Annotated[str | None, typer.Option(help="Training images, to find copies of them.")] = None,
     features: Annotated[
         str, typer.Option(help="Network for FID and the like: inception[:FILE], or clip:… as for --clip.")
     ] = "inception",
     clip: Annotated[
-        str | None, typer.Option(help="Network for prompts: clip:NAME@WEIGHTS of open_clip, or clip:FOLDER of ours.")
+        str | None, typer.Option(help="Network for CLIP score: clip:NAME@WEIGHTS of open_clip, or clip:FOLDER of ours.")
     ] = None,
-    copies: Annotated[str, typer.Option(help="Network that knows images again: sscd[:FILE].")] = "sscd",
+    copies: Annotated[str, typer.Option(help="Network that finds copies: sscd[:FILE].")] = "sscd",
     lpips: Annotated[str, typer.Option(help="Backbone of LPIPS, alex or vgg16, or a file of its weights.")] = "alex",
     sweep: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V,V", help="Also with these values: guidance=1,3,5, steps=10,20.")
+        list[str] | None,
+        typer.Option(metavar="KEY=V,V", help="Repeat with each value: guidance=1,3,5."),
     ] = None,
     both: Annotated[
-        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="How images are made, such as steps=20.")
+        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="Setting of the images, such as steps=20.")
     ] = None,
-    with_a: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the first alone.")] = None,
-    with_b: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Likewise, of the second.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first image; the others have the numbers after it.")] = 0,
+    with_a: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Setting of model A alone.")] = None,
+    with_b: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Setting of model B alone.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the others have the numbers after it.")] = 0,
     batch: Annotated[int, typer.Option(help="Images made at a time.")] = 8,
     out: Annotated[
-        str, typer.Option(help="A folder for images and report; the same one again goes on.")
+        str, typer.Option(help="Folder for images and report; with the same one, a stopped evaluation resumes.")
     ] = "evaluation",
-    cache: Annotated[str | None, typer.Option(help="Folder for what is found in reference images.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder for features of reference images.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print report.json in place of tables.")] = False,
 ) -> None:
-    """Say how good images are, with intervals, and which of two models is better: ldm eval A B --data FOLDER.
+    """Measure the quality of images, with intervals, or compare two models: ldm eval A B --data FOLDER.
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """
@@ -321,15 +320,15 @@ def evaluate(
 
 
 def main() -> None:
-    """Run the command line; the only place where errors become messages."""
-    interrupted: list[int] = []  # remembered, because a library may turn the exception into another one
+    """Run the command line; here alone errors become messages."""
+    interrupted: list[int] = []  # kept, because a library may turn the exception into another one
 
     def interrupt(number: int, _: object) -> None:
         interrupted.append(number)
         raise KeyboardInterrupt
 
     def unraisable(lost: Any) -> None:
-        """Repeat a signal that arrived in a callback, where Python drops exceptions; report all else as usual."""
+        """Repeat a signal that came in a callback, where Python drops exceptions; report other errors as usual."""
         if not isinstance(lost.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(lost)
         elif interrupted:
@@ -340,7 +339,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     sys.unraisablehook = unraisable
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it may not know arrows, or the bytes of a file's name
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack arrows, or bytes of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -352,10 +351,10 @@ def main() -> None:
             _fail(str(error), 1)
         if isinstance(error, MemoryError):
             _fail("out of memory", 1)
-        if isinstance(error, OSError):  # of the output: everything else is caught where it happens
-            with contextlib.suppress(OSError):  # what is left of it would fail once more at the end
+        if isinstance(error, OSError):  # of the output: other OSErrors are caught where they happen
+            with contextlib.suppress(OSError):  # buffered output would fail again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if isinstance(error, BrokenPipeError):  # its reader has gone: so do we, without a word
+            if isinstance(error, BrokenPipeError):  # the reader has gone: exit silently
                 sys.exit(141)
             _fail(f"the output cannot be written: {error.strerror or error}", 1)
         raise

@@ -12,7 +12,7 @@ from pipelines.settings import FLAG, Setting
 
 
 def option(row: Setting) -> Parameter:
-    """A row as a parameter of a command: its text, or True or False; None where it is not given."""
+    """A row as a parameter of a command, with a text, True or False as value; None if the option is not given."""
     flags = f"{row.option}/--no-{row.option[2:]}" if row.default is True else row.option
     default = "" if row.default is None or row.kind is FLAG else f"  [default: {_text(row.default)}]"
     metavar = None if row.kind is FLAG else row.kind.metavar

@@ -1,4 +1,4 @@
-"""`ldm plan`: what a run will need, and how long it will take here."""
+"""`ldm plan`: forecasts the memory, operations and time of a run."""
 
 from __future__ import annotations
 

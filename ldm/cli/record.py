@@ -17,7 +17,7 @@ SAMPLERS = {  # AUTOMATIC1111's name -> ours
     "DDPM": "ddpm",
 }  # fmt: skip
 SPACINGS = {"Karras": "karras", "Exponential": "exponential", "Beta": "beta", "Align Your Steps": "ays"}
-USUAL = ("", "Automatic", "Uniform")  # types of schedule that mean the sampler's own
+USUAL = ("", "Automatic", "Uniform")  # schedule types that stand for the sampler's own spacing
 _PAIR = re.compile(r'\s*([\w /]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
@@ -44,10 +44,10 @@ def to_parameters(record: Mapping[str, Any]) -> str:
 
 
 def from_parameters(text: str) -> dict[str, Any]:
-    """Settings from the text of AUTOMATIC1111, as far as they have a meaning here.
+    """Settings from the text of AUTOMATIC1111, as far as we have them.
 
     Raises:
-        LdmError: it is no such text, or names a sampler or a schedule type that does not exist here.
+        LdmError: the text is of another kind, or names a sampler or a schedule type that we do not have.
     """
     lines = text.strip().split("\n")
     pairs = dict(_PAIR.findall(lines[-1])) if lines else {}
@@ -61,7 +61,7 @@ def from_parameters(text: str) -> dict[str, Any]:
             current, line = negative, line.removeprefix("Negative prompt:").strip()
         current.append(line)
     texts = {row.name: pairs[row.a1111] for row in every_row() if row.a1111 in pairs}
-    texts.pop("strength" if "hires" in texts else "hires_strength", None)  # which share a key
+    texts.pop("strength" if "hires" in texts else "hires_strength", None)  # both have the same key
     scheduler, spacing = _sampler(texts.pop("scheduler", ""), texts.pop("spacing", ""))
     settings: dict[str, Any] = {
         "prompt": "\n".join(prompt), "negative": "\n".join(negative) or None, "scheduler": scheduler,
@@ -84,7 +84,7 @@ def _sampler(sampler: str, spacing: str) -> tuple[str | None, str]:
     Raises:
         LdmError: one of them does not exist here.
     """
-    for name in SPACINGS:  # older versions put it behind the sampler
+    for name in SPACINGS:  # older versions write the spacing after the sampler
         if sampler.endswith(f" {name}"):
             sampler, spacing = sampler.removesuffix(f" {name}"), name
     if sampler and sampler not in SAMPLERS:

@@ -1,4 +1,4 @@
-"""`ldm repro`: an image made again from its own record."""
+"""`ldm repro`: makes an image again from its own record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines import Pipeline
 from pipelines.settings import LOADING, at
 from pipelines.tuning import dtype_named
 
-ABOUT = {"version", "model", "model_hash", "task", "family", "batch", "place"}  # in a record beside the settings
+ABOUT = {"version", "model", "model_hash", "task", "family", "batch", "place"}  # keys of a record that are no settings
 
 
 def reproduce_image(
@@ -30,7 +30,7 @@ def reproduce_image(
     dtype: str | None,
     allow_pickle: bool,
 ) -> None:
-    """Print the largest and the mean difference of the pixels, 0 to 255."""
+    """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
     path, target = Path(file), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:
@@ -45,7 +45,7 @@ def reproduce_image(
         if given or name in record:
             settings[name] = given or _found(name, record[name])
     if "strength" in settings and "image" not in settings:
-        raise LdmError(f"{path} was made from an image, which it does not name; name it (--image)")
+        raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
     pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
     found, stated = pipeline.model.fingerprint(), record.get("model_hash")
     if stated and found != stated:
@@ -57,10 +57,10 @@ def reproduce_image(
     if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:
         raise LdmError("the image's record is damaged")
     settings |= {name: [settings[name]] * batch for name in ("prompt", "seed") if name in settings}
-    made = pipeline(**settings, batch=batch).images[place]  # in a batch of the same size: rounding depends on it
+    made = pipeline(**settings, batch=batch).images[place]  # rounding depends on the batch size
     original = load_image(path)
     if original.size != made.size:
-        raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: it was changed since")
+        raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: the image was changed since")
     difference = np.abs(np.asarray(made).astype(int) - np.asarray(original).astype(int))
     if target:
         save_png(made, target, record, parameters)
@@ -69,10 +69,10 @@ def reproduce_image(
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the call in our own record, images not included.
+    """The settings of the call in our own record, without images.
 
     Raises:
-        LdmError: the record has others, or is damaged.
+        LdmError: the record has unknown settings, or is damaged.
     """
     keys = {row.key.partition(".")[0] for row in at("record").values()}
     unknown = sorted(record.keys() - keys - {row.key for row in at("record", LOADING).values()} - ABOUT)
@@ -84,7 +84,7 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def loading_of(record: dict[str, Any]) -> dict[str, Any]:
-    """How the model was loaded, in our own record.
+    """The settings of loading the model in our own record.
 
     Raises:
         LdmError: a value is damaged.
@@ -97,7 +97,7 @@ def loading_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _found(name: str, record: Any) -> str:
-    """The file that an image was made from, if it is still the same."""
+    """The path of a starting image or mask, if the file is still the same."""
     if not isinstance(record, dict) or not isinstance(record.get("path"), str):
         raise LdmError(f"the image's record of its {name} is damaged")
     path = Path(record["path"])

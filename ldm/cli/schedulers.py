@@ -1,4 +1,4 @@
-"""`ldm schedulers`: what can be chosen."""
+"""`ldm schedulers`: lists the schedulers and their spacings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.sampling.schedulers import SCHEDULERS, spacings
 
 
 def print_schedulers(as_json: bool) -> None:
-    """Print each scheduler with diffusers' name of it and its spacings."""
+    """Print each scheduler with its class in diffusers and its spacings."""
     rows = {name: {"class": kind, "spacings": spacings(name)} for name, (kind, _) in SCHEDULERS.items()}
     if as_json:
         print(json.dumps(rows, indent=2))

@@ -1,4 +1,4 @@
-"""`ldm selftest`: does training work here? A line for each check, and an exit code."""
+"""`ldm selftest`: checks that training works on this machine; prints a line for each check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.training.selftest import selftest
 
 
 def check_training(folder: str, precision: str) -> None:
-    """Print what was checked; what it trained is removed if all is well."""
+    """Run and print all checks; the trained networks are removed if all pass."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.ERROR, stream=sys.stderr)
     first, path, began = os.environ.get("RANK", "0") == "0", Path(folder), time.monotonic()
     if precision not in ("no", "fp16", "bf16"):
@@ -30,4 +30,4 @@ def check_training(folder: str, precision: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
         print(f"all is well, after {time.monotonic() - began:.0f} s")
     if not well:
-        raise LdmError(f"training does not work as it should here; what was trained is in {path}")
+        raise LdmError(f"training does not work as it should here; the trained networks are in {path}")

@@ -1,4 +1,4 @@
-"""`ldm train` and `train_ldm.py`: a configuration to trained models, with a line of figures now and then on stderr."""
+"""`ldm train` and `train_ldm.py`: train the stages of a configuration, and show figures on stderr."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines import Pipeline
 
 
 def train_models(config: str, overrides: Sequence[str]) -> None:
-    """Train what a configuration says."""
+    """Train the stages of a configuration."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("ldm").setLevel(logging.INFO if first else logging.WARNING)
@@ -41,7 +41,7 @@ def train_models(config: str, overrides: Sequence[str]) -> None:
 
 
 class Display:
-    """Figures as they come: a bar on a terminal, lines elsewhere."""
+    """Shows the lines of the log: as a progress bar on a terminal, as lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -77,7 +77,7 @@ def _short(name: str, value: float) -> str:
 def make_images(
     model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int], settings: Mapping[str, Any]
 ) -> list[Image.Image]:
-    """An image of each prompt, all at once; the settings are those of `Pipeline.request`."""
+    """An image of each prompt, all in one call; the settings are those of `Pipeline.request`."""
     width, height = size
     images = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
     return images.images

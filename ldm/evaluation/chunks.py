@@ -1,4 +1,4 @@
-"""Features of images, computed in chunks that are kept in files, so that a stopped evaluation goes on.
+"""Features of images, computed in chunks that are kept in files, so that a stopped evaluation can resume.
 
 Processes share the chunks. A chunk is the same images in the same batches whichever process computes it, so that the
 result does not depend on the number of processes. At the end the chunks become one file, which is mapped: memory does
@@ -30,8 +30,8 @@ from ldm.files import check_digest, replacing
 from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
 CHUNK = 256  # images
-BATCH = 32  # images of a chunk that a network takes at a time
-THREADS = 8  # that decode and resize images
+BATCH = 32  # images of a chunk in one call of a network
+THREADS = 8  # threads that decode and resize images
 
 WHOLE = "all.safetensors"
 ROWS, DIGEST, SKIPPED = "rows", "ldm.images", "ldm.skipped"  # a tensor; two entries of the metadata
@@ -44,14 +44,14 @@ class ImageValues:
 
     values: dict[str, Tensor]  # (N, …) each, mapped
     index: Tensor  # (N,): the numbers of these images
-    digest: str  # SHA-256 of their pixels, or of what stands for them
-    skipped: dict[str, str]  # for the number of each other image, why it cannot be read
+    digest: str  # SHA-256 of the images' pixels or values
+    skipped: dict[str, str]  # by number: reasons why the other images cannot be read
     pixels: Tensor | None = None  # (N,): hashes of the images' pixels
 
 
 @dataclass(frozen=True)
 class ChunkValues:
-    """The same of the images of one chunk; `PIXELS` is among the values."""
+    """The values of the images of one chunk, with `PIXELS` among them."""
 
     values: dict[str, Tensor]
     index: list[int]
@@ -62,23 +62,23 @@ class ChunkValues:
 def in_chunks(
     what: str, name: str, count: int, compute: Callable[[range], ChunkValues], work: Workspace
 ) -> ImageValues:
-    """The values of `count` images; chunks that are in the folder `name` already are not computed again.
+    """The values of `count` images; chunks that are in the folder `name` are not computed again.
 
     Args:
         what: the name of the work, for its progress.
-        name: of the folder; changes with everything that changes the values.
-        count: of images.
-        compute: the values of the images of a range.
+        name: name of the folder; it differs for different values.
+        count: number of images.
+        compute: gives the values of the images of a range.
         work: the folder, and the processes that share the chunks.
 
     Raises:
-        LdmError: no image can be read, or the folder cannot be used; and what `compute` raises.
+        LdmError: no image can be read, the folder cannot be used, or `compute` raises it.
     """
     folder, ranks = made(work.folder / "found" / name), work.ranks
-    with file_lock(folder / ".lock") if ranks.first else contextlib.nullcontext():  # a cache may have several users
+    with file_lock(folder / ".lock") if ranks.first else contextlib.nullcontext():  # a cache may be shared by runs
         ranks.wait()
         done = _valid(folder / WHOLE)
-        ranks.wait()  # for all to see the same files before one writes
+        ranks.wait()  # all see the same files before one of them writes
         if not done:
             chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
             paths = [folder / f"{number:06d}.safetensors" for number in range(len(chunks))]
@@ -110,13 +110,13 @@ def extract(
     """Read some images, in threads, and compute their features in batches.
 
     Args:
-        numbers: of the images.
-        read: gives the name of an image and the image; raises LdmError if it cannot be read.
-        prepare: makes the network's input of an image.
+        numbers: numbers of the images.
+        read: gives an image's name and the image; raises LdmError if it cannot be read.
+        prepare: turns an image into the network's input.
         network: gives the features of a batch: (B, …) each.
 
     Returns:
-        The features, and as `PIXELS` a hash of the pixels of each image.
+        The features, and under `PIXELS` a hash of the pixels of each image.
     """
     digest = hashlib.sha256()
     index: list[int] = []
@@ -154,7 +154,7 @@ def extract(
 
 
 def _valid(path: Path) -> bool:
-    """Whether a file exists and its digest is right."""
+    """Whether a file exists and its digest matches."""
     try:
         return path.exists() and check_digest(path)
     except LdmError:

@@ -1,7 +1,7 @@
 """An evaluation from beginning to end: the sides' images, their features, and the report.
 
-A side is a folder of images, or a model that is handed in as functions; models make images of the same prompts with the
-same seeds. Images and features are kept in the evaluation's folder, so that the same call goes on where it stopped.
+A side is a folder of images, or a model in the form of functions; models make images of the same prompts with the same
+seeds. Images and features are kept in the evaluation's folder, so that the same call resumes a stopped evaluation.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ldm.evaluation.workspace import Workspace
 
 
 def evaluate(sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> Report | None:
-    """Evaluate one side, or two and whether they differ; the same call goes on where an earlier one stopped.
+    """Evaluate one side, or compare two; the same call resumes an evaluation that was stopped.
 
     Args:
         sides: models, or folders of images (or shards, or datasets).
         plan: what to evaluate.
-        work: takes images and features, and says which processes share the work.
+        work: the folder for images and features, and the processes that share the work.
 
     Returns:
         The report, on the first rank. `save_report` and `write_page` write it.
 
     Raises:
-        LdmError: in one line, what is missing or does not fit.
+        LdmError: something is missing or does not fit; the message is one line.
     """
     return Evaluation(sides, plan, work).run()
 
@@ -42,7 +42,7 @@ class Evaluation:
     """An evaluation that is ready to run: its plan is checked, networks are open, the reference has its features."""
 
     def __init__(self, sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> None:
-        """Arguments and errors are those of `evaluate`."""
+        """Check the plan and open the networks; arguments and errors are those of `evaluate`."""
         check_plan([isinstance(side, Model) for side in sides], plan)
         self.sides, self.plan, self.work = dict(zip(SIDES, sides, strict=False)), plan, work
         self.metrics = {name: one for name, one in METRICS.items() if name in plan.metrics}
@@ -59,14 +59,14 @@ class Evaluation:
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """Everything that the figures depend on but the sides and how their images are made."""
+        """Everything that the figures depend on, but the sides and the settings of their images."""
         sets = (self.data, None if self.training is None else self.training.images)
         stamps = [None if one is None else one.stamp for one in sets]
         networks = sorted((role, used.digest, used.preparation) for role, used in self.networks.used.items())
         return (*stamps, *networks, sorted(self.metrics), self.prompts, self.plan.seed)
 
     def run(self) -> Report | None:
-        """Make and measure all images, with all ranks; then, on the first one, the report."""
+        """Make and measure all images, with all ranks, and return the report on the first one."""
         measured = {name: self._measured(name, {}) for name in self.sides} if self.of_sets else {}
         rebuilt = {name: self._rebuilt(name, model) for name, model in self._models().items() if self.of_autoencoders}
         swept = {
@@ -86,7 +86,7 @@ class Evaluation:
         return {name: side for name, side in self.sides.items() if isinstance(side, Model)}
 
     def _prompts(self) -> list[str]:
-        """A prompt for each image; they begin again when there are not enough."""
+        """A prompt for each image; the prompts are repeated when there are too few."""
         texts = prompts_of(self.plan, self.data)
         count = self.plan.n or len(texts)
         if count > len(texts) and self.of_sets:
@@ -123,13 +123,11 @@ class Evaluation:
         reference = with_nearest(reference, self.training)
         assert reference.features.training_distances is not None
         if float(reference.features.training_distances.kthvalue(max(1, len(reference.index) // 20)).values) < 1e-4:
-            self.notes.add(
-                "the reference holds images of the training set: it says nothing about how close new images are"
-            )
+            self.notes.add("the reference holds images of the training set: it cannot show how close new images are")
         return reference
 
     def _measured(self, name: str, changes: Mapping[str, Value]) -> MeasuredImages:
-        """A side's images with their features; a model makes them, with some settings changed."""
+        """A side's images with their features; a model makes its images, with some settings changed."""
         captions = any(self.metrics[metric].captions for metric in self.of_sets)
         images = self._images(name, changes)
         measured = self._features(images, f"the images of {name}", self.of_sets, self.work, captions)
@@ -146,7 +144,7 @@ class Evaluation:
         return images
 
     def _rebuilt(self, name: str, model: Model) -> Reconstructions:
-        """A model's reconstructions of the reference images, and these at its resolution."""
+        """A model's reconstructions of the reference images, and the originals at the model's resolution."""
         assert self.data is not None
         rebuilt, originals = reconstructed_images(model, name, self.data, self.plan, self.work)
         pairs = self.networks.pairs(rebuilt, originals, f"{name} with the originals", self.work)

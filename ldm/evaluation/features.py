@@ -1,4 +1,4 @@
-"""Features of a set of images and of its captions, kept in files.
+"""Images with their features, computed by the networks that the metrics need and kept in files.
 
 N images, D features of an image
 """
@@ -36,21 +36,21 @@ class MeasuredImages:
     images: Images
     features: Features
     index: Tensor  # (N,): numbers of the images that can be read
-    digest: str = ""  # of their pixels; empty if no network needed them
+    digest: str = ""  # of the images' pixels; empty if no network read them
     pixels: Tensor | None = None  # (N,): hashes of the images' pixels
     nearest: Tensor | None = None  # (N,): numbers of the nearest training images
 
     def take(self, places: Tensor) -> MeasuredImages:
         """The images at these places (K,), in this order."""
         if torch.equal(places, torch.arange(len(self.index))):
-            return self  # and nothing that is mapped is copied to memory
+            return self  # mapped values are not copied to memory
         pixels, closest = (None if values is None else values[places] for values in (self.pixels, self.nearest))
         return replace(
             self, features=self.features.take(places), index=self.index[places], pixels=pixels, nearest=closest
         )
 
     def prompts(self) -> Iterator[tuple[str, str, int]]:
-        """The name and the caption of each image, and how many images before it have the same."""
+        """The name and the caption of each image, and how many images before it have the same two."""
         before: Counter[tuple[str, str]] = Counter()
         for number in self.index.tolist():
             prompt = PurePath(self.images.key(number)).stem, self.images.caption(number)
@@ -63,7 +63,7 @@ class Networks:
 
     def __init__(self, metrics: Mapping[str, Metric], specs: Mapping[str, str | None], device: str) -> None:
         """Args:
-            metrics: by name.
+            metrics: metrics by name.
             specs: by `Metric.network`, the name of a network for `open_extractor`, or of LPIPS's backbone or file.
             device: of the networks.
 
@@ -103,9 +103,9 @@ class Networks:
 
         Args:
             images: to compute the features of.
-            what: the images are, for progress and errors.
-            metrics: names.
-            work: its folder takes the features.
+            what: description of the images, for progress and errors.
+            metrics: names of the metrics.
+            work: its folder holds the features.
             captions: whether features of the captions are needed.
 
         Raises:
@@ -149,7 +149,7 @@ class Networks:
         return encoded[[place[caption] for caption in captions]]
 
     def pairs(self, images: Images, originals: Images, what: str, work: Workspace) -> dict[str, Tensor]:
-        """PSNR, SSIM, LPIPS and the like of each image and its original (N,), by metric."""
+        """The values (N,) of PSNR, SSIM, LPIPS and the like for each image and its original, by metric."""
         wanted = [name for name, one in self.metrics.items() if one.output == "pairs"]
         if not wanted:
             return {}
@@ -177,7 +177,7 @@ class Networks:
 def in_pairs(a: MeasuredImages, b: MeasuredImages) -> tuple[MeasuredImages, MeasuredImages] | None:
     """The images of the same prompts in both sets, in the same order; None if the sets are not of the same prompts.
 
-    A few images may be missing from either, as images that cannot be read are.
+    Either set may lack a few images, such as images that cannot be read.
     """
     of_b = {prompt: place for place, prompt in enumerate(b.prompts())}
     pairs = [(place, of_b[prompt]) for place, prompt in enumerate(a.prompts()) if prompt in of_b]
@@ -198,7 +198,7 @@ def with_nearest(measured: MeasuredImages, training: MeasuredImages) -> Measured
 
 
 def _skipped(what: str, skipped: Mapping[str, str], count: int) -> list[str]:
-    """A note about images that cannot be read; an error if they are many."""
+    """A note about images that cannot be read. Raises LdmError if there are too many."""
     reasons = list(skipped.values())
     text = f"{what}: {len(reasons)} of {count} images cannot be read: {listing(reasons, 3)}"
     if len(reasons) >= HANDFUL and len(reasons) > MOST * count:
@@ -207,5 +207,5 @@ def _skipped(what: str, skipped: Mapping[str, str], count: int) -> list[str]:
 
 
 def digest_of(*facts: object) -> str:
-    """A short name for facts, as long as they stay the same."""
+    """A short digest of facts."""
     return hashlib.sha256(ascii(facts).encode()).hexdigest()[:20]

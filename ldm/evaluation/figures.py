@@ -9,7 +9,7 @@ from ldm.evaluation.metrics.table import METRICS, Features
 from ldm.evaluation.pages.words import verdict
 from ldm.evaluation.report import Row, Table
 
-ROLES = ("features", "clip", "copies", "lpips", "")  # of networks, in the order of their tables
+ROLES = ("features", "clip", "copies", "lpips", "")  # roles of networks, in the order of their tables
 
 
 def rows(
@@ -18,11 +18,11 @@ def rows(
     """The figures of each side, and their comparison.
 
     Args:
-        names: of metrics.
-        sides: features of their images.
-        references: for each side, features of the images to compare with.
-        compare: whether the two sides' images are of the same prompts and seeds, and are compared.
-        networks: that gave the features.
+        names: names of the metrics.
+        sides: for each side, features of its images.
+        references: for each side, features of its reference images.
+        compare: whether the two sides, with images of the same prompts and seeds, are compared.
+        networks: the networks that gave the features.
 
     Raises:
         LdmError: there are too few images, or their features do not fit.
@@ -38,14 +38,14 @@ def rows(
 
 
 def _label(name: str, networks: Networks) -> str:
-    """A metric's label: FID and the like are names for features of Inception alone."""
+    """A metric's label; the names FID and the like are for features of Inception alone."""
     one = METRICS[name]
     network = networks.opened.get(one.network)
     return one.plain if one.plain and network and not network.name.startswith("Inception") else one.label
 
 
 def tables(found: Sequence[Row], networks: Networks) -> Iterator[Table]:
-    """A table for each network, so that figures of different ones do not meet."""
+    """A table for each network, because figures of different networks are not comparable."""
     for role in ROLES:
         own = tuple(row for row in found if METRICS[row.metric].network == role)
         if own:

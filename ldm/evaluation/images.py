@@ -1,7 +1,7 @@
-"""Images that are evaluated or compared with: some of a source, in an order, with their captions.
+"""The images of a side or of the reference: some images of a source, in an order, with their captions.
 
 Images that a model makes are written as PNG files first, so that all features are of images in 8 bits, and a stopped
-evaluation goes on.
+evaluation can resume.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ldm.evaluation.workspace import Workspace
 from ldm.files import replacing
 from ldm.images import save_png
 
-Make = Callable[[range], list[Image.Image]]  # the images of these numbers
+Make = Callable[[range], list[Image.Image]]  # numbers -> the images with these numbers
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def images_of(source: str | Path, work: Workspace, count: int | None = None) -> 
 
     Args:
         source: folder, shards or dataset.
-        work: its folder takes the index.
-        count: of images, the first by name; by default all.
+        work: its folder holds the index.
+        count: number of images, the first by name; by default all.
 
     Raises:
         LdmError: there is no image, or fewer than `count`.
@@ -94,18 +94,18 @@ def images_of(source: str | Path, work: Workspace, count: int | None = None) -> 
 def write_images(what: str, name: str, prompts: Sequence[str], make: Make, batch: int, work: Workspace) -> Images:
     """Write an image for each prompt, unless it exists: `000000.png` and so on, and `metadata.jsonl`.
 
-    A batch is the same images whichever process makes it, and is made whole, so that the result is the same.
+    Batches do not depend on the processes and are always made whole, so that the images are always the same.
 
     Args:
         what: the name of the work, for its progress.
-        name: of the folder; changes with everything that changes the images.
+        name: name of the folder; it differs for different images.
         prompts: one for each image.
-        make: gives the images of some numbers.
-        batch: images made together.
+        make: makes the images with some numbers.
+        batch: number of images made together.
         work: the folder, and the processes that share the batches.
 
     Raises:
-        LdmError: a file cannot be written; and what `make` raises.
+        LdmError: a file cannot be written, or `make` raises it.
     """
     folder, ranks = made(work.folder / "images" / name), work.ranks
     batches = [range(start, min(start + batch, len(prompts))) for start in range(0, len(prompts), batch)]

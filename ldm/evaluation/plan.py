@@ -1,4 +1,4 @@
-"""What to evaluate and how: models, metrics, the images to compare with; and whether that can be done."""
+"""The plan of an evaluation (metrics, reference, prompts, networks), a model to evaluate, and their checks."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ SIDES = ("A", "B")  # names of the sides
 class Model:
     """A model, as functions that make and reconstruct images."""
 
-    source: str  # its name in the report
+    source: str  # its source, shown in the report
     digest: str  # of its weights
-    size: int  # height and width in pixels of the images that its autoencoder is tried with
+    size: int  # height and width in pixels of the images that its autoencoder reconstructs
     make: Callable[[list[str], list[int], Mapping[str, Value]], list[Image.Image]]  # of prompts, seeds, swept settings
     reconstruct: Callable[[list[Image.Image]], list[Image.Image]] | None = None  # encode and decode images
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of `make`; other settings make other images
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the settings of `make`
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What to evaluate and how."""
+    """The arguments of an evaluation."""
 
     metrics: Sequence[str]  # names of `METRICS`
-    data: str | Images | None = None  # reference images, and captions that models make images of
-    n: int | None = None  # images of each side; by default all of a folder, and of a model as many as `data` holds
-    prompts: Sequence[str] | None = None  # instead of the captions
+    data: str | Images | None = None  # reference images, whose captions are the models' prompts
+    n: int | None = None  # images of each side; by default all of a folder, and of a model one for each of `data`
+    prompts: Sequence[str] | None = None  # in place of the captions
     training: str | Images | None = None  # the models' training images, for metrics of copying
     features: str = "inception"  # network of FID and other distances between sets of images
     clip: str | None = None  # network of the metrics that compare images with prompts

@@ -1,6 +1,6 @@
 """The report of an evaluation, as data: written to `report.json`, shown as tables and as a page.
 
-A report says nothing of time and machine: the same evaluation gives the same file.
+A report holds nothing about time and machine, so that the same evaluation gives the same file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Side:
     """A model or a folder of images that is evaluated."""
 
     name: str  # "A" or "B"
-    source: str  # as it was given
-    digest: str  # of the model's weights, or of the images
+    source: str  # its source, as the user named it
+    digest: str  # digest of the model's weights, or of the images
     count: int  # images
     settings: dict[str, Any] = field(default_factory=dict)  # of the model; none for a folder
 
@@ -33,7 +33,7 @@ class UsedNetwork:
 
     name: str
     digest: str  # SHA-256 of its weights
-    preparation: str  # of images for it: how they were resized
+    preparation: str  # how images are resized for it
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Row:
     """One metric of every side."""
 
     metric: str  # its name on the command line
-    label: str  # as people write it
+    label: str  # its usual name
     better: str  # "lower", "higher", or "" where neither is
-    estimates: tuple[Estimate, ...]  # of each side
+    estimates: tuple[Estimate, ...]  # one for each side
     comparison: Comparison | None = None  # of the two sides
-    verdict: str = ""  # of the comparison, in words
+    verdict: str = ""  # of the comparison, as text
     difference: str = "A − B"  # of the comparison; of the Inception score, one of logarithms: "ln A − ln B"
 
 
@@ -62,8 +62,8 @@ class GalleryRow:
     """Images beside each other: each side's image of one prompt, or an image and the one that it is compared with."""
 
     text: str  # the prompt, or the name of the image
-    images: tuple[str, ...]  # files relative to the report's folder
-    scores: tuple[float, ...] = ()  # of the first images; the others have none
+    images: tuple[str, ...]  # paths relative to the report's folder
+    scores: tuple[float, ...] = ()  # of the first images of the row
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Histogram:
     counts: tuple[tuple[int, ...], ...]  # of each distribution
 
 
-Value = float | str  # of a setting: a number, or a name
+Value = float | str  # value of a setting: a number, or a name
 
 
 def value_text(value: Value) -> str:
@@ -99,7 +99,7 @@ class Sweep:
     """Metrics along one setting, the others fixed."""
 
     over: str  # the setting, such as guidance
-    values: tuple[Value, ...]  # one at least
+    values: tuple[Value, ...]  # at least one
     rows: tuple[tuple[Row, ...], ...]  # at each value: the same metrics in the same order
 
     @property
@@ -131,7 +131,7 @@ def check_report(report: Report) -> None:
     """Raise unless every figure of the report is a finite number; an unknown figure is None, with a note.
 
     Raises:
-        LdmError: one is not.
+        LdmError: a figure is not finite.
     """
     _check_finite(asdict(report), "report")
 
@@ -151,7 +151,7 @@ def save_report(report: Report, path: Path) -> None:
     """Write `report.json`, whole or not at all.
 
     Raises:
-        LdmError: as `check_report`, or it cannot be written.
+        LdmError: as `check_report`; or the file cannot be written.
     """
     check_report(report)
     with replacing(path, folder=False, overwrite=True, need=0) as temporary:

@@ -17,7 +17,7 @@ from ldm.evaluation.plan import EvaluationPlan, Model
 from ldm.evaluation.report import Gallery, Report, Row, Side, Sweep
 from ldm.evaluation.sides import Notes
 
-Reconstructions = tuple[MeasuredImages, MeasuredImages]  # of a model, and the originals
+Reconstructions = tuple[MeasuredImages, MeasuredImages]  # a model's reconstructions, and the originals
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Results:
     plan: EvaluationPlan
     networks: Networks
     data: Images | None  # the reference images
-    reference: MeasuredImages | None  # the same with their features, if a metric needs them
+    reference: MeasuredImages | None  # the reference images with features, if a metric needs them
     training: MeasuredImages | None
     measured: Mapping[str, MeasuredImages]
     rebuilt: Mapping[str, Reconstructions]
-    swept: Mapping[str, Sequence[Sequence[MeasuredImages]]]  # by setting: of each value, of each side
+    swept: Mapping[str, Sequence[Sequence[MeasuredImages]]]  # by setting: for each value, the images of each side
 
     @property
     def of_sets(self) -> list[str]:
@@ -50,8 +50,8 @@ def report_of(results: Results, folder: Path, notes: Notes) -> Report:
 
     Args:
         results: of the evaluation.
-        folder: takes the images that the report shows.
-        notes: that stand in the report; more are added.
+        folder: for copies of the images that the report shows.
+        notes: notes of the report; more are added.
     """
     pairs = _paired(results.measured, notes)
     compared = pairs or results.measured
@@ -75,7 +75,7 @@ def report_of(results: Results, folder: Path, notes: Notes) -> Report:
 
 
 def _paired(measured: Mapping[str, MeasuredImages], notes: Notes) -> Mapping[str, MeasuredImages]:
-    """Two sides cut down to the images that both have; nothing if they cannot be compared."""
+    """Two sides, reduced to the images that both have; empty if they cannot be compared."""
     if len(measured) < 2:
         return {}
     a, b = measured.values()
@@ -109,7 +109,7 @@ def _rebuilt_rows(results: Results, notes: Notes) -> list[Row]:
 
 
 def _galleries(results: Results, pairs: Mapping[str, MeasuredImages], folder: Path) -> tuple[Gallery, ...]:
-    """Images of both sides, beside each other where they are pairs."""
+    """The galleries of the report, with both sides' images beside each other where they are pairs."""
     groups = [pairs] if pairs else [{name: one} for name, one in results.measured.items()]
     shown = galleries.ShownFolder(folder)
     return (
@@ -121,7 +121,7 @@ def _galleries(results: Results, pairs: Mapping[str, MeasuredImages], folder: Pa
 
 
 def _note_figures(results: Results, sides: Mapping[str, MeasuredImages], notes: Notes) -> None:
-    """Add the notes of metrics, and that of images that are in the reference too."""
+    """Add the notes of metrics, and a note about images that are in the reference too."""
     features = {name: one.features for name, one in sides.items()}
     for name in results.of_sets:
         if note := results.networks.metrics[name].note:

@@ -16,7 +16,7 @@ from ldm.evaluation.workspace import Workspace
 
 
 class Notes:
-    """What readers of a report must know, each text once."""
+    """Notes for the readers of a report, each text once."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -38,10 +38,10 @@ def opened(source: str | Path | Images, work: Workspace, notes: Notes, count: in
 
 
 def prompts_of(plan: EvaluationPlan, data: Images | None) -> list[str]:
-    """The different prompts of an evaluation: those that are given, or the captions of the reference images.
+    """The distinct prompts of an evaluation: the given ones, or the captions of the reference images.
 
     Raises:
-        LdmError: there are none.
+        LdmError: there are no prompts.
     """
     texts = list(plan.prompts or ())
     if not texts:
@@ -59,12 +59,12 @@ def made_images(
     """The images that a model makes of prompts.
 
     Args:
-        model: that makes them.
-        name: of the side.
+        model: the model that makes them.
+        name: name of the side.
         changes: settings that differ from the model's.
         prompts: one for each image.
         plan: of the evaluation.
-        work: its folder takes the images.
+        work: its folder holds the images.
     """
 
     def make(numbers: range) -> list[Image.Image]:
@@ -79,7 +79,7 @@ def made_images(
 def reconstructed_images(
     model: Model, name: str, data: Images, plan: EvaluationPlan, work: Workspace
 ) -> tuple[Images, Images]:
-    """A model's reconstructions of the reference images, and these at its resolution.
+    """A model's reconstructions of the reference images, and the originals at the model's resolution.
 
     Raises:
         LdmError: a reference image cannot be read.

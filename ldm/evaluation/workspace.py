@@ -14,11 +14,11 @@ from ldm.files import Progress, silent
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work together on one folder that all of them see."""
+    """This process among the processes that share one evaluation and its folder."""
 
     rank: int = 0
     world: int = 1
-    wait: Callable[[], None] = lambda: None  # until all others have called it too
+    wait: Callable[[], None] = lambda: None  # returns when all processes have called it
 
     @property
     def first(self) -> bool:
@@ -27,12 +27,12 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder of an evaluation, the processes that share it, and a function that hears of their progress."""
+    """The folder of an evaluation, the processes that share it, and a function that reports progress."""
 
     folder: Path
     ranks: Ranks = field(default_factory=Ranks)
-    tell: Progress = silent  # takes the name of the work, the images that are done, and how many there are
-    cache: Path | None = None  # of features of images that no model made; by default the folder
+    tell: Progress = silent  # (name of the work, number of images done, number of images)
+    cache: Path | None = None  # folder of features of images that no model made; by default `folder`
 
     @property
     def shared(self) -> Workspace:
@@ -42,14 +42,14 @@ class Workspace:
 
 @contextlib.contextmanager
 def file_lock(path: Path, in_use: str = "") -> Iterator[None]:
-    """Hold the lock of a file, where its file system has locks.
+    """Hold a lock on a file within this context, where its file system has locks.
 
     Args:
-        path: of the file, which is made.
-        in_use: the error if another process holds the lock; if empty, wait for that process.
+        path: of the file, which is created.
+        in_use: message of the error if another process holds the lock; if empty, wait for that process.
 
     Raises:
-        LdmError: `in_use`; or the file cannot be written.
+        LdmError: another process holds the lock, or the file cannot be written.
     """
     try:
         lock = path.open("wb")

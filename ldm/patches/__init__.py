@@ -1,1 +1,1 @@
-"""What changes a network's result: one file for each method, applied in one order by `patching.patched`."""
+"""Patches, which change a network's result: one file for each, applied in one order by `patching.patched`."""

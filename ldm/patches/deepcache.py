@@ -15,7 +15,7 @@ from ldm.models.unet import UNet
 
 
 def reuse_inner_levels(unet: UNet, every: int) -> UNet:
-    """A U-Net of two levels or more, for one run, all of whose levels but the outermost run in one call of `every`."""
+    """A U-Net for one run whose inner levels, all but the outermost, run in one call of `every`."""
     cache = InnerCache(every)
     outermost, *down = unet.down_blocks
     *up, last = unet.up_blocks
@@ -40,7 +40,7 @@ class InnerCache:
         self.result: Tensor | None = None
 
     def begin(self, x: Tensor) -> None:
-        """Begin a call; a batch of another size than the last one's cannot reuse its result."""
+        """Begin a call; a batch of another size cannot reuse the last result, so the inner levels run."""
         fits = self.result is not None and len(self.result) == len(x)
         self.calls = self.calls + 1 if fits else 0
         self.running = self.calls % self.every == 0
@@ -84,6 +84,6 @@ class LastInnerUpLevel(InnerLevel):
         if self.cache.running:
             self.cache.result = self.block(x, time, text, skips)
         else:
-            skips.pop()  # the outermost level's input to the first inner one, which this level would take
+            skips.pop()  # the outermost level's skip for the inner ones, which this level would pop
         assert self.cache.result is not None
         return self.cache.result

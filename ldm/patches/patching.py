@@ -20,7 +20,7 @@ from ldm.patches.token_merging import merge_tokens
 class Patch:
     """One change of a network's result."""
 
-    name: str  # of the value that asks for it, in the settings of a call
+    name: str  # of the setting that turns it on
     off: Any  # the value that leaves the network as it is
     apply: Callable[[UNet, Any], UNet]
 
@@ -35,7 +35,7 @@ PATCHES = (
 
 
 def patched(unet: UNet, values: Mapping[str, Any]) -> UNet:
-    """The U-Net with the patches that `values` ask for by their names; names that are no patch's are passed over."""
+    """The U-Net with the patches that `values` ask for by name; other names are ignored."""
     for patch in PATCHES:
         value = values.get(patch.name, patch.off)
         if value != patch.off:

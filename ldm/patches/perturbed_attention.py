@@ -1,7 +1,7 @@
 """Perturbed-attention guidance (PAG): the middle of a U-Net whose self-attentions are the identity for some images.
 
 Ahn et al. 2024 (arXiv 2403.17377), section 4: with its attention map replaced by the identity, each token sees itself
-alone. Guidance pushes the prediction away from the one that comes out.
+alone. Guidance pushes the prediction away from this perturbed one.
 """
 
 from __future__ import annotations

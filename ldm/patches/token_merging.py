@@ -42,7 +42,7 @@ def _merging_level(block: DownBlock | UpBlock, ratio: float) -> nn.Module:
 
 
 class MergeTargets:
-    """Which tokens of a map others are merged into, for the self-attentions of one transformer."""
+    """The tokens of a map into which others are merged, for the self-attentions of one transformer."""
 
     def __init__(self) -> None:
         self.count = 0  # D
@@ -51,7 +51,7 @@ class MergeTargets:
     def fit(self, height: int, width: int, device: torch.device) -> None:
         """Choose the targets of a map: top left and bottom right of its cells in turns, like a chessboard's fields.
 
-        Images change less by that than with all of them top left. Cells at odd edges have fewer rows or columns.
+        This changes images less than targets that are all top left. Cells at odd edges have fewer rows or columns.
         """
         row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
         odd = (row // 2 + column // 2) % 2
@@ -95,7 +95,7 @@ class MergingAttention(nn.Module):
 
 
 def merged(tokens: Tensor, targets: MergeTargets, ratio: float) -> tuple[Tensor, Tensor]:
-    """Fewer tokens (B, N - R, C) than `tokens` (B, N, C) of a map, and for each of those its index among them (B, N).
+    """`tokens` (B, N, C) of a map, merged to (B, N - R, C); and for each old token the index of its merged one (B, N).
 
     The part `ratio` of the tokens, rounded down, is merged: each token but the targets is paired with the target most
     similar to it (by cosine), wherever that lies; of the most similar pairs, a target and all tokens that go into it

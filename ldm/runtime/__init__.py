@@ -1,1 +1,1 @@
-"""What changes only a network's speed or place: fused layers, kernels, graphs, precomputing, offload, quantisation."""
+"""Changes of a network's speed or device alone: fused layers, kernels, graphs, precomputing, offload, quantisation."""

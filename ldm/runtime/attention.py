@@ -58,7 +58,7 @@ KERNELS: dict[str, tuple[Kernel, str]] = {  # name -> the kernel, what it needs
 
 
 def best_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel to make images with: ours on the CPU in bf16 where it runs, else PyTorch's own choice."""
+    """The fastest kernel's name: "avx512" in bf16 on a CPU where it runs, else "sdpa", PyTorch's own choice."""
     if device.type == "cpu" and dtype == torch.bfloat16:
         from ldm.runtime.kernels.compiled import usable
 
@@ -100,7 +100,7 @@ def _try(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype
     """Why the kernel fails on a small input, in a few words, or "" when it agrees with plain attention."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 16, head_dim, generator=generator).to(device, dtype)
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports what does not load; so do we, in one line
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it logs what does not load; our error says it
     try:
         with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
             out = kernel(q, k, v)

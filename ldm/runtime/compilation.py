@@ -1,7 +1,7 @@
-"""Residual and transformer blocks compiled by `torch.compile`, each kind once for all places where it stands.
+"""Residual and transformer blocks compiled by `torch.compile`, each kind of block once for all its places.
 
-They do most of the work, and take a fraction of the whole network's time to compile. Compiled code is kept on disk for
-the next process. Weights are its inputs, so that they may change.
+These blocks do most of the work, and compile in a fraction of the time that the whole network would take. Compiled code
+is kept on disk for the next process. Weights are inputs of the compiled code, so that they may change.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def failure(device: torch.device) -> str:
 @cache
 def _blocks() -> dict[type[nn.Module], type[nn.Module]]:
     """The compiled class for each kind of block."""
-    import torch._dynamo  # which takes a second
+    import torch._dynamo  # the import takes a second
 
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)

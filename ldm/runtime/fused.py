@@ -1,7 +1,7 @@
-"""Fused layers: several small steps in one kernel, which reads memory once. What those of CPUs and GPUs share.
+"""Fused layers: several small steps in one kernel, which reads memory once. CPUs and GPUs share the classes here.
 
-Each has the parameters of the plain layer that it replaces, under the same names, and computes what that layer computes
-wherever its kernel does not fit the input.
+Each layer has the parameters of the plain layer that it replaces, under the same names, and falls back to the plain
+layer's computation where its kernel does not fit the input.
 
 B batch, C channels, H×W height and width
 """
@@ -18,7 +18,7 @@ LAST = torch.channels_last
 
 
 def hooked(layer: nn.Module) -> bool:
-    """Whether hooks read or change the layer's input or output."""
+    """Whether the layer has forward hooks."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
@@ -70,7 +70,7 @@ class FusedGEGLU(GEGLU):
         raise NotImplementedError
 
     def kernel(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Of `x` (…, 2 C) plus a bias (2 C,), the first half of the channels times GELU of the second: (…, C)."""
+        """GEGLU of `x` (…, 2 C) plus a bias (2 C,), the first half of the channels times GELU of the second: (…, C)."""
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:

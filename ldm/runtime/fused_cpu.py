@@ -1,8 +1,8 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
-Each gives the numbers of the plain layer that it replaces, but for rounding, and is that layer where gradients are
-wanted (`fused.py`). Weights of convolutions, and of products with few rows, are copied once into the order in which
-oneDNN multiplies; otherwise oneDNN reorders them at each call, which takes as long as such a product itself.
+Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
+where gradients are wanted (`fused.py`). Weights of convolutions, and of products with few rows, are copied once into
+the order in which oneDNN multiplies; otherwise oneDNN reorders them at each call, which takes as long as a product.
 
 B batch, C channels, H×W height and width
 """
@@ -80,7 +80,7 @@ class ReorderedWeights:
     """Copies of weights in oneDNN's order; they are made anew when the weights change, and freed with them."""
 
     def __init__(self, make: Callable[[Tensor, Any, list[int]], Tensor]) -> None:
-        self.make = make  # from weights, their layer, and the shape of its input
+        self.make = make  # makes a copy from weights, their layer, and the shape of its input
         self.made: Any = WeakTensorKeyDictionary()
 
     def of(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def doubling(weight: Tensor) -> Tensor:
     return total.transpose(0, 1).to(weight.dtype, memory_format=LAST)
 
 
-FEW = 384  # rows: at most so many make a reordered copy of the weights worth while
+FEW = 384  # rows of an input, up to which a reordered copy of the weights pays
 DOUBLING = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, padding of the output, stride, dilation, groups
 convolutions = ReorderedWeights(_ordered)
 matrices = ReorderedWeights(lambda weight, layer, shape: onednn._reorder_linear_weight(weight, math.prod(shape[:-1])))
@@ -124,7 +124,7 @@ doublings = ReorderedWeights(
 def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
     """Whether a layer is a `FusedConv2d`, unchanged, of the tensors' type, and no gradients are wanted.
 
-    It may have been replaced by an adapter since, or been given hooks or another padding.
+    The layer may have been replaced by an adapter since, or been given hooks or another padding.
     """
     if not isinstance(layer, FusedConv2d) or layer.padding_mode != "zeros":
         return False

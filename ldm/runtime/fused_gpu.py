@@ -1,6 +1,6 @@
 """Fused layers for CUDA GPUs, in Triton: they read memory less often, with channels last. Convolutions stay cuDNN's.
 
-Each gives the numbers of the plain layer that it replaces, but for rounding (`fused.py`).
+Each layer computes what the plain layer that it replaces computes, up to rounding (`fused.py`).
 """
 
 from __future__ import annotations

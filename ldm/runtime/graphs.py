@@ -33,7 +33,7 @@ MOST = 8  # recordings kept of one U-Net
 
 
 def record_steps(unet: UNet) -> None:
-    """Make a U-Net on a GPU record its steps: without gradients, and where it is `precomputed` for its conditioning."""
+    """Make a U-Net on a GPU record its steps, where no gradients are wanted and its conditioning is `precomputed`."""
     recorder = CudaRecorder(next(unet.parameters()).device)
     unet.recordings = Recordings(unet, recorder)  # type: ignore[assignment]
     unet.__class__ = RecordedUNet
@@ -59,7 +59,7 @@ class CudaRecorder:
             graph = torch.cuda.CUDAGraph()
             recording = torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            )  # other threads may go on
+            )  # other threads may use the GPU meanwhile
             try:
                 with recording:
                     out = step()
@@ -100,7 +100,7 @@ class GraphInputs:
 
     @classmethod
     def of(cls, unet: UNet) -> GraphInputs:
-        """Those of a `precomputed` U-Net."""
+        """The inputs of a `precomputed` U-Net."""
         outputs = precomputed_outputs(unet)
         key = (*(_place(parameter) for parameter in unet.parameters()), *(layer.output.shape for layer in outputs))
         timestep = [layer for layer in outputs if isinstance(layer, TimestepOutput)]
@@ -112,11 +112,11 @@ class Recording:
 
     def __init__(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning, record: Callable[[Step], Step]):
         self.unet = twin(unet)  # with precomputed outputs of its own, which the graph reads
-        del self.unet.recordings  # which will hold this recording
+        del self.unet.recordings  # they will hold this recording
         self.x, self.t, self.places = x.clone(), t.clone(), GraphInputs.of(self.unet)
         for layer in self.places.timestep:
             layer.output = layer.output.clone()  # one row alone, not a view of the whole table
-        self.filled_from: ref[GraphInputs] | None = None  # whose conditioning is in the graph's places
+        self.filled_from: ref[GraphInputs] | None = None  # the inputs whose outputs were copied last
         self.replay = record(lambda: self.unet.step(self.x, self.t, cond))
 
     def __call__(self, inputs: GraphInputs, x: Tensor, t: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Recordings:
 
     def __init__(self, unet: UNet, record: Callable[[Step], Step]) -> None:
         self.record = record
-        self.works = True  # until something cannot be recorded
+        self.works = True  # False once a recording has failed
         self.own = {id(module) for module in unet.modules() if not any(module.children())}
         self.kinds = {RecordedUNet, PrecomputedOutput, TimestepOutput, *(type(module) for module in unet.modules())}
         self.kernels = {layer.kernel for layer in attention_layers(unet)}
@@ -145,10 +145,10 @@ class Recordings:
         return self
 
     def replayed(self, unet: RecordedUNet, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor | None:
-        """The result of the recording for inputs of that shape, which is made if there is none.
+        """The result of the recording for inputs of this shape, which is recorded first if there is none.
 
-        The least recently used recording goes where there are too many. None is the answer for a copy of the U-Net that
-        runs other layers, or not the same ones at every step, or computes something from the conditioning itself.
+        Of more than `MOST` recordings, the least recently used one is dropped. The result is None for a copy of the
+        U-Net that runs other layers, or not the same ones at every step, or still reads the conditioning itself.
         """
         if unet not in self.inputs:
             self.inputs[unet] = GraphInputs.of(unet) if self.works and self._recordable(unet) else None
@@ -172,7 +172,7 @@ class Recordings:
         return self.found[key](inputs, x, t)
 
     def _recordable(self, unet: RecordedUNet) -> bool:
-        """Whether a copy runs the U-Net's own layers at every step but for precomputed outputs, without hooks."""
+        """Whether a copy runs the U-Net's own layers at every step, but for precomputed outputs, and has no hooks."""
         modules = list(unet.modules())
         leaves = [layer for layer in modules if not any(layer.children()) and not isinstance(layer, PrecomputedOutput)]
         return (

@@ -18,7 +18,7 @@ OFFLOAD = {  # name -> what it does
     "auto": "the first of the others that fits into a GPU's free memory",
     "none": "all weights stay on the device",
     "components": "text encoders, U-Net and autoencoder are on the device one at a time",
-    "layers": "the same, and the U-Net's layers are there one at a time",
+    "layers": "like components, and the U-Net's layers are on the device one at a time",
 }
 WORK = 2 * 2**30  # bytes that an image of usual size needs beside the weights
 
@@ -52,7 +52,7 @@ class Room:
             try:
                 network.to(self.device)
             except BaseException:
-                network.to("cpu")  # whole again
+                network.to("cpu")  # not half on the device
                 raise
         self.present = network
 

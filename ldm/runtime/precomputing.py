@@ -3,7 +3,7 @@
 Keys and values of the text, and the embedding of pooled text and time ids, are the same at every step; what the time
 adds in each block is computed for all timesteps of a run at once. A layer's class says which of its parts depend on
 what (`precomputable`). These parts are replaced by their outputs in a copy that shares all else with the U-Net, so that
-no forward pass knows of it.
+no forward pass changes.
 
 B images, M text tokens, C channels, E time embedding channels, K timesteps
 """
@@ -46,7 +46,7 @@ def precomputed_outputs(module: nn.Module) -> list[PrecomputedOutput]:
 def parts_reading(module: nn.Module, source: str) -> dict[str, nn.Module]:
     """The parts of a module that compute their output from `source` alone: "text", "conditioning" or "time".
 
-    Parts without weights are left out: they are precomputed already, or nothing is gained by it.
+    Parts without weights are left out: they are precomputed already, or cost next to nothing.
     """
     sources: Mapping[str, str] = getattr(type(module), "precomputable", {})
     return {
@@ -62,7 +62,7 @@ def reads_conditioning(unet: nn.Module) -> bool:
 
 
 def precomputed(unet: UNet, cond: Conditioning) -> UNet:
-    """The same U-Net for calls with this conditioning, whose layers that read nothing else are computed already."""
+    """A copy of the U-Net for calls with this conditioning: layers that read nothing else become their outputs."""
 
     def outputs(module: nn.Module) -> dict[str, nn.Module]:
         return {
@@ -84,10 +84,10 @@ class TimeTable:
         """`unet` is `precomputed` for the conditioning; `times` are the timesteps of a run, in their order."""
         self.source, self.cond, self.times = unet, cond, list(dict.fromkeys(times))
         self.embedding = TimestepOutput(torch.empty(0))
-        self.projections: list[tuple[nn.Module, TimestepOutput]] = []  # of the blocks: the layer, and its replacement
+        self.projections: list[tuple[nn.Module, TimestepOutput]] = []  # each block's layer, and its replacement
         self.unet = replaced(rebuilt(unet, self._replacements), time_embedding=self.embedding)
         self.results: list[Tensor] = []  # the embedding (K, B, E), then each projection (K, B, C)
-        self.rows: dict[float, int] = {}  # of `results`, by timestep
+        self.rows: dict[float, int] = {}  # row of `results` for each timestep
 
     def _replacements(self, module: nn.Module) -> dict[str, nn.Module]:
         found = {name: (part, TimestepOutput(torch.empty(0))) for name, part in parts_reading(module, "time").items()}

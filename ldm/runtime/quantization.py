@@ -21,9 +21,9 @@ from ldm.models.layers import TransformerBlock
 from ldm.runtime.kernels.processor import can
 
 QUANTIZED = {  # name -> what is rounded
-    "int8": "weights to 8-bit integers with a scale a row; activations likewise, token by token, as they come",
-    "int8-weights": "weights alone, likewise",
-    "fp8": "weights and activations to floating-point numbers of 8 bits (e4m3), scaled likewise: a newer GPU, in bf16",
+    "int8": "weights to 8-bit integers with a scale for each row, activations with a scale for each token",
+    "int8-weights": "weights alone to 8-bit integers, with a scale for each row",
+    "fp8": "weights and activations to 8-bit floating-point numbers (e4m3), scaled as in int8: a newer GPU, in bf16",
 }
 WIDTH = 16  # the widths of a layer must be multiples of it, for 8-bit products on a GPU
 

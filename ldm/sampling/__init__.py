@@ -1,1 +1,1 @@
-"""Sampling: from noise to latents by any scheduler, any guidance, and noise that depends on the seed alone."""
+"""Sampling: the loop from noise to latents, schedulers, guidance, and noise that depends on the seed alone."""

@@ -1,4 +1,4 @@
-"""Euler's method, SDXL's scheduler, without an import of diffusers, which takes longer than a small image.
+"""The Euler scheduler (SDXL's), written here because importing diffusers takes longer than making a small image.
 
 Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn. The numbers are those of diffusers' class of the same
 name to the bit, since the precision and the order of operations are the same.
@@ -55,11 +55,11 @@ class EulerDiscreteScheduler:
             if getattr(self, name) not in known:
                 raise LdmError(f"{name} {getattr(self, name)!r} of scheduler euler: choose {' or '.join(known)}")
         if sum(map(bool, (self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas))) > 1:
-            raise LdmError("scheduler euler: of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas, one")
+            raise LdmError("scheduler euler: of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas, set one")
         variances = betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, torch.float32)
         if self.rescale_betas_zero_snr:
             bars = with_zero_terminal_snr((1 - variances).cumprod(0))
-            variances = 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])  # diffusers' way round, for its rounding
+            variances = 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])  # in diffusers' order, for its rounding
         self.alphas_cumprod = (1 - variances).cumprod(0)
         if self.rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = 2**-24  # so that the highest noise level is finite
@@ -73,7 +73,7 @@ class EulerDiscreteScheduler:
 
     @property
     def init_noise_sigma(self) -> Tensor:
-        """The spread of the noise that a run starts from: ()."""
+        """The standard deviation of the noise that a run starts from: ()."""
         highest = self.sigmas.max()
         return highest if self.timestep_spacing != "leading" else (highest**2 + 1) ** 0.5
 
@@ -119,7 +119,7 @@ class EulerDiscreteScheduler:
         self.timesteps = self.timesteps.to(device)
 
     def set_begin_index(self, begin_index: int) -> None:
-        """Begin with the step of that number."""
+        """Set the index of the first step."""
         self.index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:

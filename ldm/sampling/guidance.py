@@ -22,18 +22,18 @@ from ldm.sampling.loop import Denoise, Time
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, and when, a prediction is pushed towards the prompt."""
+    """The settings of guidance, which pushes predictions towards the prompt."""
 
     scale: float = 7.5  # of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); at most 1: none
-    rescale: float = 0.0  # pull the result's spread back to the prompt's own (Lin et al. 2023, arXiv 2305.08891)
-    interval: tuple[float, float] = (0.0, 1.0)  # of the run in which it is on (Kynkäänniemi et al. 2024, 2404.07724)
+    rescale: float = 0.0  # guidance rescale; 1: the standard deviation without guidance (Lin et al. 2023, 2305.08891)
+    interval: tuple[float, float] = (0.0, 1.0)  # guidance interval: the part of the run with guidance (2404.07724)
     threshold: float = 0.0  # dynamic threshold's percentile of the predicted latents (Saharia et al. 2022); 0: none
     perturbed: float = 0.0  # scale of perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377)
-    image: float = 1.5  # of editing by instruction: how much of the image stays (Brooks et al. 2022, 2211.09800)
+    image: float = 1.5  # guidance scale of the image, in editing by instruction (Brooks et al. 2022, 2211.09800)
 
     @property
     def classifier_free(self) -> bool:
-        """Whether the negative prompt takes part."""
+        """Whether classifier-free guidance is on, for which the U-Net also reads the negative prompt."""
         return self.scale > 1
 
 
@@ -110,7 +110,7 @@ def edited(
     times: Sequence[float],
     image: Tensor,
 ) -> Denoise:
-    """The prediction of a U-Net that edits: away from one without instruction, and away from one without the image.
+    """The guided prediction of a U-Net that edits an image by instruction.
 
     Brooks et al. 2022 (arXiv 2211.09800), equation 3. `image` (B, C, h, w) are the image's latents, not scaled.
     """
@@ -130,7 +130,7 @@ def edited(
 
 
 def rescaled(guided: Tensor, wanted: Tensor, amount: float) -> Tensor:
-    """`guided` with its spread, image by image, moved by `amount` towards that of `wanted` (Lin et al. 2023)."""
+    """`guided` with each image's standard deviation moved by `amount` towards that of `wanted` (Lin et al. 2023)."""
     axes = list(range(1, wanted.ndim))
     same_spread = guided * (wanted.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
     return amount * same_spread + (1 - amount) * guided
@@ -139,8 +139,8 @@ def rescaled(guided: Tensor, wanted: Tensor, amount: float) -> Tensor:
 def thresholded(denoise: Denoise, percentile: float, schedule: NoiseSchedule) -> Denoise:
     """A denoiser with dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3), image by image.
 
-    The ordinary spread of latents is 1. Where `percentile` of the predicted latents' absolute values is above 3, values
-    beyond it are clipped, and all are scaled down until it is 3.
+    Latents usually have a standard deviation of 1. Where the given percentile of the predicted latents' absolute values
+    is above 3, values beyond it are clipped, and all are scaled down so that it is 3.
     """
     parametrisation = schedule.parametrisation
 

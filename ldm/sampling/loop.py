@@ -16,7 +16,7 @@ from ldm.sampling.schedulers import SamplingPlan
 
 @dataclass(frozen=True)
 class Time:
-    """One timestep, as a number to decide by and as a tensor for the model, which the CPU never reads back."""
+    """One timestep: a number for decisions on the CPU, and a tensor for the model that is never read back."""
 
     value: float  # 0 … train_steps - 1; a fraction with some spacings
     tensor: Tensor  # the same on the model's device: ()
@@ -34,7 +34,7 @@ class Step:
     time: Time
     latents: Tensor  # (B, C, h, w) after the step
     model_input: Tensor  # (B, C, h, w) scaled noisy latents before the step
-    prediction: Tensor  # (B, C, h, w) of the model for them
+    prediction: Tensor  # (B, C, h, w) by the model, from the model input
 
 
 def sample(

@@ -15,7 +15,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.process import NoiseSchedule
 from ldm.sampling.loop import Step
 
-Factors = Sequence[Sequence[float]]  # a row (red, green, blue) for each latent channel, and one to add
+Factors = Sequence[Sequence[float]]  # a row (red, green, blue) for each latent channel, and a last one that is added
 
 
 def clean(step: Step, schedule: NoiseSchedule) -> Tensor:
@@ -34,8 +34,8 @@ def fit(autoencoder: Autoencoder, pixels: Tensor | None = None) -> list[list[flo
     """The factors that predict an autoencoder's pixels best, by least squares.
 
     Args:
-        autoencoder: encodes the images to be fitted to.
-        pixels: these images (B, 3, H, W) in [-1, 1]; by default smooth random colours.
+        autoencoder: encodes the images that the factors are fitted to.
+        pixels: the images (B, 3, H, W) in [-1, 1]; by default smooth random colours.
     """
     config, weight = autoencoder.config, next(autoencoder.parameters())
     if pixels is None:

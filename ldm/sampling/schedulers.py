@@ -85,13 +85,13 @@ OWN_SPACING = {  # scheduler -> why it can be spaced by its own options only
     "lcm": "it is for models distilled at certain timesteps",
     "tcd": "it is for models distilled at certain timesteps",
 }
-_NOT_SPACED = {  # options that a model may be published with, off
+_NOT_SPACED = {  # options of published models that would change the spacing, turned off
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
 }
-UNSUPPORTED = {  # scheduler and prediction type: diffusers has not written these
+UNSUPPORTED = {  # scheduler and prediction type: pairs that diffusers does not implement
     ("euler-a", "sample"), ("dpm2", "sample"), ("dpm2-a", "sample"),
 }  # fmt: skip
 
@@ -128,10 +128,10 @@ class SamplingPlan:
 
 
 def scheduler_class(name: str) -> type:
-    """The class of that short name: ours if there is one, else diffusers'.
+    """The class of a scheduler by its short name: ours if we have one, else diffusers'.
 
     Raises:
-        LdmError: there is none; the nearest names are offered.
+        LdmError: the name is not known; the message suggests the nearest ones.
     """
     if name not in SCHEDULERS:
         near = difflib.get_close_matches(name, SCHEDULERS, 3, 0.4) or SCHEDULERS
@@ -178,8 +178,8 @@ def make(
 
     Args:
         schedule: how noise was added in training.
-        steps: how many, from 1 to 1000 (50 for lcm and tcd).
-        name: short name; by default the one that the model is published with.
+        steps: number of steps, from 1 to 1000 (50 for lcm and tcd).
+        name: short name; by default that of the scheduler that the model is published with.
         spacing: a name of `SPACINGS`, "ays", or noise levels sigma of the user's own, falling, one for each step.
         xl: whether "ays" means SDXL's noise levels.
 
@@ -228,7 +228,7 @@ def _check(schedule: NoiseSchedule, steps: int, name: str, kind: type, spacing: 
 
 
 def _options(schedule: NoiseSchedule, name: str, spacing: str, levels: bool) -> dict[str, Any]:
-    """Options of a scheduler, of which its class may lack some; with `levels`, noise levels will be set afterwards."""
+    """Options of a scheduler, some of which its class may lack; with `levels`, noise levels are set afterwards."""
     options = {
         "clip_sample": False,  # diffusers clips to [-1, 1] by default, which latents exceed
         **schedule.options,
@@ -242,7 +242,7 @@ def _options(schedule: NoiseSchedule, name: str, spacing: str, levels: bool) -> 
     if spacing != "default":
         options |= _NOT_SPACED | SPACINGS.get(spacing, {})
     if levels:
-        # the last of them may be the lowest that was trained: only the clean latents are left to step to
+        # the last level may be the lowest trained one, from which only a step to the clean latents is left
         options |= {"use_exponential_sigmas": True, "set_alpha_to_one": True, "final_sigmas_type": "zero"}
     if schedule.zero_terminal_snr:
         options["rescale_betas_zero_snr"] = True
@@ -310,7 +310,7 @@ def _trained(scheduler: Any) -> np.ndarray:
 
 
 def _nearest(levels: list[float], scheduler: Any) -> list[int]:
-    """The training timesteps with the nearest noise levels, each used once: where one is taken, its neighbour."""
+    """The training timesteps with the nearest noise levels; a neighbour replaces one that is already taken."""
     trained = _trained(scheduler)
     if len(levels) > len(trained):
         raise LdmError(f"{len(levels)} noise levels, but {len(trained)} training timesteps; choose fewer steps")
@@ -323,7 +323,8 @@ def _nearest(levels: list[float], scheduler: Any) -> list[int]:
 def add_noise(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """Latents (B, C, h, w) with the noise of a timestep ().
 
-    diffusers moves the scheduler's table to the latents' device, for which later steps would wait; it is put back.
+    diffusers moves the scheduler's table to the latents' device, where later steps would wait for it; here the table is
+    moved back to the CPU.
     """
     table = getattr(scheduler, "alphas_cumprod", None)
     noisy = scheduler.add_noise(latents, noise, timestep[None])

@@ -60,10 +60,10 @@ class DPMSolverMultistepScheduler(_Levels, diffusers.DPMSolverMultistepScheduler
         """The clean latents as a polynomial of -log s through the last predictions, integrated over the step."""
         i = self.step_index
         start, end = self.levels[i], self.levels[i + 1]
-        if start == end:  # a run that is to end at the lowest trained level may repeat it
+        if start == end:  # a run that ends at the lowest trained level may repeat that level
             return sample
         h = _span(start, end)
-        k = h if noise is None else 2 * h  # with noise of its own, the old one decays twice as fast
+        k = h if noise is None else 2 * h  # where new noise is added, the old noise decays twice as fast
         gain = -math.expm1(-k)
         x = (alpha_at(end) / alpha_at(start) * math.exp(-k) * sample).add(m[-1], alpha=alpha_at(end) * gain)
         if len(m) > 1:
@@ -123,11 +123,11 @@ class UniPCMultistepScheduler(_Levels, diffusers.UniPCMultistepScheduler):
     def _update(self, i: int, sample: Tensor, order: int, new: Tensor | None) -> Tensor:
         """From level i to the next; with `new`, the prediction at the next level, the corrected step."""
         start, end = self.levels[i], self.levels[i + 1]
-        if start == end:  # as in DPM-Solver++
+        if start == end:  # the lowest trained level, repeated
             return sample
         h = _span(start, end)
         points = [-_span(self.levels[i - j], start) / h for j in range(1, order)]
-        others = self.model_outputs[-2 : -1 - order : -1]  # the predictions there
+        others = self.model_outputs[-2 : -1 - order : -1]  # the predictions at these points
         if new is not None:
             points, others = [*points, 1.0], [*others, new]
         change = math.expm1(-h)
@@ -150,7 +150,7 @@ def _unipc_shares(points: list[float], h: float, scale: float) -> list[float]:
         shares.append(phi * factorial / scale)
         factorial *= n + 1
         phi = phi / -h - 1 / factorial
-    # they solve a system of the points' powers (Björck and Pereyra 1970)
+    # the weights solve a Vandermonde system of the points (Björck and Pereyra 1970)
     last = len(points) - 1
     for k in range(last):
         for j in range(last, k, -1):
@@ -188,7 +188,7 @@ class DEISMultistepScheduler(_Levels, diffusers.DEISMultistepScheduler):
         i = self.step_index
         start, end = self.levels[i], self.levels[i + 1]
         if not end:
-            e = e[-1:]  # log 0 is beyond every polynomial
+            e = e[-1:]  # log 0 is infinite: the last step is of first order
         v = -_span(start, end)
         total = (end - start) * e[-1]  # the integral of v^n e^v from 0 is `moment`, times the level at the start
         if len(e) > 1:

@@ -1,1 +1,1 @@
-"""Training: losses, their parts, and the measures of how well an autoencoder reconstructs."""
+"""Training: a run of stages, the loop, losses, checkpoints and averages of the weights."""

@@ -33,7 +33,7 @@ class StageBatches:
     caches: Caches
 
     def sides(self) -> list[tuple[int, int]]:
-        """Width and height of every size that the images may come in."""
+        """Width and height of every image size in the stage."""
         return [pair for phase in phases(self.section) for pair in self.data.framing(phase.size).sides()]
 
     def steps(self, start: int) -> Iterator[list[Batch]]:
@@ -66,7 +66,7 @@ class StageBatches:
         framing = replace(data.framing(phase.size), crop="center", crops=0, flip=False)
         width, height = (lengths[data.rows[1]] for lengths in data.images.sizes())
         if (choose_buckets(framing, width, height)[1] > framing.upscale).all():
-            return ()  # all of them are too small
+            return ()  # all held-out images are too small
         plan = BatchPlan(data.images, framing, phase.batch, self.seed, data.rows[1])
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = phase.micro_batch or max(phase.batch // world, 1)
@@ -74,7 +74,7 @@ class StageBatches:
 
 
 def batch_plan(data: TrainingImages, phase: Phase, seed: int, rank: int) -> BatchPlan | StreamPlan:
-    """The batches that are trained on at one resolution."""
+    """The training batches at one resolution."""
     section, framing = data.section, data.framing(phase.size)
     if data.images is not None:
         return BatchPlan(data.images, framing, phase.batch, seed, data.rows[0])

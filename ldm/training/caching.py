@@ -1,4 +1,4 @@
-"""Latents and captions that are encoded once, before a stage begins, and read in place of images and captions."""
+"""The cache of latents and encoded captions: written once before a stage, and read in place of images and captions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ldm.training.stages.stage import Cached, EncodeTexts
 from ldm.weights.components import fingerprint
 
 log = logging.getLogger(__name__)
-EVERY = 10.0  # seconds between lines about a cache that is built
+EVERY = 10.0  # seconds between log lines while a cache is built
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Latents and captions that are encoded already."""
+    """The opened cache of a stage."""
 
-    latents: Sequence[Latents] = ()  # at each resolution; none: images are encoded as they come
+    latents: Sequence[Latents] = ()  # at each resolution; empty: images are encoded in each step
     texts: EncodeTexts | None = None
 
 
 class CachingLog:
-    """Says now and then how far a cache is."""
+    """Logs the progress of a cache."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -49,18 +49,18 @@ class CachingLog:
 def build_caches(
     wanted: Cached, model: LatentDiffusion, data: TrainingImages, plans: Sequence[BatchPlan], accelerator: Accelerator
 ) -> Caches:
-    """Encode what of a stage's latents and captions is not encoded yet, and open the cache; all processes call it.
+    """Encode the latents and captions that the cache lacks, and open it; all processes call it.
 
     Args:
-        wanted: which of them.
-        model: encodes them.
-        data: the run's.
+        wanted: whether latents, and whether captions, are cached.
+        model: its autoencoder and text encoders encode them.
+        data: the run's images.
         plans: the batches at each resolution.
         accelerator: of the stage.
     """
     assert data.images is not None
     rank, world = accelerator.process_index, accelerator.num_processes
-    latents_of, texts_of = (  # in 16 bits, the same network gives other numbers
+    latents_of, texts_of = (  # the precision, because the same network gives other numbers in 16 bits
         f"{fingerprint(network)} {accelerator.mixed_precision}"
         for network in ({"vae": model.autoencoder}, {"text": model.text_encoders})
     )
@@ -90,7 +90,7 @@ def build_caches(
 
 
 def _cached_encode(cache: Texts, model: LatentDiffusion, device: torch.device) -> EncodeTexts:
-    """As `conditioning.encode`, from the cache; each text encoder's channels from its own text."""
+    """A function like `conditioning.encode` that reads the cache, each text encoder's channels by its own text."""
     widths = [config.width for config in model.family.text]
 
     def read(texts: list[list[str]]) -> Conditioning:

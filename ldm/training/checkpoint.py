@@ -1,4 +1,4 @@
-"""Checkpoints: written under a temporary name, flushed, renamed; the newest whole one is found by itself.
+"""Checkpoints: written under a temporary name, flushed, renamed; a run resumes from the newest whole one.
 
 A checkpoint is a folder `step-…`: what accelerate saves, and a manifest, written last, with the digest of every file.
 """
@@ -42,21 +42,21 @@ def save(
     """Write a checkpoint, called by all ranks; then remove all but the newest `keep`.
 
     Args:
-        accelerator: knows the networks, optimisers and what else is registered with it.
+        accelerator: saves the networks, optimisers and everything else that is registered with it.
         folder: of the checkpoints.
         step: updates done.
-        state: the rest of what the run depends on, as JSON.
-        keep: how many checkpoints stay.
-        more: called by all ranks with the folder, to write what accelerate does not.
+        state: everything else that the run depends on, as JSON.
+        keep: number of checkpoints that stay.
+        more: called by all ranks with the folder, to write files that accelerate does not.
 
     Raises:
-        LdmError: it cannot be written; what was there before is still there.
+        LdmError: the checkpoint cannot be written; earlier ones are still there.
     """
     path = folder / f"step-{step:08d}"
     temporary = folder / f".{path.name}.part"
     try:
         if accelerator.is_main_process:
-            for left in folder.glob(".step-*.part"):  # by a run that was killed
+            for left in folder.glob(".step-*.part"):  # left by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
@@ -76,19 +76,19 @@ def save(
         why = getattr(error, "strerror", None) or first_line(error)
         raise LdmError(
             f"checkpoint {path} cannot be written: {why}; {free:.2f} GB are free; "
-            "earlier checkpoints are whole: once it can be, run the same command again"
+            "earlier checkpoints are whole: mend this and run the same command again"
         ) from None
     accelerator.wait_for_everyone()
     return path
 
 
 def check_room(folder: Path, nbytes: int, keep: int) -> None:
-    """Refuse to start where checkpoints will not fit: those that are kept, and one more while it is written.
+    """Raise where the disk has no room for the checkpoints that are kept and one more while it is written.
 
     Args:
         folder: of the checkpoints, which may not exist yet.
-        nbytes: about what one takes.
-        keep: how many stay.
+        nbytes: size of a checkpoint, about.
+        keep: number of checkpoints that stay.
 
     Raises:
         LdmError: there is not enough room.
@@ -139,11 +139,11 @@ def states(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             yield dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["state"])
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged one, which is passed over when the run goes on
+            continue  # a damaged one, which resuming skips too
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its manifest. Damaged ones are named in a warning and passed over."""
+    """The newest checkpoint that is whole, with its manifest. Damaged ones are named in a warning and skipped."""
     for path in reversed(checkpoints(folder)):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

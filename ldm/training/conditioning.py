@@ -25,8 +25,8 @@ class ConditioningDropout:
     """Rates of conditioning dropout (Ho and Salimans 2022, arXiv 2207.12598)."""
 
     caption: tuple[float, ...] = (0.1,)  # for each text encoder, or one rate for all
-    together: bool = False  # a caption is dropped for all text encoders, or for none
-    size: float = 0.0  # of the time ids, which become zeros
+    together: bool = False  # whether a caption is dropped for all text encoders together
+    size: float = 0.0  # rate of dropped time ids, which become zeros
 
     def captions(self, seed: int, keys: Sequence[str], epochs: Sequence[int], encoders: int) -> Tensor:
         """A mask of the captions that are dropped, for each text encoder: (B, K)."""
@@ -51,7 +51,7 @@ class ConditioningDropout:
 class Prompt:
     """Texts and time ids of a batch after conditioning dropout, before the texts are encoded."""
 
-    texts: list[list[str]]  # B of them for each of the K text encoders
+    texts: list[list[str]]  # for each of the K text encoders, B texts
     dropped: Tensor  # (B, K): mask of the texts that are dropped
     size: Tensor | None  # (B, 6 or 5) time ids
 
@@ -89,7 +89,7 @@ def conditioning(encoded: Conditioning, prompt: Prompt, family: Family) -> Condi
 
 
 def time_ids(batch: Batch, dropped: Tensor, family: Family, default_score: float) -> Tensor | None:
-    """The time ids (B, 6), the refiner's (B, 5) with its aesthetic score, or none for families without."""
+    """The time ids (B, 6), the refiner's (B, 5) with its aesthetic score; None for families without time ids."""
     if not family.xl:
         return None
     ids = batch.size

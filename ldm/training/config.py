@@ -18,7 +18,7 @@ NAMES = [kind.name for kind in KINDS]
 
 
 def _known(name: str) -> str:
-    """A stage's name, which must stand in the table."""
+    """The name of a stage, if it is in the table of stages."""
     if name not in NAMES:
         raise ValueError(f"there is no such stage; {suggestion(name, NAMES)}")
     return name
@@ -27,13 +27,13 @@ def _known(name: str) -> str:
 class RunSection(Section):
     """A run."""
 
-    output: str = Field("runs/run", description="its folder; run the same command again and it goes on from there")
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything that is random")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the computation; weights stay fp32")
+    output: str = Field("runs/run", description="the run's folder; the same command again resumes the run")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
+    precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision to compute in; weights stay fp32")
     stages: list[Annotated[str, AfterValidator(_known)]] = Field(
-        ["base"], min_length=1, description="what to train, in this order"
+        ["base"], min_length=1, description="stages to train, in this order"
     )
-    trackers: list[str] = Field(["tensorboard"], description="where the log goes besides: tensorboard, wandb, …")
+    trackers: list[str] = Field(["tensorboard"], description="trackers that get the log too: tensorboard, wandb, …")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
 

@@ -2,7 +2,7 @@
 
 Karras et al. 2024 (arXiv 2312.02696), section 3: an average with profile (γ + 1) τ^γ / t^(γ + 1) over the updates τ up
 to t has a width relative to the length of the run, σ² = (γ + 1) / ((γ + 2)² (γ + 3)). From snapshots of two such
-averages the one of any other width follows by least squares, after training.
+averages, an average of any other width is computed after training, by least squares.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Power:
         return f"width-{self.width:g}"
 
     def decay(self, step: int) -> float:
-        """As `Exponential.decay`."""
+        """The weight of the old average at update number `step` (from 1)."""
         return (1 - 1 / step) ** (self.gamma + 1)
 
 
 def profiles(section: EmaSection) -> list[Exponential | Power]:
-    """Those of the averages that the section asks for: the exponential one first.
+    """The profiles of the averages that the section asks for, the exponential one first.
 
     Raises:
         LdmError: a width is impossible.
@@ -69,7 +69,7 @@ def profiles(section: EmaSection) -> list[Exponential | Power]:
 
 
 class Averages:
-    """The averages of a module's trained parameters. `update` after each update of the weights."""
+    """The averages of a module's trained parameters; `update` is called after each update of the weights."""
 
     def __init__(self, module: nn.Module, section: EmaSection) -> None:
         self.section = section
@@ -79,7 +79,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after update number `step` (from 1)."""
+        """Update the averages with the weights after update number `step` (from 1)."""
         weights = [p.detach() for p in self.parameters.values()]
         for average, profile in zip(self.averages, self.profiles, strict=True):
             torch._foreach_lerp_(average, weights, 1 - profile.decay(step))
@@ -95,11 +95,11 @@ class Averages:
         return dict(zip(self.parameters, tensors, strict=True))
 
     def in_place(self, which: int = 0) -> AbstractContextManager[None]:
-        """The module with one of the averages in the place of its weights; as it is if there are no averages."""
+        """Put one of the averages in the place of the module's weights, if there are averages."""
         return self._placed(self.averages[which]) if self.averages else nullcontext()
 
     def read_in_place(self, path: Path) -> AbstractContextManager[None]:
-        """The module with what `save` wrote in the place of its weights.
+        """Put the weights that `save` wrote in the place of the module's weights.
 
         Raises:
             LdmError: the file is missing or damaged.
@@ -123,7 +123,7 @@ class Averages:
                 p.data = weight
 
     def save(self, path: Path, which: int) -> None:
-        """Write one of the averages as it is, whole or not at all."""
+        """Write one of the averages to a file, whole or not at all."""
         self._write(path, list(self.named(which).values()), torch.float32, {})
 
     def save_snapshots(self, folder: Path, step: int) -> None:
@@ -145,7 +145,7 @@ class Averages:
             write_safetensors(temporary, outputs, metadata)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a checkpoint must hold."""
+        """The state of the averages, for a checkpoint."""
         return {"averages": self.averages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -164,10 +164,10 @@ class Averages:
 
 
 def exponent(width: float) -> float:
-    """γ of the profile with this relative width σ.
+    """The exponent γ of the profile with relative width σ.
 
     Raises:
-        LdmError: there is none: widths lie between 0 and 0.288, that of a plain mean.
+        LdmError: no profile has this width: widths lie between 0 and 0.288, the width of a plain mean.
     """
     if not 0 < width < math.sqrt(1 / 12):
         raise LdmError(f"width {width!r} of an average: a number above 0 and below 0.288 is needed (ema.widths)")
@@ -179,12 +179,12 @@ def overlap(t1: np.ndarray, gamma1: np.ndarray, t2: np.ndarray, gamma2: np.ndarr
     """∫ p1 p2 dτ of profiles that end at t1 and t2."""
     first = t1 <= t2
     later, ratio = np.where(first, t2, t1), np.where(first, t1 / t2, t2 / t1)
-    beyond = np.where(first, gamma2, gamma1)  # exponent of the profile that goes on longer
+    beyond = np.where(first, gamma2, gamma1)  # exponent of the profile that ends later
     return (gamma1 + 1) * (gamma2 + 1) / (gamma1 + gamma2 + 1) * ratio**beyond / later
 
 
 def coefficients(steps: Sequence[int], widths: Sequence[float], step: int, width: float) -> np.ndarray:
-    """Weights of snapshots, taken at `steps` of averages of `widths`, whose sum comes nearest to another average."""
+    """Coefficients of snapshots, taken at `steps` of averages of `widths`, whose sum is nearest to another average."""
     t, gamma = np.array(steps, float), np.array([exponent(value) for value in widths])
     wanted = np.array([float(step)]), np.array([exponent(width)])
     a = overlap(t[:, None], gamma[:, None], t[None, :], gamma[None, :])

@@ -1,8 +1,8 @@
-"""Evaluation while a stage trains: images by the weights that are in place, their figures, the best weights so far.
+"""Evaluation while a stage trains: images made with the present weights, their figures, the best weights so far.
 
 runs/x/base/evaluation/step-…/ema/     of each evaluation and average of the weights: report.html, report.json;
                                        figures.json, written last; unet.safetensors, weights that were the best
-runs/x/data/evaluation/                what was found in the images to compare with
+runs/x/data/evaluation/                features of the reference images
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from ldm.training.stages.stage import MakeImages, StageKind
 
 log = logging.getLogger(__name__)
 FIGURES = "figures.json"
-SCRATCH = ("images", "found", "index")  # of an evaluation; removed once there are figures
+SCRATCH = ("images", "found", "index")  # subfolders of an evaluation that are removed once there are figures
 
 
 @dataclass(frozen=True)
 class Best:
     """The weights with the best images so far."""
 
-    step: int  # updates that they had
-    average: str  # which of the averages they are
+    step: int  # number of updates
+    average: str  # name of the average
     metric: str
     value: float
-    settings: Mapping[str, Any]  # of the evaluation: figures that came about in another way are no match
+    settings: Mapping[str, Any]  # of the evaluation; figures with other settings cannot be compared
 
 
 def check_evaluation(kind: StageKind[Any], plan: EvaluationPlan) -> None:
@@ -73,9 +73,9 @@ def evaluation_plan(
 
     Args:
         section: of the configuration.
-        images: the run's; of a stream, none.
-        rows: which of them are trained on, and which are held out.
-        device: where networks run.
+        images: the run's images; None for a stream.
+        rows: indices of the training images and of the held-out ones.
+        device: of the networks.
     """
     trained_on, held_out = (Images(images, tuple(some.tolist())) for some in rows) if images else (None, None)
     return EvaluationPlan(
@@ -105,14 +105,14 @@ class Evaluator:
         work: Workspace,
     ) -> None:
         """Args:
-        stage: its name.
+        stage: name of the stage.
         section: of the configuration.
         size: width and height of the images, in pixels.
-        plan: what the section asks for.
-        model: what is trained.
-        make_images: makes images with it.
-        precision: that it computes in.
-        work: its folder takes those of the evaluations, its cache what is found in images that no model made.
+        plan: the evaluation that the section asks for.
+        model: the model in training.
+        make_images: makes images with the model.
+        precision: of the computation.
+        work: its folder holds the evaluations' folders, its cache the features of images that no model made.
         """
         self.section, self.plan, self.model, self.work = section, plan, model, work
         self.stage, self.place = stage, f"{stage}.evaluation"
@@ -125,14 +125,14 @@ class Evaluator:
         self.way = {**chosen_by, **self.settings}
 
     def folder(self, step: int, average: str) -> Path:
-        """Of one evaluation."""
+        """The folder of one evaluation."""
         return self.work.folder / f"step-{step:08d}" / average
 
     def prepare(self) -> None:
-        """Open networks, and look at the images to compare with, so that what is missing is found before training.
+        """Open networks and compute the features of the reference images, so that errors come before training.
 
         Raises:
-            LdmError: something is.
+            LdmError: weights or images are missing or damaged.
         """
         with _at(self.place):
             if self.model.family.refiner:
@@ -142,10 +142,10 @@ class Evaluator:
     def figures(self, step: int, average: str) -> dict[str, float]:
         """The figures by metric, the same on every rank; the reports go into the folder of `step` and `average`.
 
-        The same call goes on where an earlier one was stopped, and what that finished is not done again.
+        The same call resumes an evaluation that was stopped.
 
         Raises:
-            LdmError: images cannot be made or looked at, or files not written.
+            LdmError: images cannot be made or measured, or files not written.
         """
         with _at(f"evaluation after {step} updates (set {self.place}.every=0 to train without)"):
             try:
@@ -166,11 +166,11 @@ class Evaluator:
         )
         key = digest_of(evaluation.facts, digest, sorted(self.settings.items()), self.section.batch)
         found = _finished(folder, key)
-        ranks.wait()  # nobody has written anything before all have looked
+        ranks.wait()  # all ranks have looked for finished figures before any of them writes
         if found is not None:
             return found
         report = evaluation.run()
-        ranks.wait()  # all have read what is removed now
+        ranks.wait()  # all ranks have read the files that are removed now
         if report is not None:
             save_report(report, folder / "report.json")
             write_page(report, folder)
@@ -183,7 +183,7 @@ class Evaluator:
         return dict(read_json(folder / FIGURES)["figures"])
 
     def _begin(self, name: str, digest: str, work: Workspace) -> Evaluation:
-        """An evaluation of the model, which the report calls by that name."""
+        """An evaluation of the model, under the given name in the report."""
 
         def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
             return self.make_images(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
@@ -193,7 +193,7 @@ class Evaluator:
     # --- the best weights so far ------------------------------------------------------------------------------------
 
     def best(self, step: int, average: str, figures: Mapping[str, float], before: Best | None) -> Best | None:
-        """The better of these weights and of those that were the best before; of equals, the earlier."""
+        """The better of these weights and the best ones before; of equals, the earlier."""
         metric = self.section.choose
         if metric is None:
             return None
@@ -202,28 +202,28 @@ class Evaluator:
         return now if before is None or sign * now.value > sign * before.value else before
 
     def kept(self) -> set[Path]:
-        """The files of weights beside the reports."""
+        """The files of weights that are kept beside the reports."""
         return set(self.work.folder.glob("step-*/*/*.safetensors"))
 
     def resumed(self, best: Best) -> Best | None:
-        """The best weights that a checkpoint names, if they can be compared with those that come."""
+        """The best weights that a checkpoint names, if later weights can be compared with them."""
         if (best.metric, best.settings) == (self.section.choose, self.way):
             return best
         if self.section.choose:
-            log.warning("%s has changed: the best weights are chosen anew, among those that come", self.place)
+            log.warning("%s has changed: the best weights are chosen anew, from here on", self.place)
         return None
 
 
 @torch.no_grad()
 def weights_digest(model: LatentDiffusion) -> str:
-    """A name for the weights (fp32) that changes with every bit of them, unlike `fingerprint`, which looks at some."""
+    """A digest of all weights (fp32); `fingerprint` reads only some of them."""
     parameters = [parameter for module in model.modules().values() for parameter in module.parameters()]
     sums = [parameter.view(torch.int32).sum(dtype=torch.int64) for parameter in parameters]
     return digest_of(torch.stack(sums).tolist())
 
 
 def _finished(folder: Path, key: str) -> dict[str, float] | None:
-    """The figures of an evaluation that was finished before, if it was the same."""
+    """The figures of a finished evaluation with the same key, if there is one."""
     try:
         content = read_json(folder / FIGURES) if (folder / FIGURES).exists() else {}
         return dict(content["figures"]) if content.get("of") == key else None
@@ -233,7 +233,7 @@ def _finished(folder: Path, key: str) -> dict[str, float] | None:
 
 @contextmanager
 def _at(place: str) -> Iterator[None]:
-    """Errors begin with where they happened."""
+    """Put the place in front of errors."""
     try:
         yield
     except LdmError as error:

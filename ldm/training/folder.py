@@ -25,7 +25,7 @@ DONE = "done.json"
 
 
 def open_folder(config: Config) -> BinaryIO:
-    """Write the configuration into the run's folder, which is this process's alone while the returned file is open.
+    """Write the configuration into the run's folder, and lock the folder while the returned file is open.
 
     Raises:
         LdmError: the folder cannot be used, or another run uses it.
@@ -41,7 +41,7 @@ def open_folder(config: Config) -> BinaryIO:
     except yaml.YAMLError:
         before = None
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: processes that load images would have it too
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: processes that load images would inherit the lock
     except (BlockingIOError, PermissionError):
         raise LdmError(
             f"output {folder} is in use by another run; wait for its end, or choose another output"
@@ -57,7 +57,7 @@ def open_folder(config: Config) -> BinaryIO:
 
 
 def is_done(folder: Path, steps: int) -> bool:
-    """Whether the stage of this folder has reached its end, and is not asked for more steps since."""
+    """Whether the stage of this folder is done, with at least as many steps as are asked for now."""
     path = folder / DONE
     try:
         return path.exists() and int(read_json(path)["steps"]) >= steps
@@ -78,11 +78,11 @@ def write_result(
 
     Args:
         config: of the run.
-        data: what it trained on.
-        stage: at its end, with the weights to be written in place.
+        data: the run's images.
+        stage: the finished stage, with the weights of the result in place.
         folder: of the stage.
-        record: figures of the end.
-        chosen: which evaluated weights these are, if they were chosen.
+        record: the figures at the end.
+        chosen: the evaluated weights that were chosen as the result, if any.
     """
     extra = {"chosen": dict(chosen)} if chosen else {}
     lineage = {

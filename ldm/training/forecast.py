@@ -1,7 +1,7 @@
 """The parameters, memory and arithmetic that a run will need, counted before it begins.
 
-Networks are built on the meta device, where nothing has memory, and run once: the arithmetic and what the backward pass
-keeps are counted, not guessed. Memory is predicted all the same: allocators and libraries take more.
+Networks are built on the meta device, where tensors take no memory, and run once, so that operations and the tensors
+kept for the backward pass are counted. Memory is still a prediction: allocators and libraries take more.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def forecast(config: Config, processes: int = 1) -> list[Forecast]:
     """The needs of each stage of a configuration, at each of its resolutions.
 
     Raises:
-        LdmError: the configuration does not describe a model, or a batch does not divide.
+        LdmError: the configuration does not describe a model, or a batch does not divide evenly.
     """
     found = []
     for name in config.stages:
@@ -86,7 +86,7 @@ class Counted:
     """Numbers of parameters."""
 
     trained: int
-    averaged: int  # of them, those that averages are kept of
+    averaged: int  # trained parameters with averages
     frozen: int
 
 
@@ -149,7 +149,7 @@ def _count(run: Pass) -> tuple[int, int]:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        weight = tensor if tensor._base is None else tensor._base  # of which a product keeps a view
+        weight = tensor if tensor._base is None else tensor._base  # a product keeps a view of a weight
         if not isinstance(weight, nn.Parameter):
             storage = tensor.untyped_storage()
             kept[storage._cdata] = storage.nbytes()
@@ -162,7 +162,7 @@ def _count(run: Pass) -> tuple[int, int]:
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """The fastest that a GPU computes in 16 bits, in TFLOP/s; none where that is not known."""
+    """The peak speed of a GPU in 16 bits, in TFLOP/s; None if it is not known."""
     if device.type != "cuda" or precision == "no":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass instead of being kept, added to networks from outside.
+"""Gradient checkpointing, added to networks from outside: the backward pass computes activations again.
 
 Chen et al. 2016 (arXiv 1604.06174).
 """
@@ -16,7 +16,7 @@ from ldm.models.layers import ResnetBlock, SpatialAttention, TransformerBlock
 
 
 def checkpointed(module: nn.Module) -> None:
-    """Make every residual block and transformer block of a network forget its activations until they are needed."""
+    """Make every residual block and transformer block of a network recompute its activations in the backward pass."""
     for part in module.modules():
         if isinstance(part, (ResnetBlock, SpatialAttention, TransformerBlock, TextLayer, CLIPEncoderLayer)):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]

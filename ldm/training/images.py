@@ -33,13 +33,13 @@ class TrainingImages:
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the images to train with, and of those that are held out. Raises as `split`."""
+        """Indices of the training images and of the held-out ones; errors as in `split`."""
         assert self.images is not None
         return split(self.images, self.section.holdout)
 
     @cached_property
     def digest(self) -> str | None:
-        """A name for the set of images and captions, wherever it lies; a stream has none."""
+        """A digest of the images and captions that does not depend on their place; None for a stream."""
         if self.images is None:
             return None
         digest = hashlib.sha256()
@@ -48,7 +48,7 @@ class TrainingImages:
         return digest.hexdigest()[:16]
 
     def notice_changes(self) -> None:
-        """Say how many images there are, and whether they are still those that the run began with."""
+        """Log the number of images, and whether they have changed since the run began."""
         assert self.images is not None
         name, skipped = self.images.source.name, self.images.skipped
         left_out = f"; {len(skipped.reasons)} cannot be used: {skipped.path}" if skipped.reasons else ""
@@ -61,7 +61,7 @@ class TrainingImages:
             before = now
         if before.get("digest") != now["digest"]:
             log.warning(
-                "%s has changed since this run began (%s images then, %d now): it goes on with what is there now",
+                "%s has changed since this run began (%s images then, %d now): the run goes on with the new ones",
                 name, before.get("images"), len(self.images),
             )  # fmt: skip
         with replacing(path, folder=False, overwrite=True, need=0) as temporary:
@@ -80,7 +80,7 @@ def open_training_images(section: DataSection, folder: Path, accelerator: Accele
     """The images that a section of the configuration names, with their index in `folder`; all processes call it.
 
     Raises:
-        LdmError: they cannot be read, or the processes see other images.
+        LdmError: the images cannot be read, or the processes see different ones.
     """
     if not section.source:
         raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")

@@ -1,7 +1,7 @@
-"""The mean and the spread of latents, measured as they stream by: what their scale and shift are set to.
+"""The mean and standard deviation of latents, measured batch by batch, for the autoencoder's scale and shift.
 
-Chan, Golub and LeVeque 1983: count, mean and squared deviations of two parts give those of the whole, without the loss
-of digits of a sum of squares. Memory is the same for any number of latents.
+Chan, Golub and LeVeque 1983: count, mean and squared deviations of two parts give those of the whole, and lose no
+digits as a sum of squares would. Memory is the same for any number of latents.
 
 B batch, C channels of the latents, h×w their height and width
 """
@@ -18,9 +18,9 @@ from ldm.training.parallel.ranks import Reduce
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """Of the latents seen so far; float64, on the CPU."""
+    """The moments of the latents seen so far; float64, on the CPU."""
 
-    count: Tensor  # (): numbers of each channel
+    count: Tensor  # (): how many numbers of each channel
     mean: Tensor  # (C,)
     squares: Tensor  # (C,): sums of squared differences from the mean
 
@@ -50,7 +50,7 @@ def measure(latents: Tensor) -> LatentMoments:
 
 
 def merge(a: LatentMoments, b: LatentMoments) -> LatentMoments:
-    """The moments of both together."""
+    """The moments of both sets of latents together."""
     count = a.count + b.count
     delta = b.mean - a.mean
     mean = a.mean + delta * (b.count / count)

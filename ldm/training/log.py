@@ -1,4 +1,4 @@
-"""The log of a stage: figures of every step, their means in a line now and then, and where the time goes."""
+"""The log of a stage: means of the steps' figures, a line every `log_every` steps, and where the time goes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps
 
 @dataclass(frozen=True)
 class StepCost:
-    """The arithmetic of one image, and the device's speed."""
+    """The operations of one image, and the device's peak speed."""
 
     tflop: float  # of an image, forward and backward
-    peak: float | None  # TFLOP/s of a device at the most, where that is known
+    peak: float | None  # TFLOP/s of a device; None if it is not known
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Throughput:
     """Images, and where the time went, since the last line of the log."""
 
     since: float = field(default_factory=time.monotonic)
-    waiting: float = 0.0  # seconds for data
+    waiting: float = 0.0  # seconds spent waiting for data
     images: int = 0
 
     def figures(self) -> dict[str, float]:
@@ -41,7 +41,7 @@ class Throughput:
 
 
 class StageLog:
-    """Lines of figures, in metrics.jsonl and for whoever listens."""
+    """Lines of figures, written to metrics.jsonl and given to `report`."""
 
     def __init__(
         self,
@@ -52,20 +52,20 @@ class StageLog:
         work: Callable[[int], StepCost | None],
     ) -> None:
         """Args:
-        accelerator: tells the main process, which writes.
-        stage: whose log it is.
+        accelerator: tells which process is the main one, which writes.
+        stage: name of the stage.
         folder: of the stage.
-        report: takes every line, on the main process.
-        work: what an image costs at a step.
+        report: is called with every line, on the main process.
+        work: gives the cost of an image at a step.
         """
         self.accelerator, self.stage, self.report, self.work = accelerator, stage.name, report, work
         self.steps = stage.section.steps
         self.path = folder / "metrics.jsonl"
-        self.sums: dict[str, list[float]] = {}  # of the figures since the last line, and how many there were
+        self.sums: dict[str, list[float]] = {}  # sum and number of each figure since the last line
         self.clock = Throughput()
 
     def add(self, figures: Mapping[str, float]) -> None:
-        """Take in the figures of a step."""
+        """Add the figures of a step."""
         for name, value in figures.items():
             if math.isfinite(value):  # an fp16 gradient that overflowed was not used
                 total, count = self.sums.get(name, (0.0, 0))
@@ -77,17 +77,17 @@ class StageLog:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time in here is spent waiting for data."""
+        """Count the time within this context as spent waiting for data."""
         started = time.monotonic()
         yield
         self.clock.waiting += time.monotonic() - started
 
     def restart_clock(self) -> None:
-        """The time until now does not count: it was not spent on training."""
+        """Leave the time until now out, as it was not spent on training."""
         self.clock = Throughput()
 
     def write_means(self, step: int, learning_rate: float) -> None:
-        """A line with the means since the last one, each over the steps that had the figure."""
+        """Write a line with the means since the last one, each over the steps that had the figure."""
         figures = {name: total / count for name, (total, count) in self.sums.items()}
         figures |= {"learning_rate": learning_rate, **self.clock.figures()}
         if work := self.work(step - 1):
@@ -99,7 +99,7 @@ class StageLog:
         self.restart_clock()
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """One line, on the main process."""
+        """Write one line, on the main process."""
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
@@ -110,7 +110,7 @@ class StageLog:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def cut(self, size: int) -> None:
-        """Keep the whole lines in its first bytes, on the main process."""
+        """Cut the log to the whole lines within its first `size` bytes, on the main process."""
         if self.accelerator.is_main_process and self.path.exists():
             with self.path.open("rb") as file:
                 kept = file.read(size)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Looks:
-    """Validation, previews and evaluation: those that are due, and the best weights that evaluation has found."""
+    """Runs the validation, previews and evaluation that are due, and remembers the best weights found."""
 
     def __init__(
         self,
@@ -34,28 +34,28 @@ class Looks:
     ) -> None:
         """Args:
         accelerator: of the stage.
-        stage: what is looked at.
-        weights: its averages.
-        stage_log: takes the figures.
+        stage: the stage in training.
+        weights: its weights and their averages.
+        stage_log: the log for the figures.
         folder: of the stage; previews go into it.
-        held_out: the batches to validate on, those of this rank.
-        evaluator: of the images that the stage's model makes, if it is to be evaluated.
+        held_out: this rank's validation batches.
+        evaluator: evaluates the images that the stage's model makes, if evaluation is asked for.
         """
         self.accelerator, self.stage, self.weights, self.log = accelerator, stage, weights, stage_log
         self.folder, self.held_out, self.evaluator = folder / "previews", held_out, evaluator
         self.every = {"validate": stage.section.validate_every, "preview": stage.section.preview_every}
         if evaluator:
             self.every["evaluate"] = evaluator.section.every
-        self.owed: list[str] = []  # of them, those that the last step still owes
-        self.best: Best | None = None  # of the weights that were evaluated, if they are chosen from
+        self.owed: list[str] = []  # names of those that are still to be run after the last step
+        self.best: Best | None = None  # best of the evaluated weights, if the result is chosen from them
 
     def take_next(self, step: int, batch: Batch | None, pieces: int) -> None:
-        """The next look that is owed; it is owed until it has been taken.
+        """Run the first of those that are due; it stays due until it is finished.
 
         Args:
             step: updates done.
-            batch: the last step's, if it is known: for previews where no images are held out.
-            pieces: into which batches are cut, so that they fit into memory.
+            batch: the last step's batch, if it is known: for previews where no images are held out.
+            pieces: number of pieces into which batches are cut, so that they fit into memory.
         """
         match self.owed[0]:
             case "validate":
@@ -67,7 +67,7 @@ class Looks:
         self.owed = self.owed[1:]
 
     def validate(self, step: int, pieces: int) -> None:
-        """Figures over the held-out images."""
+        """Log figures over the held-out images."""
         batches = (part for batch in self.held_out() for part in batch.parts(pieces))
         with self.weights.averaged():
             figures = self.stage.validate(batches)
@@ -76,7 +76,7 @@ class Looks:
         self.log.restart_clock()
 
     def preview(self, step: int, batch: Batch | None) -> None:
-        """Images to look at, on the main process: of held-out samples, always the same, or else of this batch."""
+        """Write preview images, on the main process: always of the same held-out samples, or else of this batch."""
         with self.weights.averaged():
             if self.accelerator.is_main_process and (shown := next(iter(self.held_out()), batch)):
                 try:
@@ -92,7 +92,7 @@ class Looks:
         self.log.restart_clock()
 
     def evaluate(self, step: int, evaluator: Evaluator) -> None:
-        """Figures of the images that each average makes; if one chooses by them, the best weights so far are kept."""
+        """Log figures of the images that each average makes, and keep the best weights if the result is chosen."""
         names = self.weights.names()
         line: dict[str, float] = {}
         for which, name in enumerate(names):
@@ -105,5 +105,5 @@ class Looks:
                 self.weights.keep(evaluator, best, which)
             self.best = best
         self.log.write(step, line)
-        self.accelerator.wait_for_everyone()  # until the best weights are there
+        self.accelerator.wait_for_everyone()  # until the best weights are written
         self.log.restart_clock()

@@ -32,11 +32,11 @@ from ldm.training.stages.stage import Player, Stage
 from ldm.training.weights import TrainedWeights
 
 log = logging.getLogger(__name__)
-NotFinite = list[tuple[list[str], Tensor]]  # keys of each micro-batch, and (B,): which of them have a loss that is not
+NotFinite = list[tuple[list[str], Tensor]]  # of each micro-batch: keys, and a mask (B,) of losses that are not finite
 
 
 class Stopped(Exception):  # noqa: N818  (no error)
-    """The run was asked to stop, and has saved where it is."""
+    """A signal asked the run to stop, and its checkpoint is written."""
 
     def __init__(self, stage: str, step: int, signal: int) -> None:
         super().__init__(f"stage {stage} stopped after {step} updates, and saved them")
@@ -58,14 +58,14 @@ class Training:
         evaluator: Evaluator | None = None,
     ) -> None:
         """Args:
-        accelerator: launches and shards; what must be saved is registered with it here.
+        accelerator: launches and shards; everything that checkpoints hold is registered with it here.
         stage: its players' networks and optimisers are prepared here.
         folder: of the stage's checkpoints, log and previews.
-        batches: from a step on, the micro-batches of each step.
-        held_out: the batches to validate on, those of this rank.
-        report: takes every line of the log, on the main process.
-        work: what an image costs at a step, for the log.
-        evaluator: of the images that the stage's model makes, if it is to be evaluated.
+        batches: gives the micro-batches of each step, from a step on.
+        held_out: this rank's validation batches.
+        report: is called with every line of the log, on the main process.
+        work: gives the cost of an image at a step, for the log.
+        evaluator: evaluates the images that the stage's model makes, if evaluation is asked for.
         """
         self.accelerator = accelerator
         self.stage = stage
@@ -81,11 +81,11 @@ class Training:
         self.looks = Looks(accelerator, stage, self.weights, self.log, folder, held_out, evaluator)
         self.checkpoints = Checkpoints(accelerator, stage, self.weights, self.log, self.looks, folder)
         self.signals = Signals()
-        self.pieces = 1  # into which micro-batches are cut, since memory did not suffice for more
+        self.pieces = 1  # number of pieces into which micro-batches are cut, so that they fit into memory
         self.committed = False  # whether the step can no longer be begun again
 
     def run(self) -> dict[str, Any]:
-        """From the newest checkpoint, if there is one, to the last step; the result's record.
+        """Train from the newest checkpoint, if there is one, to the last step, and return the result's record.
 
         Raises:
             LdmError: a loss is not finite, or the disk is full or too small. The last checkpoint is whole.
@@ -118,13 +118,13 @@ class Training:
             return self.stage.finish(self.held_out())
 
     def due(self, every: int) -> bool:
-        """Whether it is time for what is done after so many steps, and after the last one."""
+        """Whether this step is a multiple of `every`, or the last one."""
         return self.step % every == 0 or self.step == self.section.steps
 
     def look(self, batch: Batch | None) -> None:
-        """Validation, previews and evaluation, where they are due; `batch` is the step's, if it is known.
+        """Run the validation, previews and evaluation that are due; `batch` is the step's, if it is known.
 
-        They come after the checkpoint: it knows of them, so a signal that comes meanwhile need not wait.
+        They come after the checkpoint, which lists them, so that a signal can stop the run meanwhile.
         """
         while self.looks.owed:
             self.leave()
@@ -132,7 +132,7 @@ class Training:
                 self.looks.take_next(self.step, batch, self.pieces)
 
     def leave(self) -> None:
-        """End here if a signal asked for it and all that was done is saved.
+        """Stop if a signal asked for it and the last step is saved.
 
         Raises:
             Stopped: see `run`.
@@ -142,11 +142,11 @@ class Training:
 
     @property
     def best(self) -> Best | None:
-        """The best of the weights that were evaluated, if the result is chosen from them."""
+        """The best of the evaluated weights, if the result is chosen from them."""
         return self.looks.best
 
     def result(self) -> ExitStack:
-        """The networks with the best weights in place, if evaluation chose some, or with their averages.
+        """Put the weights of the result in place: the best ones that evaluation found, or else the averages.
 
         Raises:
             LdmError: the file of the best weights is missing or damaged.
@@ -160,10 +160,10 @@ class Training:
     def train_step(self, micro_batches: Sequence[Batch]) -> None:
         """Gradients of all micro-batches, then one update of every player.
 
-        Where memory does not suffice, they are cut in half from then on: the same update, in smaller parts.
+        Where memory does not suffice, micro-batches are cut in half from then on: the same update, in smaller parts.
 
         Raises:
-            LdmError: a loss or gradient is not finite, so that nothing has been updated; or memory does not suffice.
+            LdmError: a loss or gradient is not finite, and nothing has been updated; or memory does not suffice.
             Stopped: see `run`.
         """
         while True:
@@ -174,11 +174,11 @@ class Training:
                     raise
             else:
                 break
-            self.cut_smaller(micro_batches[0])  # only here has the error let go of the tensors that did not fit
+            self.cut_smaller(micro_batches[0])  # outside of the handler, which keeps the tensors that did not fit alive
         self.log.add_images(sum(len(batch.keys) for batch in micro_batches) * self.accelerator.num_processes)
 
     def update(self, micro_batches: Sequence[Batch]) -> None:
-        """The step itself: gradients, clipped; an update of the weights; one of their averages."""
+        """One step: gradients are computed and clipped, then weights and their averages are updated."""
         step, players = self.step + 1, self.stage.players
         rate = learning_rate(self.section.optimizer, step, self.section.steps)
         figures, not_finite = self.gradients(micro_batches)
@@ -193,13 +193,13 @@ class Training:
         self.log.add({**means, **self.stage.updated(step)})
 
     def gradients(self, micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], NotFinite]:
-        """Propagate the mean losses of a step's micro-batches backwards: their figures, () each, and bad samples."""
+        """Run the backward passes of a step's micro-batches; the mean figures, () each, and the bad samples."""
         images = sum(len(batch.keys) for batch in micro_batches)
-        self.committed = bool(self.weights.skeletons)  # whose ranks exchange weights in the forward pass already
+        self.committed = bool(self.weights.skeletons)  # sharded ranks exchange weights in the forward pass already
         figures: dict[str, Tensor] = {}
         not_finite: NotFinite = []
         for index, batch in enumerate(micro_batches):
-            last, share = index == len(micro_batches) - 1, images / len(batch.keys)  # 1 / its part of the step
+            last, share = index == len(micro_batches) - 1, images / len(batch.keys)  # 1 / its part of the step's images
             with ExitStack() as stack:
                 if not last:  # ranks exchange gradients with the last micro-batch alone
                     for player in self.stage.players.values():
@@ -215,13 +215,13 @@ class Training:
         return figures, not_finite
 
     def clip(self, player: Player) -> Tensor:
-        """Scale a player's gradient down to the largest norm that it may have; its norm before, ()."""
+        """Clip a player's gradient to its largest norm, and return the norm before, ()."""
         limit = player.clip or float("inf")
         norm = self.accelerator.clip_grad_norm_(player.module.parameters(), limit)
         return whole(torch.as_tensor(norm, device=self.accelerator.device)).detach().float()
 
     def agree(self, figures: dict[str, Tensor], not_finite: NotFinite) -> dict[str, float]:
-        """The means over all ranks of a step's figures, in one exchange that also tells of bad numbers and of signals.
+        """The means of a step's figures over all ranks, in one exchange that also shares bad numbers and signals.
 
         Raises:
             LdmError: a number is not finite, on whatever rank.
@@ -233,7 +233,7 @@ class Training:
             torch.stack([wrong, stop, *figures.values()]), "mean"
         ).tolist()
         result = dict(zip(figures, means, strict=True))
-        overflows = self.accelerator.scaler is not None  # fp16's gradients do now and then, and are not used then
+        overflows = self.accelerator.scaler is not None  # in fp16 some gradients overflow, and that update is skipped
         lost = [n for n, value in result.items() if n.startswith("gradient/") and not math.isfinite(value)]
         if any_wrong or (lost and not overflows):
             raise LdmError(self.lost("the loss" if any_wrong else f"the {lost[0]}", not_finite))
@@ -246,9 +246,9 @@ class Training:
         return result
 
     def lost(self, what: str, not_finite: NotFinite) -> str:
-        """Why the run ends here, and with which samples."""
+        """The message about a number that is not finite, with the samples of its batch."""
         found = {key for keys, rows in not_finite for key, row in zip(keys, rows.tolist(), strict=True) if row}
-        found = found or {key for keys, _ in not_finite for key in keys}  # a gradient's, or those of another rank
+        found = found or {key for keys, _ in not_finite for key in keys}  # a gradient is bad, or a loss on another rank
         return (
             f"{what} of step {self.step + 1} is not finite (samples here: {listing(sorted(found), 8)}); nothing was "
             f"updated, the last checkpoint is {self.checkpoints.newest()}. A lower learning rate, bf16 in place of "
@@ -256,7 +256,7 @@ class Training:
         )
 
     def cut_smaller(self, batch: Batch) -> None:
-        """Give up the step so far, and halve what is computed at a time.
+        """Give up the step so far, and halve the number of images computed at a time.
 
         Raises:
             LdmError: there is nothing to halve, or other ranks have some of the gradients already.

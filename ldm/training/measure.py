@@ -1,4 +1,4 @@
-"""How long a run will take here: from a few of its own steps."""
+"""The time that a run will take on this machine, measured with a few of its own steps."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from ldm.training.run import TrainingRun
 
 @dataclass(frozen=True)
 class Measured:
-    """A few real steps of the first stage."""
+    """The measurements of a few real steps of the first stage."""
 
     seconds_per_step: float  # the median
     images_per_second: float  # over all processes
     waiting: float  # part of the time spent waiting for data
     peak_bytes: int  # of the GPU's memory; 0 where there is none
-    hours: float  # that all of the stage's steps will take at this rate
+    hours: float  # for all of the stage's steps at this rate
     tflops: float  # of each device
-    use: float | None  # part of what the device can do, where that is known
+    use: float | None  # part of the device's peak speed; None if that is not known
 
 
 def measure(config: Config, steps: int) -> Measured:
-    """Do a few updates of the first stage on the run's own data, in a folder that is thrown away; the first is not
-    counted.
+    """Measure a few updates of the first stage, but the first one, on the run's own data and in a temporary folder.
 
     Raises:
-        LdmError: as the run itself would.
+        LdmError: the run itself would fail with it.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingRun(config.model_copy(update={"output": folder, "trackers": []}), None, lambda *_: None)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from ldm.errors import LdmError
 from ldm.training.sections import OptimizerSection
 
-STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0, "prodigy": 16}  # of the state, for each parameter
+STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0, "prodigy": 16}  # bytes of the state for each parameter
 Group = tuple[list[nn.Parameter], float]  # parameters and their highest learning rate
 
 
@@ -49,13 +49,13 @@ def make_optimizer(
         raise LdmError(
             f"optimizer {section.name} needs one more package: pip install {package.split('.')[0]}"
         ) from None
-    with redirect_stdout(None):  # Prodigy's greeting
+    with redirect_stdout(None):  # Prodigy prints a greeting
         return kind(rows, **common)
 
 
 def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have moments lie in memory as their weights do, as fused optimisers take them: those of a run on another device
-    may not."""
+    """Give moments the memory layout of their weights, which fused optimisers need: moments of a run on another device
+    may have another one."""
     for parameter, state in optimizer.state.items():
         for name, moment in state.items():
             if isinstance(moment, Tensor) and moment.shape == parameter.shape and not isinstance(moment, DTensor):
@@ -65,8 +65,8 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
     """The part of the highest learning rate at update `step` (from 1) of `steps`.
 
-    With a cooldown it stays at its highest until so many updates are left, so that a run can be made longer without
-    having been another one so far (Hägele et al. 2024, arXiv 2405.18392).
+    With a cooldown it stays at its highest until so many updates are left, so that a run can be made longer and its
+    updates so far remain the same (Hägele et al. 2024, arXiv 2405.18392).
     """
     if step <= section.warmup:
         return step / section.warmup

@@ -1,4 +1,4 @@
-"""The resolutions of a stage, one after the other, and how its batches divide."""
+"""The phases of a stage, one for each resolution, and the micro-batches of its batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Phase:
         """Micro-batches of each step.
 
         Raises:
-            LdmError: the batch does not divide.
+            LdmError: the batch does not divide evenly.
         """
         share, rest = divmod(self.batch, processes)
         if rest:
@@ -35,7 +35,7 @@ def phases(section: StageSection) -> list[Phase]:
     """The resolutions of a stage, one after the other.
 
     Raises:
-        LdmError: they take more steps than there are, or fewer.
+        LdmError: their steps do not add up to those of the stage.
     """
     found: list[Phase] = []
     for number, part in enumerate(section.sizes):

@@ -1,4 +1,4 @@
-"""Everything that the rest of a stage depends on: into a checkpoint, and back from the newest one."""
+"""Saving the state of a stage in a checkpoint, and restoring it from the newest one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.training.stages.stage import Stage
 from ldm.training.weights import TrainedWeights
 
 log = logging.getLogger(__name__)
-OPTIONS = ("highest", "weight_decay", "betas", "eps")  # of an optimiser, which may change when a run goes on
+OPTIONS = ("highest", "weight_decay", "betas", "eps")  # of an optimiser, which may change when a run resumes
 
 
 class Checkpoints:
@@ -30,31 +30,31 @@ class Checkpoints:
         folder: Path,
     ) -> None:  # fmt: skip
         """Args:
-        accelerator: knows the networks and optimisers.
-        stage: whose checkpoints they are.
+        accelerator: saves the networks and optimisers.
+        stage: the stage in training.
         weights: its weights and their averages.
-        stage_log: whose sums and length belong to a checkpoint.
-        looks: which are owed, and the best weights so far.
+        stage_log: its log, whose sums and length belong to a checkpoint.
+        looks: its validation, previews and evaluation that are due, and the best weights so far.
         folder: of the stage.
         """
         self.accelerator, self.stage, self.weights, self.log, self.looks = (
             accelerator, stage, weights, stage_log, looks,
         )  # fmt: skip
         self.folder, self.keep = folder / "checkpoints", stage.section.keep
-        self.saved = -1  # the step of the newest one
+        self.saved = -1  # the step of the newest checkpoint
 
     def check_room(self) -> None:
-        """Refuse, on the main process, to begin where checkpoints will not fit."""
+        """Raise, on the main process, where the disk has no room for the checkpoints."""
         if self.accelerator.is_main_process:
             checkpoint.check_room(self.folder, self.weights.nbytes(), self.keep)
 
     def newest(self) -> str:
-        """The name of the newest one, for messages."""
+        """The name of the newest checkpoint, for messages."""
         saved = checkpoint.checkpoints(self.folder)
         return saved[-1].name if saved else "none yet"
 
     def save(self, step: int) -> None:
-        """Write one after `step` updates."""
+        """Write a checkpoint after `step` updates."""
         best = self.looks.best
         state = {
             "sums": self.log.sums, "kind": self.weights.kind(), "best": asdict(best) if best else None,
@@ -67,14 +67,14 @@ class Checkpoints:
         self.log.restart_clock()
 
     def _remove_surpassed(self, evaluator: Evaluator) -> None:
-        """Of the evaluated weights, keep only those that a checkpoint calls the best."""
+        """Remove the evaluated weights that no checkpoint names as the best."""
         bests = [Best(**state["best"]) for state in checkpoint.states(self.folder) if state.get("best")]
         wanted = {path for best in bests for path in self.weights.files(evaluator, best).values()}
         for path in evaluator.kept() - wanted:
             path.unlink(missing_ok=True)
 
     def restore(self) -> int:
-        """Go on from the newest checkpoint that is whole; the log is cut back to it. How many updates it has.
+        """Restore the newest whole checkpoint, cut the log back to it, and return its number of updates.
 
         Raises:
             LdmError: the configuration describes other networks, averages or another optimiser.
@@ -97,14 +97,14 @@ class Checkpoints:
         self.log.sums, self.looks.owed = state["sums"], state["looks"]
         if self.looks.evaluator and state.get("best"):
             self.looks.best = self.looks.evaluator.resumed(Best(**state["best"]))
-            if self.looks.best:  # find out now whether these weights are whole
+            if self.looks.best:  # a damaged file of these weights is an error now, not at the end
                 self.weights.best(self.looks.evaluator, self.looks.best).close()
         log.info("going on from %s", path)
         self.log.cut(state["log"])
         return self.saved
 
     def _load(self, path: Path) -> None:
-        """Networks, optimisers and averages, but the options of the optimisers that the configuration names."""
+        """Load networks, optimisers and averages; the optimisers' options stay those of the configuration."""
         optimizers = [player.optimizer for player in self.stage.players.values()]
         wanted = [
             [{name: value for name, value in group.items() if name in OPTIONS} for group in optimizer.param_groups]

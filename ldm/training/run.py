@@ -3,9 +3,9 @@
 runs/x/config.yaml        the whole configuration, defaults included
 runs/x/data/              index of the images, list of those that cannot be used, caches
 runs/x/base/              of each stage: checkpoints/, previews/, averages/, metrics.jsonl
-runs/x/base/evaluation/   reports on images that it makes, if they are asked for (`ldm.training.evaluator`)
-runs/x/base/model/        its result, a folder that diffusers opens; model.safetensors, the same as a single file
-runs/x/text/clip/         besides, of the stage text: the image encoder (`ldm.weights.contrastive.load_clip`)
+runs/x/base/evaluation/   reports on images made while training, if asked for (`ldm.training.evaluator`)
+runs/x/base/model/        its result, a diffusers folder; model.safetensors, the same as a single file
+runs/x/text/clip/         also, of the stage text: the image encoder (`ldm.weights.contrastive.load_clip`)
 runs/x/base/done.json     written last
 """
 
@@ -51,7 +51,7 @@ from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
 
 log = logging.getLogger(__name__)
-SOME = 10_000  # captions that are tokenised, to see whether they are too long
+SOME = 10_000  # captions that are tokenised to find how many are too long
 
 
 class TrainingRun:
@@ -67,13 +67,13 @@ class TrainingRun:
         except ValueError as error:
             raise LdmError(f"precision {config.precision}: {first_line(error)}") from None
         if config.precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise LdmError("precision fp16 needs a GPU, and none is used here; set precision=bf16 or precision=no")
+            raise LdmError("precision fp16 needs a GPU, and this run uses none; set precision=bf16 or precision=no")
         check_agreement({"ldm": ldm.__version__, "torch": torch.__version__, **config.model_dump(mode="json")})
         self.lock = open_folder(config) if self.accelerator.is_main_process else None
         self.data = open_training_images(config.data, self.folder / "data", self.accelerator)
 
     def all(self) -> None:
-        """Every stage, in order; the result of one that is done is read."""
+        """Run every stage, in order; of a stage that is done, the result is read."""
         self._check_evaluations()
         model: LatentDiffusion | None = None
         for name in self.config.stages:
@@ -90,14 +90,14 @@ class TrainingRun:
         return getattr(self.config, name)
 
     def start(self, name: str, before: LatentDiffusion | None) -> LatentDiffusion:
-        """The model that a stage starts from: that of the stage before it, or one that the configuration names."""
+        """The model that a stage starts from: the result of the stage before it, or one named in the configuration."""
         kind, section, seed = kind_named(name), self.section(name), self.config.seed
         if kind.own_model is None:
             return before or starting_model(self.config.model, seed)
         return kind.adopt(section, starting_model(kind.own_model(section), seed, f"{name}.model"), before)
 
     def stage(self, name: str, model: LatentDiffusion, folder: Path) -> LatentDiffusion | None:
-        """Train one stage to its end, and write its result; the model that the next stage starts from.
+        """Train one stage to its end, write its result, and return the model that the next stage starts from.
 
         Raises:
             LdmError: see `Training.run`.
@@ -150,10 +150,10 @@ class TrainingRun:
             self._evaluator(name, model, accelerator, folder),
         )  # fmt: skip
 
-    # --- what a stage needs -----------------------------------------------------------------------------------------
+    # --- parts of a stage -------------------------------------------------------------------------------------------
 
     def _tracked(self, folder: Path) -> Accelerator:
-        """An accelerator for one stage: what is prepared with it is what checkpoints hold; its log goes to trackers."""
+        """An accelerator for one stage, which writes checkpoints of what is prepared with it, and logs to trackers."""
         wanted = self.config.trackers
         try:
             accelerator = Accelerator(
@@ -169,12 +169,12 @@ class TrainingRun:
         return accelerator
 
     def _warn_of_long_captions(self, model: LatentDiffusion) -> None:
-        """Say how many captions are longer than the text encoders read, judged by some of them."""
+        """Warn if some of the first captions are longer than the context of the text encoders."""
         some = self.data.images.captions()[:SOME] if self.data.images else []
-        room = min(config.context for config in model.family.text) - 2  # start and end
+        room = min(config.context for config in model.family.text) - 2  # without start and end token
         long = sum(len(ids) > room for ids in model.text_encoders.tokenizers[0].encode(some))
         if long:
-            log.warning("%d of %d captions have over %d tokens; what is beyond is not read", long, len(some), room)
+            log.warning("%d of %d captions have over %d tokens; the rest of them is not read", long, len(some), room)
 
     def _caches(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Caches:
         """The cache of the stage, if the configuration asks for one and the stage reads it."""
@@ -188,11 +188,11 @@ class TrainingRun:
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
-        """The forecasts of all stages, made at once: a later one that cannot be built ends the run before it begins."""
+        """The forecasts of all stages, made at the start, so that a stage that cannot be built ends the run at once."""
         return forecast(self.config, self.accelerator.num_processes)
 
     def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost]:
-        """The cost of an image at each step of a stage."""
+        """A function that gives the cost of an image at a step of a stage."""
         rows = [row for row in self.forecasts if row.stage == name]
         peak = peak_tflops(accelerator.device, self.config.precision)
         ends = [phase.end for phase in phases(self.section(name))]
@@ -201,12 +201,12 @@ class TrainingRun:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def _check_evaluations(self) -> None:
-        """Refuse evaluations that cannot be made before the first stage begins."""
+        """Raise, before the first stage, for an evaluation that cannot be made."""
         for name in self.config.stages:
             if wanted := kind_named(name).evaluation(self.section(name)):
                 check_evaluation(kind_named(name), self._evaluation_plan(wanted, "cpu"))
                 if self.make_images is None:
-                    raise LdmError(f"{name}.evaluation.every: nothing is given that makes images (make_images)")
+                    raise LdmError(f"{name}.evaluation.every: no function that makes images is given (make_images)")
 
     def _evaluation_plan(self, section: EvaluationSection, device: str) -> EvaluationPlan:
         images = self.data.images
@@ -226,7 +226,7 @@ class TrainingRun:
 
 
 def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
-    """Gradient checkpointing and compilation as the section says; weights as the device computes fastest."""
+    """Add gradient checkpointing and compilation as the section says, and lay weights out for the device."""
     if accelerator.device.type == "cpu":
         keep_freed()
     for player in stage.players.values():
@@ -236,11 +236,11 @@ def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
             check_compiling(accelerator.device)
             player.module.compile()
         if accelerator.device.type == "cuda" and not is_sharded(accelerator, stage):
-            player.module.to(memory_format=torch.channels_last)  # as a GPU's convolutions compute
+            player.module.to(memory_format=torch.channels_last)  # the fastest layout for a GPU's convolutions
 
 
 def _own(module: torch.nn.Module, device: torch.device) -> None:
-    """Weights on the device, in memory of their own: those that are mapped from a file cannot be updated."""
+    """Move weights to the device, into memory of their own: weights mapped from a file cannot be updated."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(device, torch.float32, copy=True)
     for buffer in module.buffers():
@@ -252,15 +252,15 @@ def train(
     make_images: MakeImages | None = None,
     report: Report = lambda stage, step, steps, figures: None,
 ) -> None:
-    """Train what a configuration says; the same call again goes on where it stopped.
+    """Train the stages of a configuration; the same call again resumes a stopped run.
 
     Args:
         config: the run.
         make_images: makes images with a model, for previews and evaluation.
-        report: takes the lines of the log, on the main process.
+        report: is called with every line of the log, on the main process.
 
     Raises:
-        LdmError: in one line, what is wrong and what to do.
+        LdmError: training is not possible; the message is one line with a remedy.
         Stopped: a signal asked for it; a checkpoint was written.
     """
     TrainingRun(config, make_images, report).all()

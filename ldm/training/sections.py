@@ -18,57 +18,55 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model to start from."""
 
-    usual: ClassVar[str | None] = None  # the family that is built where neither a source nor another one is named
-    source: str | None = Field(None, description="a model folder, checkpoint file or Hub name; without: random weights")
-    family: str | None = Field(None, description="sd15, sdxl, …: what to build, or what a single file is")
-    components: dict[str, str] = Field({}, description="parts from elsewhere: vae, unet, text_encoder[_2]: path")
-    fresh: list[Literal["unet", "autoencoder", "text"]] = Field([], description="parts of a source to begin anew")
+    usual: ClassVar[str | None] = None  # the family that is built by default
+    source: str | None = Field(None, description="a model folder, checkpoint file or Hub name; null: random weights")
+    family: str | None = Field(None, description="sd15, sdxl, …: family to build, or of a single file")
+    components: dict[str, str] = Field({}, description="parts from other files: vae, unet, text_encoder[_2]: path")
+    fresh: list[Literal["unet", "autoencoder", "text"]] = Field([], description="parts to begin with random weights")
     unet: dict[str, Any] = Field({}, description="fields of UNetConfig that differ from the family's")
     autoencoder: dict[str, Any] = Field({}, description="fields of AutoencoderConfig that differ")
     text: list[dict[str, Any]] = Field([], description="fields of TextEncoderConfig that differ, for each text encoder")
     schedule: dict[str, Any] = Field({}, description="fields of NoiseSchedule that differ")
-    zero_empty_prompt: bool | None = Field(None, description="whether zeros stand for an empty prompt, if it differs")
+    zero_empty_prompt: bool | None = Field(None, description="zeros encode an empty prompt; null: as in the family")
 
 
 class OptimizerSection(Section):
-    """How weights are updated. The learning rate depends on the update's number alone, whatever runs in parallel."""
+    """How weights are updated. The learning rate depends on the update's number alone, not on the processes."""
 
     name: Literal["adamw", "adamw-8bit", "adafactor", "prodigy"] = Field("adamw", description="the method")
-    learning_rate: float = Field(1e-4, gt=0, description="its highest value")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how it falls after the warm-up")
-    warmup: int = Field(0, ge=0, description="updates until it is reached")
-    cooldown: int = Field(0, ge=0, description="the last updates, in which it falls; 0: all after the warm-up")
-    final: float = Field(0.0, ge=0, le=1, description="part of it that is left at the last update")
+    learning_rate: float = Field(1e-4, gt=0, description="highest learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how the rate falls at the end")
+    warmup: int = Field(0, ge=0, description="updates until the highest learning rate is reached")
+    cooldown: int = Field(0, ge=0, description="last updates, in which the learning rate falls; 0: all after warm-up")
+    final: float = Field(0.0, ge=0, le=1, description="part of the learning rate left at the last update")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and second moments")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: as it comes")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
 
     @field_validator("cooldown")
     @classmethod
     def _falls(cls, cooldown: int, info: ValidationInfo) -> int:
-        """A constant learning rate has no end to it."""
+        """A cooldown needs a schedule that falls."""
         if cooldown and info.data.get("schedule") == "constant":
             raise ValueError("a constant learning rate does not fall; choose the schedule linear or cosine")
         return cooldown
 
 
 class EmaSection(Section):
-    """Averages of the weights, which are saved, sampled and validated in their place."""
+    """Averages of the weights (EMA), which are saved, sampled and validated in place of the weights."""
 
-    decay: float = Field(0.9999, ge=0, lt=1, description="of the exponential average; 0: none")
+    decay: float = Field(0.9999, ge=0, lt=1, description="decay of the exponential average; 0: none")
     ramp: bool = Field(True, description="a shorter average at first: at most (1 + n) / (10 + n) after n updates")
     widths: list[float] = Field([], description="relative widths of power-function averages (Karras et al. 2024)")
-    every: int = Field(
-        5000, ge=1, description="updates between their snapshots, from which any width can be made later"
-    )
+    every: int = Field(5000, ge=1, description="updates between snapshots, from which any width can be computed later")
 
 
 class SizeSection(Section):
-    """A part of a run at one resolution."""
+    """A part of a stage at one resolution."""
 
-    size: int = Field(512, ge=8, le=8192, description="pixels: images have about size² of them")
-    steps: int | None = Field(None, ge=1, description="updates at this size; without: the rest")
+    size: int = Field(512, ge=8, le=8192, description="images have about size² pixels")
+    steps: int | None = Field(None, ge=1, description="updates at this size; null: the rest")
     batch: int | None = Field(None, ge=1, description="images in an update at this size, if it differs")
     micro_batch: int | None = Field(None, ge=1, description="images at a time on each device, if it differs")
 
@@ -79,7 +77,7 @@ class StageSection(Section):
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="images in an update, over all devices")
     micro_batch: int | None = Field(
-        None, ge=1, description="images at a time on each device, at the most; without: all of its share"
+        None, ge=1, description="most images at a time on each device; null: its whole share of the batch"
     )
     sizes: list[SizeSection] = Field([SizeSection()], min_length=1, description="resolutions, one after the other")
     optimizer: OptimizerSection = OptimizerSection()
@@ -97,24 +95,24 @@ class EvaluationSection(Section):
     """Images made and measured while training, for each average of the weights (`ldm eval` measures a result)."""
 
     every: int = Field(0, ge=0, description="updates between evaluations; 0: none")
-    metrics: list[str] = Field(["kid"], min_length=1, description="those of `ldm eval` that are not reconstructions'")
-    n: int | None = Field(None, ge=2, description="images to make; without: one for each caption of the data")
-    data: str | None = Field(None, description="images to compare with, with captions; without: those held out")
+    metrics: list[str] = Field(["kid"], min_length=1, description="metrics of `ldm eval`, but those of reconstructions")
+    n: int | None = Field(None, ge=2, description="images to make; null: one for each caption of the data")
+    data: str | None = Field(None, description="reference images with captions; null: the held-out ones")
     features: str = Field("inception", description="network for FID, KID and the like")
-    clip: str | None = Field(None, description="network for metrics of prompts: clip:MODEL@WEIGHTS, clip:FOLDER")
-    steps: int = Field(30, ge=1, le=1000, description="of the scheduler")
-    guidance: float | None = Field(None, ge=0, le=1000, description="scale; without: the family's usual one")
+    clip: str | None = Field(None, description="network for CLIP score and the like: clip:MODEL@WEIGHTS, clip:FOLDER")
+    steps: int = Field(30, ge=1, le=1000, description="steps of the scheduler")
+    guidance: float | None = Field(None, ge=0, le=1000, description="guidance scale; null: the family's default")
     batch: int = Field(8, ge=1, description="images made at a time on each device")
-    choose: str | None = Field(None, description="metric whose best weights become the result; without: the last ones")
+    choose: str | None = Field(None, description="metric whose best weights become the result; null: the last ones")
 
     @field_validator("choose")
     @classmethod
     def _measured(cls, choose: str | None, info: ValidationInfo) -> str | None:
         """The metric to choose by must be measured."""
         if choose is not None and info.data.get("every", 1) == 0:
-            raise ValueError("nothing is measured to choose by; set every")
+            raise ValueError("no evaluation is made to choose by; set every")
         if choose is not None and choose not in info.data.get("metrics", [choose]):
-            raise ValueError("it is not among the metrics")
+            raise ValueError("this metric is not among evaluation.metrics")
         return choose
 
 
@@ -124,16 +122,16 @@ class DataSection(Section):
     source: str | None = Field(
         None, description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub"
     )
-    split: str = Field("train", description="of a dataset")
-    caption_column: str | None = Field(None, description="of a dataset; without: text, caption, captions or prompt")
-    captions: Literal["required", "optional"] = Field("required", description="what to do about images without")
-    holdout: float = Field(64, ge=0, description="images kept out of training for validation; below 1: a part of them")
+    split: str = Field("train", description="split of a dataset")
+    caption_column: str | None = Field(None, description="column of a dataset; null: text, caption, captions or prompt")
+    captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
+    holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
     bucket_step: int = Field(64, ge=8, description="sides of the buckets are multiples of it, in pixels")
     aspect: float = Field(4.0, ge=1, description="width / height of the widest bucket")
-    crop: Literal["random", "center"] = Field("random", description="where to crop")
-    flip: bool = Field(False, description="mirror half of the images: only where neither they nor captions have a side")
-    upscale: float = Field(1.25, ge=1, description="images that would be enlarged more are left out, and counted")
+    crop: Literal["random", "center"] = Field("random", description="place of the crop")
+    flip: bool = Field(False, description="mirror half of the images; not where left and right matter")
+    upscale: float = Field(1.25, ge=1, description="images to be enlarged more than this are left out, and counted")
     stream: bool = Field(False, description="read shards or a dataset from the beginning, without a copy on disk")
     workers: int = Field(2, ge=0, description="processes that load images")
     cache: bool = Field(False, description="encode images and captions once, and keep them in the run's folder")

@@ -1,7 +1,7 @@
 """A test of training on this machine, with this launcher: small networks, every kind of stage, two minutes.
 
-Each check is a function that yields what is wrong; all processes make it, and all of them learn what any has found.
-What it trains is thrown away.
+Each check is a function that yields the problems it finds; all processes make it, and share the problems. The trained
+networks are thrown away.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from ldm.training.stages.trial import MODEL, SIDE
 IMAGES = 32
 STEPS = 4
 RATE, WARMUP = 1e-3, 2
-DRAWS = 4000  # of captions, to see how often one is left out
+DRAWS = 4000  # drawn captions, to measure how often one is dropped
 COMMON = {
     "steps": STEPS, "sizes": [{"size": SIDE}], "log_every": 1, "save_every": 2, "validate_every": 1000,
     "preview_every": 1000, "optimizer": {"learning_rate": RATE, "warmup": WARMUP},
 }  # fmt: skip
-Say = Callable[[str, str | None], None]  # a check's name, and what is wrong, if anything is
+Say = Callable[[str, str | None], None]  # a check's name, and its problem, if there is one
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Ground:
     batch: int  # over all processes
 
     def config(self, name: str, **changes: Any) -> Config:
-        """Of a run in a folder of its own; changes are named as `base__steps=2`."""
+        """The configuration of a run in a folder of its own; changes are named as `base__steps=2`."""
         dump: dict[str, Any] = {
             "output": str(self.folder / name),
             "precision": self.precision,
@@ -79,11 +79,11 @@ class Ground:
         return Config.model_validate(dump)
 
     def run(self, name: str, **changes: Any) -> Watched:
-        """A run of that configuration."""
+        """A run of that configuration, from beginning to end."""
         return Watched(self.config(name, **changes), None, lambda stage, step, steps, figures: None)
 
     def built(self, name: str, stage: str, **changes: Any) -> tuple[Training, Batch]:
-        """A stage of a new run that is ready to train, and this process's part of its first batch."""
+        """A stage of a new run, ready to train, and this process's part of its first batch."""
         run = self.run(name, **changes)
         before = LatentDiffusion.from_family(run.start("base", None).family) if kind_named(stage).own_model else None
         training = run.training(stage, run.start(stage, before), run.folder / stage)
@@ -96,21 +96,21 @@ class Watched(TrainingRun):
     last: Training
 
     def training(self, name: str, model: LatentDiffusion, folder: Path) -> Training:
-        """As `TrainingRun.training`."""
+        """A stage, ready to train, which is kept too."""
         self.last = super().training(name, model, folder)
         return self.last
 
 
 def selftest(folder: Path, precision: str, say: Say) -> bool:
-    """Make all checks; whether all is well.
+    """Make all checks, and return whether all passed.
 
     Args:
-        folder: empty or not there yet; all processes must see it.
+        folder: empty or new; all processes must see it.
         precision: "no", "fp16" or "bf16".
-        say: takes every result, on the main process.
+        say: is called with every result, on the main process.
 
     Raises:
-        LdmError: training is not possible at all.
+        LdmError: training is not possible.
     """
     accelerator = Accelerator(mixed_precision=precision)
     batch = 4 * accelerator.num_processes
@@ -130,7 +130,7 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
 
 
 def draw_images(folder: Path) -> None:
-    """Wide images whose colours tell where in them a pixel is, each with a caption of its own."""
+    """Draw wide images, each with its own caption, where the colour of a pixel tells its place."""
     folder.mkdir(parents=True)
     for number in range(IMAGES):
         across, down = np.meshgrid(np.arange(48), np.arange(40))
@@ -164,7 +164,7 @@ def all_stages(ground: Ground) -> Iterator[str]:
 
 
 def gradients(ground: Ground) -> Iterator[str]:
-    """Each term of each loss reaches the weights that it should move, and no others."""
+    """Each term of each loss has a gradient for the weights that it should train, and for no others."""
     pixels = _gradient(ground, "pixels", kl=0.0, adversarial=0.0)
     for term, other in {
         "the KL term": _gradient(ground, "kl", kl=1.0, adversarial=0.0),
@@ -190,13 +190,13 @@ def gradients(ground: Ground) -> Iterator[str]:
 
 
 def crops(ground: Ground) -> Iterator[str]:
-    """Cached latents are those of the crop that the size conditioning speaks of."""
+    """Cached latents belong to the crop that the time ids state."""
     training, batch = ground.built("crops", "base", data__cache=True, data__crops=3)
     images = []
     for key, size in zip(batch.keys, batch.size.int().tolist(), strict=True):
         with Image.open(ground.folder / "images" / Path(key).name) as image:
             top, left = size[2:4]
-            scale = SIDE / 40  # the shorter side becomes the square's
+            scale = SIDE / 40  # the shorter side becomes the square's side
             whole = image.convert("RGB").resize((round(48 * scale), SIDE), Image.Resampling.LANCZOS)
             images.append(whole.crop((left, top, left + SIDE, top + SIDE)))
     pixels = to_tensor(images, SIDE, SIDE)
@@ -207,21 +207,21 @@ def crops(ground: Ground) -> Iterator[str]:
         yield "all crops are the same"
     error = (cached - mean).abs().max() / mean.abs().max()
     if error > (1e-2 if ground.precision == "no" else 5e-2):
-        yield f"cached latents are not those of their crop: they differ by {100 * float(error):.0f} %"
+        yield f"cached latents are not those of the crop in their time ids: they differ by {100 * float(error):.0f} %"
     training.accelerator.free_memory()
 
 
 def drop_out(ground: Ground) -> Iterator[str]:
-    """Captions are left out as often as asked."""
+    """Captions are dropped at the configured rate."""
     keys = [f"image {number}" for number in range(DRAWS)]
     for rate in (0.1, 0.5):
         found = float(ConditioningDropout((rate,)).captions(0, keys, [0] * DRAWS, 1).float().mean())
         if abs(found - rate) > 5 * math.sqrt(rate * (1 - rate) / DRAWS):
-            yield f"{100 * found:.1f} % of the captions are left out, not {100 * rate:.0f} %"
+            yield f"{100 * found:.1f} % of the captions are dropped, not {100 * rate:.0f} %"
 
 
 def resuming(ground: Ground) -> Iterator[str]:
-    """A run that is stopped and started again ends as one that is not."""
+    """A run that is stopped and resumed ends in the same weights as one that is not."""
     results = []
     for name, parts in (("straight", [STEPS]), ("stopped", [STEPS // 2, STEPS])):
         for steps in parts:
@@ -229,7 +229,7 @@ def resuming(ground: Ground) -> Iterator[str]:
             run.stage("base", run.start("base", None), run.folder / "base")
         results.append(load_file(run.folder / "base" / "model" / "unet" / "diffusion_pytorch_model.safetensors"))
     straight, stopped = results
-    exact = run.accelerator.device.type == "cpu"  # GPUs add in any order
+    exact = run.accelerator.device.type == "cpu"  # GPUs add in no fixed order
     for key, weight in straight.items():
         near = 0.0 if exact else 1e-4 + 1e-2 * float(weight.abs().max())
         if (difference := float((weight - stopped[key]).abs().max())) > near:
@@ -259,7 +259,7 @@ CHECKS: tuple[Callable[[Ground], Iterator[str]], ...] = (
 )  # fmt: skip
 
 
-# --- what they need ---------------------------------------------------------------------------------------------------
+# --- helpers of checks ------------------------------------------------------------------------------------------------
 
 
 class _Broken:
@@ -302,6 +302,6 @@ def _digest(parameters: Iterable[torch.nn.Parameter]) -> str:
 
 
 def _figures(path: Path, name: str) -> list[str]:
-    """One figure of every line of a log that has it."""
+    """The values of one figure in a log."""
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return [str(row[name]) for row in rows if name in row]

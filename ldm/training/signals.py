@@ -1,4 +1,4 @@
-"""Signals while a stage trains: the first SIGTERM or SIGINT asks for the end, a second one ends at once."""
+"""Signals while a stage trains: the first SIGTERM or SIGINT asks the run to stop, a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ AT_ONCE = 1.0  # seconds within which signals are one: a terminal and a launcher
 
 
 class Signals:
-    """Which signal came, if any."""
+    """The signal that asked the run to stop, if one came."""
 
     def __init__(self) -> None:
-        self.asked = 0  # the signal that asked for the end; 0: none
+        self.asked = 0  # number of the signal that asked the run to stop; 0: none
         self._asked_at = 0.0  # seconds, when it came
         self._leave: Callable[[], None] | None = None  # called by the first signal
 
     @contextmanager
     def leaving_with(self, leave: Callable[[], None]) -> Iterator[None]:
-        """A first signal that comes in here calls `leave`, which may raise, at once."""
+        """Within this context, a first signal calls `leave`, which may raise, at once."""
         self._leave = leave
         try:
             yield
@@ -30,9 +30,9 @@ class Signals:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Signals are kept for the loop in here.
+        """Within this context, signals are kept for the loop to read.
 
-        One that comes after the last step began is handed on to whoever handled signals before.
+        A signal that comes after the last step began is passed to the handler that was there before.
         """
         if threading.current_thread() is not threading.main_thread():
             yield

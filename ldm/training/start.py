@@ -1,4 +1,4 @@
-"""The model that training starts from: read from disk, or built with random weights, and changed as the run says."""
+"""The model that training starts from: read from disk or built with random weights, with the configured changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
         place: the section's name, for messages.
 
     Raises:
-        LdmError: neither is named, a field is not known, or the parts do not fit together.
+        LdmError: neither source nor family is named, a field is not known, or the parts do not fit together.
     """
     family = starting_family(section, place)
     if section.source is None:
@@ -44,7 +44,7 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
 
 
 def starting_family(section: ModelSection, place: str = "model") -> Family:
-    """The family of that model, without its weights. Raises as `starting_model`."""
+    """The family of `starting_model`, without its weights; errors are the same."""
     name = section.family or section.usual
     if section.source is None and name is None:
         raise LdmError(f"{place}: name a source to start from, or a family to build (sd15, sdxl, …)")
@@ -56,7 +56,7 @@ def starting_family(section: ModelSection, place: str = "model") -> Family:
     shapes = [name for name in ("unet", "autoencoder", "text") if getattr(section, name) and name not in section.fresh]
     if shapes:
         raise LdmError(
-            f"{place}.{shapes[0]}: that of {section.source} is what it is; leave it out, or begin anew: "
+            f"{place}.{shapes[0]}: the networks of {section.source} cannot change shape; leave it out, or begin anew: "
             f"{place}.fresh=[{shapes[0]}]"
         )
     opened = open_source(section.source, family=section.family, components=section.components, verify=False)
@@ -105,7 +105,7 @@ def with_changes(config: T, changes: dict[str, Any], place: str) -> T:
         return TypeAdapter(type(config)).validate_python(merged)
     except ValidationError as error:
         problem = error.errors()[0]
-        if problem["type"] == "value_error":  # the configuration's own refusal
+        if problem["type"] == "value_error":  # raised by the configuration itself
             raise LdmError(f"{place}: {problem['ctx']['error']}") from None
         where = ".".join(str(part) for part in (place, *problem["loc"]))
         raise LdmError(f"{where} is {problem['input']!r}: {problem['msg']}") from None

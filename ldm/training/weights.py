@@ -17,16 +17,16 @@ from ldm.training.parallel import sharded
 from ldm.training.parallel.sharded import Skeleton, is_sharded
 from ldm.training.stages.stage import Stage
 
-AVERAGES = "averages"  # a folder of a checkpoint
+AVERAGES = "averages"  # a folder within a checkpoint
 
 
 class TrainedWeights:
     """Networks and optimisers of a stage's players, prepared for the launcher, and averages of the weights."""
 
     def __init__(self, accelerator: Accelerator, stage: Stage) -> None:
-        """Prepares the players, and registers with the accelerator what else a checkpoint must hold."""
+        """Prepare the players, and register everything else that a checkpoint must hold with the accelerator."""
         self.accelerator, self.stage, self.players = accelerator, stage, stage.players
-        self.skeletons: dict[str, Skeleton] = {}  # where weights are spread over the ranks
+        self.skeletons: dict[str, Skeleton] = {}  # by player, if weights are spread over the ranks
         if is_sharded(accelerator, stage):
             self.skeletons = {name: Skeleton(one.module, stage.model) for name, one in self.players.items()}
         for player in self.players.values():
@@ -36,14 +36,14 @@ class TrainedWeights:
             for name, player in self.players.items()
             if player.averaged
         }
-        if not self.skeletons:  # they are written apart where they are spread
+        if not self.skeletons:  # spread averages are written by `save_spread`
             for average in self.averages.values():
                 accelerator.register_for_checkpointing(average)
         for module in stage.extra.values():
             accelerator.register_for_checkpointing(module)
 
     def update_averages(self, step: int) -> None:
-        """Take in the weights after update number `step` (from 1)."""
+        """Update the averages with the weights after update number `step` (from 1)."""
         for average in self.averages.values():
             average.update(step)
 
@@ -52,7 +52,7 @@ class TrainedWeights:
         return next(iter(self.averages.values())).names
 
     def averaged(self, which: int = 0) -> ExitStack:
-        """The networks with one of their averages in the place of their weights."""
+        """Put one of the averages in the place of the networks' weights."""
         stack = ExitStack()
         for name, average in self.averages.items():
             if name in self.skeletons:
@@ -63,7 +63,7 @@ class TrainedWeights:
         return stack
 
     def save_snapshots(self, folder: Path, step: int) -> None:
-        """Write the power-function averages as they are now, on the main process."""
+        """Write snapshots of the power-function averages, on the main process."""
         if self.accelerator.is_main_process:
             for name, average in self.averages.items():
                 average.save_snapshots(folder / "averages" / name, step)
@@ -76,13 +76,13 @@ class TrainedWeights:
         return {name: folder / f"{name}.safetensors" for name in self.averages}
 
     def keep(self, evaluator: Evaluator, best: Best, which: int) -> None:
-        """Write one of the averages, on the main process, which the evaluator found the best."""
+        """Write the average that the evaluator found the best, on the main process."""
         if self.accelerator.is_main_process:
             for name, path in self.files(evaluator, best).items():
                 self.averages[name].save(path, which)
 
     def best(self, evaluator: Evaluator, best: Best) -> ExitStack:
-        """The networks with the best weights in place.
+        """Put the best weights in place in the networks.
 
         Raises:
             LdmError: a file of them is missing or damaged.
@@ -98,17 +98,17 @@ class TrainedWeights:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_spread(self, folder: Path) -> None:
-        """Write the averages into a checkpoint's folder, where they are spread over the ranks."""
+        """Write the averages into a checkpoint's folder, if they are spread over the ranks."""
         if self.skeletons:
             sharded.save({name: one.named() for name, one in self.averages.items()}, folder / AVERAGES)
 
     def load_spread(self, folder: Path) -> None:
-        """Read what `save_spread` wrote."""
+        """Read the averages that `save_spread` wrote."""
         if self.skeletons:
             sharded.load({name: one.named() for name, one in self.averages.items()}, folder / AVERAGES)
 
     def nbytes(self) -> int:
-        """The size of a checkpoint, about: weights, averages of them, and the optimisers' state."""
+        """The approximate size of a checkpoint: weights, their averages, and the optimisers' state."""
         weights = [weight for player in self.players.values() for weight in player.module.parameters()]
         learned = sum(weight.numel() for weight in weights if weight.requires_grad)
         state = learned * STATE_BYTES[self.stage.section.optimizer.name]

@@ -1,1 +1,1 @@
-"""Tasks of a pipeline, one file for each: from a run to latents."""
+"""Tasks of a pipeline, one file for each: functions that make the latents of a run."""

@@ -1,4 +1,4 @@
-"""Editing by instruction: an image and what to do to it (InstructPix2Pix: Brooks et al. 2022, arXiv 2211.09800).
+"""Editing an image by an instruction, given as prompt (InstructPix2Pix: Brooks et al. 2022, arXiv 2211.09800).
 
 The U-Net reads the image's latents, as the autoencoder gives them, beside the noisy ones.
 """
@@ -21,7 +21,7 @@ def check_edit(request: Request, family: Family) -> None:
         LdmError: something is missing, or has no meaning for a model that edits.
     """
     if request.mask or not request.image:
-        raise LdmError(f"a {family.name} model edits an image by instruction: give one, and no mask (--image)")
+        raise LdmError(f"a {family.name} model edits an image by instruction: give an image, and no mask (--image)")
     if request.guidance.perturbed or request.guidance.interval != (0, 1):
         raise LdmError(f"a {family.name} model has guidance of its own; leave perturbed and interval out")
     if request.hires or request.refined:

@@ -1,4 +1,4 @@
-"""Image to image: from an image with some noise on it (Meng et al. 2021, arXiv 2108.01073); and refining latents."""
+"""Image to image, which starts from a noisy image (Meng et al. 2021, arXiv 2108.01073); and the refiner's tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_image_to_image(request: Request, family: Family) -> None:
     """Raise unless strength leaves a step.
 
     Raises:
-        LdmError: it leaves none.
+        LdmError: strength leaves no step.
     """
     whole_steps(request.steps, "strength", request.strength)
 
@@ -32,7 +32,7 @@ def image_to_image(run: SamplingRun) -> Tensor:
 
 
 def renoised(run: SamplingRun, latents: Tensor) -> Tensor:
-    """Clean latents (B, C, h, w), noised as strength says, and cleaned again."""
+    """Clean latents (B, C, h, w), with noise added as strength says, and denoised again."""
     plan = run.plan.tail(first_call(run))
     noise = run.noise.draw(run.shape, run.dtype, run.device)
     x = add_noise(plan.scheduler, latents, noise, plan.timesteps[0])
@@ -40,5 +40,5 @@ def renoised(run: SamplingRun, latents: Tensor) -> Tensor:
 
 
 def continued(run: SamplingRun, latents: Tensor) -> Tensor:
-    """Noisy latents (B, C, h, w) that another model left at the part `begin` of the run, to the end."""
+    """Noisy latents (B, C, h, w), which another model left at the part `begin` of the run, denoised to the end."""
     return run.sample(latents.to(run.device, run.dtype), run.plan.tail(run.calls_before(run.request.begin)))

@@ -1,7 +1,7 @@
-"""Inpainting: an image of which only the masked part is made anew.
+"""Inpainting: only the masked part of an image is made anew.
 
-An ordinary U-Net gets the known part back, noised as it should be, after each step (Lugmayr et al. 2022, arXiv
-2201.09865, without its resampling). One with 9 channels reads the mask and the masked image beside the noisy latents.
+With an ordinary U-Net, the known part is put back after each step, at that step's noise level (Lugmayr et al. 2022,
+arXiv 2201.09865, without its resampling). A U-Net with 9 channels also reads the mask and the masked image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_inpaint(request: Request, family: Family) -> None:
     """Raise unless there are an image and a mask of the same size, and strength leaves a step.
 
     Raises:
-        LdmError: what is missing, or does not fit.
+        LdmError: an image or a mask is missing, or does not fit.
     """
     if request.mask and not request.image:
         raise LdmError("a mask without an image: give the image that it belongs to (image=, --image)")
@@ -34,7 +34,7 @@ def check_inpaint(request: Request, family: Family) -> None:
         raise LdmError(f"a {family.name} model fills in images: give an image and a mask (--image, --mask)")
     if request.mask.size != request.image.size:
         mask, image = (f"{one.width}×{one.height}" for one in (request.mask, request.image))
-        raise LdmError(f"the mask has {mask} pixels, its image {image}; they must be alike")
+        raise LdmError(f"the mask has {mask} pixels, its image {image}; their sizes must be equal")
     whole_steps(request.steps, "strength", request.strength)
     if family.task == "inpaint" and request.hires:
         raise LdmError(f"a {family.name} model fills in images in one pass; leave hires out")
@@ -61,7 +61,7 @@ def inpaint(run: SamplingRun) -> Tensor:
         extra = torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1)
         return run.sample(x, plan, run.denoiser(extra))
 
-    if run.noise.rng == "diffusers":  # it encodes the masked image for ordinary U-Nets too, and so draws once more
+    if run.noise.rng == "diffusers":  # diffusers encodes the masked image for every U-Net, which draws noise
         run.noise.draw((1, *run.shape[1:]), run.dtype, run.device)
 
     def keep(latents: Tensor, step: Step) -> Tensor:
@@ -74,7 +74,7 @@ def inpaint(run: SamplingRun) -> Tensor:
 
 
 def pasted(made: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
-    """The made image where the mask is white, pasted on the original's own pixels."""
+    """The made image where the mask is white, and the original's pixels elsewhere."""
     size = made.size
     image = original if original.size == size else original.resize(size, Image.Resampling.LANCZOS)
     white = mask_to_tensor(mask, *size)[0, 0, :, :, None].numpy().astype(bool)

@@ -1,4 +1,4 @@
-"""The table of tasks: how each makes its latents, and what it checks."""
+"""The table of tasks: for each, the function that makes latents and the check of a request."""
 
 from __future__ import annotations
 

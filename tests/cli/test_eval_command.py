@@ -152,7 +152,7 @@ def test_killed_and_continued_is_the_same(
             ["MODEL", "--data", "SHAPES", "--with-b", "seed=3", "--metrics", "psnr"],
             "--with seed is not taken here",
         ),
-        (["MODEL", "--data", "SHAPES", "--with-b", "steps=3", "--metrics", "psnr"], "there is one alone"),
+        (["MODEL", "--data", "SHAPES", "--with-b", "steps=3", "--metrics", "psnr"], "only one is given"),
         (
             ["MODEL", "--data", "SHAPES", "--sweep", "prompt=1,2", "--metrics", "psnr"],
             "prompt is not taken here",

@@ -138,7 +138,7 @@ def test_a_wrong_line_is_found_before_the_first_image(ldm: Any, tmp_path: Path) 
         ({"scheduler": 5}, "scheduler 5: a name"),
         ({"crop": 5}, "crop 5: two whole numbers"),
         ({"guidance": {"interval": [1]}}, "interval (1,): two rising numbers"),
-        ({"strength": 0.5}, "was made from an image, which it does not name"),
+        ({"strength": 0.5}, "was made from an image that its record does not name"),
         ({"batch": 2, "place": 2}, "the image's record is damaged"),
         ({"batch": "2"}, "the image's record is damaged"),
     ],

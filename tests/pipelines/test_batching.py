@@ -112,8 +112,8 @@ def test_less_memory_makes_fewer(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert seen.sizes == [2, 2, 2, 1]
     assert asked == [range(7)]
     assert [record.getMessage() for record in caplog.records] == [
-        "memory does not suffice for 7 images at a time: 4",
-        "memory does not suffice for 4 images at a time: 2",
+        "memory does not suffice for 7 images at a time; making 4",
+        "memory does not suffice for 4 images at a time; making 2",
     ]
     for a, b in zip(made, plain("a fox", n=7, **settings).latents, strict=True):
         near(a, b, RUN)

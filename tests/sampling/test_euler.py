@@ -107,7 +107,7 @@ def test_levels_of_ones_own() -> None:
     [
         ({"timestep_spacing": "wide"}, "timestep_spacing 'wide' of scheduler euler: choose linspace or leading"),
         ({"final_sigmas_type": 0}, "final_sigmas_type 0 of scheduler euler: choose zero or sigma_min"),
-        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_exponential_sigmas and use_beta_sigmas, one"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_exponential_sigmas and use_beta_sigmas, set one"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

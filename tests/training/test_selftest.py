@@ -62,7 +62,7 @@ def test_a_failure_is_said_and_ends_in_an_error(
     assert code == 1
     assert out.splitlines()[0] == "FAILED  All is as it should be: it is not"
     assert out.splitlines()[1].startswith("ok ")
-    assert err == f"ldm: training does not work as it should here; what was trained is in {tmp_path / 'new'}\n"
+    assert err == f"ldm: training does not work as it should here; the trained networks are in {tmp_path / 'new'}\n"
 
 
 def _half(original: Callable[..., float]) -> Callable[..., float]:
@@ -78,9 +78,14 @@ def _unseen(self: Training, figures: dict[str, torch.Tensor], bad: object) -> di
     [
         ("all_stages", "ldm.training.loop.learning_rate", _half(learning_rate), "the learning rate of autoencoder is"),
         ("gradients", "ldm.training.stages.autoencoder.kl_loss", lambda p, x: p.mean.sum().detach(), "the KL term"),
-        ("drop_out", "ldm.training.conditioning.uniform", _half(uniform), "captions are left out, not 10 %"),
+        ("drop_out", "ldm.training.conditioning.uniform", _half(uniform), "captions are dropped, not 10 %"),
         ("not_a_number", "ldm.training.loop.Training.agree", _unseen, "went unnoticed"),
-        ("crops", "ldm.data.framing.Frame.numbers", property(lambda frame: (40, 48, 0, 0, 32, 32)), "of their crop"),
+        (
+            "crops",
+            "ldm.data.framing.Frame.numbers",
+            property(lambda frame: (40, 48, 0, 0, 32, 32)),
+            "of the crop in their time ids",
+        ),
         ("resuming", "ldm.training.ema.Averages.load_state_dict", lambda self, state: None, "after a stop"),
     ],
 )

@@ -94,7 +94,7 @@ def test_a_model_is_built_with_changes() -> None:
         ({"schedule": {"zero_terminal_snr": True}}, "epsilon cannot be learned from pure noise"),
         (
             {"source": "somewhere", "unet": {"layers": 1}},
-            "is what it is; leave it out, or begin anew: model.fresh=[unet]",
+            "cannot change shape; leave it out, or begin anew: model.fresh=[unet]",
         ),
     ):
         with pytest.raises(LdmError) as caught:

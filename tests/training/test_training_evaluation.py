@@ -223,8 +223,11 @@ def test_another_way_to_choose_begins_anew(images: Path, tmp_path: Path, caplog:
         (["base.evaluation.data=nowhere"], "base.evaluation: nowhere does not exist"),
         (["data.holdout=0.0001"], "base.evaluation: no images are held out (data.holdout)"),
         (["base.evaluation.features=inception:nowhere"], "base.evaluation: nowhere"),
-        (["base.evaluation.choose=kid"], "base.evaluation.choose is 'kid': value error, it is not among the metrics"),
-        (["base.evaluation.choose=fid", "base.evaluation.every=0"], "nothing is measured to choose by; set every"),
+        (
+            ["base.evaluation.choose=kid"],
+            "base.evaluation.choose is 'kid': value error, this metric is not among evaluation.metrics",
+        ),
+        (["base.evaluation.choose=fid", "base.evaluation.every=0"], "no evaluation is made to choose by; set every"),
         (
             ["stages=[base,refiner]", "refiner.evaluation.every=2"],
             "refiner.evaluation.every: a refiner makes no image",
@@ -246,7 +249,7 @@ def test_what_cannot_be_evaluated_is_said_before_training(
 
 
 def test_nothing_to_make_images_with(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(LdmError, match=r"base\.evaluation\.every: nothing is given that makes images"):
+    with pytest.raises(LdmError, match=r"base\.evaluation\.every: no function that makes images is given"):
         train(config(images, tmp_path / "r", *CHOOSING))
     with pytest.raises(LdmError, match=r"base\.evaluation: a stream holds no images out"):
         check_evaluation(kind_named("base"), EvaluationPlan(("fid",)))

@@ -1,9 +1,9 @@
 """Tests of whether two models differ, on their images for the same prompts and seeds.
 
-The test exchanges the models' images, prompt by prompt, and asks how often the figures then differ as much (Fisher
+The test exchanges the models' images, prompt by prompt, and counts how often the figures then differ as much (Fisher
 1935). If the models are equal in distribution, its p-value is exact for any number of images and of features; biases of
-finite N are in both models and fall out. The reference counts as given. For most metrics a difference is that of the
-means of values of single images, so that thousands of exchanges cost little.
+finite N are the same in both models and cancel. The reference is taken as fixed. For most metrics a difference is one
+of means over single images, so that thousands of exchanges cost little.
 
 N prompts, M images of the reference, D features of an image, C classes, B exchanges
 """
@@ -34,9 +34,9 @@ from ldm.evaluation.metrics.distances import (
 from ldm.evaluation.metrics.intervals import LEVEL, Z, optimal_map
 from ldm.evaluation.metrics.moments import NUMBERS, Moments, blocks, check_features, measure, merge
 
-POWER = 0.8  # chance to find a difference, for which the number of pairs needed is given
-FEWEST = math.ceil(1 - math.log2(1 - LEVEL))  # pairs: with fewer, so small a p is not among the 2^N exchanges
-ROUNDING = 1e-6  # of the largest value: equal images differ by less, as other batches round features otherwise
+POWER = 0.8  # chance to find a difference, with the number of pairs in `Comparison.needed`
+FEWEST = math.ceil(1 - math.log2(1 - LEVEL))  # pairs: with fewer, the 2^N exchanges cannot give so small a p
+ROUNDING = 1e-6  # part of the largest value by which equal images may differ: features round by batch
 EXCHANGES = 4000  # random ones: the smallest p is 1 / 4001
 
 
@@ -48,15 +48,15 @@ class Comparison:
     error: float  # standard error of the difference
     low: float  # the interval of 95 %
     high: float
-    p: float  # two-sided: so large a difference, either way, if the models were equal
+    p: float  # two-sided: the chance of so large a difference, either way, between equal models
     count: int  # pairs of images
-    needed: int | None  # pairs to find this difference with a chance of 80 %; None: found, or there is none
+    needed: int | None  # pairs to find this difference with a chance of 80 %; None: found, or no difference
 
 
 def _exchanges(count: int, seed: int, width: int = 1) -> Iterator[np.ndarray]:
     """Random signs (count, B), -1 where the models exchange a prompt's images; `EXCHANGES` columns in all.
 
-    So many at a time that a temporary with `width` rows stays small.
+    Few enough columns at a time that a temporary with `width` rows stays small.
     """
     generator = np.random.default_rng(seed)
     columns = max(1, min(EXCHANGES, NUMBERS // max(count, width)))
@@ -66,7 +66,7 @@ def _exchanges(count: int, seed: int, width: int = 1) -> Iterator[np.ndarray]:
 
 
 def _compared(difference: float, error: float, others: np.ndarray, count: int) -> Comparison:
-    """A comparison from the differences (EXCHANGES,) after exchanges; ties, up to rounding, count against it."""
+    """A comparison from the differences (EXCHANGES,) after exchanges; ties, up to rounding, raise p."""
     scale = float(np.abs(others).max(initial=abs(difference)))
     reached = int((np.abs(others) >= abs(difference) - 1e-9 * scale).sum())
     p = (1 + reached) / (1 + len(others))
@@ -118,8 +118,8 @@ def _check_pairs(a: Tensor, b: Tensor) -> None:
 def frechet_parts(a: Tensor, b: Tensor, reference: Moments) -> tuple[Tensor, Tensor]:
     """Each image's part in the Fréchet distance of both models together from the reference: (N,), (N,).
 
-    The difference of their means is that of the models' distances: with the derivative taken half-way between them, the
-    error is of third order. The bias of finite N is in both and falls out. Needs no more images than features.
+    The difference of the parts' means is that of the models' distances: the derivative is taken half-way between the
+    models, so that the error is of third order. The bias of finite N cancels. N may be smaller than D.
 
     Raises:
         LdmError: not as many images on both sides, or as `check_moments`.
@@ -206,7 +206,7 @@ def compare_recall(a: Tensor, b: Tensor, reference: Tensor, k: int, seed: int = 
     """The difference of the models' recall of the reference, tested as in `compare`.
 
     Balls must not change when images are exchanged: they reach to the 2k-th neighbour among the images of both models,
-    which is about the k-th among those of one. So the difference is close to that of the models' `recall`, not equal.
+    about the k-th among those of one. So the difference is close to that of the models' `recall`, but not equal.
 
     Raises:
         LdmError: not as many images on both sides, or as `manifold`.
@@ -225,7 +225,7 @@ def _compare_reached(reference: Tensor, a: Tensor, b: Tensor, first: Tensor, sec
 
     def difference(signs: np.ndarray) -> np.ndarray:
         """How many more of the reference A reaches than B after exchanges (N, B), as a share: (B,)."""
-        more = apart @ signs  # of A's images than of B's, around each of the reference
+        more = apart @ signs  # images of A than of B near each reference image
         return ((more > -total).astype(float) - (more < total)).mean(axis=0)
 
     found = float(difference(np.ones((len(a), 1)))[0])

@@ -21,7 +21,7 @@ from ldm.evaluation.metrics.moments import Moments, blocks, check_features
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (N, D), (M, D) -> (N, M)
 
 CMMD_SIGMA = 10.0  # width of the Gaussian (Jayasumana et al. 2024)
-CMMD_SCALE = 1000.0  # so that figures are readable (the same)
+CMMD_SCALE = 1000.0  # factor of the figure, from the same paper
 
 
 # --- Fréchet distances ------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def kernel_sums(kernel: Kernel, x: Tensor, y: Tensor, same: bool = False) -> Ten
 def mmd(kernel: Kernel, samples: Tensor, reference: Tensor) -> float:
     """The unbiased squared maximum mean discrepancy (Gretton et al. 2012, equation 3) of (N, D) and (M, D).
 
-    Over all pairs, in blocks: the limit of the mean over many random subsets of 1000, without their randomness.
+    It is computed over all pairs, in blocks: the limit of the mean over many random subsets of 1000.
 
     Raises:
         LdmError: a side has fewer than two images, or the features differ in number.
@@ -160,7 +160,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
 
 
 def mean_log(logits: Tensor) -> Tensor:
-    """log of the mean of softmax(logits): (C,), finite even for classes that nothing is taken for."""
+    """log of the mean of softmax(logits): (C,), finite even for classes with no probability."""
     total = torch.stack([rows.log_softmax(dim=1).logsumexp(dim=0) for rows in blocks(logits)]).logsumexp(dim=0)
     return total - torch.tensor(float(len(logits)), dtype=torch.float64).log()
 
@@ -182,10 +182,10 @@ def information(logits: Tensor, marginal: Tensor | None = None) -> Tensor:
 class Manifold:
     """The overlap of two sets of features; all but `density` are shares."""
 
-    precision: float  # of the model's images: inside a ball of the reference (Kynkäänniemi et al. 2019)
-    recall: float  # of the reference's images: inside a ball of the model's
+    precision: float  # share of the model's images inside a ball of the reference (Kynkäänniemi et al. 2019)
+    recall: float  # share of the reference's images inside a ball of the model
     density: float  # mean number of the reference's balls around an image of the model / k (Naeem et al. 2020)
-    coverage: float  # of the reference's balls: with an image of the model inside
+    coverage: float  # share of the reference's balls with an image of the model inside
 
 
 def distances(rows: Tensor, others: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def radii(features: Tensor, k: int) -> Tensor:
     """Distance from each row to its k-th nearest other row: (N,).
 
     Raises:
-        LdmError: there are not k others.
+        LdmError: there are fewer than k other rows.
     """
     check_features(f"balls of {k} neighbours", features, least=k + 1)
     found = []
@@ -232,7 +232,7 @@ def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 def manifold(samples: Tensor, reference: Tensor, k: int) -> Manifold:
     """Precision and recall (published with k = 3), density and coverage (k = 5) of (N, D) against (M, D).
 
-    A ball holds its border. All four depend on N and M: compare figures of equal numbers of images.
+    A ball includes its border. All four depend on N and M: compare figures of equal numbers of images only.
 
     Raises:
         LdmError: a side has not more than k images, or the features differ in number.
@@ -268,7 +268,7 @@ def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
 def r_precision(images: Tensor, texts: Tensor, captions: Sequence[str], distractors: int = 99) -> Tensor:
     """The probability that the true caption is the closest among `distractors` random others: (N,).
 
-    The mean is R-precision (Xu et al. 2018, with 99), without the randomness of drawing: it follows from how many of
+    The mean is R-precision (Xu et al. 2018, with 99), without random draws: the probability follows from how many of
     all other captions are at least as close. Equal captions count once, and are no distractors of each other.
 
     Args:
@@ -314,17 +314,16 @@ class Memorisation:
     """Samples that are near copies of training images, compared with held-out images."""
 
     share: float  # of samples closer to the training set than `threshold`
-    expected: float  # the share to be expected of new images: the quantile asked for, or the next that there is
-    threshold: float  # that quantile of the held-out images' distances
-    p: float  # of so many samples, or more, if samples were as close as held-out images
+    expected: float  # the share among new images: the given quantile, or the next one that M allows
+    threshold: float  # the distance that is this quantile of the held-out images' distances
+    p: float  # chance of so many close samples, or more, if samples were like held-out images
     close: Tensor  # (N,), bool: which samples are closer
 
 
 def memorisation(samples: Tensor, held_out: Tensor, quantile: float = 0.05) -> Memorisation:
     """Compare the distances of samples (N,) to the nearest training image with those of held-out images (M,).
 
-    The threshold is an order statistic, so p is exact (hypergeometric) if both are drawn from one distribution,
-    whatever it is.
+    The threshold is an order statistic, so p is exact (hypergeometric) if both are drawn from one distribution.
 
     Raises:
         LdmError: a side is empty, or too few images are held out for the quantile.
@@ -338,6 +337,6 @@ def memorisation(samples: Tensor, held_out: Tensor, quantile: float = 0.05) -> M
     threshold = held_out.double().kthvalue(rank).values
     close = samples.double() < threshold
     n, m, found = len(samples), len(held_out), int(close.sum())
-    # as many samples before the rank-th held-out image: of the closest found + rank - 1, fewer than rank are held out
+    # found samples precede the rank-th held-out image if fewer than rank of the closest found + rank - 1 are held out
     p = float(hypergeom.cdf(rank - 1, n + m, m, found + rank - 1))
     return Memorisation(found / n, rank / (m + 1), float(threshold), p, close)

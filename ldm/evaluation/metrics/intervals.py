@@ -1,4 +1,4 @@
-"""Figures with 95 % intervals, of every metric.
+"""Figures with 95 % intervals, for every metric.
 
 Means get Student's interval (CLIP score), shares Wilson's (near copies), chances both (R-precision). Distances and the
 Inception score are smooth functions of the distribution: the influence of each image (the functional's derivative, the
@@ -6,7 +6,7 @@ infinitesimal jackknife) gives the standard error, and the second derivative the
 would double. Statistics of neighbours are not smooth, and duplicates in a bootstrap sample are each other's neighbours:
 they get a jackknife over groups of images.
 
-Images count as independent draws, in no order: several of one prompt are not, and make an interval too narrow.
+Images count as independent draws: several images of one prompt are not, and make an interval too narrow.
 
 N images of the model, M images of the reference, D features of an image, G groups
 """
@@ -34,7 +34,7 @@ from ldm.evaluation.metrics.moments import Moments, blocks, check_features, meas
 
 LEVEL = 0.95  # of every interval
 GROUPS = 20  # G of the jackknife
-PER_DIMENSION = 2.5  # images for each dimension that the features span: with fewer, the bias of FID cannot be told
+PER_DIMENSION = 2.5  # images for each dimension that the features span: with fewer, the bias of FID is unknown
 
 Z = float(norm.ppf(0.5 + LEVEL / 2))
 
@@ -44,7 +44,7 @@ class Estimate:
     """A figure and its interval."""
 
     value: float  # by the published definition
-    corrected: float | None  # without its bias of order 1/N, the middle of the interval; None: it cannot be told
+    corrected: float | None  # without its bias of order 1/N, the middle of the interval; None: unknown
     error: float | None  # standard error
     low: float | None  # the interval of 95 %
     high: float | None
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def _around(value: float, middle: float, error: float, count: int, least: float, most: float) -> Estimate:
-    """An estimate whose interval is symmetric but for the range of the metric."""
+    """An estimate with a symmetric interval, cut to the range of the metric."""
     low, high = middle - Z * error, middle + Z * error
     return Estimate(value, middle, error, min(max(low, least), most), max(min(high, most), least), count)
 
@@ -62,7 +62,7 @@ def _around(value: float, middle: float, error: float, count: int, least: float,
 
 
 def mean_interval(values: Tensor, least: float = -math.inf, most: float = math.inf) -> Estimate:
-    """The mean of independent values (N,), such as CLIP scores, and Student's interval, as far as means can lie in it.
+    """The mean of independent values (N,), such as CLIP scores, and Student's interval, cut to the range of the means.
 
     Raises:
         LdmError: fewer than two values, or some that are not finite.
@@ -89,8 +89,8 @@ def share_interval(hits: Tensor) -> Estimate:
 def chance_interval(chances: Tensor) -> Estimate:
     """The mean of independent chances (N,), such as R-precision, and an interval.
 
-    Student's, which is far too narrow where nearly all are 1 and the others have yet to be seen; so it reaches at least
-    as far as Wilson's with the variance of the chances in place of that of yes and no.
+    It is Student's interval, which is far too narrow where nearly all chances are 1; so it is widened to Wilson's with
+    the variance of the chances in place of the binomial variance.
 
     Raises:
         LdmError: fewer than two chances.
@@ -103,7 +103,7 @@ def chance_interval(chances: Tensor) -> Estimate:
 
 
 def _wilson(share: float, variance: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share, if the variance is that of yes and no."""
+    """Wilson's interval of a share, with the binomial variance; of chances, with their own."""
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     reach = Z * math.sqrt(variance / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
     return max(middle - reach, 0.0), min(middle + reach, 1.0)
@@ -114,7 +114,7 @@ def _wilson(share: float, variance: float, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class OptimalMap:
-    """What the derivatives of the Fréchet distance from N(μ₁, Σ₁) to N(μ₂, Σ₂) by the first are made of."""
+    """Terms of the derivatives of the Fréchet distance from N(μ₁, Σ₁) to N(μ₂, Σ₂) by μ₁ and Σ₁."""
 
     shift: Tensor  # (D,): μ₁ - μ₂
     basis: Tensor  # (D, D): z = basisᵀ (x - μ₁) has the covariance diag(scales²)
@@ -142,7 +142,7 @@ def optimal_map(own: Moments, other: Moments) -> OptimalMap:
 
 
 def _expansion(features: Tensor, own: Moments, optimal: OptimalMap) -> tuple[float, float]:
-    """Bias and variance of the Fréchet distance by the sampling of `features`, to order 1/N."""
+    """Bias and variance of the Fréchet distance that the sampling of `features` causes, to order 1/N."""
     count = len(features)
     fourth = torch.zeros_like(own.scatter)  # sums of z_i² z_j²
     influences = []
@@ -158,7 +158,7 @@ def _expansion(features: Tensor, own: Moments, optimal: OptimalMap) -> tuple[flo
 
 
 def _corrected(samples: Tensor, reference: Tensor | Moments) -> tuple[float, float, int]:
-    """The Fréchet distance without its bias of order 1/N, its variance, and how many dimensions the two share."""
+    """The Fréchet distance without its bias of order 1/N, its variance, and the number of shared dimensions."""
     own = measure(samples)
     other = reference if isinstance(reference, Moments) else measure(reference)
     optimal = optimal_map(own, other)
@@ -180,7 +180,7 @@ def frechet_interval(samples: Tensor, reference: Tensor | Moments) -> Estimate:
     that of the influences. Near 0, where the distance is no longer linear in the moments, the interval is too wide
     rather than too narrow (tools/check_intervals.py measures both).
 
-    With moments alone for the reference, the reference counts as known: the interval is about more images of the model.
+    A reference of moments alone is taken as exact: the interval is then about the model's images only.
     Without enough images there is a value, a note, and no interval.
     Costs 15 decompositions of D×D matrices (9 with a known reference), and a few passes over the features.
 
@@ -206,7 +206,7 @@ def frechet_interval(samples: Tensor, reference: Tensor | Moments) -> Estimate:
 def mmd_interval(kernel: Kernel, samples: Tensor, reference: Tensor) -> Estimate:
     """The squared discrepancy `mmd` and its interval: KID with `polynomial`; CMMD with `gaussian` on `unit` embeddings.
 
-    The standard error is that of 2 (E k(x, x') - E k(x, y)) over the images of both sides. It is unbiased already.
+    The standard error is that of 2 (E k(x, x') - E k(x, y)) over the images of both sides. The figure is unbiased.
     Near 0 the interval is too wide rather than too narrow.
 
     Raises:
@@ -225,8 +225,8 @@ def mmd_interval(kernel: Kernel, samples: Tensor, reference: Tensor) -> Estimate
 def inception_interval(logits: Tensor, splits: int = 10) -> Estimate:
     """The Inception score of logits (N, C), and an interval for that of infinitely many images.
 
-    Each part's marginal p(y) is estimated, which makes the score too small by a factor that the number of images
-    decides; to order 1/N its logarithm misses Σ_c var p(c|x) / (2 N p(c)). The standard error of the logarithm is that
+    Each part's marginal p(y) is estimated, which makes the score too small by a factor that depends on the number of
+    images; to order 1/N its logarithm misses Σ_c var p(c|x) / (2 N p(c)). The standard error of the logarithm is that
     of KL(p(y|x) ‖ p(y)) over the images.
 
     Raises:
@@ -273,7 +273,7 @@ def _without_groups(points: Tensor, others: Tensor, k: int, same: bool) -> Tenso
 
 
 def _held(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
-    """How many balls of radius (1 + G, M) hold each point: (1 + G, N); those of group g are not in row 1 + g."""
+    """How many balls of radius (1 + G, M) hold each point: (1 + G, N); row 1 + g leaves out the balls of group g."""
     radius = radius.clone()
     for group in range(GROUPS):
         radius[1 + group, group::GROUPS] = -1
@@ -293,7 +293,7 @@ def _left_out(rows: Tensor) -> Tensor:
 def _jackknifed(values: Tensor, own: Tensor, other: Tensor, count: int, most: float) -> Estimate:
     """The mean of values over a side's images (N,), from those without a group of that side (G,) and of the other (G,).
 
-    For shares (`most` is 1), at least Wilson's interval, as no group tells anything where all values are equal.
+    For shares (`most` is 1) it is at least Wilson's interval, because groups without variation tell nothing.
     """
     value = float(values.mean())
     error = math.sqrt((GROUPS - 1) * float(own.var(correction=0) + other.var(correction=0)))
@@ -309,8 +309,8 @@ def precision_interval(samples: Tensor, reference: Tensor, k: int) -> Estimate:
     """Precision as `manifold` computes it, with its interval.
 
     The figure depends on N and M, and the interval is for its expectation at these N and M. Both sides vary: each of
-    20 groups of images on either side is left out in turn, and balls and neighbours follow. So it is for recall,
-    density and coverage.
+    20 groups of images on either side is left out in turn, and balls and neighbours follow. Recall,
+    density and coverage do the same.
 
     Raises:
         LdmError: a side has fewer than 40 images or 2·k, or the features differ in number.

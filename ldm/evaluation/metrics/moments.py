@@ -1,6 +1,6 @@
-"""Moments of features, which stream, and blocks of features, which are kept.
+"""Moments of features, and features in blocks.
 
-Moments take D² numbers, however many images there are: Fréchet distances need no more. Kernels, neighbours and
+Moments are D² numbers, however many images there are; Fréchet distances need no more. Kernels, neighbours and
 intervals need the features: N·D numbers, in memory or mapped from a file.
 
 N images, D features of an image
@@ -21,7 +21,7 @@ NUMBERS = 2**24  # float64 numbers in the largest temporary tensor: 128 MB
 
 
 def blocks(features: Tensor, width: int | None = None) -> Iterator[Tensor]:
-    """The rows of `features` (N, D) in float64, so many at a time that a temporary of `width` columns stays small."""
+    """The rows of `features` (N, D) in float64, few at a time, so that temporaries of `width` columns stay small."""
     for rows in features.split(max(1, NUMBERS // max(features.shape[1], width or 1, 1))):
         yield rows.double()
 
@@ -30,7 +30,7 @@ def check_features(what: str, features: Tensor, least: int = 2, like: Tensor | N
     """Raise unless `features` is a matrix of finite numbers, with enough rows and the columns of `like`.
 
     Raises:
-        LdmError: it is not.
+        LdmError: the features are not such a matrix.
     """
     if features.ndim != 2 or features.shape[1] == 0:
         raise LdmError(f"{what}: features of shape {tuple(features.shape)}; one row for each image is needed")
@@ -53,7 +53,7 @@ def check_features(what: str, features: Tensor, least: int = 2, like: Tensor | N
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the features seen so far; float64. Memory is the same for any number of images: 8·D² bytes."""
+    """The moments of the features seen so far; float64. Memory is the same for any number of images: 8·D² bytes."""
 
     count: Tensor  # (): images
     mean: Tensor  # (D,)
@@ -61,7 +61,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """The unbiased one: (D, D)."""
+        """The unbiased covariance: (D, D)."""
         return self.scatter / (self.count - 1)
 
 
@@ -69,7 +69,7 @@ def measure(features: Tensor) -> Moments:
     """The moments of features (N, D), N ≥ 1, on their device.
 
     Raises:
-        LdmError: there are none, or they are not finite.
+        LdmError: there are no features, or they are not finite.
     """
     check_features("moments", features, least=1)
     return reduce(merge, (_measure(rows) for rows in blocks(features)))
@@ -82,7 +82,7 @@ def _measure(values: Tensor) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of both together (Chan, Golub and LeVeque 1983): no digits are lost, as in a sum of squares."""
+    """The moments of both together (Chan, Golub and LeVeque 1983), which lose no digits as sums of squares would."""
     count = a.count + b.count
     delta = b.mean - a.mean
     scatter = a.scatter + b.scatter + torch.outer(delta, delta) * (a.count * b.count / count)

@@ -10,7 +10,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from ldm.errors import LdmError
 
-RANGE = (-1.0, 1.0)  # of the images; what lies outside is cut off, as it is when an image is saved
+RANGE = (-1.0, 1.0)  # of the images; values are clipped to it, as when an image is saved
 WINDOW = 11  # height and width in pixels of SSIM's Gaussian window, with a standard deviation of 1.5
 
 
@@ -39,5 +39,5 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     _, everywhere = structural_similarity_index_measure(
         reconstruction.float().clamp(*RANGE), target.float(), sigma=1.5, data_range=2.0, return_full_image=True
     )
-    border = WINDOW // 2  # there torchmetrics continues the images by their reflections
+    border = WINDOW // 2  # within it torchmetrics pads the images by reflection
     return everywhere[:, :, border:-border, border:-border].mean(dim=(1, 2, 3))

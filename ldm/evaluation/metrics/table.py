@@ -1,4 +1,4 @@
-"""Every metric by its name: what it needs, its figure for one set of images, and its comparison of two.
+"""The table of metrics: by name, the inputs that a metric needs, its figure for images, and its comparison of models.
 
 N images, D features of an image, B batch
 """
@@ -51,7 +51,7 @@ from ldm.evaluation.metrics.intervals import (
 from ldm.evaluation.metrics.moments import measure
 from ldm.evaluation.metrics.reconstruction import psnr, ssim
 
-DISTRACTORS = 99  # of R-precision (Xu et al. 2018), or as many as there are
+DISTRACTORS = 99  # captions beside the true one in R-precision (Xu et al. 2018), if there are so many
 PRECISION_K, DENSITY_K = 3, 5  # neighbours, as published
 QUANTILE = 0.05  # share of held-out images that are as close to the training set as a near copy
 MOST_DB = 100.0  # PSNR of equal images, for which it is infinite
@@ -59,13 +59,13 @@ MOST_DB = 100.0  # PSNR of equal images, for which it is infinite
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a set of images; those that no metric needs are missing."""
+    """The features of a set of images that the chosen metrics need."""
 
     outputs: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by network and output: (N, D) each
     captions: Sequence[str] = ()
     texts: Tensor | None = None  # (N, D): CLIP's features of the captions
     training_distances: Tensor | None = None  # (N,): to the nearest training images
-    pairs: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) by metric: of each image and its original
+    pairs: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) by metric: a value for each image and its original
 
     def take(self, places: Tensor) -> Features:
         """The features of the images at these places (K,), in this order."""
@@ -90,23 +90,23 @@ Difference = Callable[[Features, Features, Features], Comparison]  # of two mode
 class Metric:
     """A metric: its two functions, and what they need."""
 
-    label: str  # as people write it
+    label: str  # its usual name
     better: str  # "lower" or "higher"
     network: str  # features, clip, copies or lpips (the options that name networks); "" if it needs none
-    estimate: Figure  # with its interval; the reference of reconstructions are the originals
+    estimate: Figure  # with its interval; for reconstructions, the reference is the originals
     compare: Difference  # of two models' images for the same prompts and seeds
-    output: str = "features"  # needed of the network: features, spatial or logits; "pairs" as `Features.pairs`
-    pair: Callable[[Tensor, Tensor], Tensor] | None = None  # (B, 3, H, W) of images and originals: (B,); or the network
+    output: str = "features"  # the network's output: features, spatial or logits; "pairs": `Features.pairs`
+    pair: Callable[[Tensor, Tensor], Tensor] | None = None  # (B, 3, H, W) twice -> (B,); None: by the network
     reference: bool = True  # needs reference images
     captions: bool = False  # needs the prompts
     training: bool = False  # needs the models' training images
-    reconstruction: bool = False  # of an autoencoder's reconstructions
+    reconstruction: bool = False  # measures an autoencoder's reconstructions
     least: int = 2  # images
-    difference: str = "A − B"  # of a comparison, in words
-    plain: str = ""  # label on features of another network than Inception
-    tradeoff: bool = False  # drawn against the CLIP score along a sweep
+    difference: str = "A − B"  # the difference in a comparison
+    plain: str = ""  # label where the network is not Inception
+    tradeoff: bool = False  # plotted against the CLIP score along a sweep
     check_prompts: Callable[[Sequence[str]], None] | None = None  # raises LdmError for unfit prompts
-    note: Callable[[Mapping[str, Features], Features], str] | None = None  # of a report; takes the sides by name
+    note: Callable[[Mapping[str, Features], Features], str] | None = None  # from the sides by name and the reference
 
 
 # --- values that metrics are computed from ----------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def on_sets(values: Values, formula: Formula) -> tuple[Figure, Difference]:
     """The functions of a metric of images and reference images.
 
     Args:
-        values: what it is computed from.
+        values: gives the values that the metric is computed from.
         formula: the figure of values (N, D) against the reference's (M, D), with its interval; and the comparison of
             two models' values, (N, D) and (N, D), against the reference's.
     """
@@ -174,7 +174,7 @@ def on_images(
 
 
 def _distractors(captions: Sequence[str]) -> int:
-    """The number of other captions that R-precision takes."""
+    """The number of distractors of R-precision, with these captions."""
     return min(DISTRACTORS, len(set(captions)) - 1)
 
 
@@ -187,11 +187,11 @@ def _note_distractors(sides: Mapping[str, Features], _: Features) -> str:
     count = _distractors(next(iter(sides.values())).captions)
     if count == DISTRACTORS:
         return ""
-    return f"R-precision is among {count + 1} captions, as there are no more; usual are {DISTRACTORS + 1}"
+    return f"R-precision is among {count + 1} captions, as there are no more; {DISTRACTORS + 1} are usual"
 
 
 def _near_copies(distances: Tensor, held_out: Tensor) -> Memorisation:
-    """Images that are closer to the training set than all but 5 % of the held-out ones."""
+    """The near copies: images closer to the training set than all but 5 % of the held-out images."""
     return memorisation(distances, held_out, QUANTILE)
 
 
@@ -276,7 +276,7 @@ def metric(name: str) -> Metric:
     """The metric of a name.
 
     Raises:
-        LdmError: there is none.
+        LdmError: no metric has this name.
     """
     if name not in METRICS:
         raise LdmError(f"metric {name!r} is not known; {suggestion(name, list(METRICS))}")

@@ -1,6 +1,6 @@
 """CLIP (Radford et al. 2021, arXiv 2103.00020): features of images and texts in one space.
 
-Any model of open_clip, or the pair that the stage `text` trains. Features have length 1.
+The networks are models of open_clip and the pairs that the stage `text` trains. Features have length 1.
 
 B images or texts, D features
 """
@@ -25,8 +25,8 @@ from ldm.weights.contrastive import load_clip
 from ldm.weights.manifest import check_manifest
 from ldm.weights.sources import open_source
 
-AT_ONCE = 256  # texts in memory
-CUTS = {"shortest": "center crop", "longest": "whole, padded", "squash": "whole, stretched"}  # as open_clip names them
+AT_ONCE = 256  # texts in one call
+CUTS = {"shortest": "center crop", "longest": "whole, padded", "squash": "whole, stretched"}  # by open_clip's names
 
 
 class OpenClip:
@@ -37,11 +37,11 @@ class OpenClip:
     def __init__(self, model: str, weights: str, device: torch.device | str = "cpu") -> None:
         """Args:
             model: open_clip's name, such as ViT-B-32.
-            weights: open_clip's name of published ones, which it fetches if they are not in its cache; or a file.
+            weights: open_clip's name of published weights, fetched if they are not in its cache; or a file.
             device: of the network.
 
         Raises:
-            LdmError: there is no such model, or no such weights, or they are of another model.
+            LdmError: model or weights are not known, or the weights are of another model.
         """
         if model not in open_clip.list_models():
             raise LdmError(f"open_clip has no model {model!r}; {suggestion(model, open_clip.list_models())}")
@@ -55,12 +55,12 @@ class OpenClip:
                 model,
                 pretrained=weights,
                 device=device,
-                # the activation follows from the weights; open_clip takes the model's, and only warns
+                # the activation depends on the weights; open_clip uses the model's, and only warns
                 force_quick_gelu=bool(tag.get("quick_gelu")),
             )
             self.tokenize: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(model)
-        except Exception as error:  # readers of several formats meet whatever the file holds
-            reason = first_line(error).partition(". ")[0]  # PyTorch advises unsafe reading of pickles after it
+        except Exception as error:  # readers of several formats fail in many ways
+            reason = first_line(error).partition(". ")[0]  # PyTorch's next sentence advises unsafe reading of pickles
             raise LdmError(
                 f"{path} does not hold the weights of open_clip's {model}, or is damaged ({reason})"
             ) from None
@@ -73,7 +73,7 @@ class OpenClip:
         self.preparation = f"{width}×{height}, {seen['interpolation']}, antialiased, {CUTS[seen['resize_mode']]}"
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An image to (3, H, W), as the model wants it."""
+        """An image to the model's input (3, H, W)."""
         return self.transform(image)
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def _published(model: str, weights: str) -> Path:
     """
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, weights)))
-    except Exception as error:  # of the network, the Hub, the disk
+    except Exception as error:  # errors of the network, the Hub, the disk
         raise LdmError(
             f"the weights {weights!r} of open_clip's {model} cannot be fetched ({first_line(error)}); give a file: "
             f"clip:{model}@FILE"
@@ -109,7 +109,7 @@ def _published(model: str, weights: str) -> Path:
 
 
 class OwnPair:
-    """An extractor with a pair that the stage `text` trained: `features` (B, D) of images, and of texts."""
+    """An extractor with the encoders that the stage `text` trained: `features` (B, D) of images, and of texts."""
 
     gives = frozenset({"features"})
 

@@ -1,7 +1,7 @@
 """SSCD (Pizzi et al. 2022, arXiv 2202.10261): features that are close for an image and its edited copies.
 
 The weights are `sscd_disc_mixup` in eight bits, as ONNX; they run on the CPU. Images are stretched to 320×320, as its
-authors do in batches; of pairs whose cosine is above 0.75, they say, nine of ten are copies.
+authors do in batches; by their account, nine of ten pairs whose cosine is above 0.75 are copies.
 
 B images
 """
@@ -35,7 +35,7 @@ class CopyDetector:
             path: an ONNX file that takes images (B, H, W, 3) in 8 bits; by default the one in the weights folder.
 
         Raises:
-            LdmError: the file is missing, damaged, or takes something else.
+            LdmError: the file is missing or damaged, or holds another network.
         """
         self.name = f"SSCD ({path.name})" if path else "SSCD"
         path = path or published(FILE, "sscd")
@@ -73,7 +73,7 @@ class CopyDetector:
 
 
 def _takes_images(given: onnxruntime.NodeArg) -> bool:
-    """Whether an input takes images of our size in 8 bits; sides that are free have a name instead of a number."""
+    """Whether an input takes images of our size in 8 bits; free dimensions have a name instead of a number."""
     sides = zip(given.shape[1:], (SIDE, SIDE, 3), strict=False)
     fits = all(not isinstance(side, int) or side == ours for side, ours in sides)
     return given.type == "tensor(uint8)" and len(given.shape) == 4 and fits

@@ -10,6 +10,6 @@ import torch
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Inference in which fp32 is fp32: PyTorch lets convolutions on CUDA round to TF32 otherwise."""
+    """Inference without TF32, to which PyTorch otherwise lets convolutions on CUDA round."""
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield

@@ -26,13 +26,13 @@ class Extractor(Protocol):
     are equal.
     """
 
-    name: str  # in reports
-    digest: str  # SHA-256 of the weights' file; of several files, that of their digests
+    name: str  # shown in reports
+    digest: str  # SHA-256 of the weights' file, or of several files' digests
     preparation: str  # how images are resized
-    gives: frozenset[str]  # of "features", "spatial", "logits"
+    gives: frozenset[str]  # its outputs, of "features", "spatial", "logits"
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """One image in RGB, of any size, as the network takes it; on the CPU."""
+        """One RGB image of any size to the network's input, on the CPU."""
         ...
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ class Extractor(Protocol):
 
 
 class TextExtractor(Extractor, Protocol):
-    """An extractor with features of texts too, to compare with those of images."""
+    """An extractor that also gives features of texts, in the space of the images' features."""
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions to (B, D), float32, on the CPU."""
@@ -57,7 +57,7 @@ def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
     `inception:FILE` and `sscd:FILE` name a file, the bare words the one in the weights folder. SSCD runs on the CPU.
 
     Raises:
-        LdmError: there is none of that name; its weights are missing or damaged; the device cannot be used.
+        LdmError: the name is not known, weights are missing or damaged, or the device cannot be used.
     """
     check_device(device)
     kind, _, rest = spec.partition(":")
@@ -72,10 +72,10 @@ def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
 
 
 def open_text_extractor(spec: str, device: torch.device | str = "cpu") -> TextExtractor:
-    """Open a CLIP model by its name: `clip:MODEL@WEIGHTS` is one of open_clip, `clip:FOLDER` a pair of our own.
+    """Open a CLIP model by its name: `clip:MODEL@WEIGHTS` of open_clip, or `clip:FOLDER` of the stage `text`.
 
-    WEIGHTS are a file, or published ones that open_clip knows by that name and fetches. FOLDER holds `model` and
-    `clip`, as the stage `text` writes them, or is a model with `clip` in it; a built-in model's name will do.
+    WEIGHTS is a file, or open_clip's name of published weights, which it fetches. FOLDER holds `model` and `clip`, as
+    the stage `text` writes them, or is a model with `clip` in it; it may be the name of a built-in model.
 
     Raises:
         LdmError: as `open_extractor`; or the network takes no texts.

@@ -2,9 +2,9 @@
 
 The weights are those of TensorFlow's graph of 2015-12-05, which every well-known implementation has converted. Its
 average pools leave out the border, and its last block pools by the maximum; torch-fidelity's blocks do so too.
-Images are resized as clean-fid does (Parmar et al. 2022, arXiv 2104.11222): with a filter as wide as the shrinking
-asks for, in float, not rounded. Figures with the resizing of TensorFlow 1, which torch-fidelity and torchmetrics
-imitate, differ for images of any other size than 299×299.
+Images are resized as clean-fid does (Parmar et al. 2022, arXiv 2104.11222): with antialiasing, in float, not
+rounded. Figures with the resizing of TensorFlow 1, which torch-fidelity and torchmetrics imitate, differ for images of
+any other size than 299×299.
 
 B images, C channels
 """
@@ -36,16 +36,16 @@ from ldm.files import check_digest, file_digest, stated_digest
 from ldm.weights.published import published
 from ldm.weights.tensors import open_store
 
-FILE = "inception-2015-12-05.safetensors"  # in the weights folder: all but the classifier
+FILE = "inception-2015-12-05.safetensors"  # in the weights folder: without the classifier
 SIDE = 299  # pixels
-COUNTERS = "num_batches_tracked"  # of batch norms; some files have them, nothing needs them
+COUNTERS = "num_batches_tracked"  # buffers of batch norms in some files, which are not needed
 
 
 class Network(nn.Module):
-    """The graph, with torch-fidelity's names."""
+    """The network, with torch-fidelity's names."""
 
     def __init__(self, classifier: bool) -> None:
-        """`classifier`: whether there are weights for the logits of 1008 classes."""
+        """Build the network, with `classifier` also the layer of the logits of 1008 classes."""
         super().__init__()
         self.Conv2d_1a_3x3 = BasicConv2d(3, 32, kernel_size=3, stride=2)
         self.Conv2d_2a_3x3 = BasicConv2d(32, 32, kernel_size=3)
@@ -84,7 +84,7 @@ class Network(nn.Module):
 
 
 def _is_script(path: Path) -> bool:
-    """Whether a file is TorchScript: a program, which is not run here. These weights are often published so."""
+    """Whether a file is TorchScript, in which these weights are often published: a program, which is not run here."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
@@ -103,12 +103,12 @@ class Inception:
 
     def __init__(self, path: Path | None = None, device: torch.device | str = "cpu") -> None:
         """Args:
-            path: a safetensors file or a state dict as torch-fidelity, torchmetrics and pytorch-fid have it, or none
-                for the one in the weights folder.
+            path: a safetensors file or a state dict as torch-fidelity, torchmetrics and pytorch-fid have it; by
+                default the file in the weights folder.
             device: of the network.
 
         Raises:
-            LdmError: the file is missing, damaged, or holds something else.
+            LdmError: the file is missing or damaged, or holds another network.
         """
         path = path or published(FILE, "inception")
         if _is_script(path):

@@ -1,7 +1,7 @@
 """The perceptual distance of two images (LPIPS, version 0.1), through which gradients reach both.
 
 Zhang et al. 2018 (arXiv 1801.03924): features of a network trained to classify images, each place scaled to length 1,
-squared differences, weighted by heads that were fitted to what people see. `tools/fetch_weights.py lpips` makes the
+squared differences, weighted by heads fitted to human judgements. `tools/fetch_weights.py lpips` makes the
 files, one for each backbone.
 
 B batch, C channels of a feature map, H×W height and width
@@ -37,10 +37,10 @@ class TrunkStage:
 
 @dataclass(frozen=True)
 class Backbone:
-    """The trunk of a classifier."""
+    """The convolutional part of a classifier."""
 
     stages: tuple[TrunkStage, ...]
-    smallest: int  # height and width in pixels of the smallest image that leaves something in the last stage
+    smallest: int  # least height and width in pixels of an image
 
 
 BACKBONES = {
@@ -83,7 +83,7 @@ class LPIPS(nn.Module):
                 self.trunk.append(nn.Conv2d(width, out, kernel, stride, padding))
                 width = out
             head = nn.Conv2d(width, 1, 1, bias=False)
-            head.weight.data.abs_()  # as the fitted ones: a distance is not negative
+            head.weight.data.abs_()  # not negative, like the fitted heads
             self.lin.append(head)
         self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
@@ -99,7 +99,7 @@ class LPIPS(nn.Module):
                 x = F.max_pool2d(x, stage.pool, stride=2)
             for _ in stage.convs:
                 x = F.relu(next(convs)(x))
-            whole = x.float()  # lengths near EPS are nothing in half precision
+            whole = x.float()  # half precision would round lengths near EPS to 0
             found.append(whole / (torch.linalg.vector_norm(whole, dim=1, keepdim=True) + EPS))
         return found
 
@@ -138,7 +138,7 @@ def save_lpips(model: LPIPS, path: Path, metadata: Mapping[str, str], overwrite:
 
 
 def _differences(backbone: str, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Names of tensors that are missing in `found`, too many there, or of another shape than the backbone's."""
+    """Names of the backbone's tensors that `found` lacks or has in another shape, and of unknown ones in it."""
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in LPIPS(backbone).state_dict().items()}
     return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -150,21 +150,21 @@ def lpips_file(backbone: str) -> str:
 
 
 def lpips_path(source: str | Path) -> Path:
-    """The file itself, or that of a backbone in the weights folder.
+    """The path of a file, or of a backbone's file in the weights folder.
 
     Raises:
-        LdmError: it is not in the folder.
+        LdmError: the backbone's file is missing.
     """
     return published(lpips_file(str(source)), "lpips") if source in BACKBONES else Path(source)
 
 
 def load_lpips(source: str | Path, device: torch.device | str = "cpu") -> LPIPS:
-    """The distance with the weights of a file that `save_lpips` wrote; the backbone is the one that fits.
+    """The distance with the weights of a file that `save_lpips` wrote, with the backbone of the file.
 
     `source` is the file, or the name of a backbone, whose file is then taken from the weights folder.
 
     Raises:
-        LdmError: the file is missing, cannot be read, is damaged, or holds something else.
+        LdmError: the file is missing, cannot be read, is damaged, or holds another network.
     """
     path = lpips_path(source)
     store = Store([path])

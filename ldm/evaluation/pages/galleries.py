@@ -31,13 +31,13 @@ class ShownFolder:
     folder: Path  # of the report
 
     def copy(self, images: Images, number: int, name: str) -> str:
-        """Copy an image; the path of the copy, relative to the report."""
+        """Copy an image, and return the path of the copy, relative to the report."""
         path = made(self.folder / "shown") / f"{name}-{number:06d}.png"
         save_png(images.read(number)[1], path)
         return str(path.relative_to(self.folder))
 
     def copies(self, sides: Sides, place: int) -> tuple[str, ...]:
-        """The same of the images of all sides at a place."""
+        """Copy the images of all sides at a place, and return the paths of the copies."""
         return tuple(self.copy(one.images, int(one.index[place]), name.lower()) for name, one in sides.items())
 
 
@@ -76,7 +76,7 @@ def _title(text: str, sides: Sides, groups: Sequence[Sides]) -> str:
 
 
 def copies(sides: Sides, training: MeasuredImages | None, shown: ShownFolder) -> Iterator[Gallery]:
-    """The images of each side that are nearest to training images, beside these."""
+    """The images of each side that are nearest to training images, beside those training images."""
     for name, one in sides.items():
         distances = one.features.training_distances
         if training is None or one.nearest is None or distances is None:

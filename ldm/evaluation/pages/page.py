@@ -1,6 +1,6 @@
-"""A report as one HTML file: tables, plots and small images, without scripts and without anything from outside.
+"""A report as one HTML file: tables, plots and small images, without scripts or external files.
 
-`report.html.jinja` says how it looks. The same report and images give the same bytes.
+`report.html.jinja` is the template. The same report and images give the same bytes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ldm.images import load_image
 
 TEMPLATE = "report.html.jinja"
 SIDE = 160  # pixels of a small image's longer side
-MOST_BYTES = 7_500_000  # of all small images; in the page they take a third more
+MOST_BYTES = 7_500_000  # of all small images, which base64 makes a third larger
 
 
 def write_page(report: Report, folder: Path) -> Path:
     """Write `report.html` into the report's folder, whole or not at all, and return where it is.
 
-    An image that is missing or damaged is replaced by words that say so.
+    A missing or damaged image is replaced by a note.
 
     Raises:
         LdmError: the page cannot be written, or as `check_report`.
@@ -63,7 +63,7 @@ def write_page(report: Report, folder: Path) -> Path:
         notes=notes,
         side=SIDE,
     )
-    content = text.encode("utf-8", "backslashreplace")  # bytes of file names that are no UTF-8
+    content = text.encode("utf-8", "backslashreplace")  # file names may be no UTF-8
     path = folder / "report.html"
     with replacing(path, folder=False, overwrite=True, need=len(content)) as temporary:
         temporary.write_bytes(content)
@@ -71,7 +71,7 @@ def write_page(report: Report, folder: Path) -> Path:
 
 
 def _settings(report: Report) -> list[tuple[str, list[str], bool]]:
-    """Each setting: its name, its value on each side ("" without), and whether the sides differ in it."""
+    """For each setting: its name, its value on each side ("" if it has none), and whether the sides differ."""
     found = []
     for name in dict.fromkeys(name for side in report.sides for name in side.settings):
         values = [_text(side.settings[name]) if name in side.settings else "" for side in report.sides]
@@ -93,7 +93,7 @@ def _middle(estimate: Estimate) -> float:
 
 
 def _strips(row: Row) -> list[str]:
-    """Drawings of the intervals of `lines`, in their order."""
+    """Drawings of the intervals of a row's `lines`, in their order."""
     ends = [end for e in row.estimates for end in (_middle(e), e.low, e.high) if end is not None]
     found = [strip(side, _middle(e), e.low, e.high, ends) for side, e in enumerate(row.estimates)]
     if row.comparison:
@@ -116,7 +116,7 @@ class _Thumbnail:
 
 
 class _Thumbnails:
-    """Small images of files, as long as the page is not too large."""
+    """Small images of files, up to the page's largest size."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

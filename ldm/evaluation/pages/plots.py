@@ -1,4 +1,4 @@
-"""Plots as SVG for a page, whose style sheet gives lines and text their colours, also in the dark and in print.
+"""Plots as SVG for the page, whose style sheet colours lines and text, also in dark mode and in print.
 
 The class of a series is its number: `s0` is the first. Lengths are pixels of the plot's own canvas.
 """
@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from ldm.evaluation.pages.words import number
 
 WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 462, 28, 226  # of what the axes enclose
+LEFT, RIGHT, TOP, BOTTOM = 58, 462, 28, 226  # of the area within the axes
 STRIP_WIDTH, STRIP_HEIGHT = 140, 16
 CHARACTER, LINE = 7, 14  # about the size of text
 
@@ -57,7 +57,7 @@ class Axis:
 
 
 def _axis(values: Sequence[float], start: float, end: float, margin: float = 0.05) -> Axis:
-    """An axis that holds the values with a margin; around them if all are equal."""
+    """An axis over the values with a margin; centred on the value if all are equal."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         around = abs(low) / 10 or 1.0
@@ -89,7 +89,7 @@ def curves(title: str, x: str, y: str, series: Sequence[Sequence[Point]]) -> str
             dot = _add(svg, "circle", f"dot s{index}", cx=at_x, cy=at_y, r=3.5)
             ElementTree.SubElement(dot, "title").text = point.text
             taken.append((at_x - 4, at_y - 4, at_x + 4, at_y + 4))
-        for a, b in itertools.pairwise(line):  # a label may not stand on the line either
+        for a, b in itertools.pairwise(line):  # labels keep clear of the line too
             steps = [(across.at(a.x + (b.x - a.x) * k / 20), up.at(a.y + (b.y - a.y) * k / 20)) for k in range(1, 20)]
             taken += [(at_x - 1, at_y - 1, at_x + 1, at_y + 1) for at_x, at_y in steps]
     for index, line in enumerate(series):
@@ -117,7 +117,7 @@ def histogram(title: str, x: str, edges: Sequence[float], counts: Sequence[Seque
 
 
 def strip(series: int, middle: float, low: float | None, high: float | None, ends: Sequence[float]) -> str:
-    """An interval and its middle on one line; `ends` are the numbers that strips above each other have in common."""
+    """An interval and its middle on one line; `ends` is the range that strips in a column share."""
     across = _axis(ends, 0, STRIP_WIDTH)
     svg = ElementTree.Element(
         "svg",
@@ -132,7 +132,7 @@ def strip(series: int, middle: float, low: float | None, high: float | None, end
     return _written(svg)
 
 
-# --- parts of them ----------------------------------------------------------------------------------------------------
+# --- parts of plots ---------------------------------------------------------------------------------------------------
 
 
 def _canvas(title: str, across: Axis, up: Axis, x: str, y: str) -> ElementTree.Element:
@@ -152,7 +152,7 @@ def _canvas(title: str, across: Axis, up: Axis, x: str, y: str) -> ElementTree.E
 
 
 def _beside(x: float, y: float, width: float, taken: list[Box]) -> tuple[tuple[float, float], str]:
-    """The place and the anchor of a label beside a point, clear of the boxes in `taken`, to which its own is added."""
+    """The place and the anchor of a label beside a point, clear of the boxes in `taken`, which its own box joins."""
     places = {(7, -7): "start", (-7, -7): "end", (7, 16): "start", (-7, 16): "end", (9, 4): "start", (-9, 4): "end"}
     boxes = {}
     for (right, down), anchor in places.items():

@@ -41,7 +41,7 @@ def _facts(report: Report) -> rich_table.Table:
 
 
 def _table(table: Table, names: Sequence[str]) -> Iterator[RenderableType]:
-    """The network, its figures, what the comparisons say, and why intervals are missing."""
+    """The network, its figures, the verdicts of comparisons, and the reasons why intervals are missing."""
     used = table.extractor
     yield Text(heading(table), "bold") + Text(f"  {used.preparation}  {used.digest[:DIGEST]}" if used else "", "dim")
     grid = _grid()

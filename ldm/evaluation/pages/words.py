@@ -14,7 +14,7 @@ from ldm.evaluation.metrics.intervals import LEVEL, Estimate
 from ldm.evaluation.report import Row, Table
 
 ABSENT = "–"  # for an unknown number
-ROUNDING = 1e-9  # of a value: errors below it are those of arithmetic
+ROUNDING = 1e-9  # part of a value: smaller errors are rounding
 DIGITS = 4  # significant ones of a figure without an error
 
 
@@ -73,7 +73,7 @@ def estimate_line(name: str, estimate: Estimate) -> Line:
     """The line of one side."""
     error = estimate.error
     if not error and estimate.low is not None and estimate.high is not None:
-        error = (estimate.high - estimate.low) / 2  # of a share of 0 or 1, whose standard error is 0
+        error = (estimate.high - estimate.low) / 2  # a share of 0 or 1 has standard error 0
     places = decimal_places(estimate.value, error)
     interval = _interval(estimate.low, estimate.high, places)
     corrected = number(estimate.corrected, places)
@@ -102,11 +102,11 @@ def heading(table: Table) -> str:
 
 
 def verdict(comparison: Comparison, better: str) -> str:
-    """A comparison of A and B in words: which is better, that it cannot tell, or that there is no difference.
+    """A comparison of A and B in words: which is better, that too few images cannot tell, or that they do not differ.
 
     Args:
         comparison: A minus B.
-        better: "lower" or "higher" figures; "" where neither is, then it says which is higher.
+        better: "lower" or "higher" figures; "" if neither is better: the text then says which is higher.
     """
     p = p_text(comparison.p)
     if comparison.p <= 1 - LEVEL:
@@ -115,5 +115,5 @@ def verdict(comparison: Comparison, better: str) -> str:
     if comparison.needed is None:
         return "no difference"
     unit = 10 ** max(_exponent(comparison.needed, 1) - 1, 0)
-    needed = math.ceil(comparison.needed / unit) * unit  # two digits, and never those that there are
+    needed = math.ceil(comparison.needed / unit) * unit  # rounded up to two digits, so more than `count`
     return f"cannot tell with {comparison.count:,} images ({p}); about {needed:,} would be needed"

@@ -19,12 +19,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     It computes in bf16 on the CPU; where gradients are wanted, PyTorch's own kernel does.
 
     Raises:
-        LdmError: the dtype or the device is another, or it cannot be compiled.
+        LdmError: the tensors are not bf16 on the CPU, or the kernel cannot be compiled.
     """
     if learns(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
     if not fits(q, k, v):
-        raise LdmError(f"it is for bf16 on the CPU, not for {q.dtype} on {q.device.type}")
+        raise LdmError(f"the kernel is for bf16 on the CPU, not for {q.dtype} on {q.device.type}")
     batch, heads, queries, channels = q.shape
     keys = k.shape[2]
     if channels % 2 or not keys:

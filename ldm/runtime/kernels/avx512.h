@@ -28,7 +28,7 @@ static inline __m512 power(__m512 x) {
     return _mm512_scalef_ps(r, n);
 }
 
-// Which of the threads of a parallel region this is, and of how many.
+// This thread's number within a parallel region, and the number of its threads.
 static inline void share(int64_t& thread, int64_t& count) {
     thread = omp_get_thread_num();
     count = omp_get_num_threads();

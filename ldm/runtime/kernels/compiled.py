@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 FLAGS = [f"-m{name}" for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")]
 FLAGS += ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]  # PyTorch's threads, if it is GCC's OpenMP
-SMALL = 10**5  # numbers, or 10 times as many multiplications, that are not worth a second thread
+SMALL = 10**5  # numbers up to which a second thread does not pay; of multiplications, 10 times as many
 INT, FLOAT, DOUBLE, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_void_p
 SIGNATURES = {
     "attend": [POINTER] * 5 + [INT] * 5 + [FLOAT, INT],
@@ -83,7 +83,7 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def threads(numbers: int) -> int:
-    """How many threads to use for that much work."""
+    """The number of threads for work on so many numbers."""
     return torch.get_num_threads() if numbers > SMALL else 1
 
 

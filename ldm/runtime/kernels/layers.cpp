@@ -11,7 +11,7 @@
 
 #include "avx512.h"
 
-static const int64_t BLOCK = 64;  // pixels summed in fp32 before they are added to what is exact
+static const int64_t BLOCK = 64;  // pixels summed in fp32 before the sum is added to that in fp64
 
 static inline __m512 load(const bf16* x, __mmask16 here) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, x)), 16));

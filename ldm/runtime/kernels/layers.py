@@ -26,7 +26,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None = None, silu
 
 
 def geglu(x: Tensor, bias: Tensor) -> Tensor:
-    """Of `x` (…, 2 C), contiguous, plus a bias (2 C,), the first half of the channels times GELU of the second: (…, C).
+    """The first half of the channels of `x` (…, 2 C), contiguous, plus a bias (2 C,), times GELU of the second: (…, C).
 
     Shazeer 2020 (arXiv 2002.05202). All in bf16 on the CPU.
     """

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-# what a value of PyTorch's variable ATEN_CPU_CAPABILITY forbids, by how the names of sets of instructions begin
+# value of PyTorch's variable ATEN_CPU_CAPABILITY -> prefixes of the instruction sets that it forbids
 _FORBIDDEN = {"avx2": ("avx512", "avx10", "amx"), "default": ("avx", "amx")}
 
 

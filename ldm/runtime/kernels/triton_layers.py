@@ -24,14 +24,14 @@ FEW = 256  # pixels which a program takes alone, without chunks
 TILE = 4096  # numbers that a program has in its registers at a time
 WARPS = {"num_warps": 8, "enable_fp_fusion": True}
 FEWER = {"num_warps": 4, "enable_fp_fusion": True}
-CHUNKS = 128  # whose statistics are read at a time
+CHUNKS = 128  # chunks whose statistics are read at a time
 ROWS, COLUMNS = 8, 256  # of GEGLU: the inner widths of all released models are multiples of 256
-# arguments whose values give no kernel of their own
+# arguments whose values do not specialise a kernel
 NUMBERS = ["has_offset", "eps", "pixels", "groups", "per_group", "length", "chunks"]
 
 
 class Share(NamedTuple):
-    """What one program takes of an image's channels."""
+    """The share of an image's channels that one program takes."""
 
     width: int  # channels, of whole groups
     tile_c: int  # the power of two that holds them
@@ -71,7 +71,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None = None, silu
 
 
 def geglu(x: Tensor, bias: Tensor) -> Tensor:
-    """Of `x` (…, 2 C) plus a bias (2 C,), the first half of the channels times GELU of the second: (…, C).
+    """GEGLU of `x` (…, 2 C) plus a bias (2 C,), the first half of the channels times GELU of the second: (…, C).
 
     Shazeer 2020 (arXiv 2002.05202), with the exact GELU.
     """
@@ -88,7 +88,7 @@ def geglu(x: Tensor, bias: Tensor) -> Tensor:
 
 @cache
 def shared(channels: int, groups: int) -> Share:
-    """Whole groups for each program, so many that reads are aligned, and few places of its tile stay empty."""
+    """Each program's share: whole groups, so many that reads are aligned and few places of a tile stay empty."""
     per_group = channels // groups
 
     def tile(count: int) -> int:
@@ -104,7 +104,7 @@ def shared(channels: int, groups: int) -> Share:
 
 
 def chunk(pixels: int) -> int:
-    """Pixels of a chunk: a power of two near 2 √P, so that neither chunks nor what is to be put together are many."""
+    """Pixels of a chunk: a power of two near 2 √P, so that neither pixels of a chunk nor chunks to combine are many."""
     return max(64, 1 << math.isqrt(4 * pixels - 1).bit_length())
 
 
@@ -112,7 +112,7 @@ def chunk(pixels: int) -> int:
 def _columns(
     block: tl.tensor, channels: int, per_group: int, width: tl.constexpr, tile_c: tl.constexpr, tile_g: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A program's channels (tile_c,), which of them there are, and which belong to which group (tile_g, tile_c)."""
+    """A program's channels (tile_c,), a mask of those that exist, and the members of each group (tile_g, tile_c)."""
     column = tl.arange(0, tile_c)
     c = block * width + column
     here = (column < width) & (c < channels)
@@ -124,7 +124,7 @@ def _columns(
 def _groups(
     block: tl.tensor, groups: int, per_group: int, width: tl.constexpr, tile_g: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """A program's groups (tile_g,), and which of them there are."""
+    """A program's groups (tile_g,), and a mask of those that exist."""
     group = tl.arange(0, tile_g)
     g = block * (width // per_group) + group
     return g, (group < width // per_group) & (g < groups)
@@ -138,7 +138,7 @@ def _added(offset: tl.tensor, has_offset: int, here: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _of_groups(values: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """Sums over the channels of each group: (tile_c,) to (tile_g,). What is not finite stays in its group."""
+    """Sums over the channels of each group: (tile_c,) to (tile_g,). A number that is not finite stays in its group."""
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
 
@@ -153,11 +153,11 @@ def _moments(
     x: tl.tensor, added: tl.tensor, c: tl.tensor, here: tl.tensor, member: tl.tensor, begin: int, end: int,
     channels: int, per_group: int, tile_c: tl.constexpr, tile_p: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Of each group, over pixels `begin` to `end`: the mean, and the sum of squared distances from it."""
+    """Each group's mean over pixels `begin` to `end`, and the sum of squared distances from it."""
     row = tl.arange(0, tile_p)
     at = row[:, None] * channels + c[None, :]
     step = tl.cast(channels, tl.int64)
-    mean = tl.zeros((tile_p, tile_c), tl.float32)  # of what stood in each place of the tile
+    mean = tl.zeros((tile_p, tile_c), tl.float32)  # the mean of each place of the tile so far
     square = tl.zeros((tile_p, tile_c), tl.float32)
     number = 0.0
     for p in range(begin, end, tile_p):

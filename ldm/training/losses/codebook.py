@@ -1,4 +1,4 @@
-"""Training a codebook: its losses, or its vectors as moving averages with dead ones replaced.
+"""Training a codebook: by its losses, or as moving averages of the latents, with unused vectors replaced.
 
 Van den Oord et al. 2017 (arXiv 1711.00937), eq. 3; Razavi et al. 2019 (arXiv 1906.00446), appendix A.1. Gradients pass
 from the decoder straight through to the encoder in `ldm.models.autoencoder.Codebook` itself.
@@ -18,10 +18,10 @@ from ldm.training.parallel.ranks import Reduce, alone
 
 
 def codebook_losses(codebook: Codebook, latents: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared distance of latents and their vectors, twice: it moves the vectors, and it moves the latents.
+    """The codebook loss and the commitment loss: the mean squared distance of latents and their vectors, () each.
 
-    The first is the codebook loss, not needed with `MovingCodebook`; the second the commitment loss, usually weighted
-    by 0.25. Both ().
+    The first has a gradient for the vectors alone and is not needed with `MovingCodebook`; the second has one for the
+    latents alone, and usually a weight of 0.25.
 
     Args:
         latents: (B, D, h, w), not yet quantised.
@@ -36,11 +36,11 @@ class MovingCodebook(nn.Module):
     """The codebook's vectors as moving averages of the latents nearest to them; vectors out of use start anew.
 
     `add` counts a micro-batch, `update` ends a step. The state (buffers, fp32) is for checkpoints and stays out of the
-    autoencoder's, whose names are diffusers'. Making one takes the vectors' gradient away.
+    autoencoder's, whose names are diffusers'. The constructor freezes the vectors.
     """
 
     counts: Tensor  # (K,): moving average of how many latents of a step are nearest to each vector; 0: not used yet
-    sums: Tensor  # (K, D): moving average of the sum of those
+    sums: Tensor  # (K, D): moving average of the sum of these latents
     idle: Tensor  # (K,): steps since each vector was last used
 
     def __init__(self, codebook: Codebook, decay: float = 0.99, patience: int = 100) -> None:
@@ -62,7 +62,7 @@ class MovingCodebook(nn.Module):
         self.register_buffer("sums", torch.zeros(vectors.shape, device=vectors.device))
         self.register_buffer("idle", torch.zeros(len(vectors), dtype=torch.long, device=vectors.device))
         self._step: Tensor | None = None  # (K, 1 + D): numbers and sums of the step's micro-batches so far
-        self._latents = torch.empty(0)  # (B · h · w, D), of the last of them
+        self._latents = torch.empty(0)  # (B · h · w, D), of the last micro-batch
 
     @torch.no_grad()
     def add(self, latents: Tensor, index: Tensor) -> None:
@@ -99,7 +99,7 @@ class MovingCodebook(nn.Module):
         offered = torch.where(turn, self._latents[chosen], 0)
         step, offered = reduce(torch.cat([self._step, offered], dim=1)).split([1 + dim, dim], dim=1)
         self.forget()
-        # fp16 overflows now and then, and the optimiser skips the step: so do the vectors
+        # where fp16 overflows, the optimiser skips the step, and so do the vectors
         if not step.isfinite().all():
             return
         used = step[:, 0] > 0
@@ -110,7 +110,7 @@ class MovingCodebook(nn.Module):
         for state in (self.counts, self.sums, self.idle):
             state[dead] = 0
         vectors = codebook.embedding.weight
-        # A vector out of use stays where it is. One without a past takes the mean of its first latents.
+        # An unused vector keeps its value. A vector used for the first time takes the mean of its latents.
         moved = torch.where(used.unsqueeze(1), self.sums / self.counts.unsqueeze(1), vectors.float())
         vectors.copy_(torch.where(dead.unsqueeze(1), offered, moved))
 
@@ -119,6 +119,6 @@ class MovingCodebook(nn.Module):
         return float((self.counts > 0).float().mean())
 
     def perplexity(self) -> float:
-        """How many vectors, equally often used, would tell as much: 1 to K, from the moving averages."""
+        """The perplexity of the codebook's use, from the moving averages: 1 to K equally used vectors."""
         share = self.counts / self.counts.sum().clamp_min(torch.finfo(torch.float32).tiny)
         return float(torch.special.entr(share).sum().exp())

@@ -93,7 +93,7 @@ class DiffusionLoss:
         return alpha * latents + sigma * draw.noise
 
     def target(self, latents: Tensor, draw: Draw) -> Tensor:
-        """The prediction (B, C, h, w) that is right for these latents and this noise."""
+        """The target (B, C, h, w) of the prediction, for these latents and this noise."""
         return self.schedule.parametrisation.target(latents, draw.noise, *self._scales(draw, latents))
 
     def weight(self, timestep: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class DiffusionLoss:
         return alpha[:, None, None, None], sigma[:, None, None, None]
 
     def _of(self, table: str, timestep: Tensor) -> Tensor:
-        """The values of a table at timesteps (B,). The table is moved to their device and kept there: no step waits."""
+        """The values of a table at timesteps (B,). The table stays on their device, so that no step waits for it."""
         values = getattr(self, table).to(timestep.device)
         setattr(self, table, values)
         return values[timestep]

@@ -10,7 +10,7 @@ latent-diffusion also divides the reconstruction by a learned variance. Its opti
 that it stays 1; it is left out.
 
     loss = reconstruction_loss(reconstruction, target, perceptual=lpips)
-    total = loss.total + 1e-6 * kl_loss(posterior, target)      # until the adversary joins in, and from then on
+    total = loss.total + 1e-6 * kl_loss(posterior, target)      # before the adversary takes part, and after
     total = adaptive.join(loss.total, reconstruction, last_layer, discriminator, 0.5).total + 1e-6 * kl_loss(...)
 
 B batch, H×W height and width
@@ -35,7 +35,7 @@ EPS = 1e-6  # added to the norm that the adaptive weight divides by
 
 @dataclass(frozen=True)
 class ReconstructionLoss:
-    """How far reconstructions are from their images; every field ()."""
+    """The distances of reconstructions from their images; every field ()."""
 
     total: Tensor  # with gradient
     pixels: Tensor  # L1 or L2, unweighted, for the log
@@ -44,7 +44,7 @@ class ReconstructionLoss:
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """The reconstruction loss with the adversary's; every field ()."""
+    """The reconstruction loss plus the weighted adversarial loss; every field ()."""
 
     total: Tensor  # with gradient
     adversarial: Tensor  # minus the mean of the discriminator's numbers, unweighted, for the log
@@ -52,11 +52,11 @@ class AdversarialLoss:
 
 @dataclass(frozen=True)
 class DiscriminatorLoss:
-    """How badly the discriminator tells reconstructions from images; every field ()."""
+    """The loss of the discriminator, which tells reconstructions from images; every field ()."""
 
     total: Tensor  # with gradient
     real: Tensor  # mean of the numbers for images, for the log
-    fake: Tensor  # and for reconstructions
+    fake: Tensor  # mean of the numbers for reconstructions, for the log
 
 
 def reconstruction_loss(
@@ -69,7 +69,7 @@ def reconstruction_loss(
     """Mean absolute ("l1") or squared ("l2") difference, and LPIPS if it is given, of (B, 3, H, W) in [-1, 1].
 
     Raises:
-        LdmError: `pixels` is neither; or the images are too small for LPIPS.
+        LdmError: `pixels` is neither "l1" nor "l2"; or the images are too small for LPIPS.
     """
     if pixels not in ("l1", "l2"):
         raise LdmError(f"the difference of pixels can be l1 or l2, not {pixels!r}")
@@ -92,8 +92,8 @@ class AdaptiveWeight(nn.Module):
 
     The weight is ‖∇ reconstruction‖ / (‖∇ adversarial‖ + EPS), at most `LARGEST`, with the gradients of a whole step:
     added up over its micro-batches and the ranks before their norms are taken. It takes effect in the next step, and is
-    0 in the first. A ratio for each micro-batch and each rank, as others have it, would make 1×8 and 2×4 images train
-    different networks; one for the whole step is known only when its last micro-batch has been seen.
+    0 in the first. With a ratio for each micro-batch and rank, as in other programs, 1×8 and 2×4 images would train
+    different networks; the ratio of a whole step is known only after its last micro-batch.
 
     `value` () is the weight, and all that a checkpoint between two steps needs.
     """
@@ -132,7 +132,7 @@ class AdaptiveWeight(nn.Module):
         self._gradients = gradients if self._gradients is None else self._gradients + gradients
         weight = factor * self.value
         gradient = toward_target + weight * toward_real
-        zero = (gradient * (reconstruction.float() - reconstruction.detach().float())).sum()  # but for its gradient
+        zero = (gradient * (reconstruction.float() - reconstruction.detach().float())).sum()  # 0, with this gradient
         return AdversarialLoss((loss + weight * adversarial).detach() + zero, adversarial.detach())
 
     def forget(self) -> None:
@@ -150,14 +150,14 @@ class AdaptiveWeight(nn.Module):
         gradients = reduce(self._gradients)
         towards, against = torch.linalg.vector_norm(gradients, dim=1)
         ratio = (towards / (against + EPS)).clamp(max=LARGEST)
-        # fp16 overflows now and then, and the step is skipped: the weight stays as well
+        # where fp16 overflows, the step is skipped, and the weight stays
         self.value.copy_(torch.where(gradients.isfinite().all(), ratio, self.value))
         self.forget()
 
 
 def _gradient(loss: Tensor, reconstruction: Tensor) -> Tensor:
-    """Gradient of a loss () for the images, fp32; of a mean over their values, so it is scaled up on its way, where
-    it would vanish in fp16."""
+    """Gradient of a loss () for the images, fp32; of a mean over their values, so it is scaled up on its way, as it
+    would vanish in fp16."""
     values = reconstruction.numel()
     return torch.autograd.grad(loss * values, reconstruction)[0].float() / values
 
@@ -175,7 +175,7 @@ def _at_layer(gradient: Tensor, reconstruction: Tensor, layer: nn.Parameter) -> 
 def discriminator_loss(discriminator: nn.Module, target: Tensor, reconstruction: Tensor) -> DiscriminatorLoss:
     """Hinge loss (Lim and Ye 2017, arXiv 1705.02894): half of mean(max(0, 1 - real)) + mean(max(0, 1 + fake)).
 
-    No gradient reaches what made the reconstruction. Both halves go through the discriminator together, so that it can
+    No gradient reaches the autoencoder. Both halves go through the discriminator together, so that it can
     be wrapped for data parallelism, which wants one forward pass for each backward pass.
     """
     both = discriminator(torch.cat([target.float(), reconstruction.detach().float()])).float()

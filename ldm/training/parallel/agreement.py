@@ -1,4 +1,4 @@
-"""A check that all processes of a run do the same: if they do not, all of them end, with a line on the difference."""
+"""A check that all processes of a run have the same configuration, images and weights; all end if one differs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     """Compare facts that should be the same on all processes of the run; all of them call it.
 
     Raises:
-        LdmError: on every process, because one has other facts than the first.
+        LdmError: one process has other facts than the first; raised on every process.
     """
     first, *others = gather_object([dict(facts)])
     for rank, other in enumerate(others, 1):

@@ -1,4 +1,4 @@
-"""Sums over the ranks of a run, as functions handed in, so that nothing here knows how ranks are launched."""
+"""Sums over the ranks of a run, as functions that callers hand in, so that losses do not depend on a launcher."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Reduce = Callable[[Tensor], Tensor]  # a tensor of this rank to the sum of those of all ranks, the same on each
+Reduce = Callable[[Tensor], Tensor]  # a tensor of this rank to the sum over all ranks, the same on each
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """The sum where there is one rank."""
+    """The sum over a single rank: the tensor itself."""
     return tensor

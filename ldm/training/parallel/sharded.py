@@ -1,4 +1,4 @@
-"""Whole copies of networks whose weights are spread over the ranks, FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
+"""Whole copies of networks whose weights are spread over the ranks by FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
 
 Such a network runs only where all ranks run it together. To validate, to make images and to write results, each rank
 takes a whole copy, with the averages of the weights in it, in its place.
@@ -28,14 +28,14 @@ def is_sharded(accelerator: Accelerator, stage: Stage) -> bool:
     """Whether the weights are spread over the ranks.
 
     Raises:
-        LdmError: they would be, in a way or a stage in which that is not supported.
+        LdmError: the launcher's way of spreading them is not supported, or not in this stage.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise LdmError("DeepSpeed is not supported; FSDP2 spreads the same: configs/accelerate/fsdp2.yaml")
+        raise LdmError("DeepSpeed is not supported; use FSDP2 in its place: configs/accelerate/fsdp2.yaml")
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
-        raise LdmError("of FSDP the second version is supported: fsdp_version: 2, see configs/accelerate/fsdp2.yaml")
+        raise LdmError("only version 2 of FSDP is supported: fsdp_version: 2, see configs/accelerate/fsdp2.yaml")
     name, kind, section = stage.name, kind_named(stage.name), stage.section
     if not kind.spreads:
         others = " and ".join(other.name for other in KINDS if other.spreads)
@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Skeleton:
-    """A network without its weights, made before they are spread, and where in it a model's networks are."""
+    """A network without weights, copied before its weights are spread, and the places of a model's networks in it."""
 
     def __init__(self, module: nn.Module, model: LatentDiffusion) -> None:
         memo: dict[int, Any] = {
@@ -70,12 +70,12 @@ class Skeleton:
 
     @contextmanager
     def in_place(self, player: Player, model: LatentDiffusion, averages: Mapping[str, Tensor]) -> Iterator[None]:
-        """A whole copy in the place of the player's network and of the model's, on every rank.
+        """Put a whole copy in the place of the player's network and of the model's, on every rank.
 
         Args:
-            player: whose weights are spread.
-            model: of which its network is a part.
-            averages: what its trained parameters are to be, by name.
+            player: the player whose weights are spread.
+            model: the model that holds the player's networks.
+            averages: values for the trained parameters, by name.
         """
         network, own = copy.deepcopy(self.module), player.module
         for name, tensor in [*own.named_parameters(), *own.named_buffers()]:
@@ -96,11 +96,11 @@ class Skeleton:
 
 
 def save(averages: dict[str, Any], folder: Path) -> None:
-    """Write averages, tensors by player and name, that are spread: each rank its part; all ranks call it."""
+    """Write spread averages, tensors by player and name: each rank writes its part; all ranks call it."""
     dcp.save(averages, checkpoint_id=str(folder))
 
 
 def load(averages: dict[str, Any], folder: Path) -> None:
-    """Read what `save` wrote into the tensors of `averages`; by how many ranks it was written does not matter."""
+    """Read the files of `save` into the tensors of `averages`; the number of ranks may have changed."""
     with torch.no_grad():
         dcp.load(averages, checkpoint_id=str(folder))

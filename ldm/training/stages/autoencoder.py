@@ -1,7 +1,7 @@
-"""The stage `autoencoder`: images through latents and back, until the reconstruction looks like the image.
+"""The stage `autoencoder`: the autoencoder learns to reconstruct images from their latents.
 
-Rombach et al. 2022 (arXiv 2112.10752), section 3.1: pixels and LPIPS, a faint KL term or a codebook, and from some
-update on a discriminator. At the end the latents' scale is measured and written into the model.
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1: losses of pixels and LPIPS, a small KL term or a codebook, and
+later a discriminator. At the end the latents' scale is measured and written into the model.
 
 B batch, C latent channels, h×w height and width of the latents, H×W those of the images
 """
@@ -35,33 +35,33 @@ from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs,
 from ldm.training.start import with_changes
 from ldm.weights.components import Components
 
-HIGHEST = 100.0  # PSNR in dB of an image that comes back exactly, whose ratio is infinite
+HIGHEST = 100.0  # PSNR in dB that stands for infinity, of an exact reconstruction
 SHOWN = 4  # pairs of a preview
 
 
 class AutoencoderSection(StageSection):
-    """The autoencoder: images through latents and back."""
+    """The autoencoder, trained to reconstruct images."""
 
-    pixel_loss: Literal["l1", "l2"] = Field("l1", description="distance of pixels")
+    pixel_loss: Literal["l1", "l2"] = Field("l1", description="loss of pixels")
     perceptual: str | None = Field(
-        None, description="LPIPS: vgg16 or alex (tools/fetch_weights.py), a file; null: none"
+        None, description="network of LPIPS: vgg16 or alex (tools/fetch_weights.py), or a file; null: none"
     )
-    perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: it is measured at most")
-    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as latent-diffusion counts it")
+    perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: only measured")
+    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as in latent-diffusion")
     commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
-    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's moving averages; 0: by gradient")
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="decay of a codebook's averages; 0: by gradients")
     codebook_patience: int = Field(100, ge=1, description="updates after which an unused vector is replaced")
-    adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: there is none")
-    adversarial_start: int = Field(50_000, ge=0, description="updates before it takes part")
+    adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
+    adversarial_start: int = Field(50_000, ge=0, description="updates before the discriminator takes part")
     discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
-    discriminator_learning_rate: float | None = Field(None, gt=0, description="if it differs")
-    decoder_only: bool = Field(False, description="leave the encoder as it is, so that U-Nets of its latents still fit")
-    measure: int = Field(10_000, ge=1, description="at most so many images tell the latents' scale at the end")
-    measure_shift: bool = Field(False, description="measure their mean too, not only their scale")
+    discriminator_learning_rate: float | None = Field(None, gt=0, description="null: as the autoencoder's")
+    decoder_only: bool = Field(False, description="train the decoder alone, so that U-Nets of its latents still fit")
+    measure: int = Field(10_000, ge=1, description="most images on which the latents' scale is measured at the end")
+    measure_shift: bool = Field(False, description="measure the latents' mean too, as a shift")
 
 
 class Sampled(nn.Module):
-    """An `AutoencoderKL` as one forward pass, which takes the noise of the latents as an argument."""
+    """An `AutoencoderKL` whose forward pass takes the noise of the latents as an argument."""
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class Sampled(nn.Module):
 
 @dataclass
 class Spread:
-    """The moments of latents, of so many images at the most."""
+    """The moments of the latents of at most `most` images."""
 
-    most: int  # images; later ones are not measured
+    most: int  # images that are measured
     moments: LatentMoments
     images: int = 0
 
@@ -87,7 +87,7 @@ class Spread:
         return self.images == self.most
 
     def add(self, latents: Tensor) -> None:
-        """Take in unscaled latents (B, C, h, w), as long as there is room."""
+        """Measure unscaled latents (B, C, h, w), unless `most` images are measured already."""
         latents = latents[: self.most - self.images]
         if len(latents):
             self.moments = merge(self.moments, measure(latents))
@@ -95,13 +95,13 @@ class Spread:
 
 
 def discriminator_config(section: AutoencoderSection) -> DiscriminatorConfig | None:
-    """The shape of the discriminator, if there is one."""
+    """The configuration of the discriminator, if there is one."""
     config = with_changes(DiscriminatorConfig(), section.discriminator, "autoencoder.discriminator")
     return config if section.adversarial_weight else None
 
 
 def learners(section: AutoencoderSection, parts: Components) -> dict[str, Learner]:
-    """The autoencoder, or its decoder alone; and its adversary, with random weights."""
+    """The autoencoder, or its decoder alone; and the discriminator, with random weights."""
     freeze(parts)
     autoencoder, rate = parts.autoencoder.requires_grad_(True).train(), section.optimizer.learning_rate
     if section.decoder_only:
@@ -125,7 +125,7 @@ def helpers(section: AutoencoderSection) -> list[nn.Module]:
     if not section.perceptual:
         return []
     backbone = section.perceptual
-    if backbone not in BACKBONES:  # a file, which is read on the CPU, whatever the default device is
+    if backbone not in BACKBONES:  # a file, read on the CPU even if the default device is another
         with torch.device("cpu"):
             backbone = load_lpips(backbone).backbone
     return [LPIPS(backbone)]
@@ -134,7 +134,7 @@ def helpers(section: AutoencoderSection) -> list[nn.Module]:
 def passes(
     section: AutoencoderSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
 ) -> ForwardPasses:
-    """An image through the autoencoder to its judges; through the decoder alone where nothing else is trained."""
+    """The passes of the trained networks, from the encoder or the decoder to LPIPS and the discriminator."""
     image = torch.empty(1, 3, size, size, device="meta")
     with torch.device("meta"):
         perceptual = helpers(section) if section.perceptual_weight else []
@@ -188,7 +188,7 @@ class AutoencoderStage:
         self.perceptual = load_lpips(section.perceptual, accelerator.device) if section.perceptual else None
         _check_sizes(sides, model, self.perceptual, discriminator_config(section))
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # of the discriminator
+            torch.default_generator.manual_seed(seed)  # for the discriminator's weights
             found = learners(section, model)
         for learner in found.values():
             learner.module.to(accelerator.device)
@@ -203,7 +203,7 @@ class AutoencoderStage:
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
-        """The autoencoder's loss, and once the adversary takes part, the discriminator's."""
+        """The autoencoder's loss and, once the adversary takes part, the discriminator's."""
         section, target = self.section, _pixels(batch)
         adversary = self.players.get("discriminator") if step >= section.adversarial_start else None
         reconstruction, regularisation, report = self._forward(batch)
@@ -231,7 +231,7 @@ class AutoencoderStage:
             yield Loss("discriminator", judged.total, {"real": judged.real, "fake": judged.fake})
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstructions (B, 3, H, W), the loss () that keeps the latents in order, and its parts for the log."""
+        """Reconstructions (B, 3, H, W), the KL or codebook loss () of the latents, and its parts for the log."""
         autoencoder, module, target = self.model.autoencoder, self.players["autoencoder"].module, _pixels(batch)
         if isinstance(autoencoder, VQModel):
             reconstruction, latents, index = module(target)
@@ -254,13 +254,13 @@ class AutoencoderStage:
         return normal(shape, self.seed, purpose, batch.keys, batch.epochs).to(self.accelerator.device)
 
     def forget(self) -> None:
-        """The adversary's weight and the codebook measure a step as a whole."""
+        """Drop the measurements of the step by the adversary's weight and the codebook."""
         self.adaptive.forget()
         if self.moving:
             self.moving.forget()
 
     def updated(self, step: int) -> dict[str, float]:
-        """The adversary's weight and the codebook follow the update."""
+        """Update the adversary's weight and the codebook."""
         self.adaptive.update(self._sum)
         if not self.moving:
             return {}
@@ -273,14 +273,14 @@ class AutoencoderStage:
         return {"codebook/usage": self.moving.usage(), "codebook/perplexity": self.moving.perplexity()}
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, which exchange tensors on their devices only."""
+        """The sum over all ranks, which can exchange tensors on their devices only."""
         return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
 
-    # --- now and then -----------------------------------------------------------------------------------------------
+    # --- between steps ----------------------------------------------------------------------------------------------
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over held-out images, decoded from the most probable latents: the reconstruction loss, PSNR in dB,
-        SSIM, and LPIPS where it is there."""
+        SSIM, and LPIPS if it is configured."""
         return self._measure(batches, self._spread())
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
@@ -293,14 +293,14 @@ class AutoencoderStage:
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Measure the latents' scale, on held-out images or else on training images, and write it into the model,
-        unless the encoder is what it was.
+        unless the decoder alone was trained.
 
         Raises:
             LdmError: the latents are all the same, so that they have no scale.
         """
         spread = self._spread()
         figures = self._measure(batches, spread)
-        if not figures:  # the same on every rank
+        if not figures:  # the same on every rank: no images are held out
             for batch in self.images():
                 with torch.no_grad(), self.accelerator.autocast():
                     posterior = self.model.autoencoder.encode(_pixels(batch))
@@ -313,7 +313,7 @@ class AutoencoderStage:
             shift = moments.shift if self.section.measure_shift else config.shift_factor
             config = replace(config, scaling_factor=moments.scale, shift_factor=shift)
             self.model.autoencoder.config = config
-            self.model.family = replace(self.model.family, autoencoder=config, preview=())  # colours of other latents
+            self.model.family = replace(self.model.family, autoencoder=config, preview=())  # factors of the old latents
         return {
             "scaling_factor": config.scaling_factor,
             "shift_factor": config.shift_factor,
@@ -324,7 +324,7 @@ class AutoencoderStage:
         }
 
     def _spread(self) -> Spread:
-        """Room for this rank's share of the images to measure."""
+        """Empty moments, for this rank's share of the images to measure."""
         channels = torch.zeros(self.model.autoencoder.config.channels_out, dtype=torch.float64)
         share = -(-self.section.measure // self.accelerator.num_processes)
         return Spread(share, LatentMoments(torch.zeros((), dtype=torch.float64), channels, channels))
@@ -353,12 +353,12 @@ class AutoencoderStage:
         return means_of
 
     def _reconstruct(self, target: Tensor) -> tuple[Tensor, DiagonalGaussian | PointPosterior]:
-        """Reconstructions (B, 3, H, W) from the most probable latents, and how the latents are distributed."""
+        """Reconstructions (B, 3, H, W) from the most probable latents, and the latents' posterior."""
         posterior = self.model.autoencoder.encode(target)
         return self.model.autoencoder.decode(posterior.mode()), posterior
 
     def _latents(self, posterior: DiagonalGaussian | PointPosterior, batch: Batch) -> Tensor:
-        """Unscaled latents (B, C, h, w) as the U-Net will be trained on: sampled, and before they are quantised."""
+        """Unscaled latents (B, C, h, w) as in the U-Net's training: sampled, and not quantised."""
         if isinstance(posterior, PointPosterior):
             return posterior.value
         return posterior.mean + posterior.std * self._noise(batch, "validation")
@@ -376,7 +376,7 @@ def _pixels(batch: Batch) -> Tensor:
 
 
 def _check(section: AutoencoderSection, model: LatentDiffusion, precision: str) -> None:
-    """Raise where options do not go together."""
+    """Raise where options exclude each other."""
     config = model.autoencoder.config
     if section.perceptual_weight and not section.perceptual:
         raise LdmError(
@@ -412,7 +412,7 @@ def _check_sizes(
     perceptual: LPIPS | None,
     discriminator: DiscriminatorConfig | None,
 ) -> None:
-    """Raise where images are too small, or do not come back in their size."""
+    """Raise where images are too small, or reconstructions would have another size."""
     least = {"SSIM": WINDOW}
     if perceptual:
         least["LPIPS"] = BACKBONES[perceptual.backbone].smallest

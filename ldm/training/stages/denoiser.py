@@ -1,4 +1,4 @@
-"""The stages `base` and `refiner`: the U-Net learns to predict the noise in latents, perhaps with its text encoders.
+"""The stages `base` and `refiner`: the U-Net, and optionally its text encoders, learn to denoise latents.
 
 B batch, C latent channels, h×w height and width of the latents, H×W those of the images
 """
@@ -45,38 +45,38 @@ from ldm.training.stages.stage import (
 from ldm.weights.components import Components
 
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
-PREVIEW_STEPS = 20  # of the scheduler
-VALIDATION_DRAWS = 4  # of noise and timestep, for each held-out image
+PREVIEW_STEPS = 20  # steps of the scheduler
+VALIDATION_DRAWS = 4  # draws of noise and timestep for each held-out image
 Part = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
 class DenoiserSection(StageSection):
-    """The U-Net, base or refiner."""
+    """The U-Net of the base model."""
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
-    noise_offset: float = Field(0.0, ge=0, description="noise that a whole channel shares, usually up to 0.1")
-    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="how they are drawn")
-    timestep_range: tuple[int, int] | None = Field(None, description="first and last; without: all, refiner 0 to 199")
-    logit_mean: float = Field(0.0, description="of the logit-normal distribution (Esser et al. 2024)")
-    logit_std: float = Field(1.0, gt=0, description="likewise")
-    drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions left out")
-    drop_together: bool = Field(False, description="leave a caption out of both text encoders, or out of none")
-    drop_size: float = Field(0.0, ge=0, le=1, description="part of the size conditioning left out")
-    attention: str = Field("sdpa", description="kernel of the U-Net's attention; on a CPU math is faster")
+    noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
+    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="distribution of timesteps")
+    timestep_range: tuple[int, int] | None = Field(None, description="first and last; null: all, refiner 0 to 199")
+    logit_mean: float = Field(0.0, description="mean of the logit-normal distribution (Esser et al. 2024)")
+    logit_std: float = Field(1.0, gt=0, description="its standard deviation")
+    drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions dropped")
+    drop_together: bool = Field(False, description="drop a caption for both text encoders, or for none")
+    drop_size: float = Field(0.0, ge=0, le=1, description="part of the time ids dropped")
+    attention: str = Field("sdpa", description="attention kernel of the U-Net; on a CPU math is faster")
     train_text: bool = Field(False, description="train the text encoders together with the U-Net")
     text_learning_rate: list[NotNegative] = Field(
-        [1e-6], min_length=1, max_length=2, description="of each text encoder"
+        [1e-6], min_length=1, max_length=2, description="learning rate of each text encoder"
     )
-    prompts: list[str] = Field([], description="of the previews; without: held-out captions")
+    prompts: list[str] = Field([], description="prompts of previews; empty: held-out captions")
     evaluation: EvaluationSection = EvaluationSection()
 
 
 class RefinerModelSection(ModelSection):
-    """The refiner to start from; one that is built takes over the base's autoencoder and last text encoder."""
+    """The refiner to start from; a newly built one takes the base's autoencoder and last text encoder."""
 
     usual: ClassVar[str | None] = "sdxl-refiner"
-    family: str | None = Field(None, description="what to build (sdxl-refiner), or what a single file is")
+    family: str | None = Field(None, description="family to build (sdxl-refiner), or of a single file")
 
 
 class RefinerSection(DenoiserSection):
@@ -110,13 +110,13 @@ class Joint(nn.Module):
         self.family = family
 
     def forward(self, x: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        """Noisy latents (B, C, h, w) to the prediction, likewise."""
+        """Noisy latents (B, C, h, w) to the prediction (B, C, h, w)."""
         encoded = encode(self.text_encoders, prompt.texts)
         return self.unet(x, timestep, conditioning(encoded, prompt, self.family))
 
 
 def learners(section: DenoiserSection, parts: Components) -> dict[str, Learner]:
-    """The U-Net, perhaps with its text encoders."""
+    """The U-Net and, with `train_text`, its text encoders."""
     freeze(parts)
     unet, encoders = parts.unet.requires_grad_(True).train(), parts.text_encoders
     groups: list[Group] = [(list(unet.parameters()), section.optimizer.learning_rate)]
@@ -139,7 +139,7 @@ def passes(
     image = torch.empty(1, 3, size, size, device="meta")
     tokens = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in parts.family.text]
     latents, timestep, cond = blank(parts.family, side, side)
-    if section.attention == "math":  # the only kernel that keeps its scores
+    if section.attention == "math":  # the only kernel that keeps the attention scores
         for layer in attention_layers(unet):
             layer.kernel = math
     frozen: list[Pass] = [] if cached else [lambda: parts.autoencoder.encode(image).mode()]
@@ -151,7 +151,7 @@ def passes(
 
 
 def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """The inputs of a family's U-Net for one image, of these many latents, on the meta device: to count with."""
+    """The inputs of a family's U-Net for one image of latents, on the meta device, for the forecast."""
     unet = family.unet
     with torch.device("meta"):
         cond = Conditioning(
@@ -196,9 +196,9 @@ class DenoiserStage:
             model: on the accelerator's device, weights in fp32.
             accelerator: for autocast and sums over ranks.
             seed: of the run.
-            make_images: for previews; without, there are none.
-            texts: encodes captions, from a cache; by default the model's text encoders do.
-            choose: what is trained, as the kind's row says; the player is called "unet".
+            make_images: makes previews; None: no previews.
+            texts: encodes captions from a cache; by default the model's text encoders do.
+            choose: gives the networks to train, as the kind's row says; the player is called "unet".
 
         Raises:
             LdmError: timesteps and noise schedule do not fit, or the kernel of attention does not run here.
@@ -208,7 +208,7 @@ class DenoiserStage:
         family = model.family
         if family.unet.in_channels != family.autoencoder.latent_channels:
             raise LdmError(
-                f"{name}: the U-Net of {family.name} reads an image to edit besides, which there is no training for; "
+                f"{name}: the U-Net of {family.name} edits images, and training for that is not supported; "
                 "start from a text-to-image model"
             )
         last = family.schedule.train_steps - 1
@@ -256,7 +256,7 @@ class DenoiserStage:
         return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
 
     def forget(self) -> None:
-        """Steps leave nothing behind."""
+        """Nothing to drop: steps keep no state."""
 
     def updated(self, step: int) -> dict[str, float]:
         """Nothing to do after an update."""
@@ -264,7 +264,7 @@ class DenoiserStage:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The plain loss over held-out images, at noise and timesteps that are always the same."""
+        """The unweighted loss over held-out images, always with the same noise and timesteps."""
         total = torch.zeros(2, device=self.accelerator.device)
         module = self.accelerator.unwrap_model(self.players["unet"].module)
         for batch in batches:
@@ -289,7 +289,7 @@ class DenoiserStage:
         return self.make_images(self.model, prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """The last validation goes into the record."""
+        """The figures of a last validation, for the record."""
         return dict(self.validate(batches))
 
 
@@ -306,19 +306,19 @@ def cached(section: DenoiserSection) -> Cached:
 
 
 def evaluation(section: DenoiserSection) -> EvaluationSection | None:
-    """The section on evaluation, if the stage is evaluated at all."""
+    """The section on evaluation, if evaluation in training is on."""
     return section.evaluation if section.evaluation.every else None
 
 
 def refiner_model(section: RefinerSection) -> RefinerModelSection:
-    """A refiner does not start from the stage before it."""
+    """The section of the model that a refiner starts from, in place of the stage before it."""
     return section.model
 
 
 def _read_by_unet(tower: nn.Module, encoders: TextEncoders, number: int) -> list[nn.Parameter]:
     """The parameters of a text encoder that the U-Net's conditioning depends on; the others stay as they are.
 
-    With two encoders, the layer after the one that is read serves the pooled text alone, which the first has none of.
+    With two encoders, the last layer serves the pooled text alone, which the first encoder does not give.
     """
     unused = re.compile("(?!)")
     if encoders.pooled and not encoders.configs[number].projection:

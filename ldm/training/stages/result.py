@@ -1,4 +1,4 @@
-"""The usual result of a stage: a model folder that diffusers opens, and the same as a single file."""
+"""The default result of a stage: a model folder that diffusers opens, and the same model as a single file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class HoldsModel(Protocol):
-    """A stage, for `write_model`."""
+    """A stage that `write_model` can write."""
 
     model: LatentDiffusion
 

@@ -1,6 +1,6 @@
-"""A stage, as the training loop sees it; and a kind of stage, as the run, the forecast and the selftest see it.
+"""The interface of a stage for the training loop, and of a kind of stage for the run, the forecast and the selftest.
 
-The kinds stand in one table, `ldm.training.stages.table`.
+The table of the kinds is `ldm.training.stages.table`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ldm.weights.components import Components
 MakeImages = Callable[  # model, prompts, width and height, a seed for each, settings such as steps -> images
     [LatentDiffusion, list[str], tuple[int, int], Sequence[int], Mapping[str, Any]], list[Image.Image]
 ]
-EncodeTexts = Callable[[list[list[str]]], Conditioning]  # texts of each text encoder to the conditioning
+EncodeTexts = Callable[[list[list[str]]], Conditioning]  # texts for each text encoder -> conditioning
 Pass = Callable[[], Tensor]  # one forward pass of one image
 S = TypeVar("S", bound=StageSection)
 
@@ -37,17 +37,17 @@ S = TypeVar("S", bound=StageSection)
 
 @dataclass
 class Player:
-    """A network that is trained, with its optimiser. Most stages have one; an autoencoder has its adversary besides."""
+    """A network in training, with its optimiser. Most stages have one; an autoencoder may have an adversary too."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    clip: float  # largest norm of the gradient; 0: as it comes
+    clip: float  # largest norm of the gradient; 0: no clipping
     averaged: bool = True  # whether averages of its weights are kept
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A network that is trained, before it has an optimiser: the same for a stage and, on the meta device, a forecast.
+    """A network to train, before it has an optimiser; a stage and, on the meta device, a forecast use the same.
 
     The parameters that are trained require gradients, and no others do.
     """
@@ -68,22 +68,22 @@ class Loss:
     """The loss of one player, to be propagated backwards."""
 
     player: str
-    values: Tensor  # (B,) of each sample, or () where they depend on each other; their mean is the loss
+    values: Tensor  # (B,) one for each sample, or () where samples depend on each other; the loss is the mean
     report: Mapping[str, Tensor] = field(default_factory=dict)  # () each, without gradient, for the log
 
 
 class Stage(Protocol):
     """One stage of a run."""
 
-    name: str  # of its kind
-    model: LatentDiffusion  # what is trained, with everything that it needs
+    name: str  # of the kind of stage
+    model: LatentDiffusion  # the model in training, with all of its components
     players: dict[str, Player]
-    extra: dict[str, nn.Module]  # whose state belongs into a checkpoint, though no optimiser changes them
-    divisible: bool  # whether the losses of a batch are those of its parts
+    extra: dict[str, nn.Module]  # modules that no optimiser changes, but whose state belongs into a checkpoint
+    divisible: bool  # whether the losses of a batch can be computed part by part
 
     @property
     def section(self) -> StageSection:
-        """Its part of the configuration."""
+        """The stage's section of the configuration."""
         ...
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
@@ -91,11 +91,11 @@ class Stage(Protocol):
         ...
 
     def forget(self) -> None:
-        """Drop what the micro-batches of a step left behind: the step is given up and begun again."""
+        """Drop the state that a step's micro-batches left, because the step is begun again."""
         ...
 
     def updated(self, step: int) -> dict[str, float]:
-        """Called after update number `step` (from 1); what it returns is logged."""
+        """Called after update number `step` (from 1); returns figures for the log."""
         ...
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -107,7 +107,7 @@ class Stage(Protocol):
         ...
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Called once at the end, with the averages in place: what it returns is recorded with the result."""
+        """Called once at the end, with the averages in place; returns facts for the result's record."""
         ...
 
 
@@ -127,7 +127,7 @@ class StageInputs(Generic[S]):
     data: TrainingImages
     sides: Sequence[tuple[int, int]]  # width and height of every size that the images may come in
     batches: Callable[[], Iterable[Batch]]  # batches of training images, this rank's, at the last resolution
-    texts: EncodeTexts | None  # reads captions from the cache, where they are in one
+    texts: EncodeTexts | None  # reads encoded captions from the cache, if there is one
     make_images: MakeImages | None
 
 
@@ -135,47 +135,47 @@ class StageInputs(Generic[S]):
 class Cached:
     """The parts of the run's cache (`data.cache`) that a stage reads."""
 
-    latents: bool = False  # in place of pixels
-    texts: bool = False  # encoded captions in place of captions
+    latents: bool = False  # whether latents are read in place of pixels
+    texts: bool = False  # whether encoded captions are read in place of captions
 
 
 @dataclass(frozen=True)
 class ForwardPasses:
     """Forward passes of one image, to count activations and arithmetic."""
 
-    learned: Pass  # which gradients go back through
-    frozen: Sequence[Pass] = ()  # which no gradients go back through
+    learned: Pass  # the trained part, with a backward pass
+    frozen: Sequence[Pass] = ()  # the frozen parts, without a backward pass
 
 
 @dataclass(frozen=True)
 class StageKind(Generic[S]):
-    """A kind of stage: everything that is known of it outside its own file."""
+    """A row of the table of stages: all facts about a kind of stage that other files need."""
 
     name: str
-    section: type[S]  # its part of the configuration, found there under its name
-    # section and model to the networks that are trained, by player; all others are frozen
+    section: type[S]  # its section, which the configuration holds under its name
+    # (section, model) -> the networks that are trained, by player; all others are frozen
     learners: Callable[[S, Components], dict[str, Learner]]
-    # section, model on the meta device, learners, size in pixels, whether there is a cache, to the passes
+    # (section, model on the meta device, learners, size in pixels, whether there is a cache) -> the forward passes
     passes: Callable[[S, Components, Mapping[str, Learner], int, bool], ForwardPasses]
     build: Callable[[StageInputs[S]], Stage]
-    trial: Mapping[str, Any]  # its section in the selftest, whose networks are small
-    helpers: Callable[[S], Sequence[nn.Module]] = lambda section: ()  # frozen networks that are not the model's
-    captions: bool = True  # whether it reads them
+    trial: Mapping[str, Any]  # its section in the selftest, with small networks
+    helpers: Callable[[S], Sequence[nn.Module]] = lambda section: ()  # frozen networks outside of the model
+    captions: bool = True  # whether it reads captions
     cached: Callable[[S], Cached] = lambda section: Cached()
-    spreads: bool = False  # whether its weights can be spread over processes (FSDP2); all kinds run on one, and on DDP
-    evaluation: Callable[[S], EvaluationSection | None] = lambda section: None  # None: no evaluation while it trains
+    spreads: bool = False  # whether its weights can be spread over processes (FSDP2), not only copied (DDP)
+    evaluation: Callable[[S], EvaluationSection | None] = lambda section: None  # None: no evaluation in training
     makes_images: bool = True  # whether the model makes images alone, as evaluation needs
     own_model: Callable[[S], ModelSection] | None = None  # to start from; None: the stage before it, or `model`
-    # section, its own model and that of the stage before it, to its own model with what it takes over
+    # (section, own model, model of the stage before it) -> own model with components of the other
     adopt: Callable[[S, LatentDiffusion, LatentDiffusion | None], LatentDiffusion] = lambda section, own, before: own
-    result: str = "model"  # the name of its result in its folder
-    write: Callable[[Stage, Path, str], None] = write_model  # stage, folder, lineage as JSON; on the main process
-    # folder and the model that it started from, if that is at hand, to the model that the next stage starts from
+    result: str = "model"  # name of the result in the stage's folder
+    write: Callable[[Stage, Path, str], None] = write_model  # (stage, folder, lineage as JSON), on the main process
+    # (folder, the model that it started from, if at hand) -> the model that the next stage starts from
     read: Callable[[Path, LatentDiffusion | None], LatentDiffusion | None] = read_model
 
 
 def freeze(parts: Components) -> None:
-    """No weight of the model requires a gradient."""
+    """Turn the gradients of all weights of the model off."""
     for network in parts.modules().values():
         network.requires_grad_(False)
 

@@ -1,7 +1,7 @@
 """The kinds of stages, one row each, in the order in which a run trains them.
 
 A new kind is a file beside this one, with its section, its stage and the functions of its row, and a row here:
-CONTRIBUTING shows one. Nothing else knows of the kinds one by one.
+CONTRIBUTING shows one. No other file lists the kinds.
 """
 
 from __future__ import annotations
@@ -62,5 +62,5 @@ KINDS: tuple[StageKind[Any], ...] = (
 
 
 def kind_named(name: str) -> StageKind[Any]:
-    """The row of a kind, whose name is known to be in the table."""
+    """The row of a kind, by a name that is in the table."""
     return next(kind for kind in KINDS if kind.name == name)

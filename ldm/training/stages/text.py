@@ -1,9 +1,9 @@
 """The stage `text`: the text encoders learn which caption belongs to which image, together with an image encoder.
 
-Radford et al. 2021 (arXiv 2103.00020), section 2.3: each image is to be nearer to its own caption than to those of
-all others in the batch, and each caption likewise. The batch is the global one, over all ranks. Two pairs with the same
-caption, or of the same image, are not held against each other: such wrong negatives are left out of the softmax. The
-loss reaches all layers of the text encoders, so the last but one, which SDXL's U-Net reads, has learned too.
+Radford et al. 2021 (arXiv 2103.00020), section 2.3: an image should be nearer to its own caption than to all others
+in the batch, and a caption nearer to its own image. The batch is the global one, over all ranks. Two pairs with the
+same caption, or of the same image, are no negatives of each other: they are left out of the softmax. The loss reaches
+all layers of the text encoders, so the last but one, which SDXL's U-Net reads, learns too.
 
 B pairs of this rank, N of all ranks, K text encoders, M tokens, D channels in which images and texts are compared
 """
@@ -36,7 +36,7 @@ from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs,
 from ldm.weights.components import Components
 from ldm.weights.contrastive import write_clip
 
-EMBED_DIM = 512  # where no text encoder has a projection
+EMBED_DIM = 512  # if no text encoder has a projection
 AT_ONCE = 1024  # rows of a validation's comparisons in memory
 
 
@@ -44,19 +44,19 @@ class TextSection(StageSection):
     """The text encoders, trained contrastively with an image encoder (CLIP)."""
 
     image_width: int = Field(768, ge=8, description="channels of the image encoder")
-    image_layers: int = Field(12, ge=1, description="its layers")
-    image_heads: int = Field(12, ge=1, description="heads of its attention")
-    patch: int = Field(32, ge=1, description="pixels of a patch, on each side; it divides those of all images")
+    image_layers: int = Field(12, ge=1, description="layers of the image encoder")
+    image_heads: int = Field(12, ge=1, description="attention heads of the image encoder")
+    patch: int = Field(32, ge=1, description="side of a patch in pixels; it divides the sides of all images")
     embed_dim: int | None = Field(
-        None, ge=1, description="channels of the comparison; without: the text encoders' projection, or 512"
+        None, ge=1, description="channels of the comparison; null: the text encoders' projection, or 512"
     )
     image_only: bool = Field(
-        False, description="leave the text encoders as they are, so that U-Nets that read them still fit"
+        False, description="train the image encoder alone, so that U-Nets that read the text encoders still fit"
     )
 
 
 class Everywhere(torch.autograd.Function):
-    """Rows of this rank (B, …) to those of all ranks (N, …). Their gradients are those of the sum of all ranks'
+    """Gathers the rows (B, …) of each rank to those of all ranks (N, …), with the gradient of the sum of all ranks'
     losses."""
 
     @staticmethod
@@ -75,16 +75,16 @@ def compare(
 ) -> tuple[Tensor, Tensor]:
     """The contrastive loss of some pairs among all, and how often a pair's own counterpart is the nearest: () each.
 
-    It is that of Radford et al. 2021, figure 3, with the pairs in `same` left out of the softmax.
+    The loss is that of Radford et al. 2021, figure 3, with the pairs in `same` left out of the softmax.
 
     Args:
         images: unit vectors (B, D).
-        texts: likewise, row by row.
+        texts: unit vectors (B, D) of the images' captions.
         scale: of the logits, ().
-        same: (B, N), which of all pairs must not count as negatives.
+        same: (B, N), a mask of the pairs that must not count as negatives.
         all_images: unit vectors (N, D).
-        all_texts: likewise.
-        first: where among all pairs these B begin.
+        all_texts: unit vectors (N, D).
+        first: index of the first of the B pairs among all pairs.
     """
     own = first + torch.arange(len(images), device=images.device)
     left_out = same.scatter(1, own[:, None], False)
@@ -113,7 +113,7 @@ def learners(section: TextSection, parts: Components) -> dict[str, Learner]:
     """Image encoder and text encoders, as one network."""
     freeze(parts)
     pair = contrastive_pair(section, parts.text_encoders).requires_grad_(True).train()
-    if section.image_only:  # Zhai et al. 2022 (arXiv 2111.07991), with the other side locked
+    if section.image_only:  # locked text encoders; Zhai et al. 2022 (arXiv 2111.07991) lock the image encoder
         pair.text_encoders.requires_grad_(False)
     parameters, rate = trained(pair), section.optimizer.learning_rate
     return {
@@ -205,7 +205,7 @@ class ContrastiveStage:
         return [ids.to(device) for ids in tokens], torch.tensor(columns, device=device).T.contiguous()
 
     def forget(self) -> None:
-        """Steps leave nothing behind."""
+        """Nothing to drop: steps keep no state."""
 
     @torch.no_grad()
     def updated(self, step: int) -> dict[str, float]:
@@ -215,9 +215,9 @@ class ContrastiveStage:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Over all held-out pairs at once: the loss, and recall in both directions.
+        """The loss and the recall in both directions, over all held-out pairs at once.
 
-        An image is to find its caption among the distinct held-out ones; a caption, any of its images.
+        An image should find its caption among the distinct held-out ones, and a caption one of its images.
         """
         module, device = self.accelerator.unwrap_model(self.players["pair"].module), self.accelerator.device
         count, channels = len(self.names), module.config.embed_dim
@@ -252,17 +252,17 @@ class ContrastiveStage:
         return {"loss": total, **figures}
 
     def everyone(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, which may have different numbers of them."""
+        """The rows of all ranks, whose numbers of rows may differ."""
         counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
         blocks = self.accelerator.gather(self.accelerator.pad_across_processes(rows)).split(max(*counts, 1))
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=False)])
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
-        """There are no images to look at."""
+        """No previews: the stage makes no images."""
         return []
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Write the image encoder and what belongs to it; the validation's figures are recorded."""
+        """Write the image encoder, and return the figures of a last validation for the record."""
         figures = self.validate(batches)
         if self.accelerator.is_main_process:
             write_clip(self.accelerator.unwrap_model(self.players["pair"].module), self.folder / "clip")
@@ -273,7 +273,7 @@ def build(given: StageInputs[TextSection]) -> ContrastiveStage:
     """The stage of a run.
 
     Raises:
-        LdmError: the captions are all the same, or see `ContrastiveStage`.
+        LdmError: all captions are the same; or as `ContrastiveStage`.
     """
     if given.data.images is not None:
         check_differ(given.data.images, given.data.rows[0])
@@ -281,10 +281,10 @@ def build(given: StageInputs[TextSection]) -> ContrastiveStage:
 
 
 def check_differ(images: ImageSet, rows: np.ndarray) -> None:
-    """Raise unless among these images there are two with different captions: else there is nothing to tell apart.
+    """Check that the images have at least two different captions.
 
     Raises:
-        LdmError: there are not.
+        LdmError: all captions are the same.
     """
     if all(images.example(int(row)).captions == images.example(int(rows[0])).captions for row in rows[1:]):
         raise LdmError(
@@ -294,7 +294,7 @@ def check_differ(images: ImageSet, rows: np.ndarray) -> None:
 
 
 def _check_batches(section: TextSection, processes: int) -> None:
-    """Raise unless every batch is compared as a whole."""
+    """Raise unless every process can compare its share of a batch at once."""
     for part in section.sizes:
         batch, micro_batch = part.batch or section.batch, part.micro_batch or section.micro_batch
         if batch < 2:
@@ -310,7 +310,7 @@ def contrastive_pair(section: TextSection, text_encoders: TextEncoders) -> Contr
     """Text encoders, and an image encoder as the section says, with PyTorch's random initial weights.
 
     Raises:
-        LdmError: they do not fit together.
+        LdmError: text encoders and image encoder do not fit together.
     """
     projections = [config.projection for config in text_encoders.configs if config.projection]
     config = ImageEncoderConfig(
