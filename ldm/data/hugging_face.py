@@ -102,7 +102,7 @@ class Dataset:
                 with open_image(cell) as file:
                     stamp = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
             except OSError:
-                stamp = ""  # the cell is empty, which the index reports as an unreadable image
+                stamp = ""  # the file cannot be read, which the index reports
             key = f"{number:09}" if self.columns.key is None else str(row[self.columns.key])
             yield Entry(key, str(number), stamp, "", partial(self.columns.captions, row))
 
