@@ -29,7 +29,7 @@ class Family:
     def __post_init__(self) -> None:
         towers = [config.component for config in self.text]
         if towers not in (["text_encoder"], ["text_encoder_2"], ["text_encoder", "text_encoder_2"]):
-            raise LdmError(f"text encoders {towers}: one, or one without and then one with a projection, are needed")
+            raise LdmError(f"text encoders {towers}: a model has one, or two of which only the second has a projection")
         if bool(self.text[-1].projection) != bool(self.unet.pooled_dim):
             raise LdmError(
                 "a text encoder with a projection and a U-Net that reads pooled text go together or not at all"

@@ -73,7 +73,7 @@ def _open(source: ImageFile, name: str | None) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation from the header; in a PNG, metadata after the pixels is ignored, since that decodes them."""
+    """EXIF's orientation in the header; a PNG's metadata after the pixels is ignored: reading it decodes the image."""
     exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
     return exif.get(ExifTags.Base.Orientation, 1)
 

@@ -106,8 +106,8 @@ def odd_files() -> dict[str, bytes]:
 BAD = {
     "empty.png": (b"", "it is no image, or damaged"),
     "text.png": (b"hello", "it is no image, or damaged"),
-    "tiny.png": (png(place_image(7, 40)), "7×40 pixels: sides from 8 pixels"),
-    "long.png": (png(place_image(161, 10)), "161×10 pixels: sides from 8 pixels and up to 16 times"),
+    "tiny.png": (png(place_image(7, 40)), "7×40 pixels: sides need at least 8 pixels"),
+    "long.png": (png(place_image(161, 10)), "161×10 pixels: sides need at least 8 pixels and at most 16 times"),
     "program.png": (encoded(Image.new("RGB", (16, 16)), "EPS"), "is PostScript, a program that would be run"),
     "hdr.tif": (encoded(Image.new("F", (16, 16)), "TIFF"), "floating-point numbers"),
 }

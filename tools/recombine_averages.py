@@ -31,7 +31,9 @@ def run(stage: Path, width: float, step: int | None, out: Path) -> None:
     known = dict(whole.named_parameters())
     trained = "autoencoder" if (stage / "averages" / "autoencoder").is_dir() else "unet"
     for name, tensor in recombine(stage / "averages" / trained, width, step).items():
-        known[name if name in known else f"{trained}.{name}"].data = tensor  # what was trained may be one part or more
+        known[
+            name if name in known else f"{trained}.{name}"
+        ].data = tensor  # full names if several networks were trained
     model.save_pretrained(out)
 
 

@@ -317,8 +317,8 @@ def _cache(folder: Path, kind: str, settings: dict[str, object], create: bool) -
     if not create:
         others = [read_json(other) for other in sorted(folder.glob(f"{kind}-*/settings.json"))]
         differ = [name for name in settings if all(other.get(name) != settings[name] for other in others)]
-        why = f" (what is there differs in its {' and '.join(differ)})" if others and differ else ""
-        raise LdmError(f"{folder} holds no {kind} of these settings{why}; build the cache first")
+        why = f" (the existing cache differs in its {' and '.join(differ)})" if others and differ else ""
+        raise LdmError(f"{folder} holds no {kind} with these settings{why}; build the cache first")
     with replacing(made(path) / "settings.json", folder=False, overwrite=True, need=0) as temporary:
         write_json(temporary, settings)
     return path

@@ -34,7 +34,7 @@ def load(name: str, split: str = "train", streaming: bool = False) -> Any:
         if name.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
         return datasets.load_dataset(name, split=split, streaming=streaming)
-    except Exception as error:  # the library raises whatever its file systems do
+    except Exception as error:  # the library passes on any error of its file systems
         raise LdmError(f"the dataset {name} (split {split}) cannot be loaded: {first_line(error)}") from None
 
 
@@ -102,7 +102,7 @@ class Dataset:
                 with open_image(cell) as file:
                     stamp = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
             except OSError:
-                stamp = ""  # the index says why
+                stamp = ""  # the file cannot be read, which the index reports
             key = f"{number:09}" if self.columns.key is None else str(row[self.columns.key])
             yield Entry(key, str(number), stamp, "", partial(self.columns.captions, row))
 

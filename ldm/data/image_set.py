@@ -246,7 +246,7 @@ def check_size(width: int, height: int) -> None:
     """Raise LdmError for an image of absurd shape."""
     if min(width, height) < SHORTEST or max(width, height) > LONGEST * min(width, height):
         raise LdmError(
-            f"{width}×{height} pixels: sides from {SHORTEST} pixels and up to {LONGEST} times the other are used"
+            f"{width}×{height} pixels: sides need at least {SHORTEST} pixels and at most {LONGEST} times the other side"
         )
 
 

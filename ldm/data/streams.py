@@ -184,7 +184,7 @@ class StreamPlan:
                 key, data, captions = next(arrivals)
             except StopIteration:
                 return
-            except Exception as error:  # whatever a library's file systems raise
+            except Exception as error:  # the libraries pass on any error of their file systems
                 raise LdmError(f"{self.name}: the stream broke off: {first_line(error)}") from None
             self.seen += 1
             try:

@@ -543,4 +543,4 @@ def check_writable(family: Family) -> None:
     )
     for config, read in zip(ours, again, strict=True):
         if config != read:
-            raise LdmError(f"{config} cannot be written: its file has no place for some of it")
+            raise LdmError(f"{config} cannot be written: diffusers' configuration file cannot hold all of its values")

@@ -274,7 +274,9 @@ def read_text_config(folder: Path, component: str, tokenizer: Tokenizer) -> Text
     projects = component == "text_encoder_2"
     config = configs.read_text(where, read_json(folder / "config.json"), projects, tokenizer.pad, tokenizer.end_id)
     if tokenizer.context not in (None, config.context):
-        raise LdmError(f"{where}: texts of {config.context} tokens, but its tokenizer makes {tokenizer.context}")
+        raise LdmError(
+            f"{where}: the text encoder reads {config.context} tokens, its tokenizer makes {tokenizer.context}"
+        )
     return config
 
 
@@ -338,7 +340,7 @@ def _check_replaceable(folder: Path) -> None:
         raise LdmError(f"{folder} is not a model folder, so it is not replaced; choose another name")
     strange = sorted(inside - {INDEX, MANIFEST, "README.md", ".gitattributes", *_CLASSES, *_UNUSED})
     if strange:
-        raise LdmError(f"{folder} holds more than a model ({listing(strange)}), so it is not replaced; move that away")
+        raise LdmError(f"{folder} holds more than a model ({listing(strange)}), so it is not replaced; move these away")
 
 
 def check_float(dtype: torch.dtype | None) -> None:
@@ -364,9 +366,9 @@ def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtyp
     """
     parameters = dict(module.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):
-        raise LdmError("weights that come a layer at a time (offload) are not written; load the model without that")
+        raise LdmError("weights that are offloaded layer by layer cannot be written; load the model without offload")
     if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters.values()):
-        raise LdmError("quantised weights are for making images, and are not written; load the model without them")
+        raise LdmError("quantised weights cannot be written; load the model without quantize")
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return [
         Output(

@@ -47,7 +47,7 @@ def _cached(name: str, revision: str | None) -> Path:
     index = try_to_load_from_cache(name, "model_index.json", revision=revision)
     if not isinstance(index, str):
         raise LdmError(
-            f"{name!r} is not a path here, and the Hub cannot be reached nor is a copy in its cache; "
+            f"{name!r} is not a path here, the Hub cannot be reached, and its cache holds no copy; "
             "check the path or the network"
         )
     return Path(index).parent

@@ -213,7 +213,7 @@ def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
 
 def _prediction(where: str, stated: Any) -> str:
     if not isinstance(stated, str) or stated not in _PREDICTION:
-        raise LdmError(f"{where} {stated!r} is not known; {', '.join(_PREDICTION)} are")
+        raise LdmError(f"{where} {stated!r} is not known; known are {', '.join(_PREDICTION)}")
     return _PREDICTION[stated]
 
 

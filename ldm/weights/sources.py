@@ -61,7 +61,7 @@ def open_source(
         if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
             path = fetch(str(source), revision, variant, allow_pickle)
         elif revision:
-            raise LdmError(f"{path} is here, so revision={revision!r} means nothing; leave it out")
+            raise LdmError(f"{path} is a local path, which has no revision={revision!r}; leave the revision out")
         if path.is_dir():
             if family:
                 raise LdmError(f"{path} is a folder, whose files say what it is; family={family!r} is for single files")

@@ -140,7 +140,7 @@ class PickleStore(Store):
         }
         strange = [name for name, t in self._tensors.items() if t.layout != torch.strided or t.is_meta]
         if strange:
-            raise LdmError(f"{file} holds tensors without plain numbers: {listing(strange)}")
+            raise LdmError(f"{file} holds sparse or meta tensors, which are not supported: {listing(strange)}")
         if not self._tensors:
             raise LdmError(f"{file} holds no dictionary of tensors")
         self.infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}

@@ -125,7 +125,7 @@ def test_convert_both_ways(
         (["{model}", "{tmp}/x.safetensors", "--shard-size", "1GB"], "is a single file; --as-variant and --shard-size"),
         (["{model}", "{tmp}/" + "x" * 300], "cannot be written: File name too long"),
         (["{model}", "{tmp}/x", "--component", "vae=a", "--component", "vae=b"], "each name once"),
-        (["{model}", "{tmp}/x", "--revision", "main"], "revision='main' means nothing"),
+        (["{model}", "{tmp}/x", "--revision", "main"], "a local path, which has no revision='main'"),
         (["{model}", "{tmp}/x", "--component", "vae"], "write NAME=PATH"),
         (["{model}", "{tmp}/x", "--component", "vea=/x"], "component 'vea' is not one of this model's"),
         (["{model}", "{tmp}/x", "--component", "vae=/nowhere"], "/nowhere does not exist"),

@@ -376,7 +376,7 @@ def test_an_image_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
 
 def test_an_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
-    """Without quick layers numbers are rounded otherwise: in bf16 that is seen."""
+    """Without fused layers, numbers are rounded differently, which is visible in bf16."""
     arguments = ("--steps", 2, "--seed", 7, "--dtype", "bf16", "--offload", "layers", "--out", "a.png")
     assert ldm("generate", "a cat", *arguments)[0] == 0
     assert ldm("repro", "a.png", "--device", "cpu")[1].startswith("identical")

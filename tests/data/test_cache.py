@@ -99,12 +99,14 @@ def test_a_changed_image_is_noticed_and_encoded_again(tmp_path: Path) -> None:
 
 
 def test_another_autoencoder_or_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LdmError, match=r"cache holds no latents of these settings; build the cache first"):
+    with pytest.raises(LdmError, match=r"cache holds no latents with these settings; build the cache first"):
         Latents(tmp_path / "cache", plan(tmp_path), "vae")
     build_latents(tmp_path / "cache", plan(tmp_path), "vae", identity)
-    with pytest.raises(LdmError, match=r"no latents of these settings \(what is there differs in its autoencoder\)"):
+    with pytest.raises(
+        LdmError, match=r"no latents with these settings \(the existing cache differs in its autoencoder\)"
+    ):
         Latents(tmp_path / "cache", plan(tmp_path), "another vae")
-    with pytest.raises(LdmError, match=r"what is there differs in its size and aspect"):
+    with pytest.raises(LdmError, match=r"the existing cache differs in its size and aspect"):
         Latents(tmp_path / "cache", plan(tmp_path, framing=replace(FIXED, size=32, aspect=2.0)), "vae")
     with pytest.raises(LdmError, match="a new crop at each visit cannot be cached; set crops to 1 or more"):
         build_latents(tmp_path / "cache", plan(tmp_path, framing=replace(FIXED, crops=0)), "vae", identity)
@@ -239,7 +241,7 @@ def test_texts(tmp_path: Path) -> None:
     assert found["text"][:, 0, 0].tolist() == found["pooled"][:, 1].tolist() == [7, 0, 8, 7]
     with pytest.raises(LdmError, match="lacks the caption 'who'; build the cache again"):
         Texts(tmp_path / "cache", "clip").read(["who"])
-    with pytest.raises(LdmError, match="what is there differs in its text encoders"):
+    with pytest.raises(LdmError, match="the existing cache differs in its text encoders"):
         Texts(tmp_path / "cache", "another")
 
 

@@ -400,7 +400,7 @@ def test_statements_that_contradict_each_other(folder: Path) -> None:
         refused(folder, message)
     (folder / "model_index.json").write_text(json.dumps(index))
     edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=32)
-    refused(folder, "texts of 77 tokens, but its tokenizer makes 32")
+    refused(folder, "the text encoder reads 77 tokens, its tokenizer makes 32")
 
 
 def test_shards_agree_with_their_index(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_pickle_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="restricted unpickler"):
         open_source(tmp_path / "evil.ckpt", allow_pickle=True)
     torch.save({"state_dict": {"x": torch.eye(2).to_sparse()}}, tmp_path / "sparse.ckpt")
-    with pytest.raises(LdmError, match="tensors without plain numbers: x"):
+    with pytest.raises(LdmError, match="sparse or meta tensors, which are not supported: x"):
         open_source(tmp_path / "sparse.ckpt", allow_pickle=True)
     torch.save({"state_dict": [1]}, tmp_path / "odd.ckpt")
     with pytest.raises(LdmError, match="no dictionary of tensors"):
@@ -290,7 +290,7 @@ def test_a_file_that_says_what_it_is_is_believed(tmp_path: Path) -> None:
         open_source(tmp_path / "m.safetensors", family="sd2")
     with pytest.raises(LdmError, match="has no variants"):
         open_source(tmp_path / "m.safetensors", variant="fp16")
-    with pytest.raises(LdmError, match="revision='x' means nothing"):
+    with pytest.raises(LdmError, match="which has no revision='x'"):
         open_source(tmp_path / "m.safetensors", revision="x")
 
 
