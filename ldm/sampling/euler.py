@@ -25,6 +25,19 @@ _KNOWN = {
     "timestep_type": ("discrete", "continuous"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
+SPREADS = ("karras", "exponential", "beta")  # spacings of noise levels between two ends
+
+
+def spread(kind: str, steps: int, low: float, high: float) -> np.ndarray:
+    """Falling noise levels (steps,) from `high` to `low`, by a name of `SPREADS`."""
+    if kind == "karras":  # Karras et al. 2022, equation 5
+        low, high = low ** (1 / 7), high ** (1 / 7)
+        return (high + np.linspace(0, 1, steps) * (low - high)) ** 7
+    if kind == "exponential":
+        return np.exp(np.linspace(math.log(high), math.log(low), steps))
+    from scipy.special import betaincinv  # Lee et al. 2024 (arXiv 2407.12173)
+
+    return low + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps)) * (high - low)
 
 
 @dataclass(eq=False)
@@ -105,15 +118,9 @@ class EulerDiscreteScheduler:
             levels = torch.linspace(ends[-1], ends[0], steps + 1).exp().numpy()
         low = levels[-1].item() if self.sigma_min is None else self.sigma_min
         high = levels[0].item() if self.sigma_max is None else self.sigma_max
-        if self.use_karras_sigmas:  # Karras et al. 2022, equation 5
-            low, high = low ** (1 / 7), high ** (1 / 7)
-            self.set_levels((high + np.linspace(0, 1, steps) * (low - high)) ** 7)
-        elif self.use_exponential_sigmas:
-            self.set_levels(np.exp(np.linspace(math.log(high), math.log(low), steps)))
-        elif self.use_beta_sigmas:  # Lee et al. 2024 (arXiv 2407.12173)
-            from scipy.special import betaincinv
-
-            self.set_levels(low + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps)) * (high - low))
+        kind = next((kind for kind in SPREADS if getattr(self, f"use_{kind}_sigmas")), None)
+        if kind:
+            self.set_levels(spread(kind, steps, low, high))
         else:
             self._set(levels, timesteps)
         self.timesteps = self.timesteps.to(device)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.process import NoiseSchedule, noise_levels
-from ldm.sampling.euler import EulerDiscreteScheduler
+from ldm.sampling.euler import SPREADS, EulerDiscreteScheduler, spread
 
 
 class Scheduler(Protocol):
@@ -179,6 +179,7 @@ def make(
     Args:
         schedule: how noise was added in training.
         steps: number of steps, from 1 to 1000 (50 for lcm and tcd).
+            One step begins at the highest noise level, whatever the spacing.
         name: short name; by default that of the scheduler that the model is published with.
         spacing: a name of `SPACINGS`, "ays", or noise levels sigma of the user's own, falling, one for each step.
         xl: whether "ays" means SDXL's noise levels.
@@ -191,8 +192,12 @@ def make(
     kind = scheduler_class(name)
     label = spacing if isinstance(spacing, str) else "list"
     _check(schedule, steps, name, kind, label)
+    if label == "default":
+        spacing = label = _published_spacing(schedule, kind)
     levels = _levels(schedule, steps, kind, spacing, xl)
     options = _options(schedule, name, label, levels is not None)
+    if steps == 1:  # with "leading" and "linspace" it would begin at the lowest level
+        options["timestep_spacing"] = "trailing"
     scheduler: Any = kind(**{key: value for key, value in options.items() if key in _option_names(kind)})
     try:
         if levels:
@@ -243,7 +248,7 @@ def _options(schedule: NoiseSchedule, name: str, spacing: str, levels: bool) -> 
         options |= _NOT_SPACED | SPACINGS.get(spacing, {})
     if levels:
         # the last level may be the lowest trained one, from which only a step to the clean latents is left
-        options |= {"use_exponential_sigmas": True, "set_alpha_to_one": True, "final_sigmas_type": "zero"}
+        options |= _NOT_SPACED | {"use_exponential_sigmas": True, "set_alpha_to_one": True, "final_sigmas_type": "zero"}
     if schedule.zero_terminal_snr:
         options["rescale_betas_zero_snr"] = True
     return options
@@ -259,9 +264,29 @@ def _levels(
         return _checked(spacing, steps)
     if spacing == "ays":
         return _align_your_steps(steps, xl)
+    if spacing in SPREADS:
+        return _from_end_to_end(schedule, steps, spacing)
     if SPACINGS[spacing].keys() <= _option_names(kind):
         return None
     return make(schedule, steps, "euler", spacing).scheduler.sigmas[:-1].tolist()  # type: ignore[attr-defined]
+
+
+def _published_spacing(schedule: NoiseSchedule, kind: type) -> str:
+    """The one of `SPREADS` that a model is published with, if the scheduler has its option; else "default"."""
+    found = [name for name in SPREADS if schedule.options.get(f"use_{name}_sigmas")]
+    return found[0] if len(found) == 1 and SPACINGS[found[0]].keys() <= _option_names(kind) else "default"
+
+
+def _from_end_to_end(schedule: NoiseSchedule, steps: int, spacing: str) -> list[float]:
+    """Levels from the highest trained one to the lowest, as in k-diffusion; or between the ends that a model publishes.
+
+    In diffusers they lie between the first timestep and the last one of the run, which with the timesteps "leading" is
+    half way down: 7.4 in place of 14.6 with 8 steps.
+    """
+    scheduler: Any = make(schedule, 1, "euler", "trailing").scheduler
+    low, high = scheduler.sigma_min, scheduler.sigma_max
+    trained = scheduler.trained.tolist()
+    return spread(spacing, steps, trained[0] if low is None else low, trained[-1] if high is None else high).tolist()
 
 
 def _align_your_steps(steps: int, xl: bool) -> list[float]:
@@ -300,7 +325,7 @@ def _set_levels(scheduler: Any, name: str, levels: list[float]) -> None:
         trained = _trained(scheduler)
         scheduler.timesteps = torch.from_numpy(np.interp(np.log(levels), trained, np.arange(len(trained)))).float()
     if name == "euler-a":
-        scheduler.sigmas = torch.tensor([*levels, 0.0])
+        scheduler.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
 
 
 def _trained(scheduler: Any) -> np.ndarray:

@@ -93,6 +93,19 @@ def test_continuous_timesteps_are_those_of_diffusers() -> None:
         torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+def test_spread_levels_are_those_of_diffusers_given_the_whole_range(spacing: str) -> None:
+    leading = {"timestep_spacing": "leading", "steps_offset": 1}
+    for steps in (1, 8, 25):
+        ours: Any = make(NoiseSchedule(options=leading), steps, "euler", spacing).scheduler
+        low, high = ours.trained[[0, -1]].tolist()
+        options = {**PUBLISHED, **leading, f"use_{spacing}_sigmas": True, "sigma_min": low, "sigma_max": high}
+        theirs = diffusers.EulerDiscreteScheduler(**options)
+        theirs.set_timesteps(steps, device="cpu")
+        torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=1e-4)
+
+
 def test_levels_of_ones_own() -> None:
     plan = make(NoiseSchedule(), 3, "euler", (9.0, 3.0, 0.2))
     scheduler: Any = plan.scheduler

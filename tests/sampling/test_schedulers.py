@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import product
 from typing import Any
 
 import diffusers
 import pytest
+import scipy.stats
 import torch
 from mixture import CENTRES, ORDER, WIDTH, Model, Outcome, geometric, run, schedule
 from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
-from ldm.process import PARAMETRISATIONS, NoiseSchedule
+from ldm.process import PARAMETRISATIONS, NoiseSchedule, noise_levels
 from ldm.sampling import solvers
 from ldm.sampling.loop import sample
 from ldm.sampling.schedulers import (
@@ -101,6 +103,57 @@ def test_noise_levels_are_those_asked_for(name: str) -> None:
     seen = [s for _, s in model.seen]
     for level in levels:
         assert min(abs(math.log(s / level)) for s in seen) < (1e-4 if exact else 0.1)  # timesteps: the nearest
+
+
+def k_diffusion(spacing: str, steps: int, low: float, high: float) -> Tensor:
+    """Its get_sigmas_karras and get_sigmas_exponential, and the web interface's beta_scheduler, without the last 0."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if spacing == "karras":
+        ends = low ** (1 / 7), high ** (1 / 7)
+        return (ends[1] + ramp * (ends[0] - ends[1])) ** 7
+    if spacing == "exponential":
+        return torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp()
+    return low + torch.tensor(scipy.stats.beta.ppf(1 - ramp, 0.6, 0.6)) * (high - low)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in OWN_SPACING])
+def test_levels_go_from_the_highest_to_the_lowest(name: str, spacing: str) -> None:
+    """As in k-diffusion, whatever the timesteps that a model was published with: of SD 1.5, or SDXL's "leading"."""
+    for family, steps in product(("sd15", "sdxl"), (1, 2, 8, 20)):
+        published = FAMILIES[family].schedule
+        ends = noise_levels(published.alpha_bars()).tolist()
+        levels = k_diffusion(spacing, steps, ends[0], ends[-1])
+        plan = make(published, steps, name, spacing)
+        model = Model(published)
+        arguments = step_arguments(plan.scheduler, torch.Generator().manual_seed(0), 0.0)
+        for _ in sample(model, plan, torch.zeros(1, 1, 1, 1, dtype=torch.float64), arguments):
+            pass
+        seen = torch.tensor([s for _, s in model.seen], dtype=torch.float64)
+        assert seen[0] == pytest.approx(14.6146, abs=1e-3)
+        exact = name not in ("ddim", "ddpm")  # which know whole timesteps only
+        off = (levels.log()[:, None] - seen.log()).abs().min(dim=1).values
+        assert off.max() < (1e-3 if exact else 0.4)
+
+
+def test_a_published_spacing_goes_from_the_highest_to_the_lowest_too() -> None:
+    options = {"use_karras_sigmas": True, "timestep_spacing": "leading"}
+    for kind in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+        published, plain = (NoiseSchedule(scheduler=kind, options=given) for given in (options, {}))
+        found, expected = (make(*given).scheduler for given in ((published, 8), (plain, 8, None, "karras")))
+        assert torch.equal(found.sigmas, expected.sigmas)  # type: ignore[attr-defined]
+        assert found.sigmas[0] == pytest.approx(14.6146, abs=1e-3)  # type: ignore[attr-defined]
+    ends = NoiseSchedule(scheduler="EulerDiscreteScheduler", options=options | {"sigma_min": 0.1, "sigma_max": 9.0})
+    assert make(ends, 8).scheduler.sigmas[[0, 7]].tolist() == pytest.approx([9.0, 0.1])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_one_step_begins_at_the_highest_level(name: str, family: str) -> None:
+    """Not at timestep 0 or 1, as "linspace" and "leading" do in diffusers: nothing is left to make there."""
+    for spacing in spacings(name):
+        if spacing != "list":
+            assert float(make(FAMILIES[family].schedule, 1, name, spacing).timesteps[0]) >= 998, spacing
 
 
 @pytest.mark.parametrize("name", OWN_SPACING)
