@@ -248,6 +248,8 @@ def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def _line(prompt: Any, content: dict[str, Any], place: str) -> tuple[str, dict[str, Any], str]:
     """A line of a JSON-lines file, its settings within their bounds."""
+    if prompt is None:
+        raise LdmError(f'{place}a JSON object with "prompt" is needed')
     try:
         settings = checked({"prompt": prompt, **content}, "list")
     except LdmError as error:
@@ -268,7 +270,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if len(jobs) > 1:
             raise LdmError(f"--out {out}: {len(jobs)} images need a folder, not one file")
         return {jobs[0].index: to_png(options.out)}
-    if out.suffix and not out.is_dir():
+    if out.suffix.lower() in Image.registered_extensions() and not out.is_dir():
         raise LdmError(f"--out {out}: name a folder, or a file that ends in .png")
     if not options.dry_run:
         try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listing
 from pipelines.settings import every_row, expanded
+
+log = logging.getLogger(__name__)
 
 SAMPLERS = {  # AUTOMATIC1111's name -> ours
     "DDIM": "ddim", "PLMS": "pndm", "LMS": "lms", "Euler": "euler", "Euler a": "euler-a", "Heun": "heun",
@@ -18,7 +22,8 @@ SAMPLERS = {  # AUTOMATIC1111's name -> ours
 }  # fmt: skip
 SPACINGS = {"Karras": "karras", "Exponential": "exponential", "Beta": "beta", "Align Your Steps": "ays"}
 USUAL = ("", "Automatic", "Uniform")  # schedule types that stand for the sampler's own spacing
-_PAIR = re.compile(r'\s*([\w /]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+ABOUT = {"Model", "Model hash", "Version", "User"}  # keys that are no settings
+_PAIR = re.compile(r'\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 def to_parameters(record: Mapping[str, Any]) -> str:
@@ -39,20 +44,24 @@ def to_parameters(record: Mapping[str, Any]) -> str:
     lines = [found["prompt"]]
     if found.get("negative"):
         lines.append(f"Negative prompt: {found['negative']}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items() if value is not None))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
     return "\n".join(lines)
 
 
 def from_parameters(text: str) -> dict[str, Any]:
-    """Settings from the text of AUTOMATIC1111, as far as we have them.
+    """Settings from the text of AUTOMATIC1111, as far as we have them; a warning names the others.
 
     Raises:
         LdmError: the text is of another kind, or names a sampler or a schedule type that we do not have.
     """
     lines = text.strip().split("\n")
-    pairs = dict(_PAIR.findall(lines[-1])) if lines else {}
+    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(lines[-1])} if lines else {}
     if "Steps" not in pairs:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
+    known = ABOUT | {row.a1111 for row in every_row()}
+    unknown = [name for name in pairs if name not in known]
+    if unknown:
+        log.warning("settings in the image's text that ldm does not read; it may differ: %s", listing(unknown, 8))
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
@@ -76,6 +85,20 @@ def from_parameters(text: str) -> dict[str, Any]:
     if "clip_skip" in settings:
         settings["clip_skip"] = max(0, settings["clip_skip"] - 1)
     return settings
+
+
+def _quoted(value: Any) -> str:
+    """A value as the web interface writes it: in JSON's quotes where a comma, a colon or a line break would end it."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+
+
+def _unquoted(text: str) -> str:
+    """The value of such a text."""
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text
+    except ValueError:
+        return text
 
 
 def _sampler(sampler: str, spacing: str) -> tuple[str | None, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def reproduce_image(
     allow_pickle: bool,
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
+    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     path, target = Path(file), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:

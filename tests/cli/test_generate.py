@@ -116,7 +116,14 @@ def test_a_line_of_a_list_can_be_made_again(ldm: Any) -> None:
 
 
 def test_a_wrong_line_is_found_before_the_first_image(ldm: Any, tmp_path: Path) -> None:
-    for wrong in ('"scheduler": 5', '"guidance": "much"', '"width": 33', '"image": "missing.png"', '"negative": [1]'):
+    for wrong in (
+        '"scheduler": 5',
+        '"guidance": "much"',
+        '"width": 33',
+        '"image": "missing.png"',
+        '"negative": [1]',
+        '"prompt": null',
+    ):
         Path("p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", ' + wrong + "}\n")
         code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 1)
         assert (code, out) == (1, "")
@@ -166,6 +173,10 @@ def test_repro_notices_other_weights(ldm: Any, models: Path) -> None:
     assert "was made with other weights" in err
     Image.new("RGB", (64, 64)).save("plain.png")
     assert "does not say how it was made" in ldm("repro", "plain.png")[2]
+
+
+def test_a_folder_may_have_a_dot_in_its_name(ldm: Any) -> None:
+    assert ldm("generate", "a cat", "--steps", 1, "--seed", 1, "--out", "sd1.5")[1] == "sd1.5/00000-1.png\n"
 
 
 def test_a_list_of_prompts_goes_on_where_it_stopped(ldm: Any, tmp_path: Path) -> None:
@@ -282,6 +293,8 @@ def test_the_plan_is_printed_and_nothing_made(ldm: Any, tmp_path: Path) -> None:
         (["a", "--prompts", "missing.txt"], "missing.txt cannot be read"),
         (["a", "b", "--out", "one.png"], "2 images need a folder"),
         (["a", "--out", "no/one.png"], "does not exist; create it first"),
+        (["a", "--image", ""], "--image '': a path or a PIL image is needed"),
+        (["a", "--image", "in.png", "--strength", "0"], "--strength 0.0: a number above 0, at most 1, is needed"),
         (["a", "--out", "one.jpg"], "name a folder, or a file that ends in .png"),
         (["a", "--out", "broken.png/x"], "cannot be made"),
         (["x" * 100_001], "a prompt of 100001 characters"),
@@ -293,6 +306,7 @@ def test_wrong_input_gets_one_line(ldm: Any, tmp_path: Path, arguments: list[str
     (tmp_path / "latin.txt").write_bytes("gr\u00fcn".encode("latin-1")[1:])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
     before = set(tmp_path.rglob("*.png"))
     code, out, err = ldm("generate", *arguments)
     assert (code, out) == (1, "")
@@ -340,6 +354,34 @@ def test_the_text_of_other_programs() -> None:
         "prompt": "p", "negative": None, "steps": 5, "scheduler": "euler-a", "spacing": "karras", "guidance": 3.0,
         "seed": 1, "width": 8, "height": 16,
     }  # fmt: skip
+
+
+def test_names_with_commas_are_quoted_as_the_web_interface_quotes_them() -> None:
+    ours: dict[str, Any] = {
+        "prompt": "p", "negative": None, "steps": 5, "scheduler": "euler", "spacing": "default", "seed": 1,
+        "guidance": {"scale": 3.0}, "width": 8, "height": 16, "clip_skip": 0, "version": "ldm 1",
+    }  # fmt: skip
+    for name in ("my, model: v2", 'a "b"', "Seed: 5, Steps: 9", "two\nlines"):
+        text = to_parameters(ours | {"model": name})
+        assert f"Model: {json.dumps(name)}, Version: ldm 1" in text and text.count("\n") == 1
+        read = from_parameters(text)
+        assert (read["steps"], read["seed"]) == (5, 1)
+    assert "Model: v2, Version" in to_parameters(ours | {"model": "v2"})
+    assert from_parameters('a\nSteps: 3, Sampler: "Euler a"')["scheduler"] == "euler-a"
+
+
+def test_settings_of_other_programs_that_are_not_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    rest = "Variation seed: 7, Variation seed strength: 0.2, Refiner: xl [abc], Refiner switch at: 0.8, Version: v1.9"
+    from_parameters(f"a\nSteps: 3, Seed: 1, Model: m, Model hash: abc, {rest}")
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "does not read; it may differ: Variation seed, Variation seed strength, Refiner, Refiner switch at"
+    )
+    caplog.clear()
+    from_parameters(
+        "a\nSteps: 3, Sampler: Euler, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 8x8, Clip skip: 2"
+    )
+    assert not caplog.records
 
 
 def test_images_of_every_kind_are_read(tmp_path: Path) -> None:
