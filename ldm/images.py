@@ -22,6 +22,7 @@ from ldm.errors import LdmError
 
 MOST_PIXELS = 100_000_000  # largest number of pixels of an image that is read: larger images are mistakes or attacks
 KEY = "ldm"  # PNG text key of our JSON; AUTOMATIC1111's programs read the key "parameters"
+WHITE = 128  # smallest value of a mask's white pixels
 ImageFile = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
@@ -112,9 +113,16 @@ def to_tensor(images: Sequence[Image.Image], width: int, height: int) -> Tensor:
 
 
 def mask_to_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
-    """Resize a mask and convert it to (1, 1, H, W): 1 (white) where the image is repainted, 0 (black) elsewhere."""
-    array = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
-    return torch.from_numpy((array >= 0.5).astype(np.float32))[None, None]
+    """Resize a mask and convert it to (1, 1, H, W): 1 (white, 128 or more) where the image is repainted, 0 elsewhere.
+
+    In a smaller mask a pixel is white if any of the pixels that it stands for is, so that thin lines stay.
+    """
+    mask = mask.convert("L")
+    if width < mask.width or height < mask.height:
+        white = torch.from_numpy((np.asarray(mask) >= WHITE).astype(np.float32))
+        return torch.nn.functional.adaptive_max_pool2d(white[None, None], (height, width))
+    array = np.asarray(mask.resize((width, height), Image.Resampling.LANCZOS))
+    return torch.from_numpy((array >= WHITE).astype(np.float32))[None, None]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -31,9 +31,10 @@ from pipelines.batching import batch_ranges, together
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
+from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
 from pipelines.tasks.table import TASKS
-from pipelines.tuning import Tuning, default_device, device_named, room_of
+from pipelines.tuning import Tuning, cpu_by_default, default_device, device_named, room_of
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class Pipeline:
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
-        self.model, self.refiner = tuning.load(source, refiner, device, dtype, options)
+        with cpu_by_default():
+            self.model, self.refiner = tuning.load(source, refiner, device, dtype, options)
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
@@ -140,12 +142,13 @@ class Pipeline:
             LdmError: as `stream`.
         """
         family, refiner = self.model.family, self.refiner.family if self.refiner else None
-        request = request_for(prompt, settings, family, refiner is not None)
-        check_request(request, family)
-        check_task = TASKS[request.task].check
-        if check_task is not None:
-            check_task(request, family)
-        check_passes(request, family, refiner)
+        with cpu_by_default():
+            request = request_for(prompt, settings, family, refiner is not None)
+            check_request(request, family)
+            check_task = TASKS[request.task].check
+            if check_task is not None:
+                check_task(request, family)
+            check_passes(request, family, refiner)
         return request
 
     def make(
@@ -182,8 +185,9 @@ class Pipeline:
 
     def preview(self, step: Step) -> list[Image.Image]:
         """Small previews of a batch after a step (`on_step`), with a pixel for each latent."""
-        latents = clean(step, self.model.family.schedule)
-        return to_images(to_pixels(latents, self._preview_factors))
+        with cpu_by_default():
+            latents = clean(step, self.model.family.schedule)
+            return to_images(to_pixels(latents, self._preview_factors))
 
     @cached_property
     def _preview_factors(self) -> Factors:
@@ -193,13 +197,14 @@ class Pipeline:
         self, request: Request, output: str, on_step: OnStep | None, batches: Iterable[range]
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
+        note_foreign(request)
         fits = len(request.prompts)
         for rows in batches:
             done = rows.start
             while done < rows.stop:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
-                    with reported() if self.compiled else nullcontext(), self.model.alone():
+                    with reported() if self.compiled else nullcontext(), self.model.alone(), cpu_by_default():
                         result = self._batch(part, output, on_step)
                 except TooManyError:
                     if request.batch or len(part.prompts) == 1:

@@ -6,23 +6,28 @@ setting and the model's family; those of a task are in the task's file.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 import pipelines.settings as settings
 from ldm.errors import LdmError
 from ldm.families import Family
-from ldm.images import load_image
+from ldm.images import WHITE, load_image
 from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,12 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     """
     values = settings.checked({**given, "prompt": prompt}, "python")
     image = load_image(values["image"]) if "image" in values else None
-    mask = load_image(values["mask"], "L") if "mask" in values else None
+    mask = _mask(values["mask"]) if "mask" in values else None
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
     filled |= defaults(family, image, masked=mask is not None) | values
-    prompts = [values["prompt"]] if isinstance(values["prompt"], str) else values["prompt"]
+    prompts = values.get("prompt", ())
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
         raise LdmError("no prompt: at least one text is needed")
     count, n = len(prompts), filled["n"]
@@ -115,6 +121,27 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         end=1.0 if filled["refiner_at"] is None else filled["refiner_at"],
         reader=PromptReader(filled["weights"]),
     )
+
+
+def _mask(given: Any) -> Image.Image:
+    """A mask as shades of grey; a warning says that its transparent parts are black, if they may be meant as white."""
+    mask = load_image(given, "L")
+    alpha = _alpha(given)
+    if alpha is not None and alpha.size == mask.size:
+        clear, white = np.asarray(alpha) < WHITE, np.asarray(mask) >= WHITE
+        painted = white[~clear].all()  # with white on nothing
+        if clear.any() and white.any() and not painted:
+            log.warning("the mask's transparent parts count as black; only its white pixels are made anew")
+    return mask
+
+
+def _alpha(given: Any) -> Image.Image | None:
+    """The alpha channel of an image or of its file, which can be read; None if there is none."""
+    if isinstance(given, (str, os.PathLike)):
+        with Image.open(given) as opened:
+            return _alpha(opened)
+    transparent = isinstance(given, Image.Image) and given.has_transparency_data
+    return given.convert("RGBA").getchannel("A") if transparent else None
 
 
 TEXTS = ("negative", "prompt_2", "negative_2")

@@ -77,16 +77,16 @@ class Setting:
         return None if isinstance(self.default, Elsewhere) else self.default
 
     def check(self, value: Any, called: str = "") -> Any:
-        """The value as the pipeline takes it: lists as tuples, structured texts parsed.
+        """The value as the pipeline takes it: lists as tuples, numpy's numbers as Python's, structured texts parsed.
 
         Raises:
             LdmError: the value is not allowed.
         """
         if self.kind.structured and isinstance(value, str):
             return self.parse(value, called)
-        value = tuple(value) if isinstance(value, list) else value
+        value = plain(value)
         if not self.kind.allowed(value):
-            raise LdmError(f"{called or self.name} {value!r}: {self.kind.needed} is needed")
+            raise LdmError(f"{called or self.name} {shown(value)}: {self.kind.needed} is needed")
         return value
 
     def parse(self, text: str, called: str = "") -> Any:
@@ -109,6 +109,26 @@ class Setting:
 # --- kinds of values --------------------------------------------------------------------------------------------------
 
 
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's: a single one, or a row of them as a tuple. Lists become tuples, too."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and len(shape) < 2 and hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(plain(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
+def shown(value: Any) -> str:
+    """A value in an error: as it is written, or what it is if that says more than a page of numbers would."""
+    if isinstance(value, (str, int, float)) or value is None:
+        return repr(value)
+    if isinstance(value, tuple) and all(isinstance(part, (str, int, float)) or part is None for part in value):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(shown, value[:3]))}{', …' if len(value) > 3 else ''})"
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -127,6 +147,12 @@ def number(low: float, high: float) -> Kind:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
     return Kind("NUMBER", f"a number from {low} to {high}", allowed, float)
+
+
+def share() -> Kind:
+    """Numbers above 0 up to 1."""
+    inner = number(0, 1)
+    return Kind("NUMBER", "a number above 0, at most 1,", lambda value: inner.allowed(value) and value > 0, float)
 
 
 def choice(*names: str) -> Kind:
@@ -168,6 +194,13 @@ def _is_text(value: Any) -> bool:
     )
 
 
+def _is_image(value: Any) -> bool:
+    """Whether a value is a path, an open file or an image of PIL."""
+    if isinstance(value, str):
+        return value != ""
+    return any(hasattr(value, name) for name in ("__fspath__", "read", "getbbox"))
+
+
 def _is_seed(value: Any) -> bool:
     values = value if isinstance(value, (tuple, range)) else (value,)
     return all(is_whole(seed) and 0 <= seed <= LARGEST_SEED for seed in values)
@@ -176,7 +209,7 @@ def _is_seed(value: Any) -> bool:
 NAME = Kind("NAME", "a name", lambda value: isinstance(value, str))
 FLAG = Kind("BOOLEAN", "true or false", lambda value: isinstance(value, bool), _flag)
 TEXT = Kind("TEXT", "a text, or one for each prompt,", _is_text)
-IMAGE = Kind("FILE", "an image or its file", lambda value: not isinstance(value, (bool, int, float, tuple)))
+IMAGE = Kind("FILE", "a path or a PIL image", _is_image)
 SEED = Kind(
     "INTEGER", f"a whole number from 0 to {LARGEST_SEED}, or one for each image,", _is_seed, int
 )  # fmt: skip
@@ -189,6 +222,7 @@ INTERVAL = Kind(
 )  # fmt: skip
 SCALE = number(0, 1000)
 PART = number(0, 1)
+SHARE = share()
 SPACING = Kind(
     "NAME", "a name, or falling noise levels such as 14.6,7,3,1,0.1, one for each step,",
     lambda value: isinstance(value, (str, tuple)), lambda text: _numbers(text) if "," in text else text,
@@ -258,20 +292,21 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("width", SIDE, "Width in pixels, in place of size.", Elsewhere("the image's, or the trained size")),
     Setting("height", SIDE, "Height in pixels, in place of size.", Elsewhere("the image's, or the trained size")),
     Setting("image", IMAGE, "An image to start from.", names=("init_image", "init_images"), closed=FROM_TEXT),
-    Setting("strength", PART, "How much the image to start from changes, 0 to 1.", Elsewhere("0.8, with a mask 1"),
+    Setting("strength", SHARE, "How much the image to start from changes, above 0 to 1.",
+            Elsewhere("0.8, with a mask 1"),
             names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
             used=lambda request: request.task in ("image-to-image", "inpaint")),
     Setting("mask", IMAGE, "Inpainting mask: its white pixels are made anew.", names=("mask_image",), closed=FROM_TEXT),
-    Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out.", 0, a1111="Clip skip",
-            names=("stop_at_clip_layer",)),
+    Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out, for the negative prompt too.",
+            0, a1111="Clip skip", names=("stop_at_clip_layer",)),
     Setting("refiner_at", number(0.01, 0.99), "Part of the run after which the refiner takes over, such as 0.8.",
             Elsewhere("it refines the finished image"),
             names=("denoising_end", "refiner_switch_at"), used=lambda request: bool(request.refiner_at)),
-    Setting("refiner_strength", PART, "How much the refiner changes a finished image, 0 to 1.", 0.3,
+    Setting("refiner_strength", SHARE, "How much the refiner changes a finished image, above 0 to 1.", 0.3,
             used=lambda request: request.refined and not request.refiner_at),
     Setting("hires", number(1, 8), "Factor of enlargement by a second pass.", names=("hr_scale", "upscale_by"),
             a1111="Hires upscale", used=lambda request: bool(request.hires)),
-    Setting("hires_strength", PART, "How much the second pass (hires) changes the image, 0 to 1.", 0.55,
+    Setting("hires_strength", SHARE, "How much the second pass (hires) changes the image, above 0 to 1.", 0.55,
             a1111="Denoising strength", used=lambda request: bool(request.hires)),
     Setting("hires_latents", FLAG, "Enlarge the latents for the second pass, not the image.", False,
             used=lambda request: bool(request.hires)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +171,14 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise LdmError(f"--dtype {name!r} is not known; choose fp32, fp16 or bf16")
     return DTYPES[name] if name else None
+
+
+def cpu_by_default() -> AbstractContextManager[Any]:
+    """A context in which tensors are made on the CPU unless a device is named, despite `torch.set_default_device`.
+
+    Where the default is the CPU it does nothing, since PyTorch's own context slows every call down.
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def default_device() -> str:

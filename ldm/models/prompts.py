@@ -205,9 +205,9 @@ def _weighted(text: Tensor, chunks: Sequence[Sequence[Chunk]], encoders: TextEnc
         if all(weight == 1 for chunk in rows for weight in chunk.weights):
             parts.append(part)
             continue
-        factors = torch.ones(part.shape[:2])
+        factors = torch.ones(part.shape[:2], dtype=torch.float32)
         for row, chunk in enumerate(rows):
-            factors[row, 1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
+            factors[row, 1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights, dtype=torch.float32)
         scaled = part * factors[:, :, None].to(part)
         before, after = part.mean(dim=(1, 2), keepdim=True), scaled.mean(dim=(1, 2), keepdim=True)
         changed = (factors != 1).any(dim=1)[:, None, None].to(part.device)

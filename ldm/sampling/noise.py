@@ -26,7 +26,7 @@ class Noise:
             if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED:
                 raise LdmError(f"seed {seed!r}: a whole number from 0 to {LARGEST_SEED} is needed")
         self.rng = rng
-        self.generators = [torch.Generator().manual_seed(seed) for seed in (seeds if rng == "ldm" else seeds[:1])]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in (seeds if rng == "ldm" else seeds[:1])]
 
     @property
     def generator(self) -> torch.Generator | list[torch.Generator]:
@@ -36,6 +36,9 @@ class Noise:
     def draw(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Standard normal noise (B, ...), one image a row."""
         if self.rng == "diffusers":
-            return torch.randn(tuple(shape), generator=self.generators[0], dtype=dtype).to(device)
-        rows = [torch.randn(tuple(shape[1:]), generator=generator) for generator in self.generators]
+            return torch.randn(tuple(shape), generator=self.generators[0], dtype=dtype, device="cpu").to(device)
+        rows = [  # whatever the process-wide defaults are
+            torch.randn(tuple(shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
+            for generator in self.generators
+        ]
         return torch.stack(rows).to(device, dtype)

@@ -25,7 +25,7 @@ def clean(step: Step, schedule: NoiseSchedule) -> Tensor:
 
 def to_pixels(latents: Tensor, factors: Factors) -> Tensor:
     """Scaled latents (B, C, h, w) to pixels (B, 3, h, w) in about [-1, 1], float32 on the CPU."""
-    *rows, constant = torch.tensor(factors)
+    *rows, constant = torch.tensor(factors, dtype=torch.float32)
     return torch.einsum("bchw,cr->brhw", latents.float().cpu(), torch.stack(rows)) + constant[:, None, None]
 
 
@@ -40,7 +40,7 @@ def fit(autoencoder: Autoencoder, pixels: Tensor | None = None) -> list[list[flo
     config, weight = autoencoder.config, next(autoencoder.parameters())
     if pixels is None:
         side = 16 * config.factor
-        coarse = torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+        coarse = torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 2.4 - 1.2
         pixels = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(-1, 1)
     modes = torch.cat([autoencoder.encode(row.to(weight)).mode().float().cpu() for row in pixels.split(1)])
     latents = (modes - config.shift_factor) * config.scaling_factor  # (B, C, h, w)

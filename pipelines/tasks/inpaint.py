@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.families import Family
-from ldm.images import mask_to_tensor
+from ldm.images import WHITE, mask_to_tensor
 from ldm.sampling.loop import Step
 from ldm.sampling.schedulers import add_noise
 from pipelines.request import Request, whole_steps
@@ -23,7 +23,7 @@ from pipelines.tasks.image_to_image import first_call
 
 
 def check_inpaint(request: Request, family: Family) -> None:
-    """Raise unless there are an image and a mask of the same size, and strength leaves a step.
+    """Raise unless there are an image and a mask of the same size with white in it, and strength leaves a step.
 
     Raises:
         LdmError: an image or a mask is missing, or does not fit.
@@ -35,6 +35,12 @@ def check_inpaint(request: Request, family: Family) -> None:
     if request.mask.size != request.image.size:
         mask, image = (f"{one.width}×{one.height}" for one in (request.mask, request.image))
         raise LdmError(f"the mask has {mask} pixels, its image {image}; their sizes must be equal")
+    brightest = request.mask.getextrema()[1]
+    if brightest < WHITE:  # type: ignore[operator]
+        raise LdmError(
+            f"the mask has no white pixel ({WHITE} or more), its largest is {brightest}: paint white what should be "
+            "made anew; transparent parts count as black"
+        )
     whole_steps(request.steps, "strength", request.strength)
     if family.task == "inpaint" and request.hires:
         raise LdmError(f"a {family.name} model fills in images in one pass; leave hires out")
@@ -51,7 +57,8 @@ def inpaint(run: SamplingRun) -> Tensor:
     known = None if reads_mask and request.strength == 1 else run.encode(pixels)
     noise = run.noise.draw(run.shape, run.dtype, run.device)
     plan = run.plan.tail(first_call(run))
-    small = F.interpolate(mask, size=run.shape[2:]).to(run.device, run.dtype)  # (1, 1, h, w)
+    # a latent is free if any of its pixels is: (1, 1, h, w)
+    small = F.adaptive_max_pool2d(mask, run.shape[2:]).to(run.device, run.dtype)
     if known is None or request.strength == 1:
         x = noise * plan.scheduler.init_noise_sigma
     else:

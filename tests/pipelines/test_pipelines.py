@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from PIL import Image
 from rounding import RUN, near
 
 from ldm.errors import LdmError
+from ldm.images import mask_to_tensor
 from ldm.models.autoencoder import AutoencoderConfig, PointPosterior
 from ldm.sampling import preview
 from ldm.sampling.guidance import Guidance, thresholded
 from ldm.sampling.loop import Step, Time
 from ldm.sampling.schedulers import SCHEDULERS
 from pipelines import Pipeline
+from pipelines.request import records
 from pipelines.run import decode
 
 PROMPTS = ["a cat on a mat", "a dog"]
@@ -51,6 +54,13 @@ def square(size: int = 64) -> Image.Image:
     mask = np.zeros((size, size), np.uint8)
     mask[16:40, 24:56] = 255
     return Image.fromarray(mask)
+
+
+def erased() -> Image.Image:
+    """A mask as ComfyUI and Krita save it: opaque black, with a transparent part."""
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (16, 16, 40, 40))
+    return mask
 
 
 def reference(folder: Path, kind: str, scheduler: str | None = None) -> Any:
@@ -259,6 +269,103 @@ def test_unmasked_pixels_are_bit_identical(folders: dict[str, Path]) -> None:
         assert not np.array_equal(made[~black], np.asarray(image())[~black])
 
 
+def test_a_latent_is_free_if_any_of_its_pixels_is_white(folders: dict[str, Path]) -> None:
+    """A spot within 8×8 pixels, and a thin line: the same latents as of masks of whole latents."""
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    for small, whole in ((np.s_[33:39, 33:39], np.s_[32:40, 32:40]), (np.s_[41:44, :], np.s_[40:48, :])):
+        masks = np.zeros((2, 64, 64), np.uint8)
+        masks[0][small], masks[1][whole] = 255, 255
+        settings: dict[str, Any] = {"image": image(), "steps": 2, "seed": 0}
+        made = [pipeline("a cat", mask=Image.fromarray(mask), **settings) for mask in masks]
+        assert torch.equal(made[0].latents[0], made[1].latents[0])
+        changed = np.asarray(made[0].images[0]) != np.asarray(image())
+        assert changed[small].mean() > 0.9
+        assert not changed[masks[0] == 0].any()
+
+
+def test_a_mask_with_holes_gets_a_warning(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """Not one that is painted in white on nothing."""
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    erased_part, white = image().convert("RGBA"), Image.new("RGBA", (64, 64))
+    erased_part.paste((0, 0, 0, 0), (16, 16, 40, 40))
+    white.paste((255, 255, 255, 255), (16, 16, 40, 40))
+    pipeline.request("a cat", image=image(), mask=white)
+    pipeline.request("a cat", image=image(), mask=square())
+    assert not caplog.records
+    pipeline.request("a cat", image=image(), mask=erased_part)
+    (record,) = caplog.records
+    assert "the mask's transparent parts count as black" in record.getMessage()
+
+
+def test_a_thin_line_stays_in_a_smaller_mask() -> None:
+    for width in (1, 2, 3):
+        mask = np.zeros((200, 100), np.uint8)
+        mask[:, 51 : 51 + width] = 255
+        for size in ((48, 96), (99, 199), (32, 200)):
+            small = mask_to_tensor(Image.fromarray(mask), *size)[0, 0]
+            assert small.shape == size[::-1]
+            assert (small.amax(dim=1) == 1).all() and small.mean() < 0.1
+    assert mask_to_tensor(square(), 128, 128).mean() == mask_to_tensor(square(), 64, 64).mean()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_default_dtype_of_pytorch_changes_nothing(folders: dict[str, Path], scheduler: str) -> None:
+    settings: dict[str, Any] = {"steps": 3, "seed": 1, "scheduler": scheduler, "eta": 0.5, "negative": "(bad:1.3)"}
+    settings |= {"weights": True}
+    for rng in ("ldm", "diffusers") if scheduler == "euler-a" else ("ldm",):
+        expected = ours(folders["sdxl"], "a (cat:1.2)", rng=rng, **settings)
+        torch.set_default_dtype(torch.float64)
+        try:
+            made = ours(folders["sdxl"], "a (cat:1.2)", rng=rng, **settings)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert made.dtype == torch.float32
+        near(made, expected, RUN)
+
+
+@pytest.mark.parametrize("spacing", ["default", "trailing", "ays"])
+def test_the_default_device_of_pytorch_changes_nothing(folders: dict[str, Path], spacing: str) -> None:
+    settings: dict[str, Any] = {"steps": 3, "seed": 1, "scheduler": "euler-a", "spacing": spacing}
+    settings |= {"mask": square(), "image": image()}
+    previews: list[Image.Image] = []
+    expected = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")("a cat", **settings)
+    torch.set_default_device("meta")
+    try:
+        pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+        made = pipeline("a cat", on_step=lambda step: previews.extend(pipeline.preview(step)), **settings)
+    finally:
+        torch.set_default_device(None)
+    near(made.latents[0], expected.latents[0], RUN)
+    assert made.images[0].size == (64, 64) and len(previews) == 3
+
+
+def test_numbers_of_numpy_and_pytorch_are_taken(folders: dict[str, Path]) -> None:
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    plain: dict[str, Any] = {
+        "seed": 1, "steps": 3, "width": 64, "n": 1, "guidance": 2.5, "eta": 0.5, "weights": False, "scheduler": "euler",
+        "spacing": (9.0, 3.0, 0.5), "interval": (0.0, 0.5),
+    }  # fmt: skip
+    given: dict[str, Any] = {
+        "seed": np.int64(1), "steps": np.int32(3), "width": torch.tensor(64), "n": np.uint8(1),
+        "guidance": np.float32(2.5), "eta": np.float64(0.5), "weights": np.False_, "scheduler": np.str_("euler"),
+        "spacing": np.array([9.0, 3.0, 0.5]), "interval": torch.tensor([0.0, 0.5]),
+    }  # fmt: skip
+    found, expected = (pipeline.request("a cat", **settings) for settings in (given, plain))
+    assert records(found, pipeline.model.family) == records(expected, pipeline.model.family)
+    assert json.dumps(records(found, pipeline.model.family))
+    assert pipeline.request(["a", "b"], seed=np.arange(5, 7)).seeds == (5, 6)
+    assert pipeline.request(np.array(["a", "b"]), seed=[np.int64(3), np.int64(9)]).seeds == (3, 9)  # type: ignore[arg-type]
+
+
+def test_no_prompt_is_an_error(folders: dict[str, Path]) -> None:
+    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    for nothing in (None, [], (), [None], ["a", None]):
+        with pytest.raises(LdmError, match="no prompt: at least one text is needed"):
+            pipeline(nothing)  # type: ignore[arg-type]
+    with pytest.raises(LdmError, match="prompt 5: a text, or one for each prompt, is needed"):
+        pipeline(5)  # type: ignore[arg-type]
+
+
 def test_threads_share_a_pipeline(folders: dict[str, Path]) -> None:
     """Four threads with different settings give the images that they give alone, perturbed attention included."""
     pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
@@ -372,7 +479,8 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
         ({"strength": 1.5, "image": image()}, "strength 1.5"),
         ({"strength": 0.01, "image": image(), "steps": 10}, "less than one step"),
         ({"strength": 0.05, "image": image(), "mask": square(), "steps": 10}, "strength 0.05 of 10 steps"),
-        ({"strength": 0, "image": image(), "mask": square(), "scheduler": "euler"}, "less than one step"),
+        ({"strength": 0, "image": image()}, "strength 0: a number above 0, at most 1, is needed"),
+        ({"hires": 2, "hires_strength": 0.0}, "hires_strength 0.0: a number above 0"),
         ({"hires": 8, "width": 4096}, "width 32768"),
         ({"hires": 2, "hires_strength": 0.1}, "hires_strength 0.1 of 2 steps is less than one"),
         ({"scheduler": 5}, "scheduler 5: a name, or an object"),
@@ -385,6 +493,24 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
         ({"mask": square()}, "a mask without an image"),
         ({"image": image(), "mask": square(32)}, "the mask has 32×32 pixels, its image 64×64"),
         ({"image": "/nowhere.png"}, "/nowhere.png does not exist"),
+        ({"image": np.zeros((64, 64, 3))}, "^image numpy.ndarray: a path or a PIL image is needed$"),
+        (
+            {"image": [image(), image()]},
+            r"^image \(PIL.Image.Image, PIL.Image.Image\): a path or a PIL image is",
+        ),
+        ({"image": ""}, "^image '': a path or a PIL image is needed$"),
+        (
+            {"image": image(), "mask": Image.new("L", (64, 64))},
+            "the mask has no white pixel .128 or more., its largest is 0:",
+        ),
+        (
+            {"image": image(), "mask": Image.new("L", (64, 64), 1)},
+            "no white pixel .*, its largest is 1: paint white what",
+        ),
+        ({"image": image(), "mask": Image.new("L", (64, 64), 100)}, "no white pixel .*, its largest is 100:"),
+        ({"image": image(), "mask": Image.new("RGB", (64, 64), "red")}, "no white pixel .*, its largest is 76:"),
+        ({"image": image(), "mask": erased()}, "its largest is 0: .*; transparent parts count as black"),
+        ({"seed": np.float32(1.5)}, "seed 1.5: a whole number"),
         ({"scheduler": "eulr"}, "scheduler 'eulr' is not known; choose euler"),
         (
             {"scheduler": "pndm", "spacing": "karras"},
