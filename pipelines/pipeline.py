@@ -31,11 +31,14 @@ from pipelines.batching import batch_ranges, together
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
+from pipelines.settings import LOADING, renamed
 from pipelines.tasks.inpaint import pasted
 from pipelines.tasks.table import TASKS
+from pipelines.translation import generators
 from pipelines.tuning import Tuning, default_device, device_named, room_of
 
 log = logging.getLogger(__name__)
+OPTIONS = ("revision", "components", "verify", "progress")  # of `open_source`, beside the rows of `LOADING`
 
 
 @dataclass
@@ -84,16 +87,19 @@ class Pipeline:
             quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; images differ a
                 little. A model that is loaded already is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
-            **options: further arguments of `LatentDiffusion.from_pretrained`.
+            **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
+                as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
         """
-        source = named(source)
+        found = renamed([("source", source), ("dtype", dtype), *options.items()], "python", LOADING, also=OPTIONS)
+        found = {name: value for name, value in found.items() if value is not None}
+        source, dtype = named(found.pop("source", None)), found.pop("dtype", None)
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
-        self.model, self.refiner = tuning.load(source, refiner, device, dtype, options)
+        self.model, self.refiner = tuning.load(source, refiner, device, dtype, found)
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
@@ -124,14 +130,18 @@ class Pipeline:
         Args:
             prompt: one or several.
             output, on_step: as for `make`.
-            **settings: the rows of `pipelines.settings.SETTINGS`, by name. `guidance` is a number or a `Guidance`,
-                `image` and `mask` are PIL images or files, `scheduler` may be an object with diffusers' interface, and
-                settings of each prompt or image may be lists.
+            **settings: the rows of `pipelines.settings.SETTINGS`, by name or by diffusers' names. `guidance` is a
+                number or a `Guidance`, `image` and `mask` are PIL images or files, `scheduler` may be an object with
+                diffusers' interface, and settings of each prompt or image may be lists. A torch generator is new and
+                stands for its seed; numbers are then drawn from it, so that it is not taken twice.
 
         Raises:
             LdmError: a setting is not known, out of bounds or does not fit the model.
         """
-        return self.make(self.request(prompt, **settings), output=output, on_step=on_step)
+        made = self.make(self.request(prompt, **settings), output=output, on_step=on_step)
+        for generator in generators(settings.get("generator")):
+            torch.rand(1, generator=generator, device=generator.device)
+        return made
 
     def request(self, prompt: str | Sequence[str], **settings: Any) -> Request:
         """The settings of a call, checked, with the model's defaults filled in.

@@ -240,7 +240,7 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
     """The record of each image of a batch, ready for JSON, without the images that it starts from."""
     scheduler = request.scheduler
     if not isinstance(scheduler, str):  # None, or an object of the user's own
-        scheduler = own_name(family.schedule) if scheduler is None else type(scheduler).__name__
+        scheduler = own_name(family.schedule) if scheduler is None else f"{type(scheduler).__name__} object"
     common = {**request.values, **settings.expanded({"guidance": request.guidance}), "scheduler": scheduler}
     rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
     found = []

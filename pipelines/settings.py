@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 from ldm.errors import LdmError
+from pipelines.translation import TRANSLATED, with_own_scheduler
 
 DOORS = {
     "python": "a keyword of Pipeline",
@@ -56,7 +57,7 @@ class Setting:
     help: str
     default: Any = None
     flag: str = ""  # on the command line, if not --name
-    names: tuple[str, ...] = ()  # its names in diffusers, A1111 and ComfyUI
+    names: tuple[str, ...] = ()  # its other names, accepted by every door: diffusers' first, then other programs'
     record: str = ""  # its key in a record, if not its name; "guidance.scale" is the key scale within guidance
     a1111: str = ""  # its key in the text of A1111's programs
     closed: Mapping[str, str] = field(default_factory=dict)  # doors that do not accept it, with the reason
@@ -65,7 +66,11 @@ class Setting:
     @property
     def option(self) -> str:
         """The name of its option on the command line."""
-        return self.flag or f"--{self.name.replace('_', '-')}"
+        return self.option_of(self.name)
+
+    def option_of(self, name: str) -> str:
+        """The option of one of its names; those of its other names are hidden from the help."""
+        return self.flag if self.flag and name == self.name else f"--{name.replace('_', '-')}"
 
     @property
     def key(self) -> str:
@@ -241,7 +246,7 @@ SETTINGS: tuple[Setting, ...] = (
             used=lambda request: request.negative_2 is not None),
     Setting(
         "n", whole(1, MOST_IMAGES), "Images of each prompt.", 1, flag="-n",
-        names=("num_images_per_prompt", "n_iter", "batch_count"),
+        names=("num_images_per_prompt", "images_per_prompt", "num_images", "n_iter", "n_samples", "batch_count"),
         closed={"record": "a record is of one image", "eval": "its own -n says how many"},
     ),
     Setting(
@@ -251,13 +256,14 @@ SETTINGS: tuple[Setting, ...] = (
                 "together", "eval": "its own --batch says how many"},
     ),
     Setting("steps", whole(1, MOST_STEPS), "Steps of the scheduler; the built-in model 20, others 30.", FAMILY,
-            names=("num_inference_steps",), a1111="Steps"),
+            names=("num_inference_steps", "ddim_steps", "sample_steps", "sampling_steps"), a1111="Steps"),
     Setting("scheduler", SCHEDULER, "Name of a scheduler: see `ldm schedulers`.", Elsewhere("the model's own"),
-            names=("sampler", "sampler_name", "sampler_index"), a1111="Sampler"),
+            names=("sampler", "sampler_name", "sampler_index", "sample_sampler"), a1111="Sampler"),
     Setting("spacing", SPACING, "Spacing of the steps: see `ldm schedulers`; or noise levels, as 14.6,7,3,1,0.1.",
-            "default", names=("schedule_type", "sigmas"), a1111="Schedule type"),
+            "default", names=("timestep_spacing", "schedule_type", "sigmas"), a1111="Schedule type"),
     Setting("guidance", SCALE, "Scale of classifier-free guidance (CFG); at most 1: none.", FAMILY,
-            names=("guidance_scale", "cfg", "cfg_scale"), record="guidance.scale", a1111="CFG scale"),
+            names=("guidance_scale", "cfg", "cfg_scale", "unconditional_guidance_scale"), record="guidance.scale",
+            a1111="CFG scale"),
     Setting("rescale", PART, "Guidance rescale of Lin et al., 0 to 1.", 0.0, names=("guidance_rescale",),
             record="guidance.rescale"),
     Setting("interval", INTERVAL, "Guidance interval: the part of the run in which guidance is on.", (0.0, 1.0),
@@ -269,32 +275,37 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("image_guidance", SCALE, "InstructPix2Pix: guidance scale of the image; higher keeps more of it.", 1.5,
             names=("image_guidance_scale", "image_cfg_scale"), record="guidance.image"),
     Setting("seed", SEED, "Seed of the first image; the others have the numbers after it.", Elsewhere("random"),
-            names=("noise_seed", "generator"), a1111="Seed", closed={"eval": "its own --seed gives each image one"}),
+            names=("generator", "noise_seed"), a1111="Seed", closed={"eval": "its own --seed gives each image one"}),
     Setting("size", SIZE, "Size in pixels; one number for both sides.", Elsewhere("the image's, or the trained size"),
-            names=("resolution",), a1111="Size", closed=RECORDED_AS_SIZE),
-    Setting("width", SIDE, "Width in pixels, in place of size.", Elsewhere("the image's, or the trained size")),
-    Setting("height", SIDE, "Height in pixels, in place of size.", Elsewhere("the image's, or the trained size")),
-    Setting("image", IMAGE, "An image to start from.", names=("init_image", "init_images"), closed=FROM_TEXT),
+            names=("resolution", "image_size"), a1111="Size", closed=RECORDED_AS_SIZE),
+    Setting("width", SIDE, "Width in pixels, in place of size.", Elsewhere("the image's, or the trained size"),
+            names=("W",)),
+    Setting("height", SIDE, "Height in pixels, in place of size.", Elsewhere("the image's, or the trained size"),
+            names=("H",)),
+    Setting("image", IMAGE, "An image to start from.", names=("init_image", "init_img", "init_images"),
+            closed=FROM_TEXT),
     Setting("strength", PART, "How much the image to start from changes, 0 to 1.", Elsewhere("0.8, with a mask 1"),
             names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
             used=lambda request: request.task in ("image-to-image", "inpaint")),
     Setting("mask", IMAGE, "Inpainting mask: its white pixels are made anew.", names=("mask_image",), closed=FROM_TEXT),
     Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out.", 0, a1111="Clip skip",
-            names=("stop_at_clip_layer",)),
+            names=("stop_at_clip_layer", "CLIP_stop_at_last_layers")),
     Setting("refiner_at", number(0.01, 0.99), "Part of the run after which the refiner takes over, such as 0.8.",
             Elsewhere("it refines the finished image"),
-            names=("denoising_end", "refiner_switch_at"), used=lambda request: bool(request.refiner_at)),
+            names=("denoising_end", "refiner_switch_at", "high_noise_frac", "denoising_start"),
+            used=lambda request: bool(request.refiner_at)),
     Setting("refiner_strength", PART, "How much the refiner changes a finished image, 0 to 1.", 0.3,
             used=lambda request: request.refined and not request.refiner_at),
-    Setting("hires", number(1, 8), "Factor of enlargement by a second pass.", names=("hr_scale", "upscale_by"),
-            a1111="Hires upscale", used=lambda request: bool(request.hires)),
+    Setting("hires", number(1, 8), "Factor of enlargement by a second pass.",
+            names=("hr_scale", "upscale_by", "hires_upscale"), a1111="Hires upscale",
+            used=lambda request: bool(request.hires)),
     Setting("hires_strength", PART, "How much the second pass (hires) changes the image, 0 to 1.", 0.55,
             a1111="Denoising strength", used=lambda request: bool(request.hires)),
     Setting("hires_latents", FLAG, "Enlarge the latents for the second pass, not the image.", False,
             used=lambda request: bool(request.hires)),
     Setting("weights", FLAG, "Read (word:1.2) in prompts as weights.", True),
     Setting("chunks", FLAG, "Split long prompts instead of cutting them.", True),
-    Setting("eta", PART, "Share of noise in DDIM's and TCD's steps, 0 to 1.", 0.0),
+    Setting("eta", PART, "Share of noise in DDIM's and TCD's steps, 0 to 1.", 0.0, names=("ddim_eta",)),
     Setting("rng", choice("ldm", "diffusers"), "Random numbers: of ldm, or the same as diffusers draws.", "ldm",
             names=("randn_source",)),
     Setting("reuse", whole(1, MOST_STEPS),
@@ -319,7 +330,8 @@ SETTINGS: tuple[Setting, ...] = (
 
 LOADING: tuple[Setting, ...] = (
     Setting("source", SOURCE, "A model folder, a checkpoint file, or a Hub name.", Elsewhere("the built-in model"),
-            flag="--model", names=("ckpt_name", "sd_model_checkpoint"),
+            flag="--model",
+            names=("pretrained_model_name_or_path", "ckpt", "checkpoint", "ckpt_name", "sd_model_checkpoint"),
             closed=ONE_MODEL | {"eval": "its arguments are the models"}),
     Setting("refiner", SOURCE, "A model of the family sdxl-refiner, or emoji-refiner.", closed=ONE_MODEL),
     Setting("device", NAME, "Device: cuda, mps or cpu.", Elsewhere("the best there is"),
@@ -358,23 +370,72 @@ def at(door: str, rows: Iterable[Setting] | None = None) -> dict[str, Setting]:
 
 
 def find(name: str, door: str, called: str = "", rows: Iterable[Setting] | None = None) -> Setting:
-    """The row of that name (with hyphens or underscores), if the door accepts it.
+    """The row of that name or other name (with hyphens or underscores), if the door accepts it.
 
     Raises:
-        LdmError: the name is not known (the message suggests the nearest, also for other programs' names), or the
-            door does not accept it (the message has the reason).
+        LdmError: the name is not known (the message suggests the nearest), or the door does not accept it (the message
+            has the reason).
     """
     called, plain = called or f"setting {name}", name.replace("-", "_")
     rows = SETTINGS if rows is None else tuple(rows)
     for row in rows:
-        if row.name == plain and door in row.closed:
-            raise LdmError(f"{called} is not taken here: {row.closed[door]}")
-        if row.name == plain:
+        if plain in (row.name, *row.names):
+            if door in row.closed:
+                raise LdmError(f"{called} is not taken here: {row.closed[door]}")
             return row
-    names = {other: row.name for row in at(door, rows).values() for other in (row.name, *row.names)}
+    names = {other: row for row in at(door, rows).values() for other in (row.name, *row.names)}
     near = difflib.get_close_matches(plain, names, 1, 0.4)
-    hint = f"did you mean {names[near[0]]}?" if near else f"known are {', '.join(at(door, rows))}"
-    raise LdmError(f"{called} is not known; {hint}")
+    if not near:
+        raise LdmError(f"{called} is not known; known are {', '.join(at(door, rows))}")
+    row = names[near[0]]
+    other = f" ({row.names[0]})" if row.names else ""
+    raise LdmError(f"{called} is not known; did you mean {row.name}{other}?")
+
+
+def renamed(
+    given: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    door: str,
+    rows: Iterable[Setting] | None = None,
+    called: Mapping[str, str] | None = None,
+    also: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Settings by our names, those with another meaning translated.
+
+    Args:
+        given: settings by any of their names; a name may come twice.
+        door: where they come from.
+        rows: the rows to choose from; by default `SETTINGS`.
+        called: what messages call a name, if it is not the name itself.
+        also: further names, which are no settings.
+
+    Raises:
+        LdmError: a name is not known, one setting is given by two names with different values, or there is none here.
+    """
+    rows, called = tuple(SETTINGS if rows is None else rows), called or {}
+    found: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, value in given.items() if isinstance(given, Mapping) else given:
+        plain, shown = name.replace("-", "_"), called.get(name, name)
+        if plain in also:
+            parts = {plain: value}
+        elif plain in TRANSLATED:
+            parts = {} if value is None else TRANSLATED[plain](value)
+            parts = {find(part, door, called.get(name, ""), rows).name: own for part, own in parts.items()}
+        else:
+            parts = {find(name, door, called.get(name, ""), rows).name: value}
+        for part, own in parts.items():
+            before = found.get(part)
+            if before is not None and own is not None and not _same(before, own):
+                raise LdmError(f"{origin[part]} {before!r} and {shown} {own!r} are one setting; give one of them")
+            if own is not None or part not in found:
+                found[part], origin[part] = own, shown
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of a setting are equal; images must be the same object."""
+    one, other = (tuple(value) if isinstance(value, list) else value for value in (one, other))
+    return one is other or (isinstance(one, (str, int, float, tuple)) and bool(one == other))
 
 
 def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
@@ -384,13 +445,13 @@ def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
         LdmError: a name is not known, or a value is not allowed.
     """
     values: dict[str, Any] = {}
-    for name, value in expanded(given).items():
+    for name, value in expanded(renamed(given, door)).items():
         row = find(name, door)
         if value is not None:
             values[row.name] = row.check(value)
     if "size" in values:
         values = dict(zip(("width", "height"), values.pop("size"), strict=True)) | values
-    return values
+    return with_own_scheduler(values)
 
 
 def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:
@@ -399,8 +460,15 @@ def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, A
     Raises:
         LdmError: a text has no meaning, or a value is not allowed.
     """
-    found = [(row, given[name]) for name, row in rows.items() if given.get(name) is not None]
-    return {row.name: row.parse(value, row.option) if isinstance(value, str) else value for row, value in found}
+    values: dict[str, Any] = {}
+    called = {name: row.option_of(name) for row in rows.values() for name in (row.name, *row.names)}
+    for row in rows.values():
+        for name in (row.name, *row.names):
+            value = given.get(name)
+            if value is not None:
+                checks = Kind("", row.kind.needed, lambda _: True, row.kind.parse) if name in TRANSLATED else row.kind
+                values[name] = replace(row, kind=checks).parse(value, called[name]) if isinstance(value, str) else value
+    return renamed(values, "shell", rows.values(), called)
 
 
 def expanded(given: Mapping[str, Any]) -> dict[str, Any]:

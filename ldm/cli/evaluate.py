@@ -32,7 +32,8 @@ from ldm.weights.builtin import builtin
 from ldm.weights.hub import HUB_ID
 from pipelines import Pipeline
 from pipelines.run import reconstruct
-from pipelines.settings import LOADING, Setting, at, checked, every_row, find
+from pipelines.settings import LOADING, Setting, at, checked, every_row, find, renamed
+from pipelines.translation import TRANSLATED
 from pipelines.tuning import default_device, dtype_named
 
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
@@ -74,7 +75,7 @@ def evaluate_sources(options: EvaluateOptions) -> None:
         lpips=options.lpips, sweeps=_sweeps(options.sweeps), seed=options.seed, batch=options.batch,
         device=device,
     )  # fmt: skip
-    given = {side: dict(map(_setting, texts)) for side, texts in options.settings.items()}
+    given = {side: _settings(texts) for side, texts in options.settings.items()}
     if given.get("B") and len(options.sources) < 2:
         raise LdmError("--with-b is for a second model, and only one is given")
     check_plan([is_model(source) for source in options.sources], plan)
@@ -120,14 +121,19 @@ def _prompts(file: str | None) -> list[str] | None:
     return None if file is None else [prompt for prompt, _, _ in read_prompts(file)]
 
 
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """The settings of several KEY=VALUE, by our names."""
+    pairs = [_setting(text) for text in texts]
+    return renamed(pairs, "eval", every_row(), {name: f"--with {name}" for name, _ in pairs})
+
+
 def _setting(text: str) -> tuple[str, Any]:
     """The name and value of KEY=VALUE, with the value in YAML."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise LdmError(f"--with {text!r}: write KEY=VALUE, such as steps=20")
-    row = find(name, "eval", f"--with {name}", every_row())
     try:
-        return row.name, yaml.safe_load(value)
+        return name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise LdmError(f"--with {text!r}: the value cannot be read: {first_line(error)}") from None
 
@@ -143,6 +149,8 @@ def _sweep(text: str) -> tuple[str, tuple[Value, ...]]:
     """The name and values of KEY=VALUE,VALUE,…, parsed by the setting; whole numbers stay whole."""
     name, _, values = text.partition("=")
     row = find(name, "eval", f"--sweep {name}")
+    if name.replace("-", "_") in TRANSLATED:
+        raise LdmError(f"--sweep {name}: its values mean something else here; give those of {row.name}")
     if row.name in ("size", "width", "height"):
         raise LdmError(f"--sweep {name}: all images of an evaluation have one size; use --with")
     try:

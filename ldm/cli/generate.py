@@ -256,7 +256,7 @@ def _line(prompt: Any, content: dict[str, Any], place: str) -> tuple[str, dict[s
         raise LdmError(f"{place}{error}") from None
     for name in ("prompt", "negative", "prompt_2", "negative_2", "seed"):
         if isinstance(settings.get(name), tuple):
-            raise LdmError(f"{place}{name} {content.get(name, prompt)!r}: a line holds one prompt; give one")
+            raise LdmError(f"{place}{name} {settings[name]!r}: a line holds one prompt; give one")
     return settings.pop("prompt"), settings, place
 
 

@@ -28,7 +28,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --clip_skip is --clip-skip
+    },
 )
 
 Source = Annotated[str, typer.Argument(help="A model folder, a checkpoint file, or a Hub name (owner/name).")]
@@ -109,6 +112,7 @@ def _of_generate_itself(
     prompts_file: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; or JSON lines with settings.")
     ] = None,
+    other_prompts: Annotated[list[str] | None, typer.Option("--prompt", hidden=True)] = None,
     out: Annotated[str, typer.Option(help="A folder, or a .png for one image.")] = "outputs",
     sheet: Annotated[bool, typer.Option("--grid", help="Also write all images on one sheet.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
@@ -129,7 +133,8 @@ def generate_command() -> Callable[..., None]:
 
         given["components"] = to_components(given["components"] or ()) or None
         options = Options(
-            prompts=given["prompts"] or [], settings=parsed(given, settings), loading=parsed(given, loading),
+            prompts=[*(given["prompts"] or ()), *(given["other_prompts"] or ())],
+            settings=parsed(given, settings), loading=parsed(given, loading),
             prompts_file=given["prompts_file"], out=given["out"], sheet=given["sheet"], as_json=given["json"],
             dry_run=given["dry_run"],
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from inspect import Parameter, Signature
 from typing import Annotated, Any
 
@@ -24,6 +24,14 @@ def option(row: Setting) -> Parameter:
     return Parameter(row.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
+def other_options(row: Setting) -> Iterator[Parameter]:
+    """A row's other names as parameters of a command that the help does not show."""
+    for name in row.names:
+        kind = bool if row.kind is FLAG else str
+        info = typer.Option(row.option_of(name), hidden=True, show_default=False)
+        yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
 def _text(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
@@ -31,8 +39,10 @@ def _text(default: Any) -> str:
 def with_options(
     command: Callable[..., None], rows: Iterable[Setting], own: Callable[..., None]
 ) -> Callable[..., None]:
-    """The command with an option for each row, and then the parameters of `own`, as typer reads them."""
-    parameters = [option(row) for row in rows] + list(Signature.from_callable(own, eval_str=True).parameters.values())
+    """The command with options for each row and its other names, then the parameters of `own`, as typer reads them."""
+    rows = tuple(rows)
+    parameters = [option(row) for row in rows] + [other for row in rows for other in other_options(row)]
+    parameters += Signature.from_callable(own, eval_str=True).parameters.values()
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command

@@ -7,16 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import LdmError
+from ldm.sampling.scheduler_names import SAMPLERS, SPACINGS
 from pipelines.settings import every_row, expanded
 
-SAMPLERS = {  # AUTOMATIC1111's name -> ours
-    "DDIM": "ddim", "PLMS": "pndm", "LMS": "lms", "Euler": "euler", "Euler a": "euler-a", "Heun": "heun",
-    "DPM2": "dpm2",
-    "DPM2 a": "dpm2-a", "DPM++ 2M": "dpm++2m", "DPM++ 2M SDE": "dpm++2m-sde", "DPM++ 3M SDE": "dpm++3m-sde",
-    "DPM++ SDE": "dpm++sde", "UniPC": "unipc", "DEIS": "deis", "LCM": "lcm", "TCD": "tcd",
-    "DDPM": "ddpm",
-}  # fmt: skip
-SPACINGS = {"Karras": "karras", "Exponential": "exponential", "Beta": "beta", "Align Your Steps": "ays"}
 USUAL = ("", "Automatic", "Uniform")  # schedule types that stand for the sampler's own spacing
 _PAIR = re.compile(r'\s*([\w /]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from ldm.errors import LdmError, first_line, suggestion
 from ldm.training.sections import DataSection, ModelSection, Section
 from ldm.training.stages.table import KINDS
+from ldm.training.suggestions import hint
 
 NAMES = [kind.name for kind in KINDS]
 
@@ -114,8 +115,8 @@ def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
 def _message(problem: ErrorDetails, path: str | Path | None) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        hint = suggestion(str(problem["loc"][-1]), _section(problem["loc"][:-1]))
-        return f"{path or 'the configuration'}: {place} is not known; {hint}"
+        meant = hint(problem["loc"], _section(problem["loc"][:-1]), [name for name, _, _ in describe()])
+        return f"{path or 'the configuration'}: {place} is not known; {meant}"
     return f"{path or 'the configuration'}: {place} is {problem['input']!r}: {problem['msg'].lower()}"
 
 

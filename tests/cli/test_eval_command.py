@@ -147,7 +147,10 @@ def test_killed_and_continued_is_the_same(
         (["MODEL", "--metrics", "clip-score"], "clip-score needs a network for images and texts"),
         (["MODEL", "--data", "SHAPES", "--metrics", "fdi"], "did you mean fid?"),
         (["MODEL", "--data", "SHAPES", "--with", "steps"], "--with 'steps': write KEY=VALUE"),
-        (["MODEL", "--data", "SHAPES", "--with", "stesp=3", "--metrics", "psnr"], "did you mean steps?"),
+        (
+            ["MODEL", "--data", "SHAPES", "--with", "stesp=3", "--metrics", "psnr"],
+            "did you mean steps (num_inference_steps)?",
+        ),
         (
             ["MODEL", "--data", "SHAPES", "--with-b", "seed=3", "--metrics", "psnr"],
             "--with seed is not taken here",

@@ -331,10 +331,32 @@ def test_wrong_input_gets_one_line(ldm: Any, tmp_path: Path, arguments: list[str
     assert set(tmp_path.rglob("*.png")) == before
 
 
+def test_options_of_other_programs(ldm: Any) -> None:
+    theirs = ldm(
+        "generate", "--prompt", "a cat", "--negative-prompt", "bad", "--num_inference_steps", 3, "--cfg-scale", 2,
+        "--sampler", "DPM++ 2M Karras", "--W", 64, "--height", 72, "--seed", 1, "--clip_skip", 1, "--dry-run",
+    )  # fmt: skip
+    ours = ldm(
+        "generate", "a cat", "--negative", "bad", "--steps", 3, "--guidance", 2, "--scheduler", "dpm++2m", "--spacing",
+        "karras", "--size", "64x72", "--seed", 1, "--clip-skip", 1, "--dry-run",
+    )  # fmt: skip
+    assert theirs[0] == 0 and theirs == ours
+    code, _, err = ldm("generate", "a", "--steps", 3, "--num-inference-steps", 5)
+    assert (code, err) == (1, "ldm: --steps 3 and --num-inference-steps 5 are one setting; give one of them\n")
+    assert ldm("generate", "a", "--cfg-scale", "x")[2].startswith("ldm: --cfg-scale 'x': a number from 0")
+    assert ldm("generate", "a", "--batch-size", 4)[2].startswith("ldm: batch_size: give n, the images of each prompt")
+    assert ldm("generate", "a", "--steps", 1, "--stop-at-clip-layer", -2, "--json")[1].count('"clip_skip": 1') == 1
+    assert "--negative-prompt," in ldm("generate", "a", "--negative-promt", "x")[2]
+    assert "num-inference" not in ldm("generate", "--help")[1]
+
+
 def test_schedulers_are_listed(ldm: Any) -> None:
     code, out, _ = ldm("schedulers", "--json")
     assert code == 0
     assert json.loads(out)["euler"]["class"] == "EulerDiscreteScheduler"
+    assert "Euler a" in json.loads(out)["euler-a"]["names"] and "dpmpp_2m" in json.loads(out)["dpm++2m"]["names"]
+    shown = ldm("schedulers")[1]
+    assert "k_euler_a" not in shown and "SGM Uniform" in shown
 
 
 # --- records of other programs, and images --------------------------------------------------------------------------

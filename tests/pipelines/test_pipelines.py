@@ -398,7 +398,7 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
         ({"refiner_at": 0.8}, "refiner_at without a refiner"),
         ({"hires": 100}, "hires 100"),
         ({"hiress": 2}, "setting hiress is not known; did you mean hires?"),
-        ({"guidance_scale": 2}, "setting guidance_scale is not known; did you mean guidance?"),
+        ({"guidance_scal": 2}, r"setting guidance_scal is not known; did you mean guidance \(guidance_scale\)\?"),
         ({"guidance": Guidance(rescale=2)}, "rescale 2: a number from 0 to 1"),
         ({"output": "video"}, "output 'video'"),
         ({"negative": ["a", "b", "c"]}, "one for each of the 1 prompts"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 import typer
 from commands import run
 from PIL import Image
@@ -25,11 +27,13 @@ from ldm.models.tokenizer import Tokenizer
 from ldm.patches.token_merging import MOST
 from ldm.runtime.offload import OFFLOAD
 from ldm.runtime.quantization import QUANTIZED
+from ldm.sampling.euler import EulerDiscreteScheduler
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS
 from pipelines import Pipeline
 from pipelines.request import records
 from pipelines.settings import DOORS, LOADING, SETTINGS, Setting, at, find, number
+from pipelines.translation import TRANSLATED
 from pipelines.tuning import DTYPES
 
 EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: as a text, and as the pipeline takes it
@@ -84,8 +88,8 @@ def test_one_row_adds_a_setting_everywhere(
     evaluate._model(str(models / "sd15"), dict([evaluate._setting("sparkle=0.5")]), "cpu", plan)
     with pytest.raises(LdmError, match="sparkle 5: a number from 0 to 1 is needed"):
         evaluate._model(str(models / "sd15"), dict([evaluate._setting("sparkle=5")]), "cpu", plan)
-    with pytest.raises(LdmError, match="setting glitter is not known; did you mean sparkle?"):
-        find("glitter", "python")
+    with pytest.raises(LdmError, match=r"setting gliter is not known; did you mean sparkle \(glitter\)\?"):
+        find("gliter", "python")
 
 
 def test_names_are_given_once_and_doors_exist() -> None:
@@ -197,3 +201,128 @@ def test_help_names_the_methods() -> None:
     shown = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "300"}).output
     for method in ("DeepCache", "Token merging (ToMe)", "(PAG)", "Dynamic thresholding", "Lin et al."):
         assert method in shown
+
+
+# --- other names ------------------------------------------------------------------------------------------------------
+
+
+def test_keywords_of_diffusers(pipeline: Pipeline) -> None:
+    theirs = pipeline.request(
+        "a cat", num_inference_steps=4, guidance_scale=3.0, negative_prompt="bad", num_images_per_prompt=2,
+        generator=torch.Generator().manual_seed(7), guidance_rescale=0.5, crops_coords_top_left=(8, 16),
+        original_size=(96, 72), output_type="pil", return_dict=True, callback_on_step_end=None, latents=None,
+        scheduler="DPM++ 2M Karras", height=72, width=64,
+    )  # fmt: skip
+    ours = pipeline.request(
+        "a cat", steps=4, guidance=3.0, negative="bad", n=2, seed=7, rescale=0.5, crop=(8, 16), original_size=(96, 72),
+        scheduler="dpm++2m", spacing="karras", size=(64, 72),
+    )  # fmt: skip
+    assert replace(theirs, reader=ours.reader) == ours
+    assert pipeline.request("a cat", num_inference_steps=4, steps=4, n=None, num_images_per_prompt=1).steps == 4
+
+
+def test_the_mask_and_the_refiner_of_diffusers(pipeline: Pipeline) -> None:
+    white = Image.new("L", (64, 64), 255)
+    request = pipeline.request("a cat", image=white.convert("RGB"), mask_image=white)
+    assert request.task == "inpaint" and request.mask is not None
+    refined = Pipeline(pipeline.model, refiner=tiny.model("sdxl-refiner"))
+    assert refined.request("a cat", denoising_end=0.8, steps=10).end == 0.8
+
+
+@pytest.mark.parametrize("row", [row for row in SETTINGS if row.names], ids=lambda row: row.name)
+def test_every_other_name_is_accepted(row: Setting) -> None:
+    text, value = EXAMPLES[row.name]
+    for name in set(row.names) - TRANSLATED.keys():
+        assert settings.checked({name: value}, "python") == settings.checked({row.name: value}, "python")
+        if "shell" not in row.closed and row.name != "prompt":
+            assert settings.parsed({name: text}, at("shell")) == settings.parsed({row.name: text}, at("shell"))
+        for door in {"list", "eval"} - row.closed.keys():
+            assert settings.checked({name: value}, door) == settings.checked({row.name: value}, door)
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ({"generator": [torch.Generator().manual_seed(3), torch.Generator().manual_seed(9)]}, {"seed": (3, 9)}),
+        ({"generator": torch.Generator()}, {"seed": torch.Generator().initial_seed()}),
+        ({"sigmas": [9.0, 3.0, 1.0, 0.0]}, {"spacing": (9.0, 3.0, 1.0), "steps": 3}),
+        ({"stop_at_clip_layer": -2}, {"clip_skip": 1}),
+        ({"CLIP_stop_at_last_layers": 2}, {"clip_skip": 1}),
+        ({"use_karras_sigmas": True}, {"spacing": "karras"}),
+        ({"use_karras_sigmas": False}, {}),
+        ({"scheduler": "k_euler_a", "spacing": "SGM Uniform"}, {"scheduler": "euler-a", "spacing": "trailing"}),
+        ({"sampler": "DPM++ 2M Karras", "schedule_type": "Karras"}, {"scheduler": "dpm++2m", "spacing": "karras"}),
+    ],
+)
+def test_what_means_something_else_is_translated(given: dict[str, Any], values: dict[str, Any]) -> None:
+    assert settings.checked(given, "python") == values
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_steps": 3}, "setting num_steps is not known; did you mean steps (num_inference_steps)?"),
+        ({"guidance_sclae": 3}, "did you mean guidance (guidance_scale)?"),
+        ({"steps": 3, "num_inference_steps": 5}, "steps 3 and num_inference_steps 5 are one setting; give one of them"),
+        ({"num_inference_steps": 0}, "steps 0: a whole number"),
+        ({"output_type": "latent"}, "output_type 'latent': give output='latents'"),
+        ({"output_type": "np"}, "output_type 'np': images are PIL images; numpy.asarray(image)"),
+        ({"return_dict": False}, "return_dict False: a Result is returned; its images are result.images"),
+        ({"callback_on_step_end": print}, "callback_on_step_end: give on_step="),
+        ({"denoising_start": 0.8}, "denoising_start: the refiner takes over within one call"),
+        ({"batch_size": 4}, "batch_size: give n, the images of each prompt, or batch"),
+        ({"prompt_embeds": torch.zeros(1)}, "prompt_embeds: prompts are encoded here"),
+        (
+            {"scheduler": "DPM++ 2M Karras", "spacing": "beta"},
+            "has the spacing karras, and spacing 'beta' is given",
+        ),
+        ({"scheduler": "karras"}, "give spacing=karras"),
+    ],
+)
+def test_what_cannot_be_translated_is_answered(given: dict[str, Any], message: str, pipeline: Pipeline) -> None:
+    with pytest.raises(LdmError) as caught:
+        pipeline("a cat", **given)
+    assert message in str(caught.value)
+
+
+def test_a_generator_is_taken_once(pipeline: Pipeline) -> None:
+    generator = torch.Generator().manual_seed(5)
+    made = pipeline("a cat", generator=generator, steps=1)
+    assert made.settings[0]["seed"] == 5
+    with pytest.raises(LdmError, match="generator: numbers were drawn from it already"):
+        pipeline("a cat", generator=generator, steps=1)
+
+
+def test_arguments_of_loading_in_diffusers(models: Path) -> None:
+    made = Pipeline(
+        pretrained_model_name_or_path=models / "sd15", torch_dtype=torch.float32, device="cpu", safety_checker=None,
+        use_safetensors=True,
+    )  # fmt: skip
+    assert made.model.dtype == torch.float32
+    for given, message in (
+        ({"dtype": torch.float32, "torch_dtype": torch.float16}, "are one setting"),
+        ({"torch_dtyp": torch.float16}, "did you mean dtype (torch_dtype)?"),
+        ({"vae": "x"}, "vae: name a file or folder: components="),
+    ):
+        with pytest.raises(LdmError) as caught:
+            Pipeline(models / "sd15", **given)
+        assert message in str(caught.value)
+
+
+def test_settings_of_an_evaluation_by_other_names() -> None:
+    found = evaluate._settings(["num_inference_steps=3", "guidance-scale=2", "sampler=Euler a", "torch_dtype=fp32"])
+    assert found == {"steps": 3, "guidance": 2, "scheduler": "Euler a", "dtype": "fp32"}
+    assert evaluate._sweep("cfg_scale=1,3") == ("guidance", (1, 3))
+    with pytest.raises(LdmError, match="--with steps 3 and --with num_inference_steps 5 are one setting"):
+        evaluate._settings(["steps=3", "num_inference_steps=5"])
+    with pytest.raises(LdmError, match="its values mean something else here; give those of clip_skip"):
+        evaluate._sweep("stop_at_clip_layer=-1,-2")
+
+
+def test_a_record_tells_an_object_from_a_name(pipeline: Pipeline) -> None:
+    """An object's options are not recorded, so that its class does not suffice to make the image again."""
+    request = pipeline.request("a cat", scheduler=EulerDiscreteScheduler(), steps=2)
+    (record,) = records(request, pipeline.model.family)
+    assert record["scheduler"] == "EulerDiscreteScheduler object"
+    with pytest.raises(LdmError, match="scheduler 'EulerDiscreteScheduler object' is not known"):
+        pipeline.request("a cat", scheduler=record["scheduler"])
