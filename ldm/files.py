@@ -5,12 +5,14 @@ A safetensors file can hold its own SHA-256 in its header: the digest is compute
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 DIGEST = "ldm.sha256"
 HASHED = 64 * 2**20  # bytes that are mapped at a time when a file is hashed
@@ -186,20 +193,25 @@ def check_destination(path: Path, folder: bool, overwrite: bool) -> Path:
 def replacing(path: Path, folder: bool, overwrite: bool, need: int) -> Iterator[Path]:
     """Yield a temporary path beside `path`; at the end it replaces `path`, on an error it is removed.
 
-    If `path` is a link, its target is replaced.
+    If `path` is a link, its target is replaced. What killed writers of the same path left behind is removed.
 
     Raises:
         LdmError: see `check_destination`; or the disk is not writable, has less than `need` bytes free, or is full.
     """
     target = check_destination(path, folder, overwrite)
-    temporary = target.parent / f".{secrets.token_hex(6)}.part"
+    temporary = target.parent / f".{_place(target)}-{secrets.token_hex(6)}.part"
     old = temporary.with_suffix(".old")
+    held = None
     try:
+        _sweep(target)
         free = shutil.disk_usage(target.parent).free
         if need > free:
             raise LdmError(f"{path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on its disk")
         if folder:
             temporary.mkdir()
+        else:
+            temporary.touch()
+        held = _hold(temporary)
         yield temporary
         if folder and target.exists():
             target.rename(old)
@@ -207,10 +219,63 @@ def replacing(path: Path, folder: bool, overwrite: bool, need: int) -> Iterator[
     except OSError as error:
         raise LdmError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
+        if held is not None:
+            os.close(held)
         if old.exists() and not target.exists():  # interrupted between the two renames
             old.rename(target)
         for rest in (temporary, old):
-            if rest.is_dir():
-                shutil.rmtree(rest, ignore_errors=True)
-            else:
-                rest.unlink(missing_ok=True)
+            _remove(rest)
+
+
+# --- what killed writers left -----------------------------------------------------------------------------------------
+
+YOUNG = 60  # seconds in which a temporary result is never removed: its writer may not have locked it yet
+
+
+def _place(target: Path) -> str:
+    """The part of a temporary name that is the same for all writers of a path."""
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
+
+
+def _hold(temporary: Path) -> int | None:
+    """Lock a temporary file or folder as long as this process lives, as a descriptor; None if that cannot be.
+
+    The lock belongs to the descriptor (flock), because the writer opens and closes the file by itself.
+    """
+    if fcntl is None:
+        return None
+    try:
+        held = os.open(temporary, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # its writer lives, or the file system has no locks
+        os.close(held)
+        return None
+    return held
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed writers of a path left: not locked and not young. Without locks nothing is removed.
+
+    A result that was about to be replaced is removed only if a new one is there.
+    """
+    for rest in target.parent.glob(f".{_place(target)}-*"):
+        with contextlib.suppress(OSError):  # another writer has just finished, or the file is not ours
+            if rest.suffix == ".old":
+                if target.exists():
+                    _remove(rest)
+                continue
+            newest = max(path.stat().st_mtime for path in (rest, *rest.rglob("*")))
+            held = _hold(rest) if time.time() - newest > YOUNG else None
+            if held is not None:
+                _remove(rest)
+                os.close(held)
+
+
+def _remove(rest: Path) -> None:
+    if rest.is_dir() and not rest.is_symlink():
+        shutil.rmtree(rest, ignore_errors=True)
+    else:
+        rest.unlink(missing_ok=True)

@@ -1,21 +1,30 @@
 """Images: reading files, conversion between PIL and tensors, and PNG files that hold the settings to reproduce them.
 
+Colours are converted to sRGB from the file's colour profile; a profile that is damaged, or belongs to another kind of
+colours than the file's, is ignored, as browsers do. What lies beside the pixels never makes an image unreadable:
+damaged EXIF counts as absent, and a PNG is read without its compressed texts if they are damaged or above PIL's limit.
+
 B images, H×W height and width
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -25,9 +34,34 @@ KEY = "ldm"  # PNG text key of our JSON; AUTOMATIC1111's programs read the key "
 WHITE = 128  # smallest value of a mask's white pixels
 ImageFile = str | os.PathLike[str] | BinaryIO | Image.Image
 
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
+_WITH_ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's keys
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_COLOURS = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # PIL's mode for the colours of a profile
+_SAME_COLOURS = 2  # largest difference of 255 between sRGB and the colours of a profile that counts as sRGB
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image's header says."""
+
+    size: tuple[int, int]  # width and height, upright
+    profile: str  # digest of the colour profile from which the image is converted to sRGB; "" if it is not
+
 
 def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, least: int = 0) -> Image.Image:
-    """The first frame of an image file, upright; transparent parts become white, or black in mode "L" (a mask).
+    """The first frame of an image file, upright, in sRGB; transparent parts become white.
+
+    In mode "L" (a mask) transparent parts become black, and the colour profile is ignored.
 
     Args:
         source: a path, a file open for reading, or an image.
@@ -39,27 +73,48 @@ def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, le
         LdmError: the file cannot be read, is not an image, is damaged, or has over 100 million pixels.
     """
     with _reading(source, name):
-        image = _open(source, name)
-        if least:
-            _decode_smaller(image, least)
-        image = ImageOps.exif_transpose(image)
+        image = _upright(_opened(source, name, lambda image: _decode(image, least)))
+        profile = image.info.pop("icc_profile", None)
         if image.mode.startswith("I"):  # PIL would clip 16 bits to white
             image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+        if mode != "L":
+            image = _in_srgb(image, profile)
         if mode in ("RGB", "L") and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white" if mode == "RGB" else "black"), image)
         return image if image.mode == mode else image.convert(mode)
 
 
-def image_size(source: ImageFile, name: str | None = None) -> tuple[int, int]:
-    """Width and height of an image, upright, from its header alone.
+def image_header(source: ImageFile, name: str | None = None) -> Header:
+    """What the header of an image says, without decoding the image.
 
     Raises:
         LdmError: see `load_image`; only errors in the header are found.
     """
     with _reading(source, name):
+        image = _opened(source, name, lambda image: None)
+        size = (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
+        profile = image.info.get("icc_profile")
+        if not isinstance(profile, bytes) or _conversion(profile, _colours(image.mode)) is None:
+            return Header(size, "")
+        return Header(size, hashlib.blake2b(profile, digest_size=8).hexdigest())
+
+
+def _opened(source: ImageFile, name: str | None, prepare: Callable[[Image.Image], object]) -> Image.Image:
+    """An image, opened and prepared; a PNG whose metadata are at fault, without them."""
+    try:
         image = _open(source, name)
-        return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
+        prepare(image)
+        return image
+    except (LdmError, MemoryError):
+        raise
+    except Exception:  # decoders of damaged files raise anything
+        plain = _plain_png(source)
+        if plain is None:
+            raise
+    image = _open(plain, name or str(source))
+    prepare(image)
+    return image
 
 
 def _open(source: ImageFile, name: str | None) -> Image.Image:
@@ -73,20 +128,113 @@ def _open(source: ImageFile, name: str | None) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation in the header; a PNG's metadata after the pixels is ignored: reading it decodes the image."""
-    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
-    return exif.get(ExifTags.Base.Orientation, 1)
-
-
-def _decode_smaller(image: Image.Image, least: int) -> None:
-    """Set a JPEG to be decoded at the smallest scale whose shorter side has at least `least` pixels."""
-    for part in (8, 4, 2):
+def _decode(image: Image.Image, least: int) -> None:
+    """Decode an image: a JPEG at the smallest scale whose shorter side has at least `least` pixels."""
+    for part in (8, 4, 2) if least and image.format in ("JPEG", "MPO") else ():
         # an incomplete block is at the right or bottom; rotating the image would then shift all other blocks
         whole = not (image.width % part or image.height % part) or _orientation(image) == 1
         if whole and min(image.size) // part >= least:
             image.draft(None, (image.width // part, image.height // part))
-            return
+            break
+    image.load()
+
+
+def _plain_png(source: ImageFile) -> io.BytesIO | None:
+    """A PNG without damaged metadata and without compressed or long texts; None if the source is no PNG file."""
+    if isinstance(source, Image.Image):
+        return None
+    with Path(source).open("rb") if isinstance(source, str | os.PathLike) else nullcontext(source) as file:
+        file.seek(0)
+        if file.read(len(_PNG)) != _PNG:
+            return None
+        data = file.read()
+    kept, at = [_PNG], 0
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind, content = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        if (
+            kind[:1].isupper()
+            or (  # a chunk without which there are no pixels
+                zlib.crc32(kind + content) == int.from_bytes(data[end - 4 : end], "big")
+                and not (
+                    kind in _TEXTS and (_is_compressed(kind, content) or len(content) > PngImagePlugin.MAX_TEXT_CHUNK)
+                )
+            )
+        ):
+            kept.append(data[at:end])
+        at = end
+    return io.BytesIO(b"".join(kept))
+
+
+def _is_compressed(kind: bytes, content: bytes) -> bool:
+    """Whether a chunk of text is compressed: an international text says so after its key."""
+    return kind == b"zTXt" or (kind == b"iTXt" and content.partition(b"\0")[2][:1] != b"\0")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, or 1 if it is damaged. A PNG's metadata after its pixels are known once it is decoded."""
+    try:
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own method would decode it
+    except Exception:  # EXIF is written by cameras, and edited by many programs
+        return 1
+    return int(orientation) if orientation and orientation in range(1, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A decoded image, rotated as its metadata say, without these metadata."""
+    orientation = _orientation(image)
+    image = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image.copy()
+    for key in _WITH_ORIENTATION:
+        image.info.pop(key, None)
+    return image
+
+
+def _colours(mode: str) -> str:
+    """The kind of colours of an image in PIL's `mode`: "RGB", "CMYK" or "L" (gray)."""
+    return "CMYK" if mode == "CMYK" else "L" if mode[0] in "1LI" and mode != "LAB" else "RGB"
+
+
+@lru_cache(maxsize=64)  # the images of a set have few different profiles
+def _conversion(profile: bytes, colours: str) -> ImageCms.ImageCmsTransform | None:
+    """The conversion to sRGB of such colours with a profile; None if they are sRGB, or the profile is not for them."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = _COLOURS.get(source.profile.xcolor_space.strip(), "")
+        if mode != colours and (colours, mode) != ("L", "RGB"):
+            return None
+        transform = ImageCms.ImageCmsTransform(source, _profile("sRGB"), mode, "RGB")
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.linspace(0, 255, 17).round().astype(np.uint8)
+    every = np.stack(np.meshgrid(*[levels] * 3), axis=-1).reshape(1, -1, 3) if mode == "RGB" else levels[None]
+    converted = np.asarray(transform.apply(Image.fromarray(every)), np.int16)
+    difference = converted - (every if mode == "RGB" else every[..., None])
+    return transform if np.abs(difference).max() > _SAME_COLOURS else None
+
+
+def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
+    """An image converted to sRGB from its profile, or from L*a*b*; its transparency stays."""
+    if image.mode == "LAB":
+        transform = ImageCms.ImageCmsTransform(_profile("LAB"), _profile("sRGB"), "LAB", "RGB")
+    elif isinstance(profile, bytes) and (found := _conversion(profile, _colours(image.mode))):
+        transform = found
+    else:
+        return image
+    mode, alpha = transform.input_mode, None
+    if image.has_transparency_data:
+        whole = image.convert("RGBA")
+        alpha, image = whole.getchannel("A"), image if mode == "L" else whole
+    converted = transform.apply(image if image.mode == mode else image.convert(mode))
+    converted.info.clear()
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _profile(name: Literal["sRGB", "LAB"]) -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile(name))
 
 
 @contextmanager
@@ -103,6 +251,8 @@ def _reading(source: ImageFile, name: str | None) -> Iterator[None]:
         raise LdmError(f"{name} does not exist") from None
     except Exception as error:  # decoders of damaged files raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no image, or damaged"
+        if "MAX_TEXT" in str(error):  # PIL's limit, which a colour profile can exceed
+            reason = "its colour profile has over 1 MB; save it with a smaller one"
         raise LdmError(f"{name} cannot be read as an image: {reason}") from None
 
 
@@ -172,8 +322,8 @@ def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
         LdmError: the file is not an image, or our JSON is damaged.
     """
     load_image(path)
-    with Image.open(path) as image:
-        text = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    info = _opened(path, None, Image.Image.load).info
+    text = {key: value for key, value in info.items() if isinstance(value, str)}
     try:
         settings = json.loads(text.get(KEY, "null"))
     except (ValueError, RecursionError):

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Any
 
 from ldm.errors import LdmError
@@ -188,6 +189,18 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(is_whole(side) and 0 <= side <= 2**20 for side in value)
 
 
+def _component(text: str) -> dict[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(text)
+    return {name: path}
+
+
+def _are_components(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return bool(pairs) and all(isinstance(name, str) and isinstance(path, (str, PathLike)) for name, path in pairs)
+
+
 def _is_interval(value: Any) -> bool:
     numbers = isinstance(value, tuple) and all(isinstance(part, (int, float)) for part in value)
     return numbers and len(value) == 2 and 0 <= value[0] <= value[1] <= 1
@@ -239,6 +252,10 @@ SCHEDULER = Kind(
 )  # fmt: skip
 SOURCE = Kind(
     "MODEL", "the name of a model", lambda value: not isinstance(value, (bool, int, float, tuple))
+)  # fmt: skip
+COMPONENTS = Kind(
+    "NAME=PATH", "NAME=PATH, such as vae=better-vae.safetensors, or a dictionary of such pairs,", _are_components,
+    _component, structured=True,
 )  # fmt: skip
 DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
 
@@ -368,6 +385,9 @@ LOADING: tuple[Setting, ...] = (
             "Offload of large models from a GPU: none, components or layers; auto chooses.", "auto", closed=ONE_MODEL),
     Setting("family", NAME, "Family of a single file, if its tensors do not tell: sd2 or sd2-v.",
             record="source_family", closed=ONE_MODEL),
+    Setting("components", COMPONENTS,
+            "A component from elsewhere: unet, vae, text_encoder or text_encoder_2; once for each.",
+            flag="--component", closed=ONE_MODEL),
     Setting("variant", NAME, "Which of a folder's weights to read, such as fp16.", closed=ONE_MODEL),
     Setting("allow_pickle", FLAG, "Read tensors, and nothing else, from .ckpt and .bin.", False,
             closed=ONE_MODEL | {"record": "it must be allowed each time"}),

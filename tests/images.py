@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 SIZES = [(64, 64), (96, 64), (64, 96), (80, 72), (130, 70)]
 
@@ -111,3 +112,44 @@ BAD = {
     "program.png": (encoded(Image.new("RGB", (16, 16)), "EPS"), "is PostScript, a program that would be run"),
     "hdr.tif": (encoded(Image.new("F", (16, 16)), "TIFF"), "floating-point numbers"),
 }
+
+
+# --- colour profiles --------------------------------------------------------------------------------------------------
+
+
+def s15(number: float) -> bytes:
+    """A number as ICC's s15Fixed16."""
+    return struct.pack(">i", round(number * 65536))
+
+
+def profile(space: str, gamma: float, colorants: dict[str, tuple[float, float, float]]) -> bytes:
+    """An ICC profile (version 2) of a space with one gamma; colorants (X, Y, Z) are relative to D50."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    text = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(8 + 3 + 67)
+    white = (0.9642, 1.0, 0.8249)
+    tags = {
+        b"desc": text,
+        b"cprt": b"text" + bytes(4) + b"none\0",
+        b"wtpt": b"XYZ " + bytes(4) + b"".join(map(s15, white)),
+    }
+    tags |= {name.encode() + b"XYZ": b"XYZ " + bytes(4) + b"".join(map(s15, xyz)) for name, xyz in colorants.items()}
+    tags |= {name.encode() + b"TRC": curve for name in colorants or "k"}
+    at, table, body = 128 + 4 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", at + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(">I4sI4s4s4s", at + len(body), b"test", 0x02400000, b"mntr", space.encode(), b"XYZ ")
+    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + b"".join(map(s15, white))
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+_RED, _GREEN, _BLUE = (0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)
+ADOBE = profile("RGB ", 563 / 256, {"r": _RED, "g": _GREEN, "b": _BLUE})  # Adobe RGB (1998)
+GRAY = profile("GRAY", 1.0, {})  # linear
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GREEN = (60, 180, 75)
+
+
+def near(image: Image.Image, expected: tuple[int, ...], within: int = 1) -> bool:
+    """Whether the image has these colours, to 1 of 255."""
+    return bool((np.abs(np.asarray(image, np.int16) - np.array(expected)) <= within).all())

@@ -87,6 +87,7 @@ class Group:
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
+READING = ("family", "variant", "components", "allow_pickle")  # settings of loading that open a model
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -163,6 +164,7 @@ def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     own = {
         "source": _absolute(source),
         "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
+        "components": {name: _absolute(path) for name, path in loading.get("components", {}).items()} or None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
     }
@@ -305,7 +307,7 @@ def _absolute(source: str) -> str:
 def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     """The plan that `--dry-run` prints. Everything is checked, but no weights are loaded."""
     loading = options.loading
-    reading = {name: loading[name] for name in ("family", "variant", "allow_pickle") if name in loading}
+    reading = {name: loading[name] for name in READING if name in loading}
     opened = open_source(named(loading.get("source")), **reading, verify=False)
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):

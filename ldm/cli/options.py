@@ -8,15 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.settings import FLAG, Setting
+from pipelines.settings import COMPONENTS, FLAG, Setting
 
 
 def option(row: Setting) -> Parameter:
-    """A row as a parameter of a command, with a text, True or False as value; None if the option is not given."""
+    """A row as a parameter of a command, with a text, True or False as value; None if the option is not given.
+
+    Components are a list of texts.
+    """
     flags = f"{row.option}/--no-{row.option[2:]}" if row.default is True else row.option
     default = "" if row.default is None or row.kind is FLAG else f"  [default: {_text(row.default)}]"
     metavar = None if row.kind is FLAG else row.kind.metavar
-    kind = bool if row.kind is FLAG else str
+    kind: Any = bool if row.kind is FLAG else list[str] if row.kind is COMPONENTS else str
     info = typer.Option(flags, help=row.help + default, show_default=False, metavar=metavar)
     return Parameter(row.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm.cli.common import to_png
+from ldm.cli.common import to_components, to_png
 from ldm.cli.record import from_parameters
 from ldm.errors import LdmError, listing
 from ldm.images import load_image, read_settings, save_png
@@ -30,6 +31,7 @@ def reproduce_image(
     out: str | None,
     device: str | None,
     dtype: str | None,
+    components: Sequence[str],
     allow_pickle: bool,
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
@@ -42,6 +44,8 @@ def reproduce_image(
     record = record or {}
     loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
     loading |= {name: given for name, given in (("source", model), ("refiner", refiner), ("dtype", dtype)) if given}
+    if components:
+        loading["components"] = {**loading.get("components", {}), **to_components(components)}
     if "source" not in loading:
         raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
     for name, given in (("image", image), ("mask", mask)):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ldm.sampling.scheduler_names import OTHER_SPACINGS, other_names
-from ldm.sampling.schedulers import SCHEDULERS, spacings
+from ldm.sampling.schedulers import LEVELS, SCHEDULERS, SPACINGS, spacings
 
 
 def print_schedulers(as_json: bool) -> None:
@@ -20,13 +20,17 @@ def print_schedulers(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("scheduler", "diffusers' class", "other names", "spacings", box=None, padding=(0, 2, 0, 0))
+    every = [*SPACINGS, *LEVELS]
+    names = Column("other names, diffusers' class first", min_width=35)
+    table = Table("scheduler", names, "spacings", box=None, padding=(0, 2, 0, 0))
     for name, row in rows.items():
-        others = [other for other in row["names"] if other != row["class"]]
-        table.add_row(name, str(row["class"]), ", ".join(others), " ".join(row["spacings"]))
+        found = dict.fromkeys([str(row["class"]), *row["names"]])
+        table.add_row(name, ", ".join(found), "all" if row["spacings"] == every else " ".join(row["spacings"]))
     spaced = Table("spacing", "other names", box=None, padding=(0, 2, 0, 0))
-    for name, names in OTHER_SPACINGS.items():
-        spaced.add_row(name, ", ".join(other for other in names if other.lower() != name))
+    for name in every:
+        spaced.add_row(
+            name, ", ".join(OTHER_SPACINGS.get(name, ("your own noise levels, as --spacing 14.6,7,3,1,0.1",)))
+        )
     Console().print(table)
     print()
     Console().print(spaced)

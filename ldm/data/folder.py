@@ -2,8 +2,9 @@
 
 `a.txt` holds the captions of `a.png`, one on each line. Instead, a `metadata.jsonl` or `metadata.csv` in the image's
 folder or above it may list the captions, as Hugging Face's imagefolder does: `file_name` (relative to the metadata
-file), `text` (a text, or in JSON a list) and optionally `score` or `aesthetic_score`. Several rows with the same
-`file_name` are several captions. Files whose names start with a dot are ignored.
+file), the captions (a text, or in JSON a list) in the named column, or in `text`, `caption`, `captions` or `prompt`,
+and optionally `score` or `aesthetic_score`. Several rows with the same `file_name` are several captions. Links are
+followed, but not to a folder that they lie in. Files whose names start with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -11,24 +12,54 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import posixpath
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
-from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Entry, SourcePart, decode_caption, to_captions
-from ldm.errors import LdmError
+from ldm.data.image_set import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    SCORE_COLUMNS,
+    Captions,
+    Entry,
+    SourcePart,
+    decode_caption,
+    first_of,
+    to_captions,
+)  # fmt: skip
+from ldm.errors import LdmError, listing
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # a row of a metadata file
+Listed = tuple[object, object]  # captions and score in a row
+
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_TABLES = frozenset({"csv", "json", "jsonl", "parquet", "tsv"})  # suffixes of files that may hold captions
+_DRIVE = re.compile(r"[A-Za-z]:/")
 
 
 class Folder:
-    """Images in a folder. Keys are paths within it."""
+    """Images in a folder. Keys are paths within it.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the folder.
+        caption_column: the column of captions in the metadata files, if it does not have one of the usual names.
+    """
+
+    def __init__(self, root: Path, caption_column: str | None = None) -> None:
         self.root = root
         self.name = str(root)
+        self.caption_column = caption_column
+        self._columns: list[str] = []  # of the metadata files
+        self._others = ""  # files that may hold captions and are not read
 
     def parts(self) -> list[SourcePart]:
         """One part, listed at every start."""
@@ -38,51 +69,149 @@ class Folder:
         """The file at a path within the folder."""
         return (self.root / where).open("rb")
 
+    def unread(self) -> str:
+        """Columns and files that may hold captions and are not read; "" if there are none."""
+        found = []
+        if self._columns and not self.caption_column and not set(self._columns) & set(CAPTION_COLUMNS):
+            columns = listing(self._columns, 12)
+            found.append(f"the metadata has the columns {columns}: name the one of captions with caption_column")
+        if self._others:
+            found.append(f"captions are read from .txt, {' and '.join(_METADATA)}, but not from {self._others}")
+        return "; ".join(found)
+
     def _entries(self) -> Iterator[Entry]:
         stamps = dict(_files(str(self.root)))
-        records: dict[str, list[Record]] = {}
-        for path in sorted(stamps):
-            if posixpath.basename(path) in ("metadata.jsonl", "metadata.csv"):
-                for record in _records(self.root / path):
-                    name = posixpath.normpath(posixpath.join(posixpath.dirname(path), str(record["file_name"])))
-                    if name not in stamps:
-                        raise LdmError(f"{self.root / path} lists {name}, which is not there; remove it from the list")
-                    records.setdefault(name, []).append(record)
-        for path in sorted(stamps):
-            stem, dot, suffix = path.rpartition(".")
-            if suffix.lower() in IMAGE_SUFFIXES and dot:
-                yield self._entry(path, f"{stem}.txt", stamps, records.get(path, []))
+        listed = self._listed(stamps)
+        images = [path for path in sorted(stamps) if path in listed or _suffix(path) in IMAGE_SUFFIXES]
+        beside = {_stem(path): path for path in sorted(stamps) if _suffix(path) == "txt"}  # .TXT sorts before .txt
+        self._others = listing(_others(stamps, images))
+        if stamps and not images:
+            endings = [f".{suffix}" for suffix, _ in Counter(map(_suffix, sorted(stamps))).most_common()]
+            raise LdmError(f"{self.root} holds no image that can be used: its files end in {listing(endings, 8)}")
+        for path in images:
+            yield self._entry(path, beside.get(_stem(path), ""), stamps, listed.get(path, []))
 
-    def _entry(self, path: str, beside: str, stamps: dict[str, str], records: list[Record]) -> Entry:
+    def _entry(self, path: str, beside: str, stamps: dict[str, str], listed: list[Listed]) -> Entry:
         def captions() -> Captions:
-            found = [to_captions(record.get("text"), _score(record)) for record in records]
+            found = [to_captions(*one) for one in listed]
             texts = tuple(text for one in found for text in one.texts)
-            if not texts and beside in stamps:
+            if not texts and beside:
                 texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n")).texts
             return Captions(texts, found[0].score if found else None)
 
-        listed = hashlib.blake2b(repr(records).encode(errors="replace"), digest_size=8).hexdigest() if records else ""
-        return Entry(path, path, stamps[path], f"{listed}{stamps.get(beside, '')}", captions)
+        digest = hashlib.blake2b(repr(listed).encode(errors="replace"), digest_size=8).hexdigest() if listed else ""
+        return Entry(path, path, stamps[path], f"{digest}{stamps.get(beside, '')}", captions)
+
+    def _listed(self, stamps: dict[str, str]) -> dict[str, list[Listed]]:
+        """The rows of all metadata files, by image."""
+        names, found, columns = _Names(self.root, stamps), dict[str, list[Listed]](), dict[str, None]()
+        wanted = (self.caption_column,) if self.caption_column else CAPTION_COLUMNS
+        for path in sorted(stamps):
+            if posixpath.basename(path).lower() not in _METADATA:
+                continue
+            for record in _records(self.root / path):
+                columns |= dict.fromkeys(record)
+                row = first_of(record, *wanted), first_of(record, *SCORE_COLUMNS)
+                found.setdefault(names.find(path, str(record["file_name"])), []).append(row)
+        self._columns = list(columns)
+        if self.caption_column and self.caption_column not in columns:
+            has = f"its metadata has {listing(self._columns, 12)}" if columns else f"it has no {' or '.join(_METADATA)}"
+            raise LdmError(f"{self.root} has no column {self.caption_column!r} for captions: {has}")
+        return found
 
 
-def _files(folder: str, within: str = "") -> Iterator[tuple[str, str]]:
-    """The files in a folder and its sub-folders: path, and a stamp of size and time of modification."""
+class _Names:
+    """Names in metadata files, found among the files of a folder."""
+
+    def __init__(self, root: Path, stamps: dict[str, str]) -> None:
+        self.root, self.stamps = root, stamps
+        self.bases = [f"{base}/" for base in (root.absolute().as_posix(), root.resolve().as_posix())]
+
+    @cached_property
+    def composed(self) -> dict[str, str]:
+        """The files by name in Unicode's composed form: macOS stores others than most programs write."""
+        return {unicodedata.normalize("NFC", path): path for path in self.stamps}
+
+    @cached_property
+    def alike(self) -> dict[str, str]:
+        """The files by name without case."""
+        return {name.casefold(): path for name, path in self.composed.items()}
+
+    def find(self, metadata: str, name: str) -> str:
+        """The file that a metadata file lists; `\\` also separates folders, and a path may be absolute.
+
+        Raises:
+            LdmError: there is none.
+        """
+        for one in (name, name.replace("\\", "/")):
+            base = next((base for base in self.bases if one.startswith(base)), None)
+            path = one.removeprefix(base) if base else posixpath.join(posixpath.dirname(metadata), one)
+            path = posixpath.normpath(path)
+            if path in self.stamps:
+                return path
+        if found := self.composed.get(unicodedata.normalize("NFC", path)):
+            return found
+        if any(part.startswith(".") and part != ".." for part in path.split("/")):
+            why = "whose name starts with a dot, so that it is ignored; rename it, or remove it from the list"
+        elif posixpath.isabs(path) or path.startswith("../") or _DRIVE.match(one):
+            why = f"which is not in {self.root}; give names relative to the metadata file"
+        elif near := self.alike.get(unicodedata.normalize("NFC", path).casefold()):
+            why = f"which is not there, but {near} is; change the name in the list"
+        else:
+            why = "which is not there; remove it from the list"
+        raise LdmError(f"{self.root / metadata} lists {path if why.startswith('which is not there') else name}, {why}")
+
+
+def _files(folder: str, within: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
+    """The files in a folder and its sub-folders: path, and a stamp of size and time of modification.
+
+    `above` holds the device and number of the folders around it: a link to one of these would go round in circles.
+    """
+    path = os.path.join(folder, within)  # noqa: PTH118  a Path for each of a million files is slow
     try:
-        with os.scandir(os.path.join(folder, within)) as entries:  # noqa: PTH118  a Path for each of a million files is slow
+        here = os.stat(path)  # noqa: PTH116
+        if (here.st_dev, here.st_ino) in above:
+            return
+        above = (*above, (here.st_dev, here.st_ino))
+        with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _files(folder, f"{within}{entry.name}/")
+                if entry.is_dir():
+                    yield from _files(folder, f"{within}{entry.name}/", above)
                 elif entry.is_file():
                     status = entry.stat()
                     yield f"{within}{entry.name}", f"{status.st_size}:{status.st_mtime_ns}"
+                elif entry.is_symlink():  # to nothing
+                    if _suffix(entry.name) in IMAGE_SUFFIXES | {"txt"}:
+                        yield f"{within}{entry.name}", "absent"  # reading it will tell
+                    else:
+                        log.warning("the link %s leads to nothing: what it stood for is not used", entry.path)
     except OSError as error:
         raise LdmError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
 
 
-def _score(record: Record) -> object:
-    return record.get("score", record.get("aesthetic_score"))
+def _suffix(path: str) -> str:
+    """What follows the last dot of a file's name, in lower case."""
+    return posixpath.splitext(path)[1][1:].lower()
+
+
+def _stem(path: str) -> str:
+    """A path without its suffix."""
+    return posixpath.splitext(path)[0]
+
+
+def _others(stamps: dict[str, str], images: list[str]) -> list[str]:
+    """Files that may hold captions and are not read: they have an image's name, or a table's suffix."""
+    stems, known = {_stem(path) for path in images}, set(images)
+    return [
+        path
+        for path in sorted(stamps)
+        if path not in known
+        and posixpath.basename(path).lower() not in _METADATA
+        and _suffix(path) != "txt"
+        and (_suffix(path) in _TABLES or _stem(path) in stems)
+    ]
 
 
 def _records(path: Path) -> Iterator[Record]:
@@ -91,10 +220,11 @@ def _records(path: Path) -> Iterator[Record]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = (line for line in file if line.strip())
-            rows = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, lines)
+            rows = _csv_rows(path, file) if path.suffix.lower() == ".csv" else map(json.loads, lines)
             for number, row in enumerate(rows, 1):
                 if not isinstance(row, dict) or not row.get("file_name"):
-                    raise LdmError(f"{path}, row {number} has no file_name")
+                    has = f"; it has {listing(list(row), 12)}" if isinstance(row, dict) and row else ""
+                    raise LdmError(f"{path}, row {number} has no file_name{has}")
                 yield row
     except (ValueError, csv.Error, RecursionError) as error:
         if isinstance(error, LdmError):
@@ -102,3 +232,20 @@ def _records(path: Path) -> Iterator[Record]:
         raise LdmError(f"{path} cannot be read after row {number}: {error}") from None
     except OSError as error:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _csv_rows(path: Path, file: TextIO) -> Iterator[Record]:
+    """The rows of a CSV file, each with as many fields as there are columns."""
+    rows = csv.reader(file, strict=True)  # a quotation mark without its partner would swallow the following rows
+    columns = next(rows, [])
+    if columns and "file_name" not in columns:
+        raise LdmError(f"{path} has no column file_name; its columns, separated by commas, are {listing(columns, 12)}")
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise LdmError(f"{path} has several columns {listing(twice)}; rename or remove all but one")
+    for number, row in enumerate((row for row in rows if any(map(str.strip, row))), 1):
+        if len(row) != len(columns):
+            raise LdmError(
+                f"{path}, row {number} has {len(row)} fields, but there are {len(columns)} columns "
+                f"({listing(columns, 12)}): put texts with commas in quotation marks"
+            )
+        yield dict(zip(columns, row, strict=True))

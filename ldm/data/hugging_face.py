@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.data.image_set import Captions, Entry, SourcePart, to_captions
-from ldm.errors import LdmError, first_line
+from ldm.data.image_set import CAPTION_COLUMNS, SCORE_COLUMNS, Captions, Entry, SourcePart, to_captions
+from ldm.errors import LdmError, first_line, listing
 
 
 def load(name: str, split: str = "train", streaming: bool = False) -> Any:
@@ -59,15 +59,22 @@ class Columns:
             what = f"column {caption!r}" if images else "column of images"
             raise LdmError(f"the dataset {name} has no {what}; it has: {', '.join(features)}")
         self.image = images[0]
-        self.caption = caption or _first(features, "text", "caption", "captions", "prompt")
+        self.caption = caption or _first(features, *CAPTION_COLUMNS)
         self.key = _first(features, "key", "__key__")
-        self.score = _first(features, "score", "aesthetic_score")
+        self.score = _first(features, *SCORE_COLUMNS)
+        self.names = list(features)
 
     def undecoded(self, dataset: Any) -> Any:
         """The dataset with its images as undecoded files."""
         import datasets
 
         return dataset.cast_column(self.image, datasets.Image(decode=False))
+
+    def unread(self) -> str:
+        """The columns, if none is known to hold captions."""
+        columns = listing(self.names, 12)
+        has = f"the dataset has the columns {columns}: name the one of captions with caption_column"
+        return "" if self.caption else has
 
     def captions(self, row: Mapping[str, Any]) -> Captions:
         """The captions of a row."""
@@ -93,6 +100,10 @@ class Dataset:
     def open(self, where: str) -> BinaryIO:
         """The image file in a row."""
         return open_image(self.images[int(where)][self.columns.image])
+
+    def unread(self) -> str:
+        """The columns, if none is known to hold captions."""
+        return self.columns.unread()
 
     def _entries(self) -> Iterator[Entry]:
         for number in range(len(self.rows)):

@@ -9,13 +9,14 @@ images share it without copies.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,9 @@ from PIL import Image
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError, listing
 from ldm.files import replacing
-from ldm.images import image_size, load_image
+from ldm.images import image_header, load_image
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",
@@ -35,6 +38,9 @@ IMAGE_SUFFIXES = frozenset({
 SHORTEST = 8  # least length of a side in pixels
 LONGEST = 16  # greatest ratio of the longer to the shorter side
 _AT_ONCE = 4096  # entries in memory while the index is made
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")  # the first that is there holds the captions
+SCORE_COLUMNS = ("score", "aesthetic_score")
+_READING = "2"  # counts the changes of how images and captions are read: an index of another number is made anew
 _SAME = ("key", "where", "stamp", "caption_stamp")
 _SCHEMA = pa.schema(
     [
@@ -44,8 +50,10 @@ _SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("score", pa.float32()),
+        ("profile", pa.binary()),  # digest of the colour profile from which pixels are converted; empty if they are not
         ("reason", pa.string()),  # why the image cannot be used; "" if it can
-    ]
+    ],
+    metadata={"reading": _READING},
 )
 
 
@@ -99,6 +107,9 @@ class Source(Protocol):
     def open(self, where: str) -> BinaryIO:
         """One image's file."""
 
+    def unread(self) -> str:
+        """What may hold captions in the source and is not read, and the remedy; "" if there is nothing."""
+
 
 class ImageSet:
     """The usable images of a source, sorted by key, so that the order does not depend on the storage.
@@ -132,12 +143,21 @@ class ImageSet:
             raise LdmError(f"{source.name} holds no image that can be used{why}")
         self._twice = self._number_twins()
         bare = pc.equal(pc.list_value_length(table["captions"]), 0).to_numpy()[self._rows]
-        if bare.any() and captions == "required":
-            names = [self.key(index) for index in np.flatnonzero(bare)[:5]]
-            raise LdmError(
-                f"{source.name}: {bare.sum()} of {len(bare)} images have no caption "
-                f"({listing([*names, *[''] * (int(bare.sum()) - len(names))])}); write them, or set captions: optional"
-            )
+        if bare.any():
+            self._report_bare(bare, captions)
+
+    def _report_bare(self, bare: np.ndarray, captions: str) -> None:
+        """Raise an error if captions are required; if they are optional, tell what may hold them and is not read."""
+        names = [self.key(index) for index in np.flatnonzero(bare)[:5]]
+        unread = self.source.unread()
+        what = (
+            f"{self.source.name}: {bare.sum()} of {len(bare)} images have no caption "
+            f"({listing([*names, *[''] * (int(bare.sum()) - len(names))])}); "
+        )
+        if captions == "required":
+            raise LdmError(f"{what}{unread}{'; or ' if unread else ''}write them, or set captions: optional")
+        if unread:
+            log.warning("%s%s", what, unread)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -165,8 +185,9 @@ class ImageSet:
         return [self._twice.get(index) or _text(key) for index, key in enumerate(self._column("key"))]
 
     def all_stamps(self) -> list[str]:
-        """The stamps of all images; a stamp changes when the image's file changes."""
-        return [_text(stamp) for stamp in self._column("stamp")]
+        """The stamps of all images; it changes with the image's file, or if its colours are read otherwise."""
+        stamps, profiles = self._column("stamp"), self._column("profile")
+        return [_text(stamp) + _text(profile) for stamp, profile in zip(stamps, profiles, strict=True)]
 
     def example(self, index: int) -> Example:
         """An image's entry in the index."""
@@ -250,6 +271,11 @@ def check_size(width: int, height: int) -> None:
         )
 
 
+def first_of(record: Mapping[str, Any], *names: str) -> Any:
+    """The value in the first of these columns in which a record has one, or None."""
+    return next((record[name] for name in names if record.get(name) not in (None, "", [])), None)
+
+
 def decode_caption(data: bytes) -> str:
     """The text of a caption file, which must be UTF-8.
 
@@ -286,7 +312,7 @@ def _index(source: Source, folder: Path) -> Path:
     if path.exists():
         try:
             found = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            old = found if found.schema.equals(_SCHEMA) else old
+            old = found if found.schema.equals(_SCHEMA, check_metadata=True) else old
         except (pa.ArrowInvalid, OSError):
             pass  # the index is damaged and is built again
     runs = pc.run_end_encode(old["part"].combine_chunks())
@@ -327,11 +353,13 @@ def _identity(entry: Entry) -> tuple[bytes, ...]:
 def _look(source: Source, entry: Entry) -> dict[str, object]:
     """An index row with the image's size and captions, or the reason why the image cannot be used."""
     found: dict[str, object] = dict(zip(_SAME, _identity(entry), strict=True))
-    found |= {"width": 0, "height": 0, "captions": [], "score": None, "reason": ""}
+    found |= {"width": 0, "height": 0, "captions": [], "score": None, "profile": b"", "reason": ""}
     try:
         with source.open(entry.where) as file:
-            found["width"], found["height"] = size = image_size(file, "the file")
-        check_size(*size)
+            header = image_header(file, "the file")
+        found["width"], found["height"] = header.size
+        found["profile"] = header.profile.encode()
+        check_size(*header.size)
         captions = entry.captions()
         return found | {"captions": list(captions.texts), "score": captions.score}
     except LdmError as error:

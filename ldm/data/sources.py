@@ -24,7 +24,7 @@ def open_images(
         folder: the folder for the index, see `ImageSet`.
         captions: "required" or "optional".
         split: the dataset's split.
-        caption_column: the dataset's caption column, if it does not have one of the usual names.
+        caption_column: column of captions in a dataset, metadata file or sample's `.json`, if its name is unusual.
 
     Raises:
         LdmError: the source does not exist, or its images cannot be used.
@@ -33,11 +33,11 @@ def open_images(
     if _is_tar(source):
         if _is_remote(source):
             raise LdmError(f"{source} is remote: its images come in one order only; use it as a stream")
-        found = Tar(source, _files(source))
+        found = Tar(source, _files(source), caption_column)
     elif _is_dataset(source):
         found = Dataset(source, split, caption_column)
     elif Path(source).is_dir():
-        found = Folder(Path(source))
+        found = Folder(Path(source), caption_column)
     else:
         what = "is a file" if Path(source).is_file() else "does not exist"
         raise LdmError(f"{source} {what}; give a folder, tar shards, parquet files or a dataset (owner/name)")
@@ -51,7 +51,8 @@ def open_stream(source: str, *, split: str = "train", caption_column: str | None
         LdmError: the source does not exist.
     """
     if _is_tar(source):
-        return TarStream(source, _expanded(source) if _is_remote(source) else [str(file) for file in _files(source)])
+        addresses = _expanded(source) if _is_remote(source) else [str(file) for file in _files(source)]
+        return TarStream(source, addresses, caption_column)
     if _is_dataset(source):
         return DatasetStream(source, split, caption_column)
     raise LdmError(f"{source} cannot be streamed; give tar shards or a dataset, or use it without streaming")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from ldm.data.plan import SPARES, Item, Visit
 from ldm.data.skipped import Skipped
 from ldm.data.tar import captions_of
 from ldm.errors import LdmError, check_whole, first_line
-from ldm.images import image_size
+from ldm.images import image_header
+
+log = logging.getLogger(__name__)
 
 Arrival = tuple[str, bytes, Callable[[], Captions]]  # key, file, captions
 
@@ -50,12 +53,16 @@ class Stream(Protocol):
     def arrivals(self, seed: int, epoch: int) -> Iterator[Arrival]:
         """All images once."""
 
+    def unread(self) -> str:
+        """What may hold captions in the stream and is not read, and the remedy; "" if nothing is known."""
+
 
 class TarStream:
     """WebDataset shards at addresses that the `webdataset` library opens (https:, pipe:, files)."""
 
-    def __init__(self, name: str, addresses: list[str]) -> None:
+    def __init__(self, name: str, addresses: list[str], caption_column: str | None = None) -> None:
         self.name = name
+        self.caption_column = caption_column or ""
         self.addresses = addresses
 
     def arrivals(self, seed: int, epoch: int) -> Iterator[Arrival]:
@@ -66,7 +73,11 @@ class TarStream:
         for sample in tarfile_samples({"url": self.addresses[index]} for index in order):
             texts = {suffix: sample[suffix] for suffix in ("txt", "json") if suffix in sample}
             for suffix in sorted(sample.keys() & IMAGE_SUFFIXES):
-                yield f"{sample['__key__']}.{suffix}", sample[suffix], partial(captions_of, texts)
+                yield f"{sample['__key__']}.{suffix}", sample[suffix], partial(captions_of, texts, self.caption_column)
+
+    def unread(self) -> str:
+        """Nothing that is known before the shards are read."""
+        return ""
 
 
 class DatasetStream:
@@ -88,6 +99,10 @@ class DatasetStream:
             name = self.columns.key and row[self.columns.key]
             key = hashlib.blake2b(data, digest_size=8).hexdigest() if name is None else str(name)
             yield key, data, partial(self.columns.captions, row)
+
+    def unread(self) -> str:
+        """The columns, if none is known to hold captions."""
+        return self.columns.unread()
 
 
 class StreamPlan:
@@ -122,6 +137,9 @@ class StreamPlan:
         self.name, self.folder, self.captions, self.buffer = stream.name, folder, captions, buffer
         self.seen = 0  # images read so far
         self.left_out = 0  # images so far that would be enlarged too much
+        self.unread = stream.unread()
+        if self.unread and captions == "optional":
+            log.warning("%s: no image has a caption; %s", self.name, self.unread)
         self.list = made(folder) / f"skipped-stream-{rank}.txt"
 
     def items(self, start: int) -> Iterator[Item]:
@@ -188,11 +206,11 @@ class StreamPlan:
                 raise LdmError(f"{self.name}: the stream broke off: {first_line(error)}") from None
             self.seen += 1
             try:
-                width, height = image_size(io.BytesIO(data), "the file")
+                width, height = image_header(io.BytesIO(data), "the file").size
                 check_size(width, height)
                 said = captions()
                 if not said.texts and self.captions == "required":
-                    raise LdmError("it has no caption")
+                    raise LdmError("it has no caption" + (f"; {self.unread}" if self.unread else ""))
             except LdmError as error:
                 skipped.add(key, str(error))
                 skipped.check(self.seen)

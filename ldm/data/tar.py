@@ -1,7 +1,8 @@
 """WebDataset shards on disk: tar files in which the files of a sample are adjacent and share a name.
 
 A shard is read once from end to end to find the offsets of its images; then images are read in any order. Captions are
-the lines of `NAME.txt`, or `caption` or `text` in `NAME.json` (a text or a list; also `score` or `aesthetic_score`).
+the lines of `NAME.txt`, or `caption`, `text`, `captions` or `prompt` in `NAME.json` (a text or a list; also `score` or
+`aesthetic_score`). If the caption column is named, it is read from `NAME.json` alone.
 """
 
 from __future__ import annotations
@@ -11,21 +12,40 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Entry, SourcePart, decode_caption, to_captions
-from ldm.errors import LdmError
+from ldm.data.image_set import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    SCORE_COLUMNS,
+    Captions,
+    Entry,
+    SourcePart,
+    decode_caption,
+    first_of,
+    to_captions,
+)  # fmt: skip
+from ldm.errors import LdmError, listing
 
 _BLOCK = 512
+_FIRST = 64  # members that are looked at to tell what a shard holds
 
 
 class Tar:
-    """Images in tar files. Keys are the members' names."""
+    """Images in tar files. Keys are the members' names.
 
-    def __init__(self, name: str, files: Sequence[Path]) -> None:
+    Args:
+        name: the name of the source.
+        files: the shards.
+        caption_column: the key of the captions in the samples' `.json`, if it is not one of the usual names.
+    """
+
+    def __init__(self, name: str, files: Sequence[Path], caption_column: str | None = None) -> None:
         self.name = name
         self.files = files
+        self.caption_column = caption_column
 
     def parts(self) -> Iterator[SourcePart]:
         """A part for each shard."""
@@ -34,8 +54,21 @@ class Tar:
                 status = file.stat()
             except OSError as error:
                 raise LdmError(f"the shard {file} cannot be read: {error.strerror}") from None
-            stamp = f"{status.st_size}:{status.st_mtime_ns}"
-            yield SourcePart(str(file.resolve()), stamp, partial(_entries, file, stamp))
+            stamp, column = f"{status.st_size}:{status.st_mtime_ns}", self.caption_column or ""
+            part = f"{stamp}:{column}" if column else stamp
+            yield SourcePart(str(file.resolve()), part, partial(_entries, file, stamp, column))
+
+    def unread(self) -> str:
+        """The suffixes in the first samples that may hold captions, and what is read of them."""
+        try:
+            with tarfile.open(self.files[0], "r:", encoding="utf-8", errors="surrogateescape") as tar:
+                found = {split_name(member.name)[1] for member in islice(tar, _FIRST) if member.isreg()}
+        except (tarfile.TarError, EOFError, OSError):
+            return ""
+        suffixes = [f".{suffix}" for suffix in sorted(found - IMAGE_SUFFIXES - {"txt", ""})]
+        keys = self.caption_column or ", ".join(CAPTION_COLUMNS)
+        read = f"captions are read from .txt, and in .json from {keys} (caption_column names another)"
+        return f"the samples hold {listing(suffixes)}; {read}" if suffixes else ""
 
     def open(self, where: str) -> BinaryIO:
         """The bytes of a member."""
@@ -45,8 +78,8 @@ class Tar:
             return io.BytesIO(file.read(int(size)))
 
 
-def captions_of(texts: Mapping[str, bytes]) -> Captions:
-    """Captions of a sample from its files, given by extension.
+def captions_of(texts: Mapping[str, bytes], column: str = "") -> Captions:
+    """Captions of a sample from its files, given by extension; `column` is their key in its `.json`, if it is unusual.
 
     Raises:
         LdmError: a caption file cannot be read.
@@ -59,10 +92,14 @@ def captions_of(texts: Mapping[str, bytes]) -> Captions:
             raise error if isinstance(error, LdmError) else LdmError("its .json is not valid JSON") from None
         if not isinstance(record, dict):
             raise LdmError("its .json holds no object")
-    score = record.get("score", record.get("aesthetic_score"))
+    score = first_of(record, *SCORE_COLUMNS)
+    if column:
+        if column not in record:
+            raise LdmError(f"its .json has no {column!r}; it has: {listing(list(record), 12) or 'nothing'}")
+        return to_captions(record[column], score)
     if "txt" in texts:
         return to_captions(decode_caption(texts["txt"]).split("\n"), score)
-    return to_captions(record.get("caption", record.get("text")), score)
+    return to_captions(first_of(record, "caption", *CAPTION_COLUMNS), score)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -72,16 +109,15 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _entries(path: Path, stamp: str) -> Iterator[Entry]:
+def _entries(path: Path, stamp: str, column: str) -> Iterator[Entry]:
     """The images of a shard."""
     current, images, texts = "", list[tarfile.TarInfo](), dict[str, bytes]()
 
     def sample() -> Iterator[Entry]:
         for image in images:
             where = f"{path}:{image.offset_data}:{image.size}"
-            yield Entry(
-                image.name.removeprefix("./"), where, f"{stamp}:{image.offset_data}", "", partial(captions_of, texts)
-            )
+            name, own = image.name.removeprefix("./"), f"{stamp}:{image.offset_data}"
+            yield Entry(name, where, own, column, partial(captions_of, texts, column))
 
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:

@@ -35,11 +35,11 @@ class Room:
 
     def add(self, model: Components) -> None:
         """Let the networks of a model, which are in main memory now, take turns in this room."""
-        self.guests |= {model.text_encoders, model.autoencoder}
-        if self.layers:
-            by_layers(model.unet, self.device)
-        else:
-            self.guests.add(model.unet)
+        for network in model.networks.values():
+            if self.layers and isinstance(network, UNet):
+                by_layers(network, self.device)
+            else:
+                self.guests.add(network)
 
     def bring(self, network: nn.Module) -> None:
         """Move a network onto the device, after the one that is there has been moved out."""

@@ -46,7 +46,7 @@ OTHER_SPACINGS: dict[str, tuple[str, ...]] = {  # our name -> AUTOMATIC1111's an
     "karras": ("Karras",),
     "exponential": ("Exponential",),
     "beta": ("Beta",),
-    "ays": ("Align Your Steps", "align_your_steps"),
+    "ays": ("Align Your Steps",),
 }
 ABSENT = {  # a sampler that does not exist here -> the nearest
     "DPMSolverSDEScheduler": "dpm++sde", "DPM++ 2S a": "dpm++sde", "dpmpp_2s_ancestral": "dpm++sde",

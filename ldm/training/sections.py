@@ -123,7 +123,9 @@ class DataSection(Section):
         None, description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub"
     )
     split: str = Field("train", description="split of a dataset")
-    caption_column: str | None = Field(None, description="column of a dataset; null: text, caption, captions or prompt")
+    caption_column: str | None = Field(
+        None, description="column of captions in a dataset, metadata or .json; null: text, caption, captions or prompt"
+    )
     captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
     holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")

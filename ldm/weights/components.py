@@ -98,9 +98,12 @@ class ComponentSource:
     store: Store
     layouts: list[tuple[str, Layout]]  # (prefix of names, layout); the layout with the most matching names is used
     ignored: re.Pattern[str] = NOTHING  # names of tensors that may be present and are not needed
+    unused: list[str] = field(default_factory=list)  # those that are present, once `links` has looked
 
-    def links(self, module: nn.Module) -> list[Link]:
+    def links(self, module: nn.Module, remedy: str = "") -> list[Link]:
         """Links for every parameter of the module, all checked against names, shapes and types in the store.
+
+        `remedy` ends the message of an error.
 
         Raises:
             LdmError: names are missing or unexpected, or shapes or types are wrong.
@@ -110,11 +113,13 @@ class ComponentSource:
         candidates = [(prefix, layout(shapes)) for prefix, layout in self.layouts]
         prefix, links = max(candidates, key=lambda candidate: sum(link.theirs in found for link in candidate[1]))
         wanted = {link.theirs: link.shape(shapes) for link in links}
-        here = [name for name in found if name.startswith(prefix)]
+        more = [name for name in found if name.startswith(prefix) and name not in wanted]
+        self.unused = [name for name in more if self.ignored.fullmatch(name)]
         _refuse(
             self.store,
+            remedy,
             missing=[name for name in wanted if name not in found],
-            unexpected=[name for name in here if name not in wanted and not self.ignored.fullmatch(name)],
+            unexpected=[name for name in more if not self.ignored.fullmatch(name)],
             misshapen=[
                 f"{name} {list(found[name].shape)} (not {list(shape)})"
                 for name, shape in wanted.items()
@@ -133,16 +138,21 @@ def _fits(found: Shape, wanted: Shape) -> bool:
     return found == wanted or (*found, 1, 1) == wanted  # some files hold 1×1 convolutions as matrices
 
 
-def _refuse(store: Store, **problems: list[str]) -> None:
+def _refuse(store: Store, remedy: str, **problems: list[str]) -> None:
     if any(problems.values()):
         text = "; ".join(f"{len(names)} {kind}: {listing(names, 3)}" for kind, names in problems.items() if names)
         hint = " (this is a LoRA or another adapter, not a model)" if is_adapter(store.infos) else ""
-        raise LdmError(f"{_files(store)}: tensors do not fit the model{hint}: {text}")
+        raise LdmError(f"{_files(store)}: tensors do not fit the model{hint}: {text}{remedy}")
 
 
 def _files(store: Store) -> str:
     more = len(store.files) - 1
     return f"{store.files[0]}" + (f" and {more} more files" if more else "")
+
+
+def _elsewhere(component: str) -> str:
+    """The end of a message about the tensors of a component."""
+    return f"; take this component from another file (--component {component}=PATH, components=)"
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -159,13 +169,19 @@ class Opened:
     layout: str  # "diffusers folder" or "single file"
     family: Family
     tokenizers: list[Tokenizer]
-    parts: dict[str, ComponentSource]  # component name -> its tensors
-    ignored: list[str] = field(default_factory=list)  # components or groups of tensors that are present and unused
+    parts: dict[str, ComponentSource]  # component name -> its tensors; may lack components that come from elsewhere
+    beside: list[str] = field(default_factory=list)  # components or groups of tensors that are present and unused
 
     def __post_init__(self) -> None:
         with torch.device("meta"):
             self.components = build(self.family, self.tokenizers)
-        self.links = {name: self.parts[name].links(module) for name, module in self.components.modules().items()}
+        modules = self.components.modules()
+        self.links = {name: part.links(modules[name], _elsewhere(name)) for name, part in self.parts.items()}
+
+    @property
+    def ignored(self) -> list[str]:
+        """What the files hold and the model does not use: components, groups of tensors, tensors of a component."""
+        return [*self.beside, *(listing(part.unused) for part in self.parts.values() if part.unused)]
 
     def infos(self, component: str) -> Mapping[str, TensorInfo]:
         """Names, types and shapes of one component's tensors in the store."""

@@ -54,8 +54,11 @@ _PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|Instruct
 
 # names of superfluous tensors in older files of a component
 IGNORED = {
-    "vae": re.compile(r"(.*\.)?loss\..*"),
-    "text_encoder": re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask|text_projection)"),
+    "vae": re.compile(r"(.*\.)?(loss|model_ema)\..*"),
+    "text_encoder": re.compile(
+        r"(.*\.)?(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)"
+        r"|(.*\.)?(vision_model\..*|visual_projection\.weight|visual\..*)"  # the image tower of a whole CLIP model
+    ),
 }
 
 
@@ -242,8 +245,7 @@ def component_part(name: str, store: Store, family: Family) -> ComponentSource:
     names = [("", layouts.transformers), ("", layouts.transformers_flat), ("", layouts.open_clip(""))]
     prefix = layouts.tower_prefix(family, index)
     names.append((prefix, layouts.original_tower(family.text[index], prefix)))
-    vision = r"|visual\..*"  # a whole CLIP model as open_clip saves it
-    return ComponentSource(store, names, re.compile(tower_ignored(family.text[index]).pattern + vision))
+    return ComponentSource(store, names, tower_ignored(family.text[index]))
 
 
 def tower_ignored(config: TextEncoderConfig) -> re.Pattern[str]:

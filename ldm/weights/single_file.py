@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -57,8 +57,13 @@ _YAML_NUMBERS = {
 _LEFTOVERS = re.compile(
     r"model_ema\..*|embedding_manager\..*|denoiser\.sigmas|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod"
     r"(_prev)?|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|global_step"
-    r"|v_pred|ztsnr"
+    r"|v_pred|ztsnr|(cond_stage_model|conditioner\.embedders\.\d+)\.(logit_scale|text_projection(\.weight)?)"
 )
+_STRANGERS = {  # how names begin that tell what else a checkpoint holds
+    "control_model.": "a ControlNet",
+    "scaled_fp8": "marks of scaled float8 weights, which only ComfyUI computes with",
+    "emb_params": "a textual-inversion embedding",
+}
 
 log = logging.getLogger(__name__)
 
@@ -72,21 +77,23 @@ def open_single_file(
     allow_pickle: bool = False,
     verify: bool = True,
     progress: Progress = silent,
+    elsewhere: Collection[str] = (),
 ) -> Opened:
     """Open an original checkpoint: find the family and the tensors of each component, without loading weights.
 
     `family` is needed if an SD 2 file does not state the prediction type, noise (sd2) or velocity (sd2-v), in its
-    metadata or in a configuration beside it (`model.yaml` for `model.safetensors`).
+    metadata or in a configuration beside it (`model.yaml` for `model.safetensors`). The components `elsewhere` are left
+    out: they may be missing.
 
     Raises:
         LdmError: the file is not a checkpoint of a whole model, is damaged, or its family is unclear.
     """
     store = open_store(path, allow_pickle)
     with alongside(lambda: check_digest(path, progress=progress)) if verify else nullcontext():
-        return _described(path, store, family)
+        return _described(path, store, family, elsewhere)
 
 
-def _described(path: Path, store: Store, family: str | None) -> Opened:
+def _described(path: Path, store: Store, family: str | None, elsewhere: Collection[str]) -> Opened:
     """The family, recognised from the names and shapes of a checkpoint's tensors and from its metadata."""
     names = store.infos
     if not any(name.startswith(layouts.UNET_PREFIX) for name in names):
@@ -110,9 +117,47 @@ def _described(path: Path, store: Store, family: str | None) -> Opened:
     rest = [name for name in names if not name.startswith(prefixes)]
     strange = [name for name in rest if not _LEFTOVERS.fullmatch(name)]
     if strange:
-        raise LdmError(f"{path} holds tensors that a {found.name} model does not have: {listing(strange)}")
+        raise LdmError(f"{path} holds tensors that a {found.name} model does not have: {_strangers(strange)}")
+    parts = {name: part for name, part in parts.items() if name not in elsewhere}
+    _check_whole(path, found, parts)
     tokenizers = [clip_tokenizer(config.pad_token, config.context, config.vocab_size) for config in found.text]
-    return Opened(str(path), "single file", found, tokenizers, parts, sorted({name.split(".")[0] for name in rest}))
+    beside = sorted({_group(name) for name in rest}) + store.passed_over
+    return Opened(str(path), "single file", found, tokenizers, parts, beside)
+
+
+def _group(name: str) -> str:
+    """What a leftover tensor is listed as: the first part of its name, or all of it within a component."""
+    return name if name.startswith(("cond_stage_model.", "conditioner.")) else name.split(".")[0]
+
+
+def _strangers(names: list[str]) -> str:
+    """What is known of tensors that no model has, and the remedy."""
+    known = [what for start, what in _STRANGERS.items() if any(name.startswith(start) for name in names)]
+    hint = f" ({listing(known)})" if known else ""
+    return f"{listing(names)}{hint}; use a file of the model alone, or write one without them"
+
+
+def _check_whole(path: Path, family: Family, parts: Mapping[str, ComponentSource]) -> None:
+    """Check that a checkpoint has tensors of all components that it is to provide.
+
+    Raises:
+        LdmError: it has none of some; the message says how to add them.
+    """
+
+    def there(part: ComponentSource) -> bool:
+        return any(name.startswith(prefix) for name in part.store.infos for prefix, _ in part.layouts)
+
+    missing = [name for name, part in parts.items() if not there(part)]
+    if not missing:
+        return
+    words = ["autoencoder" if name == "vae" else name.replace("_", " ") for name in missing]
+    alone = "unet" in parts and len(missing) == 1 + len(family.text)
+    what = "is a U-Net alone" if alone else f"holds no {' and no '.join(words)}"
+    options = " ".join(f"--component {name}=PATH" for name in missing)
+    raise LdmError(
+        f"{path} {what}; name {'one' if len(missing) == 1 else 'the others'} ({options}, or "
+        "components=): a folder or file of it, or another checkpoint"
+    )
 
 
 def _what(names: Iterable[str]) -> str:
@@ -121,16 +166,18 @@ def _what(names: Iterable[str]) -> str:
     if is_adapter(names):
         return "it is a LoRA or another adapter"
     starts = {
-        "down_blocks.": "it is a diffusers U-Net (or ControlNet) alone",
-        "encoder.": "it is an autoencoder alone",
-        "first_stage_model.": "it is an autoencoder alone",
-        "text_model.": "it is a text encoder alone",
-        "transformer.resblocks.": "it is an OpenCLIP text encoder alone",
-        "control_model.": "it is a ControlNet alone",
+        "down_blocks.": ("a diffusers U-Net (or ControlNet)", "unet"),
+        "input_blocks.": ("a U-Net", "unet"),
+        "encoder.": ("an autoencoder", "vae"),
+        "first_stage_model.": ("an autoencoder", "vae"),
+        "text_model.": ("a text encoder", "text_encoder"),
+        "transformer.resblocks.": ("an OpenCLIP text encoder", "text_encoder"),
+        "control_model.": ("a ControlNet", ""),
     }
-    for start, answer in starts.items():
+    for start, (answer, component) in starts.items():
         if any(name.startswith(start) for name in names):
-            return answer
+            use = f"; use it in a whole model (--component {component}=PATH, components=)" if component else ""
+            return f"it is {answer} alone{use}"
     return f"its tensors are called {listing(names)}" if names else "it holds no tensors"
 
 
@@ -199,8 +246,8 @@ def _signature_of(family: Family) -> tuple[int, ...]:
 def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
     """The settings stated by metadata, by marker tensors and by a configuration beside a checkpoint, with origins."""
     told: list[tuple[str, dict[str, Any]]] = []
-    stated = store.metadata.get("modelspec.prediction_type")
-    if stated is not None:
+    stated = store.metadata.get("modelspec.prediction_type", "").strip()
+    if stated.lower() not in ("", "none", "null"):  # some programs write an unset value so
         told.append(("its metadata", {"prediction_type": _prediction(f"{path}: modelspec.prediction_type", stated)}))
     if "v_pred" in store.infos:
         told.append(("its tensor v_pred", {"prediction_type": "v_prediction"}))

@@ -48,8 +48,9 @@ def open_source(
         family: the family of a single file that does not state it (sd2 or sd2-v).
         variant: the variant of a folder's weights, such as "fp16".
         revision: the revision of a model on the Hub.
-        components: replacements of components by name (unet, vae, text_encoder, text_encoder_2): a component's
-            folder or a file with its weights, in diffusers', the original or open_clip's names.
+        components: components from elsewhere by name (unet, vae, text_encoder, text_encoder_2), which replace those of
+            the source or fill what a single file lacks: a component's folder, or a file with its weights in
+            diffusers', the original or open_clip's names.
         allow_pickle: read tensors from `.ckpt` and `.bin` files, with PyTorch's restricted unpickler.
         verify: check all files that have digests against them.
 
@@ -69,7 +70,7 @@ def open_source(
         elif path.is_file():
             if variant:
                 raise LdmError(f"{path} is a single file, which has no variants; leave out variant={variant!r}")
-            opened = open_single_file(path, family, allow_pickle, verify, progress)
+            opened = open_single_file(path, family, allow_pickle, verify, progress, elsewhere=components or ())
         else:
             what = "is not a regular file" if path.exists() else "does not exist"
             raise LdmError(
@@ -92,13 +93,13 @@ def _replaced(
     verify: bool,
     progress: Progress,
 ) -> Opened:
-    """The model with some of its components replaced from other places."""
+    """The model with some of its components from other places."""
     if not components:
         return opened
-    parts, family = dict(opened.parts), opened.family
+    parts, family, known = dict(opened.parts), opened.family, opened.components.modules()
     for name, source in components.items():
-        if name not in parts:
-            raise LdmError(f"component {name!r} is not one of this model's: {', '.join(parts)}")
+        if name not in known:
+            raise LdmError(f"component {name!r} is not one of this model's: {', '.join(known)}")
         path = Path(source)
         if path.is_dir():
             family = _described(name, path, family, opened.tokenizers)
@@ -111,7 +112,7 @@ def _replaced(
             for file in store.files:
                 check_digest(file, progress=progress)
         parts[name] = component_part(name, store, family)
-    return Opened(opened.source, opened.layout, family, opened.tokenizers, parts, opened.ignored)
+    return Opened(opened.source, opened.layout, family, opened.tokenizers, parts, opened.beside)
 
 
 def _described(name: str, folder: Path, family: Family, tokenizers: list[Tokenizer]) -> Family:

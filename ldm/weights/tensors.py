@@ -11,10 +11,14 @@ import hashlib
 import json
 import math
 import os
+import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,6 +89,7 @@ class Store:
         self.files = list(files)
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
+        self.passed_over: list[str] = []  # entries of the file that are no tensors of the model
         self._file_of: dict[str, Path] = {}
         for file in self.files:
             infos, metadata = read_header(file)
@@ -121,28 +126,32 @@ class Store:
 
 
 class PickleStore(Store):
-    """The tensors of a `.ckpt` or `.bin` pickle, read by PyTorch's restricted unpickler, which runs no code."""
+    """The tensors of a `.ckpt` or `.bin` pickle, read by PyTorch's restricted unpickler, which runs no code.
+
+    They are the pickle itself, or its entry state_dict, model or module.
+    """
 
     def __init__(self, file: Path) -> None:
         self.files = [file]
         self.metadata = {}
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+            content = _unpickled(file)
         except Exception as error:  # damaged or hostile files can raise anything
             raise LdmError(
-                f"{file} cannot be read by the restricted unpickler ({first_line(error)}); it is damaged, or holds "
-                "more than tensors"
+                f"{file} cannot be read by the restricted unpickler ({_reason(error)}); it is damaged, or holds more "
+                "than tensors: use the .safetensors file of the same model"
             ) from None
-        content = content.get("state_dict", content) if isinstance(content, dict) else {}
         content = content if isinstance(content, dict) else {}
-        self._tensors = {
-            name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, Tensor)
-        }
+        inner = next((name for name in _ENTRIES if _tensors(content.get(name))), None)
+        self._tensors = _tensors(content if inner is None else content[inner])
+        self.passed_over = sorted(str(name) for name in content if name != inner and name not in self._tensors)
         strange = [name for name, t in self._tensors.items() if t.layout != torch.strided or t.is_meta]
         if strange:
             raise LdmError(f"{file} holds sparse or meta tensors, which are not supported: {listing(strange)}")
         if not self._tensors:
-            raise LdmError(f"{file} holds no dictionary of tensors")
+            places = [str(name) for name, value in content.items() if _tensors(value)]
+            where = f"; {listing(places)} in it are such: save one of them alone" if places else ""
+            raise LdmError(f"{file} holds no dictionary of tensors{where}")
         self.infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
 
     def read(
@@ -151,6 +160,65 @@ class PickleStore(Store):
         for name in names:
             tensor = self._tensors[name]
             yield name, tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
+
+
+# --- pickles: objects of other classes are passed over ----------------------------------------------------------------
+
+_ENTRIES = ("state_dict", "model", "module")  # where training programs put the tensors
+_FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global by default")
+_NEEDS = re.compile(rf"Can only (SETITEM|append|extend).*but got <class '{re.escape(__name__)}\.(.+)'>")
+_MOST_CLASSES = 200  # that a file may name
+_UNPICKLING = threading.Lock()  # because PyTorch's table of known classes is global
+
+
+class _PassedOver:
+    """An object of a class that is not imported; it takes any arguments and state, and keeps nothing."""
+
+    made: Callable[[], object] | None = None  # makes what takes its place, if the file puts items into it
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        return cls.made() if cls.made else super().__new__(cls)  # type: ignore[return-value]
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _unpickled(file: Path) -> Any:
+    """The content of a pickle, with `_PassedOver` in place of objects of classes that PyTorch does not know."""
+    classes: dict[str, type] = {}
+    while True:
+        known: list[Any] = [(stand_in, name) for name, stand_in in classes.items()]
+        try:
+            with _UNPICKLING, torch.serialization.safe_globals(known):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        except UnpicklingError as error:
+            foreign, needs = _FOREIGN.search(str(error)), _NEEDS.search(str(error))
+            if foreign and len(classes) < _MOST_CLASSES:
+                name = foreign[1] if "." in foreign[1] else f"builtins.{foreign[1]}"
+                made: type | None = None
+            elif needs:
+                name, made = needs[2], OrderedDict if needs[1] == "SETITEM" else list
+            else:
+                raise
+            if name in classes and (made is None or classes[name].made):  # type: ignore[attr-defined]
+                raise
+            classes[name] = type(name, (_PassedOver,), {"made": made})
+
+
+def _reason(error: Exception) -> str:
+    """PyTorch's reason for not reading a pickle, without its advice."""
+    text = str(error)
+    told = re.search(r"WeightsUnpickler error:\s*([^\n]+)|([^\n]*unsupported GLOBAL[^\n]*)", text)
+    return (told[1] or told[2]).strip() if told else first_line(error)
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    """The tensors of a dictionary, by name; empty for anything else."""
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: tensor for name, tensor in items if isinstance(name, str) and isinstance(tensor, Tensor)}
 
 
 def _is_zip(path: Path) -> bool:

@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from commands import COMMAND, run
 from launched import PATIENCE, on_two
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ldm.cli.record import from_parameters, to_parameters
 from ldm.errors import LdmError
+from ldm.files import DIGEST
 from ldm.images import load_image, read_settings, save_png
 
 
@@ -102,6 +106,32 @@ def test_images_from_images_and_refined_ones_can_be_made_again(ldm: Any, models:
     code, _, err = ldm("repro", "b.png", "--device", "cpu")
     assert code == 1
     assert "is gone or has changed; name it (--image)" in err
+
+
+def test_an_image_with_a_component_from_elsewhere_can_be_made_again(ldm: Any, models: Path) -> None:
+    """Of a file without an autoencoder, which the record names."""
+    tiny.model("sd15", seed=1).save_pretrained("whole.safetensors")
+    with safe_open("whole.safetensors", "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != DIGEST}
+    kept = {name: t for name, t in load_file("whole.safetensors").items() if not name.startswith("first_stage_model.")}
+    save_file(kept, "bare.safetensors", metadata)
+    Path("vae").symlink_to(models / "sd15" / "vae")
+    options = ["--model", "bare.safetensors", "--steps", 2, "--seed", 1]
+    code, out, err = ldm("generate", "a cat", *options, model=None)
+    assert (code, out) == (1, "") and "holds no autoencoder; name one (--component vae=PATH" in err
+    for case in ("vae", "vae="):
+        assert "write NAME=PATH" in ldm("generate", "a cat", *options, "--component", case, model=None)[2]
+    options += ["--component", "vae=vae"]
+    plan = json.loads(ldm("generate", "a cat", *options, "--dry-run", model=None)[1])
+    assert plan["model"]["components"]["vae"]["class"] == "AutoencoderKL"
+    for out in ("a.png", "b.png"):
+        assert ldm("generate", "a cat", *options, "--out", out, model=None)[0] == 0
+    record, _ = read_settings(Path("a.png"))
+    assert record is not None and record["components"] == {"vae": str(Path("vae").absolute())}
+    assert ldm("repro", "a.png", "--device", "cpu")[1].startswith("identical")
+    Path("vae").rename("moved")
+    assert "does not exist" in ldm("repro", "a.png", "--device", "cpu")[2]
+    assert ldm("repro", "a.png", "--device", "cpu", "--component", "vae=moved")[1].startswith("identical")
 
 
 def test_a_line_of_a_list_can_be_made_again(ldm: Any) -> None:

@@ -130,7 +130,7 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(row: Setting, pipeline
 
 @pytest.mark.parametrize("row", LOADING, ids=lambda row: row.name)
 def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
-    known = inspect.signature(Pipeline.__init__).parameters.keys() | {"family", "variant", "allow_pickle"}
+    known = inspect.signature(Pipeline.__init__).parameters.keys() | {"family", "variant", "components", "allow_pickle"}
     assert row.name in known
     assert ("shell" in row.closed) != (row.name in inspect.signature(generate_command()).parameters)
 

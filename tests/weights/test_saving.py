@@ -231,10 +231,10 @@ def test_the_newest_checkpoint_is_damaged(
     assert "step-00000004 is damaged (" in caplog.text
 
 
-def test_killed_twenty_times_and_asked_to_stop_twenty_times() -> None:
+def test_killed_and_asked_to_stop_at_random_moments() -> None:
     """Real processes, at random moments of runs of every stage; what comes of them is compared byte for byte."""
-    command = [sys.executable, str(ROOT / "tools/check_resume.py"), "--kills=20", "--stops=20", "--every=3"]
+    command = [sys.executable, str(ROOT / "tools/check_resume.py"), "--kills=8", "--stops=8", "--every=3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "20 kills, 20 stops" in done.stdout
+    assert "8 kills, 8 stops" in done.stdout

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,12 +21,13 @@ from tokenizers import AddedToken
 
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
+from ldm.files import DIGEST
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.tokenizer import Tokenizer
 from ldm.weights import layouts
 from ldm.weights.components import build
 from ldm.weights.sources import open_source
-from ldm.weights.tensors import DTYPES, NAMES
+from ldm.weights.tensors import DTYPES, NAMES, open_store
 
 KEYS = Path(__file__).parents[1] / "recorded"
 RECORDED = ("sd15", "sd15-inpaint", "sd2", "sdxl", "sdxl-inpaint", "sdxl-refiner")  # sd2-v is the same as sd2
@@ -82,11 +86,23 @@ def test_diffusers_opens_a_written_file(tmp_path: Path, name: str) -> None:
         assert all(torch.equal(theirs[key], value) for key, value in module.state_dict().items())
 
 
-def sparse(path: Path, family: str, dtype: str = "F16", metadata: dict[str, str] | None = None, **more: Any) -> Path:
-    """A file with the names and shapes of the original checkpoint of a family; its gigabytes of zeros take no room."""
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # their types and shapes by name
+
+
+def sparse(
+    path: Path, family: str, dtype: str = "F16", metadata: dict[str, str] | None = None, without: str = "", **more: Any
+) -> Path:
+    """A file with the names and shapes of the original checkpoint of a family, without those that begin so."""
+    names = recorded("sd2" if family == "sd2-v" else family)
+    kept = {name: tensor for name, tensor in names.items() if not without or not re.match(without, name)}
+    return sparse_file(path, kept | more, dtype, metadata)
+
+
+def sparse_file(path: Path, tensors: Tensors, dtype: str = "F16", metadata: dict[str, str] | None = None) -> Path:
+    """A file with these names and shapes; its gigabytes of zeros take no room."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
-    for name, (kind, shape) in (recorded("sd2" if family == "sd2-v" else family) | more).items():
+    for name, (kind, shape) in tensors.items():
         stored = dtype if kind == "float32" else NAMES[getattr(torch, kind)]
         start, end = end, end + DTYPES[stored].itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
@@ -186,11 +202,106 @@ def test_leftovers_of_training_are_passed_over_and_strangers_are_not(tmp_path: P
     opened = open_source(sparse(tmp_path / "a.safetensors", "sd15", **ema))
     assert "model_ema" in opened.ignored
     stranger = {"control_model.out.2.bias": ("float32", (4,))}
-    with pytest.raises(LdmError, match=r"a sd15 model does not have: control_model.out.2.bias"):
+    with pytest.raises(LdmError, match=r"does not have: control_model.out.2.bias \(a ControlNet\); use a file of the"):
         open_source(sparse(tmp_path / "b.safetensors", "sd15", **stranger))
     inside = {"model.diffusion_model.out.3.bias": ("float32", (4,))}
     with pytest.raises(LdmError, match=r"1 unexpected: model.diffusion_model.out.3.bias"):
         open_source(sparse(tmp_path / "c.safetensors", "sd15", **inside))
+
+
+def part(family: str, prefix: str) -> Tensors:
+    """The tensors of an original checkpoint whose names begin so, without that."""
+    return {name.removeprefix(prefix): tensor for name, tensor in recorded(family).items() if name.startswith(prefix)}
+
+
+def test_components_from_elsewhere_fill_what_a_file_lacks(tmp_path: Path) -> None:
+    vae = sparse_file(tmp_path / "vae.safetensors", part("sd15", "first_stage_model."))
+    text = sparse_file(tmp_path / "text.safetensors", part("sd15", "cond_stage_model.transformer."))
+    whole = sparse(tmp_path / "whole.safetensors", "sd15")
+    bare = sparse(tmp_path / "bare.safetensors", "sd15", without="first_stage_model")
+    alone = sparse(tmp_path / "alone.safetensors", "sd15", without="(?!model.diffusion_model)")
+    xl = sparse(tmp_path / "xl.safetensors", "sdxl", without="conditioner")
+    for source, given in (
+        (bare, {"vae": vae}), (bare, {"vae": whole}), (alone, {"vae": vae, "text_encoder": text}),
+        (alone, {"vae": whole, "text_encoder": whole}),
+    ):  # fmt: skip
+        opened = open_source(source, components=given)
+        assert opened.family == FAMILIES["sd15"]
+        assert opened.parts["vae"].store.files == [given["vae"]]
+    for source, given, message in (
+        (bare, {}, r"bare.safetensors holds no autoencoder; name one \(--component vae=PATH, or components=\)"),
+        (bare, {"text_encoder": text}, r"holds no autoencoder; name one \(--component vae=PATH"),
+        (alone, {}, r"is a U-Net alone; name the others \(--component vae=PATH --component text_encoder=PATH, or comp"),
+        (alone, {"vae": vae}, r"holds no text encoder; name one \(--component text_encoder=PATH"),
+        (xl, {}, r"no text encoder and no text encoder 2; name the others \(--component text_encoder=PATH --component"),
+        (bare, {"image_encoder": vae}, "holds no autoencoder"),
+        (whole, {"image_encoder": vae}, "'image_encoder' is not one of this model's: unet, vae, text_encoder"),
+        (whole, {"vae": text}, "248 missing: .*; take this component from another file .--component vae=PATH"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            open_source(source, components=given)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_weights_from_elsewhere_are_those_of_the_whole_file(tmp_path: Path, name: str) -> None:
+    model = tiny.model(name)
+    model.save_pretrained(tmp_path / "folder")
+    model.save_pretrained(tmp_path / "whole.safetensors")
+    with safe_open(tmp_path / "whole.safetensors", "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != DIGEST}
+    unet = {name: t for name, t in load_file(tmp_path / "whole.safetensors").items() if name.startswith("model.")}
+    save_file(unet, tmp_path / "unet.safetensors", metadata)
+    others = model.modules().keys() - {"unet"}
+    for places in ({other: f"folder/{other}" for other in others}, dict.fromkeys(others, "whole.safetensors")):
+        given = {other: tmp_path / place for other, place in places.items()}
+        again = LatentDiffusion.from_pretrained(tmp_path / "unet.safetensors", components=given)
+        assert tiny.same_weights(model, again)
+        assert again.family == model.family
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("sd15", "cond_stage_model.logit_scale"),
+        ("sd15", "cond_stage_model.text_projection"),
+        ("sd15", "cond_stage_model.transformer.logit_scale"),
+        ("sd15", "cond_stage_model.transformer.text_projection.weight"),
+        ("sd15", "cond_stage_model.transformer.vision_model.post_layernorm.bias"),
+        ("sd15", "first_stage_model.loss.logvar"),
+        ("sd15", "first_stage_model.model_ema.decay"),
+        ("sd15", "first_stage_model.model_ema.num_updates"),
+        ("sdxl", "conditioner.embedders.0.logit_scale"),
+        ("sdxl", "conditioner.embedders.0.transformer.text_projection.weight"),
+    ],
+)
+def test_leftovers_of_components_are_passed_over_and_listed(tmp_path: Path, family: str, name: str) -> None:
+    opened = open_source(sparse(tmp_path / "a.safetensors", family, **{name: ("float32", (4,))}))
+    assert opened.family == FAMILIES[family]
+    assert any(name in line for line in opened.ignored)
+
+
+def test_a_whole_clip_model_is_a_text_encoder(tmp_path: Path) -> None:
+    """As transformers and open_clip save them, with the image tower."""
+    model = sparse(tmp_path / "model.safetensors", "sdxl")
+    ours = part("sdxl", "conditioner.embedders.0.transformer.")
+    beside = ["text_projection.weight", "logit_scale", "vision_model.encoder.x", "visual_projection.weight"]
+    large = part("sdxl", "conditioner.embedders.1.model.")
+    given = {
+        "text_encoder": sparse_file(tmp_path / "l.safetensors", ours | dict.fromkeys(beside, ("float32", (4,)))),
+        "text_encoder_2": sparse_file(tmp_path / "g.safetensors", large | {"visual.proj": ("float32", (4, 4))}),
+    }
+    opened = open_source(model, components=given)
+    assert set(beside) < set(opened.parts["text_encoder"].unused)
+    assert "visual.proj" in opened.parts["text_encoder_2"].unused and "logit_scale" in str(opened.ignored)
+
+
+@pytest.mark.parametrize("stated", ["", " ", "None", "none", "null"])
+def test_a_prediction_type_that_says_nothing(tmp_path: Path, stated: str) -> None:
+    path = sparse(tmp_path / "x.safetensors", "sd15", metadata={"modelspec.prediction_type": stated})
+    assert open_source(path).family == FAMILIES["sd15"]
+    two = sparse(tmp_path / "v2.safetensors", "sd2", metadata={"modelspec.prediction_type": stated})
+    with pytest.raises(LdmError, match="may be sd2 or sd2-v"):
+        open_source(two)
 
 
 def test_extras_hold_what_the_original_modules_compute(tmp_path: Path) -> None:
@@ -229,9 +340,6 @@ def test_a_pickle_checkpoint(tmp_path: Path) -> None:
             open_source(tmp_path / "m.ckpt")
         with pytest.raises(LdmError, match="belongs to no known family"):  # read, but tiny
             open_source(tmp_path / "m.ckpt", allow_pickle=True)
-    torch.save({"state_dict": tensors, "hook": Path}, tmp_path / "evil.ckpt")
-    with pytest.raises(LdmError, match="restricted unpickler"):
-        open_source(tmp_path / "evil.ckpt", allow_pickle=True)
     torch.save({"state_dict": {"x": torch.eye(2).to_sparse()}}, tmp_path / "sparse.ckpt")
     with pytest.raises(LdmError, match="sparse or meta tensors, which are not supported: x"):
         open_source(tmp_path / "sparse.ckpt", allow_pickle=True)
@@ -244,6 +352,59 @@ def test_a_pickle_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "zip.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(LdmError, match="restricted unpickler"):
         open_source(tmp_path / "zip.ckpt", allow_pickle=True)
+
+
+class Foreign:
+    """A class as Lightning's callbacks, which must not be imported or made when a file names it."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        self.best = {"score": 1.0}
+
+    def __setstate__(self, state: object) -> None:
+        type(self).made += 1
+
+    def __reduce__(self) -> Any:
+        return Foreign, (), {"best": self}
+
+
+class ForeignDict(dict[str, Any]):
+    """As Lightning's `AttributeDict`."""
+
+
+class ForeignList(list[Any]):
+    pass
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("entry", ["state_dict", "model", "module", None])
+def test_objects_of_training_programs_are_passed_over(tmp_path: Path, entry: str | None, new_format: bool) -> None:
+    tensors = {"a.weight": torch.ones(2, 3), "b.bias": torch.zeros(1)}
+    objects = {
+        "callbacks": {Foreign: Foreign(), Path: {"path": Path("x")}}, "epoch": 3,
+        "hyper_parameters": ForeignDict(lr=1.0, inner=ForeignDict(x=ForeignList([1, 2]))),
+        "score": np.float64(1.0), "call": getattr,
+    }  # fmt: skip
+    content = {**objects, **(tensors if entry is None else {entry: tensors})}
+    torch.save(content, tmp_path / "m.ckpt", _use_new_zipfile_serialization=new_format)
+    Foreign.made, known = 0, set(torch.serialization.get_safe_globals())
+    store = open_store(tmp_path / "m.ckpt", allow_pickle=True)
+    assert store.infos.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in store.read(tensors, None, "cpu"))
+    assert store.passed_over == sorted(objects)
+    assert Foreign.made == 0
+    assert set(torch.serialization.get_safe_globals()) == known
+
+
+def test_pickles_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"x": torch.ones(1)}, "hook": os.system}, tmp_path / "evil.ckpt")
+    with pytest.raises(LdmError, match=r"unsupported GLOBAL (posix|nt).system .*use the .safetensors file") as caught:
+        open_store(tmp_path / "evil.ckpt", allow_pickle=True)
+    assert "[1m" not in str(caught.value) and "two options" not in str(caught.value)
+    torch.save({"ema": {"x": torch.ones(1)}, "epoch": 1}, tmp_path / "ema.ckpt")
+    with pytest.raises(LdmError, match="no dictionary of tensors; ema in it are such: save one of them alone"):
+        open_store(tmp_path / "ema.ckpt", allow_pickle=True)
 
 
 @pytest.mark.parametrize(
