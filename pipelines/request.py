@@ -136,12 +136,13 @@ def _mask(given: Any) -> Image.Image:
 
 
 def _alpha(given: Any) -> Image.Image | None:
-    """The alpha channel of an image or of its file, which can be read; None if there is none."""
-    if isinstance(given, (str, os.PathLike)):
-        with Image.open(given) as opened:
-            return _alpha(opened)
-    transparent = isinstance(given, Image.Image) and given.has_transparency_data
-    return given.convert("RGBA").getchannel("A") if transparent else None
+    """The alpha channel of an image or of its file; None if its mode has none."""
+    if not isinstance(given, (str, os.PathLike, Image.Image)):
+        return None
+    try:
+        return load_image(given, "RGBA").getchannel("A")
+    except LdmError:
+        return None
 
 
 TEXTS = ("negative", "prompt_2", "negative_2")
