@@ -621,4 +621,4 @@ def test_any_scheduler_object_can_be_passed(folders: dict[str, Path], kind: str)
     for _ in range(2):
         result = pipeline("a cat", scheduler=scheduler, steps=4, seed=3, rng="diffusers", output="latents")
         near(result.latents[0], theirs[0], RUN)
-        assert result.settings[0]["scheduler"] == kind
+        assert result.settings[0]["scheduler"] == f"{kind} object"
