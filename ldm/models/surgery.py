@@ -1,7 +1,8 @@
 """Functions that change the layers of a network.
 
 `twin` copies all modules and shares all parameters; `replaced` and `rebuilt` make a copy that shares every module that
-they do not replace; `reclassed` changes a network in place, and keeps its parameters and their names.
+they do not replace, `reweighted` one with other parameters; `reclassed` changes a network in place, and keeps its
+parameters and their names.
 """
 
 from __future__ import annotations
@@ -38,6 +39,21 @@ def rebuilt(module: M, replacements: Callable[[nn.Module], Mapping[str, nn.Modul
     if all(part is getattr(module, name) for name, part in parts.items()):
         return module
     return replaced(module, **parts)
+
+
+def reweighted(module: M, parameters: Mapping[str, nn.Parameter]) -> M:
+    """A copy of a module with the named parameters, at any depth, replaced; all else is shared."""
+    other = copy.copy(module)
+    other._parameters = module._parameters | {name: value for name, value in parameters.items() if "." not in name}
+    inner: dict[str, dict[str, nn.Parameter]] = {}
+    for name, value in parameters.items():
+        part, dot, rest = name.partition(".")
+        if dot:
+            inner.setdefault(part, {})[rest] = value
+    other._modules = module._modules | {
+        part: reweighted(module.get_submodule(part), values) for part, values in inner.items()
+    }
+    return other
 
 
 def reclassed(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
