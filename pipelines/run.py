@@ -117,7 +117,8 @@ class SamplingRun:
     def unet(self) -> UNet:
         """The U-Net for one run, with the patches that the request asks for."""
         self.model.bring(self.model.unet)
-        return patched(self.model.unet, self.request.values)
+        request = self.request
+        return patched(self.model.unet, {**request.values, "embedded_guidance": request.guidance.embedded})
 
     def denoiser(self, extra: Tensor | None = None) -> Denoise:
         """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""
