@@ -56,7 +56,8 @@ def enlarged_request(request: Request, family: Family) -> Request:
 
 def enlarged(first: SamplingRun, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) of the second pass: image to image on the enlarged image or latents."""
-    run = SamplingRun(first.model, enlarged_request(first.request, first.model.family), first.noise, first.on_step)
+    request = enlarged_request(first.request, first.model.family)
+    run = SamplingRun(first.model, request, first.noise, first.on_step, attachments=first.attachments)
     if first.request.hires_latents:
         larger = torch.nn.functional.interpolate(latents, size=run.shape[2:], mode="bicubic", antialias=True)
     else:

@@ -128,10 +128,8 @@ def generate_command() -> Callable[..., None]:
 
     def generate(**given: Any) -> None:
         """Make images of prompts, as PNG files with a record of how they were made."""
-        from ldm.cli.common import to_components
         from ldm.cli.generate import Options, generate_images
 
-        given["components"] = to_components(given["components"] or ()) or None
         options = Options(
             prompts=[*(given["prompts"] or ()), *(given["other_prompts"] or ())],
             settings=parsed(given, settings), loading=parsed(given, loading),

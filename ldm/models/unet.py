@@ -8,7 +8,8 @@ B batch, C channels, H×W height and width of the latents, M text tokens, T text
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -77,11 +78,12 @@ class Conditioning:
     size: Tensor | None = (
         None  # (B, size_ids) original height, width, crop top, left, then target height, width or score
     )
+    more: Mapping[str, Tensor] = field(default_factory=dict)  # (B, …) each: inputs of a run's patches, by name
 
     def rows(self, part: slice) -> Conditioning:
         """The conditioning of some rows of the batch."""
-        columns = (getattr(self, field.name) for field in fields(self))
-        return Conditioning(*(None if column is None else column[part] for column in columns))  # type: ignore[arg-type]
+        pooled, size = (None if column is None else column[part] for column in (self.pooled, self.size))
+        return Conditioning(self.text[part], pooled, size, {name: value[part] for name, value in self.more.items()})
 
 
 def sinusoids(values: Tensor, dim: int) -> Tensor:
@@ -238,15 +240,14 @@ def _transformer(config: UNetConfig, level: int) -> nn.Module:
     )  # fmt: skip
 
 
-class UNet(nn.Module):
-    """Predicts noise, velocity or clean latents (the prediction type) from noisy latents, timestep and conditioning."""
+class UNetHalf(nn.Module):
+    """The way down and the middle of a U-Net, with its embedding of the time: what a U-Net and a ControlNet share."""
 
     precomputable: ClassVar = {"add_embedding": "conditioning"}  # see `ldm.runtime.precomputing`
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        levels = range(len(config.channels))
         first, time_dim = config.channels[0], 4 * config.channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_embedding = (
@@ -255,15 +256,24 @@ class UNet(nn.Module):
             else TimeEmbedding(first, time_dim)
         )
         self.add_embedding = SizeEmbedding(config, time_dim) if config.pooled_dim else NoEmbedding()
-        self.down_blocks = nn.ModuleList(DownBlock(config, level, time_dim) for level in levels)
+        self.down_blocks = nn.ModuleList(DownBlock(config, level, time_dim) for level in range(len(config.channels)))
         self.mid_block = MidBlock(config, time_dim)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level, time_dim) for level in reversed(levels))
-        self.conv_norm_out = nn.GroupNorm(config.groups, first, eps=1e-5)
-        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def embed_time(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Timestep, pooled text and time ids to the time embedding (B, E) that the residual blocks read."""
         return F.silu(self.time_embedding(t.expand(len(x)), x.dtype) + self.add_embedding(cond))
+
+
+class UNet(UNetHalf):
+    """Predicts noise, velocity or clean latents (the prediction type) from noisy latents, timestep and conditioning."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        first, time_dim = config.channels[0], 4 * config.channels[0]
+        levels = reversed(range(len(config.channels)))
+        self.up_blocks = nn.ModuleList(UpBlock(config, level, time_dim) for level in levels)
+        self.conv_norm_out = nn.GroupNorm(config.groups, first, eps=1e-5)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Noisy latents `x` (B, in_channels, H, W) at timestep `t`, () or (B,), in 0 … 999: (B, out_channels, H, W).

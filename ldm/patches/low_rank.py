@@ -82,6 +82,8 @@ class Kronecker:
             kernel = weight.shape[2:]
             second = second.reshape(second.shape[0], -1, *kernel)
             first = first[:, :, None, None]
+        else:
+            second = second.flatten(1)
         return self.scale * torch.kron(first, second).reshape(weight.shape)
 
 
