@@ -128,7 +128,7 @@ class Store:
 class PickleStore(Store):
     """The tensors of a `.ckpt` or `.bin` pickle, read by PyTorch's restricted unpickler, which runs no code.
 
-    They are the pickle itself, or its entry state_dict, model or module.
+    They are the pickle itself, or its entry state_dict, model or module, or an IP-Adapter's two groups.
     """
 
     def __init__(self, file: Path) -> None:
@@ -143,6 +143,9 @@ class PickleStore(Store):
             ) from None
         content = content if isinstance(content, dict) else {}
         inner = next((name for name in _ENTRIES if _tensors(content.get(name))), None)
+        groups = {name: found for name in _GROUPS if (found := _tensors(content.get(name)))}
+        if inner is None and groups:
+            content = {f"{name}.{own}": tensor for name, found in groups.items() for own, tensor in found.items()}
         self._tensors = _tensors(content if inner is None else content[inner])
         self.passed_over = sorted(str(name) for name in content if name != inner and name not in self._tensors)
         strange = [name for name, t in self._tensors.items() if t.layout != torch.strided or t.is_meta]
@@ -165,6 +168,7 @@ class PickleStore(Store):
 # --- pickles: objects of other classes are passed over ----------------------------------------------------------------
 
 _ENTRIES = ("state_dict", "model", "module")  # where training programs put the tensors
+_GROUPS = ("image_proj", "ip_adapter")  # entries of an IP-Adapter's pickle, all of which are read
 _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global by default")
 _NEEDS = re.compile(rf"Can only (SETITEM|append|extend).*but got <class '{re.escape(__name__)}\.(.+)'>")
 _MOST_CLASSES = 200  # that a file may name
