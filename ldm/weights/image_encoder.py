@@ -60,9 +60,9 @@ class ImageEncoder:
         own = self.tower.config.hidden_size if config.reads_patches else self.tower.config.projection_dim
         if own != config.features:
             raise LdmError(
-                f"this IP-Adapter reads image features of {config.features} channels, and the image encoder gives {own}; "
-                "take the encoder that it was made with (image_encoder=, --image-encoder): ViT-H has 1280 and embeds "
-                "images in 1024, ViT-bigG has 1664 and 1280"
+                f"this IP-Adapter reads image features of {config.features} channels, and the image encoder gives "
+                f"{own}: take the one that it was made with (image_encoder=, --image-encoder); ViT-H has patches of "
+                "1280 channels and embeddings of 1024, ViT-bigG of 1664 and 1280"
             )
 
 
@@ -88,7 +88,7 @@ def load_image_encoder(
     allow_pickle: bool = False,
 ) -> ImageEncoder:
     """Load an image encoder: the folder of a `CLIPVisionModelWithProjection`, or of a whole model that has one as
-    `image_encoder`, or such a model's Hub name.
+    `image_encoder`, or a Hub name, with the folder within the repository after it (owner/name/models/image_encoder).
 
     Raises:
         LdmError: there is none, or it lacks weights.
@@ -98,19 +98,27 @@ def load_image_encoder(
     path = Path(source)
     if (path / "image_encoder").is_dir():
         path = path / "image_encoder"
-    if not path.is_dir() and not (HUB_ID.fullmatch(str(source)) and not path.exists()):
-        raise LdmError(
-            f"{path}: the folder of an image encoder (config.json, model.safetensors) or a Hub name is needed"
-        )
+    name, folder = (str(path), "") if path.exists() else _on_hub(str(source))
+    if not name or path.is_file():
+        raise LdmError(f"{path}: an image encoder's folder (config.json, model.safetensors) or Hub name is needed")
     if path.is_dir() and not (path / "config.json").is_file():
         raise LdmError(f"{path} is no image encoder's folder: it has no config.json")
+    safe = None if allow_pickle else True
     try:
-        tower, found = CLIPVisionModelWithProjection.from_pretrained(
-            str(path), dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True
+        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+            name, subfolder=folder, dtype=dtype, use_safetensors=safe, output_loading_info=True
         )
     except Exception as error:  # those of files, of the Hub and of transformers' own checks
         raise LdmError(f"image encoder {source}: {first_line(error)}") from None
+    tower, found = loaded
     lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
     if lacking:
         raise LdmError(f"{path} is no CLIP vision tower: it lacks {listing(sorted(lacking))}")
     return ImageEncoder(tower.eval().requires_grad_(False).to(device))
+
+
+def _on_hub(source: str) -> tuple[str, str]:
+    """The Hub name and the folder within the repository that a source stands for; empty if it is no Hub name."""
+    parts = source.strip("/").split("/")
+    name = "/".join(parts[:2])
+    return (name, "/".join(parts[2:])) if HUB_ID.fullmatch(name) else ("", "")
