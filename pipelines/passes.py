@@ -14,6 +14,7 @@ from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.images import to_images
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.sampling.guidance import Guidance
 from pipelines.request import Request, check_patches, check_size, whole_steps
 from pipelines.run import SamplingRun, decode
 from pipelines.tasks.image_to_image import continued, renoised
@@ -73,6 +74,7 @@ def refined(first: SamplingRun, refiner: LatentDiffusion, latents: Tensor) -> Te
         request.changed(width=width, height=height, strength=request.refiner_strength),
         prompts=request.prompts_2 or request.prompts, negative=request.negative_2 or request.negative,
         prompts_2=None, negative_2=None, image=None, mask=None, begin=request.refiner_at or 0.0, end=1.0,
+        guidance=Guidance(**vars(request.guidance)),
     )  # fmt: skip
     if request.refiner_at is None:
         run = SamplingRun(refiner, asked, first.noise, first.on_step)

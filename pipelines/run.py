@@ -153,7 +153,7 @@ class SamplingRun:
     def unet(self, attached: Sequence[Attached] = ()) -> UNet:
         """The U-Net for one run, with the patches that the request and the given attachments ask for."""
         self.model.bring(self.model.unet)
-        values: dict[str, Any] = dict(self.request.values)
+        values: dict[str, Any] = {**self.request.values, "embedded_guidance": self.request.guidance.embedded}
         for one in attached:
             values[one.patch] = (*values.get(one.patch, ()), one.value)
         return patched(self.model.unet, values)

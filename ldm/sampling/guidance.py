@@ -36,6 +36,23 @@ class Guidance:
         """Whether classifier-free guidance is on, for which the U-Net also reads the negative prompt."""
         return self.scale > 1
 
+    @property
+    def embedded(self) -> float | None:
+        """The scale that the U-Net reads as an input, if it does."""
+        return None
+
+
+class EmbeddedGuidance(Guidance):
+    """Guidance whose scale is an input of the U-Net, which then predicts once for each image."""
+
+    @property
+    def classifier_free(self) -> bool:
+        return False
+
+    @property
+    def embedded(self) -> float | None:
+        return self.scale
+
 
 def join(*conds: Conditioning) -> Conditioning:
     """Conditionings joined into one batch."""

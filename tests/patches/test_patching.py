@@ -17,7 +17,7 @@ from ldm.patches.patching import PATCHES, Patch, patched
 from ldm.sampling.guidance import join
 
 ROOT = Path(__file__).parents[2]
-VALUES: dict[str, Any] = {"merge": 0.5, "reuse": 2, "perturbed_groups": 2}
+VALUES: dict[str, Any] = {"embedded_guidance": 2.0, "merge": 0.5, "reuse": 2, "perturbed_groups": 2}
 
 
 def test_each_file_holds_one_patch_which_only_the_list_applies() -> None:
