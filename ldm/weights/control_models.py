@@ -185,7 +185,8 @@ def config_of(path: Path, infos: Infos, family: Family) -> ControlNetConfig | T2
 
 def _controlnet_config(unet: UNetConfig, image_channels: tuple[int, ...], pooled: bool) -> ControlNetConfig:
     own = {field.name: getattr(unet, field.name) for field in fields(UNetConfig)}
-    own["in_channels"] = unet.out_channels  # without the mask and image that some U-Nets read
+    # without the mask and image that some U-Nets read, and the guidance scale that LCMs read
+    own |= {"in_channels": unet.out_channels, "guidance_dim": 0}
     return ControlNetConfig(**own, image_channels=image_channels, pooled=pooled)
 
 
