@@ -65,7 +65,7 @@ def info(
     source: Source,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read all weights: check digests, and that all are finite.")
+        bool, typer.Option("--verify", help="Read all weights: check digests, those of the Hub too, and all numbers.")
     ] = False,
     family: FamilyOption = None,
     variant: Variant = None,

@@ -6,19 +6,30 @@ import re
 from pathlib import Path
 
 from ldm.errors import LdmError, first_line
+from ldm.files import Progress, silent
+from ldm.weights.downloads import check_download
 from ldm.weights.folder import COMPONENTS, INDEX, base_name, weight_names
 from ldm.weights.manifest import NAME as MANIFEST
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def fetch(name: str, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False) -> Path:
+def fetch(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = silent,
+) -> Path:
     """The local folder of the model `name` (owner/name), fetched unless it is in the cache already.
 
+    What was fetched now is compared with the Hub's digests.
+
     Raises:
-        LdmError: there is no such model, it is private, or neither the Hub nor a cached copy can be reached.
+        LdmError: there is no such model, it is private, neither the Hub nor a cached copy can be reached, or a file
+            did not arrive as it is there.
     """
-    from huggingface_hub import HfApi, snapshot_download  # not needed for local models
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # not needed for local models
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -34,7 +45,12 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None, al
     except Exception:  # no network, offline mode, time-outs: each HTTP library has its own exceptions
         return _cached(name, revision)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted(files, variant, allow_pickle)))
+        chosen = wanted(files, variant, allow_pickle)
+        new = [file for file in chosen if not isinstance(try_to_load_from_cache(name, file, revision=revision), str)]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
+        for file in new:
+            check_download(folder / file, progress)
+        return folder
     except LdmError:
         raise
     except Exception as error:  # network errors, as above
