@@ -350,13 +350,18 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack arrows, or bytes of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        code = app(standalone_mode=False)  # typer would print its usage text, and turn an interruption into an exit
         sys.stdout.flush()
+        if interrupted:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except BaseException as error:
         if interrupted:
             _fail("interrupted", 128 + interrupted[0])
         if isinstance(error, LdmError):
             _fail(str(error), 1)
+        if isinstance(error, _UsageError):
+            _fail(_usage(error), 2)
         if isinstance(error, MemoryError):
             _fail("out of memory", 1)
         if isinstance(error, OSError):  # of the output: other OSErrors are caught where they happen
@@ -366,6 +371,20 @@ def main() -> None:
                 sys.exit(141)
             _fail(f"the output cannot be written: {error.strerror or error}", 1)
         raise
+
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer does not export it
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the arguments, and where they are described; the help itself if there are none at all."""
+    text = error.format_message()
+    near = getattr(error, "possibilities", None)
+    if "\n" in text:
+        return str(text)
+    if near:
+        return f"{error.message}; did you mean {near[0]}?"
+    return f"{text.rstrip('.')}; see {error.ctx.command_path} --help" if error.ctx else str(text)
 
 
 def _fail(message: str, code: int) -> NoReturn:
