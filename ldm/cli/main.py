@@ -361,7 +361,7 @@ def main() -> None:
         if isinstance(error, LdmError):
             _fail(str(error), 1)
         if isinstance(error, _UsageError):
-            _fail(_usage(error), 2)
+            _fail_usage(error)
         if isinstance(error, MemoryError):
             _fail("out of memory", 1)
         if isinstance(error, OSError):  # of the output: other OSErrors are caught where they happen
@@ -376,15 +376,15 @@ def main() -> None:
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer does not export it
 
 
-def _usage(error: Any) -> str:
-    """What is wrong with the arguments, and where they are described; the help itself if there are none at all."""
-    text = error.format_message()
-    near = getattr(error, "possibilities", None)
+def _fail_usage(error: Any) -> NoReturn:
+    """Say what is wrong with the arguments, and where they are described; without any arguments, print the help."""
+    text, near = error.format_message(), getattr(error, "possibilities", None)
     if "\n" in text:
-        return str(text)
+        print(text, file=sys.stderr)
+        sys.exit(2)
     if near:
-        return f"{error.message}; did you mean {near[0]}?"
-    return f"{text.rstrip('.')}; see {error.ctx.command_path} --help" if error.ctx else str(text)
+        _fail(f"{error.message}; did you mean {near[0]}?", 2)
+    _fail(f"{text.rstrip('.')}; see {error.ctx.command_path} --help" if error.ctx else text, 2)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -228,11 +228,8 @@ def _unused(
     orphans = [path for stem, path in beside.items() if stem not in stems]
     if orphans:
         yield f"{len(orphans)} .txt files have no image of their name: {_some(orphans)}"
-    double = [
-        beside[stem]
-        for path in images
-        if (stem := _stem(path)) in beside and any(text for text, _ in listed.get(path, ()))
-    ]
+    said = [path for path in images if any(text for text, _ in listed.get(path, ()))]
+    double = [beside[stem] for path in said if (stem := _stem(path)) in beside]
     if double:
         yield f"{len(double)} .txt files are not read, because the metadata lists captions: {_some(double)}"
     shared = [beside[stem] for stem, count in stems.items() if count > 1 and stem in beside]
@@ -243,9 +240,8 @@ def _unused(
         _suffix(path) for path in stamps if path not in known and posixpath.basename(path).lower() not in _METADATA
     )
     if others:
-        kinds = [
-            f"{count} .{suffix}" if suffix else f"{count} without ending" for suffix, count in others.most_common()
-        ]
+        most = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
+        kinds = [f"{count} {f'.{suffix}' if suffix else 'without'}" for suffix, count in most]
         yield f"{others.total()} other files are not read, by ending: {listing(kinds, 8)}"
 
 

@@ -47,7 +47,13 @@ def test_installed_command(model: Path, tmp_path: Path) -> None:
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("ldm: ")
     assert failed.stderr.count("\n") == 1
-    assert call("info").returncode == 2  # a missing argument: the usage
+    for arguments, line in (
+        (["info"], "ldm: Missing argument 'source'; see ldm info --help\n"),
+        (["generate", "a cat", "--outdir", "x"], "ldm: No such option: --outdir; did you mean --out?\n"),
+        (["make"], "ldm: No such command 'make'; see ldm --help\n"),
+    ):
+        wrong = call(*arguments)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", line)
 
 
 def test_info_of_a_folder(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
