@@ -47,6 +47,11 @@ _UPRIGHT = {
 _WITH_ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's keys
 _COLOURS_IN_PNG = ("gamma", "chromaticity", "srgb", "cicp")  # PIL's keys, and ours
 _BITS = 258  # TIFF's tag BitsPerSample
+_CHARACTERS = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}  # of EXIF's comment, by its first 8 bytes
+_RECORDS = {  # PNG text keys of programs whose records are not read
+    "workflow": "ComfyUI", "prompt": "ComfyUI", "invokeai_metadata": "InvokeAI", "sd-metadata": "InvokeAI",
+    "Dream": "InvokeAI", "fooocus_scheme": "Fooocus", "Comment": "NovelAI",
+}  # fmt: skip
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _MOST_OF_16 = 2**16 - 1  # largest value of an image with 16 bits
@@ -337,16 +342,32 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Our JSON in a PNG (None if absent) and AUTOMATIC1111's parameters ("" if absent).
+    """Our JSON in a PNG (None if absent) and AUTOMATIC1111's parameters ("" if absent), in JPEG and WebP from EXIF.
 
     Raises:
-        LdmError: the file is not an image, or our JSON is damaged.
+        LdmError: the file is not an image, our JSON is damaged, or the image has the record of another program alone.
     """
     load_image(path)
-    info = _opened(path, None, Image.Image.load).info
+    image = _opened(path, None, Image.Image.load)
+    info = image.info
     text = {key: value for key, value in info.items() if isinstance(value, str)}
     try:
         settings = json.loads(text.get(KEY, "null"))
     except (ValueError, RecursionError):
         raise LdmError(f"{path}: its settings are damaged") from None
-    return settings if isinstance(settings, dict) else None, text.get("parameters", "")
+    parameters = text.get("parameters", "") or _user_comment(image)
+    others = [program for key, program in _RECORDS.items() if key in text]
+    if others and not settings and not parameters:
+        raise LdmError(f"{path} has a record of {others[0]} alone, which ldm does not read")
+    return settings if isinstance(settings, dict) else None, parameters
+
+
+def _user_comment(image: Image.Image) -> str:
+    """EXIF's comment, where AUTOMATIC1111's programs put their text into JPEG and WebP; "" if there is none."""
+    try:
+        data = Image.Image.getexif(image).get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    except Exception:  # EXIF is written by cameras, and edited by many programs
+        return ""
+    if not isinstance(data, bytes) or data[:8] not in _CHARACTERS:
+        return ""
+    return data[8:].decode(_CHARACTERS[data[:8]], "replace").strip("\0 ")

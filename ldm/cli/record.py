@@ -15,8 +15,14 @@ from pipelines.settings import every_row, expanded
 log = logging.getLogger(__name__)
 
 USUAL = ("", "Automatic", "Uniform")  # schedule types that stand for the sampler's own spacing
+AUTOMATIC = {  # what the schedule type Automatic means, if not Uniform
+    **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "karras"),
+    **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "exponential"),
+}
 ABOUT = {"Model", "Model hash", "Version", "User"}  # keys that are no settings
-_PAIR = re.compile(r'\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+SPACING_NAMES = {"Simple": "trailing", "SGM Uniform": "trailing", "Normal": "linspace", **SPACINGS}
+# a key, and a value in quotation marks, a value in JSON, or one that ends at a comma
+_PAIR = re.compile(r"""\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|\{[^{}]{0,9999}\}|\[\{.{0,9999}?\}\]|[^,]*)(?:,|$)""")
 
 
 def to_parameters(record: Mapping[str, Any]) -> str:
@@ -25,7 +31,8 @@ def to_parameters(record: Mapping[str, Any]) -> str:
     found["size"] = f"{found['width']}x{found['height']}"
     samplers = {ours: theirs for theirs, ours in SAMPLERS.items()}
     found["scheduler"] = samplers.get(found["scheduler"], found["scheduler"])
-    found["spacing"] = {ours: theirs for theirs, ours in SPACINGS.items()}.get(found["spacing"])
+    uniform = "Uniform" if found["scheduler"] in AUTOMATIC and found["spacing"] == "default" else None
+    found["spacing"] = {ours: theirs for theirs, ours in SPACING_NAMES.items()}.get(found["spacing"], uniform)
     found["clip_skip"] = found["clip_skip"] + 1 if found["clip_skip"] else None
     pairs: dict[str, Any] = {}
     for row in every_row():
@@ -48,9 +55,12 @@ def from_parameters(text: str) -> dict[str, Any]:
         LdmError: the text is of another kind, or names a sampler or a schedule type that we do not have.
     """
     lines = text.strip().split("\n")
-    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(lines[-1])} if lines else {}
+    at = max((number for number, line in enumerate(lines) if line.startswith("Steps:")), default=len(lines) - 1)
+    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(lines[at])}
     if "Steps" not in pairs:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
+    if lines[at + 1 :]:
+        log.warning("the image's text goes on after its settings, which ldm does not read: %.60s", lines[at + 1])
     known = ABOUT | {row.a1111 for row in every_row()}
     unknown = [name for name in pairs if name not in known]
     if unknown:
@@ -58,7 +68,7 @@ def from_parameters(text: str) -> dict[str, Any]:
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
-    for line in lines[:-1]:
+    for line in lines[:at]:
         if line.startswith("Negative prompt:"):
             current, line = negative, line.removeprefix("Negative prompt:").strip()
         current.append(line)
@@ -105,6 +115,7 @@ def _sampler(sampler: str, spacing: str) -> tuple[str | None, str]:
             sampler, spacing = sampler.removesuffix(f" {name}"), name
     if sampler and sampler not in SAMPLERS:
         raise LdmError(f"the image was made with sampler {sampler!r}, which does not exist here")
-    if spacing not in (*SPACINGS, *USUAL):
+    if spacing not in (*SPACING_NAMES, *USUAL):
         raise LdmError(f"the image was made with schedule type {spacing!r}, which does not exist here")
-    return SAMPLERS.get(sampler), SPACINGS.get(spacing, "default")
+    automatic = AUTOMATIC.get(sampler, "default") if spacing == "Automatic" else "default"
+    return SAMPLERS.get(sampler), SPACING_NAMES.get(spacing, automatic)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError, listing
-from ldm.weights.tensors import Sample, Store
+from ldm.weights.tensors import Excerpt, Store
 
 LARGEST = 1e6  # absolute value of a weight; those of the released models are below 1,000
 SAMPLE = 64  # numbers at the start, in the middle and at the end of each tensor
@@ -50,7 +50,7 @@ def _value(number: Tensor) -> str:
     return f"the number {number.item():.3g}"
 
 
-def _unwritten(sample: Sample, numbers: Tensor) -> list[str]:
+def _unwritten(sample: Excerpt, numbers: Tensor) -> list[str]:
     """The first of so many neighbouring tensors that hold nothing but zeros, if there are such beside others."""
     starts = np.concatenate([[0], sample.ends[:-1]])
     zero = ~np.maximum.reduceat((numbers != 0).numpy(), starts)

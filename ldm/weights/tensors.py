@@ -132,7 +132,7 @@ class Store:
                         yield name, tensor
                     del tensor
 
-    def sample(self, names: Iterable[str], size: int) -> Iterator[Sample]:
+    def sample(self, names: Iterable[str], size: int) -> Iterator[Excerpt]:
         """The first, middle and last `size` numbers of the named tensors, for each file and type; nothing else is read.
 
         The tensors of a sample are in the order of the file.
@@ -147,7 +147,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Excerpt:
     """Numbers from several places of each of many tensors of one type."""
 
     names: list[str]
@@ -167,7 +167,7 @@ def _part_of(tensor: np.ndarray, at: int, count: int) -> bytes:
     return tensor[at : at + count].tobytes()
 
 
-def _sampled(names: list[str], data: Iterable[tuple[ReadAt, int]], dtype: torch.dtype, size: int) -> Sample:
+def _sampled(names: list[str], data: Iterable[tuple[ReadAt, int]], dtype: torch.dtype, size: int) -> Excerpt:
     """The sample of tensors, each given as a function that reads its bytes, and their number."""
     step = size * dtype.itemsize
     pieces, ends, end = [], [], 0
@@ -177,7 +177,7 @@ def _sampled(names: list[str], data: Iterable[tuple[ReadAt, int]], dtype: torch.
         pieces += [read(at, count) for at, count in places]
         end += sum(count for _, count in places) // dtype.itemsize
         ends.append(end)
-    return Sample(names, np.array(ends), torch.frombuffer(bytearray(b"".join(pieces)), dtype=dtype))
+    return Excerpt(names, np.array(ends), torch.frombuffer(bytearray(b"".join(pieces)), dtype=dtype))
 
 
 class PickleStore(Store):
@@ -216,7 +216,7 @@ class PickleStore(Store):
             tensor = self._tensors[name]
             yield name, tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
 
-    def sample(self, names: Iterable[str], size: int) -> Iterator[Sample]:
+    def sample(self, names: Iterable[str], size: int) -> Iterator[Excerpt]:
         groups: dict[torch.dtype, list[str]] = {}
         for name in names:
             groups.setdefault(self.infos[name].dtype, []).append(name)

@@ -178,7 +178,7 @@ def test_a_signal_in_a_callback_is_not_lost() -> None:
         "def callback(_):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(0.01)\n"
-        "def app():\n"
+        "def app(standalone_mode):\n"
         "    thing = Thing()\n"
         "    here = weakref.ref(thing, callback)\n"
         "    del thing\n"
