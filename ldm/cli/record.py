@@ -19,7 +19,8 @@ AUTOMATIC = {  # what the schedule type Automatic means, if not Uniform
     **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "karras"),
     **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "exponential"),
 }
-ABOUT = {"Model", "Model hash", "Version", "User"}  # keys that are no settings
+EMBEDDINGS = "TI hashes"  # the key of textual inversion: names and the first 12 digits of the files' SHA-256
+ABOUT = {"Model", "Model hash", "Version", "User", EMBEDDINGS}  # keys that are no settings
 SPACING_NAMES = {"Simple": "trailing", "SGM Uniform": "trailing", "Normal": "linspace", **SPACINGS}
 # a key, and a value in quotation marks, a value in JSON, or one that ends at a comma
 _PAIR = re.compile(r"""\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|\{[^{}]{0,9999}\}|\[\{.{0,9999}?\}\]|[^,]*)(?:,|$)""")
@@ -40,6 +41,9 @@ def to_parameters(record: Mapping[str, Any]) -> str:
             pairs[row.a1111] = found[row.name]
         if row.name == "size":
             pairs |= {"Model hash": found.get("model_hash"), "Model": found.get("model")}
+    if "embeddings" in found:
+        hashes = [f"{listed(one['name'])}: {one['sha256'][:12]}" for one in found["embeddings"]]
+        pairs[EMBEDDINGS] = ", ".join(hashes)
     pairs["Version"] = found.get("version")
     lines = [found["prompt"]]
     if found.get("negative"):
@@ -55,8 +59,8 @@ def from_parameters(text: str) -> dict[str, Any]:
         LdmError: the text is of another kind, or names a sampler or a schedule type that we do not have.
     """
     lines = text.strip().split("\n")
-    at = max((number for number, line in enumerate(lines) if line.startswith("Steps:")), default=len(lines) - 1)
-    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(lines[at])}
+    at = _at(lines)
+    pairs = _pairs(lines[at])
     if "Steps" not in pairs:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
     if lines[at + 1 :]:
@@ -88,6 +92,28 @@ def from_parameters(text: str) -> dict[str, Any]:
     if "clip_skip" in settings:
         settings["clip_skip"] = max(0, settings["clip_skip"] - 1)
     return settings
+
+
+def embeddings_of(text: str) -> dict[str, str]:
+    """The embeddings of textual inversion in the text of AUTOMATIC1111: the start of the SHA-256 of each, by name."""
+    lines = text.strip().split("\n")
+    stated = _pairs(lines[_at(lines)]).get(EMBEDDINGS, "")
+    return dict(re.findall(r"\s*([^:,]+):\s*([0-9a-f]+)", stated))
+
+
+def listed(name: str) -> str:
+    """The name of an embedding in that text."""
+    return re.sub("[:,]", "", name)
+
+
+def _at(lines: list[str]) -> int:
+    """The number of the line of settings: the last that begins with Steps, or the last of all."""
+    return max((number for number, line in enumerate(lines) if line.startswith("Steps:")), default=len(lines) - 1)
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """The keys and values of a line."""
+    return {name: _unquoted(value) for name, value in _PAIR.findall(line)}
 
 
 def _quoted(value: Any) -> str:

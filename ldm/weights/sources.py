@@ -14,6 +14,7 @@ from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.weights.builtin import DEFAULT, builtin, lender
 from ldm.weights.components import Opened
 from ldm.weights.downloads import check_download, check_texts
+from ldm.weights.few_step import few_step_family, made_for
 from ldm.weights.folder import (
     component_part,
     open_folder,
@@ -78,7 +79,11 @@ def open_source(
             raise LdmError(
                 f"{path} {what}; give a model folder, a checkpoint file, a Hub name (owner/name) or {DEFAULT}"
             )
-        return _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
+        opened = _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
+        denoiser = (components or {}).get("unet", source)
+        few = made_for(denoiser, opened.parts["unet"].store.metadata)
+        opened.family = opened.components.family = few_step_family(opened.family, few)
+        return opened
     except LdmError:
         raise
     except PermissionError as error:
