@@ -6,6 +6,7 @@ here is an error that names it, because ignoring it could give wrong images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -507,41 +508,36 @@ SCHEDULERS = frozenset(
         "TCD",
     ]
 )
-_SAMPLER_OPTIONS = frozenset(
+_SAMPLER_FLAGS = frozenset(
     [
-        "clip_sample",
-        "set_alpha_to_one",
-        "steps_offset",
-        "thresholding",
-        "dynamic_thresholding_ratio",
-        "clip_sample_range",
-        "sample_max_value",
-        "timestep_spacing",
-        "variance_type",
-        "skip_prk_steps",
-        "interpolation_type",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "sigma_min",
-        "sigma_max",
-        "timestep_type",
-        "final_sigmas_type",
-        "solver_order",
-        "algorithm_type",
-        "solver_type",
-        "lower_order_final",
-        "euler_at_final",
-        "use_lu_lambdas",
-        "lambda_min_clipped",
+        "clip_sample", "set_alpha_to_one", "thresholding", "skip_prk_steps", "use_karras_sigmas",
+        "use_exponential_sigmas", "use_beta_sigmas", "lower_order_final", "euler_at_final", "use_lu_lambdas",
         "predict_x0",
-        "disable_corrector",
-        "solver_p",
-        "original_inference_steps",
-        "timestep_scaling",
-        "noise_sampler_seed",
     ]
-)
+)  # fmt: skip
+_SAMPLER_NUMBERS: dict[str, tuple[float, float]] = {
+    "steps_offset": (0, 1000),
+    "dynamic_thresholding_ratio": (0, 1),
+    "clip_sample_range": (0, 1000),
+    "sample_max_value": (0, 1000),
+    "sigma_min": (0, 1e5),
+    "sigma_max": (0, 1e5),
+    "solver_order": (1, 4),
+    "lambda_min_clipped": (-math.inf, 100),
+    "original_inference_steps": (1, 1000),
+    "timestep_scaling": (0, 1e4),
+    "noise_sampler_seed": (0, 2**63),
+}
+_SAMPLER_WORDS: dict[str, tuple[str, ...]] = {  # (): the scheduler's class checks it
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": (),
+    "algorithm_type": (),
+    "solver_type": (),
+}
+_SAMPLER_OPTIONS = frozenset([*_SAMPLER_FLAGS, *_SAMPLER_NUMBERS, *_SAMPLER_WORDS, "disable_corrector", "solver_p"])
 _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
     "use_flow_sigmas": (False,),
@@ -560,8 +556,8 @@ def read_schedule(where: str, json: Json) -> NoiseSchedule:
         raise LdmError(f"{where}: scheduler {scheduler!r} is not one of {', '.join(sorted(SCHEDULERS))}")
     options = {name: reader.left.pop(name) for name in sorted(_SAMPLER_OPTIONS & reader.left.keys())}
     for name, value in options.items():
-        if not isinstance(value, (bool, int, float, str, list, type(None))):
-            raise reader.fail(name, value, "it must be a number, a word or a list")
+        if needed := _unfit(name, value):
+            raise reader.fail(name, value, f"{needed} is needed")
     with _naming(where):
         schedule = NoiseSchedule(
             prediction_type=reader.take("prediction_type", str, default="epsilon"),
@@ -575,6 +571,23 @@ def read_schedule(where: str, json: Json) -> NoiseSchedule:
         )
     reader.done(_SCHEDULE_FIXED)
     return schedule
+
+
+def _unfit(name: str, value: Any) -> str:
+    """What a sampler's option needs, if its value is not that; "" if it is, or null."""
+    if value is None:
+        return ""
+    if name in _SAMPLER_FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in _SAMPLER_NUMBERS:
+        low, high = _SAMPLER_NUMBERS[name]
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        return "" if fits else f"a number from {low} to {high}"
+    if name in _SAMPLER_WORDS:
+        words = _SAMPLER_WORDS[name]
+        fits = isinstance(value, str) and (value in words if words else len(value) < 100)
+        return "" if fits else " or ".join(words) or "a word"
+    return "" if isinstance(value, list) else "a list"
 
 
 def write_schedule(schedule: NoiseSchedule) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def open_control_model(
     """
     path = Path(source)
     if not path.exists() and HUB_ID.fullmatch(str(source)):
-        path = fetch(str(source), allow_pickle=allow_pickle, component="controlnet")
+        path = fetch(str(source), allow_pickle=allow_pickle, progress=progress, component="controlnet")
     if not path.exists():
         raise LdmError(f"{path} does not exist; give a control model's folder, file or Hub name (owner/name)")
     try:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from ldm.errors import LdmError, first_line
+from ldm.files import Progress, silent
+from ldm.weights.downloads import check_download
 from ldm.weights.folder import COMPONENTS, INDEX, base_name, weight_names
 from ldm.weights.manifest import NAME as MANIFEST
 
@@ -17,16 +19,19 @@ def fetch(
     revision: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    progress: Progress = silent,
     component: str = "",
 ) -> Path:
     """The local folder of the model `name` (owner/name), fetched unless it is in the cache already.
 
-    With `component`, the repository is such a component alone, such as a ControlNet.
+    What was fetched now is compared with the Hub's digests. With `component`, the repository holds such a component
+    alone, such as a ControlNet.
 
     Raises:
-        LdmError: there is no such model, it is private, or neither the Hub nor a cached copy can be reached.
+        LdmError: there is no such model, it is private, neither the Hub nor a cached copy can be reached, or a file
+            did not arrive as it is there.
     """
-    from huggingface_hub import HfApi, snapshot_download  # not needed for local models
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # not needed for local models
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -42,9 +47,15 @@ def fetch(
     except Exception:  # no network, offline mode, time-outs: each HTTP library has its own exceptions
         return _cached(name, revision, "config.json" if component else INDEX)
     try:
-        chosen = wanted_of_component(files, component, variant, allow_pickle) if component else None
-        chosen = wanted(files, variant, allow_pickle) if chosen is None else chosen
-        return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
+        if component:
+            chosen = wanted_of_component(files, component, variant, allow_pickle)
+        else:
+            chosen = wanted(files, variant, allow_pickle)
+        new = [file for file in chosen if not isinstance(try_to_load_from_cache(name, file, revision=revision), str)]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
+        for file in new:
+            check_download(folder / file, progress)
+        return folder
     except LdmError:
         raise
     except Exception as error:  # network errors, as above
