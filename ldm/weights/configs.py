@@ -15,12 +15,16 @@ from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
+from ldm.models.controlnet import ControlNetConfig
+from ldm.models.t2i_adapter import T2IAdapterConfig
 from ldm.models.unet import UNetConfig
 from ldm.process import NoiseSchedule
 
 Json = Mapping[str, Any]
 UNET_CLASSES = ("UNet2DConditionModel",)
 AUTOENCODER_CLASSES = ("AutoencoderKL", "VQModel")
+CONTROLNET_CLASSES = ("ControlNetModel",)
+T2I_CLASSES = ("T2IAdapter",)
 
 # options and the only values that our networks support
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -291,6 +295,67 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
             "projection_class_embeddings_input_dim": config.pooled_dim + config.size_ids * config.size_dim,
         }
     return json
+
+
+# --- control models ---------------------------------------------------------------------------------------------------
+
+
+def read_controlnet(where: str, json: Json) -> ControlNetConfig:
+    """The ControlNet of a diffusers `config.json`."""
+    own = {"conditioning_channels", "controlnet_conditioning_channel_order", "conditioning_embedding_out_channels"}
+    own |= {"global_pool_conditions", "_class_name"}
+    reader = Reader(where, {name: json[name] for name in own if name in json}, CONTROLNET_CLASSES)
+    half = {name: value for name, value in json.items() if name not in own}
+    down = half.get("down_block_types")
+    half["up_block_types"] = [str(kind).replace("Down", "Up") for kind in reversed(down)] if down else down
+    pooled_dim = 0
+    if half.get("addition_embed_type") == "text_time":
+        sizes = Reader(where, half)
+        pooled_dim = sizes.take("projection_class_embeddings_input_dim", int, default=0)
+        pooled_dim -= 6 * sizes.take("addition_time_embed_dim", int, default=256)
+    unet = read_unet(where, half, pooled_dim)
+    order = reader.take("controlnet_conditioning_channel_order", str, default="rgb")
+    if order not in ("rgb", "bgr"):
+        raise reader.fail("controlnet_conditioning_channel_order", order, "this program has 'rgb' and 'bgr'")
+    with _naming(where):
+        config = ControlNetConfig(
+            **vars(unet),
+            image_channels=tuple(reader.take("conditioning_embedding_out_channels", list, default=[16, 32, 96, 256])),
+            bgr=order == "bgr",
+            pooled=reader.take("global_pool_conditions", bool, default=False),
+        )
+    reader.done({"conditioning_channels": (3,)})
+    return config
+
+
+T2I_KINDS = ("full_adapter", "full_adapter_xl", "light_adapter")
+
+
+def read_t2i_adapter(where: str, json: Json) -> T2IAdapterConfig:
+    """The T2I-Adapter of a diffusers `config.json`."""
+    reader = Reader(where, json, T2I_CLASSES)
+    kind = reader.take("adapter_type", str, default="full_adapter")
+    if kind not in T2I_KINDS:
+        raise reader.fail("adapter_type", kind, f"this program has {', '.join(T2I_KINDS)}")
+    channels = reader.take("channels", list, default=[320, 640, 1280, 1280])
+    if kind == "light_adapter":
+        channels = [*channels, *channels[-1:]]
+    with _naming(where):
+        config = T2IAdapterConfig(
+            channels=tuple(channels),
+            halves=t2i_halves(len(channels), kind == "full_adapter_xl"),
+            layers=reader.take("num_res_blocks", int, default=2),
+            in_channels=reader.take("in_channels", int, default=3),
+            factor=reader.take("downscale_factor", int, default=8),
+            light=kind == "light_adapter",
+        )
+    reader.done({})
+    return config
+
+
+def t2i_halves(count: int, xl: bool) -> tuple[bool, ...]:
+    """Which of a T2I-Adapter's feature maps are half as large as the one before; SDXL's has one such map, the third."""
+    return tuple(number == 2 if xl else number > 0 for number in range(count))
 
 
 # --- autoencoder ------------------------------------------------------------------------------------------------------
