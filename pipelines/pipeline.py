@@ -31,9 +31,9 @@ from pipelines.batching import batch_ranges, together
 from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
-from pipelines.request import Request, check_request, records, request_for
+from pipelines.request import Request, check_request, note_idle, records, request_for
 from pipelines.run import Attachment, OnStep, SamplingRun, TooManyError, decode
-from pipelines.settings import LOADING, renamed
+from pipelines.settings import LOADING, checked, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
 from pipelines.tasks.table import TASKS
@@ -181,6 +181,7 @@ class Pipeline:
                 check_task(request, family)
             check_passes(request, family, refiner)
             self.image_prompts.check(request)
+            note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
         return request
 
     def make(
