@@ -221,7 +221,7 @@ def plan(
 @app.command()
 def selftest(
     folder: Annotated[str, typer.Option(help="A new folder, which all processes can see.")] = "selftest",
-    precision: Annotated[str, typer.Option(help="Precision of the computation: no, fp16 or bf16.")] = "no",
+    precision: Annotated[str, typer.Option(help="Precision of the computation: auto, no, fp16 or bf16.")] = "no",
 ) -> None:
     """Check in two minutes that training works on this machine: accelerate launch -m ldm selftest.
 
