@@ -315,16 +315,18 @@ def evaluate(
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """
-    from ldm.cli.evaluate import EvaluateOptions, evaluate_sources
+    from ldm.cli.evaluate_options import EvaluateOptions, check_options
 
-    evaluate_sources(
-        EvaluateOptions(
-            sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
-            clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
-            settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
-            cache=cache, device=device, as_json=json,
-        )
+    options = EvaluateOptions(
+        sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
+        clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
+        settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
+        cache=cache, device=device, as_json=json,
     )  # fmt: skip
+    check_options(options)
+    from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
+
+    evaluate_sources(options)
 
 
 def main() -> None:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from ldm.training.config import load
-from ldm.training.forecast import Forecast, forecast
-from ldm.training.precision import NAMES, resolved, run_device
+from ldm.training.checks import check_bounds, check_paths
+from ldm.training.config import NUMBERS, load
+
+if TYPE_CHECKING:
+    from ldm.training.forecast import Forecast
 
 
 def print_forecast(config: str, overrides: Sequence[str], processes: int, measured: int, as_json: bool) -> None:
     """Print the forecast of each stage and, after `measured` real steps of the first one, the time it will take."""
-    settings, device = load(config, overrides), run_device()
+    settings = load(config, overrides)
+    check_bounds(settings)
+    if measured:
+        check_paths(settings)
+    from ldm.training.forecast import forecast  # PyTorch, only now that there is something to forecast
+    from ldm.training.precision import resolved, run_device
+
+    device = run_device()
     wanted, settings = settings.precision, resolved(settings, device)
     rows = forecast(settings, processes)
     found = None
@@ -56,9 +66,9 @@ def print_forecast(config: str, overrides: Sequence[str], processes: int, measur
 def _precision(wanted: str, precision: str, device: str) -> str:
     """The precision, and for `auto` why."""
     if wanted != "auto":
-        return NAMES[precision]
+        return NUMBERS[precision]
     other = "; for one that computes in bf16, add precision=bf16" if precision == "no" else ""
-    return f"{NAMES[precision]} on this machine's {device} (auto{other})"
+    return f"{NUMBERS[precision]} on this machine's {device} (auto{other})"
 
 
 def _memory(row: Forecast) -> str:

@@ -9,8 +9,6 @@ from accelerate.utils import parse_flag_from_env
 from ldm.runtime.bf16 import computes_bf16
 from ldm.training.config import Config
 
-NAMES = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of the numbers that a precision computes with
-
 
 def run_device() -> torch.device:
     """The device that a run uses in this process."""

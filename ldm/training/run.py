@@ -33,7 +33,8 @@ from ldm.runtime.compilation import check_compiling
 from ldm.runtime.kernels.memory import keep_freed
 from ldm.training.batches import StageBatches, batch_plan
 from ldm.training.caching import Caches, build_caches
-from ldm.training.config import Config
+from ldm.training.checks import check_bounds, check_paths
+from ldm.training.config import NUMBERS, Config
 from ldm.training.evaluator import Evaluator, check_evaluation, evaluation_plan
 from ldm.training.folder import is_done, open_folder, write_result
 from ldm.training.forecast import Forecast, forecast, peak_tflops
@@ -44,7 +45,7 @@ from ldm.training.loop import Training
 from ldm.training.parallel.agreement import check_agreement
 from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import phases
-from ldm.training.precision import NAMES, costs, resolved, run_device
+from ldm.training.precision import costs, resolved, run_device
 from ldm.training.sections import EvaluationSection, StageSection
 from ldm.training.stages.stage import MakeImages, Stage, StageInputs
 from ldm.training.stages.table import kind_named
@@ -59,6 +60,8 @@ class TrainingRun:
     """A run: its data, its folder, and each of its stages from start to result."""
 
     def __init__(self, config: Config, make_images: MakeImages | None, report: Report) -> None:
+        check_bounds(config)
+        check_paths(config)
         device, wanted = run_device(), config.precision
         self.config = config = resolved(config, device)
         self.make_images = make_images
@@ -69,7 +72,7 @@ class TrainingRun:
         except ValueError as error:
             raise LdmError(f"precision {config.precision}: {first_line(error)}") from None
         if self.accelerator.is_main_process:
-            log.info("precision %s: computing in %s on %s", wanted, NAMES[config.precision], device.type)
+            log.info("precision %s: computing in %s on %s", wanted, NUMBERS[config.precision], device.type)
             if cost := costs(device, wanted):
                 log.warning(cost)
         if config.precision == "fp16" and self.accelerator.device.type == "cpu":

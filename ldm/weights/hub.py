@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ldm.errors import LdmError, first_line
-from ldm.weights.folder import COMPONENTS, INDEX, base_name, weight_names
+from ldm.weights.folder import COMPONENTS, base_name, weight_names
 from ldm.weights.manifest import NAME as MANIFEST
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from ldm.weights.names import INDEX
 
 
 def fetch(name: str, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False) -> Path:

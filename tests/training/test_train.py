@@ -587,7 +587,7 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["data.source=nowhere"], "nowhere does not exist"),
         (["data.source="], "data.source is not set"),
         (["data.holdout=50"], "leaves none to train with"),
-        (["base.sizes=[{size: 500}]"], "must be a multiple of step"),
+        (["base.sizes=[{size: 500}]"], "base.sizes has 500, which is no multiple of it"),
         (["base.sizes=[{size: 512}]"], "too small for size 512"),
         (["base.ema.widths=[0.5]"], "width 0.5 of an average"),
         (["base.timestep_range=[900, 1200]"], "timesteps"),
