@@ -19,6 +19,7 @@ import typer
 import ldm
 from ldm.cli.options import with_options
 from ldm.errors import LdmError
+from ldm.runtime.quiet import quiet
 from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
@@ -346,6 +347,7 @@ def main() -> None:
             again.daemon = True
             again.start()
 
+    quiet()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     sys.unraisablehook = unraisable
