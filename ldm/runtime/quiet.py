@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 
 DROPPED = (
-    # torchao registers enumerations with PyTorch in a way that is no longer needed; others import torchao if it is there
+    # torchao registers enumerations with PyTorch in a way that is no longer needed; others import torchao too
     ("torch.utils._pytree", "is an Enum subclass and is now natively supported by torch.compile"),
     # compilation for the CPU looks for CUDA all the same; the run's own line names its device
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),

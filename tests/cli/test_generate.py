@@ -388,9 +388,9 @@ def test_the_text_of_other_programs() -> None:
     }  # fmt: skip
     hires = "a\nSteps: 3, Sampler: Euler, Schedule type: Automatic, Denoising strength: 0.4, Hires upscale: 2"
     assert from_parameters(hires).items() >= {"hires": 2.0, "hires_strength": 0.4, "spacing": "default"}.items()
-    start = time.monotonic()
+    start = time.process_time()
     from_parameters("a\nSteps: 3, " + "a " * 50_000)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 60  # CPU time; it would be minutes
     for wrong in (
         "hello",
         "a\nSteps: many",
