@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +19,10 @@ from PIL import Image
 import pipelines.settings as settings
 from ldm.errors import LdmError
 from ldm.families import Family
-from ldm.images import WHITE, load_image
+from ldm.images import ANIMATED, TRANSPARENT, WHITE, flattened, load_noted
 from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
-from ldm.sampling.guidance import Guidance
+from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
@@ -94,11 +93,11 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         LdmError: a setting is not known, or its value not allowed.
     """
     values = settings.checked({**given, "prompt": prompt}, "python")
-    image = load_image(values["image"]) if "image" in values else None
+    image = _image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
-    filled |= defaults(family, image, masked=mask is not None) | values
+    filled |= defaults(family, image, mask is not None, given=values) | values
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
@@ -113,7 +112,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         negative_2=given_texts.get("negative_2"),
         seeds=seeds(values.get("seed"), count * n),
         values={name: value for name, value in filled.items() if name not in OWN},
-        guidance=Guidance(**guidance["guidance"]),
+        guidance=(EmbeddedGuidance if family.unet.guidance_dim else Guidance)(**guidance["guidance"]),
         image=image,
         mask=mask,
         task=task_of(family, image, mask),
@@ -123,42 +122,47 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     )
 
 
+def _image(given: Any) -> Image.Image:
+    """An image to start from, in RGB; a warning says what of its file is left out or guessed."""
+    image, notes = load_noted(given)
+    opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+    for note in notes:
+        if note != TRANSPARENT or not opaque:
+            log.warning("the image to start from: %s", note)
+    return (image if opaque else flattened(image, "white")).convert("RGB")
+
+
 def _mask(given: Any) -> Image.Image:
     """A mask as shades of grey; a warning says that its transparent parts are black, if they may be meant as white."""
-    mask = load_image(given, "L")
-    alpha = _alpha(given)
-    if alpha is not None and alpha.size == mask.size:
-        clear, white = np.asarray(alpha) < WHITE, np.asarray(mask) >= WHITE
-        painted = white[~clear].all()  # with white on nothing
-        if clear.any() and white.any() and not painted:
-            log.warning("the mask's transparent parts count as black; only its white pixels are made anew")
+    image, notes = load_noted(given, colours=False)
+    if ANIMATED in notes:
+        log.warning("the mask: %s", ANIMATED)
+    if not image.has_transparency_data:
+        return image.convert("L")
+    alpha = image.convert("RGBA").getchannel("A")
+    mask = flattened(image, "black").convert("L")
+    clear, white = np.asarray(alpha) < WHITE, np.asarray(mask) >= WHITE
+    painted = white[~clear].all()  # with white on nothing
+    if clear.any() and white.any() and not painted:
+        log.warning("the mask's transparent parts count as black; only its white pixels are made anew")
     return mask
-
-
-def _alpha(given: Any) -> Image.Image | None:
-    """The alpha channel of an image or of its file; None if its mode has none."""
-    if not isinstance(given, (str, os.PathLike, Image.Image)):
-        return None
-    try:
-        return load_image(given, "RGBA").getchannel("A")
-    except LdmError:
-        return None
 
 
 TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a request has in another form
 
 
-def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[str, Any]:
-    """The defaults that depend on the model and on the given image and mask."""
+def defaults(family: Family, image: Image.Image | None, masked: bool, given: Collection[str]) -> dict[str, Any]:
+    """The defaults that depend on the model, on the given image and mask, and on which settings are given."""
     width, height = (family.size, family.size) if image is None else fitted(image, family.autoencoder.factor)
-    return {
+    usual = {
         "width": width,
         "height": height,
         "steps": family.steps,
         "guidance": family.guidance,
         "strength": 1.0 if masked else 0.8,
     }
+    return usual | (family.few_step.settings(given) if family.few_step else {})
 
 
 def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
@@ -219,6 +223,8 @@ def check_request(request: Request, family: Family) -> None:
                 request.reader.parts(text)
     if len(family.text) == 1 and (request.prompts_2 or request.negative_2):
         raise LdmError(f"a {family.name} model has one text encoder, and so one prompt")
+    if request.guidance.embedded is not None and any(request.negative):
+        log.warning("this model reads its guidance scale, and no negative prompt: the negative prompt has no effect")
 
 
 def check_size(request: Request, family: Family) -> None:
