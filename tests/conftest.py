@@ -19,9 +19,23 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
+LONG = [  # the files that take longest: begun first, so that several test processes end together
+    "test_pipelines", "test_train", "test_selftest", "test_scale", "test_autoencoder_stage", "test_saving",
+    "test_eval_command", "test_training_evaluation", "test_text_stage", "test_training", "test_compilation",
+    "test_generate",
+]  # fmt: skip
+
 logging.getLogger("xformers").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # which begins with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
