@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ldm.families import Family
 from ldm.images import WHITE, load_image
 from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
-from ldm.sampling.guidance import Guidance
+from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
@@ -98,7 +98,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     mask = _mask(values["mask"]) if "mask" in values else None
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
-    filled |= defaults(family, image, masked=mask is not None) | values
+    filled |= defaults(family, image, mask is not None, given=values) | values
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
@@ -113,7 +113,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         negative_2=given_texts.get("negative_2"),
         seeds=seeds(values.get("seed"), count * n),
         values={name: value for name, value in filled.items() if name not in OWN},
-        guidance=Guidance(**guidance["guidance"]),
+        guidance=(EmbeddedGuidance if family.unet.guidance_dim else Guidance)(**guidance["guidance"]),
         image=image,
         mask=mask,
         task=task_of(family, image, mask),
@@ -149,16 +149,17 @@ TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a request has in another form
 
 
-def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[str, Any]:
-    """The defaults that depend on the model and on the given image and mask."""
+def defaults(family: Family, image: Image.Image | None, masked: bool, given: Collection[str]) -> dict[str, Any]:
+    """The defaults that depend on the model, on the given image and mask, and on which settings are given."""
     width, height = (family.size, family.size) if image is None else fitted(image, family.autoencoder.factor)
-    return {
+    usual = {
         "width": width,
         "height": height,
         "steps": family.steps,
         "guidance": family.guidance,
         "strength": 1.0 if masked else 0.8,
     }
+    return usual | (family.few_step.settings(given) if family.few_step else {})
 
 
 def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
@@ -219,6 +220,8 @@ def check_request(request: Request, family: Family) -> None:
                 request.reader.parts(text)
     if len(family.text) == 1 and (request.prompts_2 or request.negative_2):
         raise LdmError(f"a {family.name} model has one text encoder, and so one prompt")
+    if request.guidance.embedded is not None and any(request.negative):
+        log.warning("this model reads its guidance scale, and no negative prompt: the negative prompt has no effect")
 
 
 def check_size(request: Request, family: Family) -> None:

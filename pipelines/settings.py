@@ -46,6 +46,7 @@ class Kind:
     allowed: Callable[[Any], bool]
     parse: Callable[[str], Any] = str  # text -> value; raises ValueError
     structured: bool = False  # whether texts from anywhere are parsed, not only those of the command line
+    joined: Callable[[list[Any]], Any] | None = None  # the value of an option given several times, of its values
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,17 @@ class Setting:
         if not allowed:
             raise LdmError(f"{called or self.name} {value!r}: {self.kind.needed} is needed")
         return value
+
+    def gathered(self, texts: list[str], called: str = "") -> Any:
+        """The value that the texts of an option stand for, which was given several times.
+
+        Raises:
+            LdmError: a text has no meaning, or the values do not go together.
+        """
+        values = [self.parse(text, called) for text in texts]
+        if self.kind.joined is None:
+            raise LdmError(f"{called or self.name}: give it once")
+        return self.kind.joined(values)
 
 
 # --- kinds of values --------------------------------------------------------------------------------------------------
@@ -196,9 +208,25 @@ def _component(text: str) -> dict[str, str]:
     return {name: path}
 
 
+def _joined_components(values: list[dict[str, str]]) -> dict[str, str]:
+    found = {name: path for value in values for name, path in value.items()}
+    if len(found) < len(values):
+        raise LdmError(f"--component {', '.join(name for value in values for name in value)}: each name once")
+    return found
+
+
 def _are_components(value: Any) -> bool:
     pairs = value.items() if isinstance(value, Mapping) else ()
     return bool(pairs) and all(isinstance(name, str) and isinstance(path, (str, PathLike)) for name, path in pairs)
+
+
+def _are_paths(value: Any) -> bool:
+    paths = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(path, PathLike) or (isinstance(path, str) and path != "") for path in paths)
+
+
+def _joined_paths(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(path for value in values for path in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 def _is_interval(value: Any) -> bool:
@@ -255,8 +283,10 @@ SOURCE = Kind(
 )  # fmt: skip
 COMPONENTS = Kind(
     "NAME=PATH", "NAME=PATH, such as vae=better-vae.safetensors, or a dictionary of such pairs,", _are_components,
-    _component, structured=True,
+    _component, structured=True, joined=_joined_components,
 )  # fmt: skip
+PATHS = Kind("PATH", "a path, or a list of them,", _are_paths, lambda text: (text,), structured=True,
+             joined=_joined_paths)  # fmt: skip
 DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -388,6 +418,10 @@ LOADING: tuple[Setting, ...] = (
     Setting("components", COMPONENTS,
             "A component from elsewhere: unet, vae, text_encoder or text_encoder_2; once for each.",
             flag="--component", closed=ONE_MODEL),
+    Setting("embeddings", PATHS,
+            "An embedding of textual inversion, named in prompts, or a folder of them; once for each.",
+            flag="--embedding", names=("embedding_dir", "embeddings_dir", "textual_inversion"),
+            closed=ONE_MODEL | {"record": "it lists the embeddings that the image's prompts use"}),
     Setting("variant", NAME, "Which of a folder's weights to read, such as fp16.", closed=ONE_MODEL),
     Setting("allow_pickle", FLAG, "Read tensors, and nothing else, from .ckpt and .bin.", False,
             closed=ONE_MODEL | {"record": "it must be allowed each time"}),
@@ -461,6 +495,10 @@ def renamed(
         for part, own in parts.items():
             before = found.get(part)
             if before is not None and own is not None and not _same(before, own):
+                joined = None if plain in also else find(part, door, rows=rows).kind.joined
+                if joined is not None:
+                    found[part] = joined([before, own])
+                    continue
                 raise LdmError(f"{origin[part]} {before!r} and {shown} {own!r} are one setting; give one of them")
             if own is not None or part not in found:
                 found[part], origin[part] = own, shown
@@ -502,7 +540,10 @@ def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, A
             value = given.get(name)
             if value is not None:
                 checks = Kind("", row.kind.needed, lambda _: True, row.kind.parse) if name in TRANSLATED else row.kind
-                values[name] = replace(row, kind=checks).parse(value, called[name]) if isinstance(value, str) else value
+                taken = replace(row, kind=checks)
+                if isinstance(value, list):
+                    value = taken.gathered(value, called[name])
+                values[name] = taken.parse(value, called[name]) if isinstance(value, str) else value
     return renamed(values, "shell", rows.values(), called)
 
 

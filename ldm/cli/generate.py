@@ -282,7 +282,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
-        recorded = at("record", LOADING)
+        recorded = (*at("record", LOADING), "embeddings")
         common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
@@ -312,8 +312,9 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
-            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
-        )
+            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            embeddings=loading.get("embeddings"), allow_pickle=loading.get("allow_pickle"),
+        )  # fmt: skip
     group, *_ = checked_groups(pipeline, options.common, jobs)
     request, family = group.request, opened.family
     (record,) = records(request.part(slice(1)), family)

@@ -128,10 +128,8 @@ def generate_command() -> Callable[..., None]:
 
     def generate(**given: Any) -> None:
         """Make images of prompts, as PNG files with a record of how they were made."""
-        from ldm.cli.common import to_components
         from ldm.cli.generate import Options, generate_images
 
-        given["components"] = to_components(given["components"] or ()) or None
         options = Options(
             prompts=[*(given["prompts"] or ()), *(given["other_prompts"] or ())],
             settings=parsed(given, settings), loading=parsed(given, loading),
@@ -160,12 +158,15 @@ def repro(
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default that of the record.")] = None,
     component: Replace = None,
+    embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make an image again from the record in it, and print how the pixels differ."""
     from ldm.cli.repro import reproduce_image
 
-    reproduce_image(file, model, refiner, image, mask, out, device, dtype, component or (), allow_pickle)
+    reproduce_image(
+        file, model, refiner, image, mask, out, device, dtype, component or (), embedding or (), allow_pickle
+    )  # fmt: skip
 
 
 @app.command()

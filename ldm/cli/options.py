@@ -8,28 +8,35 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.settings import COMPONENTS, FLAG, Setting
+from pipelines.settings import FLAG, Setting
 
 
 def option(row: Setting) -> Parameter:
     """A row as a parameter of a command, with a text, True or False as value; None if the option is not given.
 
-    Components are a list of texts.
+    An option that may be given several times is a list of texts.
     """
     flags = f"{row.option}/--no-{row.option[2:]}" if row.default is True else row.option
     default = "" if row.default is None or row.kind is FLAG else f"  [default: {_text(row.default)}]"
     metavar = None if row.kind is FLAG else row.kind.metavar
-    kind: Any = bool if row.kind is FLAG else list[str] if row.kind is COMPONENTS else str
+    kind = _type(row)
     info = typer.Option(flags, help=row.help + default, show_default=False, metavar=metavar)
     return Parameter(row.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
 def other_options(row: Setting) -> Iterator[Parameter]:
     """A row's other names as parameters of a command that the help does not show."""
+    kind = _type(row)
     for name in row.names:
-        kind = bool if row.kind is FLAG else str
+        if row.option_of(name) == row.option:
+            continue
         info = typer.Option(row.option_of(name), hidden=True, show_default=False)
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
+def _type(row: Setting) -> Any:
+    """The type of a row's option."""
+    return bool if row.kind is FLAG else list[str] if row.kind.joined else str
 
 
 def _text(default: Any) -> str:

@@ -120,7 +120,7 @@ def test_an_image_with_a_component_from_elsewhere_can_be_made_again(ldm: Any, mo
     code, out, err = ldm("generate", "a cat", *options, model=None)
     assert (code, out) == (1, "") and "holds no autoencoder; name one (--component vae=PATH" in err
     for case in ("vae", "vae="):
-        assert "write NAME=PATH" in ldm("generate", "a cat", *options, "--component", case, model=None)[2]
+        assert "NAME=PATH, such as vae=" in ldm("generate", "a cat", *options, "--component", case, model=None)[2]
     options += ["--component", "vae=vae"]
     plan = json.loads(ldm("generate", "a cat", *options, "--dry-run", model=None)[1])
     assert plan["model"]["components"]["vae"]["class"] == "AutoencoderKL"
