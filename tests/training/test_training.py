@@ -379,7 +379,9 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     assert math.isfinite(float(loss))
 
 
-def test_compiling_changes_no_gradient() -> None:
+@pytest.mark.parametrize(("part", "backend"), [("", "aot_eager_decomp_partition"), ("mid_block.resnets.0", "inductor")])
+def test_compiling_changes_no_gradient(part: str, backend: str) -> None:
+    """The whole network as it is traced, and the code for one of its blocks, since that for all takes a minute."""
     family = tiny.family("sd15")
     shape = replace(family.unet, channels=(16,), depth=(1,), heads=(2,), layers=1, groups=8)
     model = LatentDiffusion.from_family(replace(family, unet=shape))
@@ -389,7 +391,7 @@ def test_compiling_changes_no_gradient() -> None:
         unet = copy.deepcopy(model.unet).train()
         checkpointed(unet)
         if compiled:
-            unet.compile()
+            unet.get_submodule(part).compile(backend=backend)
         unet(x, torch.tensor([500, 3]), Conditioning(text)).square().mean().backward()
         gradients.append([parameter.grad for parameter in unet.parameters()])
     for plain, ours in zip(*gradients, strict=True):
