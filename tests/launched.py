@@ -88,6 +88,8 @@ def _become(arguments: list[str], environment: Mapping[str, str], cwd: Path, sai
     """Run a program in this process."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    default, *_ = multiprocessing.get_all_start_methods()
+    multiprocessing.set_start_method(default, force=True)  # of the processes that it starts itself
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from commands import COMMAND, run
-from launched import ONE_THREAD, PATIENCE, Program, by_launcher
+from launched import ONE_THREAD, PATIENCE, Program, on_two
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -281,7 +281,7 @@ def test_a_killed_list_goes_on(listed: list[str], whole: dict[str, bytes], tmp_p
 
 def test_launched_processes_share_a_list(listed: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
     """What the README shows, with two real processes: together they make what one makes alone."""
-    result = by_launcher("-m", "ldm", *listed, tmp_path / "two")
+    result = on_two("-m", "ldm", *listed, tmp_path / "two")
     assert len(set(result.stdout.split())) == 8
     assert images(tmp_path / "two") == whole
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import run
-from launched import by_launcher
+from launched import on_two
 from runs import _fresh_accelerator  # noqa: F401
 
 from ldm.data.keyed import uniform
@@ -44,7 +44,7 @@ def test_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_all_is_well_on_two_processes(tmp_path: Path) -> None:
-    done = by_launcher("-m", "ldm", "selftest", "--folder", tmp_path / "new")
+    done = on_two("-m", "ldm", "selftest", "--folder", tmp_path / "new")
     assert done.stdout.count("ok ") == 6
     assert "all is well" in done.stdout
 

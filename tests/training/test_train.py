@@ -21,7 +21,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from commands import COMMAND
-from launched import ONE_THREAD, PATIENCE, ROOT, Program, on_two
+from launched import ONE_THREAD, PATIENCE, ROOT, Program, by_launcher, on_two
 from PIL import Image
 from runs import TINY, _fresh_accelerator, config, interrupted, lines, losses, weights  # noqa: F401
 from safetensors.torch import load_file
@@ -380,7 +380,7 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command_is_killed_and_goes_on(shapes: Path, tmp_path: Path) -> None:
     """A real process, killed where it stands, then asked to stop, then left alone: the installed command."""
-    extra = ["base.steps=30", "base.save_every=2"]
+    extra = ["base.steps=20", "base.save_every=2"]
     config(shapes, tmp_path / "parts")  # writes parts.yaml
     command = ["train", str(tmp_path / "parts.yaml"), f"data.source={shapes}", f"output={tmp_path / 'parts'}", *extra]
 
@@ -392,10 +392,10 @@ def test_the_command_is_killed_and_goes_on(shapes: Path, tmp_path: Path) -> None
             time.sleep(0.01)
         return process
 
-    killed = begun(7)
+    killed = begun(5)
     killed.kill()
     killed.communicate()
-    stopped = begun(15)
+    stopped = begun(9)
     stopped.terminate()
     _, err = stopped.communicate()
     assert stopped.returncode == 128 + signal.SIGTERM, err
@@ -446,10 +446,11 @@ def test_two_processes_are_one(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_one_stage_after_the_other(shapes: Path, tmp_path: Path) -> None:
+    """By the launcher, as a user starts them."""
     few = ["perceptual_weight=0", "adversarial_weight=0", "steps=2", "batch=8", "sizes=[{size: 32}]"]
     extra = ["stages=[autoencoder,base]", "trackers=[tensorboard]", *(f"autoencoder.{key}" for key in few)]
     config(shapes, tmp_path / "r")  # writes r.yaml
-    result = on_two(
+    result = by_launcher(
         ROOT / "train_ldm.py",
         tmp_path / "r.yaml",
         f"data.source={shapes}",
