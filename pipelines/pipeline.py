@@ -29,9 +29,10 @@ from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.batching import batch_ranges, together
 from pipelines.embeddings import find_embeddings, used, with_embeddings
+from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, note_idle, records, request_for
-from pipelines.run import OnStep, SamplingRun, TooManyError, decode
+from pipelines.run import Attachment, OnStep, SamplingRun, TooManyError, decode
 from pipelines.settings import LOADING, checked, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
@@ -91,8 +92,8 @@ class Pipeline:
                 little. A model that is loaded already is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
-            **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
-                as `torch_dtype`.
+            **options: `ip_adapter`, files of IP-Adapters, one or a list, and `image_encoder`, a folder or Hub name;
+                further arguments of `LatentDiffusion.from_pretrained`; diffusers' names of all, such as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
@@ -101,6 +102,7 @@ class Pipeline:
         found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
         source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
+        images = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder")}
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
@@ -112,6 +114,7 @@ class Pipeline:
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
         self._learn(learned, found.get("allow_pickle", False))
+        self.image_prompts = ImagePrompts(self.model, **images, source=source, pickle=found.get("allow_pickle", False))
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
@@ -177,6 +180,7 @@ class Pipeline:
             if check_task is not None:
                 check_task(request, family)
             check_passes(request, family, refiner)
+            self.image_prompts.check(request)
             note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
         return request
 
@@ -227,6 +231,7 @@ class Pipeline:
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
         note_foreign(request)
+        attachments = self.image_prompts.attachments(request)
         fits = len(request.prompts)
         for rows in batches:
             done = rows.start
@@ -234,7 +239,7 @@ class Pipeline:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
                     with reported() if self.compiled else nullcontext(), self.model.alone(), cpu_by_default():
-                        result = self._batch(part, output, on_step)
+                        result = self._batch(part, output, on_step, attachments)
                 except TooManyError:
                     if request.batch or len(part.prompts) == 1:
                         raise
@@ -247,8 +252,11 @@ class Pipeline:
                     yield result
 
     @torch.inference_mode()
-    def _batch(self, request: Request, output: str, on_step: OnStep | None) -> Result:
-        run = SamplingRun(self.model, request, Noise(request.seeds, request.rng), on_step)
+    def _batch(
+        self, request: Request, output: str, on_step: OnStep | None, attachments: Sequence[Attachment]
+    ) -> Result:
+        noise = Noise(request.seeds, request.rng)
+        run = SamplingRun(self.model, request, noise, on_step, attachments=attachments)
         latents = TASKS[request.task].latents(run)
         if request.hires:
             latents = enlarged(run, latents)
@@ -264,7 +272,8 @@ class Pipeline:
                     report.room,
                     report.cut,
                 )
-        settings = records(request, self.model.family)
+        read = self.image_prompts.recorded(request)
+        settings = [record | read for record in records(request, self.model.family)]
         if self.embeddings:
             settings = [record | used(self.embeddings, self.model, request, row) for row, record in enumerate(settings)]
         result = Result(latents=list(latents), settings=settings, reports=reports)

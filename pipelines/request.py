@@ -99,6 +99,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
     filled |= defaults(family, image, mask is not None, given=values) | values
+    filled["image_prompt"] = settings.image_prompts(values)
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:

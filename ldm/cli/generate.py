@@ -87,6 +87,7 @@ class Group:
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
+BESIDE = ("embeddings", "ip_adapter", "image_encoder", "allow_pickle")  # those that open what is beside a model
 READING = ("family", "variant", "components", "allow_pickle")  # settings of loading that open a model
 
 
@@ -284,7 +285,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
-        recorded = (*at("record", LOADING), "embeddings")
+        recorded = (*at("record", LOADING), "embeddings", "ip_adapter", "image_encoder")
         common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
@@ -314,9 +315,10 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
-            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family)),
-            embeddings=loading.get("embeddings"), allow_pickle=loading.get("allow_pickle"),
-        )  # fmt: skip
+            LatentDiffusion.of(build(opened.family)),
+            refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            **{name: loading[name] for name in BESIDE if name in loading},
+        )
     group, *_ = checked_groups(pipeline, options.common, jobs)
     request, family = group.request, opened.family
     (record,) = records(request.part(slice(1)), family)
