@@ -7,6 +7,7 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,11 +28,12 @@ from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
+from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
-from pipelines.settings import LOADING, renamed
+from pipelines.settings import LOADING, find, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
 from pipelines.tasks.table import TASKS
@@ -68,6 +70,9 @@ class Pipeline:
         compile: bool = False,
         quantize: str | None = None,
         offload: str = "auto",
+        adapters: Any = None,
+        lora_dir: str | os.PathLike[str] | None = None,
+        partial_adapters: bool = False,
         **options: Any,
     ) -> None:
         """Load a model, or use one that is loaded.
@@ -88,6 +93,9 @@ class Pipeline:
             quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; images differ a
                 little. A model that is loaded already is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
+            adapters: LoRA files and the like, with their weights, for all calls that name none: see `stream`.
+            lora_dir: folder in which prompts and calls find adapters by name.
+            partial_adapters: use what fits of an adapter that does not fit the model as a whole.
             **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
                 as `torch_dtype`.
 
@@ -107,6 +115,9 @@ class Pipeline:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
+        self.adapters = Adapters(self.model, lora_dir, partial_adapters, found.get("allow_pickle", False))
+        if adapters is not None:
+            self.adapters.use(find("adapters", "python").check(adapters))
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> Result:
         """Images for a prompt or several, all at once; arguments and errors are those of `stream`."""
@@ -153,7 +164,7 @@ class Pipeline:
         """
         family, refiner = self.model.family, self.refiner.family if self.refiner else None
         with cpu_by_default():
-            request = request_for(prompt, settings, family, refiner is not None)
+            request = request_for(prompt, settings, family, refiner is not None, self.adapters.mixes)
             check_request(request, family)
             check_task = TASKS[request.task].check
             if check_task is not None:
@@ -215,7 +226,7 @@ class Pipeline:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
                     with reported() if self.compiled else nullcontext(), self.model.alone(), cpu_by_default():
-                        result = self._batch(part, output, on_step)
+                        result = self._batch(self.adapters.merged(part.mixes[0]), part, output, on_step)
                 except TooManyError:
                     if request.batch or len(part.prompts) == 1:
                         raise
@@ -228,8 +239,8 @@ class Pipeline:
                     yield result
 
     @torch.inference_mode()
-    def _batch(self, request: Request, output: str, on_step: OnStep | None) -> Result:
-        run = SamplingRun(self.model, request, Noise(request.seeds, request.rng), on_step)
+    def _batch(self, model: LatentDiffusion, request: Request, output: str, on_step: OnStep | None) -> Result:
+        run = SamplingRun(model, request, Noise(request.seeds, request.rng), on_step)
         latents = TASKS[request.task].latents(run)
         if request.hires:
             latents = enlarged(run, latents)
@@ -247,7 +258,7 @@ class Pipeline:
                 )
         result = Result(latents=list(latents), settings=records(request, self.model.family), reports=reports)
         if output == "images":
-            result.images = to_images(decode(self.model, latents))
+            result.images = to_images(decode(model, latents))
             if request.mask is not None and request.image is not None and not request.hires:
                 result.images = [pasted(made, request.image, request.mask) for made in result.images]
         return result

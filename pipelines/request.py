@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
+from pipelines.mixes import Mix, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Request:
     prompts_2: tuple[str, ...] | None = None  # for the second text encoder, if they differ
     negative_2: tuple[str | None, ...] | None = None
     seeds: tuple[int, ...] = ()  # one for each image
+    mixes: tuple[Mix, ...] = ()  # one for each image: the adapters
     values: Mapping[str, Any] = field(default_factory=dict)  # all other settings, by name
     guidance: Guidance = field(default_factory=Guidance)
     image: Image.Image | None = None  # to start from
@@ -73,7 +75,7 @@ class Request:
 
     def part(self, rows: slice) -> Request:
         """The same request for some of its images."""
-        names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")
+        names = ("prompts", "negative", "prompts_2", "negative_2", "seeds", "mixes")
         return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
     def plan(self, schedule: NoiseSchedule, xl: bool) -> SamplingPlan:
@@ -87,8 +89,13 @@ class Request:
 # --- from settings to a request ---------------------------------------------------------------------------------------
 
 
-def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool) -> Request:
-    """The request for a prompt or several, with the given settings.
+Mixed = Callable[[Sequence[str], Any, bool], tuple[list[str], list[Mix]]]
+
+
+def request_for(
+    prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool, mixed: Mixed
+) -> Request:
+    """The request for a prompt or several, with the given settings; `mixed` is `pipelines.adapters.Adapters.mixes`.
 
     Raises:
         LdmError: a setting is not known, or its value not allowed.
@@ -103,6 +110,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
         raise LdmError("no prompt: at least one text is needed")
+    prompts, mixes = mixed(prompts, filled["adapters"], filled["weights"])
     count, n = len(prompts), filled["n"]
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
     guidance = settings.nested({row.key: filled.pop(row.name) for row in rows if "." in row.key})
@@ -112,6 +120,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         prompts_2=given_texts.get("prompt_2"),
         negative_2=given_texts.get("negative_2"),
         seeds=seeds(values.get("seed"), count * n),
+        mixes=tuple(mix for mix in mixes for _ in range(n)),
         values={name: value for name, value in filled.items() if name not in OWN},
         guidance=Guidance(**guidance["guidance"]),
         image=image,
@@ -146,7 +155,7 @@ def _alpha(given: Any) -> Image.Image | None:
 
 
 TEXTS = ("negative", "prompt_2", "negative_2")
-OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a request has in another form
+OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 
 
 def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[str, Any]:
@@ -273,7 +282,8 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
     rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
     found = []
     for index, prompt in enumerate(request.prompts):
-        own = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index]}
+        own: dict[str, Any] = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index]}
+        own |= {"adapters": recorded(request.mixes[index])} if request.mixes else {}
         own |= {"prompt_2": request.prompts_2[index]} if request.prompts_2 else {}
         own |= {"negative_2": request.negative_2[index]} if request.negative_2 else {}
         values = {**common, **own}

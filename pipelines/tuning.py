@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -63,8 +63,9 @@ class Tuning:
                 value = getattr(self, name)
                 if value not in (None, False, "auto", "none"):
                     raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
-        if options and isinstance(source, LatentDiffusion):
-            raise LdmError(f"{next(iter(options))}: a model that is loaded already stays as it is; name its source")
+        reading = [name for name in options if name != "allow_pickle"]  # that is about adapters as well
+        if reading and isinstance(source, LatentDiffusion):
+            raise LdmError(f"{reading[0]}: a model that is loaded already stays as it is; name its source")
         if self.quantize is not None:
             check_quantize(self.quantize, device, dtype)
         pairs = [(source, options)] if refiner is None else [(source, options), (refiner, {})]
@@ -135,6 +136,12 @@ class TunedModel(LatentDiffusion):
         if quantized:
             self.bring(model.unet)
             quantize(model.unet, quantized)
+
+    def with_networks(self, networks: Mapping[str, nn.Module]) -> Self:
+        other = super().with_networks(networks)
+        if self.room:
+            self.room.invite(networks.values())
+        return other
 
     def fingerprint(self) -> str:
         """The fingerprint of the weights as they were loaded."""

@@ -32,7 +32,7 @@ from ldm.weights.builtin import builtin
 from ldm.weights.hub import HUB_ID
 from pipelines import Pipeline
 from pipelines.run import reconstruct
-from pipelines.settings import LOADING, Setting, at, checked, every_row, find, renamed
+from pipelines.settings import ADAPTERS, LOADING, Setting, at, checked, every_row, find, renamed
 from pipelines.translation import TRANSLATED
 from pipelines.tuning import default_device, dtype_named
 
@@ -166,6 +166,8 @@ def _sweep(text: str) -> tuple[str, tuple[Value, ...]]:
 
 def _swept(row: Setting, text: str) -> Value:
     value = row.parse(text)
+    if row.kind is ADAPTERS:  # a text stays one, for the report
+        return text
     return int(value) if isinstance(value, float) and not set(text) & set(".eEn") else value
 
 
@@ -194,8 +196,9 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
     family = pipeline.model.family
     if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:
         raise LdmError(f"{source} is a model of {family.name}, which makes no images of prompts alone")
-    for changes in ({}, *({name: value} for name, values in plan.sweeps.items() for value in values)):
-        pipeline.request("", **{**making, **changes})
+    swept = ({}, *({name: value} for name, values in plan.sweeps.items() for value in values))
+    mixes = [pipeline.request("", **{**making, **changes}).mixes[0] for changes in swept]
+    files = {share.name: share.sha256 for mix in mixes for share in mix}
     size = min(making.get("height", family.size), making.get("width", family.size))
 
     def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
@@ -206,7 +209,8 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
 
     dtype = str(pipeline.model.dtype).removeprefix("torch.")
     refiner = {} if pipeline.refiner is None else {"refiner_digest": pipeline.refiner.fingerprint()}
-    return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, {**settings, "dtype": dtype, **refiner})
+    facts = {**settings, "dtype": dtype, **refiner, **({"adapter_sha256": files} if files else {})}
+    return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, facts)
 
 
 # --- surroundings -----------------------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ class Group:
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
+ADAPTING = ("lora_dir", "partial_adapters", "allow_pickle")  # settings of loading that open adapters
 READING = ("family", "variant", "components", "allow_pickle")  # settings of loading that open a model
 
 
@@ -283,7 +284,8 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
         recorded = at("record", LOADING)
-        common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
+        known = {*recorded, "lora_dir"}  # which is where prompts find adapters
+        common = options.common | {name: value for name, value in options.loading.items() if name in known}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
     numbers = [int(m[1]) for path in out.glob("*.png") if (m := re.match(r"(\d{5,9})-", path.name))]
@@ -312,7 +314,9 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
-            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
+            LatentDiffusion.of(build(opened.family)),
+            refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            **{name: loading[name] for name in ADAPTING if name in loading},
         )
     group, *_ = checked_groups(pipeline, options.common, jobs)
     request, family = group.request, opened.family

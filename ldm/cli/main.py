@@ -158,12 +158,15 @@ def repro(
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default that of the record.")] = None,
     component: Replace = None,
+    lora_dir: Annotated[
+        str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
+    ] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make an image again from the record in it, and print how the pixels differ."""
     from ldm.cli.repro import reproduce_image
 
-    reproduce_image(file, model, refiner, image, mask, out, device, dtype, component or (), allow_pickle)
+    reproduce_image(file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, allow_pickle)
 
 
 @app.command()

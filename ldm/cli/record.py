@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.errors import LdmError, listing
 from ldm.sampling.scheduler_names import SAMPLERS, SPACINGS
+from pipelines.mixes import from_tags, to_hashes, to_tags
 from pipelines.settings import every_row, expanded
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ def to_parameters(record: Mapping[str, Any]) -> str:
     found["scheduler"] = samplers.get(found["scheduler"], found["scheduler"])
     found["spacing"] = {ours: theirs for theirs, ours in SPACINGS.items()}.get(found["spacing"])
     found["clip_skip"] = found["clip_skip"] + 1 if found["clip_skip"] else None
+    mix = found.get("adapters") or {}
+    found["adapters"] = to_hashes(mix) or None
     pairs: dict[str, Any] = {}
     for row in every_row():
         if row.a1111 and row.name != "negative" and found.get(row.name) is not None:
@@ -34,7 +37,7 @@ def to_parameters(record: Mapping[str, Any]) -> str:
         if row.name == "size":
             pairs |= {"Model hash": found.get("model_hash"), "Model": found.get("model")}
     pairs["Version"] = found.get("version")
-    lines = [found["prompt"]]
+    lines = [found["prompt"] + to_tags(mix)]
     if found.get("negative"):
         lines.append(f"Negative prompt: {found['negative']}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
@@ -65,14 +68,16 @@ def from_parameters(text: str) -> dict[str, Any]:
     texts = {row.name: pairs[row.a1111] for row in every_row() if row.a1111 in pairs}
     texts.pop("strength" if "hires" in texts else "hires_strength", None)  # both have the same key
     scheduler, spacing = _sampler(texts.pop("scheduler", ""), texts.pop("spacing", ""))
+    text, mix = from_tags("\n".join(prompt), texts.pop("adapters", ""))
     settings: dict[str, Any] = {
-        "prompt": "\n".join(prompt), "negative": "\n".join(negative) or None, "scheduler": scheduler,
+        "prompt": text, "negative": "\n".join(negative) or None, "scheduler": scheduler,
         "spacing": spacing,
     }  # fmt: skip
     try:
         settings |= {row.name: row.kind.parse(texts[row.name]) for row in every_row() if row.name in texts}
     except ValueError as error:
         raise LdmError(f"the image's text is damaged: {error}") from None
+    settings |= {"adapters": mix} if mix else {}
     if "size" in settings:
         settings["width"], settings["height"] = settings.pop("size")
     if "clip_skip" in settings:

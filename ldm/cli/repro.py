@@ -32,6 +32,7 @@ def reproduce_image(
     device: str | None,
     dtype: str | None,
     components: Sequence[str],
+    lora_dir: str | None,
     allow_pickle: bool,
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
@@ -43,7 +44,8 @@ def reproduce_image(
     settings = from_parameters(parameters) if record is None else settings_of(record)
     record = record or {}
     loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
-    loading |= {name: given for name, given in (("source", model), ("refiner", refiner), ("dtype", dtype)) if given}
+    others = (("source", model), ("refiner", refiner), ("dtype", dtype), ("lora_dir", lora_dir))
+    loading |= {name: given for name, given in others if given}
     if components:
         loading["components"] = {**loading.get("components", {}), **to_components(components)}
     if "source" not in loading:
