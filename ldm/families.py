@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from ldm.errors import LdmError
@@ -9,6 +10,32 @@ from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.unet import UNetConfig
 from ldm.process import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """The settings that a model or an adapter was distilled for; the defaults wherever it is used."""
+
+    name: str  # of the method
+    steps: int
+    scheduler: str  # short name
+    spacing: str = "default"
+    guidance: float = 1.0  # at most 1: none
+    eta: float = 0.0
+    prediction_type: str | None = None  # of the distilled model, if it is not the family's
+
+    def settings(self, given: Collection[str]) -> dict[str, float | str]:
+        """Settings of a call by name; scheduler, spacing and eta go together, unless one of them is `given`."""
+        found: dict[str, float | str] = {"steps": self.steps, "guidance": self.guidance}
+        if not {"scheduler", "spacing", "eta"}.intersection(given):
+            found |= {"scheduler": self.scheduler, "spacing": self.spacing, "eta": self.eta}
+        return found
+
+    def __str__(self) -> str:
+        spaced = "" if self.spacing == "default" else f" ({self.spacing})"
+        guided = f"guidance {self.guidance:g}" if self.guidance > 1 else "no guidance"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"{self.name}, made for {steps} of {self.scheduler}{spaced} and {guided}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +50,7 @@ class Family:
     zero_empty_prompt: bool = False  # a missing negative prompt is encoded as zeros (SDXL base)
     steps: int = field(default=30, compare=False)  # usual number of sampling steps
     guidance: float = field(default=7.5, compare=False)  # usual guidance scale
+    few_step: FewStep | None = field(default=None, compare=False)  # what a distilled model was made for
     # preview colours: one for each latent channel, and a constant; (): not known, see tools/fit_preview.py
     preview: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
 
@@ -255,7 +283,7 @@ def recognised(family: Family) -> Family:
     """A family that was read from files, with the name and the usual settings of the known family with the same U-Net,
     text encoders and prediction type; else with the name "custom"."""
     for known in FAMILIES.values():
-        same_unet = replace(family.unet, sample_size=known.unet.sample_size) == known.unet
+        same_unet = replace(family.unet, sample_size=known.unet.sample_size, guidance_dim=0) == known.unet
         same_prediction = family.schedule.prediction_type == known.schedule.prediction_type
         if same_unet and family.text == known.text and same_prediction:
             return replace(family, name=known.name, steps=known.steps, guidance=known.guidance, preview=known.preview)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -11,16 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldm.errors import LdmError, listing, out_of_memory, suggestion
+from ldm.families import FewStep
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.patches.low_rank import Change
 from ldm.runtime.merging import merged
 from ldm.weights.adapters import Adapter, open_adapter
+from ldm.weights.few_step import made_for
 from ldm.weights.tensors import read_header
 from pipelines.mixes import Mix, Share, Wanted, read_tags, wanted
 
+log = logging.getLogger(__name__)
 KEPT = 2  # models with merged weights that are kept: the last mixes
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
 PEFT = "adapter_config.json"  # in a folder that is an adapter
@@ -36,6 +38,7 @@ class Found:
     adapter: Adapter
     stamp: tuple[int, ...]  # of its files as they were then
     autov3: str  # the first digits of AUTOMATIC1111's hash of the file; "" for a folder
+    few: FewStep | None  # what it was made for
 
 
 class Adapters:
@@ -125,7 +128,7 @@ class Adapters:
                 f"{one.place}: {file} is not the file that the image was made with; name the folder of that one "
                 "(lora_dir=, --lora-dir)"
             )
-        return Share(own.name, file, own.digest, found.autov3, one.unet, one.text, own)
+        return Share(own.name, file, own.digest, found.autov3, one.unet, one.text, own, found.few)
 
     def _place(self, one: Wanted, here: Mapping[str, Path]) -> Path:
         """The file of an adapter that is asked for."""
@@ -173,7 +176,10 @@ class Adapters:
         found = self.opened.get(file)
         if found is None or found.stamp != now:
             adapter = open_adapter(file, self.model, partial=self.partial, allow_pickle=self.allow_pickle)
-            found = self.opened[file] = Found(adapter, now, autov3(file, adapter.metadata))
+            few = made_for(file, adapter.metadata)
+            if few:
+                log.warning("%s: %s; these are the defaults", file, few)
+            found = self.opened[file] = Found(adapter, now, autov3(file, adapter.metadata), few)
         return found
 
     # --- from mixes to models -----------------------------------------------------------------------------------------
@@ -214,8 +220,7 @@ def adapted(model: LatentDiffusion, mix: Mix) -> LatentDiffusion:
             amount = share.text if component in towers else share.unet
             for name, change in own.items() if amount else ():
                 changes[network].setdefault(prefix + name, []).append((amount, change))
-    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be moved by offloading
-        return model.with_networks({name: merged(networks[name], own) for name, own in changes.items() if own})
+    return model.with_networks({name: merged(networks[name], own) for name, own in changes.items() if own})
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import LdmError
 
 if TYPE_CHECKING:
+    from ldm.families import FewStep
     from ldm.weights.adapters import Adapter
 
 LARGEST = 1000  # weight: far above meaningful ones, far below an overflow
@@ -51,9 +52,16 @@ class Share:
     unet: float
     text: float
     adapter: Adapter = field(compare=False, repr=False)
+    few: FewStep | None = field(default=None, compare=False)  # what it was made for
 
 
 Mix = tuple[Share, ...]
+
+
+def few_step(mixes: Sequence[Mix]) -> FewStep | None:
+    """What an adapter of all mixes was made for, if it was made for few steps."""
+    found = {next((share.few for share in mix if share.few and share.unet), None) for mix in mixes}
+    return found.pop() if len(found) == 1 else None
 
 
 # --- values of the setting --------------------------------------------------------------------------------------------

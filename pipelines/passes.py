@@ -14,6 +14,7 @@ from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.images import to_images
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.sampling.guidance import Guidance
 from pipelines.request import Request, check_patches, check_size, whole_steps
 from pipelines.run import SamplingRun, decode
 from pipelines.tasks.image_to_image import continued, renoised
@@ -55,7 +56,8 @@ def enlarged_request(request: Request, family: Family) -> Request:
 
 def enlarged(first: SamplingRun, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) of the second pass: image to image on the enlarged image or latents."""
-    run = SamplingRun(first.model, enlarged_request(first.request, first.model.family), first.noise, first.on_step)
+    request = enlarged_request(first.request, first.model.family)
+    run = SamplingRun(first.model, request, first.noise, first.on_step, attachments=first.attachments)
     if first.request.hires_latents:
         larger = torch.nn.functional.interpolate(latents, size=run.shape[2:], mode="bicubic", antialias=True)
     else:
@@ -72,6 +74,7 @@ def refined(first: SamplingRun, refiner: LatentDiffusion, latents: Tensor) -> Te
         request.changed(width=width, height=height, strength=request.refiner_strength),
         prompts=request.prompts_2 or request.prompts, negative=request.negative_2 or request.negative,
         prompts_2=None, negative_2=None, image=None, mask=None, begin=request.refiner_at or 0.0, end=1.0,
+        guidance=Guidance(**vars(request.guidance)),
     )  # fmt: skip
     if request.refiner_at is None:
         run = SamplingRun(refiner, asked, first.noise, first.on_step)

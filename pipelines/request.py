@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,13 +19,13 @@ from PIL import Image
 
 import pipelines.settings as settings
 from ldm.errors import LdmError
-from ldm.families import Family
+from ldm.families import Family, FewStep
 from ldm.images import WHITE, load_image
 from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
-from ldm.sampling.guidance import Guidance
+from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
-from pipelines.mixes import Mix, recorded
+from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 log = logging.getLogger(__name__)
@@ -103,14 +103,14 @@ def request_for(
     values = settings.checked({**given, "prompt": prompt}, "python")
     image = load_image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
-    rows = settings.SETTINGS
-    filled = {row.name: row.usual for row in rows}
-    filled |= defaults(family, image, masked=mask is not None) | values
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
         raise LdmError("no prompt: at least one text is needed")
-    prompts, mixes = mixed(prompts, filled["adapters"], filled["weights"])
+    prompts, mixes = mixed(prompts, values.get("adapters"), values.get("weights", True))
+    rows = settings.SETTINGS
+    filled = {row.name: row.usual for row in rows}
+    filled |= defaults(family, image, mask is not None, values, few_step(mixes)) | values
     count, n = len(prompts), filled["n"]
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
     guidance = settings.nested({row.key: filled.pop(row.name) for row in rows if "." in row.key})
@@ -122,7 +122,7 @@ def request_for(
         seeds=seeds(values.get("seed"), count * n),
         mixes=tuple(mix for mix in mixes for _ in range(n)),
         values={name: value for name, value in filled.items() if name not in OWN},
-        guidance=Guidance(**guidance["guidance"]),
+        guidance=(EmbeddedGuidance if family.unet.guidance_dim else Guidance)(**guidance["guidance"]),
         image=image,
         mask=mask,
         task=task_of(family, image, mask),
@@ -158,16 +158,23 @@ TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 
 
-def defaults(family: Family, image: Image.Image | None, masked: bool) -> dict[str, Any]:
-    """The defaults that depend on the model and on the given image and mask."""
+def defaults(
+    family: Family, image: Image.Image | None, masked: bool, given: Collection[str], few: FewStep | None
+) -> dict[str, Any]:
+    """The defaults that depend on the model, on the given image and mask, and on which settings are given.
+
+    `few` is what an adapter of all prompts was made for.
+    """
+    few = few or family.few_step
     width, height = (family.size, family.size) if image is None else fitted(image, family.autoencoder.factor)
-    return {
+    usual = {
         "width": width,
         "height": height,
         "steps": family.steps,
         "guidance": family.guidance,
         "strength": 1.0 if masked else 0.8,
     }
+    return usual | (few.settings(given) if few else {})
 
 
 def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
@@ -228,6 +235,8 @@ def check_request(request: Request, family: Family) -> None:
                 request.reader.parts(text)
     if len(family.text) == 1 and (request.prompts_2 or request.negative_2):
         raise LdmError(f"a {family.name} model has one text encoder, and so one prompt")
+    if request.guidance.embedded is not None and any(request.negative):
+        log.warning("this model reads its guidance scale, and no negative prompt: the negative prompt has no effect")
 
 
 def check_size(request: Request, family: Family) -> None:

@@ -6,10 +6,10 @@ B images, H×W height and width in pixels, C latent channels, h×w height and wi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -26,7 +26,7 @@ from ldm.patches.patching import patched
 from ldm.process import NoiseSchedule
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
-from ldm.sampling.loop import Denoise, Step, sample
+from ldm.sampling.loop import Denoise, Step, Time, sample
 from ldm.sampling.noise import Noise
 from ldm.sampling.schedulers import SamplingPlan
 from pipelines.batching import decodable
@@ -41,6 +41,35 @@ class TooManyError(LdmError):
     """Raised if memory does not suffice for a batch."""
 
 
+@dataclass(frozen=True)
+class Attached:
+    """What an attachment gives to one run: a patch of the U-Net, and the inputs that the patch reads."""
+
+    patch: str  # of `ldm.patches.patching.PATCHES`; its value is a tuple of the values of all that act together
+    value: Any
+    inputs: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # for prompts, for negatives: (B, …) each
+
+
+class Attachment(Protocol):
+    """What steers a run beside its prompt, such as a control image, in a part of the run's steps."""
+
+    begin: float  # part of the steps, 0 to 1
+    end: float
+
+    def prepare(self, run: SamplingRun) -> Attached:
+        """The patch and the inputs for a run; called once a run."""
+        ...
+
+
+def acting(attachments: Sequence[Attachment], index: int, count: int) -> tuple[int, ...]:
+    """Which attachments act in a step of `count`, as diffusers counts: those whose part holds all of the step."""
+    return tuple(
+        number
+        for number, one in enumerate(attachments)
+        if one.begin <= index / count and (index + 1) / count <= one.end
+    )
+
+
 class SamplingRun:
     """One batch of a request on one model."""
 
@@ -51,6 +80,7 @@ class SamplingRun:
         noise: Noise,
         on_step: OnStep | None = None,
         schedule: NoiseSchedule | None = None,
+        attachments: Sequence[Attachment] = (),
     ) -> None:
         """Prepare a checked request on a model. A second pass continues the random numbers of the first, `noise`.
 
@@ -61,6 +91,7 @@ class SamplingRun:
         self.noise = noise
         self.on_step = on_step
         self.schedule = schedule or model.family.schedule
+        self.attachments = attachments
         self.device = model.device
         self.dtype = model.dtype
         config = model.family.autoencoder
@@ -114,16 +145,46 @@ class SamplingRun:
         """Calls of the denoiser in the first `part` (0 to 1) of the noise levels."""
         return self.plan.calls_before(part, self.schedule.train_steps)
 
-    def unet(self) -> UNet:
-        """The U-Net for one run, with the patches that the request asks for."""
-        self.model.bring(self.model.unet)
-        return patched(self.model.unet, self.request.values)
+    @cached_property
+    def attached(self) -> list[Attached]:
+        """The attachments, prepared for this run."""
+        return [one.prepare(self) for one in self.attachments]
 
-    def denoiser(self, extra: Tensor | None = None) -> Denoise:
-        """The U-Net with guidance; `extra` (B or 1, C, h, w) are more channels that it reads."""
-        cond, negative, _ = self.conditioning
-        schedule, times = self.model.family.schedule, self.plan.times
-        return guided(self.unet(), cond, negative, self.request.guidance, schedule, times, extra)
+    def unet(self, attached: Sequence[Attached] = ()) -> UNet:
+        """The U-Net for one run, with the patches that the request and the given attachments ask for."""
+        self.model.bring(self.model.unet)
+        values: dict[str, Any] = {**self.request.values, "embedded_guidance": self.request.guidance.embedded}
+        for one in attached:
+            values[one.patch] = (*values.get(one.patch, ()), one.value)
+        return patched(self.model.unet, values)
+
+    def denoiser(self, plan: SamplingPlan, extra: Tensor | None = None) -> Denoise:
+        """The U-Net with guidance, to be called once for each step of the plan, in order.
+
+        `extra` (B or 1, C, h, w) are more channels that it reads.
+        """
+        schedule = self.model.family.schedule
+
+        @cache
+        def made(numbers: tuple[int, ...]) -> Denoise:
+            """The denoiser of steps in which these attachments act."""
+            cond, negative, _ = self.conditioning
+            attached = [self.attached[number] for number in numbers]
+            inputs = {name: pair for one in attached for name, pair in one.inputs.items()}
+            cond = replace(cond, more={name: pair[0] for name, pair in inputs.items()})
+            negative = replace(negative, more={name: pair[1] for name, pair in inputs.items()})
+            unet = self.unet(attached)
+            return guided(unet, cond, negative, self.request.guidance, schedule, self.plan.times, extra)
+
+        if not self.attachments:
+            return made(())
+        count = len(plan.timesteps)
+        steps = iter([acting(self.attachments, index, count) for index in range(count)])
+
+        def denoise(x: Tensor, time: Time) -> Tensor:
+            return made(next(steps))(x, time)
+
+        return denoise
 
     def sample(
         self,
@@ -138,7 +199,7 @@ class SamplingRun:
         Raises:
             LdmError: the result is not finite, or memory runs out (`TooManyError`).
         """
-        denoise = denoise or self.denoiser()
+        denoise = denoise or self.denoiser(plan)
         arguments = schedulers.step_arguments(plan.scheduler, self.noise.generator, self.request.eta)
         steps = sample(denoise, plan, x, arguments)
         try:

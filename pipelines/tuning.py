@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
 
+log = logging.getLogger(__name__)
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -78,6 +80,8 @@ class Tuning:
     def _loaded(self, opened: Opened, device: torch.device, dtype: torch.dtype, room: Room | None) -> LatentDiffusion:
         """A model, loaded and tuned."""
         model = LatentDiffusion.of(opened.load(dtype, "cpu" if room else device))
+        if model.family.few_step:
+            log.warning("%s: %s; these are the defaults", opened.source, model.family.few_step)
         if dtype == torch.float16 and model.family.xl and model.family.autoencoder.force_upcast:
             model.autoencoder.float()  # SDXL's own overflows in fp16
         return self.apply(model, room)

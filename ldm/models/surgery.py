@@ -1,8 +1,8 @@
 """Functions that change the layers of a network.
 
-`twin` copies all modules and shares all parameters; `replaced` and `rebuilt` make a copy that shares every module that
-they do not replace, `reweighted` one with other parameters; `reclassed` changes a network in place, and keeps its
-parameters and their names.
+`twin` copies all modules and shares all parameters; `replaced`, `rebuilt` and `exchanged` make a copy that shares every
+module that they do not replace, `reweighted` one with other parameters; `reclassed` changes a network in place, and
+keeps its parameters and their names.
 """
 
 from __future__ import annotations
@@ -41,18 +41,21 @@ def rebuilt(module: M, replacements: Callable[[nn.Module], Mapping[str, nn.Modul
     return replaced(module, **parts)
 
 
-def reweighted(module: M, parameters: Mapping[str, nn.Parameter]) -> M:
-    """A copy of a module with the named parameters, at any depth, replaced; all else is shared."""
-    other = copy.copy(module)
-    other._parameters = module._parameters | {name: value for name, value in parameters.items() if "." not in name}
-    inner: dict[str, dict[str, nn.Parameter]] = {}
-    for name, value in parameters.items():
+def exchanged(module: M, layers: Mapping[str, nn.Module]) -> M:
+    """A copy of a module with the named sub-modules, at any depth, replaced; all else is shared."""
+    parts = {name: layer for name, layer in layers.items() if "." not in name}
+    inner: dict[str, dict[str, nn.Module]] = {}
+    for name, layer in layers.items():
         part, dot, rest = name.partition(".")
         if dot:
-            inner.setdefault(part, {})[rest] = value
-    other._modules = module._modules | {
-        part: reweighted(module.get_submodule(part), values) for part, values in inner.items()
-    }
+            inner.setdefault(part, {})[rest] = layer
+    return replaced(module, **parts, **{part: exchanged(getattr(module, part), own) for part, own in inner.items()})
+
+
+def reweighted(layer: M, parameters: Mapping[str, nn.Parameter]) -> M:
+    """A shallow copy of a module with the named parameters of its own replaced; all else is shared."""
+    other = copy.copy(layer)
+    other._parameters = {**layer._parameters, **parameters}
     return other
 
 

@@ -8,7 +8,8 @@ B batch, C channels, H×W height and width of the latents, M text tokens, T text
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -35,6 +36,7 @@ class UNetConfig:
     pooled_dim: int = 0  # channels of the pooled text; 0: the model takes no pooled text and no time ids
     size_ids: int = 0  # number of time ids: 6, or 5 for the refiner
     size_dim: int = 256  # sinusoid channels of each time id
+    guidance_dim: int = 0  # sinusoid channels of the guidance scale that the U-Net reads (LCM); 0: it reads none
     groups: int = 32  # groups of every group norm
     sample_size: int = 64  # height and width of the latents in training; only a default for pipelines
 
@@ -48,7 +50,7 @@ class UNetConfig:
         for name, low, high in (
             ("layers", 1, 16), ("mid_depth", 1, 64), ("text_dim", 1, 65536), ("in_channels", 1, 1024),
             ("out_channels", 1, 1024), ("pooled_dim", 0, 65536), ("size_ids", 0, 64), ("size_dim", 2, 4096),
-            ("groups", 1, 1024), ("sample_size", 1, 65536),
+            ("groups", 1, 1024), ("sample_size", 1, 65536), ("guidance_dim", 0, 4096),
         ):  # fmt: skip
             check_whole("U-Net", name, getattr(self, name), low, high)
         for channels, depth, heads in zip(self.channels, self.depth, self.heads, strict=True):
@@ -63,6 +65,8 @@ class UNetConfig:
             )
         if self.channels[0] % 2 or self.size_dim % 2:
             raise LdmError(f"U-Net: sinusoids need even widths, not {self.channels[0]} and {self.size_dim}")
+        if self.guidance_dim == 2 or self.guidance_dim % 2:
+            raise LdmError(f"U-Net: guidance_dim {self.guidance_dim}: 0, or an even number from 4, is needed")
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,12 @@ class Conditioning:
     size: Tensor | None = (
         None  # (B, size_ids) original height, width, crop top, left, then target height, width or score
     )
+    more: Mapping[str, Tensor] = field(default_factory=dict)  # (B, …) each: inputs of a run's patches, by name
 
     def rows(self, part: slice) -> Conditioning:
         """The conditioning of some rows of the batch."""
-        columns = (getattr(self, field.name) for field in fields(self))
-        return Conditioning(*(None if column is None else column[part] for column in columns))  # type: ignore[arg-type]
+        pooled, size = (None if column is None else column[part] for column in (self.pooled, self.size))
+        return Conditioning(self.text[part], pooled, size, {name: value[part] for name, value in self.more.items()})
 
 
 def sinusoids(values: Tensor, dim: int) -> Tensor:
@@ -111,7 +116,31 @@ class TimeEmbedding(Embedding):
         self.dim = dim
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        return super().forward(sinusoids(t, self.dim).to(dtype))
+        return super().forward(self.inputs(t, dtype))
+
+    def inputs(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the first linear layer reads: (B, dim)."""
+        return sinusoids(t, self.dim).to(dtype)
+
+
+class GuidedTimeEmbedding(TimeEmbedding):
+    """Timesteps and a guidance scale, the same for all images, to the time embedding.
+
+    Luo et al. 2023 (arXiv 2310.04378), section 4.3; the sinusoids are those of Kingma et al. 2021 (arXiv 2107.00630).
+    `scale` is set for one run by the patch `ldm.patches.guidance_embedding`.
+    """
+
+    def __init__(self, dim: int, time_dim: int, guidance_dim: int) -> None:
+        super().__init__(dim, time_dim)
+        self.cond_proj = nn.Linear(guidance_dim, dim, bias=False)
+        self.scale = 1.0
+
+    def inputs(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.cond_proj.in_features // 2
+        rates = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = 1000 * (self.scale - 1) * rates
+        guidance = torch.cat([torch.sin(angles), torch.cos(angles)]).to(dtype)  # (guidance_dim,)
+        return super().inputs(t, dtype) + self.cond_proj(guidance)
 
 
 class NoEmbedding(nn.Module):
@@ -211,28 +240,40 @@ def _transformer(config: UNetConfig, level: int) -> nn.Module:
     )  # fmt: skip
 
 
-class UNet(nn.Module):
-    """Predicts noise, velocity or clean latents (the prediction type) from noisy latents, timestep and conditioning."""
+class UNetHalf(nn.Module):
+    """The way down and the middle of a U-Net, with its embedding of the time: what a U-Net and a ControlNet share."""
 
     precomputable: ClassVar = {"add_embedding": "conditioning"}  # see `ldm.runtime.precomputing`
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        levels = range(len(config.channels))
         first, time_dim = config.channels[0], 4 * config.channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
-        self.time_embedding = TimeEmbedding(first, time_dim)
+        self.time_embedding = (
+            GuidedTimeEmbedding(first, time_dim, config.guidance_dim)
+            if config.guidance_dim
+            else TimeEmbedding(first, time_dim)
+        )
         self.add_embedding = SizeEmbedding(config, time_dim) if config.pooled_dim else NoEmbedding()
-        self.down_blocks = nn.ModuleList(DownBlock(config, level, time_dim) for level in levels)
+        self.down_blocks = nn.ModuleList(DownBlock(config, level, time_dim) for level in range(len(config.channels)))
         self.mid_block = MidBlock(config, time_dim)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level, time_dim) for level in reversed(levels))
-        self.conv_norm_out = nn.GroupNorm(config.groups, first, eps=1e-5)
-        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def embed_time(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Timestep, pooled text and time ids to the time embedding (B, E) that the residual blocks read."""
         return F.silu(self.time_embedding(t.expand(len(x)), x.dtype) + self.add_embedding(cond))
+
+
+class UNet(UNetHalf):
+    """Predicts noise, velocity or clean latents (the prediction type) from noisy latents, timestep and conditioning."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        first, time_dim = config.channels[0], 4 * config.channels[0]
+        levels = reversed(range(len(config.channels)))
+        self.up_blocks = nn.ModuleList(UpBlock(config, level, time_dim) for level in levels)
+        self.conv_norm_out = nn.GroupNorm(config.groups, first, eps=1e-5)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Noisy latents `x` (B, in_channels, H, W) at timestep `t`, () or (B,), in 0 … 999: (B, out_channels, H, W).

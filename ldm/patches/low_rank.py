@@ -1,4 +1,4 @@
-"""Changes of weights by adapters: LoRA, LoHa, LoKr, DoRA and plain differences, multiplied out and added to a network.
+"""Changes of weights by adapters: LoRA, LoHa, LoKr, DoRA and plain differences, multiplied out.
 
 O output channels, I input channels, kh×kw kernel of a convolution, R rank. A change of a linear layer is (O, I), one of
 a convolution (O, I, kh, kw); one of a bias (O,).
@@ -6,23 +6,18 @@ a convolution (O, I, kh, kw); one of a bias (O,).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-
-from ldm.models.surgery import reweighted
-
-M = TypeVar("M", bound=nn.Module)
+from torch import Tensor
 
 
 class Change(Protocol):
     """A change of one weight, as an adapter stores it."""
 
     def delta(self, weight: Tensor) -> Tensor:
-        """What the adapter, at a weight of 1, adds to a layer's weight: float32, in the weight's shape."""
+        """What the adapter, at a weight of 1, adds to a layer's weight: float32, in its shape and on its device."""
         ...
 
 
@@ -36,9 +31,10 @@ class LowRank:
     core: Tensor | None = None  # (R, R, kh, kw), the core of a Tucker decomposition
 
     def delta(self, weight: Tensor) -> Tensor:
-        if self.core is not None:
-            return self.scale * tucker(self.core, self.up.flatten(1).T, self.down.flatten(1)).reshape(weight.shape)
-        return self.scale * (self.up.flatten(1).float() @ self.down.flatten(1).float()).reshape(weight.shape)
+        up, down = (exact(part.flatten(1), weight.device) for part in (self.up, self.down))
+        if self.core is None:
+            return ((self.scale * up) @ down).reshape(weight.shape)
+        return self.scale * tucker(exact(self.core, weight.device), up.T, down).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -49,11 +45,10 @@ class Factors:
     b: Tensor  # (R, I·kh·kw); (R, I) with a core
     core: Tensor | None = None  # (R, R, kh, kw)
 
-    def product(self) -> Tensor:
+    def product(self, device: torch.device) -> Tensor:
         """The matrix (O, I·kh·kw), or the kernel (O, I, kh, kw), float32."""
-        if self.core is None:
-            return self.a.float() @ self.b.float()
-        return tucker(self.core, self.a, self.b)
+        a, b = exact(self.a, device), exact(self.b, device)
+        return a @ b if self.core is None else tucker(exact(self.core, device), a, b)
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,8 @@ class Hadamard:
     scale: float = 1.0  # alpha / rank
 
     def delta(self, weight: Tensor) -> Tensor:
-        return self.scale * (self.first.product() * self.second.product()).reshape(weight.shape)
+        first, second = (factors.product(weight.device) for factors in (self.first, self.second))
+        return self.scale * (first * second).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,16 @@ class Kronecker:
     scale: float = 1.0  # alpha / rank if a factor is low-rank, else 1
 
     def delta(self, weight: Tensor) -> Tensor:
-        first, second = (f.product() if isinstance(f, Factors) else f.float() for f in (self.first, self.second))
+        first, second = (
+            factor.product(weight.device) if isinstance(factor, Factors) else exact(factor, weight.device)
+            for factor in (self.first, self.second)
+        )
         if weight.ndim == 4:
             kernel = weight.shape[2:]
             second = second.reshape(second.shape[0], -1, *kernel)
             first = first[:, :, None, None]
+        else:
+            second = second.flatten(1)
         return self.scale * torch.kron(first, second).reshape(weight.shape)
 
 
@@ -92,7 +93,7 @@ class Difference:
     value: Tensor
 
     def delta(self, weight: Tensor) -> Tensor:
-        return self.value.float().reshape(weight.shape)
+        return exact(self.value, weight.device).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -111,27 +112,14 @@ class Decomposed:
         moved = base + self.change.delta(weight)
         kept = 1 if self.norms.shape[0] == 1 and self.norms.shape[1] > 1 else 0
         axes = [axis for axis in range(base.ndim) if axis != kept]
-        return moved * (self.norms.float() / moved.norm(dim=axes, keepdim=True)) - base
+        return moved * (exact(self.norms, weight.device) / moved.norm(dim=axes, keepdim=True)) - base
+
+
+def exact(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in float32 on a device."""
+    return tensor.to(device, torch.float32)
 
 
 def tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
     """The kernel (O, I, kh, kw) of a core (R, S, kh, kw), `outputs` (R, O) and `inputs` (S, I)."""
-    return torch.einsum("rskl,ro,si->oikl", core.float(), outputs.float(), inputs.float())
-
-
-def merged(network: M, changes: Mapping[str, Sequence[tuple[float, Change]]]) -> M:
-    """A copy of a network with changed weights; it shares all others, and the network stays as it is.
-
-    `changes` holds, for names of parameters, each adapter's weight and change. Changes of the same weight add; sums are
-    in float32, rounded once to the weight's dtype.
-    """
-    own = dict(network.named_parameters())
-
-    def changed(name: str) -> nn.Parameter:
-        weight = own[name]
-        total = weight.detach().float()
-        for amount, change in changes[name]:
-            total = total + amount * change.delta(weight.detach()).to(weight.device)
-        return nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
-
-    return reweighted(network, {name: changed(name) for name in changes})
+    return torch.einsum("rskl,ro,si->oikl", core, outputs, inputs)

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -27,6 +27,7 @@ from ldm.runtime.fused import hooked
 from ldm.runtime.precomputing import PrecomputedOutput, TimestepOutput, precomputed_outputs, reads_conditioning
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 Step = Callable[[], Tensor]
 LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
 MOST = 8  # recordings kept of one U-Net
@@ -37,6 +38,13 @@ def record_steps(unet: UNet) -> None:
     recorder = CudaRecorder(next(unet.parameters()).device)
     unet.recordings = Recordings(unet, recorder)  # type: ignore[assignment]
     unet.__class__ = RecordedUNet
+
+
+def record_anew(unet: M) -> M:
+    """Let a copy of a U-Net with other layers record steps of its own, if the U-Net records; returns the copy."""
+    if isinstance(unet, RecordedUNet):
+        unet.recordings = Recordings(unet, unet.recordings.record)
+    return unet
 
 
 class CudaRecorder:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.models.surgery import reweighted
 from ldm.models.unet import UNet
 from ldm.weights.components import Components
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 OFFLOAD = {  # name -> what it does
     "auto": "the first of the others that fits into a GPU's free memory",
     "none": "all weights stay on the device",
@@ -69,6 +72,23 @@ def by_layers(unet: UNet, device: torch.device) -> None:
     from accelerate.hooks import attach_align_device_hook
 
     attach_align_device_hook(unet, execution_device=device, offload=True, weights_map=dict(unet.state_dict()))
+
+
+def stored(layer: nn.Module) -> Mapping[str, Tensor] | None:
+    """The weights of a layer that is offloaded `by_layers`, in main memory; None if the layer is not."""
+    return getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+
+
+def with_stored(layer: M, values: Mapping[str, Tensor]) -> M:
+    """A copy of a layer that is offloaded `by_layers` with other values of the named parameters; the rest is shared."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    other = reweighted(layer, {})
+    hook = other.__dict__.pop("_hf_hook")
+    del other.forward, other._old_forward  # they belong to the layer that was copied
+    names = [name for name, parameter in layer.named_parameters(recurse=False)]
+    weights = {name: values[name] if name in values else hook.weights_map[name] for name in names}
+    return add_hook_to_module(other, AlignDevicesHook(hook.execution_device, offload=True, weights_map=weights))
 
 
 def room_for(models: Iterable[Components], offload: str, device: torch.device, dtype: torch.dtype) -> Room | None:

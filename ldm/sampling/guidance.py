@@ -6,7 +6,7 @@ B images, C latent channels, h×w height and width of the latents
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -36,11 +36,33 @@ class Guidance:
         """Whether classifier-free guidance is on, for which the U-Net also reads the negative prompt."""
         return self.scale > 1
 
+    @property
+    def embedded(self) -> float | None:
+        """The scale that the U-Net reads as an input, if it does."""
+        return None
+
+
+class EmbeddedGuidance(Guidance):
+    """Guidance whose scale is an input of the U-Net, which then predicts once for each image."""
+
+    @property
+    def classifier_free(self) -> bool:
+        return False
+
+    @property
+    def embedded(self) -> float | None:
+        return self.scale
+
 
 def join(*conds: Conditioning) -> Conditioning:
     """Conditionings joined into one batch."""
-    columns = ([getattr(cond, field.name) for cond in conds] for field in fields(Conditioning))
-    return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+    first = conds[0]
+    return Conditioning(
+        torch.cat([cond.text for cond in conds]),
+        None if first.pooled is None else torch.cat([cond.pooled for cond in conds]),  # type: ignore[misc]
+        None if first.size is None else torch.cat([cond.size for cond in conds]),  # type: ignore[misc]
+        {name: torch.cat([cond.more[name] for cond in conds]) for name in first.more},
+    )
 
 
 def plain(unet: UNet, cond: Conditioning, times: Sequence[float], extra: Tensor | None = None) -> Denoise:

@@ -48,7 +48,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
@@ -248,6 +247,7 @@ def read_unet(where: str, json: Json, pooled_dim: int) -> UNetConfig:
             pooled_dim=pooled_dim if embedding else 0,
             size_ids=size_ids,
             size_dim=size_dim,
+            guidance_dim=reader.take("time_cond_proj_dim", int, default=0),
             groups=reader.take("norm_num_groups", int, default=32),
             sample_size=reader.take("sample_size", int, default=64),
         )
@@ -281,6 +281,8 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
             f"diffusers has no U-Net whose last level has {config.depth[-1]} transformer blocks and whose middle has "
             f"{config.mid_depth}"
         )
+    if config.guidance_dim:
+        json["time_cond_proj_dim"] = config.guidance_dim
     if config.pooled_dim:
         json |= {
             "addition_embed_type": "text_time",

@@ -50,7 +50,10 @@ COMPONENTS = tuple(_CLASSES)
 _UNUSED = frozenset(
     {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
 )  # components without effect on images
-_PIPELINES = re.compile(r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline(Legacy)?")
+_PIPELINES = re.compile(
+    r"(Stable|Latent)Diffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline(Legacy)?"
+    r"|LatentConsistencyModel(Img2Img)?Pipeline"
+)
 
 # names of superfluous tensors in older files of a component
 IGNORED = {

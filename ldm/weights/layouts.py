@@ -136,6 +136,7 @@ def original_unet(config: UNetConfig, prefix: str) -> Layout:
         "conv_in.": "input_blocks.0.0.",
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
+        "time_embedding.cond_proj.": "time_embed.cond_proj.",
         "add_embedding.linear_1.": "label_emb.0.0.",
         "add_embedding.linear_2.": "label_emb.0.2.",
         "mid_block.resnets.0.": "middle_block.0.",

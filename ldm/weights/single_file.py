@@ -209,7 +209,9 @@ def _recognise(path: Path, store: Store, named: str | None) -> Family:
     scale = numbers.pop("scaling_factor", family.autoencoder.scaling_factor)
     schedule = replace(family.schedule, prediction_type=prediction, zero_terminal_snr="ztsnr" in shapes, **numbers)
     autoencoder = replace(family.autoencoder, scaling_factor=scale)
-    return recognised(replace(family, schedule=schedule, autoencoder=autoencoder))
+    guidance = shapes.get(f"{layouts.UNET_PREFIX}time_embed.cond_proj.weight", (0, 0))
+    unet = replace(family.unet, guidance_dim=guidance[-1])
+    return recognised(replace(family, unet=unet, schedule=schedule, autoencoder=autoencoder))
 
 
 def _agreed(path: Path, told: list[tuple[str, dict[str, Any]]]) -> str | None:

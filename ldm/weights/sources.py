@@ -13,6 +13,7 @@ from ldm.files import Progress, check_digest, silent, stated_digest
 from ldm.models.tokenizer import Tokenizer
 from ldm.weights.builtin import DEFAULT, builtin, lender
 from ldm.weights.components import Opened
+from ldm.weights.few_step import few_step_family, made_for
 from ldm.weights.folder import (
     component_part,
     open_folder,
@@ -76,7 +77,11 @@ def open_source(
             raise LdmError(
                 f"{path} {what}; give a model folder, a checkpoint file, a Hub name (owner/name) or {DEFAULT}"
             )
-        return _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
+        opened = _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
+        denoiser = (components or {}).get("unet", source)
+        few = made_for(denoiser, opened.parts["unet"].store.metadata)
+        opened.family = opened.components.family = few_step_family(opened.family, few)
+        return opened
     except LdmError:
         raise
     except PermissionError as error:

@@ -66,7 +66,7 @@ def inpaint(run: SamplingRun) -> Tensor:
     if reads_mask:
         masked = run.encode(pixels * (mask < 0.5))
         extra = torch.cat([small.expand(len(masked), -1, -1, -1), masked], dim=1)
-        return run.sample(x, plan, run.denoiser(extra))
+        return run.sample(x, plan, run.denoiser(plan, extra))
 
     if run.noise.rng == "diffusers":  # diffusers encodes the masked image for every U-Net, which draws noise
         run.noise.draw((1, *run.shape[1:]), run.dtype, run.device)

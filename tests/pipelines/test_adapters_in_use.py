@@ -215,6 +215,20 @@ def test_threads_with_mixes_of_their_own(model: LatentDiffusion, folder: Path) -
         assert torch.equal(latents, alone[index])
 
 
+def test_an_adapter_made_for_few_steps(
+    model: LatentDiffusion, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "lcm-lora-sdv1-5.safetensors"
+    file.write_bytes((folder / "one.safetensors").read_bytes())
+    pipeline = Pipeline(model, lora_dir=tmp_path)
+    request = pipeline.request(["a <lora:lcm-lora-sdv1-5>", "b <lora:lcm-lora-sdv1-5:0.5>"])
+    assert (request.steps, request.scheduler, request.guidance.scale) == (4, "lcm", 1.0)
+    assert caplog.messages == [f"{file}: LCM, made for 4 steps of lcm and no guidance; these are the defaults"]
+    request = pipeline.request("a <lora:lcm-lora-sdv1-5>", steps=8, scheduler="euler")
+    assert (request.steps, request.scheduler) == (8, "euler")
+    assert pipeline.request(["a <lora:lcm-lora-sdv1-5>", "b"]).steps == model.family.steps
+
+
 @pytest.mark.parametrize(
     "settings",
     [

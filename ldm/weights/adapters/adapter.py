@@ -1,4 +1,4 @@
-"""Low-rank adapters as files: the names of every format, mapped to changes of a model's weights."""
+"""`Adapter`: changes of a model's weights, read from a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class Adapter:
     """An adapter that fits a model."""
 
     name: str  # by which prompts and settings call it: the stem of its file
-    file: Path
+    file: Path  # or its folder
     kind: str  # "LoRA", "LoHa", "LoKr", "DoRA", "difference", or several of them
-    layout: str  # whose names the file has: "kohya", "LyCORIS", "diffusers", "peft", …
+    layout: str  # whose names the file has, a key of `ldm.weights.adapters.names.NAMINGS`
     changes: Mapping[str, Mapping[str, Change]]  # component ("unet", "text_encoder", …) -> parameter -> change
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file
     digest: str = ""  # SHA-256 of the file
+    bundled: tuple[str, ...] = ()  # textual-inversion embeddings that the file holds too; they are not used
