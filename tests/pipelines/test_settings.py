@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import adapter_files
 import pytest
 import tiny
 import torch
@@ -31,6 +32,7 @@ from ldm.sampling.euler import EulerDiscreteScheduler
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS
 from pipelines import Pipeline
+from pipelines.mixes import recorded
 from pipelines.request import records
 from pipelines.settings import DOORS, LOADING, SETTINGS, Setting, at, find, number
 from pipelines.translation import TRANSLATED
@@ -49,6 +51,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
     "negative_aesthetic_score": ("1", 1.0), "strength": ("0.7", 0.7), "prompt_2": ("oil", "oil"),
     "negative_2": ("dull", "dull"), "refiner_at": ("0.5", 0.5), "size": ("72x64", (72, 64)),
     "prompt": ("a cat", "a cat"), "image": ("in.png", "in.png"), "mask": ("mask.png", "mask.png"),
+    "adapters": ("style.safetensors:0.5", (("style.safetensors", 0.5),)),
 }  # fmt: skip
 
 
@@ -107,6 +110,9 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(row: Setting, pipeline
     if row.name in ("image", "mask"):
         value = str(tmp_path / "in.png")
         Image.new("RGB", (64, 64), "white").save(value)
+    if row.name == "adapters":
+        file = adapter_files.saved(adapter_files.adapter(pipeline.model, "kohya-sgm"), tmp_path / "style.safetensors")
+        value = recorded(pipeline.request("a cat", adapters={file: 0.5}).mixes[0])
     given = {"prompt": "a cat", "seed": 1, "steps": 3, row.name: value}
     if row.name in ("strength", "mask"):
         given["image"] = Image.new("RGB", (64, 64))
@@ -137,7 +143,7 @@ def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
 
 def test_every_keyword_of_a_pipeline_is_a_row() -> None:
     keywords = inspect.signature(Pipeline.__init__).parameters.keys() - {"self", "options"}
-    assert keywords <= {row.name for row in LOADING}
+    assert keywords <= {row.name for row in LOADING} | {"adapters"}  # which are those of calls that name none
 
 
 @pytest.mark.parametrize(
