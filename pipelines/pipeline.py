@@ -30,6 +30,7 @@ from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
+from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
@@ -70,9 +71,10 @@ class Pipeline:
         compile: bool = False,
         quantize: str | None = None,
         offload: str = "auto",
-        adapters: Any = None,
+        adapters: Any = (),
         lora_dir: str | os.PathLike[str] | None = None,
         partial_adapters: bool = False,
+        embeddings: Any = None,
         **options: Any,
     ) -> None:
         """Load a model, or use one that is loaded.
@@ -88,36 +90,46 @@ class Pipeline:
                 and the process keeps freed memory. On a GPU, the steps of the U-Net are recorded as CUDA graphs. A
                 model that is loaded already stays as it is.
             compile: networks compiled by `torch.compile` in place of fused layers; on a GPU, steps are recorded too.
-                Compiling takes a minute or two for each new size of image, less in the next process. On a CPU, fused
-                layers are faster.
-            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; images differ a
-                little. A model that is loaded already is refused.
+                It takes a minute or two for each new size of image, less in the next process; no gain on a CPU.
+            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; a loaded model is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
-            adapters: LoRA files and the like, with their weights, for all calls that name none: see `stream`.
+            adapters: LoRA files and the like, with their weights, for calls that name none; see `stream`.
             lora_dir: folder in which prompts and calls find adapters by name.
-            partial_adapters: use what fits of an adapter that does not fit the model as a whole.
+            partial_adapters: use what fits of an adapter that does not fit as a whole.
+            embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
             **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
                 as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
         """
-        found = renamed([("source", source), ("dtype", dtype), *options.items()], "python", LOADING, also=OPTIONS)
+        own = {"source": source, "dtype": dtype, "embeddings": embeddings, "lora_dir": lora_dir}
+        found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
         source, dtype = named(found.pop("source", None)), found.pop("dtype", None)
+        embeddings, lora_dir = found.pop("embeddings", ()), found.pop("lora_dir", None)
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
         with cpu_by_default():
             self.model, self.refiner = tuning.load(source, refiner, device, dtype, found)
-        self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
+        self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
+        self._learn(embeddings, found.get("allow_pickle", False))
         self.adapters = Adapters(self.model, lora_dir, partial_adapters, found.get("allow_pickle", False))
-        if adapters is not None:
-            self.adapters.use(find("adapters", "python").check(adapters))
+        self.adapters.use(find("adapters", "python").check(adapters))
+
+    def _learn(self, paths: Any, allow_pickle: bool) -> None:
+        """Let the text encoders know the embeddings of files and folders."""
+        self.embeddings = find_embeddings(paths, self.model.text_encoders.configs, allow_pickle)
+        self.model = with_embeddings(self.model, self.embeddings)
+        if self.refiner is not None:
+            self.refiner = with_embeddings(self.refiner, self.embeddings)
+        if self.words is not None:
+            self.words |= {word for found in self.embeddings for name in found.names for word in words(name)}
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> Result:
         """Images for a prompt or several, all at once; arguments and errors are those of `stream`."""
@@ -146,7 +158,9 @@ class Pipeline:
             **settings: the rows of `pipelines.settings.SETTINGS`, by name or by diffusers' names. `guidance` is a
                 number or a `Guidance`, `image` and `mask` are PIL images or files, `scheduler` may be an object with
                 diffusers' interface, and settings of each prompt or image may be lists. A torch generator is new and
-                stands for its seed; numbers are then drawn from it, so that it is not taken twice.
+                stands for its seed; numbers are then drawn from it, so that it is not taken twice. `adapters` are names
+                or files with their weights, {"style.safetensors": 0.8, "name": {"unet": 1, "text": 0.5}}, or a list
+                with such a dictionary for each prompt.
 
         Raises:
             LdmError: a setting is not known, out of bounds or does not fit the model.
@@ -256,7 +270,10 @@ class Pipeline:
                     report.room,
                     report.cut,
                 )
-        result = Result(latents=list(latents), settings=records(request, self.model.family), reports=reports)
+        settings = records(request, self.model.family)
+        if self.embeddings:
+            settings = [record | used(self.embeddings, self.model, request, row) for row, record in enumerate(settings)]
+        result = Result(latents=list(latents), settings=settings, reports=reports)
         if output == "images":
             result.images = to_images(decode(model, latents))
             if request.mask is not None and request.image is not None and not request.hires:

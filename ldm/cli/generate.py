@@ -87,7 +87,7 @@ class Group:
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
-ADAPTING = ("lora_dir", "partial_adapters", "allow_pickle")  # settings of loading that open adapters
+ADAPTING = ("lora_dir", "partial_adapters", "embeddings", "allow_pickle")  # settings of loading about adapters
 READING = ("family", "variant", "components", "allow_pickle")  # settings of loading that open a model
 
 
@@ -283,9 +283,8 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
-        recorded = at("record", LOADING)
-        known = {*recorded, "lora_dir"}  # which is where prompts find adapters
-        common = options.common | {name: value for name, value in options.loading.items() if name in known}
+        recorded = (*at("record", LOADING), "embeddings", "lora_dir")
+        common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
     numbers = [int(m[1]) for path in out.glob("*.png") if (m := re.match(r"(\d{5,9})-", path.name))]

@@ -161,12 +161,15 @@ def repro(
     lora_dir: Annotated[
         str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
     ] = None,
+    embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make an image again from the record in it, and print how the pixels differ."""
     from ldm.cli.repro import reproduce_image
 
-    reproduce_image(file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, allow_pickle)
+    reproduce_image(
+        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle
+    )  # fmt: skip
 
 
 @app.command()

@@ -16,7 +16,8 @@ from pipelines.settings import every_row, expanded
 log = logging.getLogger(__name__)
 
 USUAL = ("", "Automatic", "Uniform")  # schedule types that stand for the sampler's own spacing
-ABOUT = {"Model", "Model hash", "Version", "User"}  # keys that are no settings
+EMBEDDINGS = "TI hashes"  # the key of textual inversion: names and the first 12 digits of the files' SHA-256
+ABOUT = {"Model", "Model hash", "Version", "User", EMBEDDINGS}  # keys that are no settings
 _PAIR = re.compile(r'\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
@@ -36,6 +37,9 @@ def to_parameters(record: Mapping[str, Any]) -> str:
             pairs[row.a1111] = found[row.name]
         if row.name == "size":
             pairs |= {"Model hash": found.get("model_hash"), "Model": found.get("model")}
+    if "embeddings" in found:
+        hashes = [f"{listed(one['name'])}: {one['sha256'][:12]}" for one in found["embeddings"]]
+        pairs[EMBEDDINGS] = ", ".join(hashes)
     pairs["Version"] = found.get("version")
     lines = [found["prompt"] + to_tags(mix)]
     if found.get("negative"):
@@ -51,7 +55,7 @@ def from_parameters(text: str) -> dict[str, Any]:
         LdmError: the text is of another kind, or names a sampler or a schedule type that we do not have.
     """
     lines = text.strip().split("\n")
-    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(lines[-1])} if lines else {}
+    pairs = _pairs(lines)
     if "Steps" not in pairs:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
     known = ABOUT | {row.a1111 for row in every_row()}
@@ -83,6 +87,22 @@ def from_parameters(text: str) -> dict[str, Any]:
     if "clip_skip" in settings:
         settings["clip_skip"] = max(0, settings["clip_skip"] - 1)
     return settings
+
+
+def embeddings_of(text: str) -> dict[str, str]:
+    """The embeddings of textual inversion in the text of AUTOMATIC1111: the start of the SHA-256 of each, by name."""
+    stated = _pairs(text.strip().split("\n")).get(EMBEDDINGS, "")
+    return dict(re.findall(r"\s*([^:,]+):\s*([0-9a-f]+)", stated))
+
+
+def listed(name: str) -> str:
+    """The name of an embedding in that text."""
+    return re.sub("[:,]", "", name)
+
+
+def _pairs(lines: list[str]) -> dict[str, str]:
+    """The keys and values of the last line."""
+    return {name: _unquoted(value) for name, value in _PAIR.findall(lines[-1])}
 
 
 def _quoted(value: Any) -> str:

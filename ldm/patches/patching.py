@@ -13,6 +13,7 @@ from typing import Any
 from ldm.models.unet import UNet
 from ldm.patches.deepcache import reuse_inner_levels
 from ldm.patches.guidance_embedding import embed_guidance
+from ldm.patches.image_prompt import read_images
 from ldm.patches.perturbed_attention import perturb_attention
 from ldm.patches.token_merging import merge_tokens
 
@@ -30,6 +31,7 @@ class Patch:
 # U-Net come before those that wrap whole levels; perturbed attention depends on guidance's batch and comes last.
 PATCHES = (
     Patch("embedded_guidance", None, embed_guidance),
+    Patch("image_prompts", (), read_images),
     Patch("merge", 0, merge_tokens),
     Patch("reuse", 1, reuse_inner_levels),
     Patch("perturbed_groups", 0, perturb_attention),

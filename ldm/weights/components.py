@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -224,18 +224,25 @@ class Opened:
         done = 0
         modules = self.components.modules()
         for name in names:
-            module = modules[name]
-            links = {link.theirs: link for link in self.links[name]}
-            shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
-            state: dict[str, Tensor] = {}
-            for theirs, tensor in self.parts[name].store.read(links, dtype, device):
+            for theirs in filled(modules[name], self.links[name], self.parts[name].store, dtype, device):
                 done += self.parts[name].store.infos[theirs].nbytes
-                link = links[theirs]
-                for ours, value in zip(link.ours, link.to_ours(tensor), strict=True):
-                    state[ours] = value.reshape(shapes[ours])
                 progress(f"loading {name}", done, total)
-            module.load_state_dict(state, assign=True)
-            module.eval()
+
+
+def filled(
+    module: nn.Module, links: Iterable[Link], store: Store, dtype: torch.dtype | None, device: torch.device | str
+) -> Iterator[str]:
+    """Fill a module with the tensors of a store as they are read, and put it in evaluation mode; yields their names."""
+    places = {link.theirs: link for link in links}
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for theirs, tensor in store.read(places, dtype, device):
+        link = places[theirs]
+        for ours, value in zip(link.ours, link.to_ours(tensor), strict=True):
+            state[ours] = value.reshape(shapes[ours])
+        yield theirs
+    module.load_state_dict(state, assign=True)
+    module.eval()
 
 
 def check_device(device: torch.device | str) -> None:

@@ -128,12 +128,12 @@ class Store:
 class PickleStore(Store):
     """The tensors of a `.ckpt` or `.bin` pickle, read by PyTorch's restricted unpickler, which runs no code.
 
-    They are the pickle itself, or its entry state_dict, model or module.
+    They are the pickle itself, or its entry state_dict, model, module or (of embeddings) string_to_param, or the two
+    groups of an IP-Adapter. Its entries that are texts are the metadata.
     """
 
     def __init__(self, file: Path) -> None:
         self.files = [file]
-        self.metadata = {}
         try:
             content = _unpickled(file)
         except Exception as error:  # damaged or hostile files can raise anything
@@ -142,7 +142,11 @@ class PickleStore(Store):
                 "than tensors: use the .safetensors file of the same model"
             ) from None
         content = content if isinstance(content, dict) else {}
+        self.metadata = {name: value for name, value in content.items() if isinstance(value, str)}
         inner = next((name for name in _ENTRIES if _tensors(content.get(name))), None)
+        groups = {name: found for name in _GROUPS if (found := _tensors(content.get(name)))}
+        if inner is None and groups:
+            content = {f"{name}.{own}": tensor for name, found in groups.items() for own, tensor in found.items()}
         self._tensors = _tensors(content if inner is None else content[inner])
         self.passed_over = sorted(str(name) for name in content if name != inner and name not in self._tensors)
         strange = [name for name, t in self._tensors.items() if t.layout != torch.strided or t.is_meta]
@@ -164,7 +168,8 @@ class PickleStore(Store):
 
 # --- pickles: objects of other classes are passed over ----------------------------------------------------------------
 
-_ENTRIES = ("state_dict", "model", "module")  # where training programs put the tensors
+_ENTRIES = ("state_dict", "model", "module", "string_to_param")  # where training programs put the tensors
+_GROUPS = ("image_proj", "ip_adapter")  # entries of an IP-Adapter's pickle, both of which are read
 _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global by default")
 _NEEDS = re.compile(rf"Can only (SETITEM|append|extend).*but got <class '{re.escape(__name__)}\.(.+)'>")
 _MOST_CLASSES = 200  # that a file may name
@@ -186,9 +191,16 @@ class _PassedOver:
         pass
 
 
+class _Parameters(dict[str, Tensor]):
+    """The parameters of a `torch.nn.ParameterDict`, by name."""
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.update(state["_parameters"])
+
+
 def _unpickled(file: Path) -> Any:
     """The content of a pickle, with `_PassedOver` in place of objects of classes that PyTorch does not know."""
-    classes: dict[str, type] = {}
+    classes: dict[str, type] = {"torch.nn.modules.container.ParameterDict": _Parameters}
     while True:
         known: list[Any] = [(stand_in, name) for name, stand_in in classes.items()]
         try:
