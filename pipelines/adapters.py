@@ -20,7 +20,8 @@ from ldm.runtime.merging import merged
 from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.few_step import made_for
 from ldm.weights.tensors import read_header
-from pipelines.mixes import Mix, Share, Wanted, read_tags, wanted
+from pipelines.mixes import Mix, MixedAdapter, Wanted, read_tags, wanted
+from pipelines.settings import find
 
 log = logging.getLogger(__name__)
 KEPT = 2  # models with merged weights that are kept: the last mixes
@@ -45,7 +46,12 @@ class Adapters:
     """The adapters of a pipeline. Several threads may use them at once."""
 
     def __init__(
-        self, model: LatentDiffusion, folder: str | os.PathLike[str] | None, partial: bool, allow_pickle: bool
+        self,
+        model: LatentDiffusion,
+        folder: str | os.PathLike[str] | None,
+        partial: bool,
+        allow_pickle: bool,
+        usual: Any = (),
     ) -> None:
         """Adapters for a model, which stays as it is.
 
@@ -54,31 +60,24 @@ class Adapters:
             folder: where adapters are found by name, in folders within it, too.
             partial: use what fits of an adapter that does not fit as a whole.
             allow_pickle: read tensors, and nothing else, from `.pt`, `.ckpt` and `.bin`.
+            usual: a value of the setting `adapters`, for calls that name none; calls may name these by their names.
 
         Raises:
-            LdmError: the folder does not exist.
+            LdmError: the folder does not exist; or as `mixes`.
         """
         self.model, self.partial, self.allow_pickle = model, partial, allow_pickle
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None and not self.folder.is_dir():
             raise LdmError(f"lora_dir {str(self.folder)!r} is not a folder; name one with LoRA files")
-        self.usual: Mix = ()  # of calls that name none
         self.names: dict[str, Path] = {}  # adapters of the pipeline, and what was found in the folder
         self.opened: dict[Path, Found] = {}
         self.models: OrderedDict[Mix, LatentDiffusion] = OrderedDict()  # the last one used comes last
         self.lock = threading.RLock()
-
-    def use(self, value: Any) -> None:
-        """Open the adapters of calls that name none; calls may name these by their names.
-
-        Raises:
-            LdmError: as `mixes`.
-        """
-        (given,) = wanted(value, 1)
+        (given,) = wanted(find("adapters", "python").check(usual), 1)
         self.usual = self.mix(given)
-        for share in self.usual:
-            if self.names.setdefault(share.name, share.file) != share.file:
-                raise LdmError(f"adapters {self.names[share.name]} and {share.file} have one name; rename one of them")
+        for one in self.usual:
+            if self.names.setdefault(one.name, one.file) != one.file:
+                raise LdmError(f"adapters {self.names[one.name]} and {one.file} have one name; rename one of them")
 
     # --- from names to mixes ------------------------------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class Adapters:
             shares[share.file] = replace(share, unet=before.unet + share.unet, text=before.text + share.text)
         return tuple(share for share in shares.values() if share.unet or share.text)
 
-    def share(self, one: Wanted, here: Mapping[str, Path]) -> Share:
+    def share(self, one: Wanted, here: Mapping[str, Path]) -> MixedAdapter:
         """The opened adapter that is asked for, with its weights; `here` has the names of the same mix.
 
         Raises:
@@ -128,7 +127,7 @@ class Adapters:
                 f"{one.place}: {file} is not the file that the image was made with; name the folder of that one "
                 "(lora_dir=, --lora-dir)"
             )
-        return Share(own.name, file, own.digest, found.autov3, one.unet, one.text, own, found.few)
+        return MixedAdapter(own.name, file, own.digest, found.autov3, one.unet, one.text, own, found.few)
 
     def _place(self, one: Wanted, here: Mapping[str, Path]) -> Path:
         """The file of an adapter that is asked for."""

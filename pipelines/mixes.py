@@ -42,7 +42,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Share:
+class MixedAdapter:
     """An adapter in a mix, with its weights."""
 
     name: str
@@ -55,7 +55,7 @@ class Share:
     few: FewStep | None = field(default=None, compare=False)  # what it was made for
 
 
-Mix = tuple[Share, ...]
+Mix = tuple[MixedAdapter, ...]
 
 
 def few_step(mixes: Sequence[Mix]) -> FewStep | None:

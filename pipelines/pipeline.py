@@ -34,7 +34,7 @@ from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
-from pipelines.settings import LOADING, find, renamed
+from pipelines.settings import LOADING, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
 from pipelines.tasks.table import TASKS
@@ -80,18 +80,17 @@ class Pipeline:
         """Load a model, or use one that is loaded.
 
         Args:
-            source: a folder, file, Hub name, `LatentDiffusion`, or the name of a built-in model; by default "emoji".
+            source: a folder, file, Hub name, `LatentDiffusion` (which stays as it is), or the name of a built-in model.
             refiner: a model of the family sdxl-refiner, or emoji-refiner, named in the same ways.
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.runtime.attention.KERNELS`; "auto" is the best for device and dtype.
             quick: fused layers in place of plain ones, on a CPU or a CUDA GPU, with the same weights; results differ by
                 rounding. On a CPU, weights must then not be changed through `.data`, which fused layers cannot notice,
-                and the process keeps freed memory. On a GPU, the steps of the U-Net are recorded as CUDA graphs. A
-                model that is loaded already stays as it is.
+                and the process keeps freed memory. On a GPU, steps are recorded as CUDA graphs.
             compile: networks compiled by `torch.compile` in place of fused layers; on a GPU, steps are recorded too.
-                It takes a minute or two for each new size of image, less in the next process; no gain on a CPU.
-            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; a loaded model is refused.
+                It takes minutes for each new size of image, less in the next process. It is meant for GPUs.
+            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             adapters: LoRA files and the like, with their weights, for calls that name none; see `stream`.
             lora_dir: folder in which prompts and calls find adapters by name.
@@ -119,8 +118,7 @@ class Pipeline:
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
         self._learn(embeddings, found.get("allow_pickle", False))
-        self.adapters = Adapters(self.model, lora_dir, partial_adapters, found.get("allow_pickle", False))
-        self.adapters.use(find("adapters", "python").check(adapters))
+        self.adapters = Adapters(self.model, lora_dir, partial_adapters, found.get("allow_pickle", False), adapters)
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
