@@ -163,6 +163,10 @@ class Pipeline:
         Raises:
             LdmError: a setting is not known, out of bounds or does not fit the model.
         """
+        if output != "images" and settings.get("output_type") is not None:
+            raise LdmError(
+                f"output {output!r} and output_type {settings['output_type']!r} are one setting; give one of them"
+            )
         made = self.make(self.request(prompt, **settings), output=output, on_step=on_step)
         for generator in generators(settings.get("generator")):
             torch.rand(1, generator=generator, device=generator.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.cli.common import counter, to_png
+from ldm.cli.common import counter, log_warnings, to_png
 from ldm.cli.info import describe
 from ldm.cli.record import to_parameters
 from ldm.errors import LdmError
@@ -96,7 +95,7 @@ READING = ("family", "variant", "components", "allow_pickle")  # settings of loa
 
 def generate_images(options: Options) -> None:
     """Make all images of the options; print a path (or JSON) for each on stdout."""
-    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log_warnings()
     for name, mode in IMAGES:
         if name in options.settings:
             load_image(options.settings[name], mode)  # errors come before a model is loaded

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm.cli.common import to_components, to_png
+from ldm.cli.common import log_warnings, to_components, to_png
 from ldm.cli.record import embeddings_of, from_parameters, listed
 from ldm.errors import LdmError, listing
 from ldm.images import load_image, read_settings, save_png
@@ -46,7 +44,7 @@ def reproduce_image(
     allow_pickle: bool,
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
-    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log_warnings()
     path, target = Path(file), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:

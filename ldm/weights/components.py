@@ -24,6 +24,7 @@ from ldm.models.text import TextEncoders
 from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.models.unet import UNet
 from ldm.weights.layouts import Layout, Link
+from ldm.weights.numbers import check_sample
 from ldm.weights.tensors import Store, TensorInfo
 
 Shape = tuple[int, ...]
@@ -205,14 +206,20 @@ class Opened:
         """Load the weights by memory-mapping: floating-point weights as `dtype`, or in the stored type.
 
         With `only`, load the components of these names; the others stay on the meta device.
+
+        Raises:
+            LdmError: the files cannot be read, or a sample of the numbers is wrong (`check_sample`).
         """
         if not all(parameter.is_meta for parameter in self.components.unet.parameters()):
             raise RuntimeError("load() fills this object's own networks, once; open the source again for another copy")
         if dtype is not None and not dtype.is_floating_point:
             raise LdmError(f"weights cannot be loaded as {dtype}; choose a floating-point type such as torch.bfloat16")
         check_device(device)
+        names = self.links.keys() if only is None else only
         try:
-            self._fill(dtype, device, progress, self.links.keys() if only is None else only)
+            for name in names:
+                check_sample(self.parts[name].store, self.infos(name))
+            self._fill(dtype, device, progress, names)
         except (OSError, SafetensorError) as error:
             raise LdmError(f"{self.source} could be opened, but not read: {first_line(error)}") from None
         return self.components

@@ -164,7 +164,7 @@ def _what(names: Iterable[str]) -> str:
     """A guess for error messages at the content of a file that is not a whole model."""
     names = list(names)
     if is_adapter(names):
-        return "it is a LoRA or another adapter"
+        return "it is a LoRA or another adapter; use it with a model (--lora PATH, adapters=)"
     starts = {
         "down_blocks.": ("a diffusers U-Net (or ControlNet)", "unet"),
         "input_blocks.": ("a U-Net", "unet"),
