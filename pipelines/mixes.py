@@ -239,16 +239,18 @@ def to_hashes(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.translate(_UNSAFE)}: {own['autov3']}" for name, own in record.items() if own["autov3"])
 
 
-def from_tags(prompt: str, hashes: str) -> tuple[str, dict[str, Any]]:
-    """A prompt of AUTOMATIC1111's text without its `<lora:…>`, and their record, with the hashes of such a list.
+def from_tags(prompt: str, hashes: str) -> tuple[str, dict[str, Any], set[str]]:
+    """A prompt of AUTOMATIC1111's text without its `<lora:…>`, and their record, with the hashes of such a list; and
+    the names in the list that the prompt does not have.
 
     Raises:
         LdmError: as `read_tags`.
     """
     pairs = (part.partition(":") for part in hashes.split(","))
-    known = {name.strip(): digest.strip() for name, _, digest in pairs}
-    prompt, found = read_tags(prompt)
-    return prompt, {
-        one.name: {"unet": one.unet, "text": one.text, "autov3": known.get(one.name.translate(_UNSAFE), "")}
-        for one in summed(found)
+    known = {name.strip(): digest.strip() for name, _, digest in pairs if name.strip()}
+    prompt, tags = read_tags(prompt)
+    found = {one.name.translate(_UNSAFE): one for one in summed(tags)}
+    record = {
+        one.name: {"unet": one.unet, "text": one.text, "autov3": known.get(name, "")} for name, one in found.items()
     }
+    return prompt, record, known.keys() - found.keys()

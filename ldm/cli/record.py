@@ -20,6 +20,7 @@ AUTOMATIC = {  # what the schedule type Automatic means, if not Uniform
     **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "karras"),
     **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "exponential"),
 }
+ADAPTERS = "Lora hashes"  # the key of adapters, whose names and weights are in the prompt
 EMBEDDINGS = "TI hashes"  # the key of textual inversion: names and the first 12 digits of the files' SHA-256
 ABOUT = {"Model", "Model hash", "Version", "User", EMBEDDINGS}  # keys that are no settings
 SPACING_NAMES = {"Simple": "trailing", "SGM Uniform": "trailing", "Normal": "linspace", **SPACINGS}
@@ -68,10 +69,6 @@ def from_parameters(text: str) -> dict[str, Any]:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
     if lines[at + 1 :]:
         log.warning("the image's text goes on after its settings, which ldm does not read: %.60s", lines[at + 1])
-    known = ABOUT | {row.a1111 for row in every_row()}
-    unknown = [name for name in pairs if name not in known]
-    if unknown:
-        log.warning("settings in the image's text that ldm does not read; it may differ: %s", listing(unknown, 8))
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
@@ -79,10 +76,15 @@ def from_parameters(text: str) -> dict[str, Any]:
         if line.startswith("Negative prompt:"):
             current, line = negative, line.removeprefix("Negative prompt:").strip()
         current.append(line)
-    texts = {row.name: pairs[row.a1111] for row in every_row() if row.a1111 in pairs}
+    hashes = pairs.get(ADAPTERS, "")
+    text, mix, unnamed = from_tags("\n".join(prompt), hashes)
+    known = ABOUT | {row.a1111 for row in every_row()} - ({ADAPTERS} if unnamed else set())
+    unknown = [name for name in pairs if name not in known]
+    if unknown:
+        log.warning("settings in the image's text that ldm does not read; it may differ: %s", listing(unknown, 8))
+    texts = {row.name: pairs[row.a1111] for row in every_row() if row.a1111 in pairs and row.a1111 != ADAPTERS}
     texts.pop("strength" if "hires" in texts else "hires_strength", None)  # both have the same key
     scheduler, spacing = _sampler(texts.pop("scheduler", ""), texts.pop("spacing", ""))
-    text, mix = from_tags("\n".join(prompt), texts.pop("adapters", ""))
     settings: dict[str, Any] = {
         "prompt": text, "negative": "\n".join(negative) or None, "scheduler": scheduler,
         "spacing": spacing,

@@ -123,5 +123,6 @@ def test_the_text_of_other_programs() -> None:
     tags, hashes = to_tags(record), to_hashes(record)
     assert tags == "<lora:a,b:0.8><lora:c:0.25:1><lora:folder:-1>"
     assert hashes == "ab: 0123456789ab, c: cdef01234567"
-    assert from_tags(f"a cat{tags}", hashes) == ("a cat", record)
-    assert from_tags("a cat", "") == ("a cat", {})
+    assert from_tags(f"a cat{tags}", hashes) == ("a cat", record, set())
+    assert from_tags("a cat", "") == ("a cat", {}, set())
+    assert from_tags("a cat<lora:x>", "y: 0123")[2] == {"y"}
