@@ -32,9 +32,9 @@ from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
 from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
-from pipelines.request import Request, check_request, records, request_for
+from pipelines.request import Request, check_request, note_idle, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
-from pipelines.settings import LOADING, renamed
+from pipelines.settings import LOADING, checked, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
 from pipelines.tasks.table import TASKS
@@ -186,6 +186,7 @@ class Pipeline:
             if check_task is not None:
                 check_task(request, family)
             check_passes(request, family, refiner)
+            note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
         return request
 
     def make(

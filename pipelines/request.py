@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import pipelines.settings as settings
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listing
 from ldm.families import Family, FewStep
 from ldm.images import ANIMATED, TRANSPARENT, WHITE, flattened, load_noted
 from ldm.models.prompts import PromptReader
@@ -28,6 +28,7 @@ from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 log = logging.getLogger(__name__)
+SAME_SHAPE = 1.03  # largest change of an image's ratio of width to height that is not told
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def request_for(
     filled = {row.name: row.usual for row in rows}
     filled |= defaults(family, image, mask is not None, values, few_step(mixes)) | values
     count, n = len(prompts), filled["n"]
+    _note_stretch(image, filled["width"], filled["height"])
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
     guidance = settings.nested({row.key: filled.pop(row.name) for row in rows if "." in row.key})
     return Request(
@@ -129,6 +131,37 @@ def request_for(
         end=1.0 if filled["refiner_at"] is None else filled["refiner_at"],
         reader=PromptReader(filled["weights"]),
     )
+
+
+def _note_stretch(image: Image.Image | None, width: int, height: int) -> None:
+    """Log that an image to start from changes its shape, if the size of the result asks for that."""
+    if image is None or not isinstance(width, int) or not isinstance(height, int):
+        return
+    change = (width / height) / (image.width / image.height)
+    if max(change, 1 / change) > SAME_SHAPE and min(image.size) >= 64:
+        log.warning(
+            "the image to start from has %d×%d pixels and is stretched to %d×%d; crop it, or leave the size out",
+            *image.size, width, height,
+        )  # fmt: skip
+
+
+def note_idle(given: Set[str], request: Request, family: Family) -> None:
+    """Log, in one line, the settings that were given and have no effect in this call."""
+    guided = request.guidance.classifier_free or request.guidance.embedded is not None  # which has a warning of its own
+    xl = ("original_size", "crop", "target_size", "negative_original_size", "negative_crop", "negative_target_size")
+    needs = {
+        "an image": (request.image is not None, ("strength",)),
+        "hires": (bool(request.hires), ("hires_strength", "hires_latents")),
+        "a refiner": (request.refined, ("refiner_strength",)),
+        "a guidance scale above 1": (guided, ("negative", "negative_2")),
+        "an InstructPix2Pix model": (family.task == "edit", ("image_guidance",)),
+        "SDXL": (family.xl, xl),
+        "SDXL's refiner": (family.refiner or request.refined, ("aesthetic_score", "negative_aesthetic_score")),
+    }
+    lacks = {name: need for need, (there, names) in needs.items() if not there for name in names}
+    idle = [f"{name} (it needs {lacks[name]})" for name in sorted(lacks.keys() & given)]
+    if idle:
+        log.warning("settings without effect here: %s", listing(idle, 8))
 
 
 def _image(given: Any) -> Image.Image:

@@ -33,6 +33,7 @@ from pipelines.request import Request, records
 from pipelines.settings import LOADING, at, checked
 from pipelines.tuning import dtype_named, room_of
 
+TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
 LARGEST_FILE = 256 * 2**20
 
 
@@ -225,6 +226,8 @@ def make_jobs(options: Options) -> Iterator[Job]:
 def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Prompts of a text file, one a line, or of a JSON-lines file with settings; each with its settings and place."""
     path = Path(name)
+    if path.suffix.lower() in TABLES:
+        raise LdmError(f"{path}: prompts are read from a text file, one a line, or from .jsonl, one JSON object a line")
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise LdmError(f"{path} has {path.stat().st_size} bytes; that is too large for a file of prompts")

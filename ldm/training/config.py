@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -73,10 +73,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         LdmError: the file cannot be read, a key is not known (the nearest one is offered), or a value does not fit.
     """
     content = _read(Path(path)) if path else {}
+    given: dict[str, str] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise LdmError(f"{override!r}: write KEY=VALUE, such as base.steps=2000")
+        if given.setdefault(name, text) != text:
+            raise LdmError(f"{name} is given twice, as {given[name]} and {text}; give it once")
         try:
             _set(content, name.split("."), yaml.safe_load(text))
         except yaml.YAMLError as error:
@@ -87,9 +90,21 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise LdmError("; ".join(_message(problem, path) for problem in error.errors()[:3])) from None
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key that comes twice is an error: the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

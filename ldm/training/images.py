@@ -50,9 +50,8 @@ class TrainingImages:
     def notice_changes(self) -> None:
         """Log the number of images, and whether they have changed since the run began."""
         assert self.images is not None
-        name, skipped = self.images.source.name, self.images.skipped
-        left_out = f"; {len(skipped.reasons)} cannot be used: {skipped.path}" if skipped.reasons else ""
-        log.info("%s: %d images%s", name, len(self.images), left_out)
+        name = self.images.source.name
+        log.info("%s: %d images", name, len(self.images))
         path, old = self.folder / "images.json", self.folder / "pictures.json"
         if old.exists():  # of a run that an earlier version began
             old.replace(path)

@@ -256,7 +256,7 @@ def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
     beside = path.with_suffix(".yaml")
     if beside.is_file():
         told.append((str(beside), _read_yaml(beside)))
-        log.info("read %s beside the checkpoint", beside)
+        log.warning("%s is read too, because it lies beside the checkpoint", beside)
     return told
 
 
