@@ -7,7 +7,6 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,9 +30,10 @@ from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
 from pipelines.embeddings import find_embeddings, used, with_embeddings
+from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, note_idle, records, request_for
-from pipelines.run import OnStep, SamplingRun, TooManyError, decode
+from pipelines.run import Attachment, OnStep, SamplingRun, TooManyError, decode
 from pipelines.settings import LOADING, checked, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
@@ -72,8 +72,6 @@ class Pipeline:
         quantize: str | None = None,
         offload: str = "auto",
         adapters: Any = (),
-        lora_dir: str | os.PathLike[str] | None = None,
-        partial_adapters: bool = False,
         embeddings: Any = None,
         **options: Any,
     ) -> None:
@@ -89,24 +87,25 @@ class Pipeline:
                 rounding. On a CPU, weights must then not be changed through `.data`, which fused layers cannot notice,
                 and the process keeps freed memory. On a GPU, steps are recorded as CUDA graphs.
             compile: networks compiled by `torch.compile` in place of fused layers; on a GPU, steps are recorded too.
-                It takes minutes for each new size of image, less in the next process. It is meant for GPUs.
+                It takes minutes for each new size of image, less in the next process.
             quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             adapters: LoRA files and the like, with their weights, for calls that name none; see `stream`.
-            lora_dir: folder in which prompts and calls find adapters by name.
-            partial_adapters: use what fits of an adapter that does not fit as a whole.
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
-            **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
-                as `torch_dtype`.
+            **options: `lora_dir`, a folder in which prompts and calls find adapters by name; `partial_adapters`, to use
+                what fits of one that does not fit as a whole; `ip_adapter`, files of IP-Adapters, one or a list, and
+                `image_encoder`, a folder or Hub name; further arguments of `LatentDiffusion.from_pretrained`; and
+                diffusers' names of all, such as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
         """
-        own = {"source": source, "dtype": dtype, "embeddings": embeddings, "lora_dir": lora_dir}
+        own = {"source": source, "dtype": dtype, "embeddings": embeddings}
         found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
-        source, dtype = named(found.pop("source", None)), found.pop("dtype", None)
-        embeddings, lora_dir = found.pop("embeddings", ()), found.pop("lora_dir", None)
+        source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
+        folder, partial = found.pop("lora_dir", None), found.pop("partial_adapters", False)
+        images = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder")}
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
@@ -117,8 +116,10 @@ class Pipeline:
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
-        self._learn(embeddings, found.get("allow_pickle", False))
-        self.adapters = Adapters(self.model, lora_dir, partial_adapters, found.get("allow_pickle", False), adapters)
+        pickle = found.get("allow_pickle", False)
+        self._learn(learned, pickle)
+        self.adapters = Adapters(self.model, folder, partial, pickle, adapters)
+        self.image_prompts = ImagePrompts(self.model, **images, source=source, pickle=pickle)
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
@@ -186,6 +187,7 @@ class Pipeline:
             if check_task is not None:
                 check_task(request, family)
             check_passes(request, family, refiner)
+            self.image_prompts.check(request)
             note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
         return request
 
@@ -236,6 +238,7 @@ class Pipeline:
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
         note_foreign(request)
+        attachments = self.image_prompts.attachments(request)
         fits = len(request.prompts)
         for rows in batches:
             done = rows.start
@@ -243,7 +246,8 @@ class Pipeline:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
                     with reported() if self.compiled else nullcontext(), self.model.alone(), cpu_by_default():
-                        result = self._batch(self.adapters.merged(part.mixes[0]), part, output, on_step)
+                        model = self.adapters.merged(part.mixes[0])
+                        result = self._batch(model, part, output, on_step, attachments)
                 except TooManyError:
                     if request.batch or len(part.prompts) == 1:
                         raise
@@ -256,8 +260,16 @@ class Pipeline:
                     yield result
 
     @torch.inference_mode()
-    def _batch(self, model: LatentDiffusion, request: Request, output: str, on_step: OnStep | None) -> Result:
-        run = SamplingRun(model, request, Noise(request.seeds, request.rng), on_step)
+    def _batch(
+        self,
+        model: LatentDiffusion,
+        request: Request,
+        output: str,
+        on_step: OnStep | None,
+        attachments: Sequence[Attachment],
+    ) -> Result:
+        noise = Noise(request.seeds, request.rng)
+        run = SamplingRun(model, request, noise, on_step, attachments=attachments)
         latents = TASKS[request.task].latents(run)
         if request.hires:
             latents = enlarged(run, latents)
@@ -273,7 +285,8 @@ class Pipeline:
                     report.room,
                     report.cut,
                 )
-        settings = records(request, self.model.family)
+        read = self.image_prompts.recorded(request)
+        settings = [record | read for record in records(request, self.model.family)]
         if self.embeddings:
             settings = [record | used(self.embeddings, self.model, request, row) for row, record in enumerate(settings)]
         result = Result(latents=list(latents), settings=settings, reports=reports)

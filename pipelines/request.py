@@ -111,6 +111,7 @@ def request_for(
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
     filled |= defaults(family, image, mask is not None, values, few_step(mixes)) | values
+    filled["image_prompt"] = settings.image_prompts(values)
     count, n = len(prompts), filled["n"]
     _note_stretch(image, filled["width"], filled["height"])
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}

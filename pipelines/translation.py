@@ -107,7 +107,8 @@ _ANSWERS = {
         ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"), _TEXT
     ),
     "cross_attention_kwargs": "LoRA and the like are named with their weights: adapters={'style.safetensors': 0.8}",
-    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds", "control_image"), _ADAPTER),
+    "ip_adapter_image_embeds": "images are encoded here; give them as image_prompt",
+    "control_image": _ADAPTER,
     **dict.fromkeys(("vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), _PARTS),
     "device_map": "give device= and offload=",
     "safety_checker": "there is none here; leave it out",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import adapter_files
+import image_prompts
 import pytest
 import tiny
 import torch
@@ -50,6 +51,8 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
     "negative_crop": ("8,16", (8, 16)), "negative_target_size": ("96,72", (96, 72)), "aesthetic_score": ("7", 7.0),
     "negative_aesthetic_score": ("1", 1.0), "strength": ("0.7", 0.7), "prompt_2": ("oil", "oil"),
     "negative_2": ("dull", "dull"), "refiner_at": ("0.5", 0.5), "size": ("72x64", (72, 64)),
+    "image_prompt": ("in.png", ("in.png",)), "image_prompt_weight": ("0.5", 0.5),
+    "image_prompt_mask": ("mask.png", "mask.png"), "image_prompt_begin": ("0.2", 0.2), "image_prompt_end": ("0.8", 0.8),
     "prompt": ("a cat", "a cat"), "image": ("in.png", "in.png"), "mask": ("mask.png", "mask.png"),
     "adapters": ("style.safetensors:0.5", (("style.safetensors", 0.5),)),
 }  # fmt: skip
@@ -58,6 +61,15 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
     return Pipeline(tiny.model("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def prompted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A pipeline with an IP-Adapter."""
+    folder = tmp_path_factory.mktemp("ip")
+    image_prompts.saved(folder / "ip.safetensors", pipeline.model.family)
+    image_prompts.encoder().save_pretrained(folder / "image_encoder")
+    return Pipeline(pipeline.model, ip_adapter=folder / "ip.safetensors")
 
 
 @pytest.fixture
@@ -104,10 +116,12 @@ def test_names_are_given_once_and_doors_exist() -> None:
 
 
 @pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.name)
-def test_a_setting_comes_in_by_every_door_or_says_why_not(row: Setting, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_setting_comes_in_by_every_door_or_says_why_not(
+    row: Setting, pipeline: Pipeline, prompted: Pipeline, tmp_path: Path
+) -> None:
     text, value = EXAMPLES[row.name]
     assert row.parse(text) == row.check(value) == value
-    if row.name in ("image", "mask"):
+    if row.kind in (settings.IMAGE, settings.IMAGE_MASKS, settings.IMAGE_PROMPTS):
         value = str(tmp_path / "in.png")
         Image.new("RGB", (64, 64), "white").save(value)
     if row.name == "adapters":
@@ -118,7 +132,10 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(row: Setting, pipeline
         given["image"] = Image.new("RGB", (64, 64))
     if row.name.startswith("hires_"):
         given["hires"] = 2
+    if row.name.startswith("image_prompt_"):
+        given["image_prompt"] = Image.new("RGB", (64, 64))
     refined = Pipeline(pipeline.model, refiner=tiny.model("sdxl-refiner")) if "refiner" in row.name else pipeline
+    refined = prompted if row.name.startswith("image_prompt") else refined
     steps = {"steps": 10} if "refiner" in row.name else {}
     request = refined.request(**{"scheduler": "ddim", **given, **steps})
     if "record" not in row.closed and row.kind is not settings.IMAGE:  # files are recorded by who has them
@@ -136,7 +153,10 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(row: Setting, pipeline
 
 @pytest.mark.parametrize("row", LOADING, ids=lambda row: row.name)
 def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
-    known = inspect.signature(Pipeline.__init__).parameters.keys() | {"family", "variant", "components", "allow_pickle"}
+    known = inspect.signature(Pipeline.__init__).parameters.keys() | {
+        "family", "variant", "components", "allow_pickle", "ip_adapter", "image_encoder", "lora_dir",
+        "partial_adapters",
+    }  # fmt: skip
     assert row.name in known
     assert ("shell" in row.closed) != (row.name in inspect.signature(generate_command()).parameters)
 
