@@ -116,8 +116,7 @@ class Pipeline:
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
-        pickle = found.get("allow_pickle", False)
-        self._learn(learned, pickle)
+        self._learn(learned, pickle := found.get("allow_pickle", False))
         self.adapters = Adapters(self.model, folder, partial, pickle, adapters)
         self.image_prompts = ImagePrompts(self.model, **images, source=source, pickle=pickle)
 

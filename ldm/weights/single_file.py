@@ -165,6 +165,8 @@ def _what(names: Iterable[str]) -> str:
     names = list(names)
     if is_adapter(names):
         return "it is a LoRA or another adapter; use it with a model (--lora PATH, adapters=)"
+    if names and set(names) <= {"emb_params", "*", "clip_l", "clip_g"}:
+        return "it is an embedding of textual inversion (--embedding, embeddings=)"
     starts = {
         "down_blocks.": ("a diffusers U-Net (or ControlNet)", "unet"),
         "input_blocks.": ("a U-Net", "unet"),

@@ -24,8 +24,9 @@ from ldm.weights.folder import (
     store_of,
     weight_files,
 )
-from ldm.weights.hub import HUB_ID, fetch
+from ldm.weights.hub import fetch
 from ldm.weights.manifest import check_manifest
+from ldm.weights.names import HUB_ID
 from ldm.weights.numbers import Findings, look_at
 from ldm.weights.single_file import open_single_file
 from ldm.weights.tensors import open_store

@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pipelines.settings as settings
-from ldm.cli import evaluate
+from ldm.cli import evaluate, evaluate_options
 from ldm.cli.main import app, generate_command
 from ldm.errors import LdmError
 from ldm.evaluation.plan import EvaluationPlan
@@ -98,11 +98,11 @@ def test_one_row_adds_a_setting_everywhere(
     assert run(capsys, monkeypatch, "repro", made[0]["path"], "--device", "cpu")[1].startswith("identical")
     made_by = Pipeline(models / "sd15", device="cpu")("a cat", sparkle=0.75, steps=1, seed=0)
     assert made_by.settings[0]["sparkle"] == 0.75
-    assert evaluate._sweep("sparkle=0.1,0.2") == ("sparkle", (0.1, 0.2))
+    assert evaluate_options.sweep_of("sparkle=0.1,0.2") == ("sparkle", (0.1, 0.2))
     plan = EvaluationPlan(metrics=())
-    evaluate._model(str(models / "sd15"), dict([evaluate._setting("sparkle=0.5")]), "cpu", plan)
+    evaluate._model(str(models / "sd15"), dict([evaluate_options.setting_of("sparkle=0.5")]), "cpu", plan)
     with pytest.raises(LdmError, match="sparkle 5: a number from 0 to 1 is needed"):
-        evaluate._model(str(models / "sd15"), dict([evaluate._setting("sparkle=5")]), "cpu", plan)
+        evaluate._model(str(models / "sd15"), dict([evaluate_options.setting_of("sparkle=5")]), "cpu", plan)
     with pytest.raises(LdmError, match=r"setting gliter is not known; did you mean sparkle \(glitter\)\?"):
         find("gliter", "python")
 
@@ -193,7 +193,7 @@ def test_bounds_are_said_in_one_line_everywhere(
     err = run(capsys, monkeypatch, "generate", "--prompts", "p.jsonl")[2]
     assert err.startswith(f"ldm: p.jsonl, line 1: {name} {message}")
     with pytest.raises(LdmError) as caught:
-        settings.checked(dict([evaluate._setting(f"{name}={text}")]), "eval")
+        settings.checked(dict([evaluate_options.setting_of(f"{name}={text}")]), "eval")
     assert str(caught.value).startswith(f"{name} {message}")
 
 
@@ -336,13 +336,15 @@ def test_arguments_of_loading_in_diffusers(models: Path) -> None:
 
 
 def test_settings_of_an_evaluation_by_other_names() -> None:
-    found = evaluate._settings(["num_inference_steps=3", "guidance-scale=2", "sampler=Euler a", "torch_dtype=fp32"])
+    found = evaluate_options.settings_of(
+        ["num_inference_steps=3", "guidance-scale=2", "sampler=Euler a", "torch_dtype=fp32"]
+    )
     assert found == {"steps": 3, "guidance": 2, "scheduler": "Euler a", "dtype": "fp32"}
-    assert evaluate._sweep("cfg_scale=1,3") == ("guidance", (1, 3))
+    assert evaluate_options.sweep_of("cfg_scale=1,3") == ("guidance", (1, 3))
     with pytest.raises(LdmError, match="--with steps 3 and --with num_inference_steps 5 are one setting"):
-        evaluate._settings(["steps=3", "num_inference_steps=5"])
+        evaluate_options.settings_of(["steps=3", "num_inference_steps=5"])
     with pytest.raises(LdmError, match="its values mean something else here; give those of clip_skip"):
-        evaluate._sweep("stop_at_clip_layer=-1,-2")
+        evaluate_options.sweep_of("stop_at_clip_layer=-1,-2")
 
 
 def test_a_record_tells_an_object_from_a_name(pipeline: Pipeline) -> None:

@@ -337,7 +337,7 @@ def _check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse numbers that are not finite. A sum is finite if its terms are; the terms of others are looked at."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            if tensor.ndim:
+            if tensor.numel() != 1:  # alphas may be whole numbers
                 raise LdmError(f"{file}: {name} holds numbers of type {tensor.dtype}; the file is damaged")
         elif not tensor.sum(dtype=torch.float32).isfinite() and not tensor.float().isfinite().all():
             bad = int((~tensor.float().isfinite()).sum())
