@@ -61,6 +61,8 @@ def open_source(
     Raises:
         LdmError: the source cannot be opened; the message says why, and the remedy.
     """
+    if isinstance(source, str) and "://" in source:
+        raise LdmError(f"{source} is an address: name a model of the Hub as owner/name, or fetch the file")
     path = builtin(source) or Path(source)
     try:
         if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
