@@ -28,10 +28,11 @@ from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.batching import batch_ranges, together
+from pipelines.control import attachments, check_control, load_control_models
 from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
-from pipelines.run import OnStep, SamplingRun, TooManyError, decode
+from pipelines.run import Attachment, OnStep, SamplingRun, TooManyError, decode
 from pipelines.settings import LOADING, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
@@ -70,6 +71,7 @@ class Pipeline:
         quantize: str | None = None,
         offload: str = "auto",
         embeddings: Any = None,
+        control_models: Any = (),
         **options: Any,
     ) -> None:
         """Load a model, or use one that is loaded.
@@ -91,16 +93,20 @@ class Pipeline:
                 little. A model that is loaded already is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
+            control_models: ControlNets and T2I-Adapters, as files, folders, Hub names or networks: one, a list, or a
+                dictionary with names. A condition image goes to the model with its kind as name, to the only one, or
+                to that with its number.
             **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
                 as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
         """
-        own = {"source": source, "dtype": dtype, "embeddings": embeddings}
+        own = {"source": source, "dtype": dtype, "embeddings": embeddings, "control_models": control_models or None}
         found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
         source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
+        controlling = found.pop("control_models", ())
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
@@ -112,6 +118,8 @@ class Pipeline:
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
         self._learn(learned, found.get("allow_pickle", False))
+        with cpu_by_default():
+            self.control_models = load_control_models(controlling, self.model, tuning, found.get("allow_pickle", False))
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
@@ -177,6 +185,7 @@ class Pipeline:
             if check_task is not None:
                 check_task(request, family)
             check_passes(request, family, refiner)
+            check_control(request, family, self.control_models)
         return request
 
     def make(
@@ -226,14 +235,14 @@ class Pipeline:
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
         note_foreign(request)
-        fits = len(request.prompts)
+        fits, attached = len(request.prompts), attachments(request, self.control_models)
         for rows in batches:
             done = rows.start
             while done < rows.stop:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
                     with reported() if self.compiled else nullcontext(), self.model.alone(), cpu_by_default():
-                        result = self._batch(part, output, on_step)
+                        result = self._batch(part, output, on_step, attached)
                 except TooManyError:
                     if request.batch or len(part.prompts) == 1:
                         raise
@@ -246,8 +255,9 @@ class Pipeline:
                     yield result
 
     @torch.inference_mode()
-    def _batch(self, request: Request, output: str, on_step: OnStep | None) -> Result:
-        run = SamplingRun(self.model, request, Noise(request.seeds, request.rng), on_step)
+    def _batch(self, request: Request, output: str, on_step: OnStep | None, attached: Sequence[Attachment]) -> Result:
+        noise = Noise(request.seeds, request.rng)
+        run = SamplingRun(self.model, request, noise, on_step, attachments=attached)
         latents = TASKS[request.task].latents(run)
         if request.hires:
             latents = enlarged(run, latents)

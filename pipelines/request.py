@@ -24,6 +24,7 @@ from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
+from pipelines.control_images import control_images
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 log = logging.getLogger(__name__)
@@ -93,11 +94,13 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         LdmError: a setting is not known, or its value not allowed.
     """
     values = settings.checked({**given, "prompt": prompt}, "python")
+    controls = control_images(values.pop("control", None))
     image = _image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
-    filled |= defaults(family, image, mask is not None, given=values) | values
+    like = image or (controls[0].given if controls else None)
+    filled |= defaults(family, like, mask is not None, given=values) | values | {"control": controls}
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
@@ -276,6 +279,7 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
     if not isinstance(scheduler, str):  # None, or an object of the user's own
         scheduler = own_name(family.schedule) if scheduler is None else f"{type(scheduler).__name__} object"
     common = {**request.values, **settings.expanded({"guidance": request.guidance}), "scheduler": scheduler}
+    common["control"] = [one.record for one in request.control]
     rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
     found = []
     for index, prompt in enumerate(request.prompts):

@@ -53,8 +53,15 @@ class Attached:
 class Attachment(Protocol):
     """What steers a run beside its prompt, such as a control image, in a part of the run's steps."""
 
-    begin: float  # part of the steps, 0 to 1
-    end: float
+    @property
+    def begin(self) -> float:
+        """The part of the steps, 0 to 1, at which it begins to act."""
+        ...
+
+    @property
+    def end(self) -> float:
+        """The part of the steps at which it stops to act."""
+        ...
 
     def prepare(self, run: SamplingRun) -> Attached:
         """The patch and the inputs for a run; called once a run."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import controls
 import pytest
 import tiny
 import torch
@@ -49,6 +50,9 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
     "negative_aesthetic_score": ("1", 1.0), "strength": ("0.7", 0.7), "prompt_2": ("oil", "oil"),
     "negative_2": ("dull", "dull"), "refiner_at": ("0.5", 0.5), "size": ("72x64", (72, 64)),
     "prompt": ("a cat", "a cat"), "image": ("in.png", "in.png"), "mask": ("mask.png", "mask.png"),
+    "control": ("image=in.png", ({"kind": "image", "path": "in.png"},)), "control_scale": ("0.5", 0.5),
+    "control_fall": ("0.825", 0.825), "control_begin": ("0.25", 0.25), "control_end": ("0.75", 0.75),
+    "guess": ("true", True),
 }  # fmt: skip
 
 
@@ -108,6 +112,9 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(row: Setting, pipeline
         value = str(tmp_path / "in.png")
         Image.new("RGB", (64, 64), "white").save(value)
     given = {"prompt": "a cat", "seed": 1, "steps": 3, row.name: value}
+    if row.name.startswith("control") or row.name == "guess":
+        pipeline = Pipeline(pipeline.model, control_models=controls.controlnet(pipeline.model.family))
+        given["control"] = Image.new("RGB", (64, 64))
     if row.name in ("strength", "mask"):
         given["image"] = Image.new("RGB", (64, 64))
     if row.name.startswith("hires_"):
@@ -115,7 +122,7 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(row: Setting, pipeline
     refined = Pipeline(pipeline.model, refiner=tiny.model("sdxl-refiner")) if "refiner" in row.name else pipeline
     steps = {"steps": 10} if "refiner" in row.name else {}
     request = refined.request(**{"scheduler": "ddim", **given, **steps})
-    if "record" not in row.closed and row.kind is not settings.IMAGE:  # files are recorded by who has them
+    if "record" not in row.closed and row.kind not in (settings.IMAGE, settings.CONTROL):  # with digests
         (record,) = records(request.part(slice(1)), pipeline.model.family)
         assert settings.expanded(record)[row.name] == value
     for door in ("list", "eval"):
