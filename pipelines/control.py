@@ -80,7 +80,7 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
     Raises:
         LdmError: something does not fit.
     """
-    controls = attachments(request, models)
+    controls = controls_of(request, models)
     if controls and request.task == "edit":
         raise LdmError(f"a {family.name} model edits in its own way; leave control out")
     for one in controls:
@@ -99,7 +99,7 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
             log.warning("control %s: its image of %d×%d is resized to %d×%d", image.kind, width, height, *sides)
 
 
-def attachments(request: Request, models: Mapping[str, ControlModel]) -> list[Control]:
+def controls_of(request: Request, models: Mapping[str, ControlModel]) -> list[Control]:
     """The control models of a request, each with its condition image and settings.
 
     Raises:

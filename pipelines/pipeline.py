@@ -28,12 +28,13 @@ from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.batching import batch_ranges, together
-from pipelines.control import attachments, check_control, load_control_models
+from pipelines.control import check_control, controls_of, load_control_models
 from pipelines.embeddings import find_embeddings, used, with_embeddings
+from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
-from pipelines.request import Request, check_request, records, request_for
+from pipelines.request import Request, check_request, note_idle, records, request_for
 from pipelines.run import Attachment, OnStep, SamplingRun, TooManyError, decode
-from pipelines.settings import LOADING, renamed
+from pipelines.settings import LOADING, checked, renamed
 from pipelines.syntax import note_foreign
 from pipelines.tasks.inpaint import pasted
 from pipelines.tasks.table import TASKS
@@ -71,7 +72,6 @@ class Pipeline:
         quantize: str | None = None,
         offload: str = "auto",
         embeddings: Any = None,
-        control_models: Any = (),
         **options: Any,
     ) -> None:
         """Load a model, or use one that is loaded.
@@ -93,20 +93,19 @@ class Pipeline:
                 little. A model that is loaded already is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
-            control_models: ControlNets and T2I-Adapters, as files, folders, Hub names or networks: one, a list, or a
-                dictionary with names. A condition image goes to the model with its kind as name, to the only one, or
-                to that with its number.
-            **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
-                as `torch_dtype`.
+            **options: `control_models`, ControlNets and T2I-Adapters, one, a list, or a dictionary with names (see
+                `pipelines.control`); `ip_adapter`, files of IP-Adapters, one or a list, and `image_encoder`, a folder
+                or Hub name; further arguments of `LatentDiffusion.from_pretrained`; diffusers' names of all.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
         """
-        own = {"source": source, "dtype": dtype, "embeddings": embeddings, "control_models": control_models or None}
+        own = {"source": source, "dtype": dtype, "embeddings": embeddings}
         found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
         source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
-        controlling = found.pop("control_models", ())
+        images = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder")}
+        controls = found.pop("control_models", ())
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
@@ -118,8 +117,10 @@ class Pipeline:
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
         self._learn(learned, found.get("allow_pickle", False))
+        pickle = found.get("allow_pickle", False)
+        self.image_prompts = ImagePrompts(self.model, **images, source=source, pickle=pickle)
         with cpu_by_default():
-            self.control_models = load_control_models(controlling, self.model, tuning, found.get("allow_pickle", False))
+            self.control_models = load_control_models(controls, self.model, tuning, pickle)
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
@@ -185,7 +186,9 @@ class Pipeline:
             if check_task is not None:
                 check_task(request, family)
             check_passes(request, family, refiner)
+            self.image_prompts.check(request)
             check_control(request, family, self.control_models)
+            note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
         return request
 
     def make(
@@ -235,14 +238,18 @@ class Pipeline:
     ) -> Iterator[Result]:
         self._note_unknown(request.prompts)
         note_foreign(request)
-        fits, attached = len(request.prompts), attachments(request, self.control_models)
+        attachments: list[Attachment] = [
+            *self.image_prompts.attachments(request),
+            *controls_of(request, self.control_models),
+        ]
+        fits = len(request.prompts)
         for rows in batches:
             done = rows.start
             while done < rows.stop:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
                     with reported() if self.compiled else nullcontext(), self.model.alone(), cpu_by_default():
-                        result = self._batch(part, output, on_step, attached)
+                        result = self._batch(part, output, on_step, attachments)
                 except TooManyError:
                     if request.batch or len(part.prompts) == 1:
                         raise
@@ -255,9 +262,11 @@ class Pipeline:
                     yield result
 
     @torch.inference_mode()
-    def _batch(self, request: Request, output: str, on_step: OnStep | None, attached: Sequence[Attachment]) -> Result:
+    def _batch(
+        self, request: Request, output: str, on_step: OnStep | None, attachments: Sequence[Attachment]
+    ) -> Result:
         noise = Noise(request.seeds, request.rng)
-        run = SamplingRun(self.model, request, noise, on_step, attachments=attached)
+        run = SamplingRun(self.model, request, noise, on_step, attachments=attachments)
         latents = TASKS[request.task].latents(run)
         if request.hires:
             latents = enlarged(run, latents)
@@ -273,7 +282,8 @@ class Pipeline:
                     report.room,
                     report.cut,
                 )
-        settings = records(request, self.model.family)
+        read = self.image_prompts.recorded(request)
+        settings = [record | read for record in records(request, self.model.family)]
         if self.embeddings:
             settings = [record | used(self.embeddings, self.model, request, row) for row, record in enumerate(settings)]
         result = Result(latents=list(latents), settings=settings, reports=reports)

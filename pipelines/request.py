@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import pipelines.settings as settings
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import ANIMATED, TRANSPARENT, WHITE, flattened, load_noted
 from ldm.models.prompts import PromptReader
@@ -28,6 +28,7 @@ from pipelines.control_images import control_images
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 log = logging.getLogger(__name__)
+SAME_SHAPE = 1.03  # largest change of an image's ratio of width to height that is not told
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,13 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     filled = {row.name: row.usual for row in rows}
     like = image or (controls[0].given if controls else None)
     filled |= defaults(family, like, mask is not None, given=values) | values | {"control": controls}
+    filled["image_prompt"] = settings.image_prompts(values)
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
         raise LdmError("no prompt: at least one text is needed")
     count, n = len(prompts), filled["n"]
+    _note_stretch(image, filled["width"], filled["height"])
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
     guidance = settings.nested({row.key: filled.pop(row.name) for row in rows if "." in row.key})
     return Request(
@@ -123,6 +126,38 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         end=1.0 if filled["refiner_at"] is None else filled["refiner_at"],
         reader=PromptReader(filled["weights"]),
     )
+
+
+def _note_stretch(image: Image.Image | None, width: int, height: int) -> None:
+    """Log that an image to start from changes its shape, if the size of the result asks for that."""
+    if image is None or not isinstance(width, int) or not isinstance(height, int):
+        return
+    change = (width / height) / (image.width / image.height)
+    if max(change, 1 / change) > SAME_SHAPE and min(image.size) >= 64:
+        log.warning(
+            "the image to start from has %d×%d pixels and is stretched to %d×%d; crop it, or leave the size out",
+            *image.size, width, height,
+        )  # fmt: skip
+
+
+def note_idle(given: Set[str], request: Request, family: Family) -> None:
+    """Log, in one line, the settings that were given and have no effect in this call."""
+    guided = request.guidance.classifier_free or request.guidance.embedded is not None  # which has a warning of its own
+    xl = ("original_size", "crop", "target_size", "negative_original_size", "negative_crop", "negative_target_size")
+    needs = {
+        "an image": (request.image is not None, ("strength",)),
+        "a condition image": (bool(request.control), CONTROLLING),
+        "hires": (bool(request.hires), ("hires_strength", "hires_latents")),
+        "a refiner": (request.refined, ("refiner_strength",)),
+        "a guidance scale above 1": (guided, ("negative", "negative_2")),
+        "an InstructPix2Pix model": (family.task == "edit", ("image_guidance",)),
+        "SDXL": (family.xl, xl),
+        "SDXL's refiner": (family.refiner or request.refined, ("aesthetic_score", "negative_aesthetic_score")),
+    }
+    lacks = {name: need for need, (there, names) in needs.items() if not there for name in names}
+    idle = [f"{name} (it needs {lacks[name]})" for name in sorted(lacks.keys() & given)]
+    if idle:
+        log.warning("settings without effect here: %s", listing(idle, 8))
 
 
 def _image(given: Any) -> Image.Image:
@@ -151,6 +186,7 @@ def _mask(given: Any) -> Image.Image:
     return mask
 
 
+CONTROLLING = ("control_scale", "control_fall", "control_begin", "control_end", "guess")
 TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a request has in another form
 

@@ -106,7 +106,8 @@ _ANSWERS = {
     **dict.fromkeys(
         ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"), _TEXT
     ),
-    **dict.fromkeys(("cross_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds"), _ADAPTER),
+    "ip_adapter_image_embeds": "images are encoded here; give them as image_prompt",
+    "cross_attention_kwargs": _ADAPTER,
     **dict.fromkeys(("vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), _PARTS),
     "device_map": "give device= and offload=",
     "safety_checker": "there is none here; leave it out",

@@ -19,9 +19,9 @@ from ldm.patches.patching import patched
 from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.runtime import fused_cpu, fused_gpu
 from ldm.runtime.attention import best_attention, set_attention
+from ldm.runtime.bf16 import computes_bf16
 from ldm.runtime.compilation import compile_blocks
 from ldm.runtime.graphs import admit, record_steps
-from ldm.runtime.kernels.processor import can
 from ldm.runtime.offload import Room, by_layers, room_for
 from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
@@ -233,8 +233,6 @@ def default_device() -> str:
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """The default dtype of a device: bf16 if its hardware has it, else fp16 on a GPU and fp32 on a CPU."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    return torch.bfloat16 if can("avx512_bf16", "amx_bf16") else torch.float32
+    if computes_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type in ("cuda", "mps") else torch.float32

@@ -19,6 +19,7 @@ import typer
 import ldm
 from ldm.cli.options import with_options
 from ldm.errors import LdmError
+from ldm.runtime.quiet import quiet
 from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
@@ -222,7 +223,7 @@ def plan(
 @app.command()
 def selftest(
     folder: Annotated[str, typer.Option(help="A new folder, which all processes can see.")] = "selftest",
-    precision: Annotated[str, typer.Option(help="Precision of the computation: no, fp16 or bf16.")] = "no",
+    precision: Annotated[str, typer.Option(help="Precision of the computation: auto, no, fp16 or bf16.")] = "no",
 ) -> None:
     """Check in two minutes that training works on this machine: accelerate launch -m ldm selftest.
 
@@ -316,16 +317,18 @@ def evaluate(
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """
-    from ldm.cli.evaluate import EvaluateOptions, evaluate_sources
+    from ldm.cli.evaluate_options import EvaluateOptions, check_options
 
-    evaluate_sources(
-        EvaluateOptions(
-            sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
-            clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
-            settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
-            cache=cache, device=device, as_json=json,
-        )
+    options = EvaluateOptions(
+        sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
+        clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
+        settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
+        cache=cache, device=device, as_json=json,
     )  # fmt: skip
+    check_options(options)
+    from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
+
+    evaluate_sources(options)
 
 
 def main() -> None:
@@ -345,6 +348,7 @@ def main() -> None:
             again.daemon = True
             again.start()
 
+    quiet()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     sys.unraisablehook = unraisable

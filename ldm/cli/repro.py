@@ -14,6 +14,7 @@ from ldm.cli.record import embeddings_of, from_parameters, listed
 from ldm.errors import LdmError, listing
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
+from pipelines.image_prompts import from_record
 from pipelines.settings import LOADING, at
 from pipelines.tuning import dtype_named
 
@@ -26,6 +27,8 @@ ABOUT = {
     "batch",
     "place",
     "embeddings",
+    "image_prompt",
+    "image_encoder",
 }  # keys of a record that are no settings
 
 
@@ -62,6 +65,9 @@ def reproduce_image(
             settings[name] = given or _found(name, record[name])
     if "strength" in settings and "image" not in settings:
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
+    if "image_prompt" in record:
+        settings["image_prompt"], loading["ip_adapter"] = from_record(record["image_prompt"])
+        loading["image_encoder"] = record.get("image_encoder")
     pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
     _check_files(path, loading["source"], record, parameters, pipeline)
     batch, place = record.get("batch", 1), record.get("place", 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.models.image_prompt import ImagePromptConfig
-from ldm.weights.hub import HUB_ID
+from ldm.weights.names import HUB_ID
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of colours 0 to 1
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from commands import COMMAND, run
-from launched import PATIENCE, on_two
+from launched import ONE_THREAD, PATIENCE, Program, on_two
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -249,10 +249,6 @@ def listed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-# one thread each, as `on_two` gives: the order of a sum, and with it the last bit, depends on their number
-ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 def images(folder: Path) -> dict[str, bytes]:
     """Every image of a folder, whole: the pixels by name."""
     return {path.name: Image.open(path).tobytes() for path in folder.glob("*.png")}
@@ -262,22 +258,25 @@ def images(folder: Path) -> dict[str, bytes]:
 def whole(listed: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The list's images, made by one process without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    subprocess.run([COMMAND, *listed, str(folder)], env=ALONE, check=True, capture_output=True, timeout=PATIENCE)
+    # one thread, as `Program` has: the order of a sum, and with it the last bit, depends on their number
+    environment = os.environ | ONE_THREAD
+    subprocess.run([COMMAND, *listed, str(folder)], env=environment, check=True, capture_output=True, timeout=PATIENCE)
     return images(folder)
 
 
 def test_a_killed_list_goes_on(listed: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    command = [COMMAND, *listed, str(folder)]
     for count, number in ((2, signal.SIGKILL), (5, signal.SIGINT)):
-        process = subprocess.Popen(command, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = Program("-m", "ldm", *listed, folder)
         while len(list(folder.glob("*.png"))) < count and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(number)
-        assert b"Traceback" not in process.communicate(timeout=PATIENCE)[1]
+        assert "Traceback" not in process.communicate()[1]
         assert len(images(folder)) >= count
         assert images(folder).items() <= whole.items()
-    subprocess.run(command, env=ALONE, check=True, capture_output=True, timeout=PATIENCE)
+    last = Program("-m", "ldm", *listed, folder)
+    last.communicate()
+    assert last.returncode == 0
     assert images(folder) == whole
 
 
@@ -389,9 +388,9 @@ def test_the_text_of_other_programs() -> None:
     }  # fmt: skip
     hires = "a\nSteps: 3, Sampler: Euler, Schedule type: Automatic, Denoising strength: 0.4, Hires upscale: 2"
     assert from_parameters(hires).items() >= {"hires": 2.0, "hires_strength": 0.4, "spacing": "default"}.items()
-    start = time.monotonic()
+    start = time.process_time()
     from_parameters("a\nSteps: 3, " + "a " * 50_000)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 60  # CPU time; it would be minutes
     for wrong in (
         "hello",
         "a\nSteps: many",
