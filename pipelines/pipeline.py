@@ -104,8 +104,7 @@ class Pipeline:
         found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
         source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
-        images = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder")}
-        controls = found.pop("control_models", ())
+        beside = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder", "control_models")}
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
@@ -117,10 +116,15 @@ class Pipeline:
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
         self._learn(learned, found.get("allow_pickle", False))
-        pickle = found.get("allow_pickle", False)
-        self.image_prompts = ImagePrompts(self.model, **images, source=source, pickle=pickle)
         with cpu_by_default():
-            self.control_models = load_control_models(controls, self.model, tuning, pickle)
+            self._load_beside(source, tuning, found.get("allow_pickle", False), **beside)
+
+    def _load_beside(
+        self, source: Any, tuning: Tuning, pickle: bool, ip_adapter: Any, image_encoder: Any, control_models: Any
+    ) -> None:
+        """Load the networks that steer the model's U-Net."""
+        self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
+        self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
