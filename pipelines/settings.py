@@ -15,6 +15,7 @@ from os import PathLike
 from typing import Any
 
 from ldm.errors import LdmError
+from pipelines.mixes import LARGEST, are_mixes, joined_mixes, parse_mix
 from pipelines.translation import TRANSLATED, with_own_scheduler
 
 DOORS = {
@@ -152,6 +153,8 @@ def shown(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple) and all(isinstance(part, (str, int, float)) or part is None for part in value):
         return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {shown(part)}' for name, part in value.items())}}}"
     if isinstance(value, tuple):
         return f"({', '.join(map(shown, value[:3]))}{', …' if len(value) > 3 else ''})"
     kind = type(value)
@@ -313,6 +316,7 @@ def _is_seed(value: Any) -> bool:
 
 
 NAME = Kind("NAME", "a name", lambda value: isinstance(value, str))
+FOLDER = Kind("FOLDER", "a path", lambda value: isinstance(value, (str, PathLike)) and str(value) != "")
 FLAG = Kind("BOOLEAN", "true or false", lambda value: isinstance(value, bool), _flag)
 TEXT = Kind("TEXT", "a text, or one for each prompt,", _is_text)
 IMAGE = Kind("FILE", "a path or a PIL image", _is_image)
@@ -351,6 +355,12 @@ SOURCE = Kind(
 COMPONENTS = Kind(
     "NAME=PATH", "NAME=PATH, such as vae=better-vae.safetensors, or a dictionary of such pairs,", _are_components,
     _component, structured=True, joined=_joined_components,
+)  # fmt: skip
+ADAPTERS = Kind(
+    "FILE[:WEIGHT]",
+    f"FILE or FILE:WEIGHT, such as style.safetensors:0.8, or a dictionary of files and weights from -{LARGEST} to "
+    f"{LARGEST}, or a list with one for each prompt,",
+    are_mixes, parse_mix, structured=True, joined=joined_mixes,
 )  # fmt: skip
 PATHS = Kind("PATH", "a path, or a list of them,", _are_paths, lambda text: (text,), structured=True,
              joined=_joined_paths)  # fmt: skip
@@ -430,6 +440,10 @@ SETTINGS: tuple[Setting, ...] = (
             names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
             used=lambda request: request.task in ("image-to-image", "inpaint")),
     Setting("mask", IMAGE, "Inpainting mask: its white pixels are made anew.", names=("mask_image",), closed=FROM_TEXT),
+    Setting("adapters", ADAPTERS,
+            "LoRA or other adapter, as FILE, FILE:WEIGHT or FILE:TEXT:UNET (weights for text encoders and U-Net).",
+            flag="--lora", names=("loras", "lora"), a1111="Lora hashes",
+            used=lambda request: any(request.mixes)),
     Setting("control", CONTROL,
             "Condition image for a control model, as KIND=FILE: image, as it is; or inpaint. Once for each.",
             names=("control_image",), closed=FROM_TEXT, used=lambda request: bool(request.control)),
@@ -521,6 +535,10 @@ LOADING: tuple[Setting, ...] = (
     Setting("components", COMPONENTS,
             "A component from elsewhere: unet, vae, text_encoder or text_encoder_2; once for each.",
             flag="--component", closed=ONE_MODEL),
+    Setting("lora_dir", FOLDER, "Folder in which prompts find adapters by name: <lora:NAME:WEIGHT>.",
+            names=("lora_path",), closed=ONE_MODEL | {"record": "a record has the files themselves"}),
+    Setting("partial_adapters", FLAG, "Use what fits of an adapter that does not fit the model as a whole.", False,
+            closed=ONE_MODEL),
     Setting("ip_adapter", PATHS, "An IP-Adapter, by which image prompts are read; once for each of them.",
             names=("ip_adapters",), closed=ONE_MODEL | FROM_TEXT | {"record": "its image prompts name it"}),
     Setting("image_encoder", SOURCE, "Image encoder of the IP-Adapter: a folder or a Hub name.",

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -70,7 +70,7 @@ class Tuning:
                 value = getattr(self, name)
                 if value not in (None, False, "auto", "none"):
                     raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
-        own = [name for name in options if name != "allow_pickle"]  # which is about embeddings, too
+        own = [name for name in options if name != "allow_pickle"]  # which is about adapters and embeddings, too
         if own and isinstance(source, LatentDiffusion):
             raise LdmError(f"{own[0]}: a model that is loaded already stays as it is; name its source")
         if self.quantize is not None:
@@ -176,6 +176,12 @@ class TunedModel(LatentDiffusion):
         if quantized:
             self.bring(model.unet)
             quantize(model.unet, quantized)
+
+    def with_networks(self, networks: Mapping[str, nn.Module]) -> Self:
+        other = super().with_networks(networks)
+        if self.room:
+            self.room.invite(networks.values())
+        return other
 
     def fingerprint(self) -> str:
         """The fingerprint of the weights as they were loaded."""

@@ -101,8 +101,9 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
     family = pipeline.model.family
     if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:
         raise LdmError(f"{source} is a model of {family.name}, which makes no images of prompts alone")
-    for changes in ({}, *({name: value} for name, values in plan.sweeps.items() for value in values)):
-        pipeline.request("", **{**making, **changes})
+    swept = ({}, *({name: value} for name, values in plan.sweeps.items() for value in values))
+    mixes = [pipeline.request("", **{**making, **changes}).mixes[0] for changes in swept]
+    files = {share.name: share.sha256 for mix in mixes for share in mix}
     size = min(making.get("height", family.size), making.get("width", family.size))
 
     def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
@@ -113,7 +114,8 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
 
     dtype = str(pipeline.model.dtype).removeprefix("torch.")
     refiner = {} if pipeline.refiner is None else {"refiner_digest": pipeline.refiner.fingerprint()}
-    return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, {**settings, "dtype": dtype, **refiner})
+    facts = {**settings, "dtype": dtype, **refiner, **({"adapter_sha256": files} if files else {})}
+    return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, facts)
 
 
 # --- surroundings -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ldm.data.places import check_place
 from ldm.errors import LdmError, first_line
 from ldm.weights.builtin import builtin
 from ldm.weights.names import HUB_ID
-from pipelines.settings import Setting, every_row, find, renamed
+from pipelines.settings import ADAPTERS, Setting, every_row, find, renamed
 from pipelines.translation import TRANSLATED
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def sweep_of(text: str) -> tuple[str, tuple[Value, ...]]:
 
 def _swept(row: Setting, text: str) -> Value:
     value = row.parse(text)
+    if row.kind is ADAPTERS:  # a text stays one, for the report
+        return text
     return int(value) if isinstance(value, float) and not set(text) & set(".eEn") else value
 
 

@@ -88,7 +88,8 @@ class Group:
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
-BESIDE = ("embeddings", "ip_adapter", "image_encoder", "allow_pickle")  # those that open what is beside a model
+# those that open what is beside a model
+BESIDE = ("lora_dir", "partial_adapters", "embeddings", "ip_adapter", "image_encoder", "allow_pickle")
 READING = ("family", "variant", "components", "allow_pickle")  # settings of loading that open a model
 
 
@@ -287,7 +288,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
-        recorded = (*at("record", LOADING), "embeddings", "ip_adapter", "image_encoder")
+        recorded = (*at("record", LOADING), "embeddings", "ip_adapter", "image_encoder", "lora_dir")
         common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}

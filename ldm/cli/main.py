@@ -159,6 +159,9 @@ def repro(
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default that of the record.")] = None,
     component: Replace = None,
+    lora_dir: Annotated[
+        str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
+    ] = None,
     embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -166,7 +169,7 @@ def repro(
     from ldm.cli.repro import reproduce_image
 
     reproduce_image(
-        file, model, refiner, image, mask, out, device, dtype, component or (), embedding or (), allow_pickle
+        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle
     )  # fmt: skip
 
 

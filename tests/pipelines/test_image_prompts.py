@@ -206,6 +206,7 @@ def test_what_does_not_fit(files: Path, tmp_path: Path) -> None:
         ({"image_prompt_weight": 0.5}, "image_prompt_weight without an image prompt"),
         ({"image_prompt": files / "0.png", "image_prompt_end": (1.0, 0.5)}, "2 values for 1 image prompts"),
         ({"image_prompt": files / "0.png", "image_prompt_begin": 0.5, "image_prompt_end": 0.5}, "is not before"),
+        ({"image_prompt": files / "0.png", "steps": 4, "image_prompt_end": 0.2}, "no whole step of 4 lies between"),
         ({"image_prompt": files / "none.png"}, "none.png"),
         ({"image_prompt": files / "0.png", "image_prompt_mask": files / "none.png"}, "none.png"),
         ({"ip_adapter_image_embeds": [1]}, "images are encoded here; give them as image_prompt"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import adapter_files
 import controls
 import image_prompts
 import pytest
@@ -33,6 +34,7 @@ from ldm.sampling.euler import EulerDiscreteScheduler
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS
 from pipelines import Pipeline
+from pipelines.mixes import recorded
 from pipelines.request import records
 from pipelines.settings import DOORS, LOADING, SETTINGS, Setting, at, find, number
 from pipelines.translation import TRANSLATED
@@ -53,6 +55,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
     "image_prompt": ("in.png", ("in.png",)), "image_prompt_weight": ("0.5", 0.5),
     "image_prompt_mask": ("mask.png", "mask.png"), "image_prompt_begin": ("0.2", 0.2), "image_prompt_end": ("0.8", 0.8),
     "prompt": ("a cat", "a cat"), "image": ("in.png", "in.png"), "mask": ("mask.png", "mask.png"),
+    "adapters": ("style.safetensors:0.5", (("style.safetensors", 0.5),)),
     "control": ("image=in.png", ({"kind": "image", "path": "in.png"},)), "control_scale": ("0.5", 0.5),
     "control_fall": ("0.825", 0.825), "control_begin": ("0.25", 0.25), "control_end": ("0.75", 0.75),
     "guess": ("true", True),
@@ -125,6 +128,9 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
     if row.kind in (settings.IMAGE, settings.IMAGE_MASKS, settings.IMAGE_PROMPTS):
         value = str(tmp_path / "in.png")
         Image.new("RGB", (64, 64), "white").save(value)
+    if row.name == "adapters":
+        file = adapter_files.saved(adapter_files.adapter(pipeline.model, "kohya-sgm"), tmp_path / "style.safetensors")
+        value = recorded(pipeline.request("a cat", adapters={file: 0.5}).mixes[0])
     given = {"prompt": "a cat", "seed": 1, "steps": 3, row.name: value}
     if row.name.startswith("control") or row.name == "guess":
         pipeline = Pipeline(pipeline.model, control_models=controls.controlnet(pipeline.model.family))
@@ -155,8 +161,8 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
 @pytest.mark.parametrize("row", LOADING, ids=lambda row: row.name)
 def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
     known = inspect.signature(Pipeline.__init__).parameters.keys() | {
-        "family", "variant", "components", "allow_pickle", "ip_adapter", "image_encoder",
-        "control_models",
+        "family", "variant", "components", "allow_pickle", "ip_adapter", "image_encoder", "lora_dir",
+        "partial_adapters", "control_models",
     }  # fmt: skip
     assert row.name in known
     assert ("shell" in row.closed) != (row.name in inspect.signature(generate_command()).parameters)
@@ -164,7 +170,7 @@ def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
 
 def test_every_keyword_of_a_pipeline_is_a_row() -> None:
     keywords = inspect.signature(Pipeline.__init__).parameters.keys() - {"self", "options"}
-    assert keywords <= {row.name for row in LOADING}
+    assert keywords <= {row.name for row in LOADING} | {"adapters"}  # which are those of calls that name none
 
 
 @pytest.mark.parametrize(
