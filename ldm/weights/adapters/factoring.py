@@ -56,10 +56,10 @@ def extracted(base: Components, tuned: Components, wanted: Wanted, on_layer: OnL
     modules, others = base.modules(), tuned.modules()
     shapes, theirs = _shapes(base), _shapes(tuned)
     if shapes != theirs:
-        name = next(iter(sorted(set(shapes.items()) ^ set(theirs.items()))))[0]
+        place = min(set(shapes.items()) ^ set(theirs.items()))[0]
         raise LdmError(
-            f"the models differ in shape, first at {'.'.join(name)} ({shapes.get(name, 'missing')} and "
-            f"{theirs.get(name, 'missing')}); name two models of one family"
+            f"the models differ in shape, first at {'.'.join(place)} ({shapes.get(place, 'missing')} and "
+            f"{theirs.get(place, 'missing')}); name two models of one family"
         )
     named = {(place.component, f"{place.layer}.weight") for place in written(base, "diffusers")}
     changes: Changes = {}
