@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
@@ -288,3 +288,23 @@ def recognised(family: Family) -> Family:
         if same_unet and family.text == known.text and same_prediction:
             return replace(family, name=known.name, steps=known.steps, guidance=known.guidance, preview=known.preview)
     return replace(family, name="custom", guidance=SDXL.guidance if family.xl else SD15.guidance)
+
+
+def differences(family: Family) -> list[str]:
+    """What a family that was read from files has otherwise than the known family of its name, a line each.
+
+    The kind of sampler and the size of training images are choices of their model's author, and left out.
+    """
+    known = FAMILIES.get(family.name)
+    if known is None:
+        return []
+    lines = []
+    for part, own, usual in (
+        ("autoencoder", family.autoencoder, known.autoencoder),
+        ("noise schedule", family.schedule, known.schedule),
+    ):
+        for name in (each.name for each in fields(own)):
+            ours, theirs = getattr(own, name), getattr(usual, name)
+            if name not in ("sample_size", "scheduler", "options", "force_upcast") and ours != theirs:
+                lines.append(f"{part}: {name} is {ours}, of {known.name} {theirs}")
+    return lines

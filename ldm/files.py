@@ -114,9 +114,9 @@ def _split_header(path: Path) -> tuple[bytes, str]:
     return header[: found.start(1)] + b"0" * 64 + header[found.end(1) :], found[1].decode()
 
 
-def file_digest(path: Path, progress: Progress = silent) -> str:
-    """SHA-256 of a file, computed with zeros in place of a digest in its header."""
-    header, _ = _split_header(path)
+def file_digest(path: Path, progress: Progress = silent, plain: bool = False) -> str:
+    """SHA-256 of a file, computed with zeros in place of a digest in its header unless it is wanted `plain`."""
+    header = b"" if plain else _split_header(path)[0]
     digest = hashlib.sha256(header)
     total = path.stat().st_size
     with path.open("rb") as file:

@@ -1,8 +1,9 @@
 """Images: reading files, conversion between PIL and tensors, and PNG files that hold the settings to reproduce them.
 
-Colours are converted to sRGB from the file's colour profile; a profile that is damaged, or belongs to another kind of
-colours than the file's, is ignored, as browsers do. What lies beside the pixels never makes an image unreadable:
-damaged EXIF counts as absent, and a PNG is read without its compressed texts if they are damaged or above PIL's limit.
+Colours are converted to sRGB (`ldm.colours`); a profile that is damaged, or belongs to another kind of colours than the
+file's, is ignored, as browsers do. What lies beside the pixels never makes an image unreadable: damaged EXIF counts as
+absent, and a PNG is read without its compressed texts if they are damaged or above PIL's limit. What is left out or
+guessed is told in an image's header (`notes`), so that it can be said once for many images.
 
 B images, H×W height and width
 """
@@ -18,15 +19,15 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
 
+from ldm.colours import differs, in_srgb, is_hdr, profile_of, read_cicp, usable
 from ldm.errors import LdmError
 
 MOST_PIXELS = 100_000_000  # largest number of pixels of an image that is read: larger images are mistakes or attacks
@@ -44,10 +45,20 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF's orientation
 _WITH_ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's keys
+_COLOURS_IN_PNG = ("gamma", "chromaticity", "srgb", "cicp")  # PIL's keys, and ours
+_BITS = 258  # TIFF's tag BitsPerSample
+_CHARACTERS = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}  # of EXIF's comment, by its first 8 bytes
+_RECORDS = {  # PNG text keys of programs whose records are not read
+    "workflow": "ComfyUI", "prompt": "ComfyUI", "invokeai_metadata": "InvokeAI", "sd-metadata": "InvokeAI",
+    "Dream": "InvokeAI", "fooocus_scheme": "Fooocus", "Comment": "NovelAI",
+}  # fmt: skip
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_COLOURS = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # PIL's mode for the colours of a profile
-_SAME_COLOURS = 2  # largest difference of 255 between sRGB and the colours of a profile that counts as sRGB
+_MOST_OF_16 = 2**16 - 1  # largest value of an image with 16 bits
+ANIMATED = "of an animation or of several pages the first alone is used"
+TRANSPARENT = "transparent parts, by an alpha channel, become white"
+NO_PROFILE = "a colour profile that is damaged, or for other colours, is ignored"
+HIGH_RANGE = "colours of high dynamic range (PQ or HLG) are read as if they were sRGB's"
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Header:
 
     size: tuple[int, int]  # width and height, upright
     profile: str  # digest of the colour profile from which the image is converted to sRGB; "" if it is not
+    notes: tuple[str, ...] = ()  # what is left out or guessed
 
 
 def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, least: int = 0) -> Image.Image:
@@ -72,17 +84,43 @@ def load_image(source: ImageFile, mode: str = "RGB", name: str | None = None, le
     Raises:
         LdmError: the file cannot be read, is not an image, is damaged, or has over 100 million pixels.
     """
+    image, _ = load_noted(source, name, least, colours=mode != "L")
+    if mode in ("RGB", "L") and image.has_transparency_data:
+        image = flattened(image, "white" if mode == "RGB" else "black")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def flattened(image: Image.Image, colour: str) -> Image.Image:
+    """An image with its transparent parts on a colour, in RGBA."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+
+
+def load_noted(
+    source: ImageFile, name: str | None = None, least: int = 0, colours: bool = True
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """An image with its transparency, and what of its file is left out or guessed; without `colours` as they are.
+
+    Raises:
+        LdmError: as `load_image`.
+    """
+    found: list[tuple[bytes | None, tuple[str, ...]]] = []
+
+    def prepare(image: Image.Image) -> None:
+        profile = profile_of(image)
+        found.append((profile, tuple(_notes(image, profile))))
+        _decode(image, least)
+
     with _reading(source, name):
-        image = _upright(_opened(source, name, lambda image: _decode(image, least)))
-        profile = image.info.pop("icc_profile", None)
+        image = _upright(_opened(source, name, prepare))
+        profile, notes = found[-1]
+        for key in ("icc_profile", *_COLOURS_IN_PNG):
+            image.info.pop(key, None)
         if image.mode.startswith("I"):  # PIL would clip 16 bits to white
-            image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
-        if mode != "L":
-            image = _in_srgb(image, profile)
-        if mode in ("RGB", "L") and image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white" if mode == "RGB" else "black"), image)
-        return image if image.mode == mode else image.convert(mode)
+            image = _in_8_bits(image, name or str(source))
+        if colours:
+            image = in_srgb(image, profile)
+        return image, notes
 
 
 def image_header(source: ImageFile, name: str | None = None) -> Header:
@@ -94,10 +132,42 @@ def image_header(source: ImageFile, name: str | None = None) -> Header:
     with _reading(source, name):
         image = _opened(source, name, lambda image: None)
         size = (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
-        profile = image.info.get("icc_profile")
-        if not isinstance(profile, bytes) or _conversion(profile, _colours(image.mode)) is None:
-            return Header(size, "")
-        return Header(size, hashlib.blake2b(profile, digest_size=8).hexdigest())
+        profile = profile_of(image)
+        other = profile is not None and differs(profile, image.mode)
+        digest = hashlib.blake2b(profile, digest_size=8).hexdigest() if profile and other else ""
+        return Header(size, digest, tuple(_notes(image, profile)))
+
+
+def _notes(image: Image.Image, profile: bytes | None) -> Iterator[str]:
+    """What is left out or guessed when an image is read, as far as its header says it."""
+    if image.format != "MPO" and _is_animated(image):  # an MPO's further images are its previews
+        yield ANIMATED
+    if image.has_transparency_data:
+        yield TRANSPARENT
+    if profile and not usable(profile, image.mode):
+        yield NO_PROFILE
+    if is_hdr(image):
+        yield HIGH_RANGE
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # it looks for the second frame, which may be damaged
+        return False
+
+
+def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """A gray image of 16 bits with 8 bits.
+
+    Raises:
+        LdmError: its numbers have more than 16 bits, or are negative.
+    """
+    numbers = np.asarray(image)
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high > _MOST_OF_16:
+        raise LdmError(f"{name} holds numbers from {low} to {high}, whose range is unknown; save it with 8 or 16 bits")
+    return Image.fromarray((numbers >> 8).astype(np.uint8))
 
 
 def _opened(source: ImageFile, name: str | None, prepare: Callable[[Image.Image], object]) -> Image.Image:
@@ -125,6 +195,10 @@ def _open(source: ImageFile, name: str | None) -> Image.Image:
         raise LdmError(f"{name or source} is PostScript, a program that would be run; save it as a PNG")
     if image.mode.startswith("F"):
         raise LdmError(f"{name or source} holds floating-point numbers, whose range is unknown; save it with 8 bits")
+    if image.format == "TIFF" and image.mode == "I" and 32 in image.tag_v2.get(_BITS, ()):  # type: ignore[attr-defined]
+        raise LdmError(f"{name or source} holds numbers of 32 bits, whose range is unknown; save it with 8 or 16 bits")
+    if image.format == "PNG" and image is not source and (cicp := read_cicp(image.fp)):  # type: ignore[attr-defined]
+        image.info["cicp"] = cicp
     return image
 
 
@@ -187,54 +261,6 @@ def _upright(image: Image.Image) -> Image.Image:
     for key in _WITH_ORIENTATION:
         image.info.pop(key, None)
     return image
-
-
-def _colours(mode: str) -> str:
-    """The kind of colours of an image in PIL's `mode`: "RGB", "CMYK" or "L" (gray)."""
-    return "CMYK" if mode == "CMYK" else "L" if mode[0] in "1LI" and mode != "LAB" else "RGB"
-
-
-@lru_cache(maxsize=64)  # the images of a set have few different profiles
-def _conversion(profile: bytes, colours: str) -> ImageCms.ImageCmsTransform | None:
-    """The conversion to sRGB of such colours with a profile; None if they are sRGB, or the profile is not for them."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = _COLOURS.get(source.profile.xcolor_space.strip(), "")
-        if mode != colours and (colours, mode) != ("L", "RGB"):
-            return None
-        transform = ImageCms.ImageCmsTransform(source, _profile("sRGB"), mode, "RGB")
-    except (OSError, ValueError, ImageCms.PyCMSError):
-        return None
-    if mode == "CMYK":
-        return transform
-    levels = np.linspace(0, 255, 17).round().astype(np.uint8)
-    every = np.stack(np.meshgrid(*[levels] * 3), axis=-1).reshape(1, -1, 3) if mode == "RGB" else levels[None]
-    converted = np.asarray(transform.apply(Image.fromarray(every)), np.int16)
-    difference = converted - (every if mode == "RGB" else every[..., None])
-    return transform if np.abs(difference).max() > _SAME_COLOURS else None
-
-
-def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """An image converted to sRGB from its profile, or from L*a*b*; its transparency stays."""
-    if image.mode == "LAB":
-        transform = ImageCms.ImageCmsTransform(_profile("LAB"), _profile("sRGB"), "LAB", "RGB")
-    elif isinstance(profile, bytes) and (found := _conversion(profile, _colours(image.mode))):
-        transform = found
-    else:
-        return image
-    mode, alpha = transform.input_mode, None
-    if image.has_transparency_data:
-        whole = image.convert("RGBA")
-        alpha, image = whole.getchannel("A"), image if mode == "L" else whole
-    converted = transform.apply(image if image.mode == mode else image.convert(mode))
-    converted.info.clear()
-    if alpha:
-        converted.putalpha(alpha)
-    return converted
-
-
-def _profile(name: Literal["sRGB", "LAB"]) -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile(name))
 
 
 @contextmanager
@@ -316,16 +342,32 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Our JSON in a PNG (None if absent) and AUTOMATIC1111's parameters ("" if absent).
+    """Our JSON in a PNG (None if absent) and AUTOMATIC1111's parameters ("" if absent), in JPEG and WebP from EXIF.
 
     Raises:
-        LdmError: the file is not an image, or our JSON is damaged.
+        LdmError: the file is not an image, our JSON is damaged, or the image has the record of another program alone.
     """
     load_image(path)
-    info = _opened(path, None, Image.Image.load).info
+    image = _opened(path, None, Image.Image.load)
+    info = image.info
     text = {key: value for key, value in info.items() if isinstance(value, str)}
     try:
         settings = json.loads(text.get(KEY, "null"))
     except (ValueError, RecursionError):
         raise LdmError(f"{path}: its settings are damaged") from None
-    return settings if isinstance(settings, dict) else None, text.get("parameters", "")
+    parameters = text.get("parameters", "") or _user_comment(image)
+    others = [program for key, program in _RECORDS.items() if key in text]
+    if others and not settings and not parameters:
+        raise LdmError(f"{path} has a record of {others[0]} alone, which ldm does not read")
+    return settings if isinstance(settings, dict) else None, parameters
+
+
+def _user_comment(image: Image.Image) -> str:
+    """EXIF's comment, where AUTOMATIC1111's programs put their text into JPEG and WebP; "" if there is none."""
+    try:
+        data = Image.Image.getexif(image).get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    except Exception:  # EXIF is written by cameras, and edited by many programs
+        return ""
+    if not isinstance(data, bytes) or data[:8] not in _CHARACTERS:
+        return ""
+    return data[8:].decode(_CHARACTERS[data[:8]], "replace").strip("\0 ")

@@ -28,6 +28,7 @@ from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.batching import batch_ranges, together
+from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, records, request_for
 from pipelines.run import OnStep, SamplingRun, TooManyError, decode
@@ -68,6 +69,7 @@ class Pipeline:
         compile: bool = False,
         quantize: str | None = None,
         offload: str = "auto",
+        embeddings: Any = None,
         **options: Any,
     ) -> None:
         """Load a model, or use one that is loaded.
@@ -88,25 +90,37 @@ class Pipeline:
             quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; images differ a
                 little. A model that is loaded already is refused.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
+            embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
             **options: further arguments of `LatentDiffusion.from_pretrained`; and diffusers' names of those above, such
                 as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
         """
-        found = renamed([("source", source), ("dtype", dtype), *options.items()], "python", LOADING, also=OPTIONS)
+        own = {"source": source, "dtype": dtype, "embeddings": embeddings}
+        found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
-        source, dtype = named(found.pop("source", None)), found.pop("dtype", None)
+        source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
         with cpu_by_default():
             self.model, self.refiner = tuning.load(source, refiner, device, dtype, found)
-        self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and not self.refiner.family.refiner:
             raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
+        self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
+        self._learn(learned, found.get("allow_pickle", False))
+
+    def _learn(self, paths: Any, allow_pickle: bool) -> None:
+        """Let the text encoders know the embeddings of files and folders."""
+        self.embeddings = find_embeddings(paths, self.model.text_encoders.configs, allow_pickle)
+        self.model = with_embeddings(self.model, self.embeddings)
+        if self.refiner is not None:
+            self.refiner = with_embeddings(self.refiner, self.embeddings)
+        if self.words is not None:
+            self.words |= {word for found in self.embeddings for name in found.names for word in words(name)}
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> Result:
         """Images for a prompt or several, all at once; arguments and errors are those of `stream`."""
@@ -140,6 +154,10 @@ class Pipeline:
         Raises:
             LdmError: a setting is not known, out of bounds or does not fit the model.
         """
+        if output != "images" and settings.get("output_type") is not None:
+            raise LdmError(
+                f"output {output!r} and output_type {settings['output_type']!r} are one setting; give one of them"
+            )
         made = self.make(self.request(prompt, **settings), output=output, on_step=on_step)
         for generator in generators(settings.get("generator")):
             torch.rand(1, generator=generator, device=generator.device)
@@ -245,7 +263,10 @@ class Pipeline:
                     report.room,
                     report.cut,
                 )
-        result = Result(latents=list(latents), settings=records(request, self.model.family), reports=reports)
+        settings = records(request, self.model.family)
+        if self.embeddings:
+            settings = [record | used(self.embeddings, self.model, request, row) for row, record in enumerate(settings)]
+        result = Result(latents=list(latents), settings=settings, reports=reports)
         if output == "images":
             result.images = to_images(decode(self.model, latents))
             if request.mask is not None and request.image is not None and not request.hires:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from PIL import Image
 import pipelines.settings as settings
 from ldm.errors import LdmError
 from ldm.families import Family
-from ldm.images import WHITE, load_image
+from ldm.images import ANIMATED, TRANSPARENT, WHITE, flattened, load_noted
 from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
@@ -94,7 +93,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         LdmError: a setting is not known, or its value not allowed.
     """
     values = settings.checked({**given, "prompt": prompt}, "python")
-    image = load_image(values["image"]) if "image" in values else None
+    image = _image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
@@ -123,26 +122,30 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     )
 
 
+def _image(given: Any) -> Image.Image:
+    """An image to start from, in RGB; a warning says what of its file is left out or guessed."""
+    image, notes = load_noted(given)
+    opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+    for note in notes:
+        if note != TRANSPARENT or not opaque:
+            log.warning("the image to start from: %s", note)
+    return (image if opaque else flattened(image, "white")).convert("RGB")
+
+
 def _mask(given: Any) -> Image.Image:
     """A mask as shades of grey; a warning says that its transparent parts are black, if they may be meant as white."""
-    mask = load_image(given, "L")
-    alpha = _alpha(given)
-    if alpha is not None and alpha.size == mask.size:
-        clear, white = np.asarray(alpha) < WHITE, np.asarray(mask) >= WHITE
-        painted = white[~clear].all()  # with white on nothing
-        if clear.any() and white.any() and not painted:
-            log.warning("the mask's transparent parts count as black; only its white pixels are made anew")
+    image, notes = load_noted(given, colours=False)
+    if ANIMATED in notes:
+        log.warning("the mask: %s", ANIMATED)
+    if not image.has_transparency_data:
+        return image.convert("L")
+    alpha = image.convert("RGBA").getchannel("A")
+    mask = flattened(image, "black").convert("L")
+    clear, white = np.asarray(alpha) < WHITE, np.asarray(mask) >= WHITE
+    painted = white[~clear].all()  # with white on nothing
+    if clear.any() and white.any() and not painted:
+        log.warning("the mask's transparent parts count as black; only its white pixels are made anew")
     return mask
-
-
-def _alpha(given: Any) -> Image.Image | None:
-    """The alpha channel of an image or of its file; None if its mode has none."""
-    if not isinstance(given, (str, os.PathLike, Image.Image)):
-        return None
-    try:
-        return load_image(given, "RGBA").getchannel("A")
-    except LdmError:
-        return None
 
 
 TEXTS = ("negative", "prompt_2", "negative_2")

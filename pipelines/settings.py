@@ -220,6 +220,15 @@ def _are_components(value: Any) -> bool:
     return bool(pairs) and all(isinstance(name, str) and isinstance(path, (str, PathLike)) for name, path in pairs)
 
 
+def _are_paths(value: Any) -> bool:
+    paths = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(path, PathLike) or (isinstance(path, str) and path != "") for path in paths)
+
+
+def _joined_paths(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(path for value in values for path in (value if isinstance(value, (list, tuple)) else (value,)))
+
+
 def _is_interval(value: Any) -> bool:
     numbers = isinstance(value, tuple) and all(isinstance(part, (int, float)) for part in value)
     return numbers and len(value) == 2 and 0 <= value[0] <= value[1] <= 1
@@ -276,6 +285,8 @@ COMPONENTS = Kind(
     "NAME=PATH", "NAME=PATH, such as vae=better-vae.safetensors, or a dictionary of such pairs,", _are_components,
     _component, structured=True, joined=_joined_components,
 )  # fmt: skip
+PATHS = Kind("PATH", "a path, or a list of them,", _are_paths, lambda text: (text,), structured=True,
+             joined=_joined_paths)  # fmt: skip
 DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -407,6 +418,10 @@ LOADING: tuple[Setting, ...] = (
     Setting("components", COMPONENTS,
             "A component from elsewhere: unet, vae, text_encoder or text_encoder_2; once for each.",
             flag="--component", closed=ONE_MODEL),
+    Setting("embeddings", PATHS,
+            "An embedding of textual inversion, named in prompts, or a folder of them; once for each.",
+            flag="--embedding", names=("embedding_dir", "embeddings_dir", "textual_inversion"),
+            closed=ONE_MODEL | {"record": "it lists the embeddings that the image's prompts use"}),
     Setting("variant", NAME, "Which of a folder's weights to read, such as fp16.", closed=ONE_MODEL),
     Setting("allow_pickle", FLAG, "Read tensors, and nothing else, from .ckpt and .bin.", False,
             closed=ONE_MODEL | {"record": "it must be allowed each time"}),
@@ -480,6 +495,10 @@ def renamed(
         for part, own in parts.items():
             before = found.get(part)
             if before is not None and own is not None and not _same(before, own):
+                joined = None if plain in also else find(part, door, rows=rows).kind.joined
+                if joined is not None:
+                    found[part] = joined([before, own])
+                    continue
                 raise LdmError(f"{origin[part]} {before!r} and {shown} {own!r} are one setting; give one of them")
             if own is not None or part not in found:
                 found[part], origin[part] = own, shown

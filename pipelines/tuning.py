@@ -65,8 +65,9 @@ class Tuning:
                 value = getattr(self, name)
                 if value not in (None, False, "auto", "none"):
                     raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
-        if options and isinstance(source, LatentDiffusion):
-            raise LdmError(f"{next(iter(options))}: a model that is loaded already stays as it is; name its source")
+        own = [name for name in options if name != "allow_pickle"]  # which is about embeddings, too
+        if own and isinstance(source, LatentDiffusion):
+            raise LdmError(f"{own[0]}: a model that is loaded already stays as it is; name its source")
         if self.quantize is not None:
             check_quantize(self.quantize, device, dtype)
         pairs = [(source, options)] if refiner is None else [(source, options), (refiner, {})]

@@ -10,10 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import ADOBE, GRAY, GREEN, SRGB, encoded, near, place_image, png
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from ldm.errors import LdmError
-from ldm.images import KEY, image_header, load_image, read_settings, save_png
+from ldm.images import (
+    ANIMATED,
+    HIGH_RANGE,
+    KEY,
+    NO_PROFILE,
+    TRANSPARENT,
+    image_header,
+    load_image,
+    read_settings,
+    save_png,
+)
 
 # --- colours ----------------------------------------------------------------------------------------------------------
 
@@ -63,6 +73,92 @@ def test_a_profile_that_cannot_be_used_is_ignored(icc: bytes) -> None:
     data = encoded(Image.new("RGB", (16, 16), GREEN), "PNG", icc_profile=icc)
     assert near(load_image(io.BytesIO(data)), GREEN)
     assert image_header(io.BytesIO(data)).profile == ""
+
+
+def with_chunks(image: Image.Image, *chunks: tuple[bytes, bytes]) -> io.BytesIO:
+    """A PNG file with further chunks after its header."""
+    data = png(image)
+    more = [
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    ]
+    return io.BytesIO(data[:33] + b"".join(more) + data[33:])
+
+
+def points(*numbers: float) -> tuple[bytes, bytes]:
+    return b"cHRM", struct.pack(">8I", *(round(number * 100_000) for number in numbers))
+
+
+USUAL = (b"gAMA", struct.pack(">I", 45455))
+LINEAR = (b"gAMA", struct.pack(">I", 100_000))
+ADOBE_POINTS = points(0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "colour"),
+    [
+        ([USUAL], GREEN),
+        ([USUAL, ADOBE_POINTS], (0, 180, 66)),  # with sRGB's curve, as programs show it
+        ([(b"sRGB", b"\0"), LINEAR], GREEN),
+        ([LINEAR], (132, 218, 147)),
+        ([(b"cICP", bytes([1, 13, 0, 1]))], GREEN),
+        ([(b"cICP", bytes([12, 13, 0, 1]))], (0, 183, 57)),  # Display P3
+        ([(b"cICP", bytes([12, 13, 0, 1])), (b"sRGB", b"\0")], (0, 183, 57)),
+        ([points(0.3127, 0, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)], GREEN),  # no such white
+    ],
+)
+def test_colours_are_converted_from_the_chunks_of_a_png(
+    chunks: list[tuple[bytes, bytes]], colour: tuple[int, int, int]
+) -> None:
+    file = with_chunks(Image.new("RGB", (8, 8), GREEN), *chunks)
+    assert near(load_image(file, name="x"), colour)
+    assert bool(image_header(file, "x").profile) == (colour != GREEN)
+
+
+def test_a_gray_png_with_linear_light() -> None:
+    assert near(load_image(with_chunks(Image.new("L", (8, 8), 55), LINEAR), name="x"), (128, 128, 128))
+
+
+@pytest.mark.parametrize(
+    ("space", "index", "colour"),
+    [(0xFFFF, "R03", (0, 181, 64)), (2, "", (0, 181, 64)), (1, "R98", GREEN), (0xFFFF, "R98", GREEN)],
+)
+def test_adobe_rgb_that_only_exif_names(space: int, index: str, colour: tuple[int, int, int]) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = space
+    if index:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: index}
+    data = encoded(Image.new("RGB", (8, 8), GREEN), "JPEG", exif=exif, quality=100, subsampling=0)
+    assert near(load_image(io.BytesIO(data), name="x"), colour, within=2)
+    assert bool(image_header(io.BytesIO(data), "x").profile) == (colour != GREEN)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_is_told(kind: str) -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    data = io.BytesIO(encoded(first, kind, save_all=True, append_images=[second]))
+    assert image_header(data, "x").notes == (ANIMATED,)
+    assert near(load_image(data, name="x"), (255, 0, 0), within=2)
+    assert image_header(io.BytesIO(encoded(first, kind)), "x").notes == ()
+
+
+def test_what_is_guessed_of_colours_is_told() -> None:
+    image = Image.new("RGB", (8, 8), GREEN)
+    assert image_header(with_chunks(image, (b"cICP", bytes([9, 16, 0, 1]))), "x").notes == (HIGH_RANGE,)
+    assert image_header(io.BytesIO(encoded(image, "PNG", icc_profile=b"x" * 200)), "x").notes == (NO_PROFILE,)
+    assert image_header(io.BytesIO(encoded(image, "PNG", icc_profile=GRAY)), "x").notes == (NO_PROFILE,)
+    assert image_header(io.BytesIO(png(image.convert("RGBA"))), "x").notes == (TRANSPARENT,)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_whose_range_is_unknown_are_refused(kind: type) -> None:
+    numbers = np.arange(64, dtype=kind).reshape(8, 8) * 10_000
+    with pytest.raises(LdmError, match="whose range is unknown"):
+        image_header(io.BytesIO(encoded(Image.fromarray(numbers), "TIFF")), "x")
+    with pytest.raises(LdmError, match="whose range is unknown"):
+        load_image(Image.fromarray(numbers))
+    short = Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16))
+    assert near(load_image(io.BytesIO(encoded(short, "TIFF")), name="x").crop((7, 7, 8, 8)), (246, 246, 246))
 
 
 def test_lab_is_converted(tmp_path: Path) -> None:

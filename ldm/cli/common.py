@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +52,27 @@ class SourceOptions:
             verify=verify,
             progress=report,
         )
+
+
+class Once(logging.Filter):
+    """A filter that lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self._seen
+        self._seen.add(message)
+        return new
+
+
+def log_warnings() -> None:
+    """Print warnings on stderr, each once however many images it belongs to."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Once())
+    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, handlers=[handler])
 
 
 def to_png(out: str) -> Path:

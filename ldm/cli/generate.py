@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.cli.common import counter, to_png
+from ldm.cli.common import counter, log_warnings, to_png
 from ldm.cli.info import describe
 from ldm.cli.record import to_parameters
 from ldm.errors import LdmError
@@ -95,7 +94,7 @@ READING = ("family", "variant", "components", "allow_pickle")  # settings of loa
 
 def generate_images(options: Options) -> None:
     """Make all images of the options; print a path (or JSON) for each on stdout."""
-    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log_warnings()
     for name, mode in IMAGES:
         if name in options.settings:
             load_image(options.settings[name], mode)  # errors come before a model is loaded
@@ -282,7 +281,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
-        recorded = at("record", LOADING)
+        recorded = (*at("record", LOADING), "embeddings")
         common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
@@ -312,8 +311,9 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
-            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family))
-        )
+            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            embeddings=loading.get("embeddings"), allow_pickle=loading.get("allow_pickle"),
+        )  # fmt: skip
     group, *_ = checked_groups(pipeline, options.common, jobs)
     request, family = group.request, opened.family
     (record,) = records(request.part(slice(1)), family)

@@ -65,7 +65,7 @@ def info(
     source: Source,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read all weights: check digests, and that all are finite.")
+        bool, typer.Option("--verify", help="Read all weights: check digests, those of the Hub too, and all numbers.")
     ] = False,
     family: FamilyOption = None,
     variant: Variant = None,
@@ -253,12 +253,15 @@ def repro(
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default that of the record.")] = None,
     component: Replace = None,
+    embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make an image again from the record in it, and print how the pixels differ."""
     from ldm.cli.repro import reproduce_image
 
-    reproduce_image(file, model, refiner, image, mask, out, device, dtype, component or (), allow_pickle)
+    reproduce_image(
+        file, model, refiner, image, mask, out, device, dtype, component or (), embedding or (), allow_pickle
+    )  # fmt: skip
 
 
 @app.command()
@@ -443,13 +446,18 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack arrows, or bytes of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        code = app(standalone_mode=False)  # typer would print its usage text, and turn an interruption into an exit
         sys.stdout.flush()
+        if interrupted:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except BaseException as error:
         if interrupted:
             _fail("interrupted", 128 + interrupted[0])
         if isinstance(error, LdmError):
             _fail(str(error), 1)
+        if isinstance(error, _UsageError):
+            _fail_usage(error)
         if isinstance(error, MemoryError):
             _fail("out of memory", 1)
         if isinstance(error, OSError):  # of the output: other OSErrors are caught where they happen
@@ -459,6 +467,20 @@ def main() -> None:
                 sys.exit(141)
             _fail(f"the output cannot be written: {error.strerror or error}", 1)
         raise
+
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer does not export it
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """Say what is wrong with the arguments, and where they are described; without any arguments, print the help."""
+    text, near = error.format_message(), getattr(error, "possibilities", None)
+    if "\n" in text:
+        print(text, file=sys.stderr)
+        sys.exit(2)
+    if near:
+        _fail(f"{error.message}; did you mean {near[0]}?", 2)
+    _fail(f"{text.rstrip('.')}; see {error.ctx.command_path} --help" if error.ctx else text, 2)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -15,8 +15,15 @@ from pipelines.settings import every_row, expanded
 log = logging.getLogger(__name__)
 
 USUAL = ("", "Automatic", "Uniform")  # schedule types that stand for the sampler's own spacing
-ABOUT = {"Model", "Model hash", "Version", "User"}  # keys that are no settings
-_PAIR = re.compile(r'\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+AUTOMATIC = {  # what the schedule type Automatic means, if not Uniform
+    **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "karras"),
+    **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "exponential"),
+}
+EMBEDDINGS = "TI hashes"  # the key of textual inversion: names and the first 12 digits of the files' SHA-256
+ABOUT = {"Model", "Model hash", "Version", "User", EMBEDDINGS}  # keys that are no settings
+SPACING_NAMES = {"Simple": "trailing", "SGM Uniform": "trailing", "Normal": "linspace", **SPACINGS}
+# a key, and a value in quotation marks, a value in JSON, or one that ends at a comma
+_PAIR = re.compile(r"""\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|\{[^{}]{0,9999}\}|\[\{.{0,9999}?\}\]|[^,]*)(?:,|$)""")
 
 
 def to_parameters(record: Mapping[str, Any]) -> str:
@@ -25,7 +32,8 @@ def to_parameters(record: Mapping[str, Any]) -> str:
     found["size"] = f"{found['width']}x{found['height']}"
     samplers = {ours: theirs for theirs, ours in SAMPLERS.items()}
     found["scheduler"] = samplers.get(found["scheduler"], found["scheduler"])
-    found["spacing"] = {ours: theirs for theirs, ours in SPACINGS.items()}.get(found["spacing"])
+    uniform = "Uniform" if found["scheduler"] in AUTOMATIC and found["spacing"] == "default" else None
+    found["spacing"] = {ours: theirs for theirs, ours in SPACING_NAMES.items()}.get(found["spacing"], uniform)
     found["clip_skip"] = found["clip_skip"] + 1 if found["clip_skip"] else None
     pairs: dict[str, Any] = {}
     for row in every_row():
@@ -33,6 +41,9 @@ def to_parameters(record: Mapping[str, Any]) -> str:
             pairs[row.a1111] = found[row.name]
         if row.name == "size":
             pairs |= {"Model hash": found.get("model_hash"), "Model": found.get("model")}
+    if "embeddings" in found:
+        hashes = [f"{listed(one['name'])}: {one['sha256'][:12]}" for one in found["embeddings"]]
+        pairs[EMBEDDINGS] = ", ".join(hashes)
     pairs["Version"] = found.get("version")
     lines = [found["prompt"]]
     if found.get("negative"):
@@ -48,9 +59,12 @@ def from_parameters(text: str) -> dict[str, Any]:
         LdmError: the text is of another kind, or names a sampler or a schedule type that we do not have.
     """
     lines = text.strip().split("\n")
-    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(lines[-1])} if lines else {}
+    at = _at(lines)
+    pairs = _pairs(lines[at])
     if "Steps" not in pairs:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
+    if lines[at + 1 :]:
+        log.warning("the image's text goes on after its settings, which ldm does not read: %.60s", lines[at + 1])
     known = ABOUT | {row.a1111 for row in every_row()}
     unknown = [name for name in pairs if name not in known]
     if unknown:
@@ -58,7 +72,7 @@ def from_parameters(text: str) -> dict[str, Any]:
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
-    for line in lines[:-1]:
+    for line in lines[:at]:
         if line.startswith("Negative prompt:"):
             current, line = negative, line.removeprefix("Negative prompt:").strip()
         current.append(line)
@@ -78,6 +92,28 @@ def from_parameters(text: str) -> dict[str, Any]:
     if "clip_skip" in settings:
         settings["clip_skip"] = max(0, settings["clip_skip"] - 1)
     return settings
+
+
+def embeddings_of(text: str) -> dict[str, str]:
+    """The embeddings of textual inversion in the text of AUTOMATIC1111: the start of the SHA-256 of each, by name."""
+    lines = text.strip().split("\n")
+    stated = _pairs(lines[_at(lines)]).get(EMBEDDINGS, "")
+    return dict(re.findall(r"\s*([^:,]+):\s*([0-9a-f]+)", stated))
+
+
+def listed(name: str) -> str:
+    """The name of an embedding in that text."""
+    return re.sub("[:,]", "", name)
+
+
+def _at(lines: list[str]) -> int:
+    """The number of the line of settings: the last that begins with Steps, or the last of all."""
+    return max((number for number, line in enumerate(lines) if line.startswith("Steps:")), default=len(lines) - 1)
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """The keys and values of a line."""
+    return {name: _unquoted(value) for name, value in _PAIR.findall(line)}
 
 
 def _quoted(value: Any) -> str:
@@ -105,6 +141,7 @@ def _sampler(sampler: str, spacing: str) -> tuple[str | None, str]:
             sampler, spacing = sampler.removesuffix(f" {name}"), name
     if sampler and sampler not in SAMPLERS:
         raise LdmError(f"the image was made with sampler {sampler!r}, which does not exist here")
-    if spacing not in (*SPACINGS, *USUAL):
+    if spacing not in (*SPACING_NAMES, *USUAL):
         raise LdmError(f"the image was made with schedule type {spacing!r}, which does not exist here")
-    return SAMPLERS.get(sampler), SPACINGS.get(spacing, "default")
+    automatic = AUTOMATIC.get(sampler, "default") if spacing == "Automatic" else "default"
+    return SAMPLERS.get(sampler), SPACING_NAMES.get(spacing, automatic)

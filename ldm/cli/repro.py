@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm.cli.common import to_components, to_png
-from ldm.cli.record import from_parameters
+from ldm.cli.common import log_warnings, to_components, to_png
+from ldm.cli.record import embeddings_of, from_parameters, listed
 from ldm.errors import LdmError, listing
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
 from pipelines.settings import LOADING, at
 from pipelines.tuning import dtype_named
 
-ABOUT = {"version", "model", "model_hash", "task", "family", "batch", "place"}  # keys of a record that are no settings
+ABOUT = {
+    "version",
+    "model",
+    "model_hash",
+    "task",
+    "family",
+    "batch",
+    "place",
+    "embeddings",
+}  # keys of a record that are no settings
 
 
 def reproduce_image(
@@ -32,10 +39,11 @@ def reproduce_image(
     device: str | None,
     dtype: str | None,
     components: Sequence[str],
+    embeddings: Sequence[str],
     allow_pickle: bool,
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
-    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log_warnings()
     path, target = Path(file), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:
@@ -46,6 +54,7 @@ def reproduce_image(
     loading |= {name: given for name, given in (("source", model), ("refiner", refiner), ("dtype", dtype)) if given}
     if components:
         loading["components"] = {**loading.get("components", {}), **to_components(components)}
+    loading["embeddings"] = tuple(embeddings) or tuple(_found("embedding", one) for one in _embeddings(record))
     if "source" not in loading:
         raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
     for name, given in (("image", image), ("mask", mask)):
@@ -54,12 +63,7 @@ def reproduce_image(
     if "strength" in settings and "image" not in settings:
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
     pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
-    found, stated = pipeline.model.fingerprint(), record.get("model_hash")
-    if stated and found != stated:
-        source = loading["source"]
-        raise LdmError(
-            f"{path} was made with other weights ({stated}) than {source} has ({found}); name the right model"
-        )
+    _check_files(path, loading["source"], record, parameters, pipeline)
     batch, place = record.get("batch", 1), record.get("place", 0)
     if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:
         raise LdmError("the image's record is damaged")
@@ -73,6 +77,22 @@ def reproduce_image(
         save_png(made, target, record, parameters)
     same = "identical" if not difference.any() else "different"
     print(f"{same}: largest difference {difference.max()}, mean {difference.mean():.4f} of 255")
+
+
+def _check_files(path: Path, source: str, record: dict[str, Any], parameters: str, pipeline: Pipeline) -> None:
+    """Raise unless the pipeline has the weights and the embeddings that the image was made with."""
+    found, stated = pipeline.model.fingerprint(), record.get("model_hash")
+    if stated and found != stated:
+        raise LdmError(
+            f"{path} was made with other weights ({stated}) than {source} has ({found}); name the right model"
+        )
+    embeddings = {one["name"]: one["sha256"] for one in _embeddings(record)} or embeddings_of(parameters)
+    for name, digest in embeddings.items():
+        called = [one for one in pipeline.embeddings if listed(name) in map(listed, one.names)]
+        if not any(one.digest.startswith(digest) for one in called):
+            raise LdmError(
+                f"{path} was made with an embedding called {name} ({digest[:12]}…); name its file (--embedding)"
+            )
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +121,18 @@ def loading_of(record: dict[str, Any]) -> dict[str, Any]:
         return {row.name: row.check(record[row.key]) for row in rows if record.get(row.key) is not None}
     except LdmError as error:
         raise LdmError(f"the image's record is damaged: {error}") from None
+
+
+def _embeddings(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The embeddings in a record: name, path and digest of each."""
+    found = record.get("embeddings", [])
+    keys = {"name", "path", "sha256"}
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and keys <= one.keys() and all(isinstance(value, str) for value in one.values())
+        for one in found
+    ):
+        raise LdmError("the image's record of its embeddings is damaged")
+    return found
 
 
 def _found(name: str, record: Any) -> str:

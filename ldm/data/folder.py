@@ -60,6 +60,7 @@ class Folder:
         self.caption_column = caption_column
         self._columns: list[str] = []  # of the metadata files
         self._others = ""  # files that may hold captions and are not read
+        self._passed_over: list[str] = []
 
     def parts(self) -> list[SourcePart]:
         """One part, listed at every start."""
@@ -79,12 +80,17 @@ class Folder:
             found.append(f"captions are read from .txt, {' and '.join(_METADATA)}, but not from {self._others}")
         return "; ".join(found)
 
+    def passed_over(self) -> list[str]:
+        """Files that are neither images nor captions of one, and captions that others take precedence over."""
+        return self._passed_over
+
     def _entries(self) -> Iterator[Entry]:
         stamps = dict(_files(str(self.root)))
         listed = self._listed(stamps)
         images = [path for path in sorted(stamps) if path in listed or _suffix(path) in IMAGE_SUFFIXES]
         beside = {_stem(path): path for path in sorted(stamps) if _suffix(path) == "txt"}  # .TXT sorts before .txt
         self._others = listing(_others(stamps, images))
+        self._passed_over = list(_unused(stamps, images, beside, listed))
         if stamps and not images:
             endings = [f".{suffix}" for suffix, _ in Counter(map(_suffix, sorted(stamps))).most_common()]
             raise LdmError(f"{self.root} holds no image that can be used: its files end in {listing(endings, 8)}")
@@ -212,6 +218,35 @@ def _others(stamps: dict[str, str], images: list[str]) -> list[str]:
         and _suffix(path) != "txt"
         and (_suffix(path) in _TABLES or _stem(path) in stems)
     ]
+
+
+def _unused(
+    stamps: dict[str, str], images: list[str], beside: dict[str, str], listed: dict[str, list[Listed]]
+) -> Iterator[str]:
+    """A line for each kind of files in a folder that are not used."""
+    stems = Counter(_stem(path) for path in images)
+    orphans = [path for stem, path in beside.items() if stem not in stems]
+    if orphans:
+        yield f"{len(orphans)} .txt files have no image of their name: {_some(orphans)}"
+    said = [path for path in images if any(text for text, _ in listed.get(path, ()))]
+    double = [beside[stem] for path in said if (stem := _stem(path)) in beside]
+    if double:
+        yield f"{len(double)} .txt files are not read, because the metadata lists captions: {_some(double)}"
+    shared = [beside[stem] for stem, count in stems.items() if count > 1 and stem in beside]
+    if shared:
+        yield f"{len(shared)} .txt files are captions of several images of the same name: {_some(shared)}"
+    known = {*images, *beside.values()}
+    others = Counter(
+        _suffix(path) for path in stamps if path not in known and posixpath.basename(path).lower() not in _METADATA
+    )
+    if others:
+        most = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
+        kinds = [f"{count} {f'.{suffix}' if suffix else 'without'}" for suffix, count in most]
+        yield f"{others.total()} other files are not read, by ending: {listing(kinds, 8)}"
+
+
+def _some(names: list[str]) -> str:
+    return listing([*names[:3], *[""] * (len(names) - 3)], 3)
 
 
 def _records(path: Path) -> Iterator[Record]:

@@ -58,7 +58,7 @@ class Columns:
         if not images or (caption and caption not in features):
             what = f"column {caption!r}" if images else "column of images"
             raise LdmError(f"the dataset {name} has no {what}; it has: {', '.join(features)}")
-        self.image = images[0]
+        self.image, *self.others = images
         self.caption = caption or _first(features, *CAPTION_COLUMNS)
         self.key = _first(features, "key", "__key__")
         self.score = _first(features, *SCORE_COLUMNS)
@@ -75,6 +75,11 @@ class Columns:
         columns = listing(self.names, 12)
         has = f"the dataset has the columns {columns}: name the one of captions with caption_column"
         return "" if self.caption else has
+
+    def passed_over(self) -> list[str]:
+        """The columns of images but the first."""
+        others = f"of several columns of images {self.image} is used, not {listing(self.others)}"
+        return [others] if self.others else []
 
     def captions(self, row: Mapping[str, Any]) -> Captions:
         """The captions of a row."""
@@ -104,6 +109,10 @@ class Dataset:
     def unread(self) -> str:
         """The columns, if none is known to hold captions."""
         return self.columns.unread()
+
+    def passed_over(self) -> list[str]:
+        """The columns of images but the first."""
+        return self.columns.passed_over()
 
     def _entries(self) -> Iterator[Entry]:
         for number in range(len(self.rows)):

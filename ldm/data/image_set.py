@@ -40,7 +40,7 @@ LONGEST = 16  # greatest ratio of the longer to the shorter side
 _AT_ONCE = 4096  # entries in memory while the index is made
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")  # the first that is there holds the captions
 SCORE_COLUMNS = ("score", "aesthetic_score")
-_READING = "2"  # counts the changes of how images and captions are read: an index of another number is made anew
+_READING = "3"  # counts the changes of how images and captions are read: an index of another number is made anew
 _SAME = ("key", "where", "stamp", "caption_stamp")
 _SCHEMA = pa.schema(
     [
@@ -51,6 +51,7 @@ _SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("score", pa.float32()),
         ("profile", pa.binary()),  # digest of the colour profile from which pixels are converted; empty if they are not
+        ("notes", pa.list_(pa.string())),  # what is left out or guessed when the image is read
         ("reason", pa.string()),  # why the image cannot be used; "" if it can
     ],
     metadata={"reading": _READING},
@@ -110,6 +111,9 @@ class Source(Protocol):
     def unread(self) -> str:
         """What may hold captions in the source and is not read, and the remedy; "" if there is nothing."""
 
+    def passed_over(self) -> list[str]:
+        """What the source holds and is not used, a line for each kind; of parts that are not listed again, nothing."""
+
 
 class ImageSet:
     """The usable images of a source, sorted by key, so that the order does not depend on the storage.
@@ -145,6 +149,17 @@ class ImageSet:
         bare = pc.equal(pc.list_value_length(table["captions"]), 0).to_numpy()[self._rows]
         if bare.any():
             self._report_bare(bare, captions)
+        for line in [*source.passed_over(), *self._notes()]:
+            log.warning("%s: %s", source.name, line)
+
+    def _notes(self) -> Iterator[str]:
+        """A line for each kind of what is left out or guessed when images are read, with their number."""
+        lists = self._column("notes")
+        for note in pc.unique(pc.list_flatten(lists)).to_pylist():
+            rows = pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), note))
+            has = rows.to_pylist()
+            names = [self.key(index) for index in has[:3]]
+            yield f"{len(has)} images ({listing([*names, *[''] * (len(has) - len(names))], 3)}): {note}"
 
     def _report_bare(self, bare: np.ndarray, captions: str) -> None:
         """Raise an error if captions are required; if they are optional, tell what may hold them and is not read."""
@@ -353,12 +368,12 @@ def _identity(entry: Entry) -> tuple[bytes, ...]:
 def _look(source: Source, entry: Entry) -> dict[str, object]:
     """An index row with the image's size and captions, or the reason why the image cannot be used."""
     found: dict[str, object] = dict(zip(_SAME, _identity(entry), strict=True))
-    found |= {"width": 0, "height": 0, "captions": [], "score": None, "profile": b"", "reason": ""}
+    found |= {"width": 0, "height": 0, "captions": [], "score": None, "profile": b"", "notes": [], "reason": ""}
     try:
         with source.open(entry.where) as file:
             header = image_header(file, "the file")
         found["width"], found["height"] = header.size
-        found["profile"] = header.profile.encode()
+        found["profile"], found["notes"] = header.profile.encode(), list(header.notes)
         check_size(*header.size)
         captions = entry.captions()
         return found | {"captions": list(captions.texts), "score": captions.score}

@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -137,6 +137,7 @@ class StreamPlan:
         self.name, self.folder, self.captions, self.buffer = stream.name, folder, captions, buffer
         self.seen = 0  # images read so far
         self.left_out = 0  # images so far that would be enlarged too much
+        self.noted: set[str] = set()  # what was logged of images
         self.unread = stream.unread()
         if self.unread and captions == "optional":
             log.warning("%s: no image has a caption; %s", self.name, self.unread)
@@ -181,6 +182,13 @@ class StreamPlan:
         """An image of the plan; for `least` see `load_image`. Raises LdmError if it cannot be decoded."""
         return read_image(io.BytesIO(image.data), (image.example.width, image.example.height), least)
 
+    def _note(self, key: str, notes: Iterable[str]) -> None:
+        """Log each kind of what is left out or guessed when images are read, with the first image of its kind."""
+        for note in notes:
+            if note not in self.noted:
+                self.noted.add(note)
+                log.warning("%s: %s is the first image of which this is true: %s", self.name, key, note)
+
     def _shuffled(self, epoch: int, skipped: Skipped) -> Iterator[Streamed]:
         """The images of an epoch, shuffled by the buffer."""
         buffer: list[Streamed] = []
@@ -206,8 +214,10 @@ class StreamPlan:
                 raise LdmError(f"{self.name}: the stream broke off: {first_line(error)}") from None
             self.seen += 1
             try:
-                width, height = image_header(io.BytesIO(data), "the file").size
+                header = image_header(io.BytesIO(data), "the file")
+                width, height = header.size
                 check_size(width, height)
+                self._note(key, header.notes)
                 said = captions()
                 if not said.texts and self.captions == "required":
                     raise LdmError("it has no caption" + (f"; {self.unread}" if self.unread else ""))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -30,6 +31,7 @@ from ldm.data.image_set import (
 from ldm.errors import LdmError, listing
 
 _BLOCK = 512
+_BARE, _HIDDEN = " bare", " hidden"  # beside suffixes in the count of what is passed over
 _FIRST = 64  # members that are looked at to tell what a shard holds
 
 
@@ -46,6 +48,7 @@ class Tar:
         self.name = name
         self.files = files
         self.caption_column = caption_column
+        self._others: Counter[str] = Counter()  # what was passed over when shards were listed
 
     def parts(self) -> Iterator[SourcePart]:
         """A part for each shard."""
@@ -56,7 +59,16 @@ class Tar:
                 raise LdmError(f"the shard {file} cannot be read: {error.strerror}") from None
             stamp, column = f"{status.st_size}:{status.st_mtime_ns}", self.caption_column or ""
             part = f"{stamp}:{column}" if column else stamp
-            yield SourcePart(str(file.resolve()), part, partial(_entries, file, stamp, column))
+            yield SourcePart(str(file.resolve()), part, partial(_entries, file, stamp, column, self._others))
+
+    def passed_over(self) -> list[str]:
+        """Files in the shards that are neither images nor captions, and samples without an image."""
+        others = self._others
+        kinds = [f"{count} .{suffix}" for suffix, count in others.most_common() if suffix not in (_BARE, _HIDDEN)]
+        lines = [f"files in the shards are not read: {listing(kinds, 8)}"] if kinds else []
+        lines += [f"{others[_BARE]} samples of the shards have captions and no image"] if others[_BARE] else []
+        lines += [f"{others[_HIDDEN]} files in the shards start with a dot and are ignored"] if others[_HIDDEN] else []
+        return lines
 
     def unread(self) -> str:
         """The suffixes in the first samples that may hold captions, and what is read of them."""
@@ -109,11 +121,12 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _entries(path: Path, stamp: str, column: str) -> Iterator[Entry]:
-    """The images of a shard."""
+def _entries(path: Path, stamp: str, column: str, others: Counter[str]) -> Iterator[Entry]:
+    """The images of a shard; what is passed over is counted in `others`."""
     current, images, texts = "", list[tarfile.TarInfo](), dict[str, bytes]()
 
     def sample() -> Iterator[Entry]:
+        others[_BARE] += bool(texts and not images)
         for image in images:
             where = f"{path}:{image.offset_data}:{image.size}"
             name, own = image.name.removeprefix("./"), f"{stamp}:{image.offset_data}"
@@ -125,6 +138,7 @@ def _entries(path: Path, stamp: str, column: str) -> Iterator[Entry]:
                 tar.members = []  # type: ignore[attr-defined]  # the list would grow with the shard
                 name, suffix = split_name(member.name)
                 if not member.isreg() or name.rpartition("/")[2] == "":  # not a file, or a hidden one
+                    others[_HIDDEN] += member.isreg()
                     continue
                 if name != current:
                     yield from sample()
@@ -133,6 +147,8 @@ def _entries(path: Path, stamp: str, column: str) -> Iterator[Entry]:
                     images.append(member)
                 elif suffix in ("txt", "json"):
                     texts[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                else:
+                    others[suffix] += 1
             yield from sample()
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(_BLOCK) != bytes(_BLOCK):

@@ -57,7 +57,7 @@ class AutoencoderConfig:
         for width in self.channels:
             if width % self.groups:
                 raise LdmError(f"autoencoder: {width} channels do not divide into {self.groups} groups")
-        if not 1e-6 < self.scaling_factor < 1e6 or not -1e6 < self.shift_factor < 1e6:
+        if not 1e-3 < self.scaling_factor < 1e3 or not -1e3 < self.shift_factor < 1e3:
             raise LdmError(
                 f"autoencoder: scaling_factor {self.scaling_factor!r} or shift_factor {self.shift_factor!r} "
                 "is out of range"

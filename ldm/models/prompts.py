@@ -100,14 +100,16 @@ def split_into_chunks(tokenizer: Tokenizer, parts: Sequence[tuple[str, float]], 
         for number, section in enumerate(re.split(rf"\b{BREAK}\b", text)):
             if number:
                 finish(len(ids))
-            for token in tokenizer.encode([section])[0]:
+            for piece in tokenizer.pieces(section):
                 if len(ids) == size:
-                    near = token != comma and last_comma >= 0 and size - last_comma <= BACKTRACK
+                    near = piece != (comma,) and last_comma >= 0 and size - last_comma <= BACKTRACK
                     finish(last_comma + 1 if near else size)
-                if token == comma:
+                if len(ids) + len(piece) > size:
+                    finish(len(ids))
+                if piece == (comma,):
                     last_comma = len(ids)
-                ids.append(token)
-                weights.append(weight)
+                ids += piece
+                weights += [weight] * len(piece)
     if ids or not chunks:
         finish(len(ids))
     return chunks

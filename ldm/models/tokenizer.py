@@ -103,6 +103,10 @@ class Tokenizer:
         """The token ids of each text, without start, end and padding, and not cut."""
         return [encoding.ids for encoding in self._rules.encode_batch(list(texts), add_special_tokens=False)]
 
+    def pieces(self, text: str) -> list[tuple[int, ...]]:
+        """The token ids of a text; those that must stay in one chunk together are one tuple."""
+        return [(token,) for token in self.encode([text])[0]]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, in lower case and with single spaces."""
         return self._rules.decode(list(ids), skip_special_tokens=False).replace(_WORD_END, " ").strip()

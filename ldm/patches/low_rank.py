@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+EPS = torch.finfo(torch.float32).eps  # the least norm by which weights are divided: rows may be zeros
+
 
 class Change(Protocol):
     """A change of one weight, as an adapter stores it."""
@@ -83,7 +85,7 @@ class Kronecker:
             first = first[:, :, None, None]
         else:
             second = second.flatten(1)
-        return self.scale * torch.kron(first, second).reshape(weight.shape)
+        return self.scale * torch.kron(first, second.contiguous()).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Decomposed:
         moved = base + self.change.delta(weight)
         kept = 1 if self.norms.shape[0] == 1 and self.norms.shape[1] > 1 else 0
         axes = [axis for axis in range(base.ndim) if axis != kept]
-        return moved * (exact(self.norms, weight.device) / moved.norm(dim=axes, keepdim=True)) - base
+        norms = torch.linalg.vector_norm(moved, dim=axes, keepdim=True).clamp_min(EPS)
+        return moved * (exact(self.norms, weight.device) / norms) - base
 
 
 def exact(tensor: Tensor, device: torch.device) -> Tensor:

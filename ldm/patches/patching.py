@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm.models.unet import UNet
+from ldm.patches.controlnet import add_controlnets
 from ldm.patches.deepcache import reuse_inner_levels
 from ldm.patches.guidance_embedding import embed_guidance
+from ldm.patches.image_prompt import read_images
 from ldm.patches.perturbed_attention import perturb_attention
+from ldm.patches.t2i_adapter import add_features
 from ldm.patches.token_merging import merge_tokens
 
 
@@ -30,7 +33,10 @@ class Patch:
 # U-Net come before those that wrap whole levels; perturbed attention depends on guidance's batch and comes last.
 PATCHES = (
     Patch("embedded_guidance", None, embed_guidance),
+    Patch("image_prompts", (), read_images),
     Patch("merge", 0, merge_tokens),
+    Patch("t2i_adapters", (), add_features),
+    Patch("controlnets", (), add_controlnets),  # before DeepCache, which skips inner levels with their residuals
     Patch("reuse", 1, reuse_inner_levels),
     Patch("perturbed_groups", 0, perturb_attention),
 )

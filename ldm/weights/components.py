@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,6 +24,7 @@ from ldm.models.text import TextEncoders
 from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.models.unet import UNet
 from ldm.weights.layouts import Layout, Link
+from ldm.weights.numbers import check_sample
 from ldm.weights.tensors import Store, TensorInfo
 
 Shape = tuple[int, ...]
@@ -205,14 +206,20 @@ class Opened:
         """Load the weights by memory-mapping: floating-point weights as `dtype`, or in the stored type.
 
         With `only`, load the components of these names; the others stay on the meta device.
+
+        Raises:
+            LdmError: the files cannot be read, or a sample of the numbers is wrong (`check_sample`).
         """
         if not all(parameter.is_meta for parameter in self.components.unet.parameters()):
             raise RuntimeError("load() fills this object's own networks, once; open the source again for another copy")
         if dtype is not None and not dtype.is_floating_point:
             raise LdmError(f"weights cannot be loaded as {dtype}; choose a floating-point type such as torch.bfloat16")
         check_device(device)
+        names = self.links.keys() if only is None else only
         try:
-            self._fill(dtype, device, progress, self.links.keys() if only is None else only)
+            for name in names:
+                check_sample(self.parts[name].store, self.infos(name))
+            self._fill(dtype, device, progress, names)
         except (OSError, SafetensorError) as error:
             raise LdmError(f"{self.source} could be opened, but not read: {first_line(error)}") from None
         return self.components
@@ -224,18 +231,25 @@ class Opened:
         done = 0
         modules = self.components.modules()
         for name in names:
-            module = modules[name]
-            links = {link.theirs: link for link in self.links[name]}
-            shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
-            state: dict[str, Tensor] = {}
-            for theirs, tensor in self.parts[name].store.read(links, dtype, device):
+            for theirs in filled(modules[name], self.links[name], self.parts[name].store, dtype, device):
                 done += self.parts[name].store.infos[theirs].nbytes
-                link = links[theirs]
-                for ours, value in zip(link.ours, link.to_ours(tensor), strict=True):
-                    state[ours] = value.reshape(shapes[ours])
                 progress(f"loading {name}", done, total)
-            module.load_state_dict(state, assign=True)
-            module.eval()
+
+
+def filled(
+    module: nn.Module, links: Iterable[Link], store: Store, dtype: torch.dtype | None, device: torch.device | str
+) -> Iterator[str]:
+    """Fill a module with the tensors of a store as they are read, and put it in evaluation mode; yields their names."""
+    places = {link.theirs: link for link in links}
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for theirs, tensor in store.read(places, dtype, device):
+        link = places[theirs]
+        for ours, value in zip(link.ours, link.to_ours(tensor), strict=True):
+            state[ours] = value.reshape(shapes[ours])
+        yield theirs
+    module.load_state_dict(state, assign=True)
+    module.eval()
 
 
 def check_device(device: torch.device | str) -> None:

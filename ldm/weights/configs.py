@@ -6,6 +6,7 @@ here is an error that names it, because ignoring it could give wrong images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,16 @@ from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
+from ldm.models.controlnet import ControlNetConfig
+from ldm.models.t2i_adapter import T2IAdapterConfig
 from ldm.models.unet import UNetConfig
 from ldm.process import NoiseSchedule
 
 Json = Mapping[str, Any]
 UNET_CLASSES = ("UNet2DConditionModel",)
 AUTOENCODER_CLASSES = ("AutoencoderKL", "VQModel")
+CONTROLNET_CLASSES = ("ControlNetModel",)
+T2I_CLASSES = ("T2IAdapter",)
 
 # options and the only values that our networks support
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -292,6 +297,67 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
     return json
 
 
+# --- control models ---------------------------------------------------------------------------------------------------
+
+
+def read_controlnet(where: str, json: Json) -> ControlNetConfig:
+    """The ControlNet of a diffusers `config.json`."""
+    own = {"conditioning_channels", "controlnet_conditioning_channel_order", "conditioning_embedding_out_channels"}
+    own |= {"global_pool_conditions", "_class_name"}
+    reader = Reader(where, {name: json[name] for name in own if name in json}, CONTROLNET_CLASSES)
+    half = {name: value for name, value in json.items() if name not in own}
+    down = half.get("down_block_types")
+    half["up_block_types"] = [str(kind).replace("Down", "Up") for kind in reversed(down)] if down else down
+    pooled_dim = 0
+    if half.get("addition_embed_type") == "text_time":
+        sizes = Reader(where, half)
+        pooled_dim = sizes.take("projection_class_embeddings_input_dim", int, default=0)
+        pooled_dim -= 6 * sizes.take("addition_time_embed_dim", int, default=256)
+    unet = read_unet(where, half, pooled_dim)
+    order = reader.take("controlnet_conditioning_channel_order", str, default="rgb")
+    if order not in ("rgb", "bgr"):
+        raise reader.fail("controlnet_conditioning_channel_order", order, "this program has 'rgb' and 'bgr'")
+    with _naming(where):
+        config = ControlNetConfig(
+            **vars(unet),
+            image_channels=tuple(reader.take("conditioning_embedding_out_channels", list, default=[16, 32, 96, 256])),
+            bgr=order == "bgr",
+            pooled=reader.take("global_pool_conditions", bool, default=False),
+        )
+    reader.done({"conditioning_channels": (3,)})
+    return config
+
+
+T2I_KINDS = ("full_adapter", "full_adapter_xl", "light_adapter")
+
+
+def read_t2i_adapter(where: str, json: Json) -> T2IAdapterConfig:
+    """The T2I-Adapter of a diffusers `config.json`."""
+    reader = Reader(where, json, T2I_CLASSES)
+    kind = reader.take("adapter_type", str, default="full_adapter")
+    if kind not in T2I_KINDS:
+        raise reader.fail("adapter_type", kind, f"this program has {', '.join(T2I_KINDS)}")
+    channels = reader.take("channels", list, default=[320, 640, 1280, 1280])
+    if kind == "light_adapter":
+        channels = [*channels, *channels[-1:]]
+    with _naming(where):
+        config = T2IAdapterConfig(
+            channels=tuple(channels),
+            halves=t2i_halves(len(channels), kind == "full_adapter_xl"),
+            layers=reader.take("num_res_blocks", int, default=2),
+            in_channels=reader.take("in_channels", int, default=3),
+            factor=reader.take("downscale_factor", int, default=8),
+            light=kind == "light_adapter",
+        )
+    reader.done({})
+    return config
+
+
+def t2i_halves(count: int, xl: bool) -> tuple[bool, ...]:
+    """Which of a T2I-Adapter's feature maps are half as large as the one before; SDXL's has one such map, the third."""
+    return tuple(number == 2 if xl else number > 0 for number in range(count))
+
+
 # --- autoencoder ------------------------------------------------------------------------------------------------------
 
 
@@ -442,41 +508,36 @@ SCHEDULERS = frozenset(
         "TCD",
     ]
 )
-_SAMPLER_OPTIONS = frozenset(
+_SAMPLER_FLAGS = frozenset(
     [
-        "clip_sample",
-        "set_alpha_to_one",
-        "steps_offset",
-        "thresholding",
-        "dynamic_thresholding_ratio",
-        "clip_sample_range",
-        "sample_max_value",
-        "timestep_spacing",
-        "variance_type",
-        "skip_prk_steps",
-        "interpolation_type",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "sigma_min",
-        "sigma_max",
-        "timestep_type",
-        "final_sigmas_type",
-        "solver_order",
-        "algorithm_type",
-        "solver_type",
-        "lower_order_final",
-        "euler_at_final",
-        "use_lu_lambdas",
-        "lambda_min_clipped",
+        "clip_sample", "set_alpha_to_one", "thresholding", "skip_prk_steps", "use_karras_sigmas",
+        "use_exponential_sigmas", "use_beta_sigmas", "lower_order_final", "euler_at_final", "use_lu_lambdas",
         "predict_x0",
-        "disable_corrector",
-        "solver_p",
-        "original_inference_steps",
-        "timestep_scaling",
-        "noise_sampler_seed",
     ]
-)
+)  # fmt: skip
+_SAMPLER_NUMBERS: dict[str, tuple[float, float]] = {
+    "steps_offset": (0, 1000),
+    "dynamic_thresholding_ratio": (0, 1),
+    "clip_sample_range": (0, 1000),
+    "sample_max_value": (0, 1000),
+    "sigma_min": (0, 1e5),
+    "sigma_max": (0, 1e5),
+    "solver_order": (1, 4),
+    "lambda_min_clipped": (-math.inf, 100),
+    "original_inference_steps": (1, 1000),
+    "timestep_scaling": (0, 1e4),
+    "noise_sampler_seed": (0, 2**63),
+}
+_SAMPLER_WORDS: dict[str, tuple[str, ...]] = {  # (): the scheduler's class checks it
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": (),
+    "algorithm_type": (),
+    "solver_type": (),
+}
+_SAMPLER_OPTIONS = frozenset([*_SAMPLER_FLAGS, *_SAMPLER_NUMBERS, *_SAMPLER_WORDS, "disable_corrector", "solver_p"])
 _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
     "use_flow_sigmas": (False,),
@@ -495,8 +556,8 @@ def read_schedule(where: str, json: Json) -> NoiseSchedule:
         raise LdmError(f"{where}: scheduler {scheduler!r} is not one of {', '.join(sorted(SCHEDULERS))}")
     options = {name: reader.left.pop(name) for name in sorted(_SAMPLER_OPTIONS & reader.left.keys())}
     for name, value in options.items():
-        if not isinstance(value, (bool, int, float, str, list, type(None))):
-            raise reader.fail(name, value, "it must be a number, a word or a list")
+        if needed := _unfit(name, value):
+            raise reader.fail(name, value, f"{needed} is needed")
     with _naming(where):
         schedule = NoiseSchedule(
             prediction_type=reader.take("prediction_type", str, default="epsilon"),
@@ -510,6 +571,23 @@ def read_schedule(where: str, json: Json) -> NoiseSchedule:
         )
     reader.done(_SCHEDULE_FIXED)
     return schedule
+
+
+def _unfit(name: str, value: Any) -> str:
+    """What a sampler's option needs, if its value is not that; "" if it is, or null."""
+    if value is None:
+        return ""
+    if name in _SAMPLER_FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in _SAMPLER_NUMBERS:
+        low, high = _SAMPLER_NUMBERS[name]
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        return "" if fits else f"a number from {low} to {high}"
+    if name in _SAMPLER_WORDS:
+        words = _SAMPLER_WORDS[name]
+        fits = isinstance(value, str) and (value in words if words else len(value) < 100)
+        return "" if fits else " or ".join(words) or "a word"
+    return "" if isinstance(value, list) else "a list"
 
 
 def write_schedule(schedule: NoiseSchedule) -> dict[str, Any]:

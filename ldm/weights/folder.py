@@ -29,6 +29,7 @@ from ldm.models.unet import UNetConfig
 from ldm.process import NoiseSchedule
 from ldm.weights import configs, layouts
 from ldm.weights.components import Components, ComponentSource, Opened
+from ldm.weights.downloads import check_texts
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
 from ldm.weights.tensors import LINEAGE, NAMES, Output, Store, TensorInfo, open_store, read_header, write_safetensors
@@ -79,8 +80,9 @@ def open_folder(
     """Open a diffusers folder: find family, tokenizers and the files of each component, without loading weights.
 
     `variant` selects weights such as "fp16" (default: the weights without a variant, or the only variant). With
-    `verify`, all files are checked against the folder's manifest, if it has one. Components that the folder lacks are
-    taken from the folder `lender`.
+    `verify`, all files are checked against the folder's manifest; if it has none, configurations and tokenizers that
+    came from the Hub are checked against its digests. Components that the folder lacks are taken from the folder
+    `lender`.
 
     Raises:
         LdmError: the folder is not a model that we support, or is damaged; the message names the file.
@@ -98,7 +100,8 @@ def open_folder(
     def check() -> None:
         for place in {path.parent for path in places.values()}:
             own = [file for name, group in files.items() if places[name].parent == place for file in group]
-            check_manifest(place, own, progress)
+            if not check_manifest(place, own, progress):
+                check_texts(path for path in (place, *places.values()) if place in (path, path.parent))
 
     with alongside(check) if verify else nullcontext():
         return _described(folder, index, places, {name: store_of(group, allow_pickle) for name, group in files.items()})

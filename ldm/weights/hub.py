@@ -6,19 +6,32 @@ import re
 from pathlib import Path
 
 from ldm.errors import LdmError, first_line
+from ldm.files import Progress, silent
+from ldm.weights.downloads import check_download
 from ldm.weights.folder import COMPONENTS, INDEX, base_name, weight_names
 from ldm.weights.manifest import NAME as MANIFEST
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def fetch(name: str, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False) -> Path:
+def fetch(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = silent,
+    component: str = "",
+) -> Path:
     """The local folder of the model `name` (owner/name), fetched unless it is in the cache already.
 
+    What was fetched now is compared with the Hub's digests. With `component`, the repository holds such a component
+    alone, such as a ControlNet.
+
     Raises:
-        LdmError: there is no such model, it is private, or neither the Hub nor a cached copy can be reached.
+        LdmError: there is no such model, it is private, neither the Hub nor a cached copy can be reached, or a file
+            did not arrive as it is there.
     """
-    from huggingface_hub import HfApi, snapshot_download  # not needed for local models
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # not needed for local models
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -32,19 +45,28 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None, al
     except HFValidationError as error:
         raise LdmError(f"{name!r} is not a model's name: {first_line(error)}") from None
     except Exception:  # no network, offline mode, time-outs: each HTTP library has its own exceptions
-        return _cached(name, revision)
+        return _cached(name, revision, "config.json" if component else INDEX)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted(files, variant, allow_pickle)))
+        if component:
+            chosen = wanted_of_component(files, component, variant, allow_pickle)
+        else:
+            chosen = wanted(files, variant, allow_pickle)
+        new = [file for file in chosen if not isinstance(try_to_load_from_cache(name, file, revision=revision), str)]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
+        for file in new:
+            check_download(folder / file, progress)
+        return folder
     except LdmError:
         raise
     except Exception as error:  # network errors, as above
         raise LdmError(f"{name!r} could not be fetched: {first_line(error)}") from None
 
 
-def _cached(name: str, revision: str | None) -> Path:
+def _cached(name: str, revision: str | None, file: str) -> Path:
+    """The folder of a model in the Hub's cache, which holds the given file."""
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    index = try_to_load_from_cache(name, file, revision=revision)
     if not isinstance(index, str):
         raise LdmError(
             f"{name!r} is not a path here, the Hub cannot be reached, and its cache holds no copy; "
@@ -58,7 +80,12 @@ def wanted(files: list[str], variant: str | None, allow_pickle: bool = False) ->
     chosen = [file for file in files if file in (INDEX, MANIFEST)]
     for component in COMPONENTS:
         inside = [file.split("/", 1)[1] for file in files if file.startswith(f"{component}/") and file.count("/") == 1]
-        weights = weight_names(inside, base_name(component), variant, allow_pickle)
-        texts = [name for name in inside if name.endswith((".json", "merges.txt")) and ".safetensors.index" not in name]
-        chosen += [f"{component}/{name}" for name in (*weights, *texts)]
+        chosen += [f"{component}/{name}" for name in wanted_of_component(inside, component, variant, allow_pickle)]
     return chosen
+
+
+def wanted_of_component(files: list[str], component: str, variant: str | None, allow_pickle: bool) -> list[str]:
+    """The files of one component's folder that are needed to load it."""
+    weights = weight_names(files, base_name(component), variant, allow_pickle)
+    texts = [name for name in files if name.endswith((".json", "merges.txt")) and ".safetensors.index" not in name]
+    return [*weights, *(name for name in texts if "/" not in name)]

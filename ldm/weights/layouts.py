@@ -18,6 +18,8 @@ from torch import Tensor
 from ldm.families import Family
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip_text import TextEncoderConfig
+from ldm.models.controlnet import ControlNetConfig
+from ldm.models.t2i_adapter import T2IAdapterConfig
 from ldm.models.unet import UNetConfig
 from ldm.process import NoiseSchedule
 from ldm.weights.tensors import TensorInfo
@@ -169,6 +171,45 @@ def original_unet(config: UNetConfig, prefix: str) -> Layout:
         elif ".downsamplers." in module:
             inner = inner.replace("conv.", "op.")
         return prefix + modules[module] + inner
+
+    return lambda names: [Link(theirs(name), (name,)) for name in names]
+
+
+def original_controlnet(config: ControlNetConfig, prefix: str) -> Layout:
+    """Zhang's `ControlNet`: the U-Net's names, those of its zero convolutions, and of the image's embedding."""
+    half = original_unet(config, prefix)
+    convolutions = 2 * len(config.image_channels)  # of the embedding; SiLU has every second number
+    own = [("controlnet_cond_embedding.conv_in.", "input_hint_block.0.")]
+    own += [
+        (f"controlnet_cond_embedding.blocks.{i}.", f"input_hint_block.{2 * i + 2}.") for i in range(convolutions - 2)
+    ]
+    own += [("controlnet_cond_embedding.conv_out.", f"input_hint_block.{2 * convolutions - 2}.")]
+    own += [(f"controlnet_down_blocks.{i}.", f"zero_convs.{i}.0.") for i in range(len(config.skips))]
+    own += [("controlnet_mid_block.", "middle_block_out.0.")]
+
+    def links(names: Iterable[str]) -> list[Link]:
+        names = list(names)
+        further = [name for name in names if name.startswith("controlnet_")]
+        found = half(name for name in names if not name.startswith("controlnet_"))
+        return found + [Link(prefix + _rename(own, name), (name,)) for name in further]
+
+    return links
+
+
+def original_t2i_adapter(config: T2IAdapterConfig) -> Layout:
+    """The names of T2I-Adapter's authors, who number the residual blocks of full ones across the levels."""
+
+    def theirs(name: str) -> str:
+        top, *rest = name.removeprefix("adapter.").split(".")
+        if top != "body":
+            return ".".join([top, *rest])
+        level, kind, *inner = rest
+        if config.light:
+            return ".".join([top, level, kind.replace("resnets", "body"), *inner])
+        first = int(level) * config.layers
+        if kind == "resnets":
+            return ".".join([top, str(first + int(inner[0])), *inner[1:]])
+        return ".".join([top, str(first), kind, *inner])
 
     return lambda names: [Link(theirs(name), (name,)) for name in names]
 

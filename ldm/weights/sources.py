@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.errors import LdmError
-from ldm.families import Family
-from ldm.files import Progress, check_digest, silent, stated_digest
-from ldm.models.tokenizer import Tokenizer
+from ldm.families import Family, differences
+from ldm.files import Progress, check_digest, file_digest, silent, stated_digest
+from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.weights.builtin import DEFAULT, builtin, lender
 from ldm.weights.components import Opened
+from ldm.weights.downloads import check_download, check_texts
 from ldm.weights.few_step import few_step_family, made_for
 from ldm.weights.folder import (
     component_part,
@@ -25,6 +26,7 @@ from ldm.weights.folder import (
 )
 from ldm.weights.hub import HUB_ID, fetch
 from ldm.weights.manifest import check_manifest
+from ldm.weights.numbers import Findings, look_at
 from ldm.weights.single_file import open_single_file
 from ldm.weights.tensors import open_store
 
@@ -61,7 +63,7 @@ def open_source(
     path = builtin(source) or Path(source)
     try:
         if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
-            path = fetch(str(source), revision, variant, allow_pickle)
+            path = fetch(str(source), revision, variant, allow_pickle, progress)
         elif revision:
             raise LdmError(f"{path} is a local path, which has no revision={revision!r}; leave the revision out")
         if path.is_dir():
@@ -133,12 +135,35 @@ def _described(name: str, folder: Path, family: Family, tokenizers: list[Tokeniz
 
 
 def verify_source(opened: Opened, progress: Progress = silent) -> list[str]:
-    """Read and check all of a model's tensors and digests; returns a line of text for each check.
+    """Read and check all of a model's tensors and digests; returns a line of text for each check and its limits.
 
     Raises:
-        LdmError: a digest differs, or weights are not finite numbers.
+        LdmError: a digest differs, or weights are not finite numbers or absurdly large.
     """
     files = sorted({file for part in opened.parts.values() for file in part.store.files})
+    lines = _verify_digests(opened, files, progress)
+    total = sum(info.nbytes for name in opened.parts for info in opened.infos(name).values())
+    done = 0
+    findings = Findings()
+    for name, part in opened.parts.items():
+        for tensor_name, tensor in part.store.read(opened.infos(name), None, "cpu"):
+            try:
+                look_at(tensor_name, tensor, findings)
+            except LdmError as error:
+                raise LdmError(f"{opened.source}: {error}") from None
+            done += tensor.nbytes
+            progress("looking at all numbers", done, total)
+    lines += ["all weights are finite numbers", *findings.lines(), *differences(opened.family)]
+    for config, tokenizer in zip(opened.family.text, opened.tokenizers, strict=True):
+        own = clip_tokenizer().vocabulary()
+        other = len(own.items() - tokenizer.vocabulary().items())
+        if other and len(tokenizer) >= len(own):
+            lines.append(f"the tokenizer of {config.component} has other numbers for {other} tokens than CLIP's")
+    return lines
+
+
+def _verify_digests(opened: Opened, files: list[Path], progress: Progress) -> list[str]:
+    """Check all files that have digests; returns lines of what was checked, and of what cannot be known without."""
     folder = Path(opened.source)
     own = [file for file in files if folder in file.parents]
     listed = folder.is_dir() and check_manifest(folder, own, progress)
@@ -147,14 +172,20 @@ def verify_source(opened: Opened, progress: Progress = silent) -> list[str]:
     lines = [f"{len(with_digest)} of {len(files)} weight files carry a digest, and agree with it"]
     if listed:
         lines.append("all files agree with the folder's manifest")
-    total = sum(info.nbytes for name in opened.parts for info in opened.infos(name).values())
-    done = 0
-    for name, part in opened.parts.items():
-        for tensor_name, tensor in part.store.read(opened.infos(name), None, "cpu"):
-            bad = int((~tensor.float().isfinite()).sum())
-            if bad:
-                raise LdmError(f"{opened.source}: {tensor_name} holds {bad} numbers that are not finite")
-            done += tensor.nbytes
-            progress("looking for numbers that are not finite", done, total)
-    lines.append("all weights are finite numbers")
+    elif folder.is_dir():
+        check_texts(path for path in (folder, *folder.iterdir()) if path.is_dir())
+    others = [file for file in files if file not in with_digest and file not in hashed]
+    fetched = [file for file in others if check_download(file, progress)]
+    if fetched:
+        lines.append(f"{len(fetched)} weight files agree with the Hub's digests")
+    if unknown := [file for file in others if file not in fetched]:
+        lines.append(
+            f"{len(unknown)} weight files have no digest: whether their numbers are those of their author cannot be "
+            "known from them alone; compare these SHA-256 with the publisher's:"
+        )
+        lines += [f"{file_digest(file, progress, plain=True)}  {_within(file, folder)}" for file in unknown]
     return lines
+
+
+def _within(file: Path, folder: Path) -> str:
+    return str(file.relative_to(folder)) if folder in file.parents else str(file)

@@ -15,11 +15,14 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -43,6 +46,7 @@ class TensorInfo:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = field(default=0, compare=False)  # of its data in the file, bytes
 
     @property
     def numel(self) -> int:
@@ -70,8 +74,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             metadata = file.metadata() or {}
             names = file.keys()
         with path.open("rb") as raw:
-            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-        infos = {name: TensorInfo(DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])) for name in names}
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+        infos = {}
+        for name in names:
+            dtype, shape, (start, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+            infos[name] = TensorInfo(DTYPES[dtype], tuple(shape), 8 + length + start)
     except KeyError as error:
         raise LdmError(f"{path} holds tensors of type {error.args[0]}, which is not supported") from None
     except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
@@ -124,16 +132,63 @@ class Store:
                         yield name, tensor
                     del tensor
 
+    def sample(self, names: Iterable[str], size: int) -> Iterator[Excerpt]:
+        """The first, middle and last `size` numbers of the named tensors, for each file and type; nothing else is read.
+
+        The tensors of a sample are in the order of the file.
+        """
+        groups: dict[tuple[Path, torch.dtype], list[str]] = {}
+        for name in sorted(names, key=lambda name: self.infos[name].start):
+            groups.setdefault((self._file_of[name], self.infos[name].dtype), []).append(name)
+        for (file, dtype), found in groups.items():
+            with file.open("rb", buffering=0) as raw:
+                places = [(self.infos[name].start, self.infos[name].nbytes) for name in found]
+                yield _sampled(found, ((partial(_read_at, raw, start), n) for start, n in places), dtype, size)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Numbers from several places of each of many tensors of one type."""
+
+    names: list[str]
+    ends: np.ndarray  # where each tensor's numbers end in `numbers`: (len(names),)
+    numbers: Tensor  # (N,)
+
+
+ReadAt = Callable[[int, int], bytes]  # place and number of bytes within a tensor -> these bytes
+
+
+def _read_at(raw: FileIO, start: int, at: int, count: int) -> bytes:
+    raw.seek(start + at)
+    return raw.read(count)
+
+
+def _part_of(tensor: np.ndarray, at: int, count: int) -> bytes:
+    return tensor[at : at + count].tobytes()
+
+
+def _sampled(names: list[str], data: Iterable[tuple[ReadAt, int]], dtype: torch.dtype, size: int) -> Excerpt:
+    """The sample of tensors, each given as a function that reads its bytes, and their number."""
+    step = size * dtype.itemsize
+    pieces, ends, end = [], [], 0
+    for read, length in data:
+        middle = length // 2 // dtype.itemsize * dtype.itemsize
+        places = [(0, length)] if length <= 3 * step else [(at, step) for at in (0, middle, length - step)]
+        pieces += [read(at, count) for at, count in places]
+        end += sum(count for _, count in places) // dtype.itemsize
+        ends.append(end)
+    return Excerpt(names, np.array(ends), torch.frombuffer(bytearray(b"".join(pieces)), dtype=dtype))
+
 
 class PickleStore(Store):
     """The tensors of a `.ckpt` or `.bin` pickle, read by PyTorch's restricted unpickler, which runs no code.
 
-    They are the pickle itself, or its entry state_dict, model or module.
+    They are the pickle itself, or its entry state_dict, model, module or (of embeddings) string_to_param, or the two
+    groups of an IP-Adapter. Its entries that are texts are the metadata.
     """
 
     def __init__(self, file: Path) -> None:
         self.files = [file]
-        self.metadata = {}
         try:
             content = _unpickled(file)
         except Exception as error:  # damaged or hostile files can raise anything
@@ -142,7 +197,11 @@ class PickleStore(Store):
                 "than tensors: use the .safetensors file of the same model"
             ) from None
         content = content if isinstance(content, dict) else {}
+        self.metadata = {name: value for name, value in content.items() if isinstance(value, str)}
         inner = next((name for name in _ENTRIES if _tensors(content.get(name))), None)
+        groups = {name: found for name in _GROUPS if (found := _tensors(content.get(name)))}
+        if inner is None and groups:
+            content = {f"{name}.{own}": tensor for name, found in groups.items() for own, tensor in found.items()}
         self._tensors = _tensors(content if inner is None else content[inner])
         self.passed_over = sorted(str(name) for name in content if name != inner and name not in self._tensors)
         strange = [name for name, t in self._tensors.items() if t.layout != torch.strided or t.is_meta]
@@ -161,10 +220,19 @@ class PickleStore(Store):
             tensor = self._tensors[name]
             yield name, tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
 
+    def sample(self, names: Iterable[str], size: int) -> Iterator[Excerpt]:
+        groups: dict[torch.dtype, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.infos[name].dtype, []).append(name)
+        for dtype, found in groups.items():
+            flat = (self._tensors[name].detach().reshape(-1).view(torch.uint8).numpy() for name in found)
+            yield _sampled(found, ((partial(_part_of, one), len(one)) for one in flat), dtype, size)
+
 
 # --- pickles: objects of other classes are passed over ----------------------------------------------------------------
 
-_ENTRIES = ("state_dict", "model", "module")  # where training programs put the tensors
+_ENTRIES = ("state_dict", "model", "module", "string_to_param")  # where training programs put the tensors
+_GROUPS = ("image_proj", "ip_adapter")  # entries of an IP-Adapter's pickle, both of which are read
 _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global by default")
 _NEEDS = re.compile(rf"Can only (SETITEM|append|extend).*but got <class '{re.escape(__name__)}\.(.+)'>")
 _MOST_CLASSES = 200  # that a file may name
@@ -186,9 +254,16 @@ class _PassedOver:
         pass
 
 
+class _Parameters(dict[str, Tensor]):
+    """The parameters of a `torch.nn.ParameterDict`, by name."""
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.update(state["_parameters"])
+
+
 def _unpickled(file: Path) -> Any:
     """The content of a pickle, with `_PassedOver` in place of objects of classes that PyTorch does not know."""
-    classes: dict[str, type] = {}
+    classes: dict[str, type] = {"torch.nn.modules.container.ParameterDict": _Parameters}
     while True:
         known: list[Any] = [(stand_in, name) for name, stand_in in classes.items()]
         try:

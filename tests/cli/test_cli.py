@@ -47,7 +47,13 @@ def test_installed_command(model: Path, tmp_path: Path) -> None:
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("ldm: ")
     assert failed.stderr.count("\n") == 1
-    assert call("info").returncode == 2  # a missing argument: the usage
+    for arguments, line in (
+        (["info"], "ldm: Missing argument 'source'; see ldm info --help\n"),
+        (["generate", "a cat", "--outdir", "x"], "ldm: No such option: --outdir; did you mean --out?\n"),
+        (["make"], "ldm: No such command 'make'; see ldm --help\n"),
+    ):
+        wrong = call(*arguments)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", line)
 
 
 def test_info_of_a_folder(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +178,7 @@ def test_a_signal_in_a_callback_is_not_lost() -> None:
         "def callback(_):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(0.01)\n"
-        "def app():\n"
+        "def app(standalone_mode):\n"
         "    thing = Thing()\n"
         "    here = weakref.ref(thing, callback)\n"
         "    del thing\n"

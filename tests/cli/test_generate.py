@@ -16,9 +16,10 @@ import pytest
 import tiny
 from commands import COMMAND, run
 from launched import PATIENCE, on_two
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sd_parsers import ParserManager
 
 from ldm.cli.record import from_parameters, to_parameters
 from ldm.errors import LdmError
@@ -360,7 +361,7 @@ def test_options_of_other_programs(ldm: Any) -> None:
     assert ldm("generate", "a", "--cfg-scale", "x")[2].startswith("ldm: --cfg-scale 'x': a number from 0")
     assert ldm("generate", "a", "--batch-size", 4)[2].startswith("ldm: batch_size: give n, the images of each prompt")
     assert ldm("generate", "a", "--steps", 1, "--stop-at-clip-layer", -2, "--json")[1].count('"clip_skip": 1') == 1
-    assert "--negative-prompt," in ldm("generate", "a", "--negative-promt", "x")[2]
+    assert ldm("generate", "a", "--negative-promt", "x")[2].endswith("did you mean --negative-prompt?\n")
     assert "num-inference" not in ldm("generate", "--help")[1]
 
 
@@ -420,6 +421,87 @@ def test_names_with_commas_are_quoted_as_the_web_interface_quotes_them() -> None
         assert (read["steps"], read["seed"]) == (5, 1)
     assert "Model: v2, Version" in to_parameters(ours | {"model": "v2"})
     assert from_parameters('a\nSteps: 3, Sampler: "Euler a"')["scheduler"] == "euler-a"
+
+
+WEB_TEXTS = {  # lines of settings as the web interfaces write them, and what they say
+    "Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 12345, Size: 512x768, Model hash: "
+    "abc123def, Model: dreamshaper_8, Denoising strength: 0.4, Clip skip: 2, Hires upscale: 2, Hires steps: 10, "
+    'Hires upscaler: 4x-UltraSharp, Lora hashes: "castle: deadbeef", TI hashes: "a: 1, b: 2", Version: v1.9.4': (
+        {"scheduler": "euler-a", "spacing": "karras", "hires": 2.0, "hires_strength": 0.4, "clip_skip": 1},
+        "Hires steps, Hires upscaler, Lora hashes",
+    ),
+    "Steps: 30, Sampler: DPM++ 2M, Schedule type: Automatic, CFG scale: 7.0, Seed: 5, Size: 832x1216, VAE hash: "
+    '63aeecb90f, VAE: sdxl_vae.safetensors, Hashes: {"model": "238ffac319", "embed:A": "23f5e3fc03"}, '
+    'Hardware Info: "RTX 4090 24GB, 252GB RAM", Time taken: 10.5 sec.': (
+        {"scheduler": "dpm++2m", "spacing": "karras", "width": 832},
+        "VAE hash, VAE, Hashes, Hardware Info, Time taken",
+    ),
+    "Steps: 25, Sampler: DPM++ 2M SDE, Schedule type: Automatic, CFG scale: 7, Seed: 5, Size: 512x512, Civitai "
+    'resources: [{"type":"checkpoint","modelName":"D: x"}, {"type":"lora","weight":0.8}], Civitai metadata: {}': (
+        {"scheduler": "dpm++2m-sde", "spacing": "exponential"},
+        "Civitai resources, Civitai metadata",
+    ),
+    "Steps: 6, Sampler: LCM, Schedule type: SGM Uniform, CFG scale: 1.5, Seed: 5, Size: 768x1024, Tiled Diffusion: "
+    '{"Method": "MultiDiffusion", "Tile batch size": 4}, ControlNet 0: "Module: canny, Weight: 1.0", '
+    "Version: f2.0.1v1.10.1-previous-544-g86d00326": (
+        {"scheduler": "lcm", "spacing": "trailing"},
+        "Tiled Diffusion, ControlNet 0",
+    ),
+    "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 5, Face restoration: CodeFormer, Size: 512x512, ENSD: "
+    "31337, Variation seed: 9, Refiner: sd_xl_refiner [7440042bbd], Refiner switch at: 0.8, NGMS: 0.2": (
+        {"scheduler": "dpm++2m", "spacing": "karras"},
+        "Face restoration, ENSD, Variation seed, Refiner, Refiner switch at, NGMS",
+    ),
+}
+
+
+@pytest.mark.parametrize("line", WEB_TEXTS)
+def test_texts_as_the_web_interfaces_write_them(line: str, caplog: pytest.LogCaptureFixture) -> None:
+    expected, unread = WEB_TEXTS[line]
+    read = from_parameters(f"a castle, (red:1.2)\nSteps: 1 of 5\nNegative prompt: ugly\nblurry\n{line}")
+    assert read.items() >= expected.items()
+    assert (read["prompt"], read["negative"]) == ("a castle, (red:1.2)\nSteps: 1 of 5", "ugly\nblurry")
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"it may differ: {unread}")
+
+
+def test_lines_after_the_settings_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert from_parameters("a\nSteps: 3, Sampler: Euler\nTemplate: a {b|c}")["steps"] == 3
+    assert "the image's text goes on after its settings, which ldm does not read: Template: a {b|c}" in caplog.text
+
+
+def test_the_text_in_a_jpeg_and_records_of_others(tmp_path: Path) -> None:
+    text = "ein Fuchs, größer\nSteps: 3, Sampler: Euler a, Seed: 7"
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
+    for name in ("a.jpg", "a.webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, exif=exif)
+        assert read_settings(tmp_path / name) == (None, text)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "{}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "comfy.png", pnginfo=info)
+    with pytest.raises(LdmError, match=r"comfy.png has a record of ComfyUI alone, which ldm does not read"):
+        read_settings(tmp_path / "comfy.png")
+
+
+def test_another_program_reads_what_we_write(tmp_path: Path) -> None:
+    record: dict[str, Any] = {
+        "prompt": "a fox, (red:1.2)\nin the snow", "negative": "blurry, ugly", "steps": 5, "scheduler": "dpm++2m",
+        "spacing": "default", "seed": 2**40, "guidance": {"scale": 3.5}, "width": 8, "height": 16, "clip_skip": 1,
+        "model": "fox", "model_hash": "0123456789", "version": "ldm 1",
+    }  # fmt: skip
+    for spacing, name in {"default": "Uniform", "karras": "Karras", "trailing": "SGM Uniform"}.items():
+        save_png(Image.new("RGB", (8, 16)), tmp_path / "a.png", record, to_parameters(record | {"spacing": spacing}))
+        found = ParserManager().parse(tmp_path / "a.png")
+        assert found is not None and found.generator == "AUTOMATIC1111"
+        (sampler,) = found.samplers
+        assert [prompt.value for prompt in sampler.prompts] == [record["prompt"]]
+        assert [prompt.value for prompt in sampler.negative_prompts] == [record["negative"]]
+        assert (sampler.name, sampler.parameters["scheduler"]) == ("DPM++ 2M", name)
+        assert (sampler.parameters["steps"], sampler.parameters["cfg_scale"]) == ("5", "3.5")
+        assert sampler.parameters["seed"] == str(2**40)
+        assert sampler.model is not None and (sampler.model.name, sampler.model.hash) == ("fox", "0123456789")
+        assert found.metadata == {"Size": "8x16", "Clip skip": "2", "Version": "ldm 1"}
 
 
 def test_settings_of_other_programs_that_are_not_read_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -245,3 +245,39 @@ def test_an_index_by_an_earlier_reading_is_made_anew(tmp_path: Path, monkeypatch
     monkeypatch.setattr(ldm.data.image_set, "_SCHEMA", pa.schema(schema, metadata={"reading": "later"}))
     opened(root)
     assert looked == ["000.png", "001.png"]
+
+
+# --- what is not used -------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_not_used_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder(tmp_path / "data", "a.png", "b.png", "b.jpg", "d.png")
+    for name, text in {"a.txt": "A", "b.txt": "B", "gone.txt": "G", "x/old.txt": "O", "a.psd": "", "b.mp4": ""}.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+    (root / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "other"}')
+    red = Image.new("RGB", (16, 16), "red")
+    (root / "c.gif").write_bytes(encoded(Image.new("RGB", (16, 16)), "GIF", save_all=True, append_images=[red]))
+    for _ in range(2):  # the second time from the index
+        with caplog.at_level(logging.WARNING):
+            images = opened(root)
+        lines = [record.getMessage().removeprefix(f"{root}: ") for record in caplog.records]
+        assert lines[-5:] == [
+            "2 .txt files have no image of their name: gone.txt, x/old.txt",
+            "1 .txt files are not read, because the metadata lists captions: a.txt",
+            "1 .txt files are captions of several images of the same name: b.txt",
+            "2 other files are not read, by ending: 1 .mp4, 1 .psd",
+            "1 images (c.gif): of an animation or of several pages the first alone is used",
+        ]
+        caplog.clear()
+    assert captions(images)["a.png"] == ("other",)
+
+
+def test_what_shards_hold_and_is_not_used_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"0.png": IMAGE, "0.txt": b"zero", "0.cls": b"3", "1.txt": b"one", ".hidden": b"x"}
+    make_tar(tmp_path / "a.tar", files)
+    with caplog.at_level(logging.WARNING):
+        open_images(str(tmp_path / "a.tar"), tmp_path / "cache")
+    assert "files in the shards are not read: 1 .cls" in caplog.text
+    assert "1 samples of the shards have captions and no image" in caplog.text
+    assert "1 files in the shards start with a dot" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +296,26 @@ def test_a_mask_with_holes_gets_a_warning(folders: dict[str, Path], caplog: pyte
     pipeline.request("a cat", image=image(), mask=erased_part)
     (record,) = caplog.records
     assert "the mask's transparent parts count as black" in record.getMessage()
+
+
+def test_what_an_image_to_start_from_leaves_out_is_told(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = Pipeline(folders["sd15"])
+    frames = [Image.new("RGBA", (64, 64), (255, 0, 0, alpha)) for alpha in (0, 255)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    with caplog.at_level(logging.WARNING):
+        pipeline.request("a cat", image=tmp_path / "a.png")
+        pipeline.request("a cat", image=frames[1])  # opaque
+    assert [record.getMessage() for record in caplog.records] == [
+        "the image to start from: of an animation or of several pages the first alone is used",
+        "the image to start from: transparent parts, by an alpha channel, become white",
+    ]
+
+
+def test_an_output_named_twice_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(LdmError, match="output 'latents' and output_type 'pil' are one setting; give one of them"):
+        Pipeline(folders["sd15"])("a cat", output="latents", output_type="pil")
 
 
 def test_a_thin_line_stays_in_a_smaller_mask() -> None:

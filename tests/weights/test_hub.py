@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 import tiny
 from launched import PATIENCE
+from safetensors.torch import load_file, save_file
 
+from ldm.errors import LdmError
+from ldm.weights.downloads import check_download
 from ldm.weights.hub import wanted
+from ldm.weights.sources import open_source, verify_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -26,6 +30,7 @@ class Hub(BaseHTTPRequestHandler):
 
     root: Path
     fetched: list[str]
+    damaged: dict[str, bytes]  # what is sent in place of a file
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -55,8 +60,11 @@ class Hub(BaseHTTPRequestHandler):
                 content = (self.root / name).read_bytes()
                 if body:
                     self.fetched.append(name)
+                kind = hashlib.sha256 if name.endswith(".safetensors") else hashlib.sha1
+                start = b"" if name.endswith(".safetensors") else b"blob %d\0" % len(content)
+                sent = self.damaged.get(name, content)
                 return self.send(
-                    content, body, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                    sent, body, {"ETag": f'"{kind(start + content).hexdigest()}"', "X-Repo-Commit": COMMIT}
                 )
         self.send_response(404)
         self.send_header("X-Error-Code", "RepoNotFound")
@@ -82,7 +90,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
     (tmp_path / "remote" / "one_big_file.safetensors").write_bytes(bytes(1000))
     (tmp_path / "remote" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(1000))
     (tmp_path / "remote" / "unet" / "diffusion_pytorch_model.bin").write_bytes(bytes(1000))
-    handler = type("OneHub", (Hub,), {"root": tmp_path / "remote", "fetched": []})
+    handler = type("OneHub", (Hub,), {"root": tmp_path / "remote", "fetched": [], "damaged": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield handler, f"http://127.0.0.1:{server.server_port}"
@@ -118,6 +126,54 @@ def test_a_model_is_fetched_once_and_only_what_is_read(hub: tuple[type[Hub], str
     assert len(handler.fetched) == count
     offline = info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
+
+
+def test_a_download_is_compared_with_the_digests_of_the_hub(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+    handler, url = hub
+    (handler.root / "ldm_manifest.json").unlink()  # as of a model that others wrote
+    for file in handler.root.glob("*/*.safetensors"):
+        if "fp16" not in file.name:
+            save_file(load_file(file), file)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray((handler.root / name).read_bytes())
+    content[-100] ^= 1
+    handler.damaged[name] = bytes(content)
+    first = info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url)
+    assert (first.returncode, first.stdout) == (1, "")
+    assert f"{name} is not what the Hub has (its digest there is " in first.stderr
+    handler.damaged.clear()
+    for blob in (tmp_path / "home").rglob("blobs/*"):
+        blob.unlink()
+    assert info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url).returncode == 0
+
+    (file,) = (tmp_path / "home").rglob("snapshots/*/scheduler/scheduler_config.json")
+    opened = open_source(file.parents[1], verify=False)
+    assert "3 weight files agree with the Hub's digests" in verify_source(opened)
+    file.write_text(file.read_text().replace("0.00085", "0.00095"))
+    with pytest.raises(LdmError, match=r"scheduler_config.json is not what the Hub has .* fetch it again"):
+        open_source(file.parents[1])  # loading reads small files whole
+
+
+def test_a_download_to_a_folder_is_compared_as_well(tmp_path: Path) -> None:
+    tiny.model("sd15").save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "ldm_manifest.json").unlink()
+    file = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file), file)  # without a digest of its own
+    stated = tmp_path / "m" / ".cache" / "huggingface" / "download" / "unet" / f"{file.name}.metadata"
+    stated.parent.mkdir(parents=True)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    stated.write_text(f"{COMMIT}\n{digest}\n{file.stat().st_mtime + 0.5}\n")
+    lines = verify_source(open_source(tmp_path / "m"))
+    assert "1 weight files agree with the Hub's digests" in lines
+
+    data, time = bytearray(file.read_bytes()), file.stat().st_mtime
+    data[-5000] ^= 1
+    file.write_bytes(data)
+    os.utime(file, (time, time))
+    with pytest.raises(LdmError, match=r"model.safetensors is not what the Hub has"):
+        check_download(file)
+    os.utime(file, (time + 10, time + 10))  # changed by its owner: the download's digest says nothing of it
+    assert not check_download(file)
 
 
 def test_models_that_are_not_there(hub: tuple[type[Hub], str], tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""The image encoder of an IP-Adapter: CLIP's vision tower by transformers, from a folder or the Hub.
+
+B images, P patches with the class token, F channels of the patches, E channels of the embedding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.errors import LdmError, first_line, listing
+from ldm.models.image_prompt import ImagePromptConfig
+from ldm.weights.hub import HUB_ID
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of colours 0 to 1
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """CLIP's vision tower, in evaluation mode."""
+
+    tower: Any  # transformers' CLIPVisionModelWithProjection
+
+    @torch.inference_mode()
+    def embeddings(self, images: Sequence[Image.Image]) -> Tensor:
+        """The embeddings of images: (B, E)."""
+        return self.tower(self._pixels(images)).image_embeds
+
+    @torch.inference_mode()
+    def patches(self, images: Sequence[Image.Image]) -> Tensor:
+        """The patches of images in the last layer but one: (B, P, F)."""
+        return self.tower(self._pixels(images), output_hidden_states=True).hidden_states[-2]
+
+    @torch.inference_mode()
+    def blank_patches(self) -> Tensor:
+        """The patches of an image whose normalised colours are zero: (1, P, F)."""
+        size, weight = self.tower.config.image_size, next(self.tower.parameters())
+        pixels = torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device)
+        return self.tower(pixels, output_hidden_states=True).hidden_states[-2]
+
+    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        weight = next(self.tower.parameters())
+        size = self.tower.config.image_size
+        return torch.stack([prepared(image, size) for image in images]).to(weight.device, weight.dtype)
+
+    def check(self, config: ImagePromptConfig) -> None:
+        """Raise unless an IP-Adapter reads features of this encoder's width.
+
+        Raises:
+            LdmError: it reads those of another encoder.
+        """
+        own = self.tower.config.hidden_size if config.reads_patches else self.tower.config.projection_dim
+        if own != config.features:
+            raise LdmError(
+                f"this IP-Adapter reads image features of {config.features} channels, and the image encoder gives "
+                f"{own}: take the one that it was made with (image_encoder=, --image-encoder); ViT-H has patches of "
+                "1280 channels and embeddings of 1024, ViT-bigG of 1664 and 1280"
+            )
+
+
+def prepared(image: Image.Image, size: int) -> Tensor:
+    """An image as CLIP reads it: (3, size, size), its shorter side scaled to `size`, the middle, normalised."""
+    image = image.convert("RGB")
+    short, long = sorted(image.size)
+    longer = int(size * long / short)
+    width, height = (size, longer) if image.width <= image.height else (longer, size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def load_image_encoder(
+    source: str | PathLike[str],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    allow_pickle: bool = False,
+) -> ImageEncoder:
+    """Load an image encoder: the folder of a `CLIPVisionModelWithProjection`, or of a whole model that has one as
+    `image_encoder`, or a Hub name, with the folder within the repository after it (owner/name/models/image_encoder).
+
+    Raises:
+        LdmError: there is none, or it lacks weights.
+    """
+    from transformers import CLIPVisionModelWithProjection  # takes seconds
+
+    path = Path(source)
+    if (path / "image_encoder").is_dir():
+        path = path / "image_encoder"
+    name, folder = (str(path), "") if path.exists() else _on_hub(str(source))
+    if not name or path.is_file():
+        raise LdmError(f"{path}: an image encoder's folder (config.json, model.safetensors) or Hub name is needed")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LdmError(f"{path} is no image encoder's folder: it has no config.json")
+    safe = None if allow_pickle else True
+    try:
+        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+            name, subfolder=folder, dtype=dtype, use_safetensors=safe, output_loading_info=True
+        )
+    except Exception as error:  # those of files, of the Hub and of transformers' own checks
+        raise LdmError(f"image encoder {source}: {first_line(error)}") from None
+    tower, found = loaded
+    lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    if lacking:
+        raise LdmError(f"{path} is no CLIP vision tower: it lacks {listing(sorted(lacking))}")
+    return ImageEncoder(tower.eval().requires_grad_(False).to(device))
+
+
+def _on_hub(source: str) -> tuple[str, str]:
+    """The Hub name and the folder within the repository that a source stands for; empty if it is no Hub name."""
+    parts = source.strip("/").split("/")
+    name = "/".join(parts[:2])
+    return (name, "/".join(parts[2:])) if HUB_ID.fullmatch(name) else ("", "")
