@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,16 +17,18 @@ import numpy as np
 from PIL import Image
 
 import pipelines.settings as settings
-from ldm.errors import LdmError
-from ldm.families import Family
+from ldm.errors import LdmError, listing
+from ldm.families import Family, FewStep
 from ldm.images import ANIMATED, TRANSPARENT, WHITE, flattened, load_noted
 from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
+from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 log = logging.getLogger(__name__)
+SAME_SHAPE = 1.03  # largest change of an image's ratio of width to height that is not told
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Request:
     prompts_2: tuple[str, ...] | None = None  # for the second text encoder, if they differ
     negative_2: tuple[str | None, ...] | None = None
     seeds: tuple[int, ...] = ()  # one for each image
+    mixes: tuple[Mix, ...] = ()  # one for each image: the adapters
     values: Mapping[str, Any] = field(default_factory=dict)  # all other settings, by name
     guidance: Guidance = field(default_factory=Guidance)
     image: Image.Image | None = None  # to start from
@@ -72,7 +75,7 @@ class Request:
 
     def part(self, rows: slice) -> Request:
         """The same request for some of its images."""
-        names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")
+        names = ("prompts", "negative", "prompts_2", "negative_2", "seeds", "mixes")
         return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
     def plan(self, schedule: NoiseSchedule, xl: bool) -> SamplingPlan:
@@ -86,8 +89,13 @@ class Request:
 # --- from settings to a request ---------------------------------------------------------------------------------------
 
 
-def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool) -> Request:
-    """The request for a prompt or several, with the given settings.
+Mixed = Callable[[Sequence[str], Any, bool], tuple[list[str], list[Mix]]]
+
+
+def request_for(
+    prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool, mixed: Mixed
+) -> Request:
+    """The request for a prompt or several, with the given settings; `mixed` is `pipelines.adapters.Adapters.mixes`.
 
     Raises:
         LdmError: a setting is not known, or its value not allowed.
@@ -95,14 +103,17 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
     values = settings.checked({**given, "prompt": prompt}, "python")
     image = _image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
-    rows = settings.SETTINGS
-    filled = {row.name: row.usual for row in rows}
-    filled |= defaults(family, image, mask is not None, given=values) | values
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
         raise LdmError("no prompt: at least one text is needed")
+    prompts, mixes = mixed(prompts, values.get("adapters"), values.get("weights", True))
+    rows = settings.SETTINGS
+    filled = {row.name: row.usual for row in rows}
+    filled |= defaults(family, image, mask is not None, values, few_step(mixes)) | values
+    filled["image_prompt"] = settings.image_prompts(values)
     count, n = len(prompts), filled["n"]
+    _note_stretch(image, filled["width"], filled["height"])
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
     guidance = settings.nested({row.key: filled.pop(row.name) for row in rows if "." in row.key})
     return Request(
@@ -111,6 +122,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         prompts_2=given_texts.get("prompt_2"),
         negative_2=given_texts.get("negative_2"),
         seeds=seeds(values.get("seed"), count * n),
+        mixes=tuple(mix for mix in mixes for _ in range(n)),
         values={name: value for name, value in filled.items() if name not in OWN},
         guidance=(EmbeddedGuidance if family.unet.guidance_dim else Guidance)(**guidance["guidance"]),
         image=image,
@@ -120,6 +132,37 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         end=1.0 if filled["refiner_at"] is None else filled["refiner_at"],
         reader=PromptReader(filled["weights"]),
     )
+
+
+def _note_stretch(image: Image.Image | None, width: int, height: int) -> None:
+    """Log that an image to start from changes its shape, if the size of the result asks for that."""
+    if image is None or not isinstance(width, int) or not isinstance(height, int):
+        return
+    change = (width / height) / (image.width / image.height)
+    if max(change, 1 / change) > SAME_SHAPE and min(image.size) >= 64:
+        log.warning(
+            "the image to start from has %d×%d pixels and is stretched to %d×%d; crop it, or leave the size out",
+            *image.size, width, height,
+        )  # fmt: skip
+
+
+def note_idle(given: Set[str], request: Request, family: Family) -> None:
+    """Log, in one line, the settings that were given and have no effect in this call."""
+    guided = request.guidance.classifier_free or request.guidance.embedded is not None  # which has a warning of its own
+    xl = ("original_size", "crop", "target_size", "negative_original_size", "negative_crop", "negative_target_size")
+    needs = {
+        "an image": (request.image is not None, ("strength",)),
+        "hires": (bool(request.hires), ("hires_strength", "hires_latents")),
+        "a refiner": (request.refined, ("refiner_strength",)),
+        "a guidance scale above 1": (guided, ("negative", "negative_2")),
+        "an InstructPix2Pix model": (family.task == "edit", ("image_guidance",)),
+        "SDXL": (family.xl, xl),
+        "SDXL's refiner": (family.refiner or request.refined, ("aesthetic_score", "negative_aesthetic_score")),
+    }
+    lacks = {name: need for need, (there, names) in needs.items() if not there for name in names}
+    idle = [f"{name} (it needs {lacks[name]})" for name in sorted(lacks.keys() & given)]
+    if idle:
+        log.warning("settings without effect here: %s", listing(idle, 8))
 
 
 def _image(given: Any) -> Image.Image:
@@ -149,11 +192,17 @@ def _mask(given: Any) -> Image.Image:
 
 
 TEXTS = ("negative", "prompt_2", "negative_2")
-OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a request has in another form
+OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 
 
-def defaults(family: Family, image: Image.Image | None, masked: bool, given: Collection[str]) -> dict[str, Any]:
-    """The defaults that depend on the model, on the given image and mask, and on which settings are given."""
+def defaults(
+    family: Family, image: Image.Image | None, masked: bool, given: Collection[str], few: FewStep | None
+) -> dict[str, Any]:
+    """The defaults that depend on the model, on the given image and mask, and on which settings are given.
+
+    `few` is what an adapter of all prompts was made for.
+    """
+    few = few or family.few_step
     width, height = (family.size, family.size) if image is None else fitted(image, family.autoencoder.factor)
     usual = {
         "width": width,
@@ -162,7 +211,7 @@ def defaults(family: Family, image: Image.Image | None, masked: bool, given: Col
         "guidance": family.guidance,
         "strength": 1.0 if masked else 0.8,
     }
-    return usual | (family.few_step.settings(given) if family.few_step else {})
+    return usual | (few.settings(given) if few else {})
 
 
 def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
@@ -279,7 +328,8 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
     rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
     found = []
     for index, prompt in enumerate(request.prompts):
-        own = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index]}
+        own: dict[str, Any] = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index]}
+        own |= {"adapters": recorded(request.mixes[index])} if request.mixes else {}
         own |= {"prompt_2": request.prompts_2[index]} if request.prompts_2 else {}
         own |= {"negative_2": request.negative_2[index]} if request.negative_2 else {}
         values = {**common, **own}

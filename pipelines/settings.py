@@ -15,6 +15,7 @@ from os import PathLike
 from typing import Any
 
 from ldm.errors import LdmError
+from pipelines.mixes import LARGEST, are_mixes, joined_mixes, parse_mix
 from pipelines.translation import TRANSLATED, with_own_scheduler
 
 DOORS = {
@@ -124,6 +125,17 @@ class Setting:
         return self.kind.joined(values)
 
 
+@dataclass(frozen=True)
+class ImagePrompt:
+    """Images that a U-Net reads together by an IP-Adapter; paths, open files or images of PIL."""
+
+    images: tuple[Any, ...]
+    weight: float = 1.0
+    mask: Any = None  # white: where the images count
+    begin: float = 0.0  # part of the steps
+    end: float = 1.0
+
+
 # --- kinds of values --------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +153,8 @@ def shown(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple) and all(isinstance(part, (str, int, float)) or part is None for part in value):
         return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {shown(part)}' for name, part in value.items())}}}"
     if isinstance(value, tuple):
         return f"({', '.join(map(shown, value[:3]))}{', …' if len(value) > 3 else ''})"
     kind = type(value)
@@ -247,17 +261,58 @@ def _is_image(value: Any) -> bool:
     return any(hasattr(value, name) for name in ("__fspath__", "read", "getbbox"))
 
 
+def _are_images(value: Any) -> bool:
+    return all(_is_image(one) for one in value) if isinstance(value, tuple) and value else _is_image(value)
+
+
+def _is_image_prompt(value: Any) -> bool:
+    """Whether a value is an image, or several, or these with a weight."""
+    weighted = isinstance(value, tuple) and len(value) == 2 and WEIGHT.allowed(value[1])
+    return isinstance(value, ImagePrompt) or _are_images(value[0] if weighted else value)
+
+
+def _are_image_prompts(value: Any) -> bool:
+    return _is_image_prompt(value) or (isinstance(value, tuple) and bool(value) and all(map(_is_image_prompt, value)))
+
+
+def _image_prompt(text: str) -> tuple[Any, ...]:
+    """An image, with a weight after its last colon."""
+    path, _, weight = text.rpartition(":")
+    number = re.fullmatch(r"-?\d{1,9}(\.\d{0,9})?|-?\.\d{1,9}", weight)
+    return ((path, float(weight)),) if path and number else (text,)
+
+
+def _each(kind: Kind, count: str) -> Kind:
+    """A value of a kind, or one for each of several things."""
+
+    def allowed(value: Any) -> bool:
+        return all(map(kind.allowed, value)) if isinstance(value, tuple) and value else kind.allowed(value)
+
+    def parse(text: str) -> Any:
+        values = tuple(kind.parse(part) for part in text.split(","))
+        return values[0] if len(values) == 1 else values
+
+    return Kind(f"{kind.metavar},...", f"{kind.needed}, or one for each {count},", allowed, parse, structured=True)
+
+
 def _is_seed(value: Any) -> bool:
     values = value if isinstance(value, (tuple, range)) else (value,)
     return all(is_whole(seed) and 0 <= seed <= LARGEST_SEED for seed in values)
 
 
 NAME = Kind("NAME", "a name", lambda value: isinstance(value, str))
+FOLDER = Kind("FOLDER", "a path", lambda value: isinstance(value, (str, PathLike)) and str(value) != "")
 FLAG = Kind("BOOLEAN", "true or false", lambda value: isinstance(value, bool), _flag)
 TEXT = Kind("TEXT", "a text, or one for each prompt,", _is_text)
 IMAGE = Kind("FILE", "a path or a PIL image", _is_image)
 SEED = Kind(
     "INTEGER", f"a whole number from 0 to {LARGEST_SEED}, or one for each image,", _is_seed, int
+)  # fmt: skip
+IMAGE_MASKS = Kind("FILE", "a path or a PIL image, or one for each image prompt,", _are_images,
+                   joined=_joined_paths)  # fmt: skip
+IMAGE_PROMPTS = Kind(
+    "FILE[:WEIGHT]", "an image, or several of them, each alone or with a weight from -10 to 10,", _are_image_prompts,
+    _image_prompt, structured=True, joined=_joined_paths,
 )  # fmt: skip
 SIDE = whole(1, LARGEST_SIDE)
 SIZE = Kind("WxH", "WIDTHxHEIGHT, such as 768x512,", _is_pair, _size, structured=True)
@@ -268,6 +323,7 @@ INTERVAL = Kind(
 )  # fmt: skip
 SCALE = number(0, 1000)
 PART = number(0, 1)
+WEIGHT = number(-10, 10)
 SHARE = share()
 SPACING = Kind(
     "NAME", "a name, or falling noise levels such as 14.6,7,3,1,0.1, one for each step,",
@@ -285,6 +341,12 @@ COMPONENTS = Kind(
     "NAME=PATH", "NAME=PATH, such as vae=better-vae.safetensors, or a dictionary of such pairs,", _are_components,
     _component, structured=True, joined=_joined_components,
 )  # fmt: skip
+ADAPTERS = Kind(
+    "FILE[:WEIGHT]",
+    f"FILE or FILE:WEIGHT, such as style.safetensors:0.8, or a dictionary of files and weights from -{LARGEST} to "
+    f"{LARGEST}, or a list with one for each prompt,",
+    are_mixes, parse_mix, structured=True, joined=joined_mixes,
+)  # fmt: skip
 PATHS = Kind("PATH", "a path, or a list of them,", _are_paths, lambda text: (text,), structured=True,
              joined=_joined_paths)  # fmt: skip
 DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
@@ -294,6 +356,7 @@ DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
 PROMPTS_OF_DATA = {"eval": "prompts are those of the data, or of its --prompts"}
 FROM_TEXT = {"eval": "images are made of prompts alone"}
 RECORDED_AS_SIZE = {"record": "width and height are there"}
+RECORDED_AS_FILES = {"record": "image_prompt there lists each image with all that belongs to it"}
 NO_IMAGE = {"record": "it changes no image"}
 ONE_MODEL = {"list": "one model makes the whole list"}
 
@@ -353,6 +416,10 @@ SETTINGS: tuple[Setting, ...] = (
             names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
             used=lambda request: request.task in ("image-to-image", "inpaint")),
     Setting("mask", IMAGE, "Inpainting mask: its white pixels are made anew.", names=("mask_image",), closed=FROM_TEXT),
+    Setting("adapters", ADAPTERS,
+            "LoRA or other adapter, as FILE, FILE:WEIGHT or FILE:TEXT:UNET (weights for text encoders and U-Net).",
+            flag="--lora", names=("loras", "lora"), a1111="Lora hashes",
+            used=lambda request: any(request.mixes)),
     Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out, for the negative prompt too.",
             0, a1111="Clip skip", names=("stop_at_clip_layer", "CLIP_stop_at_last_layers")),
     Setting("refiner_at", number(0.01, 0.99), "Part of the run after which the refiner takes over, such as 0.8.",
@@ -379,6 +446,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("merge", number(0, 0.75),
             "Token merging (ToMe): part of the tokens merged for self-attention, up to 0.75; faster, rougher.", 0.0,
             names=("token_merging_ratio", "tome_ratio")),
+    Setting("image_prompt", IMAGE_PROMPTS, "Image prompt: an image that shows what the images should be like; "
+            "once for each.", names=("ip_adapter_image",), closed=FROM_TEXT | RECORDED_AS_FILES),
+    Setting("image_prompt_weight", _each(WEIGHT, "image prompt"), "Weights of the image prompts.", 1.0,
+            names=("ip_adapter_scale",), closed=FROM_TEXT | RECORDED_AS_FILES),
+    Setting("image_prompt_mask", IMAGE_MASKS, "Masks of the image prompts: each counts where its mask is white.",
+            names=("ip_adapter_masks",), closed=FROM_TEXT | RECORDED_AS_FILES),
+    Setting("image_prompt_begin", _each(PART, "image prompt"), "Part of the steps at which the image prompts begin.",
+            0.0, closed=FROM_TEXT | RECORDED_AS_FILES),
+    Setting("image_prompt_end", _each(PART, "image prompt"), "Part of the steps at which the image prompts end.", 1.0,
+            closed=FROM_TEXT | RECORDED_AS_FILES),
     Setting("original_size", PAIR, "SDXL's time ids: the size of the image before cropping.",
             Elsewhere("the image's")),
     Setting("crop", PAIR, "SDXL's time ids: top and left of the crop.", (0, 0),
@@ -418,6 +495,15 @@ LOADING: tuple[Setting, ...] = (
     Setting("components", COMPONENTS,
             "A component from elsewhere: unet, vae, text_encoder or text_encoder_2; once for each.",
             flag="--component", closed=ONE_MODEL),
+    Setting("lora_dir", FOLDER, "Folder in which prompts find adapters by name: <lora:NAME:WEIGHT>.",
+            names=("lora_path",), closed=ONE_MODEL | {"record": "a record has the files themselves"}),
+    Setting("partial_adapters", FLAG, "Use what fits of an adapter that does not fit the model as a whole.", False,
+            closed=ONE_MODEL),
+    Setting("ip_adapter", PATHS, "An IP-Adapter, by which image prompts are read; once for each of them.",
+            names=("ip_adapters",), closed=ONE_MODEL | FROM_TEXT | {"record": "its image prompts name it"}),
+    Setting("image_encoder", SOURCE, "Image encoder of the IP-Adapter: a folder or a Hub name.",
+            Elsewhere("the folder image_encoder beside it"),
+            closed=ONE_MODEL | FROM_TEXT | {"record": "it is there with the image prompts"}),
     Setting("embeddings", PATHS,
             "An embedding of textual inversion, named in prompts, or a folder of them; once for each.",
             flag="--embedding", names=("embedding_dir", "embeddings_dir", "textual_inversion"),
@@ -525,6 +611,46 @@ def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
     if "size" in values:
         values = dict(zip(("width", "height"), values.pop("size"), strict=True)) | values
     return with_own_scheduler(values)
+
+
+def image_prompts(values: Mapping[str, Any]) -> tuple[ImagePrompt, ...]:
+    """The image prompts of a call, with the values of the settings that belong to them.
+
+    Raises:
+        LdmError: there are such values without image prompts, or neither one of them nor one for each.
+    """
+    given = values.get("image_prompt")
+    parts = {name: values.get(f"image_prompt_{name}") for name in ("weight", "mask", "begin", "end")}
+    if given is None:
+        alone = [name for name, value in parts.items() if value is not None]
+        if alone:
+            raise LdmError(f"image_prompt_{alone[0]} without an image prompt: give one (image_prompt=, --image-prompt)")
+        return ()
+    entries = (given,) if _is_image_prompt(given) and not isinstance(given, tuple) else given
+    if isinstance(given, tuple) and len(given) == 2 and WEIGHT.allowed(given[1]):
+        entries = (given,)
+    for name, value in parts.items():
+        if isinstance(value, tuple) and len(value) != len(entries):
+            raise LdmError(
+                f"image_prompt_{name}: {len(value)} values for {len(entries)} image prompts; give one for each"
+            )
+    found = []
+    for place, entry in enumerate(entries):
+        own: dict[str, Any] = {
+            name: value[place] if isinstance(value, tuple) else value
+            for name, value in parts.items()
+            if value is not None
+        }
+        if isinstance(entry, ImagePrompt):
+            found.append(replace(entry, **own))
+            continue
+        if isinstance(entry, tuple) and len(entry) == 2 and WEIGHT.allowed(entry[1]):
+            entry, own["weight"] = entry[0], entry[1] * own.get("weight", 1.0)
+        found.append(ImagePrompt(entry if isinstance(entry, tuple) else (entry,), **own))
+    for one in found:
+        if one.begin >= one.end:
+            raise LdmError(f"image_prompt_begin {one.begin} is not before image_prompt_end {one.end}")
+    return tuple(found)
 
 
 def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pipelines.request import Request
 log = logging.getLogger(__name__)
 
 # in square brackets; AND between prompts; <lora:name:weight> and other extra networks
-_FOREIGN = re.compile(r"(?<!\\)\[([^\[\]]*)\]|\bAND\b|<\w{1,40}:[^<>]*>")
+_FOREIGN = re.compile(r"(?<!\\)\[([^\[\]]*)\]|\bAND\b|<\w{1,40}:[^<>]*>|(?:^|(?<=\s))--[a-z]\w*")
 _EDITED = re.compile(r"\||:\s{0,9}(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})\s{0,9}$")  # [a|b], [a:b:0.5], [a:0.5], [a::10]
 
 

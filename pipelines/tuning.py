@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -15,9 +15,9 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime import fused_cpu, fused_gpu
 from ldm.runtime.attention import best_attention, set_attention
+from ldm.runtime.bf16 import computes_bf16
 from ldm.runtime.compilation import compile_blocks
 from ldm.runtime.graphs import record_steps
-from ldm.runtime.kernels.processor import can
 from ldm.runtime.offload import Room, room_for
 from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
@@ -65,7 +65,7 @@ class Tuning:
                 value = getattr(self, name)
                 if value not in (None, False, "auto", "none"):
                     raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
-        own = [name for name in options if name != "allow_pickle"]  # which is about embeddings, too
+        own = [name for name in options if name != "allow_pickle"]  # which is about adapters and embeddings, too
         if own and isinstance(source, LatentDiffusion):
             raise LdmError(f"{own[0]}: a model that is loaded already stays as it is; name its source")
         if self.quantize is not None:
@@ -141,6 +141,12 @@ class TunedModel(LatentDiffusion):
             self.bring(model.unet)
             quantize(model.unet, quantized)
 
+    def with_networks(self, networks: Mapping[str, nn.Module]) -> Self:
+        other = super().with_networks(networks)
+        if self.room:
+            self.room.invite(networks.values())
+        return other
+
     def fingerprint(self) -> str:
         """The fingerprint of the weights as they were loaded."""
         return self.known_by
@@ -197,8 +203,6 @@ def default_device() -> str:
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """The default dtype of a device: bf16 if its hardware has it, else fp16 on a GPU and fp32 on a CPU."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    return torch.bfloat16 if can("avx512_bf16", "amx_bf16") else torch.float32
+    if computes_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type in ("cuda", "mps") else torch.float32

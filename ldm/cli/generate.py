@@ -33,6 +33,7 @@ from pipelines.request import Request, records
 from pipelines.settings import LOADING, at, checked
 from pipelines.tuning import dtype_named, room_of
 
+TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
 LARGEST_FILE = 256 * 2**20
 
 
@@ -86,6 +87,8 @@ class Group:
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
+# those that open what is beside a model
+BESIDE = ("lora_dir", "partial_adapters", "embeddings", "ip_adapter", "image_encoder", "allow_pickle")
 READING = ("family", "variant", "components", "allow_pickle")  # settings of loading that open a model
 
 
@@ -224,6 +227,8 @@ def make_jobs(options: Options) -> Iterator[Job]:
 def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Prompts of a text file, one a line, or of a JSON-lines file with settings; each with its settings and place."""
     path = Path(name)
+    if path.suffix.lower() in TABLES:
+        raise LdmError(f"{path}: prompts are read from a text file, one a line, or from .jsonl, one JSON object a line")
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise LdmError(f"{path} has {path.stat().st_size} bytes; that is too large for a file of prompts")
@@ -281,7 +286,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
-        recorded = (*at("record", LOADING), "embeddings")
+        recorded = (*at("record", LOADING), "embeddings", "ip_adapter", "image_encoder", "lora_dir")
         common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
@@ -311,9 +316,10 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
     with torch.device("meta"):
         pipeline = Pipeline(
-            LatentDiffusion.of(build(opened.family)), refiner=refiner and LatentDiffusion.of(build(refiner.family)),
-            embeddings=loading.get("embeddings"), allow_pickle=loading.get("allow_pickle"),
-        )  # fmt: skip
+            LatentDiffusion.of(build(opened.family)),
+            refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            **{name: loading[name] for name in BESIDE if name in loading},
+        )
     group, *_ = checked_groups(pipeline, options.common, jobs)
     request, family = group.request, opened.family
     (record,) = records(request.part(slice(1)), family)

@@ -19,6 +19,7 @@ import typer
 import ldm
 from ldm.cli.options import with_options
 from ldm.errors import LdmError
+from ldm.runtime.quiet import quiet
 from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
@@ -253,6 +254,9 @@ def repro(
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default that of the record.")] = None,
     component: Replace = None,
+    lora_dir: Annotated[
+        str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
+    ] = None,
     embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -260,7 +264,7 @@ def repro(
     from ldm.cli.repro import reproduce_image
 
     reproduce_image(
-        file, model, refiner, image, mask, out, device, dtype, component or (), embedding or (), allow_pickle
+        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle
     )  # fmt: skip
 
 
@@ -317,7 +321,7 @@ def plan(
 @app.command()
 def selftest(
     folder: Annotated[str, typer.Option(help="A new folder, which all processes can see.")] = "selftest",
-    precision: Annotated[str, typer.Option(help="Precision of the computation: no, fp16 or bf16.")] = "no",
+    precision: Annotated[str, typer.Option(help="Precision of the computation: auto, no, fp16 or bf16.")] = "no",
 ) -> None:
     """Check in two minutes that training works on this machine: accelerate launch -m ldm selftest.
 
@@ -411,16 +415,18 @@ def evaluate(
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """
-    from ldm.cli.evaluate import EvaluateOptions, evaluate_sources
+    from ldm.cli.evaluate_options import EvaluateOptions, check_options
 
-    evaluate_sources(
-        EvaluateOptions(
-            sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
-            clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
-            settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
-            cache=cache, device=device, as_json=json,
-        )
+    options = EvaluateOptions(
+        sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
+        clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
+        settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
+        cache=cache, device=device, as_json=json,
     )  # fmt: skip
+    check_options(options)
+    from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
+
+    evaluate_sources(options)
 
 
 def main() -> None:
@@ -440,6 +446,7 @@ def main() -> None:
             again.daemon = True
             again.start()
 
+    quiet()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     sys.unraisablehook = unraisable

@@ -14,6 +14,7 @@ from ldm.cli.record import embeddings_of, from_parameters, listed
 from ldm.errors import LdmError, listing
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
+from pipelines.image_prompts import from_record
 from pipelines.settings import LOADING, at
 from pipelines.tuning import dtype_named
 
@@ -26,6 +27,8 @@ ABOUT = {
     "batch",
     "place",
     "embeddings",
+    "image_prompt",
+    "image_encoder",
 }  # keys of a record that are no settings
 
 
@@ -39,6 +42,7 @@ def reproduce_image(
     device: str | None,
     dtype: str | None,
     components: Sequence[str],
+    lora_dir: str | None,
     embeddings: Sequence[str],
     allow_pickle: bool,
 ) -> None:
@@ -51,7 +55,8 @@ def reproduce_image(
     settings = from_parameters(parameters) if record is None else settings_of(record)
     record = record or {}
     loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
-    loading |= {name: given for name, given in (("source", model), ("refiner", refiner), ("dtype", dtype)) if given}
+    others = (("source", model), ("refiner", refiner), ("dtype", dtype), ("lora_dir", lora_dir))
+    loading |= {name: given for name, given in others if given}
     if components:
         loading["components"] = {**loading.get("components", {}), **to_components(components)}
     loading["embeddings"] = tuple(embeddings) or tuple(_found("embedding", one) for one in _embeddings(record))
@@ -62,6 +67,9 @@ def reproduce_image(
             settings[name] = given or _found(name, record[name])
     if "strength" in settings and "image" not in settings:
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
+    if "image_prompt" in record:
+        settings["image_prompt"], loading["ip_adapter"] = from_record(record["image_prompt"])
+        loading["image_encoder"] = record.get("image_encoder")
     pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
     _check_files(path, loading["source"], record, parameters, pipeline)
     batch, place = record.get("batch", 1), record.get("place", 0)

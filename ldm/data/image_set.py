@@ -146,6 +146,12 @@ class ImageSet:
             why = f": all {len(table)} are skipped, see {self.skipped.path}" if len(table) else ""
             raise LdmError(f"{source.name} holds no image that can be used{why}")
         self._twice = self._number_twins()
+        if self.skipped.reasons:
+            key, reason = next(iter(self.skipped.reasons.items()))
+            log.warning(
+                "%s: %d of %d images cannot be used and are left out (%s: %s); all are listed in %s",
+                source.name, len(self.skipped.reasons), len(table), key, reason, self.skipped.path,
+            )  # fmt: skip
         bare = pc.equal(pc.list_value_length(table["captions"]), 0).to_numpy()[self._rows]
         if bare.any():
             self._report_bare(bare, captions)

@@ -60,7 +60,8 @@ class WordTokenizer(Tokenizer):
         self._ids = {plain(name): tuple(ids) for names, ids in words for name in names}
         self._names = {ids.start: names[0] for names, ids in words}
         longest_first = sorted(self._ids, key=len, reverse=True)
-        self._words = re.compile(f"({'|'.join(map(_pattern, longest_first))})")
+        # ComfyUI writes embedding: before a name
+        self._words = re.compile(rf"(?:\bembedding:\s?)?({'|'.join(map(_pattern, longest_first))})")
 
     def _split(self, text: str) -> list[str]:
         """Plain text and learned words in turn."""

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Room:
         self.device = device
         self.layers = layers
         self.lock = threading.RLock()
-        self.guests: set[nn.Module] = set()
+        self.guests: WeakSet[nn.Module] = WeakSet()
         self.present: nn.Module | None = None
 
     def add(self, model: Components) -> None:
@@ -42,6 +43,12 @@ class Room:
             if self.layers and isinstance(network, UNet):
                 by_layers(network, self.device)
             else:
+                self.guests.add(network)
+
+    def invite(self, networks: Iterable[nn.Module]) -> None:
+        """Let copies of the room's networks, with some weights of their own, take turns as well."""
+        for network in networks:
+            if not (self.layers and isinstance(network, UNet)):
                 self.guests.add(network)
 
     def bring(self, network: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -12,14 +12,17 @@ from pydantic_core import ErrorDetails
 
 from ldm.errors import LdmError, first_line, suggestion
 from ldm.training.sections import DataSection, ModelSection, Section
-from ldm.training.stages.table import KINDS
+from ldm.training.stages.sections import SECTIONS
 from ldm.training.suggestions import hint
 
-NAMES = [kind.name for kind in KINDS]
+NAMES = list(SECTIONS)
+Precision = Literal["auto", "no", "fp16", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+NUMBERS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # that are computed with, by precision
 
 
 def _known(name: str) -> str:
-    """The name of a stage, if it is in the table of stages."""
+    """The name of a stage, if there is one."""
     if name not in NAMES:
         raise ValueError(f"there is no such stage; {suggestion(name, NAMES)}")
     return name
@@ -30,7 +33,9 @@ class RunSection(Section):
 
     output: str = Field("runs/run", description="the run's folder; the same command again resumes the run")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision to compute in; weights stay fp32")
+    precision: Precision = Field(
+        "no", description="precision to compute in; auto: bf16 where the device has it, else fp32; weights stay fp32"
+    )
     stages: list[Annotated[str, AfterValidator(_known)]] = Field(
         ["base"], min_length=1, description="stages to train, in this order"
     )
@@ -62,7 +67,7 @@ if TYPE_CHECKING:
             """The section of a kind of stage, by its name."""
 
 else:
-    sections = {kind.name: (kind.section, kind.section()) for kind in KINDS}
+    sections = {name: (section, section()) for name, section in SECTIONS.items()}
     Config = create_model("Config", __base__=RunSection, __doc__=RunSection.__doc__, __module__=__name__, **sections)
 
 
@@ -73,10 +78,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         LdmError: the file cannot be read, a key is not known (the nearest one is offered), or a value does not fit.
     """
     content = _read(Path(path)) if path else {}
+    given: dict[str, str] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise LdmError(f"{override!r}: write KEY=VALUE, such as base.steps=2000")
+        if given.setdefault(name, text) != text:
+            raise LdmError(f"{name} is given twice, as {given[name]} and {text}; give it once")
         try:
             _set(content, name.split("."), yaml.safe_load(text))
         except yaml.YAMLError as error:
@@ -87,9 +95,21 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise LdmError("; ".join(_message(problem, path) for problem in error.errors()[:3])) from None
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key that comes twice is an error: the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -50,9 +50,8 @@ class TrainingImages:
     def notice_changes(self) -> None:
         """Log the number of images, and whether they have changed since the run began."""
         assert self.images is not None
-        name, skipped = self.images.source.name, self.images.skipped
-        left_out = f"; {len(skipped.reasons)} cannot be used: {skipped.path}" if skipped.reasons else ""
-        log.info("%s: %d images%s", name, len(self.images), left_out)
+        name = self.images.source.name
+        log.info("%s: %d images", name, len(self.images))
         path, old = self.folder / "images.json", self.folder / "pictures.json"
         if old.exists():  # of a run that an earlier version began
             old.replace(path)
@@ -84,11 +83,8 @@ def open_training_images(section: DataSection, folder: Path, accelerator: Accele
     Raises:
         LdmError: the images cannot be read, or the processes see different ones.
     """
-    if not section.source:
-        raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")
+    assert section.source  # see `ldm.training.checks`
     if section.stream:
-        if section.cache:
-            raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
         return TrainingImages(section, folder)
     with accelerator.main_process_first():  # the first one makes the index, the others read it
         images = open_images(

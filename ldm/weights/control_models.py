@@ -27,9 +27,10 @@ from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
 from ldm.weights.components import ComponentSource, check_device, filled, is_adapter
 from ldm.weights.folder import store_of, weight_files
-from ldm.weights.hub import HUB_ID, fetch
+from ldm.weights.hub import fetch
 from ldm.weights.layouts import Link
 from ldm.weights.manifest import check_manifest
+from ldm.weights.names import HUB_ID
 from ldm.weights.tensors import TensorInfo, open_store
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ folder is imported or run.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
@@ -32,10 +33,11 @@ from ldm.weights.components import Components, ComponentSource, Opened
 from ldm.weights.downloads import check_texts
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
+from ldm.weights.names import INDEX
 from ldm.weights.tensors import LINEAGE, NAMES, Output, Store, TensorInfo, open_store, read_header, write_safetensors
 from ldm.weights.tokenizer import read_tokenizer, write_tokenizer
 
-INDEX = "model_index.json"
+log = logging.getLogger(__name__)
 UNET_FILE, TEXT_FILE = "diffusion_pytorch_model", "model"  # names of weight files, without extensions
 
 _CLASSES: dict[str, frozenset[str]] = {
@@ -202,6 +204,9 @@ def weight_files(folder: Path, component: str, variant: str | None = None, allow
         chosen = weight_names(names, base, variant, allow_pickle)
     except LdmError as error:
         raise LdmError(f"{folder}: {error}") from None
+    only = re.fullmatch(rf"{base}(?:\.safetensors\.index)?\.(\w+)\.(?:safetensors|json)", chosen[0]) if chosen else None
+    if only and not variant:
+        log.warning("%s: %s is read, the only variant of the weights that is there", folder, only[1])
     if chosen and chosen[0].endswith(".json"):
         return _shards(folder / chosen[0])
     if chosen:

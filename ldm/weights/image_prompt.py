@@ -5,9 +5,11 @@ Resamplers may also have diffusers' names. Which projection a file has, and its 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 
 from ldm.errors import LdmError, listing
 from ldm.families import Family
-from ldm.files import check_digest, file_digest
+from ldm.files import check_digest
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
@@ -54,10 +56,11 @@ class OpenedImagePrompt:
             raise LdmError(f"{self.file}: {bad[0]} holds numbers that are not finite; fetch the file again")
         return self.adapter
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The file's SHA-256."""
-        return file_digest(self.file)
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pickle: bool = False) -> OpenedImagePrompt:

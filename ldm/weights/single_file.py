@@ -164,7 +164,9 @@ def _what(names: Iterable[str]) -> str:
     """A guess for error messages at the content of a file that is not a whole model."""
     names = list(names)
     if is_adapter(names):
-        return "it is a LoRA or another adapter"
+        return "it is a LoRA or another adapter; use it with a model (--lora PATH, adapters=)"
+    if names and set(names) <= {"emb_params", "*", "clip_l", "clip_g"}:
+        return "it is an embedding of textual inversion (--embedding, embeddings=)"
     starts = {
         "down_blocks.": ("a diffusers U-Net (or ControlNet)", "unet"),
         "input_blocks.": ("a U-Net", "unet"),
@@ -256,7 +258,7 @@ def _told(path: Path, store: Store) -> list[tuple[str, dict[str, Any]]]:
     beside = path.with_suffix(".yaml")
     if beside.is_file():
         told.append((str(beside), _read_yaml(beside)))
-        log.info("read %s beside the checkpoint", beside)
+        log.warning("%s is read too, because it lies beside the checkpoint", beside)
     return told
 
 

@@ -34,6 +34,7 @@ def plain(text: str) -> list[int]:
         ("DOG dogs dog_1 hotdog dog", [*DOG, *plain("dogs dog_1 hotdog"), *DOG]),
         ("bad-hands-5 bad-hands bad-hands-50", [*BAD, *BAD, *BAD, *plain("-50")]),
         ("ſ İ my cat", [*plain("ſ İ"), *CAT]),
+        ("red Embedding:dog, embedding:fox", [*plain("red"), *DOG, *plain(", embedding:fox")]),
         ("nothing of it", plain("nothing of it")),
         ("", []),
     ],

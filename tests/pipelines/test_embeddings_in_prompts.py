@@ -90,6 +90,23 @@ def test_a_model_that_is_loaded_stays_as_it_is(files: Path) -> None:
     assert with_it.settings[0]["embeddings"][0]["name"] == "xl" and "embeddings" not in plain.settings[0]
 
 
+def test_on_an_offloaded_model(models: Path, files: Path) -> None:
+    made = [
+        Pipeline(
+            models / "sdxl", refiner=models / "sdxl-refiner", dtype=torch.float32, device="cpu", offload=offload,
+            embeddings=files / "xl.safetensors",
+        )("an xl", refiner_at=0.5, output="latents", **STEPS)
+        for offload in ("none", "components")
+    ]  # fmt: skip
+    assert torch.equal(made[0].latents[0], made[1].latents[0])
+    assert made[0].settings == made[1].settings and made[0].settings[0]["embeddings"]
+
+
+def test_an_embedding_is_no_model(files: Path) -> None:
+    with pytest.raises(LdmError, match=r"it is an embedding of textual inversion \(--embedding"):
+        Pipeline(files / "xl.safetensors")
+
+
 def test_a_folder_without_what_does_not_fit(files: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         pipeline = Pipeline(tiny.model("sd15"), embeddings=files)

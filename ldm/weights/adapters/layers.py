@@ -50,7 +50,7 @@ class Scaling:
         rank = rank or _matching(self.ranks, layer, self.rank)
         if alpha is None:
             alpha = _matching(self.alphas, layer, self.alpha)
-        if alpha is None or rank is None:
+        if alpha is None or not rank:
             return 1.0
         return alpha / (math.sqrt(rank) if self.root else rank)
 
@@ -194,7 +194,7 @@ def missing(parts: Collection[str]) -> set[str]:
     """The parts that are needed for a change and are not there."""
     form = form_of(parts)
     if form is None:
-        return {"diff"} if set(parts) - {"bias"} else set()
+        return {"up", "down"} if set(parts) - {"bias"} else set()
     return form.needed(parts) - set(parts)
 
 

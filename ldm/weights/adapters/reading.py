@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -186,6 +187,11 @@ def _scaling(where: str, config: Mapping[str, Any]) -> Scaling:
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict):
             raise LdmError(f"{where}: {name} is {patterns!r}; a JSON object is needed")
+        for key in patterns:
+            try:
+                re.compile(key)
+            except re.error:
+                raise LdmError(f"{where}: {name} of {key!r} is no regular expression") from None
         numbers |= {f"{name} of {key}": value for key, value in patterns.items()}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -264,7 +270,7 @@ def _placed(
     source: AdapterSource, model: Components, stems: Mapping[str, dict[str, str]], result: Matched
 ) -> list[str]:
     """Find the layer of the model for each layer of the file; returns those whose shapes do not fit."""
-    shapes, known = _shapes(model), names.read(model)
+    shapes, biased, known = _shapes(model), _shapes(model, "bias"), names.read(model)
     misshapen = []
     for stem, parts in stems.items():
         named = known.get(stem, [])
@@ -277,6 +283,8 @@ def _placed(
         naming, place = next((found for found in places if layers.fits(given, shapes[found[1]])), places[0])
         if not layers.fits(given, shapes[place]):
             misshapen.append(f"{stem} {[list(shape) for shape in given.values()]} (weight {list(shapes[place])})")
+        elif "bias" in parts and place not in biased:
+            raise LdmError(f"{source.file}: {parts['bias']} changes a bias, and {place.layer} has no bias")
         elif place in result.parts:
             raise LdmError(f"{source.file} names {place.component}'s {place.layer} twice: {stem} is the second")
         result.parts[place] = parts
@@ -284,13 +292,13 @@ def _placed(
     return misshapen
 
 
-def _shapes(model: Components) -> dict[Place, tuple[int, ...]]:
-    """The shape of each layer's weight."""
+def _shapes(model: Components, parameter: str = "weight") -> dict[Place, tuple[int, ...]]:
+    """The shape of each layer's weight, or of another parameter that it has."""
     return {
-        Place(component, name.removesuffix(".weight")): tuple(parameter.shape)
+        Place(component, name.removesuffix(f".{parameter}")): tuple(value.shape)
         for component, network in model.modules().items()
-        for name, parameter in network.named_parameters()
-        if name.endswith(".weight")
+        for name, value in network.named_parameters()
+        if name.endswith(f".{parameter}")
     }
 
 
@@ -357,7 +365,7 @@ def _check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse numbers that are not finite. A sum is finite if its terms are; the terms of others are looked at."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            if tensor.ndim:
+            if tensor.numel() != 1:  # alphas may be whole numbers
                 raise LdmError(f"{file}: {name} holds numbers of type {tensor.dtype}; the file is damaged")
         elif not tensor.sum(dtype=torch.float32).isfinite() and not tensor.float().isfinite().all():
             bad = int((~tensor.float().isfinite()).sum())

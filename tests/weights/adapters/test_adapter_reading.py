@@ -88,3 +88,40 @@ def test_scale_is_alpha_by_rank(tmp_path: Path) -> None:
     without = {name: tensor for name, tensor in tensors.items() if not name.endswith("alpha")}
     found = open_adapter(saved(without, tmp_path / "b.safetensors"), model)
     assert {c.scale for c in found.changes["unet"].values() if isinstance(c, LowRank)} == {1.0}
+
+
+def test_differences_of_weights_biases_and_norms(tmp_path: Path) -> None:
+    model = tiny.model("sd15")
+    stem, norm = "lora_unet_conv_in", "lora_unet_mid_block_attentions_0_norm"
+    tensors = {
+        f"{stem}.diff": torch.randn(32, 4, 3, 3), f"{stem}.diff_b": torch.randn(32),
+        f"{norm}.w_norm": torch.randn(64), f"{norm}.b_norm": torch.randn(64),
+    }  # fmt: skip
+    found = open_adapter(saved(tensors, tmp_path / "a.safetensors"), model)
+    assert (found.kind, found.layout) == ("difference", "kohya")
+    made = deltas(found, model)
+    layers = {"diff": "conv_in.weight", "diff_b": "conv_in.bias"}
+    layers |= {"w_norm": "mid_block.attentions.0.norm.weight", "b_norm": "mid_block.attentions.0.norm.bias"}
+    wanted = {f"unet.{layers[name.split('.')[1]]}": value for name, value in tensors.items()}
+    assert same(made, wanted)
+
+
+def test_embeddings_of_peft(tmp_path: Path) -> None:
+    """Their factors are transposed."""
+    model = tiny.model("sd15")
+    a, b = torch.randn(RANK, 1000), torch.randn(32, RANK)
+    stem = "text_encoder.text_model.embeddings.token_embedding"
+    tensors = {f"{stem}.lora_embedding_A": a, f"{stem}.lora_embedding_B": b}
+    made = deltas(open_adapter(saved(tensors, tmp_path / "a.safetensors"), model), model)
+    torch.testing.assert_close(made["text_encoder.embeddings.token_embedding.weight"], (b @ a).T)
+
+
+def test_original_files_of_half_precision_and_numbers_of_other_types(tmp_path: Path) -> None:
+    """Tensors stay in the file's type; alphas may be whole numbers or have one axis."""
+    model = tiny.model("sdxl")
+    for kind, number in ((torch.float16, torch.tensor([2])), (torch.bfloat16, torch.tensor(2.0, dtype=torch.bfloat16))):
+        tensors = adapter(model, "kohya-sgm", lambda value, number=number: {**lora(value), "alpha": number.clone()})
+        tensors = {name: value if "alpha" in name else value.to(kind) for name, value in tensors.items()}
+        changes = open_adapter(saved(tensors, tmp_path / "a.safetensors"), model).changes
+        found = [change for own in changes.values() for change in own.values() if isinstance(change, LowRank)]
+        assert {(change.up.dtype, change.scale) for change in found} == {(kind, 0.5)}
