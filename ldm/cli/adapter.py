@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipelines.adapters import adapted
-from pipelines.mixes import Share, parse_mix, wanted
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,12 +21,14 @@ from ldm.families import FAMILIES, family_named
 from ldm.files import check_destination
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.adapters import Adapter, layers, open_adapter, origin
-from ldm.weights.adapters.factoring import Kept, check_wanted, extracted, resized
+from ldm.weights.adapters.factoring import Kept, check_reduction, extracted, resized
 from ldm.weights.adapters.reading import look_into
 from ldm.weights.adapters.writing import FORMATS, write_adapter
 from ldm.weights.builtin import builtin
 from ldm.weights.components import Components, build
 from ldm.weights.sources import open_source
+from pipelines.adapters import adapted
+from pipelines.mixes import MixedAdapter, parse_mix, wanted
 from pipelines.tuning import dtype_named
 
 _FAMILIES = {"SD 1.x": "sd15", "SD 2.x": "sd2", "SDXL": "sdxl", "SDXL's refiner": "sdxl-refiner"}
@@ -116,7 +116,7 @@ def merge(
     check_destination(path, folder=not single, overwrite=force)
     with progress() as report:
         opened = open_source(model, allow_pickle=allow_pickle, progress=report)
-        mix = tuple(_share(lora, opened.components, allow_pickle) for lora in loras)
+        mix = tuple(_mixed(lora, opened.components, allow_pickle) for lora in loras)
         base = LatentDiffusion.of(opened.load(dtype_named(dtype), progress=report))
         lineage = {
             "merged": [{"file": s.file.name, "sha256": s.sha256, "unet": s.unet, "text": s.text} for s in mix],
@@ -126,14 +126,14 @@ def merge(
     print(dest)
 
 
-def _share(lora: str, model: Components, allow_pickle: bool) -> Share:
+def _mixed(lora: str, model: Components, allow_pickle: bool) -> MixedAdapter:
     """The adapter that FILE[:WEIGHT] stands for, with its weights."""
     try:
         ((one,),) = wanted(parse_mix(lora), 1)
     except ValueError:
         raise LdmError(f"{lora!r}: FILE, FILE:WEIGHT or FILE:unet=WEIGHT:text=WEIGHT is needed") from None
     adapter = open_adapter(one.name, model, allow_pickle=allow_pickle)
-    return Share(adapter.name, adapter.file, adapter.digest, "", one.unet, one.text, adapter)
+    return MixedAdapter(adapter.name, adapter.file, adapter.digest, "", one.unet, one.text, adapter)
 
 
 def extract(
@@ -141,7 +141,7 @@ def extract(
     force: bool, allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Write the difference of two models as a LoRA."""
-    wanted, path = check_wanted(rank, energy), _destination(dest, format, force)
+    wanted, path = check_reduction(rank, energy), _destination(dest, format, force)
     with progress() as report:
         models = [
             open_source(one, allow_pickle=allow_pickle, progress=report).load(progress=report) for one in (base, tuned)
@@ -161,7 +161,7 @@ def resize(
     allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Write an adapter at a smaller rank."""
-    wanted, path = check_wanted(rank, energy), _destination(dest, format, force)
+    wanted, path = check_reduction(rank, energy), _destination(dest, format, force)
     adapter, components = _opened(file, model, allow_pickle)
     # tensors of the weights' shapes, without memory of their own
     shapes = {

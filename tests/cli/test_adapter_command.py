@@ -115,8 +115,8 @@ def test_extract_resize_convert(
         ),
         (["convert", "style.safetensors", "o", "--format", "kohya"], "a name that ends in .safetensors is needed"),
         (["convert", "style.safetensors", "o.safetensors", "--format", "peft"], "a folder is needed"),
-        (["convert", "style.safetensors", "style.safetensors", "--format", "diffusers"], "exists already"),
-        (["convert", "style.safetensors", "o.safetensors", "--format", "kohya"], "do not fit"),  # a tiny SDXL
+        (["convert", "style.safetensors", "style.safetensors", "--format", "diffusers"], "exists; "),
+        (["convert", "style.safetensors", "o.safetensors", "--format", "kohya"], "is for another model"),  # a tiny one
         (["extract", "model", "model", "o.safetensors", "--rank", "4"], "the same weights"),
         (["merge", "model", "o", "--lora", "style.safetensors:x"], "FILE, FILE:WEIGHT"),
         (["merge", "model", "o", "--lora", "gone.safetensors"], "gone.safetensors does not exist"),

@@ -23,7 +23,7 @@ OnLayer = Callable[[int, int], None]  # layers done, of how many
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Reduction:
     """How much of a change to keep."""
 
     rank: int | None = None  # at most this rank
@@ -44,7 +44,9 @@ class Kept:
         return self.kept / self.total if self.total else 1.0
 
 
-def extracted(base: Components, tuned: Components, wanted: Wanted, on_layer: OnLayer) -> tuple[Changes, Kept, int]:
+def extracted(
+    base: Components, tuned: Components, reduction: Reduction, on_layer: OnLayer
+) -> tuple[Changes, Kept, int]:
     """The difference of two models as LoRA; what is kept of it, and how many other parameters differ and are left out.
 
     Linear layers and convolutions that have names in adapters' formats are factored; biases, norms and embeddings are
@@ -70,7 +72,7 @@ def extracted(base: Components, tuned: Components, wanted: Wanted, on_layer: OnL
             if before.ndim < 2 or (component, name) not in named or "embedding" in name:
                 left_out += 1
             else:
-                change = factored(after.float() - before.float(), wanted, kept)
+                change = factored(after.float() - before.float(), reduction, kept)
                 changes.setdefault(component, {})[name] = change
         on_layer(number + 1, len(shapes))
     if not changes:
@@ -86,7 +88,7 @@ def _shapes(model: Components) -> dict[tuple[str, str], tuple[int, ...]]:
     }
 
 
-def resized(adapter: Adapter, shapes: Mapping[tuple[str, str], Tensor], wanted: Wanted) -> tuple[Adapter, Kept]:
+def resized(adapter: Adapter, shapes: Mapping[tuple[str, str], Tensor], reduction: Reduction) -> tuple[Adapter, Kept]:
     """The adapter with changes of a smaller rank, all of them LoRA; differences of biases and norms stay as they are.
 
     `shapes` holds, by component and parameter, tensors with the shapes of the model's weights. DoRA keeps its norms.
@@ -99,8 +101,8 @@ def resized(adapter: Adapter, shapes: Mapping[tuple[str, str], Tensor], wanted: 
         if weight.ndim < 2:
             return change
         if isinstance(change, LowRank) and change.core is None:
-            return _refactored(change, wanted, kept)
-        return factored(change.delta(weight), wanted, kept, _dtype(change))
+            return _refactored(change, reduction, kept)
+        return factored(change.delta(weight), reduction, kept, _dtype(change))
 
     changes = {
         component: {name: smaller(change, shapes[component, name]) for name, change in own.items()}
@@ -109,30 +111,30 @@ def resized(adapter: Adapter, shapes: Mapping[tuple[str, str], Tensor], wanted: 
     return replace(adapter, changes=changes), kept
 
 
-def factored(delta: Tensor, wanted: Wanted, kept: Kept, dtype: torch.dtype = torch.float32) -> LowRank:
+def factored(delta: Tensor, reduction: Reduction, kept: Kept, dtype: torch.dtype = torch.float32) -> LowRank:
     """The best low-rank factors of a change (O, I) or (O, I, kh, kw); adds to `kept`."""
     left, values, right = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-    return _cut(left, values, right, delta.shape, wanted, kept, dtype)
+    return _cut(left, values, right, delta.shape, reduction, kept, dtype)
 
 
-def _refactored(change: LowRank, wanted: Wanted, kept: Kept) -> LowRank:
+def _refactored(change: LowRank, reduction: Reduction, kept: Kept) -> LowRank:
     """The best factors of factors, whose product is never made."""
     up, down = change.scale * change.up.flatten(1).float(), change.down.flatten(1).float()
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     shape = torch.Size((len(up), *change.down.shape[1:]))
-    return _cut(q_up @ left, values, right @ q_down.T, shape, wanted, kept, change.up.dtype)
+    return _cut(q_up @ left, values, right @ q_down.T, shape, reduction, kept, change.up.dtype)
 
 
 def _cut(
-    left: Tensor, values: Tensor, right: Tensor, shape: torch.Size, wanted: Wanted, kept: Kept, dtype: torch.dtype
+    left: Tensor, values: Tensor, right: Tensor, shape: torch.Size, reduction: Reduction, kept: Kept, dtype: torch.dtype
 ) -> LowRank:
     """Singular vectors (O, K), (K, I·kh·kw) and values (K,), as many as wanted, as a LoRA whose alpha is its rank."""
     energy = values.double().square()
-    rank = len(values) if wanted.rank is None else min(wanted.rank, len(values))
-    if wanted.energy is not None and energy.sum() > 0:
-        enough = int((energy.cumsum(0) / energy.sum() < wanted.energy).sum()) + 1
+    rank = len(values) if reduction.rank is None else min(reduction.rank, len(values))
+    if reduction.energy is not None and energy.sum() > 0:
+        enough = int((energy.cumsum(0) / energy.sum() < reduction.energy).sum()) + 1
         rank = min(rank, enough)
     kept.total += float(energy.sum())
     kept.kept += float(energy[:rank].sum())
@@ -151,8 +153,8 @@ def _dtype(change: Change) -> torch.dtype:
     return stored.dtype if isinstance(stored, Tensor) else torch.float32
 
 
-def check_wanted(rank: int | None, energy: float | None) -> Wanted:
-    """The wanted part of changes.
+def check_reduction(rank: int | None, energy: float | None) -> Reduction:
+    """How much of a change to keep.
 
     Raises:
         LdmError: neither or a meaningless one is given.
@@ -163,4 +165,4 @@ def check_wanted(rank: int | None, energy: float | None) -> Wanted:
         raise LdmError(f"--rank {rank}: a whole number from 1 to 4096 is needed")
     if energy is not None and not (math.isfinite(energy) and 0 < energy <= 1):
         raise LdmError(f"--energy {energy}: a number above 0, at most 1, is needed")
-    return Wanted(rank, energy)
+    return Reduction(rank, energy)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.patches.low_rank import Kronecker, LowRank
 from ldm.weights.adapters import Adapter, open_adapter
-from ldm.weights.adapters.factoring import Kept, Wanted, extracted, factored, resized
+from ldm.weights.adapters.factoring import Kept, Reduction, extracted, factored, resized
 from ldm.weights.adapters.names import Place
 from ldm.weights.adapters.writing import FORMATS, write_adapter
 
@@ -154,7 +154,7 @@ def test_diffusers_reads_what_is_written(tmp_path: Path, family: str, naming: st
 def test_factors_are_the_best_of_their_rank() -> None:
     delta = torch.randn(24, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     kept = Kept()
-    change = factored(delta, Wanted(rank=5), kept)
+    change = factored(delta, Reduction(rank=5), kept)
     assert change.up.shape == (24, 5, 1, 1)
     assert change.down.shape == (5, 6, 3, 3)
     rest = (delta - change.delta(delta)).square().sum()
@@ -167,8 +167,8 @@ def test_energy_takes_the_smallest_rank_that_keeps_it() -> None:
     values = torch.tensor([8.0, 4.0, 2.0, 1.0])
     delta = torch.diag(values)
     for share, rank in ((0.7, 1), (64 / 85, 1), (0.8, 2), (0.95, 3), (1.0, 4)):
-        assert len(factored(delta, Wanted(energy=share), Kept()).down) == rank
-    assert len(factored(delta, Wanted(rank=1, energy=0.99), Kept()).down) == 1
+        assert len(factored(delta, Reduction(energy=share), Kept()).down) == rank
+    assert len(factored(delta, Reduction(rank=1, energy=0.99), Kept()).down) == 1
 
 
 @pytest.mark.parametrize("make", [with_alpha, loha, dora])
@@ -176,10 +176,10 @@ def test_a_resize_to_the_full_rank_changes_nothing(tmp_path: Path, make) -> None
     model = tiny.model("sd15")
     found = opened(model, tmp_path, make, in_unet)
     shapes = {("unet", name): torch.zeros(()).expand(p.shape) for name, p in model.unet.named_parameters()}
-    same, kept = resized(found, shapes, Wanted(rank=4096))
+    same, kept = resized(found, shapes, Reduction(rank=4096))
     assert close(deltas(same, model), deltas(found, model), 1e-4)
     assert kept.share == 1
-    _, kept = resized(found, shapes, Wanted(rank=2))
+    _, kept = resized(found, shapes, Reduction(rank=2))
     assert kept.largest == 2
     assert 0.3 < kept.share < 1
 
@@ -193,7 +193,7 @@ def test_the_difference_of_two_models(tmp_path: Path) -> None:
             weight = tuned.modules()[component].get_parameter(name)
             weight.data += change.delta(weight.detach())
     tuned.unet.conv_in.bias.data += 1
-    changes, kept, left_out = extracted(base, tuned, Wanted(rank=4), lambda done, total: None)
+    changes, kept, left_out = extracted(base, tuned, Reduction(rank=4), lambda done, total: None)
     assert left_out == 1
     assert kept.share > 0.99999
     again = Adapter("d", Path("d"), "LoRA", "kohya", changes)
@@ -204,6 +204,6 @@ def test_the_difference_of_two_models(tmp_path: Path) -> None:
 def test_models_that_have_no_difference_for_an_adapter() -> None:
     base = tiny.model("sd15")
     with pytest.raises(LdmError, match="the same weights"):
-        extracted(base, tiny.model("sd15"), Wanted(rank=4), lambda done, total: None)
+        extracted(base, tiny.model("sd15"), Reduction(rank=4), lambda done, total: None)
     with pytest.raises(LdmError, match=r"differ in shape, first at .*; name two models of one family"):
-        extracted(base, tiny.model("sd2"), Wanted(rank=4), lambda done, total: None)
+        extracted(base, tiny.model("sd2"), Reduction(rank=4), lambda done, total: None)
