@@ -162,7 +162,8 @@ class ImageAttachment:
         shown, negative = (one.to(run.device, run.dtype).expand(batch, -1, -1) for one in self.tokens)
         inputs = {value.tokens: (shown, negative)}
         for level, region in enumerate(self._regions(run)):
-            weights = (weight * region).to(run.device, run.dtype).expand(batch, -1, -1)
+            # of its own memory, into which recorded steps copy
+            weights = (weight * region).to(run.device, run.dtype).expand(batch, -1, -1).contiguous()
             inputs[value.weights(level)] = (weights, weights)
         return Attached("image_prompts", value, inputs)
 

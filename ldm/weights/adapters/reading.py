@@ -333,7 +333,7 @@ def _check_unknown(file: Path, found: Matched, partial: bool) -> None:
     if found.unknown and not partial:
         raise LdmError(
             f"{file}: {len(found.unknown)} tensors match nothing in the model: {listing(found.unknown)}; "
-            "use the others alone with partial=True"
+            "use the others alone (partial=True, partial_adapters=True, --partial-adapters)"
         )
     if found.unknown:
         log.warning(
