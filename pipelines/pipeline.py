@@ -7,7 +7,7 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,9 +95,8 @@ class Pipeline:
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
             **options: `lora_dir`, a folder in which prompts and calls find adapters by name; `partial_adapters`, to use
                 what fits of one that does not fit as a whole; `ip_adapter`, files of IP-Adapters, one or a list, and
-                `image_encoder`, a folder or Hub name; `control_models`, ControlNets and T2I-Adapters, one, a list or a
-                dictionary with names (see `pipelines.control`); further arguments of
-                `LatentDiffusion.from_pretrained`; and diffusers' names of all, such as `torch_dtype`.
+                `image_encoder`, a folder or Hub name; `control_models`, ControlNets and T2I-Adapters, one, a list or by
+                names; more of `LatentDiffusion.from_pretrained`; diffusers' names of all, such as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
@@ -120,15 +119,15 @@ class Pipeline:
             _share(self.model, self.refiner)
         self._learn(learned, pickle := found.get("allow_pickle", False))
         self.adapters = Adapters(self.model, folder, partial, pickle, adapters)
-        with cpu_by_default():
-            self._load_beside(source, tuning, pickle, **beside)
+        self._load_beside(source, tuning, pickle, **beside)
 
     def _load_beside(
         self, source: Any, tuning: Tuning, pickle: bool, ip_adapter: Any, image_encoder: Any, control_models: Any
     ) -> None:
         """Load the networks that steer the model's U-Net."""
-        self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
-        self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
+        with cpu_by_default():
+            self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
+            self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
@@ -246,7 +245,7 @@ class Pipeline:
     def _made(
         self, request: Request, output: str, on_step: OnStep | None, batches: Iterable[range]
     ) -> Iterator[Result]:
-        self._note_unknown(request.prompts)
+        note_unknown(request.prompts, self.words)
         note_foreign(request)
         attachments: list[Attachment] = [
             *self.image_prompts.attachments(request),
@@ -309,15 +308,15 @@ class Pipeline:
                 result.images = [pasted(made, request.image, request.mask) for made in result.images]
         return result
 
-    def _note_unknown(self, prompts: Sequence[str]) -> None:
-        """Log the words of each prompt that are not in the model's own list of known words, if it has one."""
-        known = self.words
-        if known is None:
-            return
-        for prompt in dict.fromkeys(prompts):
-            unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
-            if unknown:
-                log.warning("words that this model never saw in training: %s", listing(unknown))
+
+def note_unknown(prompts: Sequence[str], known: Collection[str] | None) -> None:
+    """Log the words of each prompt that are not in the model's own list of known words, if it has one."""
+    if known is None:
+        return
+    for prompt in dict.fromkeys(prompts):
+        unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
+        if unknown:
+            log.warning("words that this model never saw in training: %s", listing(unknown))
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
