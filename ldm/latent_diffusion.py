@@ -5,6 +5,7 @@ B prompts, M tokens, T text channels, P channels of the pooled text
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import threading
@@ -79,6 +80,12 @@ class LatentDiffusion(Components):
         with _INITIALISING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return cls.of(build(family_named(family) if isinstance(family, str) else family))
+
+    def with_networks(self, networks: Mapping[str, nn.Module]) -> Self:
+        """A copy of the model with other networks of these names; all else is shared."""
+        other = copy.copy(self)
+        other.networks = {**self.networks, **networks}
+        return other
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -44,13 +44,15 @@ def batch_ranges(request: Request, most: int, encoders: TextEncoders) -> Iterato
 
 
 def alike(request: Request, encoders: TextEncoders) -> int:
-    """The number of a request's first images that can share a batch: their prompts have equally many chunks.
+    """The number of a request's first images that can share a batch: with the same adapters, at the same weights, and
+    with equally many chunks of their prompts.
 
     In a batch with a longer prompt, a prompt would be padded with empty chunks, which changes its image.
     """
-    if len(request.prompts) == 1 or not request.chunks:
-        return len(request.prompts)
-    both = request.texts(len(encoders.configs))
+    same = next((row for row, mix in enumerate(request.mixes) if mix != request.mixes[0]), len(request.prompts))
+    if same == 1 or not request.chunks:
+        return same
+    both = request.part(slice(same)).texts(len(encoders.configs))
     counts = [count_chunks(encoders, texts, request.reader) for texts in both if texts[0]]
     first, *others = zip(*counts, strict=True)
     return 1 + len(list(takewhile(lambda row: max(row) == max(first), others)))

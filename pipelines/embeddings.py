@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from ldm.models.textual_inversion import WordTokenizer, plain, with_words
 from ldm.weights.embeddings import TextualInversion, embedding_files, fitted, open_embedding
 from pipelines.request import Request
 from pipelines.settings import LOADING, find
-from pipelines.tuning import room_of
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +65,7 @@ def with_embeddings(model: LatentDiffusion, found: Sequence[TextualInversion]) -
     if not found:
         return model
     encoders = with_words(model.text_encoders, [fitted(one, model.text_encoders.configs) for one in found])
-    other = copy.copy(model)
-    other.networks = {**model.networks, "text_encoders": encoders}
-    room = room_of(other)
-    if room is not None:
-        room.guests.add(encoders)
-    return other
+    return model.with_networks({"text_encoders": encoders})
 
 
 def used(found: Sequence[TextualInversion], model: LatentDiffusion, request: Request, row: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +27,9 @@ from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
+from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
+from pipelines.control import check_control, controls_of, load_control_models
 from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
@@ -70,30 +72,31 @@ class Pipeline:
         compile: bool = False,
         quantize: str | None = None,
         offload: str = "auto",
+        adapters: Any = (),
         embeddings: Any = None,
         **options: Any,
     ) -> None:
         """Load a model, or use one that is loaded.
 
         Args:
-            source: a folder, file, Hub name, `LatentDiffusion`, or the name of a built-in model; by default "emoji".
+            source: a folder, file, Hub name, `LatentDiffusion` (which stays as it is), or the name of a built-in model.
             refiner: a model of the family sdxl-refiner, or emoji-refiner, named in the same ways.
             device: "cuda", "mps", "cpu"; by default the best there is.
             dtype: by default what the device is good at (`default_dtype`).
             attention: a name of `ldm.runtime.attention.KERNELS`; "auto" is the best for device and dtype.
             quick: fused layers in place of plain ones, on a CPU or a CUDA GPU, with the same weights; results differ by
                 rounding. On a CPU, weights must then not be changed through `.data`, which fused layers cannot notice,
-                and the process keeps freed memory. On a GPU, the steps of the U-Net are recorded as CUDA graphs. A
-                model that is loaded already stays as it is.
+                and the process keeps freed memory. On a GPU, steps are recorded as CUDA graphs.
             compile: networks compiled by `torch.compile` in place of fused layers; on a GPU, steps are recorded too.
-                Compiling takes a minute or two for each new size of image, less in the next process. On a CPU, fused
-                layers are faster.
-            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights; images differ a
-                little. A model that is loaded already is refused.
+                It takes minutes for each new size of image, less in the next process.
+            quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights.
             offload: a name of `ldm.runtime.offload.OFFLOAD`, for models that are larger than a GPU's memory.
+            adapters: LoRA files and the like, with their weights, for calls that name none; see `stream`.
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
-            **options: `ip_adapter`, files of IP-Adapters, one or a list, and `image_encoder`, a folder or Hub name;
-                further arguments of `LatentDiffusion.from_pretrained`; diffusers' names of all, such as `torch_dtype`.
+            **options: `lora_dir`, a folder in which prompts and calls find adapters by name; `partial_adapters`, to use
+                what fits of one that does not fit as a whole; `ip_adapter`, files of IP-Adapters, one or a list, and
+                `image_encoder`, a folder or Hub name; `control_models`, ControlNets and T2I-Adapters, one, a list or by
+                names; more of `LatentDiffusion.from_pretrained`; diffusers' names of all, such as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
@@ -102,7 +105,8 @@ class Pipeline:
         found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
         source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
-        images = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder")}
+        folder, partial = found.pop("lora_dir", None), found.pop("partial_adapters", False)
+        beside = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder", "control_models")}
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
@@ -113,8 +117,17 @@ class Pipeline:
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
-        self._learn(learned, found.get("allow_pickle", False))
-        self.image_prompts = ImagePrompts(self.model, **images, source=source, pickle=found.get("allow_pickle", False))
+        self._learn(learned, pickle := found.get("allow_pickle", False))
+        self.adapters = Adapters(self.model, folder, partial, pickle, adapters)
+        self._load_beside(source, tuning, pickle, **beside)
+
+    def _load_beside(
+        self, source: Any, tuning: Tuning, pickle: bool, ip_adapter: Any, image_encoder: Any, control_models: Any
+    ) -> None:
+        """Load the networks that steer the model's U-Net."""
+        with cpu_by_default():
+            self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
+            self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
@@ -152,7 +165,9 @@ class Pipeline:
             **settings: the rows of `pipelines.settings.SETTINGS`, by name or by diffusers' names. `guidance` is a
                 number or a `Guidance`, `image` and `mask` are PIL images or files, `scheduler` may be an object with
                 diffusers' interface, and settings of each prompt or image may be lists. A torch generator is new and
-                stands for its seed; numbers are then drawn from it, so that it is not taken twice.
+                stands for its seed; numbers are then drawn from it, so that it is not taken twice. `adapters` are names
+                or files with their weights, {"style.safetensors": 0.8, "name": {"unet": 1, "text": 0.5}}, or a list
+                with such a dictionary for each prompt.
 
         Raises:
             LdmError: a setting is not known, out of bounds or does not fit the model.
@@ -174,13 +189,14 @@ class Pipeline:
         """
         family, refiner = self.model.family, self.refiner.family if self.refiner else None
         with cpu_by_default():
-            request = request_for(prompt, settings, family, refiner is not None)
+            request = request_for(prompt, settings, family, refiner is not None, self.adapters.mixes)
             check_request(request, family)
             check_task = TASKS[request.task].check
             if check_task is not None:
                 check_task(request, family)
             check_passes(request, family, refiner)
             self.image_prompts.check(request)
+            check_control(request, family, self.control_models)
             note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
         return request
 
@@ -229,9 +245,12 @@ class Pipeline:
     def _made(
         self, request: Request, output: str, on_step: OnStep | None, batches: Iterable[range]
     ) -> Iterator[Result]:
-        self._note_unknown(request.prompts)
+        note_unknown(request.prompts, self.words)
         note_foreign(request)
-        attachments = self.image_prompts.attachments(request)
+        attachments: list[Attachment] = [
+            *self.image_prompts.attachments(request),
+            *controls_of(request, self.control_models),
+        ]
         fits = len(request.prompts)
         for rows in batches:
             done = rows.start
@@ -239,7 +258,8 @@ class Pipeline:
                 part, result = request.part(slice(done, min(done + fits, rows.stop))), None
                 try:
                     with reported() if self.compiled else nullcontext(), self.model.alone(), cpu_by_default():
-                        result = self._batch(part, output, on_step, attachments)
+                        model = self.adapters.merged(part.mixes[0])
+                        result = self._batch(model, part, output, on_step, attachments)
                 except TooManyError:
                     if request.batch or len(part.prompts) == 1:
                         raise
@@ -253,10 +273,15 @@ class Pipeline:
 
     @torch.inference_mode()
     def _batch(
-        self, request: Request, output: str, on_step: OnStep | None, attachments: Sequence[Attachment]
+        self,
+        model: LatentDiffusion,
+        request: Request,
+        output: str,
+        on_step: OnStep | None,
+        attachments: Sequence[Attachment],
     ) -> Result:
         noise = Noise(request.seeds, request.rng)
-        run = SamplingRun(self.model, request, noise, on_step, attachments=attachments)
+        run = SamplingRun(model, request, noise, on_step, attachments=attachments)
         latents = TASKS[request.task].latents(run)
         if request.hires:
             latents = enlarged(run, latents)
@@ -278,20 +303,20 @@ class Pipeline:
             settings = [record | used(self.embeddings, self.model, request, row) for row, record in enumerate(settings)]
         result = Result(latents=list(latents), settings=settings, reports=reports)
         if output == "images":
-            result.images = to_images(decode(self.model, latents))
+            result.images = to_images(decode(model, latents))
             if request.mask is not None and request.image is not None and not request.hires:
                 result.images = [pasted(made, request.image, request.mask) for made in result.images]
         return result
 
-    def _note_unknown(self, prompts: Sequence[str]) -> None:
-        """Log the words of each prompt that are not in the model's own list of known words, if it has one."""
-        known = self.words
-        if known is None:
-            return
-        for prompt in dict.fromkeys(prompts):
-            unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
-            if unknown:
-                log.warning("words that this model never saw in training: %s", listing(unknown))
+
+def note_unknown(prompts: Sequence[str], known: Collection[str] | None) -> None:
+    """Log the words of each prompt that are not in the model's own list of known words, if it has one."""
+    if known is None:
+        return
+    for prompt in dict.fromkeys(prompts):
+        unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
+        if unknown:
+            log.warning("words that this model never saw in training: %s", listing(unknown))
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,14 @@ from PIL import Image
 
 import pipelines.settings as settings
 from ldm.errors import LdmError, listing
-from ldm.families import Family
+from ldm.families import Family, FewStep
 from ldm.images import ANIMATED, TRANSPARENT, WHITE, flattened, load_noted
 from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
+from pipelines.control_images import control_images
+from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Request:
     prompts_2: tuple[str, ...] | None = None  # for the second text encoder, if they differ
     negative_2: tuple[str | None, ...] | None = None
     seeds: tuple[int, ...] = ()  # one for each image
+    mixes: tuple[Mix, ...] = ()  # one for each image: the adapters
     values: Mapping[str, Any] = field(default_factory=dict)  # all other settings, by name
     guidance: Guidance = field(default_factory=Guidance)
     image: Image.Image | None = None  # to start from
@@ -73,7 +76,7 @@ class Request:
 
     def part(self, rows: slice) -> Request:
         """The same request for some of its images."""
-        names = ("prompts", "negative", "prompts_2", "negative_2", "seeds")
+        names = ("prompts", "negative", "prompts_2", "negative_2", "seeds", "mixes")
         return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
     def plan(self, schedule: NoiseSchedule, xl: bool) -> SamplingPlan:
@@ -87,23 +90,31 @@ class Request:
 # --- from settings to a request ---------------------------------------------------------------------------------------
 
 
-def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool) -> Request:
-    """The request for a prompt or several, with the given settings.
+Mixed = Callable[[Sequence[str], Any, bool], tuple[list[str], list[Mix]]]
+
+
+def request_for(
+    prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool, mixed: Mixed
+) -> Request:
+    """The request for a prompt or several, with the given settings; `mixed` is `pipelines.adapters.Adapters.mixes`.
 
     Raises:
         LdmError: a setting is not known, or its value not allowed.
     """
     values = settings.checked({**given, "prompt": prompt}, "python")
+    controls = control_images(values.pop("control", None))
     image = _image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
-    rows = settings.SETTINGS
-    filled = {row.name: row.usual for row in rows}
-    filled |= defaults(family, image, mask is not None, given=values) | values
-    filled["image_prompt"] = settings.image_prompts(values)
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
         raise LdmError("no prompt: at least one text is needed")
+    prompts, mixes = mixed(prompts, values.get("adapters"), values.get("weights", True))
+    rows = settings.SETTINGS
+    filled = {row.name: row.usual for row in rows}
+    like = image or (controls[0].given if controls else None)
+    filled |= defaults(family, like, mask is not None, values, few_step(mixes)) | values
+    filled |= {"image_prompt": settings.image_prompts(values), "control": controls}
     count, n = len(prompts), filled["n"]
     _note_stretch(image, filled["width"], filled["height"])
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
@@ -114,6 +125,7 @@ def request_for(prompt: str | Sequence[str], given: Mapping[str, Any], family: F
         prompts_2=given_texts.get("prompt_2"),
         negative_2=given_texts.get("negative_2"),
         seeds=seeds(values.get("seed"), count * n),
+        mixes=tuple(mix for mix in mixes for _ in range(n)),
         values={name: value for name, value in filled.items() if name not in OWN},
         guidance=(EmbeddedGuidance if family.unet.guidance_dim else Guidance)(**guidance["guidance"]),
         image=image,
@@ -143,6 +155,7 @@ def note_idle(given: Set[str], request: Request, family: Family) -> None:
     xl = ("original_size", "crop", "target_size", "negative_original_size", "negative_crop", "negative_target_size")
     needs = {
         "an image": (request.image is not None, ("strength",)),
+        "a condition image": (bool(request.control), CONTROLLING),
         "hires": (bool(request.hires), ("hires_strength", "hires_latents")),
         "a refiner": (request.refined, ("refiner_strength",)),
         "a guidance scale above 1": (guided, ("negative", "negative_2")),
@@ -182,12 +195,19 @@ def _mask(given: Any) -> Image.Image:
     return mask
 
 
+CONTROLLING = ("control_scale", "control_fall", "control_begin", "control_end", "guess")
 TEXTS = ("negative", "prompt_2", "negative_2")
-OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size"}  # settings that a request has in another form
+OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 
 
-def defaults(family: Family, image: Image.Image | None, masked: bool, given: Collection[str]) -> dict[str, Any]:
-    """The defaults that depend on the model, on the given image and mask, and on which settings are given."""
+def defaults(
+    family: Family, image: Image.Image | None, masked: bool, given: Collection[str], few: FewStep | None
+) -> dict[str, Any]:
+    """The defaults that depend on the model, on the given image and mask, and on which settings are given.
+
+    `few` is what an adapter of all prompts was made for.
+    """
+    few = few or family.few_step
     width, height = (family.size, family.size) if image is None else fitted(image, family.autoencoder.factor)
     usual = {
         "width": width,
@@ -196,7 +216,7 @@ def defaults(family: Family, image: Image.Image | None, masked: bool, given: Col
         "guidance": family.guidance,
         "strength": 1.0 if masked else 0.8,
     }
-    return usual | (family.few_step.settings(given) if family.few_step else {})
+    return usual | (few.settings(given) if few else {})
 
 
 def task_of(family: Family, image: Image.Image | None, mask: Image.Image | None) -> str:
@@ -310,10 +330,12 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
     if not isinstance(scheduler, str):  # None, or an object of the user's own
         scheduler = own_name(family.schedule) if scheduler is None else f"{type(scheduler).__name__} object"
     common = {**request.values, **settings.expanded({"guidance": request.guidance}), "scheduler": scheduler}
+    common["control"] = [one.record for one in request.control]
     rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
     found = []
     for index, prompt in enumerate(request.prompts):
-        own = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index]}
+        own: dict[str, Any] = {"prompt": prompt, "negative": request.negative[index], "seed": request.seeds[index]}
+        own |= {"adapters": recorded(request.mixes[index])} if request.mixes else {}
         own |= {"prompt_2": request.prompts_2[index]} if request.prompts_2 else {}
         own |= {"negative_2": request.negative_2[index]} if request.negative_2 else {}
         values = {**common, **own}

@@ -50,8 +50,8 @@ class Attached:
     inputs: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # for prompts, for negatives: (B, …) each
 
 
-class Attachment(Protocol):
-    """What steers a run beside its prompt, such as a control image, in a part of the run's steps."""
+class InPart(Protocol):
+    """What acts in a part of a run's steps."""
 
     @property
     def begin(self) -> float:
@@ -60,15 +60,19 @@ class Attachment(Protocol):
 
     @property
     def end(self) -> float:
-        """The part at which it ends."""
+        """The part of the steps at which it stops to act."""
         ...
+
+
+class Attachment(InPart, Protocol):
+    """What steers a run beside its prompt, such as a control image, in a part of the run's steps."""
 
     def prepare(self, run: SamplingRun) -> Attached:
         """The patch and the inputs for a run; called once a run."""
         ...
 
 
-def acting(attachments: Sequence[Attachment], index: int, count: int) -> tuple[int, ...]:
+def acting(attachments: Sequence[InPart], index: int, count: int) -> tuple[int, ...]:
     """Which attachments act in a step of `count`, as diffusers counts: those whose part holds all of the step."""
     return tuple(
         number

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 from pathlib import Path
+from typing import Any
 
 # before PyTorch is imported, and for the processes that tests start, too
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to others
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: as many threads as there are cores, in all
     THREADS = max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(THREADS)
 
 import pytest
 import tiny
@@ -19,9 +22,49 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
+LONG = [  # the files that take longest: begun first, so that several test processes end together
+    "test_pipelines", "test_train", "test_selftest", "test_scale", "test_autoencoder_stage", "test_saving",
+    "test_eval_command", "test_training_evaluation", "test_text_stage", "test_training", "test_compilation",
+    "test_generate",
+]  # fmt: skip
+
 logging.getLogger("xformers").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # which begins with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What PyTorch compiles is compiled here: what others left in its folder may be for another processor."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
+FORECASTS: dict[tuple[str, int], list[Any]] = {}
+
+
+@pytest.fixture(autouse=True)
+def forecasts_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the same configuration share a forecast, which takes them as long as a few steps."""
+    run = sys.modules.get("ldm.training.run")
+    if run is None:
+        return
+    forecast = run.forecast
+
+    def kept(config: Any, processes: int = 1) -> list[Any]:
+        key = config.model_dump_json(exclude={"output": True, "seed": True, "data": {"source"}}), processes
+        if key not in FORECASTS:
+            FORECASTS[key] = forecast(config, processes)
+        return FORECASTS[key]
+
+    monkeypatch.setattr(run, "forecast", kept)
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.evaluation.metrics.comparison import Comparison
-from ldm.evaluation.metrics.distances import frechet_distance
-from ldm.evaluation.metrics.intervals import Estimate
-from ldm.evaluation.metrics.moments import Moments
+from ldm.evaluation.metrics.comparison import (
+    Comparison,
+    compare,
+    compare_coverage,
+    compare_recall,
+    density_parts,
+    frechet_parts,
+    inception_parts,
+    mmd_parts,
+    precision_parts,
+)
+from ldm.evaluation.metrics.distances import frechet_distance, polynomial
+from ldm.evaluation.metrics.intervals import (
+    Estimate,
+    coverage_interval,
+    density_interval,
+    precision_interval,
+    recall_interval,
+)
+from ldm.evaluation.metrics.moments import Moments, measure
+
+NEIGHBOURS = {
+    "precision": precision_interval, "recall": recall_interval,
+    "density": density_interval, "coverage": coverage_interval,
+}  # fmt: skip
+
+
+def comparisons(k: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Comparison]]:
+    """Comparisons of two models with a reference, by metric; neighbourhoods reach as far as the k-th neighbour."""
+    return {
+        "FD": lambda a, b, r: compare(*frechet_parts(a, b, measure(r))),
+        "KID": lambda a, b, r: compare(*mmd_parts(polynomial, a, b, r)),
+        "Inception score": lambda a, b, r: compare(*inception_parts(a, b)),
+        "precision": lambda a, b, r: compare(*precision_parts(a, b, r, k)),
+        "density": lambda a, b, r: compare(*density_parts(a, b, r, k)),
+        "recall": lambda a, b, r: compare_recall(a, b, r, k),
+        "coverage": lambda a, b, r: compare_coverage(a, b, r, k),
+    }
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def _fresh_accelerator() -> Iterator[None]:
 def config(shapes: Path, output: Path, *overrides: str) -> Config:
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(TINY))
-    return load(path, [f"data.source={shapes}", f"output={output}", *overrides])
+    usual = {"data.source": shapes, "output": output}
+    given = {override.partition("=")[0] for override in overrides}
+    return load(path, [*(f"{key}={value}" for key, value in usual.items() if key not in given), *overrides])
 
 
 def lines(output: Path, stage: str = "base") -> list[dict[str, Any]]:

@@ -11,43 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from gaussians import Gaussian, coverage, detections, pair
+from gaussians import NEIGHBOURS, Gaussian, comparisons, coverage, detections, pair
 
-from ldm.evaluation.metrics.comparison import (
-    Comparison,
-    compare,
-    compare_coverage,
-    compare_recall,
-    density_parts,
-    frechet_parts,
-    inception_parts,
-    mmd_parts,
-    precision_parts,
-)
 from ldm.evaluation.metrics.distances import information, kid, manifold, polynomial
-from ldm.evaluation.metrics.intervals import (
-    coverage_interval,
-    density_interval,
-    frechet_interval,
-    inception_interval,
-    mmd_interval,
-    precision_interval,
-    recall_interval,
-)
-from ldm.evaluation.metrics.moments import measure
+from ldm.evaluation.metrics.intervals import frechet_interval, inception_interval, mmd_interval
 
 Draw = torch.Generator
-NEIGHBOURS = {
-    "precision": precision_interval, "recall": recall_interval,
-    "density": density_interval, "coverage": coverage_interval,
-}  # fmt: skip
 FRECHET = [  # feature dimensions, model's images, reference images (0: known), decay, shift, change
     (8, 200, 200, 0.0, 0.3, 0.2), (8, 400, 400, 0.0, 0.2, 0.1), (16, 200, 200, 1.0, 0.3, 0.2),
     (16, 500, 500, 1.0, 0.3, 0.3), (16, 500, 0, 1.0, 0.3, 0.2), (16, 80, 80, 1.0, 0.5, 0.3),
@@ -93,18 +67,9 @@ def intervals(trials: int) -> None:
 
 def tests(trials: int) -> None:
     """Measure how often the tests find a difference between equal models, and between slightly different ones."""
-    comparisons: dict[str, Callable[[Tensor, Tensor, Tensor], Comparison]] = {
-        "FD": lambda a, b, r: compare(*frechet_parts(a, b, measure(r))),
-        "KID": lambda a, b, r: compare(*mmd_parts(polynomial, a, b, r)),
-        "Inception score": lambda a, b, r: compare(*inception_parts(a, b)),
-        "precision": lambda a, b, r: compare(*precision_parts(a, b, r, 5)),
-        "density": lambda a, b, r: compare(*density_parts(a, b, r, 5)),
-        "recall": lambda a, b, r: compare_recall(a, b, r, 5),
-        "coverage": lambda a, b, r: compare_coverage(a, b, r, 5),
-    }
     first, reference, _ = pair(8, 0.5, 0.1, 0.1)
     worse = Gaussian(first.mean * 3, first.factor * 0.85)
-    for name, test in comparisons.items():
+    for name, test in comparisons(k=5).items():
         for what, second, wanted in (("equal", first, "≤ 5 %"), ("worse", worse, "often")):
             share = detections(
                 lambda g: test(first.draw(200, g), second.draw(200, g), reference.draw(200, g)),  # noqa: B023

@@ -32,6 +32,7 @@ from ldm.training.config import Config
 from ldm.training.loop import Stopped
 from ldm.training.run import train
 from ldm.training.selftest import Ground, draw_images
+from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.stage import Cached
 from ldm.training.stages.table import KINDS
 
@@ -95,7 +96,7 @@ def kinds() -> Iterator[Kind]:
     """All kinds of runs: every stage, with and without loader processes, and with caches if the stage uses them."""
     for kind in KINDS:
         stage = kind.name
-        for cached in (False, True) if kind.cached(kind.section()) != Cached() else (False,):
+        for cached in (False, True) if kind.cached(SECTIONS[stage]()) != Cached() else (False,):
             for workers in (0, 2):
                 changes = {
                     "stages": [stage], "data__cache": cached, "data__workers": workers, "data__holdout": 8,

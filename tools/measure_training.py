@@ -39,7 +39,8 @@ from ldm.training.forecast import peak_tflops
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.loop import Training
 from ldm.training.sections import EmaSection
-from ldm.training.stages.denoiser import DenoiserSection, DenoiserStage
+from ldm.training.stages.denoiser import DenoiserStage
+from ldm.training.stages.sections import DenoiserSection
 from ldm.weights.configs import write_unet
 
 

@@ -11,6 +11,7 @@ from ldm.bench.measuring import Seconds, peak, reset_peak, timed
 from ldm.bench.options import BenchOptions, Call
 from ldm.bench.sides import make_side
 from ldm.errors import LdmError, first_line
+from ldm.runtime.quiet import quiet
 
 
 class SideProcess:
@@ -55,6 +56,7 @@ class SideProcess:
 
 def _serve(pipe: Any, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
     """Make images for each request on the pipe, until the pipe is closed."""
+    quiet()
     try:
         side = make_side(name, options, call, device, dtype)
         reset_peak(device)

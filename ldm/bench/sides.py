@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +71,6 @@ def ours(model: LatentDiffusion, call: Call, **settings: Any) -> Side:
 
 def theirs(model: LatentDiffusion, call: Call, dtype: torch.dtype, name: str = "diffusers") -> Side:
     """A side that runs diffusers' pipeline, sharing the weights if dtype and layout allow; `name` is in `RIVALS`."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # diffusers imports xformers, which warns about missing parts
     import diffusers
     from transformers import CLIPTokenizer
 

@@ -26,6 +26,7 @@ from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import build
+from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
 from pipelines.pipeline import named
@@ -87,7 +88,8 @@ class Group:
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
-BESIDE = ("embeddings", "ip_adapter", "image_encoder", "allow_pickle")  # those that open what is beside a model
+# those that open what is beside a model
+BESIDE = ("lora_dir", "partial_adapters", "embeddings", "ip_adapter", "image_encoder", "allow_pickle")
 READING = ("family", "variant", "components", "allow_pickle")  # settings of loading that open a model
 
 
@@ -166,6 +168,7 @@ def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
         "source": _absolute(source),
         "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
         "components": {name: _absolute(path) for name, path in loading.get("components", {}).items()} or None,
+        "control_models": [_absolute(one) for one in loading.get("control_models", ())] or None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
     }
@@ -285,7 +288,7 @@ def _targets(options: Options, jobs: list[Job]) -> dict[int, Path]:
         if not os.access(out, os.W_OK):
             raise LdmError(f"--out {out} cannot be written to")
     if options.prompts_file:
-        recorded = (*at("record", LOADING), "embeddings", "ip_adapter", "image_encoder")
+        recorded = (*at("record", LOADING), "embeddings", "ip_adapter", "image_encoder", "lora_dir")
         common = options.common | {name: value for name, value in options.loading.items() if name in recorded}
         common.pop("batch", None)
         return {job.index: out / job.name(common) for job in jobs}
@@ -313,10 +316,12 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     reading = {name: loading[name] for name in READING if name in loading}
     opened = open_source(named(loading.get("source")), **reading, verify=False)
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
+    controls = [open_control_model(one, opened.family, verify=False) for one in loading.get("control_models", ())]
     with torch.device("meta"):
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)),
             refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            control_models=[one.network for one in controls],
             **{name: loading[name] for name in BESIDE if name in loading},
         )
     group, *_ = checked_groups(pipeline, options.common, jobs)

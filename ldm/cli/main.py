@@ -19,6 +19,7 @@ import typer
 import ldm
 from ldm.cli.options import with_options
 from ldm.errors import LdmError
+from ldm.runtime.quiet import quiet
 from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
@@ -106,6 +107,101 @@ def convert(
     convert_model(source, dest, dtype, as_variant, shard_size, force, options)
 
 
+adapter = typer.Typer(
+    help="LoRA and other adapters: what a file is, into a model, out of two models, smaller, with other names.",
+    no_args_is_help=True,
+)
+app.add_typer(adapter, name="adapter")
+AdapterFile = Annotated[str, typer.Argument(help="An adapter's file, or a folder by peft or diffusers.")]
+Rank = Annotated[int | None, typer.Option(help="The largest rank.")]
+Energy = Annotated[float | None, typer.Option(help="Share of the sum of squares to keep, such as 0.95.")]
+AdapterFormat = Annotated[str, typer.Option("--format", help="kohya, diffusers, or peft (a folder).")]
+AdapterModel = Annotated[
+    str | None,
+    typer.Option("--model", help="A model or family that the adapter fits, if its tensors do not tell."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+AdapterType = Annotated[str | None, typer.Option("--dtype", help="Type of the tensors: fp32, fp16 or bf16.")]
+
+
+@adapter.command("info")
+def adapter_info(
+    file: AdapterFile,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Describe an adapter: kind, base model, layers, rank, alpha, trigger words, training record."""
+    from ldm.cli.adapter import print_adapter
+
+    print_adapter(file, json, allow_pickle)
+
+
+@adapter.command("merge")
+def adapter_merge(
+    model: Source,
+    dest: Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")],
+    lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[:WEIGHT]", help="An adapter; once for each.")],
+    dtype: AdapterType = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write a model with adapters merged into its weights."""
+    from ldm.cli.adapter import merge
+
+    merge(model, dest, lora, dtype, force, allow_pickle)
+
+
+@adapter.command("extract")
+def adapter_extract(
+    base: Source,
+    tuned: Annotated[str, typer.Argument(help="A model trained from the first one.")],
+    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    format: AdapterFormat = "kohya",
+    dtype: AdapterType = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write the difference of two models as a LoRA, and say how much of it that keeps."""
+    from ldm.cli.adapter import extract
+
+    extract(base, tuned, dest, rank, energy, format, dtype, force, allow_pickle)
+
+
+@adapter.command("resize")
+def adapter_resize(
+    file: AdapterFile,
+    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    format: AdapterFormat = "kohya",
+    model: AdapterModel = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write an adapter at a smaller rank, and say how much of it that keeps."""
+    from ldm.cli.adapter import resize
+
+    resize(file, dest, rank, energy, format, model, force, allow_pickle)
+
+
+@adapter.command("convert")
+def adapter_convert(
+    file: AdapterFile,
+    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    format: AdapterFormat,
+    model: AdapterModel = None,
+    dtype: AdapterType = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write an adapter with the names of another format."""
+    from ldm.cli.adapter import convert
+
+    convert(file, dest, format, model, dtype, force, allow_pickle)
+
+
 def _of_generate_itself(
     *,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One prompt or several.")] = None,
@@ -158,6 +254,9 @@ def repro(
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default that of the record.")] = None,
     component: Replace = None,
+    lora_dir: Annotated[
+        str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
+    ] = None,
     embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -165,7 +264,7 @@ def repro(
     from ldm.cli.repro import reproduce_image
 
     reproduce_image(
-        file, model, refiner, image, mask, out, device, dtype, component or (), embedding or (), allow_pickle
+        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle
     )  # fmt: skip
 
 
@@ -243,7 +342,7 @@ def plan(
 @app.command()
 def selftest(
     folder: Annotated[str, typer.Option(help="A new folder, which all processes can see.")] = "selftest",
-    precision: Annotated[str, typer.Option(help="Precision of the computation: no, fp16 or bf16.")] = "no",
+    precision: Annotated[str, typer.Option(help="Precision of the computation: auto, no, fp16 or bf16.")] = "no",
 ) -> None:
     """Check in two minutes that training works on this machine: accelerate launch -m ldm selftest.
 
@@ -337,16 +436,18 @@ def evaluate(
 
     The report is OUT/report.html and OUT/report.json. On several GPUs: accelerate launch -m ldm eval ...
     """
-    from ldm.cli.evaluate import EvaluateOptions, evaluate_sources
+    from ldm.cli.evaluate_options import EvaluateOptions, check_options
 
-    evaluate_sources(
-        EvaluateOptions(
-            sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
-            clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
-            settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
-            cache=cache, device=device, as_json=json,
-        )
+    options = EvaluateOptions(
+        sources=sources, data=data, metrics=metrics, n=n, prompts=prompts, training=training, features=features,
+        clip=clip, copies=copies, lpips=lpips, sweeps=sweep or (),
+        settings={"both": both or (), "A": with_a or (), "B": with_b or ()}, seed=seed, batch=batch, out=out,
+        cache=cache, device=device, as_json=json,
     )  # fmt: skip
+    check_options(options)
+    from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
+
+    evaluate_sources(options)
 
 
 def main() -> None:
@@ -366,6 +467,7 @@ def main() -> None:
             again.daemon = True
             again.start()
 
+    quiet()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     sys.unraisablehook = unraisable

@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from ldm.training.config import load
-from ldm.training.forecast import Forecast, forecast
+from ldm.training.checks import check_bounds, check_paths
+from ldm.training.config import NUMBERS, load
+
+if TYPE_CHECKING:
+    from ldm.training.forecast import Forecast
 
 
 def print_forecast(config: str, overrides: Sequence[str], processes: int, measured: int, as_json: bool) -> None:
     """Print the forecast of each stage and, after `measured` real steps of the first one, the time it will take."""
     settings = load(config, overrides)
+    check_bounds(settings)
+    if measured:
+        check_paths(settings)
+    from ldm.training.forecast import forecast  # PyTorch, only now that there is something to forecast
+    from ldm.training.precision import resolved, run_device
+
+    device = run_device()
+    wanted, settings = settings.precision, resolved(settings, device)
     rows = forecast(settings, processes)
     found = None
     if measured:
@@ -23,7 +35,8 @@ def print_forecast(config: str, overrides: Sequence[str], processes: int, measur
 
         found = measure(settings, measured)
     if as_json:
-        print(json.dumps({"forecast": [asdict(row) | {"memory": row.memory} for row in rows],
+        print(json.dumps({"precision": settings.precision,
+                          "forecast": [asdict(row) | {"memory": row.memory} for row in rows],
                           "measured": found and asdict(found)}, indent=2))  # fmt: skip
         return
     for row in rows:
@@ -32,6 +45,7 @@ def print_forecast(config: str, overrides: Sequence[str], processes: int, measur
         for name, text in {
             "stage": f"{row.stage} at {row.size} pixels, {row.steps} steps",
             "batch": f"{row.batch}, {row.micro_batch} at a time on {processes} devices",
+            "precision": _precision(wanted, settings.precision, device.type),
             "parameters": f"{row.trained / 1e6:.1f} M trained, {row.frozen / 1e6:.1f} M frozen",
             "memory": f"{row.memory / 1e9:.1f} GB on each device, predicted: {_memory(row)}",
             "work": f"{row.flops_per_image / 1e12:.3g} TFLOP an image, {work:.3g} PFLOP in all",
@@ -47,6 +61,14 @@ def print_forecast(config: str, overrides: Sequence[str], processes: int, measur
             f"{100 * found.waiting:.0f} % waiting for data, {found.tflops:.3g} TFLOP/s{use}{peak}: "
             f"{found.hours:.3g} hours for all its steps"
         )
+
+
+def _precision(wanted: str, precision: str, device: str) -> str:
+    """The precision, and for `auto` why."""
+    if wanted != "auto":
+        return NUMBERS[precision]
+    other = "; for one that computes in bf16, add precision=bf16" if precision == "no" else ""
+    return f"{NUMBERS[precision]} on this machine's {device} (auto{other})"
 
 
 def _memory(row: Forecast) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.errors import LdmError, listing
 from ldm.sampling.scheduler_names import SAMPLERS, SPACINGS
+from pipelines.mixes import from_tags, to_hashes, to_tags
 from pipelines.settings import every_row, expanded
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ AUTOMATIC = {  # what the schedule type Automatic means, if not Uniform
     **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "karras"),
     **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "exponential"),
 }
+ADAPTERS = "Lora hashes"  # the key of adapters, whose names and weights are in the prompt
 EMBEDDINGS = "TI hashes"  # the key of textual inversion: names and the first 12 digits of the files' SHA-256
 ABOUT = {"Model", "Model hash", "Version", "User", EMBEDDINGS}  # keys that are no settings
 SPACING_NAMES = {"Simple": "trailing", "SGM Uniform": "trailing", "Normal": "linspace", **SPACINGS}
@@ -35,6 +37,8 @@ def to_parameters(record: Mapping[str, Any]) -> str:
     uniform = "Uniform" if found["scheduler"] in AUTOMATIC and found["spacing"] == "default" else None
     found["spacing"] = {ours: theirs for theirs, ours in SPACING_NAMES.items()}.get(found["spacing"], uniform)
     found["clip_skip"] = found["clip_skip"] + 1 if found["clip_skip"] else None
+    mix = found.get("adapters") or {}
+    found["adapters"] = to_hashes(mix) or None
     pairs: dict[str, Any] = {}
     for row in every_row():
         if row.a1111 and row.name != "negative" and found.get(row.name) is not None:
@@ -45,7 +49,7 @@ def to_parameters(record: Mapping[str, Any]) -> str:
         hashes = [f"{listed(one['name'])}: {one['sha256'][:12]}" for one in found["embeddings"]]
         pairs[EMBEDDINGS] = ", ".join(hashes)
     pairs["Version"] = found.get("version")
-    lines = [found["prompt"]]
+    lines = [found["prompt"] + to_tags(mix)]
     if found.get("negative"):
         lines.append(f"Negative prompt: {found['negative']}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
@@ -65,10 +69,6 @@ def from_parameters(text: str) -> dict[str, Any]:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
     if lines[at + 1 :]:
         log.warning("the image's text goes on after its settings, which ldm does not read: %.60s", lines[at + 1])
-    known = ABOUT | {row.a1111 for row in every_row()}
-    unknown = [name for name in pairs if name not in known]
-    if unknown:
-        log.warning("settings in the image's text that ldm does not read; it may differ: %s", listing(unknown, 8))
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
@@ -76,17 +76,24 @@ def from_parameters(text: str) -> dict[str, Any]:
         if line.startswith("Negative prompt:"):
             current, line = negative, line.removeprefix("Negative prompt:").strip()
         current.append(line)
-    texts = {row.name: pairs[row.a1111] for row in every_row() if row.a1111 in pairs}
+    hashes = pairs.get(ADAPTERS, "")
+    text, mix, unnamed = from_tags("\n".join(prompt), hashes)
+    known = ABOUT | {row.a1111 for row in every_row()} - ({ADAPTERS} if unnamed else set())
+    unknown = [name for name in pairs if name not in known]
+    if unknown:
+        log.warning("settings in the image's text that ldm does not read; it may differ: %s", listing(unknown, 8))
+    texts = {row.name: pairs[row.a1111] for row in every_row() if row.a1111 in pairs and row.a1111 != ADAPTERS}
     texts.pop("strength" if "hires" in texts else "hires_strength", None)  # both have the same key
     scheduler, spacing = _sampler(texts.pop("scheduler", ""), texts.pop("spacing", ""))
     settings: dict[str, Any] = {
-        "prompt": "\n".join(prompt), "negative": "\n".join(negative) or None, "scheduler": scheduler,
+        "prompt": text, "negative": "\n".join(negative) or None, "scheduler": scheduler,
         "spacing": spacing,
     }  # fmt: skip
     try:
         settings |= {row.name: row.kind.parse(texts[row.name]) for row in every_row() if row.name in texts}
     except ValueError as error:
         raise LdmError(f"the image's text is damaged: {error}") from None
+    settings |= {"adapters": mix} if mix else {}
     if "size" in settings:
         settings["width"], settings["height"] = settings.pop("size")
     if "clip_skip" in settings:

@@ -42,6 +42,7 @@ def reproduce_image(
     device: str | None,
     dtype: str | None,
     components: Sequence[str],
+    lora_dir: str | None,
     embeddings: Sequence[str],
     allow_pickle: bool,
 ) -> None:
@@ -54,7 +55,8 @@ def reproduce_image(
     settings = from_parameters(parameters) if record is None else settings_of(record)
     record = record or {}
     loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
-    loading |= {name: given for name, given in (("source", model), ("refiner", refiner), ("dtype", dtype)) if given}
+    others = (("source", model), ("refiner", refiner), ("dtype", dtype), ("lora_dir", lora_dir))
+    loading |= {name: given for name, given in others if given}
     if components:
         loading["components"] = {**loading.get("components", {}), **to_components(components)}
     loading["embeddings"] = tuple(embeddings) or tuple(_found("embedding", one) for one in _embeddings(record))

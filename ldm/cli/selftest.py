@@ -10,22 +10,24 @@ import time
 from pathlib import Path
 
 from ldm.errors import LdmError
-from ldm.training.selftest import selftest
+from ldm.training.config import PRECISIONS
 
 
 def check_training(folder: str, precision: str) -> None:
     """Run and print all checks; the trained networks are removed if all pass."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.ERROR, stream=sys.stderr)
     first, path, began = os.environ.get("RANK", "0") == "0", Path(folder), time.monotonic()
-    if precision not in ("no", "fp16", "bf16"):
-        raise LdmError(f"--precision {precision!r}: choose no, fp16 or bf16")
+    if precision not in PRECISIONS:
+        raise LdmError(f"--precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if first and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise LdmError(f"--folder {path} exists already; name one that does not")
+    from ldm.training.precision import precision_on, run_device  # PyTorch, only now
+    from ldm.training.selftest import selftest
 
     def say(check: str, problem: str | None) -> None:
         print(f"{'FAILED' if problem else 'ok':8}{check}{f': {problem}' if problem else ''}", flush=True)
 
-    well = selftest(path, precision, say)
+    well = selftest(path, precision_on(run_device(), precision), say)
     if first and well:
         shutil.rmtree(path, ignore_errors=True)
         print(f"all is well, after {time.monotonic() - began:.0f} s")

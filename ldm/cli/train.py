@@ -1,4 +1,7 @@
-"""`ldm train` and `train_ldm.py`: train the stages of a configuration, and show figures on stderr."""
+"""`ldm train` and `train_ldm.py`: train the stages of a configuration, and show figures on stderr.
+
+PyTorch is imported once the configuration and its paths are found right.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import describe, load
-from ldm.training.loop import Stopped
-from ldm.training.run import train
-from ldm.training.stages.table import kind_named
-from pipelines import Pipeline
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.latent_diffusion import LatentDiffusion
 
 
 def train_models(config: str, overrides: Sequence[str]) -> None:
@@ -27,6 +30,12 @@ def train_models(config: str, overrides: Sequence[str]) -> None:
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("ldm").setLevel(logging.INFO if first else logging.WARNING)
     settings = load(config, overrides)
+    check_bounds(settings)
+    check_paths(settings)
+    from ldm.training.loop import Stopped  # PyTorch, only now that there is something to train
+    from ldm.training.run import train
+    from ldm.training.stages.table import kind_named
+
     display = Display(Console(stderr=True))
     try:
         with display.bar:
@@ -78,6 +87,8 @@ def make_images(
     model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int], settings: Mapping[str, Any]
 ) -> list[Image.Image]:
     """An image of each prompt, all in one call; the settings are those of `Pipeline.request`."""
+    from pipelines import Pipeline
+
     width, height = size
     images = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
     return images.images

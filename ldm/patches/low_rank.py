@@ -118,6 +118,15 @@ class Decomposed:
         return moved * (exact(self.norms, weight.device) / norms) - base
 
 
+def add(change: Change, amount: float, weight: Tensor, total: Tensor) -> None:
+    """Add the change of a weight, times `amount`, to `total`, in place: float32, in the weight's shape."""
+    if isinstance(change, LowRank) and change.core is None and total.is_contiguous():  # in one pass over memory
+        up, down = (exact(part.flatten(1), total.device) for part in (change.up, change.down))
+        total.view(len(total), -1).addmm_(up, down, alpha=amount * change.scale)
+    else:
+        total.add_(change.delta(weight), alpha=amount)
+
+
 def exact(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor in float32 on a device."""
     return tensor.to(device, torch.float32)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import LdmError
 from ldm.models.attention import Kernel, attention_layers, math, sdpa
+from ldm.runtime.quiet import quiet
 
 
 def _only(backend: SDPBackend) -> Kernel:
@@ -100,7 +100,7 @@ def _try(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype
     """Why the kernel fails on a small input, in a few words, or "" when it agrees with plain attention."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 16, head_dim, generator=generator).to(device, dtype)
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # it logs what does not load; our error says it
+    quiet()  # xformers logs what does not load, and our error says it
     try:
         with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
             out = kernel(q, k, v)

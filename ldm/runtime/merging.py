@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.surgery import exchanged, reweighted
-from ldm.patches.low_rank import Change, LowRank, exact
+from ldm.patches.low_rank import Change, LowRank, add, exact
 from ldm.runtime.graphs import record_anew
 from ldm.runtime.offload import stored, with_stored
 
@@ -62,7 +62,7 @@ def _sum(weight: Tensor, changes: Weighted) -> Tensor:
     """A weight plus its changes, in its dtype."""
     total = weight.to(torch.float32, copy=True)
     for amount, change in changes:
-        total.add_(change.delta(weight), alpha=amount)
+        add(change, amount, weight, total)
     return total.to(weight.dtype)
 
 
@@ -96,7 +96,7 @@ def branch(weight: Tensor, changes: Weighted) -> list[Tensor]:
         base = weight.dequantize()
         total = torch.zeros_like(base, dtype=torch.float32)
         for amount, change in changes:
-            total.add_(change.delta(base), alpha=amount)
+            add(change, amount, base, total)
         return [total.to(base.dtype)]
     downs = [exact(lora.down.flatten(1), weight.device) for _, lora in low]
     ups = [amount * exact(lora.up.flatten(1), weight.device) for amount, lora in low]

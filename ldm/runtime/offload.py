@@ -6,13 +6,14 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.models.surgery import reweighted
-from ldm.models.unet import UNet
+from ldm.models.unet import UNet, UNetHalf
 from ldm.weights.components import Components
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Room:
         self.device = device
         self.layers = layers
         self.lock = threading.RLock()
-        self.guests: set[nn.Module] = set()
+        self.guests: WeakSet[nn.Module] = WeakSet()
         self.present: nn.Module | None = None
 
     def add(self, model: Components) -> None:
@@ -42,6 +43,12 @@ class Room:
             if self.layers and isinstance(network, UNet):
                 by_layers(network, self.device)
             else:
+                self.guests.add(network)
+
+    def invite(self, networks: Iterable[nn.Module]) -> None:
+        """Let copies of the room's networks, with some weights of their own, take turns as well."""
+        for network in networks:
+            if not (self.layers and isinstance(network, UNet)):
                 self.guests.add(network)
 
     def bring(self, network: nn.Module) -> None:
@@ -60,7 +67,7 @@ class Room:
         self.present = network
 
 
-def by_layers(unet: UNet, device: torch.device) -> None:
+def by_layers(unet: UNetHalf, device: torch.device) -> None:
     """Keep each layer's weights on the device only while it computes; between calls its parameters are on "meta"."""
     from accelerate.hooks import attach_align_device_hook
 

@@ -9,7 +9,6 @@ C channels, R rows of a weight: the output channels of a layer
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ldm.errors import LdmError, first_line
 from ldm.models.layers import TransformerBlock
 from ldm.runtime.kernels.processor import can
+from ldm.runtime.quiet import quiet
 
 QUANTIZED = {  # name -> what is rounded
     "int8": "weights to 8-bit integers with a scale for each row, activations with a scale for each token",
@@ -83,17 +83,13 @@ def check_quantize(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _config(name: str, device: torch.device) -> Any:
-    warns = logging.getLogger("torch.utils._pytree")  # it warns of how torchao registers enums
-    level = warns.level
-    warns.setLevel(logging.ERROR)
+    quiet()
     try:
         from torchao import quantization as ao
         from torchao.utils import should_reduce_range
     except ImportError as error:
         reason = first_line(error)
         raise LdmError(f"quantize {name!r} needs the package torchao ({reason}): pip install -U torchao") from None
-    finally:
-        warns.setLevel(level)
     if name == "int8-weights":
         return ao.Int8WeightOnlyConfig(set_inductor_config=False)
     if name == "int8":

@@ -12,14 +12,17 @@ from pydantic_core import ErrorDetails
 
 from ldm.errors import LdmError, first_line, suggestion
 from ldm.training.sections import DataSection, ModelSection, Section
-from ldm.training.stages.table import KINDS
+from ldm.training.stages.sections import SECTIONS
 from ldm.training.suggestions import hint
 
-NAMES = [kind.name for kind in KINDS]
+NAMES = list(SECTIONS)
+Precision = Literal["auto", "no", "fp16", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+NUMBERS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # that are computed with, by precision
 
 
 def _known(name: str) -> str:
-    """The name of a stage, if it is in the table of stages."""
+    """The name of a stage, if there is one."""
     if name not in NAMES:
         raise ValueError(f"there is no such stage; {suggestion(name, NAMES)}")
     return name
@@ -30,7 +33,9 @@ class RunSection(Section):
 
     output: str = Field("runs/run", description="the run's folder; the same command again resumes the run")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision to compute in; weights stay fp32")
+    precision: Precision = Field(
+        "no", description="precision to compute in; auto: bf16 where the device has it, else fp32; weights stay fp32"
+    )
     stages: list[Annotated[str, AfterValidator(_known)]] = Field(
         ["base"], min_length=1, description="stages to train, in this order"
     )
@@ -62,7 +67,7 @@ if TYPE_CHECKING:
             """The section of a kind of stage, by its name."""
 
 else:
-    sections = {kind.name: (kind.section, kind.section()) for kind in KINDS}
+    sections = {name: (section, section()) for name, section in SECTIONS.items()}
     Config = create_model("Config", __base__=RunSection, __doc__=RunSection.__doc__, __module__=__name__, **sections)
 
 

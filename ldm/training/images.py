@@ -83,11 +83,8 @@ def open_training_images(section: DataSection, folder: Path, accelerator: Accele
     Raises:
         LdmError: the images cannot be read, or the processes see different ones.
     """
-    if not section.source:
-        raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")
+    assert section.source  # see `ldm.training.checks`
     if section.stream:
-        if section.cache:
-            raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
         return TrainingImages(section, folder)
     with accelerator.main_process_first():  # the first one makes the index, the others read it
         images = open_images(

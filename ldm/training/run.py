@@ -1,6 +1,6 @@
 """A run: the stages of a configuration one after the other, each from where it stopped, each ending in a model folder.
 
-runs/x/config.yaml        the whole configuration, defaults included
+runs/x/config.yaml        the whole configuration, defaults included; precision as it is on the run's device
 runs/x/data/              index of the images, list of those that cannot be used, caches
 runs/x/base/              of each stage: checkpoints/, previews/, averages/, metrics.jsonl
 runs/x/base/evaluation/   reports on images made while training, if asked for (`ldm.training.evaluator`)
@@ -33,7 +33,8 @@ from ldm.runtime.compilation import check_compiling
 from ldm.runtime.kernels.memory import keep_freed
 from ldm.training.batches import StageBatches, batch_plan
 from ldm.training.caching import Caches, build_caches
-from ldm.training.config import Config
+from ldm.training.checks import check_bounds, check_paths
+from ldm.training.config import NUMBERS, Config
 from ldm.training.evaluator import Evaluator, check_evaluation, evaluation_plan
 from ldm.training.folder import is_done, open_folder, write_result
 from ldm.training.forecast import Forecast, forecast, peak_tflops
@@ -44,6 +45,7 @@ from ldm.training.loop import Training
 from ldm.training.parallel.agreement import check_agreement
 from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import phases
+from ldm.training.precision import costs, resolved, run_device
 from ldm.training.sections import EvaluationSection, StageSection
 from ldm.training.stages.stage import MakeImages, Stage, StageInputs
 from ldm.training.stages.table import kind_named
@@ -58,7 +60,10 @@ class TrainingRun:
     """A run: its data, its folder, and each of its stages from start to result."""
 
     def __init__(self, config: Config, make_images: MakeImages | None, report: Report) -> None:
-        self.config = config
+        check_bounds(config)
+        check_paths(config)
+        device, wanted = run_device(), config.precision
+        self.config = config = resolved(config, device)
         self.make_images = make_images
         self.report = report
         self.folder = Path(config.output)
@@ -66,8 +71,12 @@ class TrainingRun:
             self.accelerator = Accelerator(mixed_precision=config.precision)
         except ValueError as error:
             raise LdmError(f"precision {config.precision}: {first_line(error)}") from None
+        if self.accelerator.is_main_process:
+            log.info("precision %s: computing in %s on %s", wanted, NUMBERS[config.precision], device.type)
+            if cost := costs(device, wanted):
+                log.warning(cost)
         if config.precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise LdmError("precision fp16 needs a GPU, and this run uses none; set precision=bf16 or precision=no")
+            raise LdmError("precision fp16 needs a GPU, and this run uses none; set precision=auto")
         check_agreement({"ldm": ldm.__version__, "torch": torch.__version__, **config.model_dump(mode="json")})
         self.lock = open_folder(config) if self.accelerator.is_main_process else None
         self.data = open_training_images(config.data, self.folder / "data", self.accelerator)

@@ -129,12 +129,16 @@ class DataSection(Section):
     captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
     holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
-    bucket_step: int = Field(64, ge=8, description="sides of the buckets are multiples of it, in pixels")
-    aspect: float = Field(4.0, ge=1, description="width / height of the widest bucket")
+    bucket_step: int = Field(
+        64, ge=8, le=1024, multiple_of=8, description="sides of the buckets are multiples of it, in pixels"
+    )
+    aspect: float = Field(4.0, ge=1, le=16, description="width / height of the widest bucket")
     crop: Literal["random", "center"] = Field("random", description="place of the crop")
     flip: bool = Field(False, description="mirror half of the images; not where left and right matter")
-    upscale: float = Field(1.25, ge=1, description="images to be enlarged more than this are left out, and counted")
+    upscale: float = Field(
+        1.25, ge=1, le=64, description="images to be enlarged more than this are left out, and counted"
+    )
     stream: bool = Field(False, description="read shards or a dataset from the beginning, without a copy on disk")
     workers: int = Field(2, ge=0, description="processes that load images")
     cache: bool = Field(False, description="encode images and captions once, and keep them in the run's folder")
-    crops: int = Field(1, ge=1, description="crops of each image in the cache")
+    crops: int = Field(1, ge=1, le=64, description="crops of each image in the cache")

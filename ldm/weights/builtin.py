@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from ldm.weights.folder import INDEX
+from ldm.weights.names import INDEX
 
 FOLDER = Path(__file__).parent.parent / "builtin"
 DEFAULT = "emoji"  # the model that is used if none is named

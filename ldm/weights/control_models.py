@@ -27,9 +27,10 @@ from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
 from ldm.weights.components import ComponentSource, check_device, filled, is_adapter
 from ldm.weights.folder import store_of, weight_files
-from ldm.weights.hub import HUB_ID, fetch
+from ldm.weights.hub import fetch
 from ldm.weights.layouts import Link
 from ldm.weights.manifest import check_manifest
+from ldm.weights.names import HUB_ID
 from ldm.weights.tensors import TensorInfo, open_store
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def _t2i_config(path: Path, infos: Infos) -> T2IAdapterConfig:
 # --- which models it fits ---------------------------------------------------------------------------------------------
 
 
-def check_fits(path: Path, config: ControlNetConfig | T2IAdapterConfig, family: Family) -> None:
+def check_fits(path: Path | str, config: ControlNetConfig | T2IAdapterConfig, family: Family) -> None:
     """Raise unless a control model fits models of a family.
 
     Raises:

@@ -33,12 +33,11 @@ from ldm.weights.components import Components, ComponentSource, Opened
 from ldm.weights.downloads import check_texts
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import check_manifest, write_manifest
+from ldm.weights.names import INDEX
 from ldm.weights.tensors import LINEAGE, NAMES, Output, Store, TensorInfo, open_store, read_header, write_safetensors
 from ldm.weights.tokenizer import read_tokenizer, write_tokenizer
 
 log = logging.getLogger(__name__)
-
-INDEX = "model_index.json"
 UNET_FILE, TEXT_FILE = "diffusion_pytorch_model", "model"  # names of weight files, without extensions
 
 _CLASSES: dict[str, frozenset[str]] = {

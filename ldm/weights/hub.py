@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ldm.errors import LdmError, first_line
 from ldm.files import Progress, silent
 from ldm.weights.downloads import check_download
-from ldm.weights.folder import COMPONENTS, INDEX, base_name, weight_names
+from ldm.weights.folder import COMPONENTS, base_name, weight_names
 from ldm.weights.manifest import NAME as MANIFEST
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from ldm.weights.names import INDEX
 
 
 def fetch(

@@ -5,7 +5,8 @@ B images, P patches with the class token, F channels of the patches, E channels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.models.image_prompt import ImagePromptConfig
-from ldm.weights.hub import HUB_ID
+from ldm.weights.names import HUB_ID
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of colours 0 to 1
 
@@ -105,9 +106,10 @@ def load_image_encoder(
         raise LdmError(f"{path} is no image encoder's folder: it has no config.json")
     safe = None if allow_pickle else True
     try:
-        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-            name, subfolder=folder, dtype=dtype, use_safetensors=safe, output_loading_info=True
-        )
+        with _without_progress_bar():
+            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+                name, subfolder=folder, dtype=dtype, use_safetensors=safe, output_loading_info=True
+            )
     except Exception as error:  # those of files, of the Hub and of transformers' own checks
         raise LdmError(f"image encoder {source}: {first_line(error)}") from None
     tower, found = loaded
@@ -115,6 +117,20 @@ def load_image_encoder(
     if lacking:
         raise LdmError(f"{path} is no CLIP vision tower: it lacks {listing(sorted(lacking))}")
     return ImageEncoder(tower.eval().requires_grad_(False).to(device))
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """A context in which transformers shows no progress bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _on_hub(source: str) -> tuple[str, str]:

@@ -24,8 +24,9 @@ from ldm.weights.folder import (
     store_of,
     weight_files,
 )
-from ldm.weights.hub import HUB_ID, fetch
+from ldm.weights.hub import fetch
 from ldm.weights.manifest import check_manifest
+from ldm.weights.names import HUB_ID
 from ldm.weights.numbers import Findings, look_at
 from ldm.weights.single_file import open_single_file
 from ldm.weights.tensors import open_store
@@ -60,6 +61,8 @@ def open_source(
     Raises:
         LdmError: the source cannot be opened; the message says why, and the remedy.
     """
+    if isinstance(source, str) and "://" in source:
+        raise LdmError(f"{source} is an address: name a model of the Hub as owner/name, or fetch the file")
     path = builtin(source) or Path(source)
     try:
         if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from commands import run
+from launched import warm
 
 from ldm.bench import cold, measuring
 from ldm.bench.cold import TIMED, Cold, cold_starts, printed
@@ -116,8 +117,15 @@ def test_bad_input(
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides' processes that need not import PyTorch and diffusers first."""
+    context = warm()
+    monkeypatch.setattr("ldm.bench.processes.multiprocessing.get_context", lambda kind: context)
+
+
 def test_a_side_that_cannot_be_had(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    forked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its process says comes out as one line; so does its death."""
     tiny.model("sd15").save_pretrained(tmp_path / "model")
@@ -135,6 +143,7 @@ def test_a_side_that_cannot_be_had(
 
 
 def test_a_rival_that_fails_is_left_out(
+    forked: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from commands import COMMAND, run
-from launched import PATIENCE
+from launched import PATIENCE, Program
 
 import ldm
 from ldm.cli import main as cli
@@ -224,23 +224,31 @@ def test_a_terminal_that_does_not_know_a_letter(model: Path, tmp_path: Path, mon
 
 
 def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    """A real interrupt, at several moments of a conversion: the file is there whole, or not at all."""
+    """A real interrupt while the command starts, and while it writes: the file is there whole, or not at all."""
     out = tmp_path / "out.safetensors"
-    for delay in (0.3, 1.0, 2.0, 3.0, 3.5):
-        process = subprocess.Popen(
-            [COMMAND, "convert", str(model), str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        time.sleep(delay)
+
+    def interrupted(process: subprocess.Popen[str] | Program, starting: bool = False) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE)
         if process.returncode != 0:
             assert process.returncode in (130, -signal.SIGINT), err
-            assert "Traceback" not in err or delay == 0.3  # the interpreter itself was still starting
+            assert "Traceback" not in err or starting
         if process.returncode == 0 or out.exists():  # it had been finished before the interrupt
             assert check_digest(out)
             out.unlink()
         assert list(tmp_path.iterdir()) == []
+
+    for delay in (0.3, 1.0, 2.0):
+        command = [COMMAND, "convert", str(model), str(out)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        interrupted(process, delay == 0.3)  # the interpreter itself is still starting
+    for delay in (0, 0.005, 0.02):
+        program = Program("-m", "ldm", "convert", model, out)
+        while program.poll() is None and not list(tmp_path.iterdir()):
+            time.sleep(0.001)
+        time.sleep(delay)
+        interrupted(program)
 
 
 def test_an_unwritable_destination(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from commands import COMMAND, run
-from launched import PATIENCE, on_two
+from launched import ONE_THREAD, PATIENCE, Program, on_two
 from PIL import Image, ImageDraw
 
 from ldm.training.config import load
@@ -70,7 +70,7 @@ def command(family: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory
     ]  # fmt: skip
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+ENVIRONMENT = os.environ | ONE_THREAD | {"COLUMNS": "100"}
 
 
 def ldm(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -128,11 +128,11 @@ def test_killed_and_continued_is_the_same(
 ) -> None:
     folder = tmp_path / "killed"
     arguments = [*command, "--out", str(folder), "--cache", str(tmp_path / "cache")]
-    process = subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = Program("-m", "ldm", *arguments)
     while len(list((folder / "images").rglob("*.png"))) < 50 and process.poll() is None:
         time.sleep(0.01)  # all of A, which have been looked at, and some of B
     process.kill()
-    process.communicate(timeout=PATIENCE)
+    process.communicate()
     assert list((folder / "found").rglob("*.safetensors"))
     assert not (folder / "report.json").exists()
     assert run(capsys, monkeypatch, *arguments)[0] == 0

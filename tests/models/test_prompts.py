@@ -140,8 +140,8 @@ def test_absurd_prompts_are_refused() -> None:
 
 def test_the_longest_prompts_are_read_at_once() -> None:
     """Each of these took minutes with an algorithm that looks back."""
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(LdmError, match="a weight of"):
         parse_weights("(a[a" * 25_000)
     assert chunk_sizes(" " * 100_000) == [0]
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 60  # CPU time; it would be minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,34 @@ def noise_image(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def ours(files: Path, name: str, kinds: tuple[str, ...], **settings: Any) -> Tensor:
-    pipeline = Pipeline(
-        files / name, dtype=torch.float32, device="cpu", quick=False,
-        ip_adapter=[files / f"{name}-{kind}.safetensors" for kind in kinds],
-    )  # fmt: skip
-    return torch.stack(pipeline("a cat", output="latents", **{**SETTINGS, **settings}).latents)
+@cache
+def loaded(files: Path, name: str, kinds: tuple[str, ...]) -> Pipeline:
+    adapters = [files / f"{name}-{kind}.safetensors" for kind in kinds]
+    return Pipeline(files / name, dtype=torch.float32, device="cpu", quick=False, ip_adapter=adapters)
 
 
-def theirs(files: Path, name: str, kinds: tuple[str, ...], images: Any, scale: Any, **settings: Any) -> Tensor:
+@cache
+def reference(files: Path, name: str) -> Any:
+    """diffusers' pipeline, without an adapter."""
     processor = CLIPImageProcessorPil(size=SIZE, crop_size=SIZE)
     pipe = getattr(diffusers, KINDS[name]).from_pretrained(
         files / name, image_encoder=image_prompts.encoder(), feature_extractor=processor
     )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def ours(files: Path, name: str, kinds: tuple[str, ...], **settings: Any) -> Tensor:
+    pipeline = loaded(files, name, kinds)
+    return torch.stack(pipeline("a cat", output="latents", **{**SETTINGS, **settings}).latents)
+
+
+def theirs(files: Path, name: str, kinds: tuple[str, ...], images: Any, scale: Any, **settings: Any) -> Tensor:
+    pipe = reference(files, name)
     states = [image_prompts.groups(image_prompts.tensors(_adapter(name, kind))) for kind in kinds]
     pipe.unet._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
     pipe.set_ip_adapter_scale(scale)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     return pipe(
         "a cat", num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(3),
         output_type="latent", ip_adapter_image=images, **settings,
@@ -195,6 +206,7 @@ def test_what_does_not_fit(files: Path, tmp_path: Path) -> None:
         ({"image_prompt_weight": 0.5}, "image_prompt_weight without an image prompt"),
         ({"image_prompt": files / "0.png", "image_prompt_end": (1.0, 0.5)}, "2 values for 1 image prompts"),
         ({"image_prompt": files / "0.png", "image_prompt_begin": 0.5, "image_prompt_end": 0.5}, "is not before"),
+        ({"image_prompt": files / "0.png", "steps": 4, "image_prompt_end": 0.2}, "no whole step of 4 lies between"),
         ({"image_prompt": files / "none.png"}, "none.png"),
         ({"image_prompt": files / "0.png", "image_prompt_mask": files / "none.png"}, "none.png"),
         ({"ip_adapter_image_embeds": [1]}, "images are encoded here; give them as image_prompt"),

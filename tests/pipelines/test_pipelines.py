@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +67,16 @@ def erased() -> Image.Image:
     return mask
 
 
-def reference(folder: Path, kind: str, scheduler: str | None = None) -> Any:
+@cache
+def loaded(folder: Path, kind: str) -> Any:
     pipeline = getattr(diffusers, kind).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def reference(folder: Path, kind: str, scheduler: str | None = None) -> Any:
+    """diffusers' pipeline of a model, with its own scheduler or another; its networks are loaded once."""
+    pipeline = copy.copy(loaded(folder, kind))
     if scheduler:
         name, options = SCHEDULERS[scheduler]
         options = {"clip_sample": False} | options  # diffusers clips where a model's configuration does not say
@@ -74,8 +84,23 @@ def reference(folder: Path, kind: str, scheduler: str | None = None) -> Any:
     return pipeline
 
 
-def ours(folder: Path, *prompts: Any, refiner: Path | None = None, **settings: Any) -> torch.Tensor:
-    pipeline = Pipeline(folder, refiner=refiner, dtype=torch.float32, device="cpu", quick=False)
+def opened(folder: Path, refiner: Path | None = None) -> Pipeline:
+    """Our pipeline of a model, with plain layers."""
+    return Pipeline(folder, refiner=refiner, dtype=torch.float32, device="cpu", quick=False)
+
+
+once = cache(opened)
+
+
+def ours(
+    folder: Path,
+    *prompts: Any,
+    refiner: Path | None = None,
+    open_: Callable[[Path, Path | None], Pipeline] = once,
+    **settings: Any,
+) -> torch.Tensor:
+    """Latents of a model that is loaded once, with the noise of diffusers."""
+    pipeline = open_(folder, refiner)
     settings = {"rng": "diffusers", "weights": False, "batch": 2, "seed": 3, "output": "latents"} | settings
     return torch.stack(pipeline(*prompts, **settings).latents)
 
@@ -208,10 +233,9 @@ def test_a_hand_over_to_the_same_model_changes_nothing(folders: dict[str, Path],
     """For schedulers without memory, a run in two parts is the run in one: the noise goes on, too."""
     pipeline = Pipeline(folders["sdxl-refiner"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
     settings = {"steps": 9, "seed": 1, "scheduler": scheduler, "output": "latents"}
-    alone = Pipeline(folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
+    alone = Pipeline(folders["sdxl-refiner"], dtype=torch.float32, device="cpu")("a cat", **settings).latents[0]
     for part in (0.3, 0.5, 0.77):
-        two = pipeline("a cat", refiner_at=part, **settings).latents[0]
-        near(two, alone("a cat", **settings).latents[0], RUN)
+        near(pipeline("a cat", refiner_at=part, **settings).latents[0], alone, RUN)
 
 
 def test_the_refiner_shares_what_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -337,7 +361,7 @@ def test_the_default_dtype_of_pytorch_changes_nothing(folders: dict[str, Path], 
         expected = ours(folders["sdxl"], "a (cat:1.2)", rng=rng, **settings)
         torch.set_default_dtype(torch.float64)
         try:
-            made = ours(folders["sdxl"], "a (cat:1.2)", rng=rng, **settings)
+            made = ours(folders["sdxl"], "a (cat:1.2)", open_=opened, rng=rng, **settings)
         finally:
             torch.set_default_dtype(torch.float32)
         assert made.dtype == torch.float32

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import adapter_files
+import controls
 import image_prompts
 import pytest
 import tiny
@@ -18,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pipelines.settings as settings
-from ldm.cli import evaluate
+from ldm.cli import evaluate, evaluate_options
 from ldm.cli.main import app, generate_command
 from ldm.errors import LdmError
 from ldm.evaluation.plan import EvaluationPlan
@@ -32,6 +34,7 @@ from ldm.sampling.euler import EulerDiscreteScheduler
 from ldm.sampling.noise import LARGEST_SEED
 from ldm.sampling.schedulers import MOST_STEPS
 from pipelines import Pipeline
+from pipelines.mixes import recorded
 from pipelines.request import records
 from pipelines.settings import DOORS, LOADING, SETTINGS, Setting, at, find, number
 from pipelines.translation import TRANSLATED
@@ -52,6 +55,10 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
     "image_prompt": ("in.png", ("in.png",)), "image_prompt_weight": ("0.5", 0.5),
     "image_prompt_mask": ("mask.png", "mask.png"), "image_prompt_begin": ("0.2", 0.2), "image_prompt_end": ("0.8", 0.8),
     "prompt": ("a cat", "a cat"), "image": ("in.png", "in.png"), "mask": ("mask.png", "mask.png"),
+    "adapters": ("style.safetensors:0.5", (("style.safetensors", 0.5),)),
+    "control": ("image=in.png", ({"kind": "image", "path": "in.png"},)), "control_scale": ("0.5", 0.5),
+    "control_fall": ("0.825", 0.825), "control_begin": ("0.25", 0.25), "control_end": ("0.75", 0.75),
+    "guess": ("true", True),
 }  # fmt: skip
 
 
@@ -95,11 +102,11 @@ def test_one_row_adds_a_setting_everywhere(
     assert run(capsys, monkeypatch, "repro", made[0]["path"], "--device", "cpu")[1].startswith("identical")
     made_by = Pipeline(models / "sd15", device="cpu")("a cat", sparkle=0.75, steps=1, seed=0)
     assert made_by.settings[0]["sparkle"] == 0.75
-    assert evaluate._sweep("sparkle=0.1,0.2") == ("sparkle", (0.1, 0.2))
+    assert evaluate_options.sweep_of("sparkle=0.1,0.2") == ("sparkle", (0.1, 0.2))
     plan = EvaluationPlan(metrics=())
-    evaluate._model(str(models / "sd15"), dict([evaluate._setting("sparkle=0.5")]), "cpu", plan)
+    evaluate._model(str(models / "sd15"), dict([evaluate_options.setting_of("sparkle=0.5")]), "cpu", plan)
     with pytest.raises(LdmError, match="sparkle 5: a number from 0 to 1 is needed"):
-        evaluate._model(str(models / "sd15"), dict([evaluate._setting("sparkle=5")]), "cpu", plan)
+        evaluate._model(str(models / "sd15"), dict([evaluate_options.setting_of("sparkle=5")]), "cpu", plan)
     with pytest.raises(LdmError, match=r"setting gliter is not known; did you mean sparkle \(glitter\)\?"):
         find("gliter", "python")
 
@@ -121,7 +128,13 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
     if row.kind in (settings.IMAGE, settings.IMAGE_MASKS, settings.IMAGE_PROMPTS):
         value = str(tmp_path / "in.png")
         Image.new("RGB", (64, 64), "white").save(value)
+    if row.name == "adapters":
+        file = adapter_files.saved(adapter_files.adapter(pipeline.model, "kohya-sgm"), tmp_path / "style.safetensors")
+        value = recorded(pipeline.request("a cat", adapters={file: 0.5}).mixes[0])
     given = {"prompt": "a cat", "seed": 1, "steps": 3, row.name: value}
+    if row.name.startswith("control") or row.name == "guess":
+        pipeline = Pipeline(pipeline.model, control_models=controls.controlnet(pipeline.model.family))
+        given["control"] = Image.new("RGB", (64, 64))
     if row.name in ("strength", "mask"):
         given["image"] = Image.new("RGB", (64, 64))
     if row.name.startswith("hires_"):
@@ -132,7 +145,7 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
     refined = prompted if row.name.startswith("image_prompt") else refined
     steps = {"steps": 10} if "refiner" in row.name else {}
     request = refined.request(**{"scheduler": "ddim", **given, **steps})
-    if "record" not in row.closed and row.kind is not settings.IMAGE:  # files are recorded by who has them
+    if "record" not in row.closed and row.kind not in (settings.IMAGE, settings.CONTROL):  # with digests
         (record,) = records(request.part(slice(1)), pipeline.model.family)
         assert settings.expanded(record)[row.name] == value
     for door in ("list", "eval"):
@@ -148,7 +161,8 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
 @pytest.mark.parametrize("row", LOADING, ids=lambda row: row.name)
 def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
     known = inspect.signature(Pipeline.__init__).parameters.keys() | {
-        "family", "variant", "components", "allow_pickle", "ip_adapter", "image_encoder",
+        "family", "variant", "components", "allow_pickle", "ip_adapter", "image_encoder", "lora_dir",
+        "partial_adapters", "control_models",
     }  # fmt: skip
     assert row.name in known
     assert ("shell" in row.closed) != (row.name in inspect.signature(generate_command()).parameters)
@@ -156,7 +170,7 @@ def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
 
 def test_every_keyword_of_a_pipeline_is_a_row() -> None:
     keywords = inspect.signature(Pipeline.__init__).parameters.keys() - {"self", "options"}
-    assert keywords <= {row.name for row in LOADING}
+    assert keywords <= {row.name for row in LOADING} | {"adapters"}  # which are those of calls that name none
 
 
 @pytest.mark.parametrize(
@@ -186,7 +200,7 @@ def test_bounds_are_said_in_one_line_everywhere(
     err = run(capsys, monkeypatch, "generate", "--prompts", "p.jsonl")[2]
     assert err.startswith(f"ldm: p.jsonl, line 1: {name} {message}")
     with pytest.raises(LdmError) as caught:
-        settings.checked(dict([evaluate._setting(f"{name}={text}")]), "eval")
+        settings.checked(dict([evaluate_options.setting_of(f"{name}={text}")]), "eval")
     assert str(caught.value).startswith(f"{name} {message}")
 
 
@@ -329,13 +343,15 @@ def test_arguments_of_loading_in_diffusers(models: Path) -> None:
 
 
 def test_settings_of_an_evaluation_by_other_names() -> None:
-    found = evaluate._settings(["num_inference_steps=3", "guidance-scale=2", "sampler=Euler a", "torch_dtype=fp32"])
+    found = evaluate_options.settings_of(
+        ["num_inference_steps=3", "guidance-scale=2", "sampler=Euler a", "torch_dtype=fp32"]
+    )
     assert found == {"steps": 3, "guidance": 2, "scheduler": "Euler a", "dtype": "fp32"}
-    assert evaluate._sweep("cfg_scale=1,3") == ("guidance", (1, 3))
+    assert evaluate_options.sweep_of("cfg_scale=1,3") == ("guidance", (1, 3))
     with pytest.raises(LdmError, match="--with steps 3 and --with num_inference_steps 5 are one setting"):
-        evaluate._settings(["steps=3", "num_inference_steps=5"])
+        evaluate_options.settings_of(["steps=3", "num_inference_steps=5"])
     with pytest.raises(LdmError, match="its values mean something else here; give those of clip_skip"):
-        evaluate._sweep("stop_at_clip_layer=-1,-2")
+        evaluate_options.sweep_of("stop_at_clip_layer=-1,-2")
 
 
 def test_a_record_tells_an_object_from_a_name(pipeline: Pipeline) -> None:

@@ -28,10 +28,10 @@ def test_syntax_is_found(prompt: str, found: list[str]) -> None:
 
 
 def test_long_prompts_are_searched_at_once() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     for piece in ("[", "[:", "[|", "<a:", "[a:1", "[:" + "1" * 50_000 + "x", "<" + "a" * 50_000, " ", "[: "):
         foreign([piece * (100_000 // len(piece)), "[" + piece.strip("[") * (90_000 // len(piece)) + "x]"])
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 60  # CPU time; it would be minutes
 
 
 def test_one_warning_names_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,9 +1,10 @@
-"""Our own kernels beside the formula, on all shapes; and the ways in which they cannot be had."""
+"""Our own kernels, and those of other processors, beside the formula on all shapes; and how ours cannot be had."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.models.attention import attention_layers
+from ldm.models.attention import Kernel, attention_layers, sdpa
+from ldm.models.attention import math as by_formula
 from ldm.runtime.attention import best_attention
 from ldm.runtime.kernels import compiled
 from ldm.runtime.kernels.attention import attend
@@ -22,6 +24,14 @@ from ldm.runtime.kernels.compiled import library, usable
 from pipelines import Pipeline
 
 runs = pytest.mark.skipif(not usable(), reason="needs AVX-512 BF16 and a C++ compiler")
+compiles = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or compiled._compiler() is None, reason="needs a C++ compiler for x86"
+)
+KERNELS = [  # with their types: those of processors with AVX-512 BF16, and of others
+    pytest.param(attend, torch.bfloat16, marks=runs, id="avx512"),
+    pytest.param(sdpa, torch.float32, id="sdpa"),
+    pytest.param(by_formula, torch.float32, id="math"),
+]
 
 
 @pytest.fixture
@@ -35,9 +45,9 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         function.cache_clear()
 
 
-def heads(batch: int, count: int, tokens: int, channels: int) -> Tensor:
+def heads(batch: int, count: int, tokens: int, channels: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """As a layer gives them: channels of all heads side by side."""
-    return torch.randn(batch, tokens, count * channels).bfloat16().unflatten(-1, (count, channels)).transpose(1, 2)
+    return torch.randn(batch, tokens, count * channels).to(dtype).unflatten(-1, (count, channels)).transpose(1, 2)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,31 +59,39 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b).norm() / b.norm())
 
 
-@runs
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
 @pytest.mark.parametrize("channels", [2, 8, 32, 40, 64, 80, 112, 160, 512])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 3), (7, 77), (96, 16), (97, 256), (200, 257), (144, 600)])
-def test_it_is_the_formula(channels: int, queries: int, keys: int) -> None:
-    """No further from it than PyTorch's kernel in bf16 (and a fifth), whatever the sizes."""
+def test_it_is_the_formula(kernel: Kernel, dtype: torch.dtype, channels: int, queries: int, keys: int) -> None:
+    """No further from it than PyTorch's kernel in bf16 (and a fifth), and in fp32 equal, whatever the sizes."""
     count = 1 if channels == 512 else 3
-    q, k, v = heads(2, count, queries, channels), heads(2, count, keys, channels), heads(2, count, keys, channels)
+    q, k, v = (heads(2, count, tokens, channels, dtype) for tokens in (queries, keys, keys))
     for scale in (1, 8):  # flat and sharp softmax
         exact = formula(scale * q, k, v)
-        theirs = torch.nn.functional.scaled_dot_product_attention(scale * q, k, v)
-        assert distance(attend(scale * q, k, v), exact) <= 1.2 * distance(theirs, exact) + 1e-4
+        found = distance(kernel(scale * q, k, v), exact)
+        if dtype == torch.float32:
+            assert found < 1e-5
+        else:
+            theirs = torch.nn.functional.scaled_dot_product_attention(scale * q, k, v)
+            assert found <= 1.2 * distance(theirs, exact) + 1e-4
 
 
-@runs
-def test_extreme_scores_and_layouts() -> None:
-    q, k, v = heads(1, 2, 50, 16), heads(1, 2, 300, 16), heads(1, 2, 300, 16)
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+def test_extreme_scores_and_layouts(kernel: Kernel, dtype: torch.dtype) -> None:
+    q, k, v = (heads(1, 2, tokens, 16, dtype) for tokens in (50, 300, 300))
     k[:, :, 7] = 1000 * q[:, :, 3]  # one key far above all others
     exact = formula(q, k, v)
-    assert torch.isfinite(attend(q, k, v)).all()
-    assert distance(attend(q, k, v), exact) < 0.01
+    found = kernel(q, k, v)
+    assert torch.isfinite(found).all()
+    assert distance(found, exact) < 0.01
     contiguous = [tensor.contiguous() for tensor in (q, k, v)]
     turned = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (q, k, v)]
     for others in (contiguous, turned):
-        assert torch.equal(attend(*others), attend(q, k, v))
-    assert torch.isnan(attend(q, k, v * math.nan)).all()
+        if dtype == torch.float32:
+            torch.testing.assert_close(kernel(*others), found, atol=1e-5, rtol=1e-5)
+        else:
+            assert torch.equal(kernel(*others), found)
+    assert torch.isnan(kernel(q, k, v * math.nan)).all()
 
 
 @runs
@@ -94,7 +112,6 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.waitpid(process, 0)[1] == 0
 
 
-@runs
 def test_gradients_are_pytorchs() -> None:
     q, k, v = (heads(1, 2, 20, 8).float().requires_grad_() for _ in range(3))
     attend(q, k, v).sum().backward()
@@ -103,10 +120,12 @@ def test_gradients_are_pytorchs() -> None:
         attend(q, k, v)
 
 
-@runs
-def test_a_pipeline_takes_it_by_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("able", [pytest.param(True, marks=runs), False], ids=["avx512", "other"])
+def test_a_pipeline_takes_it_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
+    """Where it runs; on other processors it is PyTorch's own."""
+    monkeypatch.setattr(compiled, "usable", lambda: able)
     tiny.model("sd15").save_pretrained(tmp_path / "model")
-    for dtype, name in ((torch.bfloat16, "avx512"), (torch.float32, "sdpa")):
+    for dtype, name in ((torch.bfloat16, "avx512" if able else "sdpa"), (torch.float32, "sdpa")):
         assert best_attention(torch.device("cpu"), dtype) == name
         model = Pipeline(tmp_path / "model", device="cpu", dtype=dtype).model
         kernels = {
@@ -115,22 +134,20 @@ def test_a_pipeline_takes_it_by_itself(tmp_path: Path) -> None:
         assert kernels == {"_avx512" if name == "avx512" else "sdpa"}
 
 
-@runs
+@compiles
 def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    q = heads(1, 1, 4, 8)
-    attend(q, q, q)
+    library()
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
     library.cache_clear()
     monkeypatch.setattr(compiled.subprocess, "run", lambda *_, **__: pytest.fail("it is compiled again"))
-    attend(q, q, q)
+    library()
 
 
-@runs
+@compiles
 def test_a_cache_that_cannot_be_written(fresh: Path) -> None:
     fresh.parent.mkdir()
     fresh.write_text("a file in the way")
-    q = heads(1, 1, 4, 8)
-    assert torch.isfinite(attend(q, q, q)).all()
+    assert library().attend
 
 
 def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from networks import inputs
 from torch import Tensor, nn
 
 from ldm.models.unet import UNet
-from ldm.patches.low_rank import Change, Decomposed, Difference, LowRank
+from ldm.patches.low_rank import Change, Decomposed, Difference, LowRank, add
 from ldm.runtime import graphs
 from ldm.runtime.compilation import compile_blocks
 from ldm.runtime.fused_cpu import fuse
@@ -47,8 +47,10 @@ def by_hand(unet: UNet, changes: Changes) -> UNet:
     """A whole copy, changed in place."""
     other = copy.deepcopy(unet)
     for name, parameter in other.named_parameters():
+        total = parameter.detach().float().clone(memory_format=torch.preserve_format)
         for weight, change in changes.get(name, []):
-            parameter.data = (parameter.float() + weight * change.delta(parameter.detach())).to(parameter.dtype)
+            add(change, weight, parameter.detach(), total)
+        parameter.data = total.to(parameter.dtype)
     return other
 
 

@@ -27,7 +27,8 @@ from ldm.training.config import Config, dump, load
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.run import train
 from ldm.training.sections import ModelSection
-from ldm.training.stages.autoencoder import HIGHEST, AutoencoderSection, AutoencoderStage
+from ldm.training.stages.autoencoder import HIGHEST, AutoencoderStage
+from ldm.training.stages.sections import AutoencoderSection
 from ldm.training.start import starting_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
-from launched import PATIENCE, ROOT, on_several, on_two
+from launched import ROOT, on_several, on_two
 from PIL import Image
 from runs import _fresh_accelerator, config, lines, losses, weights  # noqa: F401
 from safetensors.torch import load
@@ -30,47 +27,23 @@ from ldm.training.stages.autoencoder import AutoencoderStage
 from ldm.training.stages.denoiser import DenoiserStage
 from ldm.training.stages.stage import Loss
 
-# the command on two processes, the second of which is in another folder, with further arguments
-ON_ONE = """
-import json, os, sys
-from ldm.cli.main import main
-if os.environ["RANK"] == "1":
-    os.chdir(sys.argv.pop(1))
-    sys.argv += json.loads(sys.argv.pop(1))
-else:
-    del sys.argv[1:3]
-main()
-"""
-
-
-def on_differing(script: Path, elsewhere: Path, extra: list[str], *arguments: object) -> tuple[int, str]:
-    """Exit code and messages of a run whose second process starts in another folder, with more arguments."""
-    script.write_text(ON_ONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    command += [str(elsewhere), json.dumps(extra), "train", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=environment, cwd=script.parent, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    return done.returncode, done.stderr
-
 
 def test_processes_with_other_configurations_or_weights_end(shapes: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "r.yaml"
     config(shapes, tmp_path / "r")  # writes r.yaml
-    fixed = [settings, f"data.source={shapes}", f"output={tmp_path / 'r'}", "base.steps=2"]
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    code, said = on_differing(tmp_path / "run.py", elsewhere, ["base.batch=4"], *fixed)
-    assert code != 0
-    assert "the processes of this run differ: base.batch is 8 on process 0 and 4 on process 1" in said
-    for seed, folder in ((0, tmp_path), (1, elsewhere)):
+    command = ["-m", "ldm", "train", tmp_path / "r.yaml", f"data.source={shapes}", f"output={tmp_path / 'r'}"]
+    command += ["base.steps=2"]
+    folders = [tmp_path, tmp_path / "elsewhere"]
+    folders[1].mkdir()
+    done = on_several([command, [*command, "base.batch=4"]], folders)
+    assert done.returncode != 0
+    assert "the processes of this run differ: base.batch is 8 on process 0 and 4 on process 1" in done.stderr
+    for seed, folder in enumerate(folders):
         train(config(shapes, tmp_path / f"m{seed}", f"seed={seed}", "base.steps=1"))
         shutil.copytree(tmp_path / f"m{seed}" / "base" / "model", folder / "start")
-    named = ["model.family=null", "model.unet={}", "model.autoencoder={}", "model.text=[]", "model.source=start"]
-    code, said = on_differing(tmp_path / "run.py", elsewhere, [], *fixed, *named)
-    assert code != 0
-    assert "the processes of this run differ: the weights of unet is '" in said
+    command += ["model.family=null", "model.unet={}", "model.autoencoder={}", "model.text=[]", "model.source=start"]
+    done = on_several([command] * 2, folders)
+    assert done.returncode != 0
+    assert "the processes of this run differ: the weights of unet is '" in done.stderr
 
 
 def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +142,9 @@ def test_weights_spread_over_processes_train_alike(
 ) -> None:
     """FSDP2: the losses and the result of one process, its images and validations too; and it goes on exactly, in the
     other of its two layouts too."""
-    extra = ["base.train_text=true", "base.text_learning_rate=[1e-3]", "base.preview_every=3", "base.micro_batch=2"]
+    extra = ["base.train_text=true", "base.text_learning_rate=[1e-3]", "base.micro_batch=2", "base.steps=4"]
+    extra += ["base.save_every=2", "base.validate_every=4", "base.preview_every=2"]
+    extra += ["model.unet.channels=[16]", "model.unet.depth=[1]", "model.unet.heads=[2]"]  # time goes with the weights
     train(config(shapes, tmp_path / "one", *extra), make_images)
     settings = [tmp_path / "one.yaml", f"data.source={shapes}", f"output={tmp_path / 'two'}", *extra]
     script = ROOT / "tests" / "spread.py"
@@ -181,7 +156,7 @@ def test_weights_spread_over_processes_train_alike(
     near = [load(before[name]) for name in ("one", "two")]
     for key, weight in near[0].items():
         torch.testing.assert_close(near[1][key], weight, atol=1e-4, rtol=1e-3)
-    shutil.rmtree(tmp_path / "two" / "base" / "checkpoints" / "step-00000006")
+    shutil.rmtree(tmp_path / "two" / "base" / "checkpoints" / "step-00000004")
     shutil.rmtree(tmp_path / "two" / "base" / "model")
     (tmp_path / "two" / "base" / "done.json").unlink()
     for name in ("alone", "layout"):
@@ -189,12 +164,12 @@ def test_weights_spread_over_processes_train_alike(
     monkeypatch.setenv("LAYOUT", "fsdp2-zero2.yaml")
     assert "going on from" in on_two(script, "train", *settings).stderr
     assert weights(tmp_path / "two") == before["two"]
-    on_several(1, script, "train", *settings, f"output={tmp_path / 'alone'}")
+    assert not on_several([[script, "train", *settings, f"output={tmp_path / 'alone'}"]]).returncode
     for row, expected in zip(lines(tmp_path / "alone"), lines(tmp_path / "one"), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
-    with pytest.raises(LdmError, match=r"step-00000003 does not fit .*: another layout of weights \(DDP or FSDP2\)"):
+    with pytest.raises(LdmError, match=r"step-00000002 does not fit .*: another layout of weights \(DDP or FSDP2\)"):
         train(config(shapes, tmp_path / "layout", *extra), make_images)
-    images = [Image.open(tmp_path / name / "base/previews/step-00000003.png") for name in ("one", "two")]
+    images = [Image.open(tmp_path / name / "base/previews/step-00000002.png") for name in ("one", "two")]
     assert images[0].size == images[1].size
     difference = np.subtract(*(np.asarray(image, dtype=int) for image in images))
     assert np.abs(difference).max() <= 1  # where a number lies between two of the 256 levels, its last bit decides

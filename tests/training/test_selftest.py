@@ -40,7 +40,7 @@ def test_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "exists already; name one that does not" in err
     code, _, err = run(capsys, monkeypatch, "selftest", "--precision", "int4")
     assert code == 1
-    assert "--precision 'int4': choose no, fp16 or bf16" in err
+    assert "--precision 'int4': choose auto, no, fp16, bf16" in err
 
 
 def test_all_is_well_on_two_processes(tmp_path: Path) -> None:

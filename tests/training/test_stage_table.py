@@ -1,4 +1,4 @@
-"""The stage table: what the forecast counts is what a stage trains; a new kind is one file and one row."""
+"""The stage table: what the forecast counts is what a stage trains; a new kind is one file, a section and a row."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch import nn
 from ldm.evaluation.networks.lpips import LPIPS, save_lpips
 from ldm.training.selftest import Ground, draw_images
 from ldm.training.stages.autoencoder import AutoencoderStage
+from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.table import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 
 def test_every_kind_is_here() -> None:
-    assert list(CASES) == [kind.name for kind in KINDS]
+    assert list(CASES) == list(SECTIONS) == [kind.name for kind in KINDS]
 
 
 def test_names_and_results_are_those_of_published_runs() -> None:
@@ -110,10 +111,10 @@ def test_a_decoder_alone_costs_less(ground: Ground) -> None:
 # --- a made-up kind ---------------------------------------------------------------------------------------------------
 
 
-def blocks(title: str) -> dict[str, str]:
-    """The first block of each language in a section of CONTRIBUTING."""
+def blocks(title: str) -> list[tuple[str, str]]:
+    """The language and the text of each block in a section of CONTRIBUTING."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
-    return dict(re.findall(r"```(\w+)\n(.*?)```", text, re.S))
+    return re.findall(r"```(\w+)\n(.*?)```", text, re.S)
 
 
 def patched(text: str, diff: str) -> str:
@@ -143,13 +144,14 @@ print(json.dumps({"trained": row.trained, "keys": [name for name, *_ in describe
 """
 
 
-def test_a_new_kind_is_one_file_and_one_row(ground: Ground, tmp_path: Path) -> None:
+def test_a_new_kind_is_one_file_a_section_and_a_row(ground: Ground, tmp_path: Path) -> None:
     """That of CONTRIBUTING, in a copy of the package: it is configured, planned, trained and written."""
     shutil.copytree(ROOT / "ldm", tmp_path / "ldm", ignore=shutil.ignore_patterns("__pycache__"))
-    stages, found = tmp_path / "ldm" / "training" / "stages", blocks("Add a training stage")
-    (stages / "biases.py").write_text(found["python"], encoding="utf-8")
-    table = stages / "table.py"
-    table.write_text(patched(table.read_text(encoding="utf-8"), found["diff"]), encoding="utf-8")
+    stages = tmp_path / "ldm" / "training" / "stages"
+    (_, stage), (_, section), (_, row) = blocks("Add a training stage")
+    (stages / "biases.py").write_text(stage, encoding="utf-8")
+    for path, diff in ((stages / "sections.py", section), (stages / "table.py", row)):
+        path.write_text(patched(path.read_text(encoding="utf-8"), diff), encoding="utf-8")
     work = tmp_path / "work"
     shutil.copytree(ground.folder / "images", work / "images")
     done = subprocess.run(

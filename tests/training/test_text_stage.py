@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ import tiny
 import torch
 import transformers
 from accelerate import Accelerator
-from launched import PATIENCE
+from launched import on_two
 from open_clip.loss import ClipLoss
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -256,20 +252,10 @@ def test_two_processes_are_one_with_the_same_batch(models: Callable[[str], Path]
     more = ["text.batch=8", "text.steps=4", "text.log_every=1", "data.holdout=9", "text.optimizer.epsilon=1e-3"]
     one = run(models("sdxl"), images, tmp_path / "one", *more)
     given = settings(models("sdxl"), images, tmp_path / "two", *more)
-    code = f"from ldm.training.run import train; from ldm.training.config import load; train(load(None, {given}))"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
-    try:
-        assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    (tmp_path / "two.py").write_text(
+        f"from ldm.training.run import train; from ldm.training.config import load; train(load(None, {given}))"
+    )
+    on_two(tmp_path / "two.py")
     two = read_log(tmp_path / "two")
     timing = {"images_per_s", "waiting", "tflops"}
     for step in range(1, 5):

@@ -21,7 +21,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from commands import COMMAND
-from launched import PATIENCE, ROOT, on_two
+from launched import ONE_THREAD, PATIENCE, ROOT, Program, by_launcher, on_two
 from PIL import Image
 from runs import TINY, _fresh_accelerator, config, interrupted, lines, losses, weights  # noqa: F401
 from safetensors.torch import load_file
@@ -379,34 +379,31 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_command_is_killed_and_goes_on(shapes: Path, tmp_path: Path) -> None:
-    """A real process, killed where it stands, then asked to stop, then left alone."""
-    extra = ["base.steps=30", "base.save_every=2"]
+    """A real process, killed where it stands, then asked to stop, then left alone: the installed command."""
+    extra = ["base.steps=20", "base.save_every=2"]
     config(shapes, tmp_path / "parts")  # writes parts.yaml
-    settings = [str(tmp_path / "parts.yaml"), f"data.source={shapes}", f"output={tmp_path / 'parts'}", *extra]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ["train", str(tmp_path / "parts.yaml"), f"data.source={shapes}", f"output={tmp_path / 'parts'}", *extra]
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [COMMAND, "train", *settings], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def until(step: int) -> None:
+    def begun(step: int) -> Program:
+        """The command, as far as this step."""
         log = tmp_path / "parts" / "base" / "metrics.jsonl"
+        process = Program("-m", "ldm", *command)
         while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < step):
             time.sleep(0.01)
+        return process
 
-    process = start()
-    until(7)
-    process.kill()
-    process.communicate(timeout=PATIENCE)
-    process = start()
-    until(15)
-    process.terminate()
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 128 + signal.SIGTERM, err
+    killed = begun(5)
+    killed.kill()
+    killed.communicate()
+    stopped = begun(9)
+    stopped.terminate()
+    _, err = stopped.communicate()
+    assert stopped.returncode == 128 + signal.SIGTERM, err
     assert "and saved them; run the same command again to go on" in err
-    out, err = start().communicate(timeout=PATIENCE)
-    assert out == f"{tmp_path / 'parts'}/base/model\n", err
+    done = subprocess.run(
+        [COMMAND, *command], env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.stdout == f"{tmp_path / 'parts'}/base/model\n", done.stderr
     train(config(shapes, tmp_path / "whole", *extra))
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
@@ -449,10 +446,11 @@ def test_two_processes_are_one(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_one_stage_after_the_other(shapes: Path, tmp_path: Path) -> None:
+    """By the launcher, as a user starts them."""
     few = ["perceptual_weight=0", "adversarial_weight=0", "steps=2", "batch=8", "sizes=[{size: 32}]"]
     extra = ["stages=[autoencoder,base]", "trackers=[tensorboard]", *(f"autoencoder.{key}" for key in few)]
     config(shapes, tmp_path / "r")  # writes r.yaml
-    result = on_two(
+    result = by_launcher(
         ROOT / "train_ldm.py",
         tmp_path / "r.yaml",
         f"data.source={shapes}",
@@ -587,7 +585,7 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["data.source=nowhere"], "nowhere does not exist"),
         (["data.source="], "data.source is not set"),
         (["data.holdout=50"], "leaves none to train with"),
-        (["base.sizes=[{size: 500}]"], "must be a multiple of step"),
+        (["base.sizes=[{size: 500}]"], "base.sizes has 500, which is no multiple of it"),
         (["base.sizes=[{size: 512}]"], "too small for size 512"),
         (["base.ema.widths=[0.5]"], "width 0.5 of an average"),
         (["base.timestep_range=[900, 1200]"], "timesteps"),

@@ -379,7 +379,13 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     assert math.isfinite(float(loss))
 
 
-def test_compiling_changes_no_gradient() -> None:
+@pytest.mark.parametrize(
+    ("part", "backend"), [("", "aot_eager_decomp_partition"), ("mid_block.attentions.0", "inductor")]
+)
+def test_compiling_changes_no_gradient(part: str, backend: str) -> None:
+    """The whole network as it is traced, and the code for one of its parts, since that for all takes a minute."""
+    from torch._dynamo.utils import counters
+
     family = tiny.family("sd15")
     shape = replace(family.unet, channels=(16,), depth=(1,), heads=(2,), layers=1, groups=8)
     model = LatentDiffusion.from_family(replace(family, unet=shape))
@@ -388,9 +394,11 @@ def test_compiling_changes_no_gradient() -> None:
     for compiled in (False, True):
         unet = copy.deepcopy(model.unet).train()
         checkpointed(unet)
+        before = counters["stats"]["unique_graphs"]
         if compiled:
-            unet.compile()
+            unet.get_submodule(part).compile(backend=backend)
         unet(x, torch.tensor([500, 3]), Conditioning(text)).square().mean().backward()
+        assert (counters["stats"]["unique_graphs"] > before) == compiled
         gradients.append([parameter.grad for parameter in unet.parameters()])
     for plain, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)

@@ -189,6 +189,11 @@ def test_models_that_are_not_there(hub: tuple[type[Hub], str], tmp_path: Path) -
         assert result.stderr.count("\n") == 1
 
 
+def test_an_address_is_no_name() -> None:
+    with pytest.raises(LdmError, match="z.safetensors is an address: name a model of the Hub as owner/name, or fetch"):
+        open_source("https://huggingface.co/x/y/resolve/main/z.safetensors")
+
+
 def test_one_set_of_weights_is_chosen() -> None:
     files = [
         "model_index.json", "README.md", "v1-5-pruned.safetensors", "safety_checker/model.safetensors",

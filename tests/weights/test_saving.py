@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from images import BAD, encoded, odd_files, png
-from launched import ROOT
+from launched import ROOT, Program
 from PIL import Image
 from runs import _fresh_accelerator, config, interrupted, lines, weights  # noqa: F401
 
@@ -233,8 +233,7 @@ def test_the_newest_checkpoint_is_damaged(
 
 def test_killed_and_asked_to_stop_at_random_moments() -> None:
     """Real processes, at random moments of runs of every stage; what comes of them is compared byte for byte."""
-    command = [sys.executable, str(ROOT / "tools/check_resume.py"), "--kills=8", "--stops=8", "--every=3"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "8 kills, 8 stops" in done.stdout
+    check = Program(ROOT / "tools/check_resume.py", "--kills=8", "--stops=8", "--every=3")
+    out, err = check.communicate()
+    assert check.returncode == 0, out + err[-2000:]
+    assert "8 kills, 8 stops" in out

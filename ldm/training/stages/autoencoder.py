@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.data.keyed import generator, normal
@@ -30,34 +29,13 @@ from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.training.latents import LatentMoments, measure, merge, over_ranks
 from ldm.training.losses.codebook import MovingCodebook, codebook_losses
 from ldm.training.losses.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
-from ldm.training.sections import StageSection
+from ldm.training.stages.sections import AutoencoderSection
 from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze, trained
 from ldm.training.start import with_changes
 from ldm.weights.components import Components
 
 HIGHEST = 100.0  # PSNR in dB that stands for infinity, of an exact reconstruction
 SHOWN = 4  # pairs of a preview
-
-
-class AutoencoderSection(StageSection):
-    """The autoencoder, trained to reconstruct images."""
-
-    pixel_loss: Literal["l1", "l2"] = Field("l1", description="loss of pixels")
-    perceptual: str | None = Field(
-        None, description="network of LPIPS: vgg16 or alex (tools/fetch_weights.py), or a file; null: none"
-    )
-    perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: only measured")
-    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as in latent-diffusion")
-    commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
-    codebook_decay: float = Field(0.99, ge=0, lt=1, description="decay of a codebook's averages; 0: by gradients")
-    codebook_patience: int = Field(100, ge=1, description="updates after which an unused vector is replaced")
-    adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
-    adversarial_start: int = Field(50_000, ge=0, description="updates before the discriminator takes part")
-    discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
-    discriminator_learning_rate: float | None = Field(None, gt=0, description="null: as the autoencoder's")
-    decoder_only: bool = Field(False, description="train the decoder alone, so that U-Nets of its latents still fit")
-    measure: int = Field(10_000, ge=1, description="most images on which the latents' scale is measured at the end")
-    measure_shift: bool = Field(False, description="measure the latents' mean too, as a shift")
 
 
 class Sampled(nn.Module):

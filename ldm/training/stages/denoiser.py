@@ -9,12 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.data.keyed import normal
@@ -30,7 +29,8 @@ from ldm.runtime.attention import set_attention
 from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
 from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group
-from ldm.training.sections import EvaluationSection, ModelSection, StageSection
+from ldm.training.sections import EvaluationSection
+from ldm.training.stages.sections import DenoiserSection, RefinerModelSection, RefinerSection
 from ldm.training.stages.stage import (
     Cached,
     EncodeTexts,
@@ -47,43 +47,6 @@ from ldm.weights.components import Components
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
 PREVIEW_STEPS = 20  # steps of the scheduler
 VALIDATION_DRAWS = 4  # draws of noise and timestep for each held-out image
-Part = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class DenoiserSection(StageSection):
-    """The U-Net of the base model."""
-
-    min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
-    noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
-    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="distribution of timesteps")
-    timestep_range: tuple[int, int] | None = Field(None, description="first and last; null: all, refiner 0 to 199")
-    logit_mean: float = Field(0.0, description="mean of the logit-normal distribution (Esser et al. 2024)")
-    logit_std: float = Field(1.0, gt=0, description="its standard deviation")
-    drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions dropped")
-    drop_together: bool = Field(False, description="drop a caption for both text encoders, or for none")
-    drop_size: float = Field(0.0, ge=0, le=1, description="part of the time ids dropped")
-    attention: str = Field("sdpa", description="attention kernel of the U-Net; on a CPU math is faster")
-    train_text: bool = Field(False, description="train the text encoders together with the U-Net")
-    text_learning_rate: list[NotNegative] = Field(
-        [1e-6], min_length=1, max_length=2, description="learning rate of each text encoder"
-    )
-    prompts: list[str] = Field([], description="prompts of previews; empty: held-out captions")
-    evaluation: EvaluationSection = EvaluationSection()
-
-
-class RefinerModelSection(ModelSection):
-    """The refiner to start from; a newly built one takes the base's autoencoder and last text encoder."""
-
-    usual: ClassVar[str | None] = "sdxl-refiner"
-    family: str | None = Field(None, description="family to build (sdxl-refiner), or of a single file")
-
-
-class RefinerSection(DenoiserSection):
-    """The refiner: the last 200 timesteps, with its own text encoder and an aesthetic score."""
-
-    model: RefinerModelSection = RefinerModelSection()
-    default_score: float = Field(6.0, ge=0, le=10, description="aesthetic score of images that have none")
 
 
 def encoding(accelerator: Accelerator) -> AbstractContextManager[Any]:
@@ -210,6 +173,11 @@ class DenoiserStage:
             raise LdmError(
                 f"{name}: the U-Net of {family.name} edits images, and training for that is not supported; "
                 "start from a text-to-image model"
+            )
+        if family.unet.guidance_dim:
+            raise LdmError(
+                f"{name}: the U-Net of {family.name} was distilled for few steps and reads a guidance scale; start "
+                "from the model that it was distilled from"
             )
         last = family.schedule.train_steps - 1
         usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)

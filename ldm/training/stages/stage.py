@@ -151,8 +151,7 @@ class ForwardPasses:
 class StageKind(Generic[S]):
     """A row of the table of stages: all facts about a kind of stage that other files need."""
 
-    name: str
-    section: type[S]  # its section, which the configuration holds under its name
+    name: str  # of its section, too, in `ldm.training.stages.sections`
     # (section, model) -> the networks that are trained, by player; all others are frozen
     learners: Callable[[S, Components], dict[str, Learner]]
     # (section, model on the meta device, learners, size in pixels, whether there is a cache) -> the forward passes

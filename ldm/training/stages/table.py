@@ -1,7 +1,7 @@
 """The kinds of stages, one row each, in the order in which a run trains them.
 
-A new kind is a file beside this one, with its section, its stage and the functions of its row, and a row here:
-CONTRIBUTING shows one. No other file lists the kinds.
+A new kind is a file beside this one, with its stage and the functions of its row, a row here, and its section in
+`sections.py`: CONTRIBUTING shows one. No other file lists the kinds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from ldm.training.stages.stage import StageKind
 KINDS: tuple[StageKind[Any], ...] = (
     StageKind(
         "autoencoder",
-        section=autoencoder.AutoencoderSection,
         build=autoencoder.build,
         learners=autoencoder.learners,
         helpers=autoencoder.helpers,
@@ -27,7 +26,6 @@ KINDS: tuple[StageKind[Any], ...] = (
     ),
     StageKind(
         "text",
-        section=text.TextSection,
         build=text.build,
         learners=text.learners,
         passes=text.passes,
@@ -35,7 +33,6 @@ KINDS: tuple[StageKind[Any], ...] = (
     ),
     StageKind(
         "base",
-        section=denoiser.DenoiserSection,
         build=denoiser.build,
         learners=denoiser.learners,
         passes=denoiser.passes,
@@ -46,7 +43,6 @@ KINDS: tuple[StageKind[Any], ...] = (
     ),
     StageKind(
         "refiner",
-        section=denoiser.RefinerSection,
         build=denoiser.build,
         learners=denoiser.learners,
         passes=denoiser.passes,

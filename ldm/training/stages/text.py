@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.data.image_set import ImageSet
@@ -31,28 +30,13 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.contrastive import LARGEST_SCALE, ContrastivePair, ImageEncoderConfig
 from ldm.models.text import TextEncoders
-from ldm.training.sections import StageSection
+from ldm.training.stages.sections import TextSection
 from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze, trained
 from ldm.weights.components import Components
 from ldm.weights.contrastive import write_clip
 
 EMBED_DIM = 512  # if no text encoder has a projection
 AT_ONCE = 1024  # rows of a validation's comparisons in memory
-
-
-class TextSection(StageSection):
-    """The text encoders, trained contrastively with an image encoder (CLIP)."""
-
-    image_width: int = Field(768, ge=8, description="channels of the image encoder")
-    image_layers: int = Field(12, ge=1, description="layers of the image encoder")
-    image_heads: int = Field(12, ge=1, description="attention heads of the image encoder")
-    patch: int = Field(32, ge=1, description="side of a patch in pixels; it divides the sides of all images")
-    embed_dim: int | None = Field(
-        None, ge=1, description="channels of the comparison; null: the text encoders' projection, or 512"
-    )
-    image_only: bool = Field(
-        False, description="train the image encoder alone, so that U-Nets that read the text encoders still fit"
-    )
 
 
 class Everywhere(torch.autograd.Function):

@@ -1,0 +1,131 @@
+"""The options of `ldm eval`, and what can be said of them before PyTorch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ldm.data.places import check_place
+from ldm.errors import LdmError, first_line
+from ldm.weights.builtin import builtin
+from ldm.weights.names import HUB_ID
+from pipelines.settings import ADAPTERS, Setting, every_row, find, renamed
+from pipelines.translation import TRANSLATED
+
+if TYPE_CHECKING:
+    from ldm.evaluation.report import Value
+
+IMAGES = (".tar", ".tgz", ".gz", ".parquet")  # endings of shards of images
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of `ldm eval`."""
+
+    sources: Sequence[str]
+    data: str | None = None
+    metrics: str | None = None
+    n: int | None = None
+    prompts: str | None = None
+    training: str | None = None
+    features: str = "inception"
+    clip: str | None = None
+    copies: str = "sscd"
+    lpips: str = "alex"
+    sweeps: Sequence[str] = ()
+    settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # for "both", "A" and "B": KEY=VALUE, …
+    seed: int = 0
+    batch: int = 8
+    out: str = "evaluation"
+    cache: str | None = None
+    device: str | None = None
+    as_json: bool = False
+
+
+def is_model(source: str) -> bool:
+    """Whether a source is a model; if not, it is images.
+
+    Raises:
+        LdmError: the source does not exist.
+    """
+    path = builtin(source) or Path(source)
+    if path.is_dir():
+        return (path / "model_index.json").exists()
+    if path.suffix.lower() in IMAGES or "*" in source or "{" in source:
+        return False
+    if not path.exists() and not HUB_ID.fullmatch(source):
+        raise LdmError(f"{source} does not exist; name a model (folder, file, Hub name) or images (folder, shards)")
+    return True
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, Any]:
+    """The settings of several KEY=VALUE, by our names."""
+    pairs = [setting_of(text) for text in texts]
+    return renamed(pairs, "eval", every_row(), {name: f"--with {name}" for name, _ in pairs})
+
+
+def setting_of(text: str) -> tuple[str, Any]:
+    """The name and value of KEY=VALUE, with the value in YAML."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise LdmError(f"--with {text!r}: write KEY=VALUE, such as steps=20")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise LdmError(f"--with {text!r}: the value cannot be read: {first_line(error)}") from None
+
+
+def sweeps_of(texts: Sequence[str]) -> dict[str, tuple[Value, ...]]:
+    found = [sweep_of(text) for text in texts]
+    if len(dict(found)) < len(found):
+        raise LdmError(f"--sweep {' '.join(texts)!r}: each setting once, with all its values")
+    return dict(found)
+
+
+def sweep_of(text: str) -> tuple[str, tuple[Value, ...]]:
+    """The name and values of KEY=VALUE,VALUE,…, parsed by the setting; whole numbers stay whole."""
+    name, _, values = text.partition("=")
+    row = find(name, "eval", f"--sweep {name}")
+    if name.replace("-", "_") in TRANSLATED:
+        raise LdmError(f"--sweep {name}: its values mean something else here; give those of {row.name}")
+    if row.name in ("size", "width", "height"):
+        raise LdmError(f"--sweep {name}: all images of an evaluation have one size; use --with")
+    try:
+        found = tuple(_swept(row, value.strip()) for value in values.split(","))
+    except LdmError:
+        found = ()
+    if len(set(found)) < len(found) or not found:
+        raise LdmError(
+            f"--sweep {text!r}: write KEY=VALUE,VALUE, such as guidance=1,3,5 or scheduler=euler,ddim, each value once"
+        )
+    return row.name, found
+
+
+def _swept(row: Setting, text: str) -> Value:
+    value = row.parse(text)
+    if row.kind is ADAPTERS:  # a text stays one, for the report
+        return text
+    return int(value) if isinstance(value, float) and not set(text) & set(".eEn") else value
+
+
+def check_options(options: EvaluateOptions) -> None:
+    """Check paths, settings and sweeps.
+
+    Raises:
+        LdmError: one of them is wrong.
+    """
+    for source in options.sources:
+        is_model(source)
+    for name, place in (("data", options.data), ("training", options.training)):
+        if place is not None:
+            try:
+                check_place(place, stream=False)
+            except LdmError as error:
+                raise LdmError(f"--{name}: {error}") from None
+    for texts in options.settings.values():
+        settings_of(texts)
+    sweeps_of(options.sweeps)

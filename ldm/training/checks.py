@@ -1,0 +1,101 @@
+"""What can be said of a configuration before PyTorch is imported: bounds of its keys together, and paths."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ldm.data.places import check_place
+from ldm.errors import LdmError
+from ldm.training.config import Config
+from ldm.training.phases import phases
+from ldm.training.sections import EvaluationSection, ModelSection, StageSection
+from ldm.weights.builtin import DEFAULT, builtin
+from ldm.weights.names import HUB_ID
+
+
+def check_bounds(config: Config) -> None:
+    """Check the keys that bound each other.
+
+    Raises:
+        LdmError: two of them do not go together; the message names the key to change.
+    """
+    for name in config.stages:
+        section: StageSection = getattr(config, name)
+        try:
+            sizes = [phase.size for phase in phases(section)]
+        except LdmError as error:
+            raise LdmError(f"{name}.{error}") from None
+        _check_sizes(name, sizes, config.data.bucket_step)
+    data = config.data
+    if data.stream and data.cache:
+        raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
+    if data.cache and data.crop == "center" and data.crops > 1:
+        raise LdmError(f"data.crops is {data.crops}: an image has one crop at its center; set data.crops=1")
+
+
+def _check_sizes(name: str, sizes: list[int], step: int) -> None:
+    """Check that the sizes of a stage are multiples of the step of its buckets."""
+    odd = [size for size in sizes if size % step]
+    if not odd:
+        return
+    fitting = [side for side in range(8, step, 8) if math.gcd(*sizes) % side == 0]
+    remedy = f"set data.bucket_step={fitting[-1]}" if fitting else "choose a size that is a multiple of 8"
+    raise LdmError(f"data.bucket_step is {step}: {name}.sizes has {odd[0]}, which is no multiple of it; {remedy}")
+
+
+def check_paths(config: Config) -> None:
+    """Check that everything is there which the configuration names by a path, and that the output can be written.
+
+    Raises:
+        LdmError: something is missing; the message names its key.
+    """
+    if not config.data.source:
+        raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")
+    _check_images("data.source", config.data.source, config.data.stream)
+    for place, model in _models(config):
+        _check_model(place, model)
+    for name in config.stages:
+        evaluation = getattr(getattr(config, name), "evaluation", None)
+        if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
+            _check_images(f"{name}.evaluation.data", evaluation.data, stream=False)
+    output = Path(config.output).absolute()
+    there = next(folder for folder in (output, *output.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise LdmError(f"output {config.output} cannot be used: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise LdmError(f"output {config.output} cannot be used: {there} cannot be written")
+
+
+def _models(config: Config) -> Iterator[tuple[str, ModelSection]]:
+    """The models that the run starts from, with their places; none that a finished stage has read."""
+    for number, name in enumerate(config.stages):
+        own = getattr(getattr(config, name), "model", None)
+        if (Path(config.output) / name / "done.json").exists():
+            continue
+        if isinstance(own, ModelSection):
+            yield f"{name}.model", own
+        elif number == 0:
+            yield "model", config.model
+
+
+def _check_images(key: str, source: str, stream: bool) -> None:
+    try:
+        check_place(source, stream)
+    except LdmError as error:
+        raise LdmError(f"{key}: {error}") from None
+
+
+def _check_model(place: str, section: ModelSection) -> None:
+    """Check the paths of a model and of components from elsewhere."""
+    source = section.source
+    if source and not builtin(source) and not HUB_ID.fullmatch(source) and not Path(source).exists():
+        raise LdmError(
+            f"{place}.source: {source} does not exist; give a model folder, a checkpoint file, a Hub name (owner/name) "
+            f"or {DEFAULT}"
+        )
+    for name, path in section.components.items():
+        if not HUB_ID.fullmatch(path) and not Path(path).exists():
+            raise LdmError(f"{place}.components.{name}: {path} does not exist; give a folder or a file")

@@ -1,0 +1,95 @@
+"""The section of each kind of stage in a configuration, in the order in which a run trains the kinds.
+
+What a kind does with its section is a row of `ldm.training.stages.table`. Nothing here imports PyTorch, so that a wrong
+configuration is answered at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ldm.training.sections import EvaluationSection, ModelSection, StageSection
+
+Part = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class AutoencoderSection(StageSection):
+    """The autoencoder, trained to reconstruct images."""
+
+    pixel_loss: Literal["l1", "l2"] = Field("l1", description="loss of pixels")
+    perceptual: str | None = Field(
+        None, description="network of LPIPS: vgg16 or alex (tools/fetch_weights.py), or a file; null: none"
+    )
+    perceptual_weight: float = Field(1.0, ge=0, description="weight of LPIPS; 0: only measured")
+    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence, as in latent-diffusion")
+    commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss, with a codebook")
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="decay of a codebook's averages; 0: by gradients")
+    codebook_patience: int = Field(100, ge=1, description="updates after which an unused vector is replaced")
+    adversarial_weight: float = Field(0.5, ge=0, description="weight of the discriminator; 0: none")
+    adversarial_start: int = Field(50_000, ge=0, description="updates before the discriminator takes part")
+    discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
+    discriminator_learning_rate: float | None = Field(None, gt=0, description="null: as the autoencoder's")
+    decoder_only: bool = Field(False, description="train the decoder alone, so that U-Nets of its latents still fit")
+    measure: int = Field(10_000, ge=1, description="most images on which the latents' scale is measured at the end")
+    measure_shift: bool = Field(False, description="measure the latents' mean too, as a shift")
+
+
+class TextSection(StageSection):
+    """The text encoders, trained contrastively with an image encoder (CLIP)."""
+
+    image_width: int = Field(768, ge=8, description="channels of the image encoder")
+    image_layers: int = Field(12, ge=1, description="layers of the image encoder")
+    image_heads: int = Field(12, ge=1, description="attention heads of the image encoder")
+    patch: int = Field(32, ge=1, description="side of a patch in pixels; it divides the sides of all images")
+    embed_dim: int | None = Field(
+        None, ge=1, description="channels of the comparison; null: the text encoders' projection, or 512"
+    )
+    image_only: bool = Field(
+        False, description="train the image encoder alone, so that U-Nets that read the text encoders still fit"
+    )
+
+
+class DenoiserSection(StageSection):
+    """The U-Net of the base model."""
+
+    min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
+    noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
+    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="distribution of timesteps")
+    timestep_range: tuple[int, int] | None = Field(None, description="first and last; null: all, refiner 0 to 199")
+    logit_mean: float = Field(0.0, description="mean of the logit-normal distribution (Esser et al. 2024)")
+    logit_std: float = Field(1.0, gt=0, description="its standard deviation")
+    drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions dropped")
+    drop_together: bool = Field(False, description="drop a caption for both text encoders, or for none")
+    drop_size: float = Field(0.0, ge=0, le=1, description="part of the time ids dropped")
+    attention: str = Field("sdpa", description="attention kernel of the U-Net; on a CPU math is faster")
+    train_text: bool = Field(False, description="train the text encoders together with the U-Net")
+    text_learning_rate: list[NotNegative] = Field(
+        [1e-6], min_length=1, max_length=2, description="learning rate of each text encoder"
+    )
+    prompts: list[str] = Field([], description="prompts of previews; empty: held-out captions")
+    evaluation: EvaluationSection = EvaluationSection()
+
+
+class RefinerModelSection(ModelSection):
+    """The refiner to start from; a newly built one takes the base's autoencoder and last text encoder."""
+
+    usual: ClassVar[str | None] = "sdxl-refiner"
+    family: str | None = Field(None, description="family to build (sdxl-refiner), or of a single file")
+
+
+class RefinerSection(DenoiserSection):
+    """The refiner: the last 200 timesteps, with its own text encoder and an aesthetic score."""
+
+    model: RefinerModelSection = RefinerModelSection()
+    default_score: float = Field(6.0, ge=0, le=10, description="aesthetic score of images that have none")
+
+
+SECTIONS: dict[str, type[StageSection]] = {
+    "autoencoder": AutoencoderSection,
+    "text": TextSection,
+    "base": DenoiserSection,
+    "refiner": RefinerSection,
+}

@@ -1,0 +1,8 @@
+"""The names by which models are found: on the Hub, and of the file that makes a folder a model."""
+
+from __future__ import annotations
+
+import re
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -1,0 +1,284 @@
+"""The adapters of a pipeline: files by name, and models with the weights of the last mixes merged in."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import LdmError, listing, out_of_memory, suggestion
+from ldm.families import FewStep
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.patches.low_rank import Change
+from ldm.runtime.merging import merged
+from ldm.weights.adapters import Adapter, open_adapter
+from ldm.weights.few_step import made_for
+from ldm.weights.tensors import read_header
+from pipelines.mixes import Mix, MixedAdapter, Wanted, read_tags, wanted
+from pipelines.settings import find
+
+log = logging.getLogger(__name__)
+KEPT = 2  # models with merged weights that are kept: the last mixes
+ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
+PEFT = "adapter_config.json"  # in a folder that is an adapter
+PIECE = 2**24  # bytes of a file that are hashed at a time
+HASH = 12  # digits of AUTOMATIC1111's hash that it writes
+Changes = dict[str, list[tuple[float, Change]]]  # parameter -> weights and changes
+
+
+@dataclass(frozen=True)
+class Found:
+    """An opened adapter."""
+
+    adapter: Adapter
+    stamp: tuple[int, ...]  # of its files as they were then
+    autov3: str  # the first digits of AUTOMATIC1111's hash of the file; "" for a folder
+    few: FewStep | None  # what it was made for
+
+
+class Adapters:
+    """The adapters of a pipeline. Several threads may use them at once."""
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        folder: str | os.PathLike[str] | None,
+        partial: bool,
+        allow_pickle: bool,
+        usual: Any = (),
+    ) -> None:
+        """Adapters for a model, which stays as it is.
+
+        Args:
+            model: into copies of which adapters are merged.
+            folder: where adapters are found by name, in folders within it, too.
+            partial: use what fits of an adapter that does not fit as a whole.
+            allow_pickle: read tensors, and nothing else, from `.pt`, `.ckpt` and `.bin`.
+            usual: a value of the setting `adapters`, for calls that name none; calls may name these by their names.
+
+        Raises:
+            LdmError: the folder does not exist; or as `mixes`.
+        """
+        self.model, self.partial, self.allow_pickle = model, partial, allow_pickle
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and not self.folder.is_dir():
+            raise LdmError(f"lora_dir {str(self.folder)!r} is not a folder; name one with LoRA files")
+        self.names: dict[str, Path] = {}  # adapters of the pipeline, and what was found in the folder
+        self.opened: dict[Path, Found] = {}
+        self.models: OrderedDict[Mix, LatentDiffusion] = OrderedDict()  # the last one used comes last
+        self.lock = threading.RLock()
+        (given,) = wanted(find("adapters", "python").check(usual), 1)
+        self.usual = self.mix(given)
+        for one in self.usual:
+            if self.names.setdefault(one.name, one.file) != one.file:
+                raise LdmError(f"adapters {self.names[one.name]} and {one.file} have one name; rename one of them")
+
+    # --- from names to mixes ------------------------------------------------------------------------------------------
+
+    def mixes(self, prompts: Sequence[str], value: Any, tags: bool) -> tuple[list[str], list[Mix]]:
+        """Prompts without their `<lora:…>`, and the mix of each: what a setting's value and its tags ask for together.
+
+        Args:
+            prompts: of a call.
+            value: of the setting `adapters`; None for the pipeline's own.
+            tags: read `<lora:…>`; otherwise they are words.
+
+        Raises:
+            LdmError: a name is not known, or an adapter cannot be read or does not fit the model.
+        """
+        read = [read_tags(prompt) if tags else (prompt, ()) for prompt in prompts]
+        usual = self.usual if value is None else ()
+        given = wanted(() if value is None else value, len(prompts))
+        found = [self.mix((*one, *own), usual) for one, (_, own) in zip(given, read, strict=True)]
+        return [prompt for prompt, _ in read], found
+
+    def mix(self, entries: Sequence[Wanted], usual: Mix = ()) -> Mix:
+        """The mix of these adapters and of those of another mix: weights of the same file add.
+
+        Raises:
+            LdmError: as `mixes`.
+        """
+        shares = {share.file: share for share in usual}
+        for one in entries:
+            here = {share.name: share.file for share in shares.values()}
+            share = self.share(one, here)
+            before = shares.get(share.file, replace(share, unet=0.0, text=0.0))
+            shares[share.file] = replace(share, unet=before.unet + share.unet, text=before.text + share.text)
+        return tuple(share for share in shares.values() if share.unet or share.text)
+
+    def share(self, one: Wanted, here: Mapping[str, Path]) -> MixedAdapter:
+        """The opened adapter that is asked for, with its weights; `here` has the names of the same mix.
+
+        Raises:
+            LdmError: as `mixes`; or its file is not the one of the record.
+        """
+        with self.lock:
+            file = self._place(one, here).absolute()
+            found = self._open(file)
+        own = found.adapter
+        if one.sha256 not in ("", own.digest) or (one.autov3 and found.autov3 not in ("", one.autov3)):
+            raise LdmError(
+                f"{one.place}: {file} is not the file that the image was made with; name the folder of that one "
+                "(lora_dir=, --lora-dir)"
+            )
+        return MixedAdapter(own.name, file, own.digest, found.autov3, one.unet, one.text, own, found.few)
+
+    def _place(self, one: Wanted, here: Mapping[str, Path]) -> Path:
+        """The file of an adapter that is asked for."""
+        if one.path and Path(one.path).exists():
+            return Path(one.path)
+        known = here.get(one.name, self.names.get(one.name))
+        if known is not None and known.exists():
+            return known
+        if Path(one.name).exists():
+            return Path(one.name)
+        found = self.names[one.name] = self._in_folder(one)
+        return found
+
+    def _in_folder(self, one: Wanted) -> Path:
+        """The adapter in the folder that has a name: that of its file, or else the one in its metadata.
+
+        Raises:
+            LdmError: none has, or several have it.
+        """
+        files = list(files_in(self.folder)) if self.folder else []
+        found = [file for file in files if one.name in names_in(self.folder or file, file)]
+        found = found or [file for file in files if alias(file) == one.name]
+        if len(found) > 1:
+            places = listing([str(file) for file in found])
+            raise LdmError(
+                f"{one.place}: {len(found)} adapters are called {one.name!r} ({places}); write its path in the folder"
+            )
+        if not found:
+            raise LdmError(self._unknown(one, files))
+        return found[0]
+
+    def _unknown(self, one: Wanted, files: Sequence[Path]) -> str:
+        """The message for a name that is not known."""
+        known = sorted({*self.names, *(file.stem for file in files)})
+        gone = f"{one.path} is gone, and " if one.path else ""
+        where = f" in {self.folder}" if self.folder else ""
+        remedy = "" if self.folder else "name the folder of LoRA files (lora_dir=, --lora-dir), or the path of the file"
+        near = suggestion(one.name, known) if known else ""
+        end = "; ".join(text for text in (near, remedy) if text) or "it holds none"
+        return f"{one.place}: {gone}no adapter is called {one.name!r}{where}; {end}"
+
+    def _open(self, file: Path) -> Found:
+        """An adapter, which is read again if its file has changed."""
+        now = stamp(file)
+        found = self.opened.get(file)
+        if found is None or found.stamp != now:
+            adapter = open_adapter(file, self.model, partial=self.partial, allow_pickle=self.allow_pickle)
+            few = made_for(file, adapter.metadata)
+            if few:
+                log.warning("%s: %s; these are the defaults", file, few)
+            found = self.opened[file] = Found(adapter, now, autov3(file, adapter.metadata), few)
+        return found
+
+    # --- from mixes to models -----------------------------------------------------------------------------------------
+
+    def merged(self, mix: Mix) -> LatentDiffusion:
+        """The model with a mix merged in; the model itself without one. The last ones are kept.
+
+        Raises:
+            LdmError: memory does not suffice.
+        """
+        if not mix:
+            return self.model
+        with self.lock:
+            if mix not in self.models:
+                while len(self.models) >= KEPT:
+                    self.models.popitem(last=False)
+                try:
+                    self.models[mix] = adapted(self.model, mix)
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    self.models.clear()
+                    raise LdmError(
+                        "out of memory while adapters are merged; offload the model (offload='components', --offload)"
+                    ) from None
+            self.models.move_to_end(mix)
+            return self.models[mix]
+
+
+def adapted(model: LatentDiffusion, mix: Mix) -> LatentDiffusion:
+    """A copy of a model with the changes of a mix merged into its weights; all else is shared."""
+    networks = {"unet": model.unet, "text_encoders": model.text_encoders}
+    towers = {config.component: f"towers.{number}." for number, config in enumerate(model.text_encoders.configs)}
+    changes: dict[str, Changes] = {name: {} for name in networks}
+    for share in mix:
+        for component, own in share.adapter.changes.items():
+            network, prefix = ("text_encoders", towers[component]) if component in towers else (component, "")
+            amount = share.text if component in towers else share.unet
+            for name, change in own.items() if amount else ():
+                changes[network].setdefault(prefix + name, []).append((amount, change))
+    return model.with_networks({name: merged(networks[name], own) for name, own in changes.items() if own})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """The adapters in a folder and in those within it: files, and folders of peft."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if PEFT in names:
+            folders.clear()
+            yield Path(place)
+            continue
+        folders.sort()
+        yield from (Path(place, name) for name in sorted(names) if name.lower().endswith(ENDINGS))
+
+
+def names_in(folder: Path, file: Path) -> set[str]:
+    """The names of an adapter in a folder: that of its file, or its path there, each with its ending or without."""
+    inner = file.relative_to(folder)
+    return {file.stem, file.name, inner.as_posix(), inner.with_suffix("").as_posix()}
+
+
+def alias(file: Path) -> str:
+    """The name that a trainer wrote into a file's metadata, by which AUTOMATIC1111's programs call it; "" if none."""
+    if file.suffix.lower() != ".safetensors":
+        return ""
+    try:
+        return read_header(file)[1].get("ss_output_name", "")
+    except LdmError:  # another one is asked for
+        return ""
+
+
+def autov3(file: Path, metadata: Mapping[str, str]) -> str:
+    """The first digits of AUTOMATIC1111's hash of an adapter, as it writes them: "" for a folder.
+
+    It is the SHA-256 of a safetensors file without its header, or of another file as a whole; kohya's trainer writes it
+    into the metadata, which is then believed.
+    """
+    stated = metadata.get("sshs_model_hash", "")
+    if stated or file.is_dir():
+        return stated[:HASH]
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        if file.suffix.lower() == ".safetensors":
+            opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        while piece := opened.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()[:HASH]
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """Sizes and times of change of an adapter's files.
+
+    Raises:
+        LdmError: it is gone.
+    """
+    try:
+        files = sorted(path for path in file.iterdir() if path.is_file()) if file.is_dir() else [file]
+        found = [path.stat() for path in files]
+    except OSError as error:
+        raise LdmError(f"adapter {file}: {error.strerror}") from None
+    return tuple(number for one in found for number in (one.st_size, one.st_mtime_ns))
