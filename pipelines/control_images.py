@@ -1,13 +1,13 @@
 """The values of the setting `control`: condition images, each with its kind.
 
-A kind says how the condition image comes from the given one; `image` is a condition image as it is.
+A kind, of `ldm.conditions.table`, says how the condition image comes from the given one.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.conditions.table import KINDS, condition
 from ldm.errors import LdmError, suggestion
 from ldm.images import load_image
 
 READY = "image"  # the kind of condition images that are taken as they are
-MASKED = "inpaint"  # the kind that hides the masked part of the image to start from
-KINDS = (READY, MASKED)
+MASKED = "inpaint"  # the kind that hides the masked part of an image
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,23 @@ class ControlImage:
     kind: str
     source: Any  # a path, or an image of PIL
     sha256: str = ""  # of the file
+    made: dict[tuple[int, int], Image.Image] = field(default_factory=dict, compare=False)  # by width and height
 
     @cached_property
     def given(self) -> Image.Image:
         """The given image, in RGB."""
         return load_image(self.source)
+
+    def at(self, width: int, height: int) -> Image.Image:
+        """The condition image of that size, made of the given one at that size; hidden parts are shown."""
+        image = self.given
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        if self.kind == MASKED:
+            return image
+        if (width, height) not in self.made:
+            self.made[width, height] = condition(self.kind, image)
+        return self.made[width, height]
 
     @property
     def record(self) -> dict[str, str]:
@@ -56,7 +68,7 @@ def control_images(value: Any) -> tuple[ControlImage, ...]:
         if "path" not in value:
             raise LdmError(
                 f"control {value['kind']}: the image was made with a condition image that its record does not name; "
-                "name it (control=)"
+                "name it (control=, --control)"
             )
         return (_control_image(value["kind"], value["path"], value.get("sha256", "")),)
     if isinstance(value, Mapping):
@@ -69,14 +81,12 @@ def control_images(value: Any) -> tuple[ControlImage, ...]:
 
 def _control_image(kind: str, image: Any, sha256: str) -> ControlImage:
     if kind not in KINDS:
-        raise LdmError(
-            f"control: the kind {kind!r} of condition images does not exist; {suggestion(kind, list(KINDS))}"
-        )
+        raise LdmError(f"control: the kind {kind!r} of image is not known; {suggestion(kind, list(KINDS))}")
     if not isinstance(image, (str, PathLike)):
         return ControlImage(kind, load_image(image))
     path = Path(fspath(image))
     found = ControlImage(kind, path, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
     load_image(path)
     if sha256 and found.sha256 != sha256:
-        raise LdmError(f"the condition image {path} has changed since the image was made; name it (control=)")
+        raise LdmError(f"the condition image {path} has changed since the image was made; name it (--control)")
     return found

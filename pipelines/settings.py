@@ -445,7 +445,7 @@ SETTINGS: tuple[Setting, ...] = (
             flag="--lora", names=("loras", "lora"), a1111="Lora hashes",
             used=lambda request: any(request.mixes)),
     Setting("control", CONTROL,
-            "Condition image for a control model, as KIND=FILE: image, as it is; or inpaint. Once for each.",
+            "Condition image for a control model, as KIND=FILE: image (as it is), canny, … (`ldm preprocess`).",
             names=("control_image",), closed=FROM_TEXT, used=lambda request: bool(request.control)),
     Setting("control_scale", _each(number(0, 10), "condition image"), "Scale of each control model.", 1.0,
             names=("controlnet_conditioning_scale", "adapter_conditioning_scale"), closed=FROM_TEXT,

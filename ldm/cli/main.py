@@ -258,13 +258,16 @@ def repro(
         str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
     ] = None,
     embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="The condition images, likewise.")] = None,
+    control_model: Annotated[list[str] | None, typer.Option(help="The control models, likewise.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make an image again from the record in it, and print how the pixels differ."""
     from ldm.cli.repro import reproduce_image
 
     reproduce_image(
-        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle
+        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle,
+        control or (), control_model or (),
     )  # fmt: skip
 
 

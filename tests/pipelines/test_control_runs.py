@@ -16,6 +16,7 @@ from PIL import Image
 from rounding import RUN, near
 from torch import Tensor
 
+from ldm.conditions.table import condition
 from ldm.errors import LdmError
 from ldm.images import read_settings
 from ldm.latent_diffusion import LatentDiffusion
@@ -52,6 +53,17 @@ def test_the_base_stays_as_it_is_and_a_scale_of_zero_changes_nothing() -> None:
     assert torch.equal(made(pipeline, control=[image(0), image(1)], control_begin=0.9), plain)  # less than a step
     one = made(pipeline, control=[image(0), image(1)], control_scale=(1, 0))
     near(made(controlled("sdxl"), control=image(0)), one, RUN)
+
+
+def test_condition_images_are_made_of_an_image() -> None:
+    """At the size of the result; by the model with the kind's name, wherever it stands."""
+    networks = [controls.controlnet(tiny.family("sd15"), seed) for seed in range(2)]
+    pipeline = Pipeline(tiny.model("sd15"), control_models={"gray": networks[0], "canny": networks[1]}, quick=False)
+    photo = image(0, 96, 96)
+    found = made(pipeline, control={"canny": photo, "gray": photo})
+    small = photo.resize((64, 64), Image.Resampling.LANCZOS)
+    prepared = [condition(kind, small) for kind in ("gray", "canny")]
+    near(made(controlled("sd15", 2), control=prepared), found, RUN)
 
 
 def test_scales_fall_with_depth() -> None:
@@ -157,7 +169,7 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     assert "no control models for 1 condition images" in problem(none, control=image())
     assert "2 control models for 3 condition images" in problem(two, control=[image()] * 3)
     assert "the kind 'imge' of image is not known; did you mean image?" in problem(one, control={"imge": image()})
-    assert "cannot be read" in problem(one, control=f"image={tmp_path / 'nowhere.png'}")
+    assert "does not exist" in problem(one, control=f"image={tmp_path / 'nowhere.png'}")
     (tmp_path / "text.png").write_text("no image")
     assert "text.png" in problem(one, control=str(tmp_path / "text.png"))
     assert "control 5: KIND=FILE" in problem(one, control=5)
@@ -190,7 +202,7 @@ def test_from_the_shell_into_records_and_back(
         "--control",
         "image=a.png",
         "--control",
-        "image=b.png",
+        "gray=b.png",
         "--control-scale",
         "0.5,0.7",
         "--control-end",
@@ -205,10 +217,14 @@ def test_from_the_shell_into_records_and_back(
     assert run(capsys, monkeypatch, "repro", record["path"], "--device", "cpu")[1].startswith("identical")
     code, out, err = run(capsys, monkeypatch, "generate", "a cat", "--dry-run", *options, *given)
     assert code == 0 and json.loads(out)["settings"]["control"][0]["kind"] == "image", err
-    Path("p.jsonl").write_text(json.dumps({"prompt": "a cat", "control": ["a.png", {"image": "b.png"}], "seed": 1}))
+    Path("p.jsonl").write_text(json.dumps({"prompt": "a cat", "control": ["a.png", {"gray": "b.png"}], "seed": 1}))
     code, out, err = run(capsys, monkeypatch, "generate", "--prompts", "p.jsonl", "--json", *options)
     assert code == 0 and [one["path"] for one in json.loads(out)["control"]] == ["a.png", "b.png"], err
     image(5).save("a.png")
     assert "a.png has changed since" in run(capsys, monkeypatch, "repro", record["path"], "--device", "cpu")[2]
+    image(0).save("moved.png")
+    again = ["repro", record["path"], "--device", "cpu", "--control", "moved.png", "--control", "b.png"]
+    assert run(capsys, monkeypatch, *again)[1].startswith("identical")
+    assert "was made with 2 condition images; name each" in run(capsys, monkeypatch, *again[:-2])[2]
     found, _ = read_settings(Path(record["path"]))
     assert found is not None and found["control"] == record["control"]
