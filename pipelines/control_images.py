@@ -1,6 +1,7 @@
 """The values of the setting `control`: condition images, each with its kind.
 
-A kind, of `ldm.conditions.table`, says how the condition image comes from the given one.
+A kind (`ldm.conditions.table.KINDS`) says how the condition image is made of the given one; `image` is a condition
+image as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ class ControlImage:
         return load_image(self.source)
 
     def at(self, width: int, height: int) -> Image.Image:
-        """The condition image of that size, made of the given one at that size; hidden parts are shown."""
+        """The condition image, made of the given one at that size; of the kind inpaint, before its part is hidden.
+
+        Raises:
+            LdmError: the network that makes it cannot be opened.
+        """
         image = self.given
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
