@@ -86,7 +86,8 @@ def control_images(value: Any) -> tuple[ControlImage, ...]:
 
 def _control_image(kind: str, image: Any, sha256: str) -> ControlImage:
     if kind not in KINDS:
-        raise LdmError(f"control: the kind {kind!r} of image is not known; {suggestion(kind, list(KINDS))}")
+        near = suggestion(kind, list(KINDS))
+        raise LdmError(f"control: the kind {kind!r} of condition images does not exist; {near}")
     if not isinstance(image, (str, PathLike)):
         return ControlImage(kind, load_image(image))
     path = Path(fspath(image))

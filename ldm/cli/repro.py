@@ -44,6 +44,9 @@ def reproduce_image(
     components: Sequence[str],
     lora_dir: str | None,
     embeddings: Sequence[str],
+    image_prompts: Sequence[str],
+    ip_adapters: Sequence[str],
+    image_encoder: str | None,
     allow_pickle: bool,
     control: Sequence[str] = (),
     control_models: Sequence[str] = (),
@@ -74,8 +77,10 @@ def reproduce_image(
     if control_models:
         loading["control_models"] = tuple(control_models)
     if "image_prompt" in record:
-        settings["image_prompt"], loading["ip_adapter"] = from_record(record["image_prompt"])
-        loading["image_encoder"] = record.get("image_encoder")
+        settings["image_prompt"], loading["ip_adapter"] = from_record(
+            record["image_prompt"], image_prompts, ip_adapters
+        )
+        loading["image_encoder"] = image_encoder or record.get("image_encoder")
     pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
     _check_files(path, loading["source"], record, parameters, pipeline)
     batch, place = record.get("batch", 1), record.get("place", 0)

@@ -168,7 +168,9 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     one, two, none = controlled("sd15"), controlled("sd15", 2), Pipeline(tiny.model("sd15"))
     assert "no control models for 1 condition images" in problem(none, control=image())
     assert "2 control models for 3 condition images" in problem(two, control=[image()] * 3)
-    assert "the kind 'imge' of image is not known; did you mean image?" in problem(one, control={"imge": image()})
+    assert "the kind 'imge' of condition images does not exist; did you mean image?" in problem(
+        one, control={"imge": image()}
+    )
     assert "does not exist" in problem(one, control=f"image={tmp_path / 'nowhere.png'}")
     (tmp_path / "text.png").write_text("no image")
     assert "text.png" in problem(one, control=str(tmp_path / "text.png"))
