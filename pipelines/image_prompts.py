@@ -21,6 +21,8 @@ from ldm.errors import LdmError
 from ldm.images import load_image, mask_to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.patches.image_prompt import ImageTokens
+from ldm.patches.patching import patched
+from ldm.runtime.graphs import admit
 from ldm.weights.image_encoder import ImageEncoder, load_image_encoder
 from ldm.weights.image_prompt import OpenedImagePrompt, open_image_prompt
 from pipelines.request import Request
@@ -56,7 +58,8 @@ class ImagePrompts:
         self.encoder = load_image_encoder(self.encoder_source, model.dtype, device, allow_pickle=pickle)
         for opened in self.files:
             self.encoder.check(opened.adapter.config)
-            opened.load(model.dtype, model.device)
+            value = ImageTokens("", opened.load(model.dtype, model.device))
+            admit(model.unet, patched(model.unet, {"image_prompts": (value,)}))
 
     def check(self, request: Request) -> None:
         """Raise unless a request's image prompts can be used.
@@ -162,7 +165,8 @@ class ImageAttachment:
         shown, negative = (one.to(run.device, run.dtype).expand(batch, -1, -1) for one in self.tokens)
         inputs = {value.tokens: (shown, negative)}
         for level, region in enumerate(self._regions(run)):
-            weights = (weight * region).to(run.device, run.dtype).expand(batch, -1, -1)
+            # of its own memory, into which recorded steps copy
+            weights = (weight * region).to(run.device, run.dtype).expand(batch, -1, -1).contiguous()
             inputs[value.weights(level)] = (weights, weights)
         return Attached("image_prompts", value, inputs)
 

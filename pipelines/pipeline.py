@@ -7,7 +7,7 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +29,7 @@ from ldm.sampling.preview import Factors, clean, fit, to_pixels
 from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
+from pipelines.control import check_control, controls_of, load_control_models
 from pipelines.embeddings import find_embeddings, used, with_embeddings
 from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
@@ -94,8 +95,8 @@ class Pipeline:
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
             **options: `lora_dir`, a folder in which prompts and calls find adapters by name; `partial_adapters`, to use
                 what fits of one that does not fit as a whole; `ip_adapter`, files of IP-Adapters, one or a list, and
-                `image_encoder`, a folder or Hub name; further arguments of `LatentDiffusion.from_pretrained`; and
-                diffusers' names of all, such as `torch_dtype`.
+                `image_encoder`, a folder or Hub name; `control_models`, ControlNets and T2I-Adapters, one, a list or by
+                names; more of `LatentDiffusion.from_pretrained`; diffusers' names of all, such as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
@@ -105,7 +106,7 @@ class Pipeline:
         found = {name: value for name, value in found.items() if value is not None}
         source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
         folder, partial = found.pop("lora_dir", None), found.pop("partial_adapters", False)
-        images = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder")}
+        beside = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder", "control_models")}
         device = device_named(device or default_device())
         tuning = Tuning(attention, quick, compile, quantize, offload)
         self.compiled = compile
@@ -118,7 +119,15 @@ class Pipeline:
             _share(self.model, self.refiner)
         self._learn(learned, pickle := found.get("allow_pickle", False))
         self.adapters = Adapters(self.model, folder, partial, pickle, adapters)
-        self.image_prompts = ImagePrompts(self.model, **images, source=source, pickle=pickle)
+        self._load_beside(source, tuning, pickle, **beside)
+
+    def _load_beside(
+        self, source: Any, tuning: Tuning, pickle: bool, ip_adapter: Any, image_encoder: Any, control_models: Any
+    ) -> None:
+        """Load the networks that steer the model's U-Net."""
+        with cpu_by_default():
+            self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
+            self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
 
     def _learn(self, paths: Any, allow_pickle: bool) -> None:
         """Let the text encoders know the embeddings of files and folders."""
@@ -187,6 +196,7 @@ class Pipeline:
                 check_task(request, family)
             check_passes(request, family, refiner)
             self.image_prompts.check(request)
+            check_control(request, family, self.control_models)
             note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
         return request
 
@@ -235,9 +245,12 @@ class Pipeline:
     def _made(
         self, request: Request, output: str, on_step: OnStep | None, batches: Iterable[range]
     ) -> Iterator[Result]:
-        self._note_unknown(request.prompts)
+        note_unknown(request.prompts, self.words)
         note_foreign(request)
-        attachments = self.image_prompts.attachments(request)
+        attachments: list[Attachment] = [
+            *self.image_prompts.attachments(request),
+            *controls_of(request, self.control_models),
+        ]
         fits = len(request.prompts)
         for rows in batches:
             done = rows.start
@@ -295,15 +308,15 @@ class Pipeline:
                 result.images = [pasted(made, request.image, request.mask) for made in result.images]
         return result
 
-    def _note_unknown(self, prompts: Sequence[str]) -> None:
-        """Log the words of each prompt that are not in the model's own list of known words, if it has one."""
-        known = self.words
-        if known is None:
-            return
-        for prompt in dict.fromkeys(prompts):
-            unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
-            if unknown:
-                log.warning("words that this model never saw in training: %s", listing(unknown))
+
+def note_unknown(prompts: Sequence[str], known: Collection[str] | None) -> None:
+    """Log the words of each prompt that are not in the model's own list of known words, if it has one."""
+    if known is None:
+        return
+    for prompt in dict.fromkeys(prompts):
+        unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
+        if unknown:
+            log.warning("words that this model never saw in training: %s", listing(unknown))
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:

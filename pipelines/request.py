@@ -24,6 +24,7 @@ from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
+from pipelines.control_images import control_images
 from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
@@ -101,6 +102,7 @@ def request_for(
         LdmError: a setting is not known, or its value not allowed.
     """
     values = settings.checked({**given, "prompt": prompt}, "python")
+    controls = control_images(values.pop("control", None))
     image = _image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
     prompts = values.get("prompt", ())
@@ -110,8 +112,9 @@ def request_for(
     prompts, mixes = mixed(prompts, values.get("adapters"), values.get("weights", True))
     rows = settings.SETTINGS
     filled = {row.name: row.usual for row in rows}
-    filled |= defaults(family, image, mask is not None, values, few_step(mixes)) | values
-    filled["image_prompt"] = settings.image_prompts(values)
+    like = image or (controls[0].given if controls else None)
+    filled |= defaults(family, like, mask is not None, values, few_step(mixes)) | values
+    filled |= {"image_prompt": settings.image_prompts(values), "control": controls}
     count, n = len(prompts), filled["n"]
     _note_stretch(image, filled["width"], filled["height"])
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
@@ -152,6 +155,7 @@ def note_idle(given: Set[str], request: Request, family: Family) -> None:
     xl = ("original_size", "crop", "target_size", "negative_original_size", "negative_crop", "negative_target_size")
     needs = {
         "an image": (request.image is not None, ("strength",)),
+        "a condition image": (bool(request.control), CONTROLLING),
         "hires": (bool(request.hires), ("hires_strength", "hires_latents")),
         "a refiner": (request.refined, ("refiner_strength",)),
         "a guidance scale above 1": (guided, ("negative", "negative_2")),
@@ -191,6 +195,7 @@ def _mask(given: Any) -> Image.Image:
     return mask
 
 
+CONTROLLING = ("control_scale", "control_fall", "control_begin", "control_end", "guess")
 TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 
@@ -325,6 +330,7 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
     if not isinstance(scheduler, str):  # None, or an object of the user's own
         scheduler = own_name(family.schedule) if scheduler is None else f"{type(scheduler).__name__} object"
     common = {**request.values, **settings.expanded({"guidance": request.guidance}), "scheduler": scheduler}
+    common["control"] = [one.record for one in request.control]
     rows = [row for row in settings.at("record").values() if row.kind is not settings.IMAGE and row.used(request)]
     found = []
     for index, prompt in enumerate(request.prompts):

@@ -60,7 +60,7 @@ class InPart(Protocol):
 
     @property
     def end(self) -> float:
-        """The part at which it ends."""
+        """The part of the steps at which it stops to act."""
         ...
 
 

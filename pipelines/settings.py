@@ -295,6 +295,21 @@ def _each(kind: Kind, count: str) -> Kind:
     return Kind(f"{kind.metavar},...", f"{kind.needed}, or one for each {count},", allowed, parse, structured=True)
 
 
+def _control(text: str) -> tuple[dict[str, str], ...]:
+    kind, equals, path = text.partition("=")
+    if not (text and (path or not equals)):
+        raise ValueError(text)
+    return ({"kind": kind, "path": path} if equals else {"kind": "image", "path": text},)
+
+
+def _are_controls(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_are_controls(one) for one in value)
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(kind, str) and _is_image(one) for kind, one in value.items())
+    return _is_image(value)
+
+
 def _is_seed(value: Any) -> bool:
     values = value if isinstance(value, (tuple, range)) else (value,)
     return all(is_whole(seed) and 0 <= seed <= LARGEST_SEED for seed in values)
@@ -349,6 +364,15 @@ ADAPTERS = Kind(
 )  # fmt: skip
 PATHS = Kind("PATH", "a path, or a list of them,", _are_paths, lambda text: (text,), structured=True,
              joined=_joined_paths)  # fmt: skip
+CONTROL = Kind(
+    "KIND=FILE", "KIND=FILE, such as image=edges.png, or a dictionary of kinds and images,", _are_controls, _control,
+    structured=True, joined=lambda values: tuple(one for value in values for one in value),
+)  # fmt: skip
+CONTROL_MODELS = Kind(
+    "MODEL", "a file, folder or name, or a list or dictionary of them,",
+    lambda value: bool(value) and not isinstance(value, (bool, int, float)), lambda text: (text,), structured=True,
+    joined=_joined_paths,
+)  # fmt: skip
 DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -420,6 +444,22 @@ SETTINGS: tuple[Setting, ...] = (
             "LoRA or other adapter, as FILE, FILE:WEIGHT or FILE:TEXT:UNET (weights for text encoders and U-Net).",
             flag="--lora", names=("loras", "lora"), a1111="Lora hashes",
             used=lambda request: any(request.mixes)),
+    Setting("control", CONTROL,
+            "Condition image for a control model, as KIND=FILE: image, as it is; or inpaint. Once for each.",
+            names=("control_image",), closed=FROM_TEXT, used=lambda request: bool(request.control)),
+    Setting("control_scale", _each(number(0, 10), "condition image"), "Scale of each control model.", 1.0,
+            names=("controlnet_conditioning_scale", "adapter_conditioning_scale"), closed=FROM_TEXT,
+            used=lambda request: bool(request.control)),
+    Setting("control_fall", _each(PART, "condition image"),
+            "Control models: factor from each depth's scale to that of the one above, such as 0.825.", 1.0,
+            names=("soft_injection",), closed=FROM_TEXT, used=lambda request: bool(request.control)),
+    Setting("control_begin", _each(PART, "condition image"), "Part of the steps at which control models begin.", 0.0,
+            names=("control_guidance_start",), closed=FROM_TEXT, used=lambda request: bool(request.control)),
+    Setting("control_end", _each(PART, "condition image"), "Part of the steps at which control models end.", 1.0,
+            names=("control_guidance_end", "adapter_conditioning_factor"), closed=FROM_TEXT,
+            used=lambda request: bool(request.control)),
+    Setting("guess", FLAG, "Guess mode: control models act on the prompt's half of guidance alone.", False,
+            names=("guess_mode",), closed=FROM_TEXT, used=lambda request: bool(request.control)),
     Setting("clip_skip", whole(0, 100), "Last layers of the text encoders to leave out, for the negative prompt too.",
             0, a1111="Clip skip", names=("stop_at_clip_layer", "CLIP_stop_at_last_layers")),
     Setting("refiner_at", number(0.01, 0.99), "Part of the run after which the refiner takes over, such as 0.8.",
@@ -504,6 +544,9 @@ LOADING: tuple[Setting, ...] = (
     Setting("image_encoder", SOURCE, "Image encoder of the IP-Adapter: a folder or a Hub name.",
             Elsewhere("the folder image_encoder beside it"),
             closed=ONE_MODEL | FROM_TEXT | {"record": "it is there with the image prompts"}),
+    Setting("control_models", CONTROL_MODELS,
+            "A ControlNet or T2I-Adapter: folder, file or Hub name. Once for each condition image, in their order.",
+            flag="--control-model", names=("controlnet",), closed=ONE_MODEL | FROM_TEXT),
     Setting("embeddings", PATHS,
             "An embedding of textual inversion, named in prompts, or a folder of them; once for each.",
             flag="--embedding", names=("embedding_dir", "embeddings_dir", "textual_inversion"),

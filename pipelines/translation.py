@@ -93,7 +93,6 @@ def _output(kind: Any) -> Values:
 _STEP = "give on_step=, a function of one ldm.sampling.loop.Step (index, count, time, latents), called after each step"
 _TEXT = "prompts are encoded here; give prompt, negative and the like as texts"
 _PARTS = "name a file or folder: components={'vae': PATH}"
-_ADAPTER = "IP-Adapter and ControlNet are not read here"
 _ANSWERS = {
     "denoising_start": "the refiner takes over within one call: give Pipeline a refiner=, and the call refiner_at=0.8",
     "batch_size": "give n, the images of each prompt, or batch, how many are made at a time",
@@ -108,7 +107,6 @@ _ANSWERS = {
     ),
     "cross_attention_kwargs": "LoRA and the like are named with their weights: adapters={'style.safetensors': 0.8}",
     "ip_adapter_image_embeds": "images are encoded here; give them as image_prompt",
-    "control_image": _ADAPTER,
     **dict.fromkeys(("vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), _PARTS),
     "device_map": "give device= and offload=",
     "safety_checker": "there is none here; leave it out",

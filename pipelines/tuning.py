@@ -6,24 +6,29 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.controlnet import ControlNet
+from ldm.patches.controlnet import NamedControlNet
+from ldm.patches.patching import patched
+from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.runtime import fused_cpu, fused_gpu
 from ldm.runtime.attention import best_attention, set_attention
 from ldm.runtime.bf16 import computes_bf16
 from ldm.runtime.compilation import compile_blocks
-from ldm.runtime.graphs import record_steps
-from ldm.runtime.offload import Room, room_for
+from ldm.runtime.graphs import admit, record_steps
+from ldm.runtime.offload import Room, by_layers, room_for
 from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
 
 log = logging.getLogger(__name__)
+N = TypeVar("N", bound=nn.Module)
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -98,15 +103,9 @@ class Tuning:
                 "offload: with one layer at a time (layers) nothing can be compiled or quantised; leave compile and "
                 "quantize out"
             )
-        for network in (model.unet, model.autoencoder):
-            if self.compile:
-                compile_blocks(network, device)
-            elif self.fused and not (room and room.layers):
-                fused_cpu.fuse(network, device)
-                fused_gpu.fuse(network, device)
-        name = self.attention
-        if name == "auto":
-            name = "sdpa" if self.compile else best_attention(device, dtype)
+        self._quicken(model.unet, device, room)
+        self._quicken(model.autoencoder, device, room)
+        name = self._kernel(device, dtype)
         if name != "sdpa":
             set_attention(model.unet, name, device)
         if name == "avx512":
@@ -116,6 +115,43 @@ class Tuning:
         if (self.compile or self.fused) and device.type == "cuda" and not room:
             record_steps(model.unet)
         return model
+
+    def _quicken(self, network: nn.Module, device: torch.device, room: Room | None) -> None:
+        """Compile a network's blocks or fuse its layers, in place."""
+        if self.compile:
+            compile_blocks(network, device)
+        elif self.fused and not (room and room.layers):
+            fused_cpu.fuse(network, device)
+            fused_gpu.fuse(network, device)
+
+    def _kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the attention kernel."""
+        if self.attention != "auto":
+            return self.attention
+        return "sdpa" if self.compile else best_attention(device, dtype)
+
+    def beside(self, network: N, model: LatentDiffusion) -> N:
+        """Tune a control model in place, to compute beside a model's U-Net, and let that record both together.
+
+        It stays on the device where the model's networks take turns, unless its layers do.
+
+        Raises:
+            LdmError: as `apply`.
+        """
+        device, room = model.device, room_of(model)
+        self._quicken(network, device, room)
+        name = self._kernel(device, model.dtype)
+        if name != "sdpa":
+            set_attention(network, name, device)
+        if isinstance(network, ControlNet):
+            if room and room.layers:
+                by_layers(network, device)
+            admit(model.unet, patched(model.unet, {"controlnets": (NamedControlNet(network, ""),)}))
+        else:
+            admit(
+                model.unet, patched(model.unet, {"t2i_adapters": (NamedFeatures("", len(model.unet.down_blocks) + 1),)})
+            )
+        return network
 
 
 def room_of(model: LatentDiffusion) -> Room | None:

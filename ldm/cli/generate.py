@@ -26,6 +26,7 @@ from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import build
+from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
 from pipelines.pipeline import named
@@ -167,6 +168,7 @@ def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
         "source": _absolute(source),
         "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
         "components": {name: _absolute(path) for name, path in loading.get("components", {}).items()} or None,
+        "control_models": [_absolute(one) for one in loading.get("control_models", ())] or None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
     }
@@ -314,10 +316,12 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     reading = {name: loading[name] for name in READING if name in loading}
     opened = open_source(named(loading.get("source")), **reading, verify=False)
     refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
+    controls = [open_control_model(one, opened.family, verify=False) for one in loading.get("control_models", ())]
     with torch.device("meta"):
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)),
             refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            control_models=[one.network for one in controls],
             **{name: loading[name] for name in BESIDE if name in loading},
         )
     group, *_ = checked_groups(pipeline, options.common, jobs)

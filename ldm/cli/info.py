@@ -81,14 +81,16 @@ def _family(family: Family) -> dict[str, Any]:
         "zero_terminal_snr": family.schedule.zero_terminal_snr,
         "latent_channels": family.autoencoder.latent_channels,
         "scaling_factor": family.autoencoder.scaling_factor,
+        **({"few_steps": str(family.few_step)} if family.few_step else {}),
     }
 
 
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name in ("source", "layout", "family", "task", "image_size", "prediction_type", "scheduler"):
-        facts.add_row(name.replace("_", " "), Text(str(report[name])))
+    for name in ("source", "layout", "family", "task", "image_size", "prediction_type", "scheduler", "few_steps"):
+        if name in report:
+            facts.add_row(name.replace("_", " "), Text(str(report[name])))
     for name in ("unused", "verified"):
         for number, line in enumerate(report.get(name, [])):
             facts.add_row("" if number else name, Text(line))

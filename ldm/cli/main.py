@@ -107,6 +107,101 @@ def convert(
     convert_model(source, dest, dtype, as_variant, shard_size, force, options)
 
 
+adapter = typer.Typer(
+    help="LoRA and other adapters: what a file is, into a model, out of two models, smaller, with other names.",
+    no_args_is_help=True,
+)
+app.add_typer(adapter, name="adapter")
+AdapterFile = Annotated[str, typer.Argument(help="An adapter's file, or a folder by peft or diffusers.")]
+Rank = Annotated[int | None, typer.Option(help="The largest rank.")]
+Energy = Annotated[float | None, typer.Option(help="Share of the sum of squares to keep, such as 0.95.")]
+AdapterFormat = Annotated[str, typer.Option("--format", help="kohya, diffusers, or peft (a folder).")]
+AdapterModel = Annotated[
+    str | None,
+    typer.Option("--model", help="A model or family that the adapter fits, if its tensors do not tell."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+AdapterType = Annotated[str | None, typer.Option("--dtype", help="Type of the tensors: fp32, fp16 or bf16.")]
+
+
+@adapter.command("info")
+def adapter_info(
+    file: AdapterFile,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Describe an adapter: kind, base model, layers, rank, alpha, trigger words, training record."""
+    from ldm.cli.adapter import print_adapter
+
+    print_adapter(file, json, allow_pickle)
+
+
+@adapter.command("merge")
+def adapter_merge(
+    model: Source,
+    dest: Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")],
+    lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[:WEIGHT]", help="An adapter; once for each.")],
+    dtype: AdapterType = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write a model with adapters merged into its weights."""
+    from ldm.cli.adapter import merge
+
+    merge(model, dest, lora, dtype, force, allow_pickle)
+
+
+@adapter.command("extract")
+def adapter_extract(
+    base: Source,
+    tuned: Annotated[str, typer.Argument(help="A model trained from the first one.")],
+    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    format: AdapterFormat = "kohya",
+    dtype: AdapterType = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write the difference of two models as a LoRA, and say how much of it that keeps."""
+    from ldm.cli.adapter import extract
+
+    extract(base, tuned, dest, rank, energy, format, dtype, force, allow_pickle)
+
+
+@adapter.command("resize")
+def adapter_resize(
+    file: AdapterFile,
+    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    format: AdapterFormat = "kohya",
+    model: AdapterModel = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write an adapter at a smaller rank, and say how much of it that keeps."""
+    from ldm.cli.adapter import resize
+
+    resize(file, dest, rank, energy, format, model, force, allow_pickle)
+
+
+@adapter.command("convert")
+def adapter_convert(
+    file: AdapterFile,
+    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    format: AdapterFormat,
+    model: AdapterModel = None,
+    dtype: AdapterType = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write an adapter with the names of another format."""
+    from ldm.cli.adapter import convert
+
+    convert(file, dest, format, model, dtype, force, allow_pickle)
+
+
 def _of_generate_itself(
     *,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One prompt or several.")] = None,
@@ -171,6 +266,27 @@ def repro(
     reproduce_image(
         file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle
     )  # fmt: skip
+
+
+@app.command()
+def preprocess(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="canny, lineart, gray, blur, tile, inpaint; or, by a network, depth, normal, pose, seg.",
+        ),
+    ],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image file.")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="The condition image, a .png.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub name of another network of transformers.")] = None,
+    mask: Annotated[str | None, typer.Option(help="For inpaint: its white pixels are made black.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; by default the image's.")] = None,
+) -> None:
+    """Make a condition image for a ControlNet or T2I-Adapter of an image."""
+    from ldm.cli.preprocess import preprocess_image
+
+    preprocess_image(kind, image, out, model, mask, size)
 
 
 @app.command()

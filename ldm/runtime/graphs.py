@@ -24,7 +24,13 @@ from ldm.models.attention import attention_layers
 from ldm.models.surgery import twin
 from ldm.models.unet import Conditioning, UNet
 from ldm.runtime.fused import hooked
-from ldm.runtime.precomputing import PrecomputedOutput, TimestepOutput, precomputed_outputs, reads_conditioning
+from ldm.runtime.precomputing import (
+    PrecomputedOutput,
+    RunInput,
+    TimestepOutput,
+    precomputed_outputs,
+    reads_conditioning,
+)
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -43,8 +49,16 @@ def record_steps(unet: UNet) -> None:
 def record_anew(unet: M) -> M:
     """Let a copy of a U-Net with other layers record steps of its own, if the U-Net records; returns the copy."""
     if isinstance(unet, RecordedUNet):
-        unet.recordings = Recordings(unet, unet.recordings.record)
+        before = unet.recordings
+        unet.recordings = Recordings(unet, before.record)
+        unet.recordings.admit_those_of(before)
     return unet
+
+
+def admit(unet: UNet, other: UNet) -> None:
+    """Let a U-Net, if it records, also record copies that run the layers of `other`, such as one with ControlNets."""
+    if isinstance(unet, RecordedUNet):
+        unet.recordings.admit_those_of(Recordings(other, unet.recordings.record))
 
 
 class CudaRecorder:
@@ -143,11 +157,18 @@ class Recordings:
     def __init__(self, unet: UNet, record: Callable[[Step], Step]) -> None:
         self.record = record
         self.works = True  # False once a recording has failed
-        self.own = {id(module) for module in unet.modules() if not any(module.children())}
+        leaves = (module for module in unet.modules() if not any(module.children()))
+        self.own = {id(module) for module in leaves if not isinstance(module, RunInput)}  # which are replaced
         self.kinds = {RecordedUNet, PrecomputedOutput, TimestepOutput, *(type(module) for module in unet.modules())}
         self.kernels = {layer.kernel for layer in attention_layers(unet)}
         self.inputs: WeakKeyDictionary[nn.Module, GraphInputs | None] = WeakKeyDictionary()  # None: not recordable
         self.found: OrderedDict[Any, Recording] = OrderedDict()
+
+    def admit_those_of(self, other: Recordings) -> None:
+        """Record copies that run the other U-Net's layers, too; these must not change from step to step."""
+        self.own |= other.own
+        self.kinds |= other.kinds
+        self.kernels |= other.kernels
 
     def __deepcopy__(self, memo: Any) -> Recordings:
         return self

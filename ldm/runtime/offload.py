@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.models.surgery import reweighted
-from ldm.models.unet import UNet
+from ldm.models.unet import UNet, UNetHalf
 from ldm.weights.components import Components
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Room:
         self.present = network
 
 
-def by_layers(unet: UNet, device: torch.device) -> None:
+def by_layers(unet: UNetHalf, device: torch.device) -> None:
     """Keep each layer's weights on the device only while it computes; between calls its parameters are on "meta"."""
     from accelerate.hooks import attach_align_device_hook
 

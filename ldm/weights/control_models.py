@@ -230,7 +230,7 @@ def _t2i_config(path: Path, infos: Infos) -> T2IAdapterConfig:
 # --- which models it fits ---------------------------------------------------------------------------------------------
 
 
-def check_fits(path: Path, config: ControlNetConfig | T2IAdapterConfig, family: Family) -> None:
+def check_fits(path: Path | str, config: ControlNetConfig | T2IAdapterConfig, family: Family) -> None:
     """Raise unless a control model fits models of a family.
 
     Raises:

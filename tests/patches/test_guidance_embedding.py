@@ -9,11 +9,14 @@ import diffusers
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from rounding import RUN, near
 
+from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.patches.patching import patched
+from ldm.training.stages.denoiser import DenoiserSection, DenoiserStage
 from ldm.weights.configs import write_unet
 from pipelines import Pipeline
 
@@ -91,3 +94,8 @@ def test_a_negative_prompt_has_no_effect_and_that_is_said(caplog: pytest.LogCapt
     )
     assert torch.equal(plain, told)
     assert "the negative prompt has no effect" in caplog.text
+
+
+def test_training_starts_from_another_model() -> None:
+    with pytest.raises(LdmError, match="base: the U-Net of custom was distilled for few steps"):
+        DenoiserStage("base", DenoiserSection(), distilled("sd15"), Accelerator(cpu=True), 0)

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pipelines.adapters
+from ldm.cli import evaluate
+from ldm.cli.evaluate_options import settings_of, sweep_of
 from ldm.errors import LdmError
+from ldm.evaluation.plan import EvaluationPlan
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime.merging import merged
 from pipelines import Pipeline
@@ -261,3 +264,24 @@ def test_the_hash_of_other_programs(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"abc")
     assert autov3(tmp_path / "x.pt", {}) == hashlib.sha256(b"abc").hexdigest()[:12]
     assert autov3(tmp_path, {}) == ""
+
+
+def test_an_evaluation_with_adapters(models: Path, folder: Path) -> None:
+    """The same images as the pipeline makes; the digests of files tell apart images of a file that has changed."""
+    file = folder / "one.safetensors"
+    sweep = dict([sweep_of(f"lora={file}:0.5,{file}:1")])
+    plan = EvaluationPlan(metrics=(), sweeps=sweep)
+    model = evaluate._model(
+        str(models / "sd15"), settings_of([f"lora={file}:0.8", "steps=1", "dtype=fp32"]), "cpu", plan
+    )
+    assert model.settings["adapter_sha256"] == {"one": hashlib.sha256(file.read_bytes()).hexdigest()}
+    pipeline = Pipeline(models / "sd15", device="cpu", dtype=torch.float32)
+    for changes, weight in ({}, 0.8), ({"adapters": sweep["adapters"][1]}, 1.0):
+        (found,) = model.make(["a cat"], [1], changes)
+        (wanted,) = pipeline("a cat", seed=1, steps=1, adapters={file: weight}).images
+        assert found.tobytes() == wanted.tobytes()
+    by_name = settings_of(["adapters={one: {unet: 1, text: 0}}", f"lora_dir={folder}"])
+    named = evaluate._model(str(models / "sd15"), by_name, "cpu", EvaluationPlan(metrics=()))
+    assert named.settings["adapter_sha256"].keys() == {"one"}
+    with pytest.raises(LdmError, match=r"--sweep 'lora=a:much': write KEY=VALUE"):
+        sweep_of("lora=a:much")

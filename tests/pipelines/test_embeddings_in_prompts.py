@@ -17,6 +17,7 @@ from rounding import RUN, near
 from safetensors.torch import save_file
 
 from ldm.cli import evaluate
+from ldm.cli.evaluate_options import settings_of
 from ldm.cli.record import embeddings_of
 from ldm.errors import LdmError
 from ldm.evaluation.plan import EvaluationPlan
@@ -197,5 +198,5 @@ def test_a_list_in_a_dry_run_and_in_an_evaluation(
     Path("p.jsonl").write_text('{"prompt": "a cat", "embeddings": "x.pt"}')
     code, _, err = run(capsys, monkeypatch, "generate", "--model", models / "sdxl", "--prompts", "p.jsonl")
     assert (code == 1 and "embeddings is not known" in err) or "one model makes the whole list" in err
-    settings = evaluate._settings([f"embeddings={files / 'xl.safetensors'}"])
+    settings = settings_of([f"embeddings={files / 'xl.safetensors'}"])
     evaluate._model(str(models / "sdxl"), settings, "cpu", EvaluationPlan(metrics=()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import adapter_files
+import controls
 import image_prompts
 import pytest
 import tiny
@@ -55,6 +56,9 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
     "image_prompt_mask": ("mask.png", "mask.png"), "image_prompt_begin": ("0.2", 0.2), "image_prompt_end": ("0.8", 0.8),
     "prompt": ("a cat", "a cat"), "image": ("in.png", "in.png"), "mask": ("mask.png", "mask.png"),
     "adapters": ("style.safetensors:0.5", (("style.safetensors", 0.5),)),
+    "control": ("image=in.png", ({"kind": "image", "path": "in.png"},)), "control_scale": ("0.5", 0.5),
+    "control_fall": ("0.825", 0.825), "control_begin": ("0.25", 0.25), "control_end": ("0.75", 0.75),
+    "guess": ("true", True),
 }  # fmt: skip
 
 
@@ -128,6 +132,9 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
         file = adapter_files.saved(adapter_files.adapter(pipeline.model, "kohya-sgm"), tmp_path / "style.safetensors")
         value = recorded(pipeline.request("a cat", adapters={file: 0.5}).mixes[0])
     given = {"prompt": "a cat", "seed": 1, "steps": 3, row.name: value}
+    if row.name.startswith("control") or row.name == "guess":
+        pipeline = Pipeline(pipeline.model, control_models=controls.controlnet(pipeline.model.family))
+        given["control"] = Image.new("RGB", (64, 64))
     if row.name in ("strength", "mask"):
         given["image"] = Image.new("RGB", (64, 64))
     if row.name.startswith("hires_"):
@@ -138,7 +145,7 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
     refined = prompted if row.name.startswith("image_prompt") else refined
     steps = {"steps": 10} if "refiner" in row.name else {}
     request = refined.request(**{"scheduler": "ddim", **given, **steps})
-    if "record" not in row.closed and row.kind is not settings.IMAGE:  # files are recorded by who has them
+    if "record" not in row.closed and row.kind not in (settings.IMAGE, settings.CONTROL):  # with digests
         (record,) = records(request.part(slice(1)), pipeline.model.family)
         assert settings.expanded(record)[row.name] == value
     for door in ("list", "eval"):
@@ -155,7 +162,7 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
 def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
     known = inspect.signature(Pipeline.__init__).parameters.keys() | {
         "family", "variant", "components", "allow_pickle", "ip_adapter", "image_encoder", "lora_dir",
-        "partial_adapters",
+        "partial_adapters", "control_models",
     }  # fmt: skip
     assert row.name in known
     assert ("shell" in row.closed) != (row.name in inspect.signature(generate_command()).parameters)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import image_prompts
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -167,3 +170,27 @@ def test_hooks_and_other_modes_are_seen(count: Callable[[], int]) -> None:
             precomputed(unet, cond)(x, t, cond)
     assert len(seen) == 3
     assert count() == 2
+
+
+def test_image_prompts_are_recorded(count: Callable[[], int], tmp_path: Path) -> None:
+    """One recording serves other images, weights and masks of the same kind; without guidance, there is another."""
+    image_prompts.saved(tmp_path / "ip.safetensors", tiny.family("sd15"))
+    image_prompts.encoder().save_pretrained(tmp_path / "image_encoder")
+    ours, plain = (
+        Pipeline(model, ip_adapter=tmp_path / "ip.safetensors")
+        for model in (recorded(tiny.model("sd15")), tiny.model("sd15"))
+    )
+    red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
+    mask = Image.new("L", (64, 64), 255)
+    for settings, recordings in (
+        ({"image_prompt": (red, 0.5)}, 1),
+        ({"image_prompt": (blue, -1.0)}, 0),
+        ({"image_prompt": red, "image_prompt_mask": mask}, 1),
+        ({"image_prompt": blue, "image_prompt_mask": mask}, 0),
+        ({"image_prompt": red, "guidance": 1.0, "n": 2}, 0),  # two images without guidance, as one with it
+        ({"image_prompt": red, "image_prompt_end": 0.5}, 1),  # the steps without it
+    ):
+        before = count()
+        made, wanted = (p("a fox", seed=1, steps=4, **settings).latents for p in (ours, plain))  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True)), settings
+        assert count() - before == recordings, settings

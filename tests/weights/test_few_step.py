@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from commands import run
 
 from ldm.weights.few_step import made_for
 from pipelines import Pipeline
@@ -58,12 +59,19 @@ def test_one_step_of_lightning_predicts_clean_latents() -> None:
     assert made_for("sdxl_lightning_1step_x0.safetensors").prediction_type == "sample"  # type: ignore[union-attr]
 
 
-def test_defaults_of_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_defaults_of_a_file(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Said in one line, recorded in full, and given settings replace them."""
     model = tiny.model("sdxl")
     model.save_pretrained(tmp_path / "sdxl_lightning_2step.safetensors")
     pipeline = Pipeline(tmp_path / "sdxl_lightning_2step.safetensors", dtype=torch.float32, device="cpu")
     assert "Lightning, made for 2 steps of euler (trailing) and no guidance; these are the defaults" in caplog.text
+    shown = run(capsys, monkeypatch, "info", tmp_path / "sdxl_lightning_2step.safetensors")[1]
+    assert "few steps" in shown and "made for 2 steps of euler" in shown
     made = pipeline("a cat", seed=1, output="latents")
     explicit = {"steps": 2, "scheduler": "euler", "spacing": "trailing", "guidance": 1.0}
     plain = Pipeline(model)("a cat", seed=1, output="latents", **explicit)

@@ -174,6 +174,11 @@ class DenoiserStage:
                 f"{name}: the U-Net of {family.name} edits images, and training for that is not supported; "
                 "start from a text-to-image model"
             )
+        if family.unet.guidance_dim:
+            raise LdmError(
+                f"{name}: the U-Net of {family.name} was distilled for few steps and reads a guidance scale; start "
+                "from the model that it was distilled from"
+            )
         last = family.schedule.train_steps - 1
         usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
         low, high = section.timestep_range or usual

@@ -29,7 +29,7 @@ from ldm.weights.adapters.adapter import Adapter
 from ldm.weights.adapters.layers import Scaling
 from ldm.weights.adapters.names import Place
 from ldm.weights.components import Components
-from ldm.weights.tensors import Store, open_store
+from ldm.weights.tensors import Store, TensorInfo, open_store
 
 log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
@@ -64,6 +64,34 @@ def open_adapter(
         if isinstance(error, LdmError):
             raise
         raise LdmError(f"{path} cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter's files say without a model."""
+
+    infos: Mapping[str, TensorInfo]  # tensors by name
+    metadata: Mapping[str, str]
+    alphas: Counter[float]  # that the files state, with how many layers have each
+
+
+def look_into(path: Path, allow_pickle: bool = False) -> AdapterFile:
+    """Names, shapes, alphas and metadata of an adapter's files.
+
+    Raises:
+        LdmError: the path holds no adapter, or cannot be read.
+    """
+    infos: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    alphas = Counter[float]()
+    for source in _sources(path, allow_pickle):
+        infos |= source.store.infos
+        metadata |= source.store.metadata
+        stored = [name for name in source.store.infos if layers.split(name)[1] == "alpha"]
+        alphas.update(round(float(tensor.float().mean()), 6) for _, tensor in source.store.read(stored, None, "cpu"))
+        stated = [config.alpha for config in _scalings(source).values() if config.alpha is not None]
+        alphas.update(stated)
+    return AdapterFile(infos, metadata, alphas)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -305,7 +333,7 @@ def _check_unknown(file: Path, found: Matched, partial: bool) -> None:
     if found.unknown and not partial:
         raise LdmError(
             f"{file}: {len(found.unknown)} tensors match nothing in the model: {listing(found.unknown)}; "
-            "use the others alone with partial=True"
+            "use the others alone (partial=True, partial_adapters=True, --partial-adapters)"
         )
     if found.unknown:
         log.warning(

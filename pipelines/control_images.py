@@ -1,0 +1,82 @@
+"""The values of the setting `control`: condition images, each with its kind.
+
+A kind says how the condition image comes from the given one; `image` is a condition image as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.errors import LdmError, suggestion
+from ldm.images import load_image
+
+READY = "image"  # the kind of condition images that are taken as they are
+MASKED = "inpaint"  # the kind that hides the masked part of the image to start from
+KINDS = (READY, MASKED)
+
+
+@dataclass(frozen=True)
+class ControlImage:
+    """A condition image, or the image that it is made of."""
+
+    kind: str
+    source: Any  # a path, or an image of PIL
+    sha256: str = ""  # of the file
+
+    @cached_property
+    def given(self) -> Image.Image:
+        """The given image, in RGB."""
+        return load_image(self.source)
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What a record says of it: an image of PIL has no place."""
+        return {"kind": self.kind, **({"path": str(self.source), "sha256": self.sha256} if self.sha256 else {})}
+
+
+def control_images(value: Any) -> tuple[ControlImage, ...]:
+    """The condition images of a value of the setting `control`, all of them found.
+
+    Raises:
+        LdmError: a kind is not known, or a file cannot be read or is not that of the record.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, (tuple, list)):
+        return tuple(one for part in value for one in control_images(part))
+    if isinstance(value, Mapping) and "kind" in value:  # as in a record
+        if "path" not in value:
+            raise LdmError(
+                f"control {value['kind']}: the image was made with a condition image that its record does not name; "
+                "name it (control=)"
+            )
+        return (_control_image(value["kind"], value["path"], value.get("sha256", "")),)
+    if isinstance(value, Mapping):
+        return tuple(_control_image(kind, image, "") for kind, image in value.items())
+    if isinstance(value, str):
+        kind, equals, path = value.partition("=")
+        return (_control_image(kind, path, "") if equals else _control_image(READY, value, ""),)
+    return (_control_image(READY, value, ""),)
+
+
+def _control_image(kind: str, image: Any, sha256: str) -> ControlImage:
+    if kind not in KINDS:
+        raise LdmError(
+            f"control: the kind {kind!r} of condition images does not exist; {suggestion(kind, list(KINDS))}"
+        )
+    if not isinstance(image, (str, PathLike)):
+        return ControlImage(kind, load_image(image))
+    path = Path(fspath(image))
+    found = ControlImage(kind, path, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+    load_image(path)
+    if sha256 and found.sha256 != sha256:
+        raise LdmError(f"the condition image {path} has changed since the image was made; name it (control=)")
+    return found
