@@ -72,9 +72,9 @@ class Adapters:
         self.names: dict[str, Path] = {}  # adapters of the pipeline, and what was found in the folder
         self.opened: dict[Path, Found] = {}
         self.models: OrderedDict[Mix, LatentDiffusion] = OrderedDict()  # the last one used comes last
-        self.lock = threading.RLock()
+        self.opening, self.merging = threading.Lock(), threading.Lock()
         (given,) = wanted(find("adapters", "python").check(usual), 1)
-        self.usual = self.mix(given)
+        self.usual = self._added(given, ())
         for one in self.usual:
             if self.names.setdefault(one.name, one.file) != one.file:
                 raise LdmError(f"adapters {self.names[one.name]} and {one.file} have one name; rename one of them")
@@ -95,59 +95,67 @@ class Adapters:
         read = [read_tags(prompt) if tags else (prompt, ()) for prompt in prompts]
         usual = self.usual if value is None else ()
         given = wanted(() if value is None else value, len(prompts))
-        found = [self.mix((*one, *own), usual) for one, (_, own) in zip(given, read, strict=True)]
+        added = [self._added((*one, *own), usual) for one, (_, own) in zip(given, read, strict=True)]
+        found = [tuple(one for one in mix if one.unet or one.text) for mix in added]
         return [prompt for prompt, _ in read], found
 
-    def mix(self, entries: Sequence[Wanted], usual: Mix = ()) -> Mix:
-        """The mix of these adapters and of those of another mix: weights of the same file add.
-
-        Raises:
-            LdmError: as `mixes`.
-        """
-        shares = {share.file: share for share in usual}
+    def _added(self, entries: Sequence[Wanted], usual: Mix) -> Mix:
+        """These adapters and those of another mix together: weights of the same file add."""
+        parts = {part.file: part for part in usual}
         for one in entries:
-            here = {share.name: share.file for share in shares.values()}
-            share = self.share(one, here)
-            before = shares.get(share.file, replace(share, unet=0.0, text=0.0))
-            shares[share.file] = replace(share, unet=before.unet + share.unet, text=before.text + share.text)
-        return tuple(share for share in shares.values() if share.unet or share.text)
+            with self.opening:
+                part = self._part(one, {part.name: part.file for part in parts.values()})
+            before = parts.get(part.file, replace(part, unet=0.0, text=0.0))
+            parts[part.file] = replace(part, unet=before.unet + part.unet, text=before.text + part.text)
+        return tuple(parts.values())
 
-    def share(self, one: Wanted, here: Mapping[str, Path]) -> MixedAdapter:
+    def _part(self, one: Wanted, here: Mapping[str, Path]) -> MixedAdapter:
         """The opened adapter that is asked for, with its weights; `here` has the names of the same mix.
 
         Raises:
             LdmError: as `mixes`; or its file is not the one of the record.
         """
-        with self.lock:
+        recorded = Path(one.path) if one.path and Path(one.path).exists() else None
+        file = (recorded or self._place(one, here)).absolute()
+        found = self._open(file)
+        if recorded and self.folder and not _is_that(one, found):  # the folder may have the one of the record
             file = self._place(one, here).absolute()
             found = self._open(file)
-        own = found.adapter
-        if one.sha256 not in ("", own.digest) or (one.autov3 and found.autov3 not in ("", one.autov3)):
+        if not _is_that(one, found):
             raise LdmError(
                 f"{one.place}: {file} is not the file that the image was made with; name the folder of that one "
                 "(lora_dir=, --lora-dir)"
             )
+        own = found.adapter
         return MixedAdapter(own.name, file, own.digest, found.autov3, one.unet, one.text, own, found.few)
 
     def _place(self, one: Wanted, here: Mapping[str, Path]) -> Path:
-        """The file of an adapter that is asked for."""
-        if one.path and Path(one.path).exists():
-            return Path(one.path)
+        """The file of an adapter that is asked for: a file comes before a name in the folder, a folder after it.
+
+        Raises:
+            LdmError: there is none, or several adapters in the folder have the name.
+        """
         known = here.get(one.name, self.names.get(one.name))
         if known is not None and known.exists():
             return known
-        if Path(one.name).exists():
-            return Path(one.name)
-        found = self.names[one.name] = self._in_folder(one)
-        return found
+        path = None if one.by_name else Path(one.name)
+        if path is not None and path.is_file():
+            return path
+        files = list(files_in(self.folder)) if self.folder else []
+        found = self._called(one, files)
+        if found is not None:
+            self.names[one.name] = found
+            return found
+        if path is not None and path.exists():
+            return path
+        raise LdmError(self._unknown(one, files))
 
-    def _in_folder(self, one: Wanted) -> Path:
-        """The adapter in the folder that has a name: that of its file, or else the one in its metadata.
+    def _called(self, one: Wanted, files: Sequence[Path]) -> Path | None:
+        """The one of the folder's adapters that has a name: that of its file, or else the one in its metadata.
 
         Raises:
-            LdmError: none has, or several have it.
+            LdmError: several have it.
         """
-        files = list(files_in(self.folder)) if self.folder else []
         found = [file for file in files if one.name in names_in(self.folder or file, file)]
         found = found or [file for file in files if alias(file) == one.name]
         if len(found) > 1:
@@ -155,9 +163,7 @@ class Adapters:
             raise LdmError(
                 f"{one.place}: {len(found)} adapters are called {one.name!r} ({places}); write its path in the folder"
             )
-        if not found:
-            raise LdmError(self._unknown(one, files))
-        return found[0]
+        return found[0] if found else None
 
     def _unknown(self, one: Wanted, files: Sequence[Path]) -> str:
         """The message for a name that is not known."""
@@ -191,7 +197,7 @@ class Adapters:
         """
         if not mix:
             return self.model
-        with self.lock:
+        with self.merging:
             if mix not in self.models:
                 while len(self.models) >= KEPT:
                     self.models.popitem(last=False)
@@ -234,6 +240,12 @@ def files_in(folder: Path) -> Iterator[Path]:
             continue
         folders.sort()
         yield from (Path(place, name) for name in sorted(names) if name.lower().endswith(ENDINGS))
+
+
+def _is_that(one: Wanted, found: Found) -> bool:
+    """Whether an opened adapter is the one of a record, if a record asks for it."""
+    own = found.adapter.digest
+    return one.sha256 in ("", own) and (not one.autov3 or found.autov3 in ("", one.autov3))
 
 
 def names_in(folder: Path, file: Path) -> set[str]:

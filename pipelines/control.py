@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -173,16 +172,11 @@ class Control:
             scales = scales * torch.logspace(-1, 0, count)
         return scales.float()
 
-    @cached_property
-    def condition(self) -> Image.Image:
-        """The condition image, at the size of the given one."""
-        return self.image.given
-
     def pixels(self, width: int, height: int) -> Tensor:
         """The condition image at a run's size: (1, 3 or 1, H, W) in [0, 1]; hidden pixels are -1."""
         config = self.network.config
         grey = isinstance(self.network, T2IAdapter) and config.in_channels == 1
-        image = self.condition.convert("L") if grey else self.condition
+        image = self.image.condition.convert("L") if grey else self.image.condition
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.asarray(image).copy()).float().view(height, width, -1).permute(2, 0, 1)[None] / 255

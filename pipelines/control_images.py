@@ -1,6 +1,7 @@
 """The values of the setting `control`: condition images, each with its kind.
 
-A kind says how the condition image comes from the given one; `image` is a condition image as it is.
+A kind (`ldm.conditions.table.KINDS`) says how the condition image is made of the given one; `image` is a condition
+image as it is.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.conditions.table import KINDS, condition
 from ldm.errors import LdmError, suggestion
 from ldm.images import load_image
 
 READY = "image"  # the kind of condition images that are taken as they are
 MASKED = "inpaint"  # the kind that hides the masked part of the image to start from
-KINDS = (READY, MASKED)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class ControlImage:
     def given(self) -> Image.Image:
         """The given image, in RGB."""
         return load_image(self.source)
+
+    @cached_property
+    def condition(self) -> Image.Image:
+        """The condition image, of the given one's size; of the kind inpaint, before its masked part is hidden.
+
+        Raises:
+            LdmError: the network that makes it cannot be opened.
+        """
+        return self.given if self.kind == MASKED else condition(self.kind, self.given)
 
     @property
     def record(self) -> dict[str, str]:

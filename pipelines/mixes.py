@@ -33,6 +33,7 @@ class Wanted:
     """An adapter that a setting or a prompt asks for."""
 
     name: str  # its name, or the path of its file
+    by_name: bool = field(default=False, kw_only=True)  # asked for by a prompt, which does not open paths
     unet: float = 1.0  # its weight in the U-Net
     text: float = 1.0  # its weight in the text encoders
     place: str = ""  # where it is asked for, for errors
@@ -180,7 +181,7 @@ def read_tags(prompt: str) -> tuple[str, tuple[Wanted, ...]]:
     for match in TAG.finditer(prompt):
         name, *weights = match[1].split(":")
         try:
-            found.append(replace(_weighted(name.strip(), weights), place=match[0]))
+            found.append(replace(_weighted(name.strip(), weights), place=match[0], by_name=True))
         except ValueError:
             raise LdmError(
                 f"{match[0]} in a prompt: write <lora:NAME:WEIGHT>, or <lora:NAME:te=WEIGHT:unet=WEIGHT>, with numbers "

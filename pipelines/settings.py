@@ -365,7 +365,7 @@ ADAPTERS = Kind(
 PATHS = Kind("PATH", "a path, or a list of them,", _are_paths, lambda text: (text,), structured=True,
              joined=_joined_paths)  # fmt: skip
 CONTROL = Kind(
-    "KIND=FILE", "KIND=FILE, such as image=edges.png, or a dictionary of kinds and images,", _are_controls, _control,
+    "KIND=FILE", "KIND=FILE, such as canny=photo.png, or a dictionary of kinds and images,", _are_controls, _control,
     structured=True, joined=lambda values: tuple(one for value in values for one in value),
 )  # fmt: skip
 CONTROL_MODELS = Kind(
@@ -445,7 +445,7 @@ SETTINGS: tuple[Setting, ...] = (
             flag="--lora", names=("loras", "lora"), a1111="Lora hashes",
             used=lambda request: any(request.mixes)),
     Setting("control", CONTROL,
-            "Condition image for a control model, as KIND=FILE: image, as it is; or inpaint. Once for each.",
+            "For a control model, KIND=FILE: canny=photo.png (see ldm preprocess), or image=edges.png as it is.",
             names=("control_image",), closed=FROM_TEXT, used=lambda request: bool(request.control)),
     Setting("control_scale", _each(number(0, 10), "condition image"), "Scale of each control model.", 1.0,
             names=("controlnet_conditioning_scale", "adapter_conditioning_scale"), closed=FROM_TEXT,

@@ -608,6 +608,7 @@ def test_adapters_that_have_moved_or_changed(ldm: Any, loras: Path) -> None:
     assert ldm("repro", "a.png", "--device", "cpu", "--lora-dir", loras)[1].startswith("identical")
     file.write_bytes((loras / "two.safetensors").read_bytes())
     assert "is not the file that the image was made with" in ldm("repro", "a.png", "--device", "cpu")[2]
+    assert ldm("repro", "a.png", "--device", "cpu", "--lora-dir", loras)[1].startswith("identical")
 
 
 def test_a_list_with_adapters(ldm: Any, loras: Path) -> None:

@@ -91,6 +91,9 @@ def test_the_adapters_of_all_calls_and_of_one(model: LatentDiffusion, folder: Pa
     assert torch.equal(made(pipeline), made(plain, adapters={file: 0.8}))
     assert torch.equal(made(pipeline, adapters={"one": 0.6}), made(plain, adapters=[(str(file), 0.6)]))
     assert torch.equal(made(pipeline, adapters={}), made(plain))
+    silent = Pipeline(model, adapters={file: 0})
+    assert torch.equal(made(silent), made(plain))
+    assert torch.equal(made(silent, adapters={"one": 0.8}), made(pipeline))
     assert torch.equal(made(pipeline, adapters={"one": 0.0}), made(plain))
     assert torch.equal(made(pipeline, "a cat <lora:one:-0.8>"), made(plain))
     assert torch.equal(made(Pipeline(model, adapters=[file])), made(plain, adapters={file: 1}))
@@ -158,6 +161,9 @@ def test_where_adapters_are_looked_for(model: LatentDiffusion, folder: Path, tmp
     assert doubled.request("a <lora:a/one>").mixes[0][0].file == tmp_path / "a" / "one.safetensors"
     with pytest.raises(LdmError, match="have one name; rename one of them"):
         Pipeline(model, adapters=[tmp_path / "one.safetensors", tmp_path / "a" / "one.safetensors"])
+    for prompt in (f"a <lora:{tmp_path / 'one.safetensors'}>", "a <lora:../loras/one>"):  # prompts open no paths
+        with pytest.raises(LdmError, match="no adapter is called"):
+            doubled.request(prompt)
     both = plain.request("a", adapters=[tmp_path / "one.safetensors", tmp_path / "a" / "one.safetensors"])
     assert len(records(both, model.family)[0]["adapters"]) == 2
 
@@ -247,13 +253,16 @@ def test_every_task_and_pass_uses_it(model: LatentDiffusion, folder: Path, setti
     torch.testing.assert_close(made(Pipeline(model), adapters=file, steps=4, **settings), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_offloaded_networks_take_turns(models: Path, folder: Path) -> None:
-    plain = Pipeline(models / "sd15", device="cpu", dtype=torch.float32, lora_dir=folder)
-    ours = Pipeline(models / "sd15", device="cpu", dtype=torch.float32, lora_dir=folder, offload="components")
+@pytest.mark.parametrize("offload", ["components", "layers"])
+def test_offloaded_networks_take_turns(models: Path, folder: Path, offload: str) -> None:
+    loading: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "lora_dir": folder}
+    plain = Pipeline(models / "sd15", quick=offload == "components", **loading)
+    ours = Pipeline(models / "sd15", offload=offload, **loading)
     for mix in ({"one": 1}, {}, {"two": 0.5}, {"one": 1}):
         assert torch.equal(made(ours, adapters=mix), made(plain, adapters=mix))
     own = ours.adapters.merged(ours.request("a", adapters={"one": 1}).mixes[0])
-    assert own.unet in ours.model.room.guests  # type: ignore[attr-defined]
+    guests = ours.model.room.guests  # type: ignore[attr-defined]
+    assert (own.unet in guests) == (offload == "components") and own.text_encoders in guests
 
 
 def test_the_hash_of_other_programs(folder: Path, tmp_path: Path) -> None:
