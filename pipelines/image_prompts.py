@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -182,8 +182,10 @@ class ImageAttachment:
             height, width = -(-height // 2), -(-width // 2)
 
 
-def _encoder_for(opened: OpenedImagePrompt, model_source: Any) -> Path:
-    """The folder of the image encoder that belongs to an IP-Adapter's file."""
+def _encoder_for(opened: OpenedImagePrompt, model_source: Any) -> Path | str:
+    """The folder or Hub name of the image encoder that belongs to an IP-Adapter's file."""
+    if opened.name:
+        return f"{opened.name.rpartition('/')[0]}/image_encoder"
     beside = [opened.file.parent / "image_encoder"]
     if isinstance(model_source, (str, os.PathLike)):
         beside.append(Path(model_source) / "image_encoder")
@@ -200,34 +202,45 @@ def _file(image: Any) -> dict[str, str | None]:
     return {"path": str(Path(image).absolute()), "sha256": hashlib.sha256(Path(image).read_bytes()).hexdigest()}
 
 
-def from_record(record: Any) -> tuple[tuple[ImagePrompt, ...], tuple[str, ...]]:
+def from_record(
+    record: Any, images: Sequence[str] = (), adapters: Sequence[str] = ()
+) -> tuple[tuple[ImagePrompt, ...], tuple[str, ...]]:
     """The image prompts in a record, and the IP-Adapters that they need.
 
+    `images` and `adapters` replace those of the record, in their order.
+
     Raises:
-        LdmError: the record is damaged, or an image or an adapter is gone or has changed.
+        LdmError: the record is damaged, an image or an adapter is gone or has changed, or another number replaces them.
     """
     try:
+        count = sum(len(one["images"]) for one in record)
+        if images and len(images) != count:
+            raise LdmError(f"{len(images)} image prompts for an image that was made with {count}; name all of them")
+        given = iter(images)
         prompts = tuple(
             ImagePrompt(
-                tuple(_unchanged("image prompt", image) for image in one["images"]),
+                tuple(next(given, None) or _unchanged("image prompt", image) for image in one["images"]),
                 one["weight"],
-                _unchanged("mask of an image prompt", one["mask"]) if "mask" in one else None,
+                _unchanged("mask of the image prompt", one["mask"]) if "mask" in one else None,
                 one["begin"],
                 one["end"],
             )
             for one in record
         )
-        adapters = [_unchanged("IP-Adapter", one["adapter"]) for one in record]
+        found = tuple(adapters) or tuple(_unchanged("IP-Adapter", one["adapter"]) for one in record)
     except (KeyError, TypeError, AttributeError):
         raise LdmError("the image's record of its image prompts is damaged") from None
-    return prompts, tuple(adapters if len(set(adapters)) > 1 else adapters[:1])
+    return prompts, found if len(set(found)) > 1 else found[:1]
 
 
 def _unchanged(what: str, record: Mapping[str, str]) -> str:
     """The path of a file in a record, if the file is still the same."""
     path = record["path"]
     if path is None:
-        raise LdmError(f"the {what} that the image was made from was no file; its record cannot make it again")
+        raise LdmError(f"the {what} that the image was made from was no file; name one (--image-prompt)")
     if not Path(path).is_file() or hashlib.sha256(Path(path).read_bytes()).hexdigest() != record["sha256"]:
-        raise LdmError(f"the {what} {path}, that the image was made from, is gone or has changed")
+        raise LdmError(
+            f"the {what} {path}, that the image was made from, is gone or has changed; put it back, or name it "
+            "(--image-prompt, --ip-adapter)"
+        )
     return path

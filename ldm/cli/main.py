@@ -258,13 +258,19 @@ def repro(
         str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
     ] = None,
     embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
+    image_prompt: Annotated[
+        list[str] | None, typer.Option(help="All image prompts, if their paths have changed.")
+    ] = None,
+    ip_adapter: Annotated[list[str] | None, typer.Option(help="The IP-Adapters, if their paths have changed.")] = None,
+    image_encoder: Annotated[str | None, typer.Option(help="Their image encoder, if its path has changed.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make an image again from the record in it, and print how the pixels differ."""
     from ldm.cli.repro import reproduce_image
 
     reproduce_image(
-        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (), allow_pickle
+        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (),
+        image_prompt or (), ip_adapter or (), image_encoder, allow_pickle,
     )  # fmt: skip
 
 

@@ -44,6 +44,9 @@ def reproduce_image(
     components: Sequence[str],
     lora_dir: str | None,
     embeddings: Sequence[str],
+    image_prompts: Sequence[str],
+    ip_adapters: Sequence[str],
+    image_encoder: str | None,
     allow_pickle: bool,
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
@@ -68,8 +71,10 @@ def reproduce_image(
     if "strength" in settings and "image" not in settings:
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
     if "image_prompt" in record:
-        settings["image_prompt"], loading["ip_adapter"] = from_record(record["image_prompt"])
-        loading["image_encoder"] = record.get("image_encoder")
+        settings["image_prompt"], loading["ip_adapter"] = from_record(
+            record["image_prompt"], image_prompts, ip_adapters
+        )
+        loading["image_encoder"] = image_encoder or record.get("image_encoder")
     pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
     _check_files(path, loading["source"], record, parameters, pipeline)
     batch, place = record.get("batch", 1), record.get("place", 0)

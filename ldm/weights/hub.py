@@ -9,7 +9,7 @@ from ldm.files import Progress, silent
 from ldm.weights.downloads import check_download
 from ldm.weights.folder import COMPONENTS, base_name, weight_names
 from ldm.weights.manifest import NAME as MANIFEST
-from ldm.weights.names import INDEX
+from ldm.weights.names import HUB_FILE, INDEX
 
 
 def fetch(
@@ -58,6 +58,24 @@ def fetch(
         raise
     except Exception as error:  # network errors, as above
         raise LdmError(f"{name!r} could not be fetched: {first_line(error)}") from None
+
+
+def fetch_file(source: str) -> Path:
+    """The local path of one file of a repository (owner/name/folder/file), fetched unless it is in the cache already.
+
+    Raises:
+        LdmError: there is no such file, or it can neither be fetched nor found in the cache.
+    """
+    from huggingface_hub import hf_hub_download  # not needed for local files
+
+    found = HUB_FILE.fullmatch(source)
+    assert found
+    try:
+        path = Path(hf_hub_download(found[1], found[2]))
+    except Exception as error:  # no such repository or file, and all errors of networks
+        raise LdmError(f"{source!r} is neither a path here nor a file of the Hub: {first_line(error)}") from None
+    check_download(path)
+    return path
 
 
 def _cached(name: str, revision: str | None, file: str) -> Path:

@@ -22,7 +22,9 @@ from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig,
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
 from ldm.weights.components import ComponentSource, filled, is_adapter
+from ldm.weights.hub import fetch_file
 from ldm.weights.layouts import UNET_PREFIX, Link
+from ldm.weights.names import HUB_FILE
 from ldm.weights.tensors import TensorInfo, open_store
 
 Infos = Mapping[str, TensorInfo]
@@ -39,6 +41,7 @@ class OpenedImagePrompt:
     """An IP-Adapter that fits a model; names and shapes are checked, no tensor is loaded."""
 
     file: Path
+    name: str  # on the Hub, if it was fetched from there
     adapter: ImagePromptAdapter  # on the meta device
     part: ComponentSource
     links: list[Link]
@@ -66,10 +69,15 @@ class OpenedImagePrompt:
 def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pickle: bool = False) -> OpenedImagePrompt:
     """Open an IP-Adapter for models of a family, without loading weights.
 
+    `source` is a file, or the name of one on the Hub (owner/name/folder/file).
+
     Raises:
         LdmError: the file is no IP-Adapter that is read here, is damaged, or was made for another family.
     """
     path = Path(source)
+    fetched = not path.exists() and HUB_FILE.fullmatch(str(source)) is not None
+    if fetched:
+        path = fetch_file(str(source))
     if not path.is_file():
         raise LdmError(f"{path} {'is no file' if path.exists() else 'does not exist'}; give an IP-Adapter's file")
     try:
@@ -83,7 +91,7 @@ def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pick
         widths = [layer.to_q.in_features for layer, _ in attentions(UNet(family.unet))]
         adapter = ImagePromptAdapter(config, widths)
     part = ComponentSource(store, [("", original), ("", diffusers)])
-    return OpenedImagePrompt(path, adapter, part, part.links(adapter))
+    return OpenedImagePrompt(path, str(source) if fetched else "", adapter, part, part.links(adapter))
 
 
 # --- what a file is ---------------------------------------------------------------------------------------------------

@@ -51,10 +51,10 @@ def made(pipeline: Pipeline, prompt: Any = "a cat", **settings: Any) -> Tensor:
     return torch.stack(pipeline(prompt, **SETTINGS | settings).latents)
 
 
-def by_hand(model: LatentDiffusion, file: Path, unet: float, text: float) -> Pipeline:
+def by_hand(file: Path, unet: float, text: float, family: str = "sd15", naming: str = "kohya") -> Pipeline:
     """A pipeline with products of a file's matrices added to the weights, parameter by parameter."""
-    other, tensors = tiny.model("sd15"), load_file(file)
-    for place, name in adapter_files.written(model, "kohya").items():
+    other, tensors = tiny.model(family), load_file(file)
+    for place, name in adapter_files.written(other, naming).items():
         up, down = (tensors.get(f"{name}.lora_{part}.weight") for part in ("up", "down"))
         if up is not None and down is not None:
             weight = other.modules()[place.component].get_parameter(f"{place.layer}.weight")
@@ -68,11 +68,21 @@ def test_a_call_with_an_adapter(model: LatentDiffusion, folder: Path) -> None:
     plain = made(pipeline)
     for unet, text in ((0.8, 0.8), (0.8, 0.0), (-0.5, 1.5)):
         mix = {folder / "one.safetensors": {"unet": unet, "text": text}}
-        wanted = made(by_hand(model, folder / "one.safetensors", unet, text))
+        wanted = made(by_hand(folder / "one.safetensors", unet, text))
         found = made(pipeline, adapters=mix)
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
         assert (found - plain).abs().max() > 1e-3
     assert tiny.same_weights(model, before) and torch.equal(made(pipeline), plain)
+
+
+def test_both_text_encoders(tmp_path: Path) -> None:
+    model = tiny.model("sdxl")
+    file = adapter_files.saved(adapter_files.adapter(model, "kohya-sgm"), tmp_path / "xl.safetensors")
+    for unet, text in ((0.0, 0.7), (0.5, 0.5)):
+        wanted = made(by_hand(file, unet, text, "sdxl", "kohya-sgm"))
+        found = made(Pipeline(model), adapters={file: {"unet": unet, "text": text}})
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        assert (found - made(Pipeline(model))).abs().max() > 1e-3
 
 
 def test_twenty_mixes_leave_the_model_as_it_was(model: LatentDiffusion, folder: Path) -> None:
@@ -249,7 +259,7 @@ def test_an_adapter_made_for_few_steps(
 )
 def test_every_task_and_pass_uses_it(model: LatentDiffusion, folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "one.safetensors"
-    wanted = made(by_hand(model, file, 1, 1), steps=4, **settings)
+    wanted = made(by_hand(file, 1, 1), steps=4, **settings)
     torch.testing.assert_close(made(Pipeline(model), adapters=file, steps=4, **settings), wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -177,6 +177,12 @@ def test_from_the_shell_and_again_from_the_record(
     (files / "1.png").rename(files / "moved.png")
     try:
         assert "1.png, that the image was made from, is gone" in run(capsys, monkeypatch, "repro", out)[2]
+        moved = ["--image-prompt", files / "0.png", "--image-prompt", files / "moved.png", "--ip-adapter", adapter]
+        again = run(
+            capsys, monkeypatch, "repro", out, "--device", "cpu", *moved, "--image-encoder", files / "image_encoder"
+        )
+        assert again[1].startswith("identical")
+        assert "made with 2; name all" in run(capsys, monkeypatch, "repro", out, *moved[:2])[2]
     finally:
         (files / "moved.png").rename(files / "1.png")
 
@@ -219,3 +225,24 @@ def test_what_does_not_fit(files: Path, tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="takes no image prompts"):
         edit = tiny.model("sd15-edit")
         Pipeline(edit, ip_adapter=adapter).request("x", image=noise_image(0, (64, 64)), image_prompt=files / "0.png")
+
+
+def test_files_of_the_hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched by name, with the encoder in the folder beside; there is no network in tests."""
+    asked = []
+
+    def fetch(name: str, file: str) -> str:
+        asked.append((name, file))
+        if file != "models/sd15-base.safetensors":
+            raise OSError("404: there is no such file")
+        return str(files / "sd15-base.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    with pytest.raises(LdmError, match="image encoder someone/ip/models/image_encoder: "):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors")
+    encoder = files / "image_encoder"
+    Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors", image_encoder=encoder)
+    assert asked == [("someone/ip", "models/sd15-base.safetensors")] * 2
+    with pytest.raises(LdmError, match="'someone/ip/x.bin' is neither a path here nor a file of the Hub: 404"):
+        Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/x.bin")
