@@ -48,7 +48,7 @@ ELSEWHERE = (  # what, where, the test file, and a part of the line that it look
      "tests/pipelines/test_embeddings_in_prompts.py", "embeddings are left out"),
     ("residuals averaged by a file's name", "ldm/weights/control_models.py", "tests/weights/test_control_models.py",
      "shuffle"),
-    ("the size of a condition image", "pipelines/control.py", "tests/pipelines/test_control.py", "is resized to"),
+    ("the size of a condition image", "pipelines/control.py", "tests/pipelines/test_control_runs.py", "is resized to"),
     ("the size of an image to be filtered", "ldm/cli/preprocess.py", "tests/conditions/test_conditions.py",
      "is resized from"),
     ("images that an evaluation cannot read", "ldm/evaluation/report.py", "tests/evaluation/test_evaluation.py",
