@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,30 +20,58 @@ from pipelines.settings import LOADING, find
 log = logging.getLogger(__name__)
 
 
-def find_embeddings(paths: Any, configs: Sequence[TextEncoderConfig], allow_pickle: bool) -> list[TextualInversion]:
-    """The embeddings of files, which must all fit a model's text encoders, and those that fit in folders.
+@dataclass(frozen=True)
+class EmbeddingFiles:
+    """The embeddings of files that were named, and those of folders, of which some may be for other models."""
 
-    `paths` is a value of the setting `embeddings`. A warning names the files of a folder that are left out, and words
-    that several files state: such embeddings go by the names of their files alone.
+    named: tuple[TextualInversion, ...] = ()
+    others: tuple[TextualInversion, ...] = ()
+    left_out: tuple[str, ...] = ()  # why files of folders cannot be read
+
+
+def read_embeddings(paths: Any, allow_pickle: bool) -> EmbeddingFiles:
+    """The embeddings of a value of the setting `embeddings`, files and folders.
 
     Raises:
-        LdmError: a file cannot be read or does not fit, or two files have the same name.
+        LdmError: the value is not allowed, or a file that is named cannot be read.
     """
     given = find("embeddings", "python", rows=LOADING).check(paths)
-    found: dict[str, TextualInversion] = {}  # by name
+    named: list[TextualInversion] = []
+    others: list[TextualInversion] = []
     left_out: list[str] = []
     for path in map(Path, given if isinstance(given, tuple) else (given,)):
-        for file in embedding_files(path) if path.is_dir() else [path]:
+        if not path.is_dir():
+            named.append(open_embedding(path, allow_pickle))
+            continue
+        for file in embedding_files(path):
             try:
-                one = open_embedding(file, allow_pickle)
-                fitted(one, configs)
-                other = found.setdefault(plain(one.names[0]), one)
-                if other.digest != one.digest:
-                    raise LdmError(f"{file} and {other.file} are both called {one.names[0]}; rename one of them")
+                others.append(open_embedding(file, allow_pickle))
             except LdmError as error:
-                if not path.is_dir():
-                    raise
                 left_out.append(str(error))
+    return EmbeddingFiles(tuple(named), tuple(others), tuple(left_out))
+
+
+def fitting(read: EmbeddingFiles, configs: Sequence[TextEncoderConfig]) -> list[TextualInversion]:
+    """The embeddings for a model's text encoders: all that are named, and those of folders that fit.
+
+    A warning names the files of a folder that are left out, and words that several files state: such embeddings go by
+    the names of their files alone.
+
+    Raises:
+        LdmError: a file that is named does not fit, or two have the same name.
+    """
+    found: dict[str, TextualInversion] = {}  # by name
+    left_out = list(read.left_out)
+    for number, one in enumerate((*read.named, *read.others)):
+        try:
+            fitted(one, configs)
+            other = found.setdefault(plain(one.names[0]), one)
+            if other.digest != one.digest:
+                raise LdmError(f"{one.file} and {other.file} are both called {one.names[0]}; rename one of them")
+        except LdmError as error:
+            if number < len(read.named):
+                raise
+            left_out.append(str(error))
     if left_out:
         log.warning("%d embeddings are left out: %s", len(left_out), "; ".join(left_out[:3]))
     counts = Counter(plain(name) for one in found.values() for name in one.names)
@@ -64,8 +92,8 @@ def with_embeddings(model: LatentDiffusion, found: Sequence[TextualInversion]) -
     """
     if not found:
         return model
-    encoders = with_words(model.text_encoders, [fitted(one, model.text_encoders.configs) for one in found])
-    return model.with_networks({"text_encoders": encoders})
+    words = [fitted(one, model.text_encoders.configs) for one in found]
+    return model.with_networks({"text_encoders": with_words(model.text_encoders, words)})
 
 
 def used(found: Sequence[TextualInversion], model: LatentDiffusion, request: Request, row: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ldm.weights.builtin import DEFAULT, FOLDER, builtin, known_words, words
 from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
 from pipelines.control import check_control, controls_of, load_control_models
-from pipelines.embeddings import find_embeddings, used, with_embeddings
+from pipelines.embeddings import EmbeddingFiles, fitting, read_embeddings, used, with_embeddings
 from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, enlarged_request, refined
 from pipelines.request import Request, check_request, note_idle, records, request_for
@@ -104,7 +104,8 @@ class Pipeline:
         own = {"source": source, "dtype": dtype, "embeddings": embeddings}
         found = renamed([*own.items(), *options.items()], "python", LOADING, also=OPTIONS)
         found = {name: value for name, value in found.items() if value is not None}
-        source, dtype, learned = named(found.pop("source", None)), found.pop("dtype", None), found.pop("embeddings", ())
+        source, dtype = named(found.pop("source", None)), found.pop("dtype", None)
+        learned = read_embeddings(found.pop("embeddings", ()), found.get("allow_pickle", False))
         folder, partial = found.pop("lora_dir", None), found.pop("partial_adapters", False)
         beside = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder", "control_models")}
         device = device_named(device or default_device())
@@ -112,13 +113,12 @@ class Pipeline:
         self.compiled = compile
         with cpu_by_default():
             self.model, self.refiner = tuning.load(source, refiner, device, dtype, found)
-        if self.refiner is not None and not self.refiner.family.refiner:
-            raise LdmError(f"the refiner is a {self.refiner.family.name} model; one of sdxl-refiner is needed")
+        _check_refiner(self.refiner)
         self.words = None if isinstance(source, LatentDiffusion) else known_words(builtin(source) or Path(source))
         if self.refiner is not None and self.refiner is not refiner:
             _share(self.model, self.refiner)
-        self._learn(learned, pickle := found.get("allow_pickle", False))
-        self.adapters = Adapters(self.model, folder, partial, pickle, adapters)
+        self._learn(learned)
+        self.adapters = Adapters(self.model, folder, partial, pickle := found.get("allow_pickle", False), adapters)
         self._load_beside(source, tuning, pickle, **beside)
 
     def _load_beside(
@@ -129,9 +129,9 @@ class Pipeline:
             self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
             self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
 
-    def _learn(self, paths: Any, allow_pickle: bool) -> None:
-        """Let the text encoders know the embeddings of files and folders."""
-        self.embeddings = find_embeddings(paths, self.model.text_encoders.configs, allow_pickle)
+    def _learn(self, read: EmbeddingFiles) -> None:
+        """Let the text encoders know the embeddings that fit them."""
+        self.embeddings = fitting(read, self.model.text_encoders.configs)
         self.model = with_embeddings(self.model, self.embeddings)
         if self.refiner is not None:
             self.refiner = with_embeddings(self.refiner, self.embeddings)
@@ -246,7 +246,7 @@ class Pipeline:
         self, request: Request, output: str, on_step: OnStep | None, batches: Iterable[range]
     ) -> Iterator[Result]:
         note_unknown(request.prompts, self.words)
-        note_foreign(request)
+        note_foreign(request, [name for one in self.embeddings for name in one.names])
         attachments: list[Attachment] = [
             *self.image_prompts.attachments(request),
             *controls_of(request, self.control_models),
@@ -317,6 +317,12 @@ def note_unknown(prompts: Sequence[str], known: Collection[str] | None) -> None:
         unknown = [word for word in dict.fromkeys(words(prompt)) if word not in known]
         if unknown:
             log.warning("words that this model never saw in training: %s", listing(unknown))
+
+
+def _check_refiner(refiner: LatentDiffusion | None) -> None:
+    """Raise if there is a refiner that is none."""
+    if refiner is not None and not refiner.family.refiner:
+        raise LdmError(f"the refiner is a {refiner.family.name} model; one of sdxl-refiner is needed")
 
 
 def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:

@@ -48,6 +48,8 @@ def reproduce_image(
     ip_adapters: Sequence[str],
     image_encoder: str | None,
     allow_pickle: bool,
+    control: Sequence[str] = (),
+    control_models: Sequence[str] = (),
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
     log_warnings()
@@ -70,6 +72,10 @@ def reproduce_image(
             settings[name] = given or _found(name, record[name])
     if "strength" in settings and "image" not in settings:
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
+    if control:
+        settings["control"] = _renamed_controls(record, control)
+    if control_models:
+        loading["control_models"] = tuple(control_models)
     if "image_prompt" in record:
         settings["image_prompt"], loading["ip_adapter"] = from_record(
             record["image_prompt"], image_prompts, ip_adapters
@@ -90,6 +96,16 @@ def reproduce_image(
         save_png(made, target, record, parameters)
     same = "identical" if not difference.any() else "different"
     print(f"{same}: largest difference {difference.max()}, mean {difference.mean():.4f} of 255")
+
+
+def _renamed_controls(record: dict[str, Any], paths: Sequence[str]) -> tuple[dict[str, str], ...]:
+    """The condition images of a record, in other places."""
+    recorded = record.get("control", [])
+    if len(recorded) != len(paths):
+        raise LdmError(
+            f"--control {' '.join(paths)}: the image was made with {len(recorded)} condition images; name each"
+        )
+    return tuple({**one, "path": path} for one, path in zip(recorded, paths, strict=True))
 
 
 def _check_files(path: Path, source: str, record: dict[str, Any], parameters: str, pipeline: Pipeline) -> None:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import adapter_files
 import diffusers
 import pytest
 import tiny
@@ -103,6 +104,21 @@ def test_on_an_offloaded_model(models: Path, files: Path) -> None:
     assert made[0].settings == made[1].settings and made[0].settings[0]["embeddings"]
 
 
+def test_beside_a_lora_of_the_text_encoders(tmp_path: Path) -> None:
+    model = tiny.model("sdxl")
+    file = adapter_files.saved(adapter_files.adapter(model, "kohya-sgm"), tmp_path / "lora.safetensors")
+    tables = (model.text_encoders.towers[0], model.text_encoders.towers[1].text_model)
+    (token,) = model.text_encoders.tokenizers[0].encode(["love"])[0]
+    first, second = (table.embeddings.token_embedding.weight[token].detach().clone() for table in tables)
+    save_file({"clip_l": first, "clip_g": second}, tmp_path / "word.safetensors")
+    pipeline = Pipeline(model, embeddings=tmp_path / "word.safetensors", adapters={file: 0.7})
+    ours, theirs = (pipeline(f"a {word} cat", output="latents", **STEPS) for word in ("Word", "love"))
+    assert torch.equal(ours.latents[0], theirs.latents[0])
+    plain = Pipeline(model, embeddings=tmp_path / "word.safetensors")("a word cat", output="latents", **STEPS)
+    assert not torch.equal(plain.latents[0], ours.latents[0])
+    assert ours.settings[0]["embeddings"] == plain.settings[0]["embeddings"]
+
+
 def test_an_embedding_is_no_model(files: Path) -> None:
     with pytest.raises(LdmError, match=r"it is an embedding of textual inversion \(--embedding"):
         Pipeline(files / "xl.safetensors")
@@ -117,6 +133,11 @@ def test_a_folder_without_what_does_not_fit(files: Path, caplog: pytest.LogCaptu
     made = pipeline(["a <cat-toy>", "a cat"], negative="(bad-hands:1.2)", **STEPS)
     names = [[one["name"] for one in record["embeddings"]] for record in made.settings]
     assert names == [["Bad-Hands", "<cat-toy>"], ["Bad-Hands"]]
+    caplog.clear()
+    pipeline("embedding:bad-hands, embedding:worse", **STEPS)
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt syntax of other programs, which is read as plain words here: embedding:worse"
+    ]
     assert "embeddings" not in pipeline("a cat", guidance=1, negative="bad-hands", **STEPS).settings[0]
 
 

@@ -19,6 +19,7 @@ from pipelines.syntax import foreign
         ("[(cat:1.2):dog:.5]", ["[(cat:1.2):dog:.5]"]),
         ("a AND b:0.5 AND c", ["AND"]),
         ("<lora:x:0.8> a, <lyco:y>", ["<lora:x:0.8>", "<lyco:y>"]),
+        ("(embedding:bad_1:1.2), embedding: x", ["embedding:bad_1"]),
         ("a (cat:1.2), [dog], [(red:1.3)], a BREAK b", []),
         (r"\[a|b\], BRAND, time 10:30, a < b > c, [ratio: three]", []),
     ],
