@@ -15,7 +15,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from ldm.training.config import NUMBERS, Config
 from ldm.training.evaluator import Evaluator, check_evaluation, evaluation_plan
 from ldm.training.folder import is_done, open_folder, write_result
 from ldm.training.forecast import Forecast, forecast, peak_tflops
+from ldm.training.frozen import matrices, numbers
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.images import open_training_images
 from ldm.training.log import Report, StepCost
@@ -135,8 +136,9 @@ class TrainingRun:
         section: StageSection = self.section(name)
         made(folder)
         accelerator = self._tracked(folder)
-        for module in model.modules().values():
-            _own(module, accelerator.device)
+        rounded = numbers(self.config.precision) if kind_named(name).frozen else torch.float32
+        for part, module in model.modules().items():
+            _own(module, accelerator.device, torch.float32 if part == "vae" else rounded)
         check_agreement({f"the weights of {part}": fingerprint({part: m}) for part, m in model.modules().items()})
         if kind_named(name).captions:
             self._warn_of_long_captions(model)
@@ -156,7 +158,7 @@ class TrainingRun:
 
         return Training(
             accelerator, stage, folder, batches.steps, batches.held_out, report, self._work(name, accelerator),
-            self._evaluator(name, model, accelerator, folder),
+            self._evaluator(name, stage, accelerator, folder),
         )  # fmt: skip
 
     # --- parts of a stage -------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ class TrainingRun:
         images = self.data.images
         return evaluation_plan(section, images, self.data.rows if images else (), device)
 
-    def _evaluator(self, name: str, model: LatentDiffusion, accelerator: Accelerator, folder: Path) -> Evaluator | None:
+    def _evaluator(self, name: str, stage: Stage, accelerator: Accelerator, folder: Path) -> Evaluator | None:
         """The evaluator of a stage's images, if the configuration asks for one."""
         section = self.section(name)
         wanted = kind_named(name).evaluation(section)
@@ -231,7 +233,8 @@ class TrainingRun:
         ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         work = Workspace(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
         size = phases(section)[-1].size
-        return Evaluator(name, wanted, size, plan, model, self.make_images, self.config.precision, work)
+        shown = partial(kind_named(name).shown, stage)
+        return Evaluator(name, wanted, size, plan, shown, self.make_images, self.config.precision, work)
 
 
 def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
@@ -240,18 +243,23 @@ def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
         keep_freed()
     for player in stage.players.values():
         if stage.section.checkpointing:
-            checkpointed(player.module)
+            checkpointed(player.network)
         if stage.section.compile:
             check_compiling(accelerator.device)
             player.module.compile()
         if accelerator.device.type == "cuda" and not is_sharded(accelerator, stage):
-            player.module.to(memory_format=torch.channels_last)  # the fastest layout for a GPU's convolutions
+            player.network.to(memory_format=torch.channels_last)  # the fastest layout for a GPU's convolutions
 
 
-def _own(module: torch.nn.Module, device: torch.device) -> None:
-    """Move weights to the device, into memory of their own: weights mapped from a file cannot be updated."""
+def _own(module: torch.nn.Module, device: torch.device, rounded: torch.dtype) -> None:
+    """Move weights to the device, into memory of their own: weights mapped from a file cannot be updated.
+
+    Weights that autocast rounds anyway get the dtype `rounded`, all others fp32.
+    """
+    cast = {id(parameter) for parameter in matrices(module)}
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(device, torch.float32, copy=True)
+        dtype = rounded if id(parameter) in cast else torch.float32
+        parameter.data = parameter.data.to(device, dtype, copy=True)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
 

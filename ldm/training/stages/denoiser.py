@@ -86,8 +86,8 @@ def learners(section: DenoiserSection, parts: Components) -> dict[str, Learner]:
     if not section.train_text:
         return {"unet": Learner(unet, groups)}
     rates = section.text_learning_rate
-    for k, tower in enumerate(encoders.towers):
-        chosen = _read_by_unet(tower, encoders, k)
+    for k in range(len(encoders.towers)):
+        chosen = list(read_by_unet(encoders, k).values())
         for parameter in chosen:
             parameter.requires_grad_(True)
         groups.append((chosen, rates[min(k, len(rates) - 1)]))
@@ -254,7 +254,11 @@ class DenoiserStage:
         prompts = self.section.prompts or batch.captions[:4]
         height, width = batch.size[0, 4:6].int().tolist()
         seeds = [self.seed + number for number in range(len(prompts))]
-        return self.make_images(self.model, prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+        return self.make_images(self.shown(), prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+
+    def shown(self) -> LatentDiffusion:
+        """The model that makes images, with the weights as they are now."""
+        return self.model
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """The figures of a last validation, for the record."""
@@ -283,7 +287,7 @@ def refiner_model(section: RefinerSection) -> RefinerModelSection:
     return section.model
 
 
-def _read_by_unet(tower: nn.Module, encoders: TextEncoders, number: int) -> list[nn.Parameter]:
+def read_by_unet(encoders: TextEncoders, number: int) -> dict[str, nn.Parameter]:
     """The parameters of a text encoder that the U-Net's conditioning depends on; the others stay as they are.
 
     With two encoders, the last layer serves the pooled text alone, which the first encoder does not give.
@@ -291,4 +295,5 @@ def _read_by_unet(tower: nn.Module, encoders: TextEncoders, number: int) -> list
     unused = re.compile("(?!)")
     if encoders.pooled and not encoders.configs[number].projection:
         unused = re.compile(rf"(.*\.)?(layers\.{encoders.configs[number].layers - 1}\.|final_layer_norm\.).*")
-    return [parameter for name, parameter in tower.named_parameters() if not unused.fullmatch(name)]
+    named = encoders.towers[number].named_parameters()
+    return {name: parameter for name, parameter in named if not unused.fullmatch(name)}
