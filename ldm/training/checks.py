@@ -32,6 +32,8 @@ def check_bounds(config: Config) -> None:
     data = config.data
     if data.stream and data.cache:
         raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
+    if data.stream and data.trigger:
+        raise LdmError("data.trigger: captions of a stream stay as they are; copy it to a disk, or leave it out")
     if data.cache and data.crop == "center" and data.crops > 1:
         raise LdmError(f"data.crops is {data.crops}: an image has one crop at its center; set data.crops=1")
 

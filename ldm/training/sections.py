@@ -127,6 +127,7 @@ class DataSection(Section):
         None, description="column of captions in a dataset, metadata or .json; null: text, caption, captions or prompt"
     )
     captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
+    trigger: str = Field("", description="words put in front of each caption, and in place of a missing one")
     holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
     bucket_step: int = Field(
