@@ -281,3 +281,14 @@ def test_what_shards_hold_and_is_not_used_is_told(tmp_path: Path, caplog: pytest
     assert "files in the shards are not read: 1 .cls" in caplog.text
     assert "1 samples of the shards have captions and no image" in caplog.text
     assert "1 files in the shards start with a dot" in caplog.text
+
+
+def test_trigger_words_begin_each_caption(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", "a.png", "b.png", "c.png")
+    (root / "a.txt").write_text("a dog on a sofa")
+    (root / "b.txt").write_text("a photo of sks dog")
+    images = opened(root, "required", trigger="sks dog")
+    told = {"a.png": ("sks dog, a dog on a sofa",), "b.png": ("a photo of sks dog",), "c.png": ("sks dog",)}
+    assert captions(images) == told
+    assert images.captions() == sorted(text for (text,) in told.values())
+    assert images.all_captions() == [list(texts) for texts in told.values()]

@@ -13,6 +13,7 @@ from networks import inputs
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
 from runs import config, interrupted, lines, losses
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.cli.train import make_images
@@ -156,7 +157,7 @@ def test_rates_are_those_of_the_parts(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_ranks_and_alphas_by_pattern(shapes: Path, tmp_path: Path) -> None:
-    training = ready(settings(shapes, tmp_path / "r", "adapter.ranks={attn2.to_[kv]: 2}", "adapter.alpha=2",
+    training = ready(settings(shapes, tmp_path / "r", "adapter.ranks={'attn2.to_[kv]': 2}", "adapter.alpha=2",
                               "adapter.alphas={to_q: 8}"))  # fmt: skip
     stage = training.stage
     assert isinstance(stage, AdapterStage)
@@ -172,7 +173,7 @@ def test_norms_stay_below_the_largest(shapes: Path, tmp_path: Path) -> None:
     changes = open_adapter(file_of(tmp_path / "r"), model).changes["unet"]
     norms = [float(change.delta(model.unet.get_parameter(name)).norm()) for name, change in changes.items()]
     assert 0.04 < max(norms) < 0.0501
-    assert lines(tmp_path / "r", "adapter")[-2]["norms/scaled"] > 0
+    assert any(row.get("norms/scaled", 0) > 0 for row in lines(tmp_path / "r", "adapter"))
 
 
 # --- it goes on -------------------------------------------------------------------------------------------------------
@@ -183,17 +184,17 @@ def test_norms_stay_below_the_largest(shapes: Path, tmp_path: Path) -> None:
     ids=["all", "cached", "checkpointing"],
 )  # fmt: skip
 def test_an_interrupted_adapter_ends_in_the_same_bytes(shapes: Path, tmp_path: Path, extra: list[str]) -> None:
-    train(settings(shapes, tmp_path / "whole", *extra))
-    parts = settings(shapes, tmp_path / "parts" / "whole", *extra)
-    interrupted(parts, after=2)
-    interrupted(parts, after=5)
-    train(parts)
-    assert lines(tmp_path / "parts" / "whole", "adapter") == lines(tmp_path / "whole", "adapter")
-    names = file_of(tmp_path / "whole"), file_of(tmp_path / "parts" / "whole")
-    (ours, theirs) = (read_header(file)[0] for file in names)
-    assert ours == theirs
-    size = sum(path.stat().st_size for path in (tmp_path / "whole" / "adapter" / "checkpoints").rglob("model*"))
-    assert size < 4e5  # no checkpoint holds the frozen weights
+    (tmp_path / "parts").mkdir()
+    whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
+    train(settings(shapes, whole, *extra))
+    again = settings(shapes, parts, *extra)
+    interrupted(again, after=2)
+    interrupted(again, after=5)
+    train(again)
+    assert lines(parts, "adapter") == lines(whole, "adapter")
+    assert file_of(parts).read_bytes() == file_of(whole).read_bytes()
+    (saved, *_) = (parts / "adapter" / "checkpoints").glob("*/model.safetensors")
+    assert all(name.startswith("changes.") for name in load_file(saved))  # no frozen weights
 
 
 def test_checkpointing_and_parts_change_nothing(shapes: Path, tmp_path: Path) -> None:
