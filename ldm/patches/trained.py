@@ -23,7 +23,7 @@ from ldm.patches.low_rank import Change, Decomposed, Factors, Hadamard, Kronecke
 
 
 @dataclass(frozen=True)
-class Form:
+class ChangeForm:
     """The form of a layer's change."""
 
     kind: Literal["lora", "loha", "lokr"]
@@ -58,7 +58,7 @@ class TrainedChange(nn.Module, ABC):
 class LoRA(TrainedChange):
     """LoRA, in a convolution LoCon: two narrow products, one after the other."""
 
-    def __init__(self, weight: Tensor, form: Form) -> None:
+    def __init__(self, weight: Tensor, form: ChangeForm) -> None:
         super().__init__()
         self.scale, rank = form.scale, form.rank
         self.down = _drawn((rank, *weight.shape[1:]), weight.device)
@@ -85,7 +85,7 @@ class LoRA(TrainedChange):
 class LoHa(TrainedChange):
     """LoHa, with the initial values of LyCORIS."""
 
-    def __init__(self, weight: Tensor, form: Form) -> None:
+    def __init__(self, weight: Tensor, form: ChangeForm) -> None:
         super().__init__()
         self.scale, rank, device = form.scale, form.rank, weight.device
         rows, columns = len(weight), math.prod(weight.shape[1:])
@@ -102,7 +102,7 @@ class LoHa(TrainedChange):
 class LoKr(TrainedChange):
     """LoKr: a small whole matrix, and one that is low-rank unless it is small too."""
 
-    def __init__(self, weight: Tensor, form: Form) -> None:
+    def __init__(self, weight: Tensor, form: ChangeForm) -> None:
         super().__init__()
         rank, device = form.rank, weight.device
         (rows, more_rows), (columns, more_columns) = (split(side, form.factor) for side in weight.shape[:2])
@@ -142,7 +142,7 @@ class DoRA(TrainedChange):
 KINDS: dict[str, type[LoRA | LoHa | LoKr]] = {"lora": LoRA, "loha": LoHa, "lokr": LoKr}
 
 
-def new_change(weight: Tensor, form: Form) -> TrainedChange:
+def new_change(weight: Tensor, form: ChangeForm) -> TrainedChange:
     """A change of a weight that is zero; its other initial values come from PyTorch's generator of the CPU."""
     change = KINDS[form.kind](weight, form)
     return DoRA(weight, change) if form.norms else change

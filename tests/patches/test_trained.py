@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.layers import TokenLinear
-from ldm.patches.trained import ChangedLayer, DoRA, Form, LoRA, TrainedChange, new_change, shrink, split
+from ldm.patches.trained import ChangedLayer, ChangeForm, DoRA, LoRA, TrainedChange, new_change, shrink, split
 from ldm.runtime.merging import merged
 
 LAYERS = {
@@ -21,7 +21,9 @@ LAYERS = {
     "1×1": (lambda: nn.Conv2d(8, 12, 1), (2, 8, 6, 5)),
 }
 FORMS = {
-    f"{kind}{' with norms' if norms else ''}{f' of rank {rank}' if rank > 2 else ''}": Form(kind, rank, 3.0, norms)
+    f"{kind}{' with norms' if norms else ''}{f' of rank {rank}' if rank > 2 else ''}": ChangeForm(
+        kind, rank, 3.0, norms
+    )
     for kind in ("lora", "loha", "lokr")
     for norms in (False, True)
     for rank in ((1, 6) if kind == "lokr" else (2,))
@@ -38,7 +40,7 @@ def stirred(change: TrainedChange) -> TrainedChange:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_change_begins_at_zero_and_merges_to_what_it_gives(name: str, form: Form) -> None:
+def test_a_change_begins_at_zero_and_merges_to_what_it_gives(name: str, form: ChangeForm) -> None:
     make, shape = LAYERS[name]
     layer, x = make().requires_grad_(False), torch.randn(shape)
     changed = ChangedLayer(layer, new_change(layer.weight, form))
@@ -54,7 +56,7 @@ def test_a_change_begins_at_zero_and_merges_to_what_it_gives(name: str, form: Fo
 
 def test_dropped_ranks_are_those_of_the_sample() -> None:
     layer = nn.Linear(6, 4)
-    change = LoRA(layer.weight, Form("lora", 3, 3.0))
+    change = LoRA(layer.weight, ChangeForm("lora", 3, 3.0))
     stirred(change)
     x = torch.randn(2, 5, 6)
     change.kept = torch.tensor([[2.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
@@ -65,7 +67,7 @@ def test_dropped_ranks_are_those_of_the_sample() -> None:
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
 def test_a_norm_shrinks_to_the_largest(kind: str) -> None:
     weight = torch.randn(16, 36)
-    for form in (Form(kind, 2, 2.0), Form(kind, 2, 2.0, norms=True)):  # type: ignore[arg-type]
+    for form in (ChangeForm(kind, 2, 2.0), ChangeForm(kind, 2, 2.0, norms=True)):  # type: ignore[arg-type]
         change = stirred(new_change(weight, form))
         inner = change.inner if isinstance(change, DoRA) else change
         before = inner.change().delta(weight)
@@ -99,7 +101,7 @@ def parts(model: nn.Module, name: str) -> Tensor:
 def test_outputs_and_gradients_are_those_of_peft(name: str, norms: bool) -> None:
     make, shape = LAYERS[name]
     layer, x = make().requires_grad_(False), torch.randn(shape)
-    changed = ChangedLayer(layer, stirred(new_change(layer.weight, Form("lora", 2, 3.0, norms))))
+    changed = ChangedLayer(layer, stirred(new_change(layer.weight, ChangeForm("lora", 2, 3.0, norms))))
     other = theirs(layer, use_dora=norms)
     change = changed.change
     inner = change.inner if isinstance(change, DoRA) else change

@@ -21,7 +21,7 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.surgery import exchanged, twin
 from ldm.patches.low_rank import Change
-from ldm.patches.trained import ChangedLayer, DoRA, Form, LoRA, TrainedChange, new_change, shrink
+from ldm.patches.trained import ChangedLayer, ChangeForm, DoRA, LoRA, TrainedChange, new_change, shrink
 from ldm.runtime.merging import merged
 from ldm.training.frozen import uniform
 from ldm.training.images import TrainingImages
@@ -131,11 +131,11 @@ def _is(place: Place, pattern: str) -> bool:
     return bool(matching({pattern: True}, place.layer, False))
 
 
-def form_of(section: AdapterSection, layer: str) -> Form:
+def form_of(section: AdapterSection, layer: str) -> ChangeForm:
     """The form of a layer's change."""
     rank = matching(section.ranks, layer, section.rank)
     alpha = matching(section.alphas, layer, section.alpha)
-    return Form(section.kind, rank, rank if alpha is None else alpha, section.dora, section.lokr_factor)
+    return ChangeForm(section.kind, rank, rank if alpha is None else alpha, section.dora, section.lokr_factor)
 
 
 def learners(section: AdapterSection, parts: Components) -> dict[str, Learner]:
