@@ -217,14 +217,14 @@ class Adapters:
 
 def adapted(model: LatentDiffusion, mix: Mix) -> LatentDiffusion:
     """A copy of a model with the changes of a mix merged into its weights; all else is shared."""
-    changes: dict[str, Changes] = {}
+    changes: dict[str, Changes] = {"unet": {}, "text_encoders": {}}
     for share in mix:
         for component, own in share.adapter.changes.items():
             amount = share.unet if component == "unet" else share.text
             for name, change in own.items() if amount else ():
                 network, parameter = parameter_of(model, component, name)
-                changes.setdefault(network, {}).setdefault(parameter, []).append((amount, change))
-    return model.with_networks({name: merged(model.networks[name], own) for name, own in changes.items()})
+                changes[network].setdefault(parameter, []).append((amount, change))
+    return model.with_networks({name: merged(model.networks[name], own) for name, own in changes.items() if own})
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
