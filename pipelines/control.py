@@ -174,11 +174,9 @@ class Control:
 
     def pixels(self, width: int, height: int) -> Tensor:
         """The condition image at a run's size: (1, 3 or 1, H, W) in [0, 1]; hidden pixels are -1."""
-        config = self.network.config
-        grey = isinstance(self.network, T2IAdapter) and config.in_channels == 1
-        image = self.image.condition.convert("L") if grey else self.image.condition
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = self.image.at(width, height)
+        if isinstance(self.network, T2IAdapter) and self.network.config.in_channels == 1:
+            image = image.convert("L")
         pixels = torch.from_numpy(np.asarray(image).copy()).float().view(height, width, -1).permute(2, 0, 1)[None] / 255
         if self.mask is not None:
             pixels[mask_to_tensor(self.mask, width, height).expand_as(pixels) >= 0.5] = -1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,7 +21,7 @@ from ldm.errors import LdmError, suggestion
 from ldm.images import load_image
 
 READY = "image"  # the kind of condition images that are taken as they are
-MASKED = "inpaint"  # the kind that hides the masked part of the image to start from
+MASKED = "inpaint"  # the kind that hides the masked part of an image
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,27 @@ class ControlImage:
     kind: str
     source: Any  # a path, or an image of PIL
     sha256: str = ""  # of the file
+    made: dict[tuple[int, int], Image.Image] = field(default_factory=dict, compare=False)  # by width and height
 
     @cached_property
     def given(self) -> Image.Image:
         """The given image, in RGB."""
         return load_image(self.source)
 
-    @cached_property
-    def condition(self) -> Image.Image:
-        """The condition image, of the given one's size; of the kind inpaint, before its masked part is hidden.
+    def at(self, width: int, height: int) -> Image.Image:
+        """The condition image, made of the given one at that size; of the kind inpaint, before its part is hidden.
 
         Raises:
             LdmError: the network that makes it cannot be opened.
         """
-        return self.given if self.kind == MASKED else condition(self.kind, self.given)
+        image = self.given
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        if self.kind == MASKED:
+            return image
+        if (width, height) not in self.made:
+            self.made[width, height] = condition(self.kind, image)
+        return self.made[width, height]
 
     @property
     def record(self) -> dict[str, str]:
@@ -66,7 +73,7 @@ def control_images(value: Any) -> tuple[ControlImage, ...]:
         if "path" not in value:
             raise LdmError(
                 f"control {value['kind']}: the image was made with a condition image that its record does not name; "
-                "name it (control=)"
+                "name it (control=, --control)"
             )
         return (_control_image(value["kind"], value["path"], value.get("sha256", "")),)
     if isinstance(value, Mapping):
@@ -79,14 +86,13 @@ def control_images(value: Any) -> tuple[ControlImage, ...]:
 
 def _control_image(kind: str, image: Any, sha256: str) -> ControlImage:
     if kind not in KINDS:
-        raise LdmError(
-            f"control: the kind {kind!r} of condition images does not exist; {suggestion(kind, list(KINDS))}"
-        )
+        near = suggestion(kind, list(KINDS))
+        raise LdmError(f"control: the kind {kind!r} of condition images does not exist; {near}")
     if not isinstance(image, (str, PathLike)):
         return ControlImage(kind, load_image(image))
     path = Path(fspath(image))
     found = ControlImage(kind, path, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
     load_image(path)
     if sha256 and found.sha256 != sha256:
-        raise LdmError(f"the condition image {path} has changed since the image was made; name it (control=)")
+        raise LdmError(f"the condition image {path} has changed since the image was made; name it (--control)")
     return found

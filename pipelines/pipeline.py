@@ -197,7 +197,7 @@ class Pipeline:
             check_passes(request, family, refiner)
             self.image_prompts.check(request)
             check_control(request, family, self.control_models)
-            note_idle({name for name, value in checked(settings, "python").items() if value}, request, family)
+            note_idle(checked(settings, "python"), request, family)
         return request
 
     def make(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,8 +149,10 @@ def _note_stretch(image: Image.Image | None, width: int, height: int) -> None:
         )  # fmt: skip
 
 
-def note_idle(given: Set[str], request: Request, family: Family) -> None:
-    """Log, in one line, the settings that were given and have no effect in this call."""
+def note_idle(given: Mapping[str, Any], request: Request, family: Family) -> None:
+    """Log, in one line, the settings that were given, differ from their defaults, and have no effect in this call."""
+    usual = {row.name: row.usual for row in settings.SETTINGS}
+    told = {name for name, value in given.items() if value and value != usual[name]}
     guided = request.guidance.classifier_free or request.guidance.embedded is not None  # which has a warning of its own
     xl = ("original_size", "crop", "target_size", "negative_original_size", "negative_crop", "negative_target_size")
     needs = {
@@ -164,7 +166,7 @@ def note_idle(given: Set[str], request: Request, family: Family) -> None:
         "SDXL's refiner": (family.refiner or request.refined, ("aesthetic_score", "negative_aesthetic_score")),
     }
     lacks = {name: need for need, (there, names) in needs.items() if not there for name in names}
-    idle = [f"{name} (it needs {lacks[name]})" for name in sorted(lacks.keys() & given)]
+    idle = [f"{name} (it needs {lacks[name]})" for name in sorted(lacks.keys() & told)]
     if idle:
         log.warning("settings without effect here: %s", listing(idle, 8))
 

@@ -265,10 +265,14 @@ def _are_images(value: Any) -> bool:
     return all(_is_image(one) for one in value) if isinstance(value, tuple) and value else _is_image(value)
 
 
+def _weighted(value: Any) -> bool:
+    """Whether a value is a pair whose second part is a weight."""
+    return isinstance(value, tuple) and len(value) == 2 and WEIGHT.allowed(value[1])
+
+
 def _is_image_prompt(value: Any) -> bool:
     """Whether a value is an image, or several, or these with a weight."""
-    weighted = isinstance(value, tuple) and len(value) == 2 and WEIGHT.allowed(value[1])
-    return isinstance(value, ImagePrompt) or _are_images(value[0] if weighted else value)
+    return isinstance(value, ImagePrompt) or _are_images(value[0] if _weighted(value) else value)
 
 
 def _are_image_prompts(value: Any) -> bool:
@@ -669,9 +673,7 @@ def image_prompts(values: Mapping[str, Any]) -> tuple[ImagePrompt, ...]:
         if alone:
             raise LdmError(f"image_prompt_{alone[0]} without an image prompt: give one (image_prompt=, --image-prompt)")
         return ()
-    entries = (given,) if _is_image_prompt(given) and not isinstance(given, tuple) else given
-    if isinstance(given, tuple) and len(given) == 2 and WEIGHT.allowed(given[1]):
-        entries = (given,)
+    entries = given if isinstance(given, tuple) and not _weighted(given) else (given,)
     for name, value in parts.items():
         if isinstance(value, tuple) and len(value) != len(entries):
             raise LdmError(
@@ -687,7 +689,7 @@ def image_prompts(values: Mapping[str, Any]) -> tuple[ImagePrompt, ...]:
         if isinstance(entry, ImagePrompt):
             found.append(replace(entry, **own))
             continue
-        if isinstance(entry, tuple) and len(entry) == 2 and WEIGHT.allowed(entry[1]):
+        if _weighted(entry):
             entry, own["weight"] = entry[0], entry[1] * own.get("weight", 1.0)
         found.append(ImagePrompt(entry if isinstance(entry, tuple) else (entry,), **own))
     for one in found:

@@ -7,6 +7,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import adapter_files
+import controls
+import image_prompts
 import pytest
 import tiny
 import typer
@@ -45,7 +48,8 @@ MORE = {  # what makes a command small
 }
 NAMES = {  # what stands for something of the reader's
     "MODEL": "sdxl", "BASE": "sdxl", "A": "sdxl", "B": "sdxl", "REFINER": "sdxl-refiner",
-    "INSTRUCT-PIX2PIX": "sd15-edit", "SOURCE": "sdxl", "clip:ViT-B-32@openai": "clip:emoji",
+    "INSTRUCT-PIX2PIX": "sd15-edit", "CONTROLNET": "control", "IP-ADAPTER": "ip.safetensors",
+    "ENCODER": "encoder", "SOURCE": "sdxl", "clip:ViT-B-32@openai": "clip:emoji",
     "rfid,psnr,ssim,lpips": "rfid,psnr,ssim",
 }  # fmt: skip
 
@@ -62,6 +66,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_folder(root / "FOLDER", 24)
     Image.new("RGB", (64, 64), "red").save(root / "photo.png")
     Image.linear_gradient("L").resize((64, 64)).save(root / "white-is-new.png")
+    xl = tiny.model("sdxl")
+    adapter_files.saved(adapter_files.adapter(xl, "kohya-sgm"), root / "loras" / "style.safetensors")
+    (root / "style.safetensors").symlink_to(root / "loras" / "style.safetensors")
+    controls.folder(controls.controlnet(xl.family), root / "control")
+    image_prompts.saved(root / "ip.safetensors", xl.family)
+    image_prompts.encoder().save_pretrained(root / "encoder")
     (root / "prompts.txt").write_text("a red fox\na blue fox\n", encoding="utf-8")
     (root / "configs").symlink_to(ROOT / "configs")
     (root / "docs").symlink_to(ROOT / "docs")

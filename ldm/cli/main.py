@@ -258,6 +258,10 @@ def repro(
         str | None, typer.Option(help="Folder of LoRA files, if their paths have changed or are not known.")
     ] = None,
     embedding: Annotated[list[str] | None, typer.Option(help="The embeddings, if their paths have changed.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="All condition images, if their paths have changed.")
+    ] = None,
+    control_model: Annotated[list[str] | None, typer.Option(help="The control models, likewise.")] = None,
     image_prompt: Annotated[
         list[str] | None, typer.Option(help="All image prompts, if their paths have changed.")
     ] = None,
@@ -270,7 +274,7 @@ def repro(
 
     reproduce_image(
         file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (),
-        image_prompt or (), ip_adapter or (), image_encoder, allow_pickle,
+        image_prompt or (), ip_adapter or (), image_encoder, allow_pickle, control or (), control_model or (),
     )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ def reproduce_image(
     ip_adapters: Sequence[str],
     image_encoder: str | None,
     allow_pickle: bool,
+    control: Sequence[str] = (),
+    control_models: Sequence[str] = (),
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
     log_warnings()
@@ -70,6 +72,8 @@ def reproduce_image(
             settings[name] = given or _found(name, record[name])
     if "strength" in settings and "image" not in settings:
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
+    settings |= {"control": _renamed_controls(record, control)} if control else {}
+    loading |= {"control_models": tuple(control_models)} if control_models else {}
     if "image_prompt" in record:
         settings["image_prompt"], loading["ip_adapter"] = from_record(
             record["image_prompt"], image_prompts, ip_adapters
@@ -85,11 +89,26 @@ def reproduce_image(
     original = load_image(path)
     if original.size != made.size:
         raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: the image was changed since")
-    difference = np.abs(np.asarray(made).astype(int) - np.asarray(original).astype(int))
     if target:
         save_png(made, target, record, parameters)
+    _print_difference(np.asarray(made).astype(int), np.asarray(original).astype(int))
+
+
+def _print_difference(made: np.ndarray, original: np.ndarray) -> None:
+    """Print how two images' pixels differ."""
+    difference = np.abs(made - original)
     same = "identical" if not difference.any() else "different"
     print(f"{same}: largest difference {difference.max()}, mean {difference.mean():.4f} of 255")
+
+
+def _renamed_controls(record: dict[str, Any], paths: Sequence[str]) -> tuple[dict[str, str], ...]:
+    """The condition images of a record, in other places."""
+    recorded = record.get("control", [])
+    if len(recorded) != len(paths):
+        raise LdmError(
+            f"--control {' '.join(paths)}: the image was made with {len(recorded)} condition images; name each"
+        )
+    return tuple({**one, "path": path} for one, path in zip(recorded, paths, strict=True))
 
 
 def _check_files(path: Path, source: str, record: dict[str, Any], parameters: str, pipeline: Pipeline) -> None:

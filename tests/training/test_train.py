@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import tiny
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -146,6 +147,17 @@ def test_a_refiner_follows_its_base(shapes: Path, tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     pipeline = Pipeline(base, refiner=refiner, device="cpu")
     assert pipeline("a red circle", steps=4, refiner_at=0.5, width=32, height=32).images[0].size == (32, 32)
+
+
+def test_long_captions_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, caption in enumerate(("a " * 100, "short")):
+        Image.new("RGB", (64, 64)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(caption)
+    run = TrainingRun(config(data, tmp_path / "r", "base.steps=1"), None, lambda *_: None)
+    run._warn_of_long_captions(tiny.model("sd15"))
+    assert "1 of 2 captions have over 75 tokens; the rest of them is not read" in caplog.text
 
 
 def test_text_encoders_learn_with_the_unet(shapes: Path, tmp_path: Path) -> None:

@@ -307,13 +307,13 @@ def _check_kind(file: Path, infos: Mapping[str, Any], stems: Mapping[str, Any], 
     foreign = {kind: name for name in unknown if (kind := origin.foreign_kind(name))}
     if foreign:
         kind, name = next(iter(foreign.items()))
-        raise LdmError(f"{file} is an adapter of the kind {kind} ({name}), which is not read; {_READ}")
+        raise LdmError(
+            f"{file} is an adapter of the kind {kind} ({name}), which is not read; LoRA, LoHa, LoKr, DoRA and "
+            "differences of weights are"
+        )
     if not stems:
         what = origin.other_file(infos) or (f"its tensors are called {listing(unknown)}" if unknown else "it is empty")
-        raise LdmError(f"{file} is not an adapter: {what if what.startswith('it') else f'it is {what}'}; {_READ}")
-
-
-_READ = "LoRA, LoHa, LoKr, DoRA and differences of weights are"
+        raise LdmError(f"{file} is not an adapter: {what if what.startswith('it') else f'it is {what}'}")
 
 
 def _check_parts(file: Path, stem: str, parts: Mapping[str, str]) -> None:
