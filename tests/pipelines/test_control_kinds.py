@@ -45,8 +45,8 @@ def test_a_condition_image_is_made_of_the_given_one(pipeline: Pipeline, photo: P
 
 
 def test_a_network_that_is_not_there(pipeline: Pipeline, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(LdmError, match="cannot be opened as a model for depth-estimation"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(LdmError, match="Depth-Anything-V2-Small-hf cannot be opened as a model for depth-estimation"):
         pipeline("a cat", control={"depth": photo}, **STEPS)
     with pytest.raises(LdmError, match="the kind 'cany' of condition images does not exist; did you mean canny"):
         pipeline("a cat", control={"cany": photo}, **STEPS)
