@@ -31,7 +31,7 @@ KINDS: dict[str, ConditionKind] = {
     "inpaint": ConditionKind("the image, black where a mask is white", filters.hidden, mask=True),
     "depth": ConditionKind("a depth map, near is bright", networks.depth, networks.DEPTH),
     "normal": ConditionKind("the normals of the depth map", networks.normal, networks.DEPTH),
-    "pose": ConditionKind("OpenPose's skeleton of one person", networks.pose, networks.POSE),
+    "pose": ConditionKind("OpenPose's skeletons of people", networks.pose, networks.POSE),
     "seg": ConditionKind("segments in ADE20K's colours", networks.seg, networks.SEGMENTS),
 }
 

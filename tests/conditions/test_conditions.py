@@ -157,11 +157,35 @@ def test_a_skeleton() -> None:
     points = np.full((17, 2), 200.0)
     points[[5, 6, 8, 0]] = [(300, 150), (200, 150), (200, 250), (250, 100)]  # shoulders, right elbow, nose
     scores = [0.9 if number in (0, 5, 6, 8) else 0.1 for number in range(17)]
-    drawn = np.asarray(networks.skeleton((512, 512), points, scores))
+    drawn = np.asarray(networks.skeletons((512, 512), [(points, scores), (points + 250, np.zeros(17))]))
     assert drawn[150, 250].tolist() == [255, 85, 0]  # the neck
     assert drawn[100, 250].tolist() == [255, 0, 0] and drawn[250, 200].tolist() == [255, 255, 0]
     assert drawn[150, 225].tolist() == [153, 0, 0] and drawn[200, 200].tolist() == [153, 102, 0]
     assert drawn[125, 250].any() and not drawn[300:].any()
+
+
+def test_people_are_found_by_a_detector(
+    image: Image.Image, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    boxes = [("person", (0, 0, 40, 72)), ("cat", (0, 0, 9, 9)), ("person", (50, 10, 90, 60))]
+    found = [
+        {"label": name, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))} for name, box in boxes
+    ]
+    monkeypatch.setattr(networks, "_pipeline", lambda task, model: lambda image: found)
+    monkeypatch.setattr(networks, "_SURE", 0.0)
+    drawn = []
+    monkeypatch.setattr(networks, "skeletons", lambda size, people: drawn.append(people) or Image.new("RGB", size))
+    condition("pose", image, model=f"a detector+{folders['pose']}")
+    processor = transformers.AutoImageProcessor.from_pretrained(folders["pose"])
+    network = transformers.VitPoseForPoseEstimation.from_pretrained(folders["pose"])
+    coco = [[[0.0, 0.0, 40.0, 72.0], [50.0, 10.0, 40.0, 50.0]]]
+    with torch.inference_mode():
+        outputs = network(**processor(image, boxes=coco, return_tensors="pt"))
+    for (points, _), wanted in zip(drawn[0], processor.post_process_pose_estimation(outputs, coco)[0], strict=True):
+        assert np.array_equal(points, wanted["keypoints"].numpy())
+    found.clear()
+    condition("pose", image, model=f"a detector+{folders['pose']}")
+    assert drawn[1] == [] and "no person was found" in caplog.text
 
 
 @pytest.mark.parametrize(
