@@ -27,7 +27,7 @@ from ldm.weights.control_models import ControlModel, check_fits, open_control_mo
 from pipelines.control_images import MASKED, ControlImage
 from pipelines.request import Request
 from pipelines.run import Attached, SamplingRun
-from pipelines.tuning import Tuning
+from pipelines.tuning import Tuning, room_of
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,19 @@ def load_control_models(
     for name, source in given.items():
         if isinstance(source, ControlNet | T2IAdapter):
             check_fits(f"control model {name}", source.config, model.family)
-            network = source.to(model.device, model.dtype)
+            network = source.to(_place(source, model), model.dtype)
         else:
             opened = open_control_model(source, model.family, allow_pickle=allow_pickle)
-            network = opened.load(model.dtype, model.device)
+            network = opened.load(model.dtype, _place(opened.network, model))
         found[name] = tuning.beside(network, model)
     return found
+
+
+def _place(network: ControlModel, model: LatentDiffusion) -> torch.device:
+    """Where a control model's weights are kept: in main memory if the model's layers take turns on the device."""
+    room = room_of(model)
+    by_layers = room is not None and room.layers and isinstance(network, ControlNet)
+    return torch.device("cpu") if by_layers else model.device
 
 
 def model_for(number: int, image: ControlImage, models: Mapping[str, ControlModel]) -> ControlModel:

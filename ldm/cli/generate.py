@@ -29,6 +29,7 @@ from ldm.weights.components import build
 from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
+from pipelines.control_images import control_images
 from pipelines.pipeline import named
 from pipelines.request import Request, records
 from pipelines.settings import LOADING, at, checked
@@ -102,6 +103,7 @@ def generate_images(options: Options) -> None:
     for name, mode in IMAGES:
         if name in options.settings:
             load_image(options.settings[name], mode)  # errors come before a model is loaded
+    control_images(options.settings.get("control"))
     jobs = list(make_jobs(options))
     targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}

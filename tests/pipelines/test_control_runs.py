@@ -158,6 +158,21 @@ def test_recorded_steps_give_the_same() -> None:
         assert recorder.made - before == count, settings
 
 
+@pytest.mark.parametrize("offload", ["components", "layers"])
+def test_offloaded_models_give_the_same(offload: str, models: Path) -> None:
+    def networks() -> list[Any]:
+        family = tiny.family("sd15")
+        return [controls.controlnet(family), controls.t2i_adapter("full_adapter", family)]
+
+    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "quick": False}
+    plain = Pipeline(models / "sd15", control_models=networks(), **options)
+    ours = Pipeline(models / "sd15", control_models=networks(), offload=offload, **options)
+    two = [image(0), image(1)]
+    assert torch.equal(made(ours, control=two), made(plain, control=two))
+    net = ours.control_models["0"]
+    assert all(parameter.is_meta for parameter in net.parameters()) == (offload == "layers")
+
+
 def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     def problem(pipeline: Pipeline, **settings: Any) -> str:
         with pytest.raises(LdmError) as caught:
