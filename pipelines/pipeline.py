@@ -196,6 +196,7 @@ class Pipeline:
                 check_task(request, family)
             check_passes(request, family, refiner)
             self.image_prompts.check(request)
+            request = self.image_prompts.digested(request)
             check_control(request, family, self.control_models)
             note_idle(checked(settings, "python"), request, family)
         return request

@@ -5,7 +5,6 @@ Resamplers may also have diffusers' names. Which projection a file has, and its 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 
 from ldm.errors import LdmError, listing
 from ldm.families import Family
-from ldm.files import check_digest
+from ldm.files import check_digest, file_digest
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
@@ -62,8 +61,7 @@ class OpenedImagePrompt:
     @cached_property
     def digest(self) -> str:
         """The file's SHA-256."""
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.file, plain=True)
 
 
 def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pickle: bool = False) -> OpenedImagePrompt:
