@@ -40,7 +40,7 @@ class Found:
     adapter: Adapter
     stamp: tuple[int, ...]  # of its files as they were then
     autov3: str  # the first digits of AUTOMATIC1111's hash of the file; "" for a folder
-    few: FewStep | None  # what it was made for
+    few: FewStep | None  # settings that it was made for
 
 
 class Adapters:
@@ -83,7 +83,7 @@ class Adapters:
     # --- from names to mixes ------------------------------------------------------------------------------------------
 
     def mixes(self, prompts: Sequence[str], value: Any, tags: bool) -> tuple[list[str], list[Mix]]:
-        """Prompts without their `<lora:…>`, and the mix of each: what a setting's value and its tags ask for together.
+        """Prompts without their `<lora:…>`, and the mix of each: a setting's adapters and its tags' together.
 
         Args:
             prompts: of a call.

@@ -106,7 +106,7 @@ class ImagePrompts:
         return request.changed(image_prompt=tuple(found)) if found else request
 
     def attachments(self, request: Request) -> list[ImageAttachment]:
-        """What a request's image prompts add to its runs."""
+        """The image prompts of a request as its runs read them; those of weight 0 are left out."""
         return [
             ImageAttachment(f"image_prompt.{number}", prompt, opened, self.encoder)
             for number, (prompt, opened) in enumerate(self._pairs(request))

@@ -1,4 +1,4 @@
-"""Mixes of adapters: what a setting, a prompt, a record and AUTOMATIC1111's text say of adapters and their weights.
+"""Mixes of adapters: adapters and their weights in a setting, a prompt, a record and AUTOMATIC1111's text.
 
 A prompt names an adapter as AUTOMATIC1111's programs do: `<lora:name>`, `<lora:name:weight>`, `<lora:name:text:unet>`
 with a weight for the text encoders and one for the U-Net, or these by name, `<lora:name:te=0.5:unet=0.8>`. The option
@@ -54,14 +54,14 @@ class MixedAdapter:
     unet: float
     text: float
     adapter: Adapter = field(compare=False, repr=False)
-    few: FewStep | None = field(default=None, compare=False)  # what it was made for
+    few: FewStep | None = field(default=None, compare=False)  # settings that it was made for
 
 
 Mix = tuple[MixedAdapter, ...]
 
 
 def few_step(mixes: Sequence[Mix]) -> FewStep | None:
-    """What an adapter of all mixes was made for, if it was made for few steps."""
+    """The settings that an adapter of all mixes was made for, if it was made for few steps."""
     found = {next((share.few for share in mix if share.few and share.unet), None) for mix in mixes}
     return found.pop() if len(found) == 1 else None
 

@@ -34,7 +34,7 @@ _FAMILIES = {"SD 1.x": "sd15", "SD 2.x": "sd2", "SDXL": "sdxl", "SDXL's refiner"
 
 
 def print_adapter(file: str, as_json: bool, allow_pickle: bool) -> None:
-    """Print what an adapter's file is, by names, shapes and metadata."""
+    """Print the description of an adapter's file, by names, shapes and metadata."""
     report = describe(Path(file), allow_pickle)
     if as_json:
         print(json.dumps(report, indent=2))
@@ -48,7 +48,7 @@ def print_adapter(file: str, as_json: bool, allow_pickle: bool) -> None:
 
 
 def describe(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    """What an adapter's file is: kind, base model, layers, ranks, alphas, trigger words, and its training record."""
+    """The description of a file: kind, base model, layers, ranks, alphas, trigger words, and its training record."""
     found = look_into(path, allow_pickle)
     infos, metadata, alphas = found.infos, found.metadata, found.alphas
     parts: dict[str, dict[str, tuple[int, ...]]] = {}

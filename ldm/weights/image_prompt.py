@@ -130,7 +130,7 @@ def _config(path: Path, infos: Infos) -> ImagePromptConfig:
 
 
 def _what(infos: Infos) -> str:
-    """What a file is that holds no IP-Adapter."""
+    """The kind of a file that holds no IP-Adapter, in words."""
     if is_adapter(infos):
         return "it is a LoRA or the like, which goes to adapters= (--lora)"
     if any(name.startswith(UNET_PREFIX) for name in infos):

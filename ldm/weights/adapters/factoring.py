@@ -26,7 +26,7 @@ OnLayer = Callable[[int, int], None]  # layers done, of how many
 
 @dataclass(frozen=True)
 class Reduction:
-    """How much of a change to keep."""
+    """The bounds of a reduction: a largest rank, a least share of the energy, or both."""
 
     rank: int | None = None  # at most this rank
     energy: float | None = None  # the smallest rank with this share of the sum of squares, above 0 to 1
@@ -156,7 +156,7 @@ def _dtype(change: Change) -> torch.dtype:
 
 
 def check_reduction(rank: int | None, energy: float | None) -> Reduction:
-    """How much of a change to keep.
+    """The reduction that these options ask for.
 
     Raises:
         LdmError: neither or a meaningless one is given.

@@ -69,7 +69,7 @@ def open_adapter(
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter's files say without a model."""
+    """The content of an adapter's files that is known without a model."""
 
     infos: Mapping[str, TensorInfo]  # tensors by name
     metadata: Mapping[str, str]

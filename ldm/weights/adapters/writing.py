@@ -132,7 +132,7 @@ def _value(change: Change) -> Tensor:
 
 
 def _kohya_metadata(adapter: Adapter, family: str) -> dict[str, str]:
-    """What kohya's scripts and the modelspec standard say of a file; the adapter's own metadata comes first."""
+    """The metadata of kohya's scripts and of the modelspec standard; values in the adapter's own come first."""
     own = adapter.metadata
     ranks = _ranks(adapter)
     metadata: dict[str, Any] = {"modelspec.title": own.get("modelspec.title", adapter.name)}
