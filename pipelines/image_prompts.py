@@ -67,12 +67,8 @@ class ImagePrompts:
         """A digest of the image encoder's weights, ten hexadecimal digits; "" without an encoder."""
         return fingerprint({"image_encoder": self.encoder.tower}) if self.encoder else ""
 
-    def check(self, request: Request) -> None:
-        """Raise unless a request's image prompts can be used.
-
-        Raises:
-            LdmError: there is no IP-Adapter, or not one for each prompt, or an image cannot be read.
-        """
+    def _check(self, request: Request) -> None:
+        """Raise unless a request's image prompts can be used."""
         prompts: tuple[ImagePrompt, ...] = request.image_prompt
         if not prompts:
             return
@@ -96,8 +92,13 @@ class ImagePrompts:
             if prompt.mask is not None:
                 load_image(prompt.mask, "L")
 
-    def digested(self, request: Request) -> Request:
-        """A checked request with the SHA-256 of its image prompts' files, which its records state."""
+    def checked(self, request: Request) -> Request:
+        """The request with the SHA-256 of its image prompts' files, which its records state.
+
+        Raises:
+            LdmError: there is no IP-Adapter, or not one for each prompt, or an image cannot be read.
+        """
+        self._check(request)
         found = []
         for prompt, opened in self._pairs(request):
             files = [str(image) for image in (*prompt.images, prompt.mask) if isinstance(image, (str, os.PathLike))]

@@ -195,8 +195,7 @@ class Pipeline:
             if check_task is not None:
                 check_task(request, family)
             check_passes(request, family, refiner)
-            self.image_prompts.check(request)
-            request = self.image_prompts.digested(request)
+            request = self.image_prompts.checked(request)
             check_control(request, family, self.control_models)
             note_idle(checked(settings, "python"), request, family)
         return request
