@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import mask_to_tensor
 from ldm.latent_diffusion import LatentDiffusion
@@ -24,7 +24,7 @@ from ldm.models.t2i_adapter import T2IAdapter
 from ldm.patches.controlnet import NamedControlNet
 from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.weights.control_models import ControlModel, check_fits, open_control_model
-from pipelines.control_images import MASKED, ControlImage
+from pipelines.control_images import MASKED, READY, ControlImage
 from pipelines.request import Request
 from pipelines.run import Attached, SamplingRun
 from pipelines.tuning import Tuning, room_of
@@ -63,21 +63,34 @@ def _place(network: ControlModel, model: LatentDiffusion) -> torch.device:
     return torch.device("cpu") if by_layers else model.device
 
 
-def model_for(number: int, image: ControlImage, models: Mapping[str, ControlModel]) -> ControlModel:
-    """The control model of a condition image: the one with its kind as name, the only one, or that with its number.
+def models_for(images: Sequence[ControlImage], models: Mapping[str, ControlModel]) -> list[ControlModel]:
+    """The control model of each condition image.
+
+    Of models with numbers as names, an image has the only one, or that with its number. Of others, it has the one with
+    its kind as name; an image that is taken as it is may have the only one whose name is no image's kind.
 
     Raises:
-        LdmError: there is none.
+        LdmError: an image has no model.
     """
-    names = list(models)
-    if image.kind in models:
-        return models[image.kind]
-    if names and (len(names) == 1 or number < len(names)):
-        return models[names[0 if len(names) == 1 else number]]
-    raise LdmError(
-        f"control {image.kind}: {len(names) or 'no'} control models for {number + 1} condition images; "
-        "name one for each (control_models=, --control-model)"
-    )
+    names, kinds = list(models), [image.kind for image in images]
+    if all(name.isdecimal() for name in names):
+        if len(names) != 1 and len(names) < len(images):
+            raise LdmError(
+                f"{len(names) or 'no'} control models for {len(images)} condition images; name one for each "
+                "(control_models=, --control-model)"
+            )
+        return [models[names[0 if len(names) == 1 else number]] for number in range(len(images))]
+    left = [name for name in names if name not in kinds]
+    found = []
+    for kind in kinds:
+        name = left[0] if kind == READY and kind not in models and len(left) == 1 else kind
+        if name not in models:
+            raise LdmError(
+                f"control {kind}: no control model is named {kind}; there are {listing(names)}: choose the kind of "
+                "one, or name one so (control_models=)"
+            )
+        found.append(models[name])
+    return found
 
 
 def check_control(request: Request, family: Family, models: Mapping[str, ControlModel]) -> None:
@@ -89,6 +102,8 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
     controls = controls_of(request, models)
     if controls and request.task == "edit":
         raise LdmError(f"a {family.name} model edits in its own way; leave control out")
+    if controls and len(models) > len(controls) and all(name.isdecimal() for name in models):
+        log.warning("%d control models for %d condition images: the last ones are not used", len(models), len(controls))
     for one in controls:
         image = one.image
         if image.kind == MASKED and request.mask is None:
@@ -112,10 +127,11 @@ def controls_of(request: Request, models: Mapping[str, ControlModel]) -> list[Co
         LdmError: a setting has another number of values than there are condition images, or a model is missing.
     """
     images = request.control
+    networks = models_for(images, models)
     parts = {name: _for_each(name, getattr(request, name), len(images)) for name in EACH}
     return [
         Control(
-            name=f"control.{number}", network=model_for(number, image, models), image=image, guess=request.guess,
+            name=f"control.{number}", network=networks[number], image=image, guess=request.guess,
             mask=request.mask if image.kind == MASKED else None,
             scale=parts["control_scale"][number], fall=parts["control_fall"][number],
             begin=parts["control_begin"][number], end=parts["control_end"][number],
@@ -156,14 +172,18 @@ class Control:
         if isinstance(self.network, T2IAdapter):
             features = self.network(pixels)
             scales = self.scales(len(features)).to(run.device, run.dtype)
-            pairs = [(scales[number] * one).expand(rows, -1, -1, -1) for number, one in enumerate(features)]
+            # here and below, of their own memory, into which recorded steps copy
+            scaled = [
+                (scales[number] * one).expand(rows, -1, -1, -1).contiguous() for number, one in enumerate(features)
+            ]
             inputs = {
                 f"{self.name}.{number}": (one, torch.zeros_like(one) if self.guess else one)
-                for number, one in enumerate(pairs)
+                for number, one in enumerate(scaled)
             }
             return Attached("t2i_adapters", NamedFeatures(self.name, len(features)), inputs)
-        image = self.network.embed_image(pixels).expand(rows, -1, -1, -1)
-        scales = self.scales(len(self.network.config.skips) + 1).to(run.device, run.dtype).expand(rows, -1)
+        image = self.network.embed_image(pixels).expand(rows, -1, -1, -1).contiguous()
+        scales = self.scales(len(self.network.config.skips) + 1).to(run.device, run.dtype)
+        scales = scales.expand(rows, -1).contiguous()
         # in guess mode, only the prompt's half is controlled
         alone = self.guess or self.network.config.pooled
         inputs = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -176,7 +176,7 @@ class SamplingRun:
         """
         schedule = self.model.family.schedule
 
-        @cache
+        @lru_cache(maxsize=1)  # anew after a gap, so that DeepCache reuses no result from before it
         def made(numbers: tuple[int, ...]) -> Denoise:
             """The denoiser of steps in which these attachments act."""
             cond, negative, _ = self.conditioning

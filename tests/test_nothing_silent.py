@@ -49,6 +49,8 @@ ELSEWHERE = (  # what, where, the test file, and a part of the line that it look
     ("residuals averaged by a file's name", "ldm/weights/control_models.py", "tests/weights/test_control_models.py",
      "shuffle"),
     ("the size of a condition image", "pipelines/control.py", "tests/pipelines/test_control_runs.py", "is resized to"),
+    ("control models without a condition image", "pipelines/control.py", "tests/pipelines/test_control_runs.py",
+     "the last ones are not used"),
     ("the size of an image to be filtered", "ldm/cli/preprocess.py", "tests/conditions/test_conditions.py",
      "is resized from"),
     ("images that an evaluation cannot read", "ldm/evaluation/report.py", "tests/evaluation/test_evaluation.py",

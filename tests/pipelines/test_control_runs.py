@@ -66,6 +66,31 @@ def test_condition_images_are_made_of_an_image() -> None:
     near(made(controlled("sd15", 2), control=prepared), found, RUN)
 
 
+def test_which_model_an_image_goes_to(caplog: pytest.LogCaptureFixture) -> None:
+    """By kind where models have names, by number where they have none."""
+    family = tiny.family("sd15")
+    first, second = (controls.controlnet(family, seed) for seed in range(2))
+    named, listed, alone = (
+        Pipeline(tiny.model("sd15"), control_models=models, quick=False)
+        for models in ({"canny": first, "depth": second}, [first, second], first)
+    )
+
+    def networks(pipeline: Pipeline, control: Any) -> list[Any]:
+        request = pipeline.request("a fox", control=control, width=64, height=64)
+        return [one.network for one in controls_of(request, pipeline.control_models)]
+
+    assert networks(named, {"canny": image()}) == [first]
+    assert networks(named, {"image": image(), "canny": image()}) == [second, first]  # the one that is left
+    assert networks(alone, {"gray": image(), "canny": image()}) == [first, first]
+    assert networks(listed, {"gray": image(), "canny": image()}) == [first, second]
+    assert not caplog.records
+    assert networks(listed, {"canny": image()}) == [first]
+    assert "2 control models for 1 condition images: the last ones are not used" in caplog.text
+    for kinds, wrong in ((("depth", "gray"), "gray"), (("image",), "image"), (("canny", "depth", "image"), "image")):
+        with pytest.raises(LdmError, match=f"no control model is named {wrong}; there are canny, depth: choose"):
+            networks(named, {kind: image() for kind in kinds})
+
+
 def test_scales_fall_with_depth() -> None:
     pipeline = controlled("sd15")
     request = pipeline.request("a fox", control=image(), control_scale=0.8, control_fall=0.825, width=64)
@@ -152,6 +177,8 @@ def test_recorded_steps_give_the_same() -> None:
         ({"control": image(2)}, 1),
         ({}, 1),
         ({"control": image(3), "control_end": 0.5}, 0),  # with and without are recorded
+        ({"control": [image(0), image(1)], "guidance": 1.0}, 1),
+        ({"control": [image(2), image(3)], "guidance": 1.0, "control_scale": 0.3}, 0),
     ):
         before = recorder.made
         assert torch.equal(made(ours, **settings), made(plain, **settings)), settings
