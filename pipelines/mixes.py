@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LARGEST = 1000  # weight: far above meaningful ones, far below an overflow
 TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 PARTS = {"te": "text", "text": "text", "unet": "unet"}  # names of weights
+_ABOUT = {"path": str, "sha256": str, "autov3": str, "by_name": bool}  # fields beside weights in records -> type
 _UNSAFE = str.maketrans("", "", ":,")  # what names in the list of hashes do not have
 
 
@@ -153,10 +154,10 @@ def _entry(name: Any, weight: Any) -> Wanted:
         raise ValueError(name)
     if not isinstance(weight, Mapping):
         return Wanted(str(name), _number(weight), _number(weight), f"adapter {str(name)!r}")
-    about = {key: weight[key] for key in ("path", "sha256", "autov3") if key in weight}
+    about = {key: weight[key] for key in _ABOUT if key in weight}
     if not {"unet", "text"} <= weight.keys() <= {"unet", "text", *about}:
         raise ValueError(weight)
-    if not all(isinstance(value, str) for value in about.values()):
+    if not all(isinstance(value, _ABOUT[key]) for key, value in about.items()):
         raise ValueError(weight)
     return Wanted(str(name), _number(weight["unet"]), _number(weight["text"]), f"adapter {str(name)!r}", **about)
 
@@ -252,6 +253,7 @@ def from_tags(prompt: str, hashes: str) -> tuple[str, dict[str, Any], set[str]]:
     prompt, tags = read_tags(prompt)
     found = {one.name.translate(_UNSAFE): one for one in summed(tags)}
     record = {
-        one.name: {"unet": one.unet, "text": one.text, "autov3": known.get(name, "")} for name, one in found.items()
+        one.name: {"unet": one.unet, "text": one.text, "autov3": known.get(name, ""), "by_name": True}
+        for name, one in found.items()
     }
     return prompt, record, known.keys() - found.keys()

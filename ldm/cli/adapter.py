@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldm.cli.common import counter, progress
+from ldm.cli.common import counter, log_warnings, progress
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, family_named
 from ldm.files import check_destination
@@ -108,15 +107,16 @@ def trigger_words(metadata: Mapping[str, str], most: int = 20) -> list[str]:
 
 
 def merge(
-    model: str, dest: str, loras: list[str], dtype: str | None, force: bool, allow_pickle: bool
-) -> None:  # fmt: skip
+    model: str, dest: str, loras: list[str], dtype: str | None, force: bool, partial: bool, allow_pickle: bool
+) -> None:
     """Write a model with adapters merged into its weights."""
+    log_warnings()
     path = Path(dest)
     single = path.suffix.lower() == ".safetensors"
     check_destination(path, folder=not single, overwrite=force)
     with progress() as report:
         opened = open_source(model, allow_pickle=allow_pickle, progress=report)
-        mix = tuple(_mixed(lora, opened.components, allow_pickle) for lora in loras)
+        mix = tuple(_mixed(lora, opened.components, partial, allow_pickle) for lora in loras)
         base = LatentDiffusion.of(opened.load(dtype_named(dtype), progress=report))
         lineage = {
             "merged": [{"file": s.file.name, "sha256": s.sha256, "unet": s.unet, "text": s.text} for s in mix],
@@ -126,13 +126,13 @@ def merge(
     print(dest)
 
 
-def _mixed(lora: str, model: Components, allow_pickle: bool) -> MixedAdapter:
+def _mixed(lora: str, model: Components, partial: bool, allow_pickle: bool) -> MixedAdapter:
     """The adapter that FILE[:WEIGHT] stands for, with its weights."""
     try:
         ((one,),) = wanted(parse_mix(lora), 1)
     except ValueError:
         raise LdmError(f"{lora!r}: FILE, FILE:WEIGHT or FILE:unet=WEIGHT:text=WEIGHT is needed") from None
-    adapter = open_adapter(one.name, model, allow_pickle=allow_pickle)
+    adapter = open_adapter(one.name, model, partial=partial, allow_pickle=allow_pickle)
     return MixedAdapter(adapter.name, adapter.file, adapter.digest, "", one.unet, one.text, adapter)
 
 
@@ -158,11 +158,11 @@ def extract(
 
 def resize(
     file: str, dest: str, rank: int | None, energy: float | None, format: str, model: str | None, force: bool,
-    allow_pickle: bool,
+    partial: bool, allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Write an adapter at a smaller rank."""
     wanted, path = check_reduction(rank, energy), _destination(dest, format, force)
-    adapter, components = _opened(file, model, allow_pickle)
+    adapter, components = _opened(file, model, partial, allow_pickle)
     # tensors of the weights' shapes, without memory of their own
     shapes = {
         (component, name): torch.zeros(()).expand(parameter.shape)
@@ -176,11 +176,12 @@ def resize(
 
 
 def convert(
-    file: str, dest: str, format: str, model: str | None, dtype: str | None, force: bool, allow_pickle: bool
-) -> None:
+    file: str, dest: str, format: str, model: str | None, dtype: str | None, force: bool, partial: bool,
+    allow_pickle: bool,
+) -> None:  # fmt: skip
     """Write an adapter with another format's names."""
     path = _destination(dest, format, force)
-    adapter, components = _opened(file, model, allow_pickle)
+    adapter, components = _opened(file, model, partial, allow_pickle)
     write_adapter(adapter, components, path, format, dtype=dtype_named(dtype), overwrite=force)
     print(dest)
 
@@ -195,9 +196,9 @@ def _destination(dest: str, format: str, force: bool) -> Path:
     return path
 
 
-def _opened(file: str, model: str | None, allow_pickle: bool) -> tuple[Adapter, Components]:
+def _opened(file: str, model: str | None, partial: bool, allow_pickle: bool) -> tuple[Adapter, Components]:
     """An adapter, and the shapes of a model that it fits: the named one, or one of the family that it was made for."""
-    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log_warnings()
     if model is None:
         found = look_into(Path(file), allow_pickle)
         base = origin.base_family(found.infos, found.metadata)
@@ -209,7 +210,7 @@ def _opened(file: str, model: str | None, allow_pickle: bool) -> tuple[Adapter, 
             components = build(family_named(model))
     else:
         components = open_source(model, allow_pickle=allow_pickle, verify=False).components
-    return open_adapter(file, components, allow_pickle=allow_pickle), components
+    return open_adapter(file, components, partial=partial, allow_pickle=allow_pickle), components
 
 
 def _say(kept: Kept) -> None:

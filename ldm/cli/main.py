@@ -121,6 +121,9 @@ AdapterModel = Annotated[
     typer.Option("--model", help="A model or family that the adapter fits, if its tensors do not tell."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+PartialAdapters = Annotated[
+    bool, typer.Option("--partial-adapters", help="Use what fits of an adapter that does not fit as a whole.")
+]
 AdapterType = Annotated[str | None, typer.Option("--dtype", help="Type of the tensors: fp32, fp16 or bf16.")]
 
 
@@ -143,12 +146,13 @@ def adapter_merge(
     lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[:WEIGHT]", help="An adapter; once for each.")],
     dtype: AdapterType = None,
     force: Force = False,
+    partial_adapters: PartialAdapters = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write a model with adapters merged into its weights."""
     from ldm.cli.adapter import merge
 
-    merge(model, dest, lora, dtype, force, allow_pickle)
+    merge(model, dest, lora, dtype, force, partial_adapters, allow_pickle)
 
 
 @adapter.command("extract")
@@ -178,12 +182,13 @@ def adapter_resize(
     format: AdapterFormat = "kohya",
     model: AdapterModel = None,
     force: Force = False,
+    partial_adapters: PartialAdapters = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write an adapter at a smaller rank, and say how much of it that keeps."""
     from ldm.cli.adapter import resize
 
-    resize(file, dest, rank, energy, format, model, force, allow_pickle)
+    resize(file, dest, rank, energy, format, model, force, partial_adapters, allow_pickle)
 
 
 @adapter.command("convert")
@@ -194,12 +199,13 @@ def adapter_convert(
     model: AdapterModel = None,
     dtype: AdapterType = None,
     force: Force = False,
+    partial_adapters: PartialAdapters = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write an adapter with the names of another format."""
     from ldm.cli.adapter import convert
 
-    convert(file, dest, format, model, dtype, force, allow_pickle)
+    convert(file, dest, format, model, dtype, force, partial_adapters, allow_pickle)
 
 
 def _of_generate_itself(

@@ -6,6 +6,7 @@ O output channels, I input channels, kh×kw kernel of a convolution, R rank
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from ldm.weights.adapters.names import written
 from ldm.weights.components import Components
 
 Changes = dict[str, dict[str, Change]]  # component -> parameter -> change
+_TABLE = re.compile(r"\b(token|position)_embedding\b")  # of a text encoder: its rows are no linear layer's
 OnLayer = Callable[[int, int], None]  # layers done, of how many
 
 
@@ -69,7 +71,7 @@ def extracted(
     for number, (component, name) in enumerate(shapes):
         before, after = (some[component].get_parameter(name).detach() for some in (modules, others))
         if not torch.equal(before, after):
-            if before.ndim < 2 or (component, name) not in named or "embedding" in name:
+            if before.ndim < 2 or (component, name) not in named or _TABLE.search(name):
                 left_out += 1
             else:
                 change = factored(after.float() - before.float(), reduction, kept)

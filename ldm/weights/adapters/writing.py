@@ -170,6 +170,11 @@ def _every(adapter: Adapter) -> list[tuple[str, str, Change]]:
 def _peft(adapter: Adapter, component: str, names: Mapping[Place, str]) -> dict[str, Tensor]:
     """The tensors of one network's changes, by the names of its layers and peft's endings."""
     tensors: dict[str, Tensor] = {}
+    if plain := _beside_dora(adapter, component):
+        raise LdmError(
+            f"{adapter.file}: {component} has layers of DoRA and others without its norms, such as {plain}, and "
+            "diffusers and peft read all of a network as DoRA or none; write kohya's (--format kohya)"
+        )
     for parameter, change in adapter.changes[component].items():
         norms = change.norms if isinstance(change, Decomposed) else None
         inner = change.change if isinstance(change, Decomposed) else change
@@ -187,6 +192,13 @@ def _peft(adapter: Adapter, component: str, names: Mapping[Place, str]) -> dict[
         layer = names[Place(component, parameter.removesuffix(".weight"))]
         tensors |= {f"{layer}.{_PEFT_ENDINGS[part]}": value for part, value in parts.items()}
     return tensors
+
+
+def _beside_dora(adapter: Adapter, component: str) -> str:
+    """A parameter that is no DoRA in a network where others are; "" if there is none."""
+    changes = adapter.changes[component]
+    plain = [name for name, change in changes.items() if not isinstance(change, Decomposed)]
+    return plain[0] if plain and len(plain) < len(changes) else ""
 
 
 def inner_rows(change: Change) -> int:

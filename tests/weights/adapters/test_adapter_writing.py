@@ -95,6 +95,25 @@ def test_other_kinds_are_written_with_kohyas_names_alone(tmp_path: Path, make) -
     assert not (tmp_path / "other.safetensors").exists()
 
 
+@pytest.mark.parametrize("naming", ["diffusers", "peft"])
+def test_dora_in_some_layers_alone(tmp_path: Path, naming: str) -> None:
+    """Other readers take the norms of DoRA to be in all layers of a network or in none."""
+    model = tiny.model("sd15")
+    whole_dora = opened(model, tmp_path, dora)
+    unet = dict(whole_dora.changes["unet"])
+    name = min(unet)
+    unet[name] = unet[name].change  # type: ignore[attr-defined]
+    found = replace(whole_dora, changes={**whole_dora.changes, "unet": unet})
+    with pytest.raises(LdmError, match=f"unet has layers of DoRA and others .*{name}.*--format kohya"):
+        write_adapter(found, model, at(tmp_path, naming), naming)
+    write_adapter(found, model, tmp_path / "kohya.safetensors", "kohya")
+    assert close(deltas(open_adapter(tmp_path / "kohya.safetensors", model), model), deltas(found, model))
+    plain = {name: change.change for name, change in whole_dora.changes["unet"].items()}  # type: ignore[attr-defined]
+    by_network = replace(whole_dora, changes={**whole_dora.changes, "unet": plain})
+    write_adapter(by_network, model, at(tmp_path, naming), naming)
+    assert close(deltas(open_adapter(at(tmp_path, naming), model), model), deltas(by_network, model))
+
+
 def test_whole_kronecker_factors_keep_their_scale(tmp_path: Path) -> None:
     model = tiny.model("sd15")
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -199,6 +218,28 @@ def test_the_difference_of_two_models(tmp_path: Path) -> None:
     again = Adapter("d", Path("d"), "LoRA", "kohya", changes)
     assert close(deltas(again, base), deltas(found, base), 1e-5)
     assert all(isinstance(change, LowRank) for own in changes.values() for change in own.values())
+
+
+def test_layers_called_embeddings(tmp_path: Path) -> None:
+    """Linear layers of the U-Net's timestep and size embeddings are factored, tables of token embeddings are not."""
+    base, tuned = tiny.model("sdxl"), tiny.model("sdxl")
+    layers = [f"{part}_embedding.linear_{n}.weight" for part in ("time", "add") for n in (1, 2)]
+    for name in layers:
+        weight = tuned.unet.get_parameter(name)
+        weight.data += torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1])
+    for name, parameter in tuned.text_encoders.named_parameters():
+        if "embedding." in name:
+            parameter.data += 1
+    changes, kept, left_out = extracted(base, tuned, Reduction(rank=1), lambda done, total: None)
+    assert sorted(changes["unet"]) == sorted(layers)
+    assert [*changes] == ["unet"]
+    assert left_out == 4
+    assert kept.share > 0.9999
+    write_adapter(Adapter("d", Path("d"), "LoRA", "kohya", changes), base, tmp_path / "d.safetensors", "kohya")
+    again = open_adapter(tmp_path / "d.safetensors", base)
+    for name in layers:
+        change = tuned.unet.get_parameter(name) - base.unet.get_parameter(name)
+        assert torch.allclose(again.changes["unet"][name].delta(change), change, atol=1e-5)
 
 
 def test_models_that_have_no_difference_for_an_adapter() -> None:
