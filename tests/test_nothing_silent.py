@@ -220,7 +220,7 @@ def configuration(path: Path, text: str, *overrides: str) -> None:
 FILES: dict[tuple[str, str, str], Callable[[Path], object]] = {
     ("a key that comes twice", "ldm/training/config.py", "seed is there twice"):
         lambda path: configuration(path, "seed: 1\noutput: x\nseed: 2\n"),
-    ("a key that is given twice", "ldm/training/config.py", "seed is given twice, as 1 and 2; give it once"):
+    ("a key that is given twice", "ldm/training/config.py", "seed is given twice, as 1 and 2; the last one counts"):
         lambda path: configuration(path, "", "seed=1", "seed=2"),
     ("an unknown key", "ldm/training/config.py", "sede is not known"): lambda path: configuration(path, "sede: 1\n"),
 }  # fmt: skip

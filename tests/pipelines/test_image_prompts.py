@@ -239,7 +239,7 @@ def test_files_of_the_hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     with pytest.raises(LdmError, match="image encoder someone/ip/models/image_encoder: "):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors")
     encoder = files / "image_encoder"
     Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors", image_encoder=encoder)
