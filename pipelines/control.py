@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.conditions.table import check_kind
 from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import mask_to_tensor
@@ -25,8 +27,10 @@ from ldm.patches.controlnet import NamedControlNet
 from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.weights.control_models import ControlModel, check_fits, open_control_model
 from pipelines.control_images import MASKED, READY, ControlImage
+from pipelines.passes import enlarged_request
 from pipelines.request import Request
-from pipelines.run import Attached, SamplingRun
+from pipelines.run import Attached, SamplingRun, check_acting
+from pipelines.settings import LOADING, find
 from pipelines.tuning import Tuning, room_of
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,9 @@ def load_control_models(
     Raises:
         LdmError: one cannot be loaded, or does not fit the model.
     """
+    if given is None or given in ((), [], {}):
+        return {}
+    given = find("control_models", "python", rows=LOADING).check(given)
     if not isinstance(given, Mapping):
         given = {str(number): one for number, one in enumerate(given if isinstance(given, (tuple, list)) else (given,))}
     found: dict[str, ControlModel] = {}
@@ -49,6 +56,11 @@ def load_control_models(
         if isinstance(source, ControlNet | T2IAdapter):
             check_fits(f"control model {name}", source.config, model.family)
             network = source.to(_place(source, model), model.dtype)
+        elif not isinstance(source, (str, PathLike)):
+            raise LdmError(
+                f"control model {name}: a {type(source).__name__} is neither a path nor a ControlNet or T2IAdapter of "
+                "ldm; give a folder, file or Hub name"
+            )
         else:
             opened = open_control_model(source, model.family, allow_pickle=allow_pickle)
             network = opened.load(model.dtype, _place(opened.network, model))
@@ -57,7 +69,7 @@ def load_control_models(
 
 
 def _place(network: ControlModel, model: LatentDiffusion) -> torch.device:
-    """Where a control model's weights are kept: in main memory if the model's layers take turns on the device."""
+    """The device that keeps a control model's weights: the CPU if the model's layers take turns on its device."""
     room = room_of(model)
     by_layers = room is not None and room.layers and isinstance(network, ControlNet)
     return torch.device("cpu") if by_layers else model.device
@@ -104,17 +116,20 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
         raise LdmError(f"a {family.name} model edits in its own way; leave control out")
     if controls and len(models) > len(controls) and all(name.isdecimal() for name in models):
         log.warning("%d control models for %d condition images: the last ones are not used", len(models), len(controls))
+    sides, second = (request.width, request.height), enlarged_request(request, family) if request.hires else request
     for one in controls:
         image = one.image
         if image.kind == MASKED and request.mask is None:
             raise LdmError(f"control {MASKED}: it hides the masked part of an image: give a mask (mask=, --mask)")
-        config = one.network.config
-        sides = (request.width, request.height)
-        if isinstance(one.network, T2IAdapter) and any(side % config.factor for side in sides):
-            raise LdmError(
-                f"control {image.kind}: this T2I-Adapter needs sides that are multiples of {config.factor}, not "
-                f"{request.width}×{request.height}"
-            )
+        check_acting(one, "control", request)
+        check_kind(image.kind)
+        for width, height in (sides, (second.width, second.height)):
+            factor = one.network.config.factor
+            if isinstance(one.network, T2IAdapter) and (width % factor or height % factor):
+                raise LdmError(
+                    f"control {image.kind}: this T2I-Adapter needs sides that are multiples of {factor}, not "
+                    f"{width}×{height} (size, hires)"
+                )
         if image.given.size != sides:
             width, height = image.given.size
             log.warning("control %s: its image of %d×%d is resized to %d×%d", image.kind, width, height, *sides)

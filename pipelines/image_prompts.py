@@ -27,7 +27,7 @@ from ldm.weights.components import fingerprint
 from ldm.weights.image_encoder import ImageEncoder, load_image_encoder
 from ldm.weights.image_prompt import OpenedImagePrompt, open_image_prompt
 from pipelines.request import Request
-from pipelines.run import Attached, SamplingRun, acting
+from pipelines.run import Attached, SamplingRun, check_acting
 from pipelines.settings import LOADING, ImagePrompt, find
 from pipelines.tuning import room_of
 
@@ -80,13 +80,8 @@ class ImagePrompts:
             )
         if request.task == "edit":
             raise LdmError("a model that edits by instruction takes no image prompts; leave image_prompt out")
-        steps = request.steps if request.image is None else max(1, int(request.steps * request.strength))
         for prompt in prompts:
-            if not any(acting([prompt], index, steps) for index in range(steps)):
-                raise LdmError(
-                    f"image_prompt_begin {prompt.begin} and image_prompt_end {prompt.end}: no whole step of {steps} "
-                    "lies between them; take more steps, or a larger part"
-                )
+            check_acting(prompt, "image_prompt", request)
             for image in prompt.images:
                 load_image(image)
             if prompt.mask is not None:

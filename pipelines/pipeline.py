@@ -127,7 +127,7 @@ class Pipeline:
         """Load the networks that steer the model's U-Net."""
         with cpu_by_default():
             self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
-            self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
+            self.control_models = load_control_models(control_models, self.model, tuning, pickle)
 
     def _learn(self, read: EmbeddingFiles) -> None:
         """Let the text encoders know the embeddings that fit them."""

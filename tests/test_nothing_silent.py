@@ -53,6 +53,8 @@ ELSEWHERE = (  # what, where, the test file, and a part of the line that it look
      "the last ones are not used"),
     ("the size of an image to be filtered", "ldm/cli/preprocess.py", "tests/conditions/test_conditions.py",
      "is resized from"),
+    ("an image without people", "ldm/conditions/networks.py", "tests/conditions/test_conditions.py",
+     "no person was found"),
     ("images that an evaluation cannot read", "ldm/evaluation/report.py", "tests/evaluation/test_evaluation.py",
      "report.notes"),
 )  # fmt: skip
@@ -279,7 +281,7 @@ def test_every_file_with_a_warning_is_in_the_table() -> None:
     """Of the files that read what is the user's; runtime and training warn of the machine and of the run."""
     listed = {where for _, where, *_ in (*PROVOKED, *ELSEWHERE)} | {"ldm/cli/convert.py"}
     warning = set()
-    for part in ("ldm/data", "ldm/weights", "ldm/cli", "pipelines"):
+    for part in ("ldm/conditions", "ldm/data", "ldm/weights", "ldm/cli", "pipelines"):
         for path in (ROOT / part).rglob("*.py"):
             if re.search(r"\blog\.warning\(", path.read_text()):
                 warning.add(path.relative_to(ROOT).as_posix())

@@ -290,19 +290,18 @@ def preprocess(
         str,
         typer.Argument(
             metavar="KIND",
-            help="canny, lineart, gray, blur, tile, inpaint; or, by a network, depth, normal, pose, seg.",
+            help="canny, lineart, gray, blur, tile; or, by a network, depth, normal, pose, seg.",
         ),
     ],
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image file.")],
     out: Annotated[str, typer.Option(metavar="FILE", help="The condition image, a .png.")],
     model: Annotated[str | None, typer.Option(help="Folder or Hub name of another network of transformers.")] = None,
-    mask: Annotated[str | None, typer.Option(help="For inpaint: its white pixels are made black.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; by default the image's.")] = None,
 ) -> None:
     """Make a condition image for a ControlNet or T2I-Adapter of an image."""
     from ldm.cli.preprocess import preprocess_image
 
-    preprocess_image(kind, image, out, model, mask, size)
+    preprocess_image(kind, image, out, model, size)
 
 
 @app.command()

@@ -77,6 +77,25 @@ def _unusable(model: str, what: str, reason: str) -> LdmError:
     )
 
 
+@lru_cache
+def check_network(model: str) -> None:
+    """Raise unless the configurations of a kind's networks (NETWORK, or DETECTOR+NETWORK) are here or on the Hub.
+
+    Raises:
+        LdmError: one cannot be read.
+    """
+    from transformers import AutoConfig
+
+    for name in model.split("+"):
+        try:
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise LdmError(
+                f"{name}, which makes condition images, cannot be read ({first_line(error)}); connect to the Hub, "
+                "or give a condition image that is made already (control=, --control image=FILE)"
+            ) from None
+
+
 def depth(image: Image.Image, model: str = DEPTH) -> Image.Image:
     """The depth map: near is bright.
 

@@ -16,7 +16,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
@@ -252,7 +251,7 @@ def _named(family: Family) -> str:
 
 
 def fits(config: ControlNetConfig | T2IAdapterConfig, family: Family) -> bool:
-    """Whether a control model's shapes are those that models of a family need."""
+    """True if a control model's shapes are those that models of a family need."""
     unet, factor = family.unet, family.autoencoder.factor
     if isinstance(config, ControlNetConfig):
         same = ("channels", "layers", "text_dim", "pooled_dim", "size_ids", "size_dim")
@@ -266,8 +265,3 @@ def fits(config: ControlNetConfig | T2IAdapterConfig, family: Family) -> bool:
     channels = (*unet.channels, unet.channels[-1])
     count = len(own)
     return last < count <= last + 2 and own == scales[:count] and config.channels == channels[:count]
-
-
-def kind_of(network: nn.Module) -> str:
-    """What a control model is, in words."""
-    return "T2I-Adapter" if isinstance(network, T2IAdapter) else "ControlNet"

@@ -73,11 +73,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_keeps_the_size(kind: str, image: Image.Image, folders: dict[str, Path]) -> None:
     model = str(folders[kind]) if KINDS[kind].model else None
-    mask = Image.new("L", (10, 10)) if KINDS[kind].mask else None
-    made = condition(kind, image, model=model, mask=mask)
+    made = condition(kind, image, model=model)
     assert (made.size, made.mode) == (SIZE, "RGB")
     before = image.copy()
-    assert made.tobytes() == condition(kind, image, model=model, mask=mask).tobytes()
+    assert made.tobytes() == condition(kind, image, model=model).tobytes()
     assert image.tobytes() == before.tobytes()
 
 
@@ -102,10 +101,6 @@ def test_the_other_filters(image: Image.Image) -> None:
     for kind, most in (("blur", 8), ("tile", 25)):
         made = np.asarray(condition(kind, noise), float)
         assert made.std() < most and abs(made.mean() - np.asarray(noise).mean()) < 2
-    mask = Image.new("L", (48, 36))
-    mask.paste(255, (0, 0, 24, 36))
-    hidden = np.asarray(condition("inpaint", image, mask=mask))
-    assert not hidden[:, :48].any() and np.array_equal(hidden[:, 48:], np.asarray(image)[:, 48:])
 
 
 def test_depth_is_the_pipelines(image: Image.Image, folders: dict[str, Path]) -> None:
@@ -193,8 +188,11 @@ def test_people_are_found_by_a_detector(
     [
         ("cany", {}, "the kind 'cany' of condition images is not known; did you mean canny?"),
         ("canny", {"model": "x"}, "canny 'x': this kind of condition images needs no model"),
-        ("inpaint", {}, "inpaint: a mask is needed (mask=, --mask)"),
-        ("gray", {"mask": Image.new("L", (1, 1))}, "gray: this kind takes no mask; leave it out"),
+        (
+            "inpaint",
+            {},
+            "inpaint: no image file holds what ControlNets read where the mask is white, -1;",
+        ),
         ("depth", {"model": "."}, ". cannot be opened as a model for depth-estimation ("),
         ("pose", {"model": "."}, ". cannot be opened as a network for poses ("),
     ],
@@ -220,14 +218,13 @@ def test_the_command(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     image.save("in.png")
-    image.convert("L").save("mask.png")
     assert run(capsys, monkeypatch, "preprocess", "canny", "in.png", "--out", "edges.png")[:2] == (0, "edges.png\n")
     assert Image.open("edges.png").tobytes() == condition("canny", image).tobytes()
     options = ["--out", "depth.png", "--model", folders["depth"], "--size", "64x48"]
     assert run(capsys, monkeypatch, "preprocess", "depth", "in.png", *options)[0] == 0
     assert Image.open("depth.png").size == (64, 48) and "in.png is resized from 96×72 to 64×48" in caplog.text
-    assert run(capsys, monkeypatch, "preprocess", "inpaint", "in.png", "--mask", "mask.png", "--out", "x.png")[0] == 0
     for arguments, message in (
+        (["inpaint", "in.png", "--out", "x.png"], "(--control inpaint=FILE --mask FILE)"),
         (["canny", "gone.png", "--out", "x.png"], "gone.png does not exist"),
         (["canny", "in.png", "--out", "x.jpg"], "name a file that ends in .png"),
         (["canny", "in.png", "--out", "x.png", "--size", "big"], "--size 'big': WIDTHxHEIGHT"),
