@@ -6,7 +6,6 @@ image as it is, and `inpaint` hides the masked part of an image.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from PIL import Image
 
 from ldm.conditions.table import KINDS, MASKED, condition
 from ldm.errors import LdmError, suggestion
+from ldm.files import file_digest
 from ldm.images import load_image
 
 READY = "image"  # the kind of condition images that are taken as they are
@@ -94,7 +94,7 @@ def _control_image(kind: str, image: Any, sha256: str) -> ControlImage:
     if not isinstance(image, (str, PathLike)):
         return ControlImage(kind, load_image(image))
     path = Path(fspath(image))
-    found = ControlImage(kind, path, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+    found = ControlImage(kind, path, file_digest(path, plain=True) if path.is_file() else "")
     load_image(path)
     if sha256 and found.sha256 != sha256:
         raise LdmError(f"the condition image {path} has changed since the image was made; name it (--control)")

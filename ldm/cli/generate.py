@@ -23,6 +23,7 @@ from ldm.cli.info import describe
 from ldm.cli.record import to_parameters
 from ldm.conditions.table import check_kind
 from ldm.errors import LdmError
+from ldm.files import file_digest
 from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.builtin import DEFAULT, builtin
@@ -350,4 +351,4 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
 
 def _file(path: Any) -> dict[str, str]:
     """The record of a starting image: its path and its digest."""
-    return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return {"path": str(path), "sha256": file_digest(Path(path), plain=True)}
