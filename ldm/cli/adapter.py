@@ -14,16 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldm.cli.common import counter, log_warnings, progress
+from ldm.cli.common import counter, is_family, log_warnings, progress
 from ldm.errors import LdmError
-from ldm.families import FAMILIES, family_named
+from ldm.families import family_named
 from ldm.files import check_destination
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.adapters import Adapter, layers, open_adapter, origin
 from ldm.weights.adapters.factoring import Kept, check_reduction, extracted, resized
 from ldm.weights.adapters.reading import look_into
 from ldm.weights.adapters.writing import FORMATS, write_adapter
-from ldm.weights.builtin import builtin
 from ldm.weights.components import Components, build
 from ldm.weights.sources import open_source
 from pipelines.adapters import adapted
@@ -205,7 +204,7 @@ def _opened(file: str, model: str | None, partial: bool, allow_pickle: bool) -> 
         if base not in _FAMILIES:
             raise LdmError(f"{file} does not tell which model it is for; name a model or a family (--model sdxl)")
         model = _FAMILIES[base]
-    if model in FAMILIES and not Path(model).exists() and not builtin(model):
+    if is_family(model):
         with torch.device("meta"):
             components = build(family_named(model))
     else:
