@@ -26,7 +26,7 @@ from ldm.models.t2i_adapter import T2IAdapter
 from ldm.patches.controlnet import NamedControlNet
 from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.weights.control_models import ControlModel, check_fits, open_control_model
-from pipelines.control_images import MASKED, READY, ControlImage
+from pipelines.control_images import EACH, MASKED, READY, ControlImage
 from pipelines.passes import enlarged_request
 from pipelines.request import Request
 from pipelines.run import Attached, SamplingRun, check_acting
@@ -153,9 +153,6 @@ def controls_of(request: Request, models: Mapping[str, ControlModel]) -> list[Co
         )
         for number, image in enumerate(images)
     ]  # fmt: skip
-
-
-EACH = ("control_scale", "control_fall", "control_begin", "control_end")  # settings with a value for each image
 
 
 def _for_each(name: str, value: Any, count: int) -> Sequence[float]:

@@ -21,6 +21,7 @@ from ldm.files import file_digest
 from ldm.images import load_image
 
 READY = "image"  # the kind of condition images that are taken as they are
+EACH = ("control_scale", "control_fall", "control_begin", "control_end")  # settings with a value for each image
 
 
 @dataclass(frozen=True)

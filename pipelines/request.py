@@ -24,7 +24,7 @@ from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
-from pipelines.control_images import control_images
+from pipelines.control_images import EACH, control_images
 from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
@@ -194,7 +194,7 @@ def _mask(given: Any) -> Image.Image:
     return mask
 
 
-CONTROLLING = ("control_scale", "control_fall", "control_begin", "control_end", "guess")
+CONTROLLING = (*EACH, "guess")
 TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 
