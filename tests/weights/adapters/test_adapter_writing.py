@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from adapter_files import adapter, alpha, attention, columns, everything, lora, saved
+from adapter_files import adapter, alpha, attention, columns, deltas, everything, lora, saved
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,15 +18,6 @@ from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.adapters.factoring import Kept, Reduction, extracted, factored, resized
 from ldm.weights.adapters.names import Place
 from ldm.weights.adapters.writing import FORMATS, write_adapter
-
-
-def deltas(found: Adapter, model: tiny.LatentDiffusion) -> dict[str, Tensor]:
-    modules = model.modules()
-    return {
-        f"{component}.{name}": change.delta(modules[component].get_parameter(name).detach())
-        for component, changes in found.changes.items()
-        for name, change in changes.items()
-    }
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-6) -> bool:
