@@ -28,7 +28,6 @@ from pipelines.settings import find
 log = logging.getLogger(__name__)
 KEPT = 2  # models with merged weights that are kept: the last mixes
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
-PIECE = 2**24  # bytes of a file that are hashed at a time
 HASH = 12  # digits of AUTOMATIC1111's hash that it writes
 Changes = dict[str, list[tuple[float, Change]]]  # parameter -> weights and changes
 
@@ -278,13 +277,10 @@ def autov3(file: Path, metadata: Mapping[str, str]) -> str:
     file = diffusers_file(file) or file
     if stated or file.is_dir():
         return stated[:HASH]
-    digest = hashlib.sha256()
     with file.open("rb") as opened:
         if file.suffix.lower() == ".safetensors":
             opened.seek(8 + int.from_bytes(opened.read(8), "little"))
-        while piece := opened.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()[:HASH]
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:HASH]
 
 
 def stamp(file: Path) -> tuple[int, ...]:

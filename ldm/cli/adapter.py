@@ -64,7 +64,7 @@ def describe(path: Path, allow_pickle: bool) -> dict[str, Any]:
     foreign = Counter(kind for name in infos if (kind := origin.foreign_kind(name)))
     if not parts and not foreign:
         what = origin.other_file(infos) or "it holds no tensors with an adapter's names"
-        raise LdmError(f"{path} is not an adapter: {what if what.startswith('it') else f'it is {what}'}")
+        raise LdmError(f"{path} is not an adapter: {what}")
     stated = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec."))}
     return {
         "file": str(path),
@@ -146,7 +146,7 @@ def extract(
             open_source(one, allow_pickle=allow_pickle, progress=report).load(progress=report) for one in (base, tuned)
         ]
     with counter("layers", sum(1 for m in models[0].modules().values() for _ in m.named_parameters())) as advance:
-        changes, kept, left_out = extracted(models[0], models[1], wanted, lambda *_: advance())
+        changes, kept, left_out = extracted(models[0], models[1], wanted, advance)
     adapter = Adapter(path.stem, path, "LoRA", "kohya", changes)
     write_adapter(adapter, models[0], path, format, dtype=dtype_named(dtype) or torch.float16, overwrite=force)
     if left_out:
@@ -162,13 +162,7 @@ def resize(
     """Write an adapter at a smaller rank."""
     wanted, path = check_reduction(rank, energy), _destination(dest, format, force)
     adapter, components = _opened(file, model, partial, allow_pickle)
-    # tensors of the weights' shapes, without memory of their own
-    shapes = {
-        (component, name): torch.zeros(()).expand(parameter.shape)
-        for component, network in components.modules().items()
-        for name, parameter in network.named_parameters()
-    }
-    smaller, kept = resized(adapter, shapes, wanted)
+    smaller, kept = resized(adapter, components, wanted)
     write_adapter(smaller, components, path, format, overwrite=force)
     _say(kept)
     print(dest)

@@ -24,7 +24,7 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
-from ldm.weights.components import ComponentSource, check_device, filled, is_adapter
+from ldm.weights.components import ComponentSource, fill_alone, is_adapter
 from ldm.weights.folder import store_of, weight_files
 from ldm.weights.hub import fetch
 from ldm.weights.layouts import Link
@@ -64,12 +64,7 @@ class OpenedControlModel:
         Raises:
             LdmError: a weight is not a finite number, or the device cannot be used.
         """
-        check_device(device)
-        for _ in filled(self.network, self.links, self.part.store, dtype, device):
-            pass
-        bad = [name for name, weight in self.network.named_parameters() if not bool(weight.isfinite().all())]
-        if bad:
-            raise LdmError(f"{self.source}: {bad[0]} holds numbers that are not finite")
+        fill_alone(self.source, self.network, self.links, self.part.store, dtype, device)
         return self.network
 
 

@@ -20,7 +20,7 @@ from ldm.files import check_digest, file_digest
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
-from ldm.weights.components import ComponentSource, filled, is_adapter
+from ldm.weights.components import ComponentSource, fill_alone, is_adapter
 from ldm.weights.hub import fetch_file
 from ldm.weights.layouts import UNET_PREFIX, Link
 from ldm.weights.names import HUB_FILE
@@ -49,13 +49,9 @@ class OpenedImagePrompt:
         """Load the weights as `dtype`, or in the stored type.
 
         Raises:
-            LdmError: a weight is not a finite number.
+            LdmError: a weight is not a finite number, or the device cannot be used.
         """
-        for _ in filled(self.adapter, self.links, self.part.store, dtype, device):
-            pass
-        bad = [name for name, weight in self.adapter.named_parameters() if not bool(weight.isfinite().all())]
-        if bad:
-            raise LdmError(f"{self.file}: {bad[0]} holds numbers that are not finite; fetch the file again")
+        fill_alone(self.file, self.adapter, self.links, self.part.store, dtype, device)
         return self.adapter
 
     @cached_property

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import controls
-import numpy as np
 import pytest
 import tiny
 import torch
 from commands import run
+from images import image
 from PIL import Image
 from rounding import RUN, near
 from safetensors.torch import load_file
@@ -31,10 +31,6 @@ from pipelines import Pipeline
 from pipelines.control import controls_of
 
 SMALL: dict[str, Any] = {"seed": 1, "steps": 4, "width": 64, "height": 64, "output": "latents", "guidance": 4.0}
-
-
-def image(seed: int = 0, width: int = 64, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def controlled(name: str, count: int = 1, **options: Any) -> Pipeline:

@@ -67,7 +67,7 @@ def foreign_kind(name: str) -> str:
 def other_file(names: Iterable[str]) -> str:
     """The kind of a file that is no adapter, by the names of its tensors, in words; "" if it is not known."""
     names = list(names)
-    return next((what for start, what in _FILES.items() if any(name.startswith(start) for name in names)), "")
+    return next((f"it is {what}" for start, what in _FILES.items() if any(n.startswith(start) for n in names)), "")
 
 
 def text_width(infos: Mapping[str, TensorInfo]) -> int | None:

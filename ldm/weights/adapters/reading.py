@@ -322,7 +322,7 @@ def _check_kind(file: Path, infos: Mapping[str, Any], stems: Mapping[str, Any], 
         )
     if not stems:
         what = origin.other_file(infos) or (f"its tensors are called {listing(unknown)}" if unknown else "it is empty")
-        raise LdmError(f"{file} is not an adapter: {what if what.startswith('it') else f'it is {what}'}")
+        raise LdmError(f"{file} is not an adapter: {what}")
 
 
 def _check_parts(file: Path, stem: str, parts: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from adapter_files import adapter, alpha, attention, columns, everything, lora, saved
+from adapter_files import adapter, alpha, attention, columns, deltas, everything, lora, saved
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,15 +18,6 @@ from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.adapters.factoring import Kept, Reduction, extracted, factored, resized
 from ldm.weights.adapters.names import Place
 from ldm.weights.adapters.writing import FORMATS, write_adapter
-
-
-def deltas(found: Adapter, model: tiny.LatentDiffusion) -> dict[str, Tensor]:
-    modules = model.modules()
-    return {
-        f"{component}.{name}": change.delta(modules[component].get_parameter(name).detach())
-        for component, changes in found.changes.items()
-        for name, change in changes.items()
-    }
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-6) -> bool:
@@ -194,11 +185,10 @@ def test_energy_takes_the_smallest_rank_that_keeps_it() -> None:
 def test_a_resize_to_the_full_rank_changes_nothing(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
     model = tiny.model("sd15")
     found = opened(model, tmp_path, make, in_unet)
-    shapes = {("unet", name): torch.zeros(()).expand(p.shape) for name, p in model.unet.named_parameters()}
-    same, kept = resized(found, shapes, Reduction(rank=4096))
+    same, kept = resized(found, model, Reduction(rank=4096))
     assert close(deltas(same, model), deltas(found, model), 1e-4)
     assert kept.share == 1
-    _, kept = resized(found, shapes, Reduction(rank=2))
+    _, kept = resized(found, model, Reduction(rank=2))
     assert kept.largest == 2
     assert 0.3 < kept.share < 1
 
@@ -212,7 +202,7 @@ def test_the_difference_of_two_models(tmp_path: Path) -> None:
             weight = tuned.modules()[component].get_parameter(name)
             weight.data += change.delta(weight.detach())
     tuned.unet.conv_in.bias.data += 1
-    changes, kept, left_out = extracted(base, tuned, Reduction(rank=4), lambda done, total: None)
+    changes, kept, left_out = extracted(base, tuned, Reduction(rank=4), lambda: None)
     assert left_out == 1
     assert kept.share > 0.99999
     again = Adapter("d", Path("d"), "LoRA", "kohya", changes)
@@ -230,7 +220,7 @@ def test_layers_called_embeddings(tmp_path: Path) -> None:
     for name, parameter in tuned.text_encoders.named_parameters():
         if "embedding." in name:
             parameter.data += 1
-    changes, kept, left_out = extracted(base, tuned, Reduction(rank=1), lambda done, total: None)
+    changes, kept, left_out = extracted(base, tuned, Reduction(rank=1), lambda: None)
     assert sorted(changes["unet"]) == sorted(layers)
     assert [*changes] == ["unet"]
     assert left_out == 4
@@ -245,6 +235,6 @@ def test_layers_called_embeddings(tmp_path: Path) -> None:
 def test_models_that_have_no_difference_for_an_adapter() -> None:
     base = tiny.model("sd15")
     with pytest.raises(LdmError, match="the same weights"):
-        extracted(base, tiny.model("sd15"), Reduction(rank=4), lambda done, total: None)
+        extracted(base, tiny.model("sd15"), Reduction(rank=4), lambda: None)
     with pytest.raises(LdmError, match=r"differ in shape, first at .*; name two models of one family"):
-        extracted(base, tiny.model("sd2"), Reduction(rank=4), lambda done, total: None)
+        extracted(base, tiny.model("sd2"), Reduction(rank=4), lambda: None)
