@@ -25,10 +25,10 @@ def check_whole(what: str, name: str, value: object, low: int, high: int) -> Non
         raise LdmError(f"{what}: {name} is {value!r}; it must be a whole number from {low} to {high}")
 
 
-def listing(names: list[str], most: int = 4) -> str:
-    """A short list of names for an error message: `a, b, c, d and 12 more`."""
-    shown = ", ".join(names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+def listing(names: list[str], most: int = 4, count: int | None = None) -> str:
+    """A short list of names for an error message: `a, b, c, d and 12 more`; of `count`, if only the first are given."""
+    more = (len(names) if count is None else count) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def suggestion(name: str, known: list[str]) -> str:

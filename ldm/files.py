@@ -61,6 +61,23 @@ def sniff(path: Path) -> str:
     return "not a safetensors file" if start.count(0) else "a text file"
 
 
+def walked(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """A folder and those within it, at any depth, each with the sorted names of its folders and of its files.
+
+    Links to folders are followed, and every real folder is entered once. Folders that the caller takes out of their
+    list are not entered.
+    """
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: (Path(place, name).is_symlink(), name))  # links come last
+        yield Path(place), folders, sorted(names)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of at most 64 MB.
 

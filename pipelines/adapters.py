@@ -14,11 +14,13 @@ from typing import Any
 
 from ldm.errors import LdmError, listing, out_of_memory, suggestion
 from ldm.families import FewStep
+from ldm.files import walked
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.patches.low_rank import Change
 from ldm.runtime.merging import merged
 from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.adapters.names import parameter_of
+from ldm.weights.adapters.reading import DIFFUSERS, diffusers_file, peft_folders
 from ldm.weights.few_step import made_for
 from ldm.weights.tensors import read_header
 from pipelines.mixes import Mix, MixedAdapter, Wanted, read_tags, wanted
@@ -27,8 +29,6 @@ from pipelines.settings import find
 log = logging.getLogger(__name__)
 KEPT = 2  # models with merged weights that are kept: the last mixes
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
-PEFT = "adapter_config.json"  # in a folder that is an adapter
-PIECE = 2**24  # bytes of a file that are hashed at a time
 HASH = 12  # digits of AUTOMATIC1111's hash that it writes
 Changes = dict[str, list[tuple[float, Change]]]  # parameter -> weights and changes
 
@@ -40,7 +40,7 @@ class Found:
     adapter: Adapter
     stamp: tuple[int, ...]  # of its files as they were then
     autov3: str  # the first digits of AUTOMATIC1111's hash of the file; "" for a folder
-    few: FewStep | None  # what it was made for
+    few: FewStep | None  # settings that it was made for
 
 
 class Adapters:
@@ -83,7 +83,7 @@ class Adapters:
     # --- from names to mixes ------------------------------------------------------------------------------------------
 
     def mixes(self, prompts: Sequence[str], value: Any, tags: bool) -> tuple[list[str], list[Mix]]:
-        """Prompts without their `<lora:…>`, and the mix of each: what a setting's value and its tags ask for together.
+        """Prompts without their `<lora:…>`, and the mix of each: a setting's adapters and its tags' together.
 
         Args:
             prompts: of a call.
@@ -231,14 +231,17 @@ def adapted(model: LatentDiffusion, mix: Mix) -> LatentDiffusion:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The adapters in a folder and in those within it: files, and folders of peft."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if PEFT in names:
+    """The adapters in a folder and in those within it: files, and folders by peft or diffusers."""
+    for place, folders, names in walked(folder):
+        peft = peft_folders(place)
+        diffusers = () if peft or place == folder or not diffusers_file(place) else DIFFUSERS
+        if peft or diffusers:
+            yield place
+        if place in peft:
             folders.clear()
-            yield Path(place)
             continue
-        folders.sort()
-        yield from (Path(place, name) for name in sorted(names) if name.lower().endswith(ENDINGS))
+        folders[:] = [name for name in folders if place / name not in peft]
+        yield from (place / name for name in names if name.lower().endswith(ENDINGS) and name not in diffusers)
 
 
 def _is_that(one: Wanted, found: Found) -> bool:
@@ -250,7 +253,7 @@ def _is_that(one: Wanted, found: Found) -> bool:
 def names_in(folder: Path, file: Path) -> set[str]:
     """The names of an adapter in a folder: that of its file, or its path there, each with its ending or without."""
     inner = file.relative_to(folder)
-    return {file.stem, file.name, inner.as_posix(), inner.with_suffix("").as_posix()}
+    return {file.stem, file.name, inner.as_posix(), (inner.parent / file.stem).as_posix()}
 
 
 def alias(file: Path) -> str:
@@ -270,26 +273,24 @@ def autov3(file: Path, metadata: Mapping[str, str]) -> str:
     into the metadata, which is then believed.
     """
     stated = metadata.get("sshs_model_hash", "")
+    file = diffusers_file(file) or file
     if stated or file.is_dir():
         return stated[:HASH]
-    digest = hashlib.sha256()
     with file.open("rb") as opened:
         if file.suffix.lower() == ".safetensors":
             opened.seek(8 + int.from_bytes(opened.read(8), "little"))
-        while piece := opened.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()[:HASH]
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:HASH]
 
 
 def stamp(file: Path) -> tuple[int, ...]:
-    """Sizes and times of change of an adapter's files.
+    """Sizes and times of change of an adapter's file, or of all files in its folder.
 
     Raises:
         LdmError: it is gone.
     """
     try:
-        files = sorted(path for path in file.iterdir() if path.is_file()) if file.is_dir() else [file]
-        found = [path.stat() for path in files]
+        files = [place / name for place, _, names in walked(file) for name in names] if file.is_dir() else [file]
+        found = [path.stat() for path in files if path.is_file() or path == file]
     except OSError as error:
         raise LdmError(f"adapter {file}: {error.strerror}") from None
     return tuple(number for one in found for number in (one.st_size, one.st_mtime_ns))

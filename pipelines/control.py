@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import LdmError
+from ldm.conditions.table import check_kind
+from ldm.errors import LdmError, listing
 from ldm.families import Family
 from ldm.images import mask_to_tensor
 from ldm.latent_diffusion import LatentDiffusion
@@ -24,10 +26,12 @@ from ldm.models.t2i_adapter import T2IAdapter
 from ldm.patches.controlnet import NamedControlNet
 from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.weights.control_models import ControlModel, check_fits, open_control_model
-from pipelines.control_images import MASKED, ControlImage
+from pipelines.control_images import EACH, MASKED, READY, ControlImage
+from pipelines.passes import enlarged_request
 from pipelines.request import Request
-from pipelines.run import Attached, SamplingRun
-from pipelines.tuning import Tuning
+from pipelines.run import Attached, SamplingRun, check_acting
+from pipelines.settings import LOADING, find
+from pipelines.tuning import Tuning, room_of
 
 log = logging.getLogger(__name__)
 
@@ -42,35 +46,63 @@ def load_control_models(
     Raises:
         LdmError: one cannot be loaded, or does not fit the model.
     """
+    if given is None or given in ((), [], {}):
+        return {}
+    given = find("control_models", "python", rows=LOADING).check(given)
     if not isinstance(given, Mapping):
         given = {str(number): one for number, one in enumerate(given if isinstance(given, (tuple, list)) else (given,))}
     found: dict[str, ControlModel] = {}
     for name, source in given.items():
         if isinstance(source, ControlNet | T2IAdapter):
             check_fits(f"control model {name}", source.config, model.family)
-            network = source.to(model.device, model.dtype)
+            network = source.to(_place(source, model), model.dtype)
+        elif not isinstance(source, (str, PathLike)):
+            raise LdmError(
+                f"control model {name}: a {type(source).__name__} is neither a path nor a ControlNet or T2IAdapter of "
+                "ldm; give a folder, file or Hub name"
+            )
         else:
             opened = open_control_model(source, model.family, allow_pickle=allow_pickle)
-            network = opened.load(model.dtype, model.device)
+            network = opened.load(model.dtype, _place(opened.network, model))
         found[name] = tuning.beside(network, model)
     return found
 
 
-def model_for(number: int, image: ControlImage, models: Mapping[str, ControlModel]) -> ControlModel:
-    """The control model of a condition image: the one with its kind as name, the only one, or that with its number.
+def _place(network: ControlModel, model: LatentDiffusion) -> torch.device:
+    """The device that keeps a control model's weights: the CPU if the model's layers take turns on its device."""
+    room = room_of(model)
+    by_layers = room is not None and room.layers and isinstance(network, ControlNet)
+    return torch.device("cpu") if by_layers else model.device
+
+
+def models_for(images: Sequence[ControlImage], models: Mapping[str, ControlModel]) -> list[ControlModel]:
+    """The control model of each condition image.
+
+    Of models with numbers as names, an image has the only one, or that with its number. Of others, it has the one with
+    its kind as name; an image that is taken as it is may have the only one whose name is no image's kind.
 
     Raises:
-        LdmError: there is none.
+        LdmError: an image has no model.
     """
-    names = list(models)
-    if image.kind in models:
-        return models[image.kind]
-    if names and (len(names) == 1 or number < len(names)):
-        return models[names[0 if len(names) == 1 else number]]
-    raise LdmError(
-        f"control {image.kind}: {len(names) or 'no'} control models for {number + 1} condition images; "
-        "name one for each (control_models=, --control-model)"
-    )
+    names, kinds = list(models), [image.kind for image in images]
+    if all(name.isdecimal() for name in names):
+        if len(names) != 1 and len(names) < len(images):
+            raise LdmError(
+                f"{len(names) or 'no'} control models for {len(images)} condition images; name one for each "
+                "(control_models=, --control-model)"
+            )
+        return [models[names[0 if len(names) == 1 else number]] for number in range(len(images))]
+    left = [name for name in names if name not in kinds]
+    found = []
+    for kind in kinds:
+        name = left[0] if kind == READY and kind not in models and len(left) == 1 else kind
+        if name not in models:
+            raise LdmError(
+                f"control {kind}: no control model is named {kind}; there are {listing(names)}: choose the kind of "
+                "one, or name one so (control_models=)"
+            )
+        found.append(models[name])
+    return found
 
 
 def check_control(request: Request, family: Family, models: Mapping[str, ControlModel]) -> None:
@@ -82,17 +114,22 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
     controls = controls_of(request, models)
     if controls and request.task == "edit":
         raise LdmError(f"a {family.name} model edits in its own way; leave control out")
+    if controls and len(models) > len(controls) and all(name.isdecimal() for name in models):
+        log.warning("%d control models for %d condition images: the last ones are not used", len(models), len(controls))
+    sides, second = (request.width, request.height), enlarged_request(request, family) if request.hires else request
     for one in controls:
         image = one.image
         if image.kind == MASKED and request.mask is None:
             raise LdmError(f"control {MASKED}: it hides the masked part of an image: give a mask (mask=, --mask)")
-        config = one.network.config
-        sides = (request.width, request.height)
-        if isinstance(one.network, T2IAdapter) and any(side % config.factor for side in sides):
-            raise LdmError(
-                f"control {image.kind}: this T2I-Adapter needs sides that are multiples of {config.factor}, not "
-                f"{request.width}×{request.height}"
-            )
+        check_acting(one, "control", request)
+        check_kind(image.kind)
+        for width, height in (sides, (second.width, second.height)):
+            factor = one.network.config.factor
+            if isinstance(one.network, T2IAdapter) and (width % factor or height % factor):
+                raise LdmError(
+                    f"control {image.kind}: this T2I-Adapter needs sides that are multiples of {factor}, not "
+                    f"{width}×{height} (size, hires)"
+                )
         if image.given.size != sides:
             width, height = image.given.size
             log.warning("control %s: its image of %d×%d is resized to %d×%d", image.kind, width, height, *sides)
@@ -105,19 +142,17 @@ def controls_of(request: Request, models: Mapping[str, ControlModel]) -> list[Co
         LdmError: a setting has another number of values than there are condition images, or a model is missing.
     """
     images = request.control
+    networks = models_for(images, models)
     parts = {name: _for_each(name, getattr(request, name), len(images)) for name in EACH}
     return [
         Control(
-            name=f"control.{number}", network=model_for(number, image, models), image=image, guess=request.guess,
+            name=f"control.{number}", network=networks[number], image=image, guess=request.guess,
             mask=request.mask if image.kind == MASKED else None,
             scale=parts["control_scale"][number], fall=parts["control_fall"][number],
             begin=parts["control_begin"][number], end=parts["control_end"][number],
         )
         for number, image in enumerate(images)
     ]  # fmt: skip
-
-
-EACH = ("control_scale", "control_fall", "control_begin", "control_end")  # settings with a value for each image
 
 
 def _for_each(name: str, value: Any, count: int) -> Sequence[float]:
@@ -149,14 +184,18 @@ class Control:
         if isinstance(self.network, T2IAdapter):
             features = self.network(pixels)
             scales = self.scales(len(features)).to(run.device, run.dtype)
-            pairs = [(scales[number] * one).expand(rows, -1, -1, -1) for number, one in enumerate(features)]
+            # here and below, of their own memory, into which recorded steps copy
+            scaled = [
+                (scales[number] * one).expand(rows, -1, -1, -1).contiguous() for number, one in enumerate(features)
+            ]
             inputs = {
                 f"{self.name}.{number}": (one, torch.zeros_like(one) if self.guess else one)
-                for number, one in enumerate(pairs)
+                for number, one in enumerate(scaled)
             }
             return Attached("t2i_adapters", NamedFeatures(self.name, len(features)), inputs)
-        image = self.network.embed_image(pixels).expand(rows, -1, -1, -1)
-        scales = self.scales(len(self.network.config.skips) + 1).to(run.device, run.dtype).expand(rows, -1)
+        image = self.network.embed_image(pixels).expand(rows, -1, -1, -1).contiguous()
+        scales = self.scales(len(self.network.config.skips) + 1).to(run.device, run.dtype)
+        scales = scales.expand(rows, -1).contiguous()
         # in guess mode, only the prompt's half is controlled
         alone = self.guess or self.network.config.pooled
         inputs = {

@@ -1,14 +1,13 @@
 """The values of the setting `control`: condition images, each with its kind.
 
 A kind (`ldm.conditions.table.KINDS`) says how the condition image is made of the given one; `image` is a condition
-image as it is.
+image as it is, and `inpaint` hides the masked part of an image.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.conditions.table import KINDS, condition
+from ldm.conditions.table import KINDS, MASKED, condition
 from ldm.errors import LdmError, suggestion
+from ldm.files import file_digest
 from ldm.images import load_image
 
 READY = "image"  # the kind of condition images that are taken as they are
-MASKED = "inpaint"  # the kind that hides the masked part of an image
+EACH = ("control_scale", "control_fall", "control_begin", "control_end")  # settings with a value for each image
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,13 @@ class ControlImage:
             self.made[width, height] = condition(self.kind, image)
         return self.made[width, height]
 
+    def closed(self) -> ControlImage:
+        """The same image, of which nothing is in memory if it is a file."""
+        return replace(self, made={})
+
     @property
     def record(self) -> dict[str, str]:
-        """What a record says of it: an image of PIL has no place."""
+        """Its part of a record: the kind and, of a file, path and SHA-256."""
         return {"kind": self.kind, **({"path": str(self.source), "sha256": self.sha256} if self.sha256 else {})}
 
 
@@ -85,13 +89,13 @@ def control_images(value: Any) -> tuple[ControlImage, ...]:
 
 
 def _control_image(kind: str, image: Any, sha256: str) -> ControlImage:
-    if kind not in KINDS:
-        near = suggestion(kind, list(KINDS))
+    if kind not in (*KINDS, MASKED):
+        near = suggestion(kind, [*KINDS, MASKED])
         raise LdmError(f"control: the kind {kind!r} of condition images does not exist; {near}")
     if not isinstance(image, (str, PathLike)):
         return ControlImage(kind, load_image(image))
     path = Path(fspath(image))
-    found = ControlImage(kind, path, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+    found = ControlImage(kind, path, file_digest(path, plain=True) if path.is_file() else "")
     load_image(path)
     if sha256 and found.sha256 != sha256:
         raise LdmError(f"the condition image {path} has changed since the image was made; name it (--control)")

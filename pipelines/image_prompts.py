@@ -5,12 +5,11 @@ B images of a batch, I images of a prompt, Q tokens of each, T text channels, N 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -18,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.files import file_digest
 from ldm.images import load_image, mask_to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.patches.image_prompt import ImageTokens
 from ldm.patches.patching import patched
 from ldm.runtime.graphs import admit
+from ldm.weights.components import fingerprint
 from ldm.weights.image_encoder import ImageEncoder, load_image_encoder
 from ldm.weights.image_prompt import OpenedImagePrompt, open_image_prompt
 from pipelines.request import Request
-from pipelines.run import Attached, SamplingRun, acting
+from pipelines.run import Attached, SamplingRun, check_acting
 from pipelines.settings import LOADING, ImagePrompt, find
 from pipelines.tuning import room_of
 
@@ -61,12 +62,13 @@ class ImagePrompts:
             value = ImageTokens("", opened.load(model.dtype, model.device))
             admit(model.unet, patched(model.unet, {"image_prompts": (value,)}))
 
-    def check(self, request: Request) -> None:
-        """Raise unless a request's image prompts can be used.
+    @cached_property
+    def encoder_hash(self) -> str:
+        """A digest of the image encoder's weights, ten hexadecimal digits; "" without an encoder."""
+        return fingerprint({"image_encoder": self.encoder.tower}) if self.encoder else ""
 
-        Raises:
-            LdmError: there is no IP-Adapter, or not one for each prompt, or an image cannot be read.
-        """
+    def _check(self, request: Request) -> None:
+        """Raise unless a request's image prompts can be used."""
         prompts: tuple[ImagePrompt, ...] = request.image_prompt
         if not prompts:
             return
@@ -78,20 +80,29 @@ class ImagePrompts:
             )
         if request.task == "edit":
             raise LdmError("a model that edits by instruction takes no image prompts; leave image_prompt out")
-        steps = request.steps if request.image is None else max(1, int(request.steps * request.strength))
         for prompt in prompts:
-            if not any(acting([prompt], index, steps) for index in range(steps)):
-                raise LdmError(
-                    f"image_prompt_begin {prompt.begin} and image_prompt_end {prompt.end}: no whole step of {steps} "
-                    "lies between them; take more steps, or a larger part"
-                )
+            check_acting(prompt, "image_prompt", request)
             for image in prompt.images:
                 load_image(image)
             if prompt.mask is not None:
                 load_image(prompt.mask, "L")
 
+    def checked(self, request: Request) -> Request:
+        """The request with the SHA-256 of its image prompts' files, which its records state.
+
+        Raises:
+            LdmError: there is no IP-Adapter, or not one for each prompt, or an image cannot be read.
+        """
+        self._check(request)
+        found = []
+        for prompt, opened in self._pairs(request):
+            files = [str(image) for image in (*prompt.images, prompt.mask) if isinstance(image, (str, os.PathLike))]
+            digests = {file: file_digest(Path(file), plain=True) for file in files}
+            found.append(replace(prompt, digests={**digests, str(opened.file): opened.digest}))
+        return request.changed(image_prompt=tuple(found)) if found else request
+
     def attachments(self, request: Request) -> list[ImageAttachment]:
-        """What a request's image prompts add to its runs."""
+        """The image prompts of a request as its runs read them; those of weight 0 are left out."""
         return [
             ImageAttachment(f"image_prompt.{number}", prompt, opened, self.encoder)
             for number, (prompt, opened) in enumerate(self._pairs(request))
@@ -102,19 +113,20 @@ class ImagePrompts:
         """The record of a request's image prompts, empty if there are none: files by path and SHA-256."""
         found = [
             {
-                "images": [_file(image) for image in prompt.images],
+                "images": [_file(image, prompt.digests) for image in prompt.images],
                 "weight": prompt.weight,
-                **({} if prompt.mask is None else {"mask": _file(prompt.mask)}),
+                **({} if prompt.mask is None else {"mask": _file(prompt.mask, prompt.digests)}),
                 "begin": prompt.begin,
                 "end": prompt.end,
-                "adapter": {"path": str(opened.file.absolute()), "sha256": opened.digest},
+                "adapter": _file(opened.file, prompt.digests),
             }
             for prompt, opened in self._pairs(request)
         ]
         if not found:
             return {}
-        encoder = Path(self.encoder_source)
-        return {"image_prompt": found, "image_encoder": str(encoder.absolute() if encoder.exists() else encoder)}
+        place = Path(self.encoder_source)
+        encoder = {"image_encoder": str(place.absolute() if place.exists() else place)}
+        return {"image_prompt": found, **encoder, "image_encoder_hash": self.encoder_hash}
 
     def _pairs(self, request: Request) -> Iterator[tuple[ImagePrompt, OpenedImagePrompt]]:
         """Each prompt with its adapter: the only one, or that at the same place."""
@@ -183,10 +195,18 @@ class ImageAttachment:
 
 
 def _encoder_for(opened: OpenedImagePrompt, model_source: Any) -> Path | str:
-    """The folder or Hub name of the image encoder that belongs to an IP-Adapter's file."""
+    """The folder or Hub name of the image encoder that belongs to an IP-Adapter's file.
+
+    It is beside the file, but for the authors' adapters for SDXL that read features of ViT-H: in `sdxl_models` there
+    is ViT-bigG, and ViT-H is in `models`.
+    """
+    config = opened.adapter.config
+    vit_h = config.features == (1280 if config.reads_patches else 1024)
+    own = PurePosixPath(opened.name).parent if opened.name else opened.file.parent
+    place = own.with_name("models") if vit_h and own.name == "sdxl_models" else own
     if opened.name:
-        return f"{opened.name.rpartition('/')[0]}/image_encoder"
-    beside = [opened.file.parent / "image_encoder"]
+        return str(place / "image_encoder")
+    beside = [Path(place, "image_encoder"), Path(own, "image_encoder")]
     if isinstance(model_source, (str, os.PathLike)):
         beside.append(Path(model_source) / "image_encoder")
     found = next((folder for folder in beside if folder.is_dir()), None)
@@ -195,11 +215,11 @@ def _encoder_for(opened: OpenedImagePrompt, model_source: Any) -> Path | str:
     return found
 
 
-def _file(image: Any) -> dict[str, str | None]:
+def _file(image: Any, digests: Mapping[str, str]) -> dict[str, str | None]:
     """The record of an image: path and SHA-256, or nothing but None if it is no file."""
     if not isinstance(image, (str, os.PathLike)):
         return {"path": None, "sha256": None}
-    return {"path": str(Path(image).absolute()), "sha256": hashlib.sha256(Path(image).read_bytes()).hexdigest()}
+    return {"path": str(Path(image).absolute()), "sha256": digests[str(image)]}
 
 
 def from_record(
@@ -238,7 +258,7 @@ def _unchanged(what: str, record: Mapping[str, str]) -> str:
     path = record["path"]
     if path is None:
         raise LdmError(f"the {what} that the image was made from was no file; name one (--image-prompt)")
-    if not Path(path).is_file() or hashlib.sha256(Path(path).read_bytes()).hexdigest() != record["sha256"]:
+    if not Path(path).is_file() or file_digest(Path(path), plain=True) != record["sha256"]:
         raise LdmError(
             f"the {what} {path}, that the image was made from, is gone or has changed; put it back, or name it "
             "(--image-prompt, --ip-adapter)"

@@ -1,4 +1,4 @@
-"""Mixes of adapters: what a setting, a prompt, a record and AUTOMATIC1111's text say of adapters and their weights.
+"""Mixes of adapters: adapters and their weights in a setting, a prompt, a record and AUTOMATIC1111's text.
 
 A prompt names an adapter as AUTOMATIC1111's programs do: `<lora:name>`, `<lora:name:weight>`, `<lora:name:text:unet>`
 with a weight for the text encoders and one for the U-Net, or these by name, `<lora:name:te=0.5:unet=0.8>`. The option
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LARGEST = 1000  # weight: far above meaningful ones, far below an overflow
 TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 PARTS = {"te": "text", "text": "text", "unet": "unet"}  # names of weights
+_ABOUT = {"path": str, "sha256": str, "autov3": str, "by_name": bool}  # fields beside weights in records -> type
 _UNSAFE = str.maketrans("", "", ":,")  # what names in the list of hashes do not have
 
 
@@ -53,14 +54,14 @@ class MixedAdapter:
     unet: float
     text: float
     adapter: Adapter = field(compare=False, repr=False)
-    few: FewStep | None = field(default=None, compare=False)  # what it was made for
+    few: FewStep | None = field(default=None, compare=False)  # settings that it was made for
 
 
 Mix = tuple[MixedAdapter, ...]
 
 
 def few_step(mixes: Sequence[Mix]) -> FewStep | None:
-    """What an adapter of all mixes was made for, if it was made for few steps."""
+    """The settings that an adapter of all mixes was made for, if it was made for few steps."""
     found = {next((share.few for share in mix if share.few and share.unet), None) for mix in mixes}
     return found.pop() if len(found) == 1 else None
 
@@ -153,10 +154,10 @@ def _entry(name: Any, weight: Any) -> Wanted:
         raise ValueError(name)
     if not isinstance(weight, Mapping):
         return Wanted(str(name), _number(weight), _number(weight), f"adapter {str(name)!r}")
-    about = {key: weight[key] for key in ("path", "sha256", "autov3") if key in weight}
+    about = {key: weight[key] for key in _ABOUT if key in weight}
     if not {"unet", "text"} <= weight.keys() <= {"unet", "text", *about}:
         raise ValueError(weight)
-    if not all(isinstance(value, str) for value in about.values()):
+    if not all(isinstance(value, _ABOUT[key]) for key, value in about.items()):
         raise ValueError(weight)
     return Wanted(str(name), _number(weight["unet"]), _number(weight["text"]), f"adapter {str(name)!r}", **about)
 
@@ -252,6 +253,7 @@ def from_tags(prompt: str, hashes: str) -> tuple[str, dict[str, Any], set[str]]:
     prompt, tags = read_tags(prompt)
     found = {one.name.translate(_UNSAFE): one for one in summed(tags)}
     record = {
-        one.name: {"unet": one.unet, "text": one.text, "autov3": known.get(name, "")} for name, one in found.items()
+        one.name: {"unet": one.unet, "text": one.text, "autov3": known.get(name, ""), "by_name": True}
+        for name, one in found.items()
     }
     return prompt, record, known.keys() - found.keys()

@@ -127,7 +127,7 @@ class Pipeline:
         """Load the networks that steer the model's U-Net."""
         with cpu_by_default():
             self.image_prompts = ImagePrompts(self.model, ip_adapter, image_encoder, source=source, pickle=pickle)
-            self.control_models = load_control_models(control_models or (), self.model, tuning, pickle)
+            self.control_models = load_control_models(control_models, self.model, tuning, pickle)
 
     def _learn(self, read: EmbeddingFiles) -> None:
         """Let the text encoders know the embeddings that fit them."""
@@ -189,15 +189,15 @@ class Pipeline:
         """
         family, refiner = self.model.family, self.refiner.family if self.refiner else None
         with cpu_by_default():
-            request = request_for(prompt, settings, family, refiner is not None, self.adapters.mixes)
+            given = checked({**settings, "prompt": prompt}, "python")
+            request = request_for(given, family, refiner is not None, self.adapters.mixes)
             check_request(request, family)
-            check_task = TASKS[request.task].check
-            if check_task is not None:
+            if check_task := TASKS[request.task].check:
                 check_task(request, family)
             check_passes(request, family, refiner)
-            self.image_prompts.check(request)
+            request = self.image_prompts.checked(request)
             check_control(request, family, self.control_models)
-            note_idle(checked(settings, "python"), request, family)
+            note_idle(given, request, family)
         return request
 
     def make(

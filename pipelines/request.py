@@ -24,7 +24,7 @@ from ldm.models.prompts import PromptReader
 from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
-from pipelines.control_images import control_images
+from pipelines.control_images import EACH, control_images
 from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
@@ -93,16 +93,13 @@ class Request:
 Mixed = Callable[[Sequence[str], Any, bool], tuple[list[str], list[Mix]]]
 
 
-def request_for(
-    prompt: str | Sequence[str], given: Mapping[str, Any], family: Family, refined: bool, mixed: Mixed
-) -> Request:
-    """The request for a prompt or several, with the given settings; `mixed` is `pipelines.adapters.Adapters.mixes`.
+def request_for(values: dict[str, Any], family: Family, refined: bool, mixed: Mixed) -> Request:
+    """The request for the `settings.checked` settings of a call; `mixed` is `pipelines.adapters.Adapters.mixes`.
 
     Raises:
-        LdmError: a setting is not known, or its value not allowed.
+        LdmError: settings do not go together, or a file that they name is not there or cannot be used.
     """
-    values = settings.checked({**given, "prompt": prompt}, "python")
-    controls = control_images(values.pop("control", None))
+    controls = control_images(values.get("control"))
     image = _image(values["image"]) if "image" in values else None
     mask = _mask(values["mask"]) if "mask" in values else None
     prompts = values.get("prompt", ())
@@ -197,7 +194,7 @@ def _mask(given: Any) -> Image.Image:
     return mask
 
 
-CONTROLLING = ("control_scale", "control_fall", "control_begin", "control_end", "guess")
+CONTROLLING = (*EACH, "guess")
 TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 

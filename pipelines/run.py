@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -43,7 +43,7 @@ class TooManyError(LdmError):
 
 @dataclass(frozen=True)
 class Attached:
-    """What an attachment gives to one run: a patch of the U-Net, and the inputs that the patch reads."""
+    """An attachment gives one run a patch of the U-Net, and the inputs that the patch reads."""
 
     patch: str  # of `ldm.patches.patching.PATCHES`; its value is a tuple of the values of all that act together
     value: Any
@@ -51,7 +51,7 @@ class Attached:
 
 
 class InPart(Protocol):
-    """What acts in a part of a run's steps."""
+    """An object acts in its part of a run's steps."""
 
     @property
     def begin(self) -> float:
@@ -65,7 +65,7 @@ class InPart(Protocol):
 
 
 class Attachment(InPart, Protocol):
-    """What steers a run beside its prompt, such as a control image, in a part of the run's steps."""
+    """An attachment, such as a control model, steers a run beside its prompt, in a part of the run's steps."""
 
     def prepare(self, run: SamplingRun) -> Attached:
         """The patch and the inputs for a run; called once a run."""
@@ -73,12 +73,26 @@ class Attachment(InPart, Protocol):
 
 
 def acting(attachments: Sequence[InPart], index: int, count: int) -> tuple[int, ...]:
-    """Which attachments act in a step of `count`, as diffusers counts: those whose part holds all of the step."""
+    """The numbers of the attachments that act in a step of `count`, as diffusers counts: their parts hold all of it."""
     return tuple(
         number
         for number, one in enumerate(attachments)
         if one.begin <= index / count and (index + 1) / count <= one.end
     )
+
+
+def check_acting(one: InPart, name: str, request: Request) -> None:
+    """Raise unless an attachment acts in a step of a request's first pass; `name` is that of its settings.
+
+    Raises:
+        LdmError: it acts in none.
+    """
+    steps = request.steps if request.image is None else max(1, int(request.steps * request.strength))
+    if not any(acting([one], index, steps) for index in range(steps)):
+        raise LdmError(
+            f"{name}_begin {one.begin} and {name}_end {one.end}: no whole step of {steps} lies between them; take more "
+            "steps, or a larger part"
+        )
 
 
 class SamplingRun:
@@ -176,7 +190,7 @@ class SamplingRun:
         """
         schedule = self.model.family.schedule
 
-        @cache
+        @lru_cache(maxsize=1)  # anew after a gap, so that DeepCache reuses no result from before it
         def made(numbers: tuple[int, ...]) -> Denoise:
             """The denoiser of steps in which these attachments act."""
             cond, negative, _ = self.conditioning

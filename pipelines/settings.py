@@ -134,6 +134,7 @@ class ImagePrompt:
     mask: Any = None  # white: where the images count
     begin: float = 0.0  # part of the steps
     end: float = 1.0
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False)  # path of a file -> SHA-256
 
 
 # --- kinds of values --------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Tuning:
     ) -> tuple[LatentDiffusion, LatentDiffusion | None]:
         """Load and tune a model and perhaps its refiner; models that are loaded already stay as they are.
 
-        `options` are arguments of `open_source`, for the model.
+        `options` are arguments of `open_source` for the model; `allow_pickle` is for the refiner, too.
 
         Raises:
             LdmError: a model cannot be loaded or tuned in this way.
@@ -70,12 +70,13 @@ class Tuning:
                 value = getattr(self, name)
                 if value not in (None, False, "auto", "none"):
                     raise LdmError(f"{name} {value!r}: a model that is loaded already stays as it is; name its source")
-        own = [name for name in options if name != "allow_pickle"]  # which is about adapters and embeddings, too
+        own = [name for name in options if name != "allow_pickle"]  # which is about what is beside it, too
         if own and isinstance(source, LatentDiffusion):
             raise LdmError(f"{own[0]}: a model that is loaded already stays as it is; name its source")
         if self.quantize is not None:
             check_quantize(self.quantize, device, dtype)
-        pairs = [(source, options)] if refiner is None else [(source, options), (refiner, {})]
+        beside = {name: options[name] for name in options if name == "allow_pickle"}
+        pairs = [(source, options)] if refiner is None else [(source, options), (refiner, beside)]
         found = [one if isinstance(one, LatentDiffusion) else open_source(one, **more) for one, more in pairs]
         opened = [one.components for one in found if isinstance(one, Opened)]
         room = room_for(opened, self.offload, device, dtype) if opened else None

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.weights.adapters import Adapter
 from ldm.weights.adapters.names import NAMINGS, Place, written
 from ldm.weights.components import Components
 
@@ -61,6 +62,16 @@ def saved(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
+
+
+def deltas(found: Adapter, model: Components) -> dict[str, Tensor]:
+    """The change of every parameter that an adapter makes in a model, by component and name."""
+    modules = model.modules()
+    return {
+        f"{component}.{name}": change.delta(modules[component].get_parameter(name).detach())
+        for component, changes in found.changes.items()
+        for name, change in changes.items()
+    }
 
 
 def alpha(number: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tiny captioned images, in a folder, a tar shard or a dataset."""
+"""Tiny images: alone, and with captions in a folder, a tar shard or a dataset."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import numpy as np
 from PIL import Image, ImageCms
 
 SIZES = [(64, 64), (96, 64), (64, 96), (80, 72), (130, 70)]
+
+
+def image(seed: int = 0, width: int = 64, height: int = 64) -> Image.Image:
+    """An image of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def place_image(width: int, height: int) -> Image.Image:

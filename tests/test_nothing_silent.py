@@ -49,8 +49,12 @@ ELSEWHERE = (  # what, where, the test file, and a part of the line that it look
     ("residuals averaged by a file's name", "ldm/weights/control_models.py", "tests/weights/test_control_models.py",
      "shuffle"),
     ("the size of a condition image", "pipelines/control.py", "tests/pipelines/test_control_runs.py", "is resized to"),
+    ("control models without a condition image", "pipelines/control.py", "tests/pipelines/test_control_runs.py",
+     "the last ones are not used"),
     ("the size of an image to be filtered", "ldm/cli/preprocess.py", "tests/conditions/test_conditions.py",
      "is resized from"),
+    ("an image without people", "ldm/conditions/networks.py", "tests/conditions/test_conditions.py",
+     "no person was found"),
     ("images that an evaluation cannot read", "ldm/evaluation/report.py", "tests/evaluation/test_evaluation.py",
      "report.notes"),
 )  # fmt: skip
@@ -216,7 +220,7 @@ def configuration(path: Path, text: str, *overrides: str) -> None:
 FILES: dict[tuple[str, str, str], Callable[[Path], object]] = {
     ("a key that comes twice", "ldm/training/config.py", "seed is there twice"):
         lambda path: configuration(path, "seed: 1\noutput: x\nseed: 2\n"),
-    ("a key that is given twice", "ldm/training/config.py", "seed is given twice, as 1 and 2; give it once"):
+    ("a key that is given twice", "ldm/training/config.py", "seed is given twice, as 1 and 2; the last one counts"):
         lambda path: configuration(path, "", "seed=1", "seed=2"),
     ("an unknown key", "ldm/training/config.py", "sede is not known"): lambda path: configuration(path, "sede: 1\n"),
 }  # fmt: skip
@@ -277,7 +281,7 @@ def test_every_file_with_a_warning_is_in_the_table() -> None:
     """Of the files that read what is the user's; runtime and training warn of the machine and of the run."""
     listed = {where for _, where, *_ in (*PROVOKED, *ELSEWHERE)} | {"ldm/cli/convert.py"}
     warning = set()
-    for part in ("ldm/data", "ldm/weights", "ldm/cli", "pipelines"):
+    for part in ("ldm/conditions", "ldm/data", "ldm/weights", "ldm/cli", "pipelines"):
         for path in (ROOT / part).rglob("*.py"):
             if re.search(r"\blog\.warning\(", path.read_text()):
                 warning.add(path.relative_to(ROOT).as_posix())

@@ -1,10 +1,15 @@
 """Measure adapters beside diffusers, on random weights of real shapes.
 
     python tools/benchmark_adapters.py lora /tmp/adapters --rounds 3 --out adapters.json
+    python tools/benchmark_adapters.py control --family sd15 --rounds 5
 
 `lora`: the time to open a LoRA of rank 32 over all of SDXL's attention and to merge it into the U-Net in bf16, beside
 reading the U-Net once more and beside diffusers' `load_lora_weights` and `fuse_lora`; and a step of the U-Net with two
 merged LoRAs beside a plain step. The folder receives the U-Net's weights (SDXL: 5.1 GB) and stays.
+
+`control`: a guided step of a U-Net with a ControlNet (two images in a batch: the negative prompt's and the prompt's),
+with fused layers and what a run precomputes, beside diffusers' U-Net and ControlNet on the same weights; and a step
+without the ControlNet.
 
 Sides take turns. Seconds are those of the clock and, in brackets, of all processors.
 """
@@ -26,9 +31,16 @@ from torch import Tensor
 
 from ldm.families import FAMILIES
 from ldm.files import check_digest
-from ldm.models.unet import Conditioning, UNet
+from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.models.unet import Conditioning, UNet, UNetConfig
+from ldm.patches.controlnet import NamedControlNet
 from ldm.patches.low_rank import Change
+from ldm.patches.patching import patched
+from ldm.runtime import fused_cpu
+from ldm.runtime.attention import best_attention, set_attention
 from ldm.runtime.merging import merged
+from ldm.sampling.guidance import plain
+from ldm.sampling.loop import Time
 from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.adapters.names import written
 from ldm.weights.components import Components
@@ -178,6 +190,60 @@ def step(model: Components, adapters: list[Adapter], options: argparse.Namespace
         side("step with two LoRAs", lambda: both(x, t, cond))
 
 
+@torch.inference_mode()
+def control(options: argparse.Namespace) -> dict[str, list[Seconds]]:
+    """Guided steps with a ControlNet, here and in diffusers, on the same random weights."""
+    import diffusers
+
+    family, dtype = FAMILIES[options.family], getattr(torch, options.dtype)
+    torch.set_default_dtype(dtype)
+    own = {field: getattr(family.unet, field) for field in UNetConfig.__dataclass_fields__}
+    unet, network = UNet(family.unet).eval(), ControlNet(ControlNetConfig(**own)).eval()
+    json_of = {name: value for name, value in write_unet(family.unet).items() if not name.startswith("_")}
+    half = {name: json_of[name] for name in json_of if name not in ("up_block_types", "out_channels", "sample_size")}
+    theirs = diffusers.UNet2DConditionModel(**json_of).eval(), diffusers.ControlNetModel(**half).eval()
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)  # as after training
+    for ours, other in zip((unet, network), theirs, strict=True):
+        other.load_state_dict(ours.state_dict())
+        fused_cpu.fuse(ours)
+        set_attention(ours, best_attention(torch.device("cpu"), dtype), torch.device("cpu"))
+    torch.set_default_dtype(torch.float32)
+    side, c = options.side, family.unet
+    x, image = torch.randn(2, c.in_channels, side, side).to(dtype), torch.rand(2, 3, 8 * side, 8 * side).to(dtype)
+    pooled = torch.randn(2, c.pooled_dim).to(dtype) if c.pooled_dim else None
+    size = torch.zeros(2, c.size_ids) if c.size_ids else None
+    more = {
+        "net.image": network.embed_image(image),
+        "net.scales": torch.ones(2, len(network.config.skips) + 1, dtype=dtype),
+    }
+    cond = Conditioning(torch.randn(2, 77, c.text_dim).to(dtype), pooled, size, more)
+    time_of = Time(500.0, torch.tensor(500.0))
+    with_net = plain(patched(unet, {"controlnets": (NamedControlNet(network, "net"),)}), cond, [500.0])
+    without = plain(unet, cond, [500.0])
+
+    def in_diffusers() -> Tensor:
+        added = {"text_embeds": pooled, "time_ids": size} if c.pooled_dim else None
+        common = {"encoder_hidden_states": cond.text, "added_cond_kwargs": added, "return_dict": False}
+        down, middle = theirs[1](x, time_of.tensor, controlnet_cond=image, **common)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return theirs[0](x, time_of.tensor, **common, **residuals)[0]
+
+    sides: dict[str, Callable[[], Tensor]] = {
+        "step": lambda: without(x, time_of),
+        "step with a ControlNet": lambda: with_net(x, time_of),
+        "the same in diffusers": in_diffusers,
+    }
+    made = [work().float() for work in sides.values()]
+    print(f"largest difference {(made[1] - made[2]).abs().max():.1e} of {made[2].abs().max():.1e}")
+    found: dict[str, list[Seconds]] = {name: [] for name in sides}
+    for _ in range(options.rounds):
+        for name, work in sides.items():
+            found[name].append(timed(work))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -188,6 +254,13 @@ def main() -> None:
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--side", type=int, default=32, help="of the latents in a step")
     command.add_argument("--alone", action="store_true", help="without diffusers")
+    command.add_argument("--out", type=Path, help="a JSON file for all figures")
+    command = commands.add_parser("control", help="guided steps with a ControlNet")
+    command.set_defaults(run=control)
+    command.add_argument("--family", default="sd15", choices=list(FAMILIES))
+    command.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--side", type=int, default=32, help="of the latents in a step")
     command.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()
     found = options.run(options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -15,16 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldm.cli.common import counter, progress
+from ldm.cli.common import counter, is_family, log_warnings, progress
 from ldm.errors import LdmError
-from ldm.families import FAMILIES, family_named
+from ldm.families import family_named
 from ldm.files import check_destination
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.adapters import Adapter, layers, open_adapter, origin
 from ldm.weights.adapters.factoring import Kept, check_reduction, extracted, resized
 from ldm.weights.adapters.reading import look_into
 from ldm.weights.adapters.writing import FORMATS, write_adapter
-from ldm.weights.builtin import builtin
 from ldm.weights.components import Components, build
 from ldm.weights.sources import open_source
 from pipelines.adapters import adapted
@@ -35,7 +33,7 @@ _FAMILIES = {"SD 1.x": "sd15", "SD 2.x": "sd2", "SDXL": "sdxl", "SDXL's refiner"
 
 
 def print_adapter(file: str, as_json: bool, allow_pickle: bool) -> None:
-    """Print what an adapter's file is, by names, shapes and metadata."""
+    """Print the description of an adapter's file, by names, shapes and metadata."""
     report = describe(Path(file), allow_pickle)
     if as_json:
         print(json.dumps(report, indent=2))
@@ -49,7 +47,7 @@ def print_adapter(file: str, as_json: bool, allow_pickle: bool) -> None:
 
 
 def describe(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    """What an adapter's file is: kind, base model, layers, ranks, alphas, trigger words, and its training record."""
+    """The description of a file: kind, base model, layers, ranks, alphas, trigger words, and its training record."""
     found = look_into(path, allow_pickle)
     infos, metadata, alphas = found.infos, found.metadata, found.alphas
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -66,7 +64,7 @@ def describe(path: Path, allow_pickle: bool) -> dict[str, Any]:
     foreign = Counter(kind for name in infos if (kind := origin.foreign_kind(name)))
     if not parts and not foreign:
         what = origin.other_file(infos) or "it holds no tensors with an adapter's names"
-        raise LdmError(f"{path} is not an adapter: {what if what.startswith('it') else f'it is {what}'}")
+        raise LdmError(f"{path} is not an adapter: {what}")
     stated = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec."))}
     return {
         "file": str(path),
@@ -108,15 +106,16 @@ def trigger_words(metadata: Mapping[str, str], most: int = 20) -> list[str]:
 
 
 def merge(
-    model: str, dest: str, loras: list[str], dtype: str | None, force: bool, allow_pickle: bool
-) -> None:  # fmt: skip
+    model: str, dest: str, loras: list[str], dtype: str | None, force: bool, partial: bool, allow_pickle: bool
+) -> None:
     """Write a model with adapters merged into its weights."""
+    log_warnings()
     path = Path(dest)
     single = path.suffix.lower() == ".safetensors"
     check_destination(path, folder=not single, overwrite=force)
     with progress() as report:
         opened = open_source(model, allow_pickle=allow_pickle, progress=report)
-        mix = tuple(_mixed(lora, opened.components, allow_pickle) for lora in loras)
+        mix = tuple(_mixed(lora, opened.components, partial, allow_pickle) for lora in loras)
         base = LatentDiffusion.of(opened.load(dtype_named(dtype), progress=report))
         lineage = {
             "merged": [{"file": s.file.name, "sha256": s.sha256, "unet": s.unet, "text": s.text} for s in mix],
@@ -126,13 +125,13 @@ def merge(
     print(dest)
 
 
-def _mixed(lora: str, model: Components, allow_pickle: bool) -> MixedAdapter:
+def _mixed(lora: str, model: Components, partial: bool, allow_pickle: bool) -> MixedAdapter:
     """The adapter that FILE[:WEIGHT] stands for, with its weights."""
     try:
         ((one,),) = wanted(parse_mix(lora), 1)
     except ValueError:
         raise LdmError(f"{lora!r}: FILE, FILE:WEIGHT or FILE:unet=WEIGHT:text=WEIGHT is needed") from None
-    adapter = open_adapter(one.name, model, allow_pickle=allow_pickle)
+    adapter = open_adapter(one.name, model, partial=partial, allow_pickle=allow_pickle)
     return MixedAdapter(adapter.name, adapter.file, adapter.digest, "", one.unet, one.text, adapter)
 
 
@@ -147,7 +146,7 @@ def extract(
             open_source(one, allow_pickle=allow_pickle, progress=report).load(progress=report) for one in (base, tuned)
         ]
     with counter("layers", sum(1 for m in models[0].modules().values() for _ in m.named_parameters())) as advance:
-        changes, kept, left_out = extracted(models[0], models[1], wanted, lambda *_: advance())
+        changes, kept, left_out = extracted(models[0], models[1], wanted, advance)
     adapter = Adapter(path.stem, path, "LoRA", "kohya", changes)
     write_adapter(adapter, models[0], path, format, dtype=dtype_named(dtype) or torch.float16, overwrite=force)
     if left_out:
@@ -158,29 +157,24 @@ def extract(
 
 def resize(
     file: str, dest: str, rank: int | None, energy: float | None, format: str, model: str | None, force: bool,
-    allow_pickle: bool,
+    partial: bool, allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Write an adapter at a smaller rank."""
     wanted, path = check_reduction(rank, energy), _destination(dest, format, force)
-    adapter, components = _opened(file, model, allow_pickle)
-    # tensors of the weights' shapes, without memory of their own
-    shapes = {
-        (component, name): torch.zeros(()).expand(parameter.shape)
-        for component, network in components.modules().items()
-        for name, parameter in network.named_parameters()
-    }
-    smaller, kept = resized(adapter, shapes, wanted)
+    adapter, components = _opened(file, model, partial, allow_pickle)
+    smaller, kept = resized(adapter, components, wanted)
     write_adapter(smaller, components, path, format, overwrite=force)
     _say(kept)
     print(dest)
 
 
 def convert(
-    file: str, dest: str, format: str, model: str | None, dtype: str | None, force: bool, allow_pickle: bool
-) -> None:
+    file: str, dest: str, format: str, model: str | None, dtype: str | None, force: bool, partial: bool,
+    allow_pickle: bool,
+) -> None:  # fmt: skip
     """Write an adapter with another format's names."""
     path = _destination(dest, format, force)
-    adapter, components = _opened(file, model, allow_pickle)
+    adapter, components = _opened(file, model, partial, allow_pickle)
     write_adapter(adapter, components, path, format, dtype=dtype_named(dtype), overwrite=force)
     print(dest)
 
@@ -195,21 +189,21 @@ def _destination(dest: str, format: str, force: bool) -> Path:
     return path
 
 
-def _opened(file: str, model: str | None, allow_pickle: bool) -> tuple[Adapter, Components]:
+def _opened(file: str, model: str | None, partial: bool, allow_pickle: bool) -> tuple[Adapter, Components]:
     """An adapter, and the shapes of a model that it fits: the named one, or one of the family that it was made for."""
-    logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    log_warnings()
     if model is None:
         found = look_into(Path(file), allow_pickle)
         base = origin.base_family(found.infos, found.metadata)
         if base not in _FAMILIES:
             raise LdmError(f"{file} does not tell which model it is for; name a model or a family (--model sdxl)")
         model = _FAMILIES[base]
-    if model in FAMILIES and not Path(model).exists() and not builtin(model):
+    if is_family(model):
         with torch.device("meta"):
             components = build(family_named(model))
     else:
         components = open_source(model, allow_pickle=allow_pickle, verify=False).components
-    return open_adapter(file, components, allow_pickle=allow_pickle), components
+    return open_adapter(file, components, partial=partial, allow_pickle=allow_pickle), components
 
 
 def _say(kept: Kept) -> None:

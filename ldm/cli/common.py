@@ -24,8 +24,10 @@ from rich.progress import (
 )
 
 from ldm.errors import LdmError
+from ldm.families import FAMILIES
 from ldm.files import Progress as Report
 from ldm.files import silent
+from ldm.weights.builtin import builtin
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
 
@@ -52,6 +54,11 @@ class SourceOptions:
             verify=verify,
             progress=report,
         )
+
+
+def is_family(source: str) -> bool:
+    """Whether a source is a family's name, and not a model that is there under the same name."""
+    return source in FAMILIES and not Path(source).exists() and not builtin(source)
 
 
 class Once(logging.Filter):

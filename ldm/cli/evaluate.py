@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,14 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
     family = pipeline.model.family
     if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:
         raise LdmError(f"{source} is a model of {family.name}, which makes no images of prompts alone")
+
+    def adapters(prompts: Sequence[str], changes: Mapping[str, Value]) -> list[tuple[str, str]]:
+        mixes = pipeline.request(list(prompts), **{**making, **changes}).mixes
+        return sorted({(share.name, share.sha256) for mix in mixes for share in mix})
+
     swept = ({}, *({name: value} for name, values in plan.sweeps.items() for value in values))
-    mixes = [pipeline.request("", **{**making, **changes}).mixes[0] for changes in swept]
-    files = {share.name: share.sha256 for mix in mixes for share in mix}
+    files = dict(pair for changes in swept for pair in adapters([""], changes))
+    learned = {one.names[0]: one.digest for one in pipeline.embeddings}
     size = min(making.get("height", family.size), making.get("width", family.size))
 
     def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
@@ -114,8 +119,9 @@ def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationP
 
     dtype = str(pipeline.model.dtype).removeprefix("torch.")
     refiner = {} if pipeline.refiner is None else {"refiner_digest": pipeline.refiner.fingerprint()}
-    facts = {**settings, "dtype": dtype, **refiner, **({"adapter_sha256": files} if files else {})}
-    return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, facts)
+    digests = {"adapter_sha256": files, "embedding_sha256": learned}
+    facts = {**settings, "dtype": dtype, **refiner, **{name: found for name, found in digests.items() if found}}
+    return Model(source, pipeline.model.fingerprint(), size, make, rebuilt, facts, adapters)
 
 
 # --- surroundings -----------------------------------------------------------------------------------------------------

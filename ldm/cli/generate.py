@@ -21,7 +21,9 @@ import ldm
 from ldm.cli.common import counter, log_warnings, to_png
 from ldm.cli.info import describe
 from ldm.cli.record import to_parameters
+from ldm.conditions.table import check_kind
 from ldm.errors import LdmError
+from ldm.files import file_digest
 from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.builtin import DEFAULT, builtin
@@ -29,6 +31,7 @@ from ldm.weights.components import build
 from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
+from pipelines.control_images import control_images
 from pipelines.pipeline import named
 from pipelines.request import Request, records
 from pipelines.settings import LOADING, at, checked
@@ -79,12 +82,12 @@ class Group:
 
     jobs: list[Job]
     settings: dict[str, Any]
-    request: Request  # without starting images, because a list may name thousands
+    request: Request  # without its images' pixels, because a list may name thousands
 
     def whole(self) -> Request:
-        """The request with its starting images."""
+        """The request with its images, which are in memory as long as it is."""
         given = {name: load_image(self.settings[name], mode) for name, mode in IMAGES if name in self.settings}
-        return replace(self.request, **given)  # type: ignore[arg-type]
+        return replace(_closed(self.request), **given)  # type: ignore[arg-type]
 
 
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
@@ -102,6 +105,8 @@ def generate_images(options: Options) -> None:
     for name, mode in IMAGES:
         if name in options.settings:
             load_image(options.settings[name], mode)  # errors come before a model is loaded
+    for one in control_images(options.settings.get("control")):
+        check_kind(one.kind)
     jobs = list(make_jobs(options))
     targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
@@ -194,7 +199,12 @@ def checked_groups(pipeline: Pipeline, common: dict[str, Any], jobs: list[Job]) 
     for line, found in groupby(jobs, key=lambda job: job.settings):
         group, settings = list(found), common | dict(line)
         request = _checked(pipeline, settings, group)
-        yield Group(group, settings, replace(request, image=None, mask=None))
+        yield Group(group, settings, _closed(request))
+
+
+def _closed(request: Request) -> Request:
+    """A request without its images' pixels; condition images are read again when they are used."""
+    return replace(request.changed(control=tuple(one.closed() for one in request.control)), image=None, mask=None)
 
 
 def _checked(pipeline: Pipeline, settings: dict[str, Any], jobs: list[Job]) -> Request:
@@ -315,8 +325,9 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
     loading = options.loading
     reading = {name: loading[name] for name in READING if name in loading}
     opened = open_source(named(loading.get("source")), **reading, verify=False)
-    refiner = open_source(loading["refiner"], verify=False) if "refiner" in loading else None
-    controls = [open_control_model(one, opened.family, verify=False) for one in loading.get("control_models", ())]
+    beside = {"allow_pickle": loading.get("allow_pickle", False), "verify": False}
+    refiner = open_source(loading["refiner"], **beside) if "refiner" in loading else None
+    controls = [open_control_model(one, opened.family, **beside) for one in loading.get("control_models", ())]
     with torch.device("meta"):
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)),
@@ -340,4 +351,4 @@ def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
 
 def _file(path: Any) -> dict[str, str]:
     """The record of a starting image: its path and its digest."""
-    return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return {"path": str(path), "sha256": file_digest(Path(path), plain=True)}

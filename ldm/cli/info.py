@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldm.cli.common import SourceOptions, progress
+from ldm.cli.common import SourceOptions, is_family, progress
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
-from ldm.weights.builtin import builtin
 from ldm.weights.components import Opened, build
 from ldm.weights.sources import verify_source
 
 
 def print_description(source: str, as_json: bool, verify: bool, options: SourceOptions) -> None:
     """Print the description of a source or of a family."""
-    if source in FAMILIES and not Path(source).exists() and not builtin(source):
+    if is_family(source):
         if verify or replace(options, allow_pickle=False) != SourceOptions():
             raise LdmError(f"{source} is a family, not a model: leave the other options out")
         report = describe_family(FAMILIES[source])

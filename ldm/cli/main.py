@@ -43,6 +43,8 @@ Replace = Annotated[
     list[str] | None,
     typer.Option("--component", help="Component from another file, as NAME=PATH: unet, vae, text_encoder[_2]."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+ModelDest = Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read tensors, and nothing else, from .ckpt and .bin.")]
 
 
@@ -88,11 +90,11 @@ def info(
 @app.command()
 def convert(
     source: Source,
-    dest: Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")],
+    dest: ModelDest,
     dtype: Annotated[str | None, typer.Option(help="Convert the weights: fp32, fp16 or bf16.")] = None,
     as_variant: Annotated[str | None, typer.Option(help="Variant in the names of a folder's files: fp16.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Largest file in a folder, such as 5GB (10GB).")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")] = False,
+    force: Force = False,
     family: FamilyOption = None,
     variant: Variant = None,
     revision: Revision = None,
@@ -113,6 +115,7 @@ adapter = typer.Typer(
 )
 app.add_typer(adapter, name="adapter")
 AdapterFile = Annotated[str, typer.Argument(help="An adapter's file, or a folder by peft or diffusers.")]
+AdapterDest = Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")]
 Rank = Annotated[int | None, typer.Option(help="The largest rank.")]
 Energy = Annotated[float | None, typer.Option(help="Share of the sum of squares to keep, such as 0.95.")]
 AdapterFormat = Annotated[str, typer.Option("--format", help="kohya, diffusers, or peft (a folder).")]
@@ -120,7 +123,9 @@ AdapterModel = Annotated[
     str | None,
     typer.Option("--model", help="A model or family that the adapter fits, if its tensors do not tell."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+PartialAdapters = Annotated[
+    bool, typer.Option("--partial-adapters", help="Use what fits of an adapter that does not fit as a whole.")
+]
 AdapterType = Annotated[str | None, typer.Option("--dtype", help="Type of the tensors: fp32, fp16 or bf16.")]
 
 
@@ -139,23 +144,24 @@ def adapter_info(
 @adapter.command("merge")
 def adapter_merge(
     model: Source,
-    dest: Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")],
+    dest: ModelDest,
     lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[:WEIGHT]", help="An adapter; once for each.")],
     dtype: AdapterType = None,
     force: Force = False,
+    partial_adapters: PartialAdapters = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write a model with adapters merged into its weights."""
     from ldm.cli.adapter import merge
 
-    merge(model, dest, lora, dtype, force, allow_pickle)
+    merge(model, dest, lora, dtype, force, partial_adapters, allow_pickle)
 
 
 @adapter.command("extract")
 def adapter_extract(
     base: Source,
     tuned: Annotated[str, typer.Argument(help="A model trained from the first one.")],
-    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    dest: AdapterDest,
     rank: Rank = None,
     energy: Energy = None,
     format: AdapterFormat = "kohya",
@@ -172,34 +178,36 @@ def adapter_extract(
 @adapter.command("resize")
 def adapter_resize(
     file: AdapterFile,
-    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    dest: AdapterDest,
     rank: Rank = None,
     energy: Energy = None,
     format: AdapterFormat = "kohya",
     model: AdapterModel = None,
     force: Force = False,
+    partial_adapters: PartialAdapters = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write an adapter at a smaller rank, and say how much of it that keeps."""
     from ldm.cli.adapter import resize
 
-    resize(file, dest, rank, energy, format, model, force, allow_pickle)
+    resize(file, dest, rank, energy, format, model, force, partial_adapters, allow_pickle)
 
 
 @adapter.command("convert")
 def adapter_convert(
     file: AdapterFile,
-    dest: Annotated[str, typer.Argument(help="The file to write, or a folder with --format peft.")],
+    dest: AdapterDest,
     format: AdapterFormat,
     model: AdapterModel = None,
     dtype: AdapterType = None,
     force: Force = False,
+    partial_adapters: PartialAdapters = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write an adapter with the names of another format."""
     from ldm.cli.adapter import convert
 
-    convert(file, dest, format, model, dtype, force, allow_pickle)
+    convert(file, dest, format, model, dtype, force, partial_adapters, allow_pickle)
 
 
 def _of_generate_itself(
@@ -284,19 +292,18 @@ def preprocess(
         str,
         typer.Argument(
             metavar="KIND",
-            help="canny, lineart, gray, blur, tile, inpaint; or, by a network, depth, normal, pose, seg.",
+            help="canny, lineart, gray, blur, tile; or, by a network, depth, normal, pose, seg.",
         ),
     ],
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image file.")],
     out: Annotated[str, typer.Option(metavar="FILE", help="The condition image, a .png.")],
     model: Annotated[str | None, typer.Option(help="Folder or Hub name of another network of transformers.")] = None,
-    mask: Annotated[str | None, typer.Option(help="For inpaint: its white pixels are made black.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; by default the image's.")] = None,
 ) -> None:
     """Make a condition image for a ControlNet or T2I-Adapter of an image."""
     from ldm.cli.preprocess import preprocess_image
 
-    preprocess_image(kind, image, out, model, mask, size)
+    preprocess_image(kind, image, out, model, size)
 
 
 @app.command()

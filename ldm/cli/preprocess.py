@@ -15,15 +15,14 @@ from pipelines.settings import find
 log = logging.getLogger(__name__)
 
 
-def preprocess_image(kind: str, file: str, out: str, model: str | None, mask: str | None, size: str | None) -> None:
+def preprocess_image(kind: str, file: str, out: str, model: str | None, size: str | None) -> None:
     """Write the condition image of an image, and print its path."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     target, image = to_png(out), load_image(file)
-    white = load_image(mask, "L") if mask else None
     if size is not None:
         wanted = find("size", "shell").parse(size, "--size")
         if wanted != image.size:
             log.warning("%s is resized from %d×%d to %d×%d", file, *image.size, *wanted)
             image = image.resize(wanted, Image.Resampling.LANCZOS)
-    save_png(condition(kind, image, model=model, mask=white), target)
+    save_png(condition(kind, image, model=model), target)
     print(target)

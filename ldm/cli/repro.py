@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from ldm.cli.common import log_warnings, to_components, to_png
 from ldm.cli.record import embeddings_of, from_parameters, listed
 from ldm.errors import LdmError, listing
+from ldm.files import file_digest
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
 from pipelines.image_prompts import from_record
@@ -29,6 +29,7 @@ ABOUT = {
     "embeddings",
     "image_prompt",
     "image_encoder",
+    "image_encoder_hash",
 }  # keys of a record that are no settings
 
 
@@ -118,6 +119,12 @@ def _check_files(path: Path, source: str, record: dict[str, Any], parameters: st
         raise LdmError(
             f"{path} was made with other weights ({stated}) than {source} has ({found}); name the right model"
         )
+    encoder, stated = pipeline.image_prompts, record.get("image_encoder_hash")
+    if stated and encoder.encoder_hash != stated:
+        raise LdmError(
+            f"{path} was made with another image encoder ({stated}) than {encoder.encoder_source} "
+            f"({encoder.encoder_hash}); name the right one (--image-encoder)"
+        )
     embeddings = {one["name"]: one["sha256"] for one in _embeddings(record)} or embeddings_of(parameters)
     for name, digest in embeddings.items():
         called = [one for one in pipeline.embeddings if listed(name) in map(listed, one.names)]
@@ -172,6 +179,6 @@ def _found(name: str, record: Any) -> str:
     if not isinstance(record, dict) or not isinstance(record.get("path"), str):
         raise LdmError(f"the image's record of its {name} is damaged")
     path = Path(record["path"])
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record.get("sha256"):
+    if not path.is_file() or file_digest(path, plain=True) != record.get("sha256"):
         raise LdmError(f"the {name} that it was made from, {path}, is gone or has changed; name it (--{name})")
     return str(path)

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm.errors import LdmError
-from ldm.images import WHITE
 
 THRESHOLDS = (100, 200)  # of Canny's gradients, as ControlNets have them
 RADIUS = 9  # pixels, of the blur
@@ -19,7 +18,12 @@ REDUCED = 4  # how much smaller the image is without its details
 _WIDE = 6  # pixels, the standard deviation of the blur that lines differ from
 
 
-def _cv2() -> Any:
+def opencv() -> Any:
+    """OpenCV's module.
+
+    Raises:
+        LdmError: it is not installed.
+    """
     try:
         import cv2
     except ImportError:
@@ -29,7 +33,7 @@ def _cv2() -> Any:
 
 def canny(image: Image.Image) -> Image.Image:
     """Edges, white on black (Canny 1986)."""
-    return Image.fromarray(_cv2().Canny(np.asarray(image), *THRESHOLDS)).convert("RGB")
+    return Image.fromarray(opencv().Canny(np.asarray(image), *THRESHOLDS)).convert("RGB")
 
 
 def lineart(image: Image.Image) -> Image.Image:
@@ -38,7 +42,7 @@ def lineart(image: Image.Image) -> Image.Image:
     Half of the clear differences are made brighter than 127.
     """
     pixels = np.asarray(image, np.float32)
-    darker = (_cv2().GaussianBlur(pixels, (0, 0), _WIDE) - pixels).min(axis=2).clip(0, 255)
+    darker = (opencv().GaussianBlur(pixels, (0, 0), _WIDE) - pixels).min(axis=2).clip(0, 255)
     clear = darker[darker > 8]
     level = max(16.0, float(np.median(clear))) if len(clear) else 16.0
     return Image.fromarray((darker / level * 127).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -58,12 +62,6 @@ def tile(image: Image.Image) -> Image.Image:
     """The image without its details: reduced, and enlarged again."""
     width, height = (max(1, round(side / REDUCED)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
-
-
-def hidden(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The image, black where a mask of any size is white."""
-    white = np.asarray(mask.convert("L").resize(image.size, Image.Resampling.NEAREST)) >= WHITE
-    return Image.fromarray(np.where(white[..., None], 0, np.asarray(image)).astype(np.uint8))
 
 
 def same(image: Image.Image) -> Image.Image:

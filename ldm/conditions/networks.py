@@ -1,13 +1,14 @@
 """Condition images by networks of transformers: depth, normals, pose, segments; each by Hub name or folder.
 
-transformers has pipelines for depth and segments alone. Normals are those of the depth map; a pose is estimated by a
-network of ViTPose's interface, of the whole image, which should show one person.
+transformers has no pipelines for normals and poses. Normals are those of the depth map; poses are those that ViTPose
+finds in the boxes of a detector of people.
 
 H×W height and width of an image
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,8 +18,10 @@ from PIL import Image, ImageDraw
 
 from ldm.errors import LdmError, first_line
 
+log = logging.getLogger(__name__)
+
 DEPTH, POSE, SEGMENTS = (
-    "depth-anything/Depth-Anything-V2-Small-hf", "usyd-community/vitpose-base-simple",
+    "depth-anything/Depth-Anything-V2-Small-hf", "PekingU/rtdetr_r50vd_coco_o365+usyd-community/vitpose-base-simple",
     "openmmlab/upernet-convnext-small",
 )  # fmt: skip
 _DISTANCES = ("depth_pro", "glpn", "zoedepth")  # networks that give distances; the others give their inverse
@@ -72,6 +75,25 @@ def _unusable(model: str, what: str, reason: str) -> LdmError:
         f"{model} cannot be opened as {what} ({reason}); name a folder or a model on the Hub that is one "
         "(model=, --model)"
     )
+
+
+@lru_cache
+def check_network(model: str) -> None:
+    """Raise unless the configurations of a kind's networks (NETWORK, or DETECTOR+NETWORK) are here or on the Hub.
+
+    Raises:
+        LdmError: one cannot be read.
+    """
+    from transformers import AutoConfig
+
+    for name in model.split("+"):
+        try:
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise LdmError(
+                f"{name}, which makes condition images, cannot be read ({first_line(error)}); connect to the Hub, "
+                "or give a condition image that is made already (control=, --control image=FILE)"
+            ) from None
 
 
 def depth(image: Image.Image, model: str = DEPTH) -> Image.Image:
@@ -140,41 +162,55 @@ def _pose_network(model: str) -> tuple[Any, Any]:
 
 
 def pose(image: Image.Image, model: str = POSE) -> Image.Image:
-    """The pose of the person that the image shows, drawn as OpenPose does.
+    """The poses of people, drawn as OpenPose does; without a person, black.
+
+    `model` is DETECTOR+NETWORK, or a network alone, for which one person fills the image.
 
     Raises:
-        LdmError: the model cannot be opened, or does not give COCO's 17 points.
+        LdmError: a model cannot be opened, or does not give COCO's 17 points.
     """
     import torch
 
-    processor, network = _pose_network(model)
-    whole = [[[0.0, 0.0, float(image.width), float(image.height)]]]
+    detector, _, name = model.rpartition("+")
+    processor, network = _pose_network(name)
+    boxes = _people(image, detector) if detector else [[0.0, 0.0, float(image.width), float(image.height)]]
+    if not boxes:
+        log.warning("no person was found for the kind pose of condition images: the condition image is black")
+        return skeletons(image.size, [])
     with torch.inference_mode():
-        inputs = processor(image, boxes=whole, return_tensors="pt")
+        inputs = processor(image, boxes=[boxes], return_tensors="pt")
         if getattr(network.config.backbone_config, "num_experts", 1) > 1:  # ViTPose++: the first expert is COCO's
-            inputs["dataset_index"] = torch.tensor([0])
-        found = processor.post_process_pose_estimation(network(**inputs), boxes=whole)[0][0]
-    points, scores = found["keypoints"].numpy(), found["scores"].numpy().reshape(-1)
-    if len(points) != 17:
-        raise LdmError(f"{model} gives {len(points)} points; one that gives COCO's 17 is needed (--model)")
-    return skeleton(image.size, points, scores)
+            inputs["dataset_index"] = torch.zeros(len(boxes), dtype=torch.int64)
+        (found,) = processor.post_process_pose_estimation(network(**inputs), boxes=[boxes])
+    people = [(one["keypoints"].numpy(), one["scores"].numpy().reshape(-1)) for one in found]
+    count = len(people[0][0])
+    if count != 17:
+        raise LdmError(f"{name} gives {count} points; one that gives COCO's 17 is needed (--model)")
+    return skeletons(image.size, people)
 
 
-def skeleton(size: tuple[int, int], points: np.ndarray, scores: Sequence[float] | np.ndarray) -> Image.Image:
-    """An image of this size with the skeleton of COCO's points (17, 2), those that are sure enough."""
+def _people(image: Image.Image, detector: str) -> list[list[float]]:
+    """The boxes of people: left, top, width and height of each."""
+    found = [one["box"] for one in _pipeline("object-detection", detector)(image) if one["label"] == "person"]
+    return [[box["xmin"], box["ymin"], box["xmax"] - box["xmin"], box["ymax"] - box["ymin"]] for box in found]
+
+
+def skeletons(size: tuple[int, int], people: Sequence[tuple[np.ndarray, Sequence[float] | np.ndarray]]) -> Image.Image:
+    """An image of this size with the skeletons of COCO's points (17, 2), those whose scores (17,) are high enough."""
     drawn = Image.new("RGB", size)
     draw, stick = ImageDraw.Draw(drawn), max(1.0, _STICK * min(size) / 512)
     neck = (5, 6)  # of COCO's points
-    sure = [all(scores[at] >= _SURE for at in (neck if number is None else (number,))) for number in _POINTS]
-    places = [points[list(neck)].mean(axis=0) if number is None else points[number] for number in _POINTS]
     colours = [_rainbow(number) for number in range(len(_POINTS))]
-    for number, (start, end) in enumerate(_LIMBS):
-        if sure[start] and sure[end]:
-            colour = tuple(int(0.6 * part) for part in colours[number])
-            draw.polygon(_limb(places[start], places[end], stick), fill=colour)
-    for place, colour, drawable in zip(places, colours, sure, strict=True):
-        if drawable:
-            draw.ellipse([*(place - stick), *(place + stick)], fill=colour)
+    for points, scores in people:
+        sure = [all(scores[at] >= _SURE for at in (neck if number is None else (number,))) for number in _POINTS]
+        places = [points[list(neck)].mean(axis=0) if number is None else points[number] for number in _POINTS]
+        for number, (start, end) in enumerate(_LIMBS):
+            if sure[start] and sure[end]:
+                colour = tuple(int(0.6 * part) for part in colours[number])
+                draw.polygon(_limb(places[start], places[end], stick), fill=colour)
+        for place, colour, there in zip(places, colours, sure, strict=True):
+            if there:
+                draw.ellipse([*(place - stick), *(place + stick)], fill=colour)
     return drawn
 
 

@@ -227,14 +227,14 @@ def _unused(
     stems = Counter(_stem(path) for path in images)
     orphans = [path for stem, path in beside.items() if stem not in stems]
     if orphans:
-        yield f"{len(orphans)} .txt files have no image of their name: {_some(orphans)}"
+        yield f"{len(orphans)} .txt files have no image of their name: {listing(orphans, 3)}"
     said = [path for path in images if any(text for text, _ in listed.get(path, ()))]
     double = [beside[stem] for path in said if (stem := _stem(path)) in beside]
     if double:
-        yield f"{len(double)} .txt files are not read, because the metadata lists captions: {_some(double)}"
+        yield f"{len(double)} .txt files are not read, because the metadata lists captions: {listing(double, 3)}"
     shared = [beside[stem] for stem, count in stems.items() if count > 1 and stem in beside]
     if shared:
-        yield f"{len(shared)} .txt files are captions of several images of the same name: {_some(shared)}"
+        yield f"{len(shared)} .txt files are captions of several images of the same name: {listing(shared, 3)}"
     known = {*images, *beside.values()}
     others = Counter(
         _suffix(path) for path in stamps if path not in known and posixpath.basename(path).lower() not in _METADATA
@@ -243,10 +243,6 @@ def _unused(
         most = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
         kinds = [f"{count} {f'.{suffix}' if suffix else 'without'}" for suffix, count in most]
         yield f"{others.total()} other files are not read, by ending: {listing(kinds, 8)}"
-
-
-def _some(names: list[str]) -> str:
-    return listing([*names[:3], *[""] * (len(names) - 3)], 3)
 
 
 def _records(path: Path) -> Iterator[Record]:

@@ -167,7 +167,7 @@ class ImageSet:
             rows = pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), note))
             has = rows.to_pylist()
             names = [self.key(index) for index in has[:3]]
-            yield f"{len(has)} images ({listing([*names, *[''] * (len(has) - len(names))], 3)}): {note}"
+            yield f"{len(has)} images ({listing(names, 3, len(has))}): {note}"
 
     def _report_bare(self, bare: np.ndarray, captions: str) -> None:
         """Raise an error if captions are required; if they are optional, tell what may hold them and is not read."""
@@ -175,7 +175,7 @@ class ImageSet:
         unread = self.source.unread()
         what = (
             f"{self.source.name}: {bare.sum()} of {len(bare)} images have no caption "
-            f"({listing([*names, *[''] * (int(bare.sum()) - len(names))])}); "
+            f"({listing(names, count=int(bare.sum()))}); "
         )
         if captions == "required":
             raise LdmError(f"{what}{unread}{'; or ' if unread else ''}write them, or set captions: optional")

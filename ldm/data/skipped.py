@@ -49,7 +49,7 @@ class Skipped:
         if count >= HANDFUL and count > MOST * seen:
             first = [f"{key} ({reason})" for key, reason in list(self.reasons.items())[:3]]
             raise LdmError(
-                f"{self.name}: {count} of {seen} images cannot be used: {listing([*first, *[''] * (count - 3)], 3)}; "
+                f"{self.name}: {count} of {seen} images cannot be used: {listing(first, 3, count)}; "
                 f"all are listed in {self.path}; mend or remove them"
             )
 

@@ -26,6 +26,8 @@ class Model:
     make: Callable[[list[str], list[int], Mapping[str, Value]], list[Image.Image]]  # of prompts, seeds, swept settings
     reconstruct: Callable[[list[Image.Image]], list[Image.Image]] | None = None  # encode and decode images
     settings: Mapping[str, Any] = field(default_factory=dict)  # the settings of `make`
+    adapters: Callable[[Sequence[str], Mapping[str, Value]], Sequence[tuple[str, str]]] | None = None
+    # name and SHA-256 of the adapters that `make` uses for prompts and swept settings
 
 
 @dataclass(frozen=True)

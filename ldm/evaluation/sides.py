@@ -65,6 +65,9 @@ def made_images(
         prompts: one for each image.
         plan: of the evaluation.
         work: its folder holds the images.
+
+    Raises:
+        LdmError: a prompt names an adapter that cannot be used.
     """
 
     def make(numbers: range) -> list[Image.Image]:
@@ -73,7 +76,9 @@ def made_images(
 
     what = " ".join(["making", name, *(f"{key} {value_text(value)}" for key, value in changes.items())])
     facts = (model.digest, sorted(model.settings.items()), sorted(changes.items()), list(prompts), plan.seed)
-    return write_images(what, digest_of(facts, plan.batch), prompts, make, plan.batch, work)
+    adapters = model.adapters(prompts, changes) if model.adapters else ()
+    folder = digest_of(facts, plan.batch, *([adapters] if adapters else []))
+    return write_images(what, folder, prompts, make, plan.batch, work)
 
 
 def reconstructed_images(

@@ -19,7 +19,7 @@ class Change(Protocol):
     """A change of one weight, as an adapter stores it."""
 
     def delta(self, weight: Tensor) -> Tensor:
-        """What the adapter, at a weight of 1, adds to a layer's weight: float32, in its shape and on its device."""
+        """The adapter's addition to a layer's weight, at a weight of 1: float32, in its shape and on its device."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What can be said of a configuration before PyTorch is imported: bounds of its keys together, and paths."""
+"""Checks of a configuration before PyTorch is imported: the bounds that its keys have together, and its paths."""
 
 from __future__ import annotations
 

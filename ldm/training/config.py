@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -15,6 +16,7 @@ from ldm.training.sections import DataSection, ModelSection, Section
 from ldm.training.stages.sections import SECTIONS
 from ldm.training.suggestions import hint
 
+log = logging.getLogger(__name__)
 NAMES = list(SECTIONS)
 Precision = Literal["auto", "no", "fp16", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -84,7 +86,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         if not equals or not name:
             raise LdmError(f"{override!r}: write KEY=VALUE, such as base.steps=2000")
         if given.setdefault(name, text) != text:
-            raise LdmError(f"{name} is given twice, as {given[name]} and {text}; give it once")
+            log.warning("%s is given twice, as %s and %s; the last one counts", name, given[name], text)
+            given[name] = text
         try:
             _set(content, name.split("."), yaml.safe_load(text))
         except yaml.YAMLError as error:

@@ -28,7 +28,7 @@ def resolved(config: Config, device: torch.device) -> Config:
 
 
 def costs(device: torch.device, precision: str) -> str | None:
-    """What emulation costs, where a device is told to compute in bf16 and cannot; else None."""
+    """A warning of slow emulation, if a device is told to compute in bf16 and cannot; else None."""
     if precision != "bf16" or device.type not in ("cpu", "cuda") or computes_bf16(device):
         return None
     if device.type == "cuda":

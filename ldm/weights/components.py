@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -250,6 +251,27 @@ def filled(
         yield theirs
     module.load_state_dict(state, assign=True)
     module.eval()
+
+
+def fill_alone(
+    where: Path | str,
+    module: nn.Module,
+    links: Iterable[Link],
+    store: Store,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Fill a network that comes without a model, such as a ControlNet, and check all of its numbers.
+
+    Raises:
+        LdmError: a weight is not a finite number, or the device cannot be used.
+    """
+    check_device(device)
+    for _ in filled(module, links, store, dtype, device):
+        pass
+    bad = [name for name, weight in module.named_parameters() if not bool(weight.isfinite().all())]
+    if bad:
+        raise LdmError(f"{where}: {bad[0]} holds numbers that are not finite; fetch or write the file again")
 
 
 def check_device(device: torch.device | str) -> None:

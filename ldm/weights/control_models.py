@@ -16,7 +16,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
@@ -25,7 +24,7 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
-from ldm.weights.components import ComponentSource, check_device, filled, is_adapter
+from ldm.weights.components import ComponentSource, fill_alone, is_adapter
 from ldm.weights.folder import store_of, weight_files
 from ldm.weights.hub import fetch
 from ldm.weights.layouts import Link
@@ -65,12 +64,7 @@ class OpenedControlModel:
         Raises:
             LdmError: a weight is not a finite number, or the device cannot be used.
         """
-        check_device(device)
-        for _ in filled(self.network, self.links, self.part.store, dtype, device):
-            pass
-        bad = [name for name, weight in self.network.named_parameters() if not bool(weight.isfinite().all())]
-        if bad:
-            raise LdmError(f"{self.source}: {bad[0]} holds numbers that are not finite")
+        fill_alone(self.source, self.network, self.links, self.part.store, dtype, device)
         return self.network
 
 
@@ -252,7 +246,7 @@ def _named(family: Family) -> str:
 
 
 def fits(config: ControlNetConfig | T2IAdapterConfig, family: Family) -> bool:
-    """Whether a control model's shapes are those that models of a family need."""
+    """True if a control model's shapes are those that models of a family need."""
     unet, factor = family.unet, family.autoencoder.factor
     if isinstance(config, ControlNetConfig):
         same = ("channels", "layers", "text_dim", "pooled_dim", "size_ids", "size_dim")
@@ -266,8 +260,3 @@ def fits(config: ControlNetConfig | T2IAdapterConfig, family: Family) -> bool:
     channels = (*unet.channels, unet.channels[-1])
     count = len(own)
     return last < count <= last + 2 and own == scales[:count] and config.channels == channels[:count]
-
-
-def kind_of(network: nn.Module) -> str:
-    """What a control model is, in words."""
-    return "T2I-Adapter" if isinstance(network, T2IAdapter) else "ControlNet"

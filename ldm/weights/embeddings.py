@@ -10,7 +10,6 @@ N vectors of a word, W channels of a text encoder
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.errors import LdmError, listing
+from ldm.files import file_digest, walked
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.textual_inversion import LearnedWord, plain
 from ldm.weights.tensors import open_store
@@ -79,9 +79,7 @@ def open_embedding(file: Path, allow_pickle: bool = False) -> TextualInversion:
         names = (file.stem,)
     elif file.stem.startswith(_NO_NAME):
         names = (word,)
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return TextualInversion(file, names, layout, vectors, digest)
+    return TextualInversion(file, names, layout, vectors, file_digest(file, plain=True))
 
 
 def fitted(found: TextualInversion, configs: Sequence[TextEncoderConfig]) -> LearnedWord:
@@ -115,11 +113,12 @@ def _described(widths: Iterable[int]) -> str:
 
 
 def embedding_files(folder: Path) -> list[Path]:
-    """The files in a folder, at any depth, that may be embeddings, by their suffixes, sorted.
+    """The files in a folder, at any depth and behind links, that may be embeddings, by their suffixes, sorted.
 
     Raises:
         LdmError: it is no folder.
     """
     if not folder.is_dir():
         raise LdmError(f"{folder} is no folder of embeddings")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (place / name for place, _, names in walked(folder) for name in names)
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())

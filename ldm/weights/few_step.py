@@ -22,7 +22,7 @@ EMBEDDED_GUIDANCE = 8.5  # usual scale of a U-Net that reads it
 
 
 def made_for(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> FewStep | None:
-    """What a file, folder or Hub name says of itself: the settings that it was distilled for; None for all others.
+    """The settings that a file, folder or Hub name was distilled for, by its name and metadata; None for all others.
 
     A file with a common name (`pytorch_lora_weights.safetensors`) is called as its folder is.
     """

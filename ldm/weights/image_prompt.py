@@ -5,7 +5,6 @@ Resamplers may also have diffusers' names. Which projection a file has, and its 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ import torch
 
 from ldm.errors import LdmError, listing
 from ldm.families import Family
-from ldm.files import check_digest
+from ldm.files import check_digest, file_digest
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
-from ldm.weights.components import ComponentSource, filled, is_adapter
+from ldm.weights.components import ComponentSource, fill_alone, is_adapter
 from ldm.weights.hub import fetch_file
 from ldm.weights.layouts import UNET_PREFIX, Link
 from ldm.weights.names import HUB_FILE
@@ -50,20 +49,15 @@ class OpenedImagePrompt:
         """Load the weights as `dtype`, or in the stored type.
 
         Raises:
-            LdmError: a weight is not a finite number.
+            LdmError: a weight is not a finite number, or the device cannot be used.
         """
-        for _ in filled(self.adapter, self.links, self.part.store, dtype, device):
-            pass
-        bad = [name for name, weight in self.adapter.named_parameters() if not bool(weight.isfinite().all())]
-        if bad:
-            raise LdmError(f"{self.file}: {bad[0]} holds numbers that are not finite; fetch the file again")
+        fill_alone(self.file, self.adapter, self.links, self.part.store, dtype, device)
         return self.adapter
 
     @cached_property
     def digest(self) -> str:
         """The file's SHA-256."""
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.file, plain=True)
 
 
 def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pickle: bool = False) -> OpenedImagePrompt:
@@ -132,7 +126,7 @@ def _config(path: Path, infos: Infos) -> ImagePromptConfig:
 
 
 def _what(infos: Infos) -> str:
-    """What a file is that holds no IP-Adapter."""
+    """The kind of a file that holds no IP-Adapter, in words."""
     if is_adapter(infos):
         return "it is a LoRA or the like, which goes to adapters= (--lora)"
     if any(name.startswith(UNET_PREFIX) for name in infos):

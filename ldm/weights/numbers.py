@@ -66,7 +66,7 @@ def _unwritten(sample: Excerpt, numbers: Tensor) -> list[str]:
 
 @dataclass
 class Findings:
-    """What looks wrong among numbers that were all looked at, and may be right."""
+    """Tensors whose numbers look wrong, and may be right."""
 
     zeros: list[str] = field(default_factory=list)  # tensors of zeros alone, but for biases
     far: list[str] = field(default_factory=list)  # tensors with a number far from all others

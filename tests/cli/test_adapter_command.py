@@ -10,6 +10,7 @@ import tiny
 import torch
 from adapter_files import adapter, alpha, lora, saved
 from commands import run
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.latent_diffusion import LatentDiffusion
@@ -99,6 +100,27 @@ def test_extract_resize_convert(
         for name, change in changes.items():
             weight = model.modules()[component].get_parameter(name).detach()
             assert torch.allclose(change.delta(weight), after.changes[component][name].delta(weight), atol=1e-6)
+
+
+def test_what_fits_of_an_adapter(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The option that the error recommends is one of each command that reads adapters."""
+    file, model = tmp_path / "more.safetensors", folder / "model"
+    saved(load_file(folder / "style.safetensors") | {"lora_unet_gone.lora_up.weight": torch.ones(2, 2)}, file)
+    for number, arguments in enumerate(
+        (["merge", model, "DEST", "--lora", file], ["resize", file, "DEST", "--rank", 2, "--model", model],
+         ["convert", file, "DEST", "--format", "diffusers", "--model", model])
+    ):  # fmt: skip
+        dest = tmp_path / f"{number}.safetensors"
+        given = [dest if one == "DEST" else one for one in arguments]
+        code, _, err = run(capsys, monkeypatch, "adapter", *given)
+        assert (code, "--partial-adapters" in err, dest.exists()) == (1, True, False)
+        caplog.clear()
+        assert run(capsys, monkeypatch, "adapter", *given, "--partial-adapters")[0] == 0
+        assert "1 tensors match nothing in the model and are left out: lora_unet_gone" in caplog.text
+        assert dest.exists()
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_a_stream_that_breaks_off_or_is_empty(tmp_path: Path) -> None:
     def load(source: str, framing: Framing = SMALL) -> None:
         next(iter(Loader(StreamPlan(open_stream(source), framing, 2, seed=0, folder=tmp_path / "cache"))))
 
-    with pytest.raises(LdmError, match=r"gone.tar: the stream broke off: .*"):
+    with pytest.raises(LdmError, match=r"gone.tar cannot be read: No such file or directory"):
         load(str(tmp_path / "gone.tar"))
     with pytest.raises(LdmError, match=r"the stream broke off"):
         load("pipe:false .tar")

@@ -14,18 +14,23 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pipelines.adapters
 from ldm.cli import evaluate
 from ldm.cli.evaluate_options import settings_of, sweep_of
+from ldm.cli.record import from_parameters
 from ldm.errors import LdmError
 from ldm.evaluation.plan import EvaluationPlan
+from ldm.evaluation.sides import made_images
+from ldm.evaluation.workspace import Workspace
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime.merging import merged
+from ldm.weights.adapters import open_adapter
+from ldm.weights.adapters.writing import write_adapter
 from pipelines import Pipeline
-from pipelines.adapters import KEPT, autov3
+from pipelines.adapters import KEPT, autov3, files_in
 from pipelines.request import records
 
 SETTINGS: dict[str, Any] = {"steps": 2, "seed": 1, "output": "latents"}
@@ -153,7 +158,9 @@ def test_a_name_that_is_not_known(model: LatentDiffusion, folder: Path, prompt: 
     assert message.format(folder=folder) in str(caught.value)
 
 
-def test_where_adapters_are_looked_for(model: LatentDiffusion, folder: Path, tmp_path: Path) -> None:
+def test_where_adapters_are_looked_for(
+    model: LatentDiffusion, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = Pipeline(model)
     for given in ({"prompt": "a <lora:one>"}, {"prompt": "a", "adapters": {"one": 1}}):
         with pytest.raises(LdmError, match="no adapter is called 'one'; name the folder of LoRA files"):
@@ -174,6 +181,14 @@ def test_where_adapters_are_looked_for(model: LatentDiffusion, folder: Path, tmp
     for prompt in (f"a <lora:{tmp_path / 'one.safetensors'}>", "a <lora:../loras/one>"):  # prompts open no paths
         with pytest.raises(LdmError, match="no adapter is called"):
             doubled.request(prompt)
+        settings = from_parameters(f"{prompt}\nSteps: 2, Sampler: Euler")  # nor do those of images by other programs
+        with pytest.raises(LdmError, match="no adapter is called"):
+            doubled.request(**settings)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "two").write_bytes((folder / "one.safetensors").read_bytes())
+    monkeypatch.chdir(tmp_path / "here")
+    named = Pipeline(model, lora_dir=folder).request(**from_parameters("a <lora:two:1>\nSteps: 2, Sampler: Euler"))
+    assert named.mixes[0][0].file == folder / "two.safetensors"
     both = plain.request("a", adapters=[tmp_path / "one.safetensors", tmp_path / "a" / "one.safetensors"])
     assert len(records(both, model.family)[0]["adapters"]) == 2
 
@@ -211,6 +226,38 @@ def test_a_file_that_changes_is_read_again(model: LatentDiffusion, folder: Path,
     )
     with pytest.raises(LdmError, match="is not the file that the image was made with"):
         pipeline.request("a", adapters=record["adapters"])
+
+
+def test_folders_of_adapters(model: LatentDiffusion, folder: Path, tmp_path: Path) -> None:
+    """An adapter in a folder goes by the folder's name, whole, and is read again after a change of a file within."""
+    one, two = (open_adapter(folder / f"{name}.safetensors", model) for name in ("one", "two"))
+    style, loras = tmp_path / "loras" / "style", tmp_path / "loras"
+    loras.mkdir()
+    write_adapter(one, model, style, "peft")
+    for name, adapter in (("a", one), ("b.v2", two)):
+        (loras / "by_diffusers" / name).mkdir(parents=True)
+        file = loras / "by_diffusers" / name / "pytorch_lora_weights.safetensors"
+        write_adapter(adapter, model, file, "diffusers")
+    (loras / "self").symlink_to(loras)
+    (loras / "other").symlink_to(folder / "inner")
+    (loras / "by_diffusers" / "a" / "epoch3.safetensors").write_bytes((folder / "one.safetensors").read_bytes())
+    found = [str(file.relative_to(loras)) for file in files_in(loras)]
+    assert found == [
+        "by_diffusers/a", "by_diffusers/a/epoch3.safetensors", "by_diffusers/b.v2", "style", "other/three.safetensors",
+    ]  # fmt: skip
+    pipeline = Pipeline(model, lora_dir=loras)
+    first = made(pipeline, "a cat<lora:style>")
+    assert torch.equal(first, made(pipeline, adapters={folder / "one.safetensors": 1}))
+    second = made(pipeline, adapters={folder / "two.safetensors": 1})
+    assert torch.equal(made(pipeline, "a cat<lora:b.v2>"), second)
+    assert torch.equal(made(pipeline, "a cat<lora:by_diffusers/a>"), first)
+    for name in ("unet", "pytorch_lora_weights"):
+        with pytest.raises(LdmError, match="no adapter is called"):
+            pipeline.request(f"a <lora:{name}>")
+    write_adapter(two, model, style, "peft", overwrite=True)
+    assert torch.equal(made(pipeline, "a cat<lora:style>"), second)
+    alone = Pipeline(model, lora_dir=style)  # the folder itself
+    assert torch.equal(made(alone, "a cat<lora:style>"), second)
 
 
 def test_threads_with_mixes_of_their_own(model: LatentDiffusion, folder: Path) -> None:
@@ -304,3 +351,21 @@ def test_an_evaluation_with_adapters(models: Path, folder: Path) -> None:
     assert named.settings["adapter_sha256"].keys() == {"one"}
     with pytest.raises(LdmError, match=r"--sweep 'lora=a:much': write KEY=VALUE"):
         sweep_of("lora=a:much")
+
+
+def test_an_evaluation_makes_images_again_when_a_file_has_changed(models: Path, folder: Path, tmp_path: Path) -> None:
+    """Files behind the same paths: an embedding, and an adapter that a prompt names."""
+    plan = EvaluationPlan(metrics=(), prompts=["a cat <lora:mine>", "a dog"], batch=2)
+    learned, mine = tmp_path / "bad.safetensors", tmp_path / "loras" / "mine.safetensors"
+    mine.parent.mkdir()
+    width = tiny.model("sd15").text_encoders.configs[0].width
+
+    def folders(seed: int, file: str) -> int:
+        save_file({"emb_params": torch.randn(1, width, generator=torch.Generator().manual_seed(seed))}, learned)
+        mine.write_bytes((folder / f"{file}.safetensors").read_bytes())
+        settings = settings_of([f"embeddings={learned}", f"lora_dir={mine.parent}", "steps=1", "dtype=fp32"])
+        model = evaluate._model(str(models / "sd15"), settings, "cpu", plan)
+        made_images(model, "A", {}, plan.prompts or (), plan, Workspace(tmp_path / "out"))
+        return len([*(tmp_path / "out" / "images").iterdir()])
+
+    assert [folders(0, "one"), folders(0, "one"), folders(1, "one"), folders(0, "two")] == [1, 1, 2, 3]

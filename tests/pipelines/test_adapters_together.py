@@ -8,11 +8,10 @@ import adapter_files
 import controls
 import diffusers
 import image_prompts
-import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from images import image
 from rounding import RUN, near
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -21,10 +20,6 @@ from pipelines import Pipeline
 KINDS = {"sd15": "StableDiffusionControlNetPipeline", "sdxl": "StableDiffusionXLControlNetPipeline"}
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
-
-
-def image(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("name", KINDS)

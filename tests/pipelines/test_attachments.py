@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,14 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "PATCHES", (*patching.PATCHES, Patch("shifts", (), shift)))
 
 
-def made(attachments: list[Shift], **settings: Any) -> Tensor:
-    pipeline = Pipeline(tiny.model("sdxl"), quick=False)
-    request = pipeline.request(["a fox", "two dogs"], seed=1, steps=4, width=64, height=64, **settings)
-    run = SamplingRun(pipeline.model, request, Noise(request.seeds, request.rng), attachments=attachments)
+def made(attachments: list[Shift], on_inner: Callable[[int], None] | None = None, **settings: Any) -> Tensor:
+    """Latents; `on_inner` is called with the number of each step in which the U-Net's middle runs."""
+    pipeline, steps = Pipeline(tiny.model("sdxl"), quick=False), []
+    if on_inner:
+        pipeline.model.unet.mid_block.register_forward_hook(lambda *_: on_inner(len(steps)))
+    request = pipeline.request(["a fox", "two dogs"], **{"seed": 1, "steps": 4, "width": 64, "height": 64, **settings})
+    noise = Noise(request.seeds, request.rng)
+    run = SamplingRun(pipeline.model, request, noise, steps.append, attachments=attachments)
     with torch.inference_mode():
         return run.sample(run.noise.draw(run.shape, run.dtype, run.device), run.plan)
 
@@ -74,6 +79,13 @@ def test_they_act_in_their_part_of_the_steps() -> None:
     half, whole = made([Shift(0.5, 0.0, 0.5)]), made([Shift(0.5)])
     assert not torch.allclose(half, plain, atol=1e-3) and not torch.allclose(half, whole, atol=1e-3)
     torch.testing.assert_close(made([Shift(0.25), Shift(0.5, 0, 0.5), Shift(-0.25)]), half, atol=1e-3, rtol=0)
+
+
+def test_after_a_gap_inner_levels_run_anew() -> None:
+    """DeepCache reuses no result from before other attachments acted."""
+    ran: list[int] = []
+    made([Shift(0.5, 0.25, 0.5)], ran.append, steps=8, reuse=3)
+    assert ran == [0, 2, 4, 7]
 
 
 def test_prompts_and_negative_prompts_have_inputs_of_their_own() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from images import image
 from PIL import Image
 from rounding import RUN, near
 from torch import Tensor
@@ -21,10 +22,6 @@ from pipelines import Pipeline
 PROMPTS, NEGATIVE = ["a cat on a mat", "a dog"], ["bad", ""]
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
-
-
-def image(seed: int = 0, width: int = 64, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def square() -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import controls
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import run
 from PIL import Image
 
 from ldm.conditions.table import KINDS, condition
@@ -33,7 +35,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return Pipeline(tiny.model("sd15"), control_models=folder)
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not (kind.model or kind.mask)])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.model])
 def test_a_condition_image_is_made_of_the_given_one(pipeline: Pipeline, photo: Path, kind: str) -> None:
     made = pipeline("a cat", control=f"{kind}={photo}", **STEPS)
     ready = pipeline("a cat", control=condition(kind, Image.open(photo)), **STEPS)
@@ -44,9 +46,18 @@ def test_a_condition_image_is_made_of_the_given_one(pipeline: Pipeline, photo: P
     assert torch.equal(again.latents[0], made.latents[0])
 
 
-def test_a_network_that_is_not_there(pipeline: Pipeline, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(LdmError, match="cannot be opened as a model for depth-estimation"):
-        pipeline("a cat", control={"depth": photo}, **STEPS)
-    with pytest.raises(LdmError, match="the kind 'cany' of condition images does not exist; did you mean canny"):
-        pipeline("a cat", control={"cany": photo}, **STEPS)
+def test_what_makes_them_is_looked_for_before_the_run(
+    pipeline: Pipeline, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for kind, message in (
+        ("depth", "Depth-Anything-V2-Small-hf, which makes condition images, cannot be read"),
+        ("pose", "rtdetr_r50vd_coco_o365, which makes condition images, cannot be read"),
+        ("canny", "edges are drawn by OpenCV, which is missing"),
+        ("cany", "the kind 'cany' of condition images does not exist; did you mean canny"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            pipeline.request("a cat", control={kind: photo})
+        code, _, err = run(capsys, monkeypatch, "generate", "a cat", "--model", "gone", "--control", f"{kind}={photo}")
+        assert code == 1 and message in err

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import controls
-import numpy as np
 import pytest
 import tiny
 import torch
 from commands import run
+from images import image
 from PIL import Image
 from rounding import RUN, near
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm.cli.generate import Options, checked_groups, make_jobs
 from ldm.conditions.table import condition
 from ldm.errors import LdmError
 from ldm.images import read_settings
@@ -28,10 +31,6 @@ from pipelines import Pipeline
 from pipelines.control import controls_of
 
 SMALL: dict[str, Any] = {"seed": 1, "steps": 4, "width": 64, "height": 64, "output": "latents", "guidance": 4.0}
-
-
-def image(seed: int = 0, width: int = 64, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def controlled(name: str, count: int = 1, **options: Any) -> Pipeline:
@@ -50,7 +49,6 @@ def test_the_base_stays_as_it_is_and_a_scale_of_zero_changes_nothing() -> None:
     assert not torch.allclose(found, plain, atol=1e-2)
     assert torch.equal(made(pipeline), plain)
     near(made(pipeline, control=[image(0), image(1)], control_scale=0), plain, RUN)
-    assert torch.equal(made(pipeline, control=[image(0), image(1)], control_begin=0.9), plain)  # less than a step
     one = made(pipeline, control=[image(0), image(1)], control_scale=(1, 0))
     near(made(controlled("sdxl"), control=image(0)), one, RUN)
 
@@ -64,6 +62,31 @@ def test_condition_images_are_made_of_an_image() -> None:
     small = photo.resize((64, 64), Image.Resampling.LANCZOS)
     prepared = [condition(kind, small) for kind in ("gray", "canny")]
     near(made(controlled("sd15", 2), control=prepared), found, RUN)
+
+
+def test_which_model_an_image_goes_to(caplog: pytest.LogCaptureFixture) -> None:
+    """By kind where models have names, by number where they have none."""
+    family = tiny.family("sd15")
+    first, second = (controls.controlnet(family, seed) for seed in range(2))
+    named, listed, alone = (
+        Pipeline(tiny.model("sd15"), control_models=models, quick=False)
+        for models in ({"canny": first, "depth": second}, [first, second], first)
+    )
+
+    def networks(pipeline: Pipeline, control: Any) -> list[Any]:
+        request = pipeline.request("a fox", control=control, width=64, height=64)
+        return [one.network for one in controls_of(request, pipeline.control_models)]
+
+    assert networks(named, {"canny": image()}) == [first]
+    assert networks(named, {"image": image(), "canny": image()}) == [second, first]  # the one that is left
+    assert networks(alone, {"gray": image(), "canny": image()}) == [first, first]
+    assert networks(listed, {"gray": image(), "canny": image()}) == [first, second]
+    assert not caplog.records
+    assert networks(listed, {"canny": image()}) == [first]
+    assert "2 control models for 1 condition images: the last ones are not used" in caplog.text
+    for kinds, wrong in ((("depth", "gray"), "gray"), (("image",), "image"), (("canny", "depth", "image"), "image")):
+        with pytest.raises(LdmError, match=f"no control model is named {wrong}; there are canny, depth: choose"):
+            networks(named, {kind: image() for kind in kinds})
 
 
 def test_scales_fall_with_depth() -> None:
@@ -152,10 +175,27 @@ def test_recorded_steps_give_the_same() -> None:
         ({"control": image(2)}, 1),
         ({}, 1),
         ({"control": image(3), "control_end": 0.5}, 0),  # with and without are recorded
+        ({"control": [image(0), image(1)], "guidance": 1.0}, 1),
+        ({"control": [image(2), image(3)], "guidance": 1.0, "control_scale": 0.3}, 0),
     ):
         before = recorder.made
         assert torch.equal(made(ours, **settings), made(plain, **settings)), settings
         assert recorder.made - before == count, settings
+
+
+@pytest.mark.parametrize("offload", ["components", "layers"])
+def test_offloaded_models_give_the_same(offload: str, models: Path) -> None:
+    def networks() -> list[Any]:
+        family = tiny.family("sd15")
+        return [controls.controlnet(family), controls.t2i_adapter("full_adapter", family)]
+
+    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "quick": False}
+    plain = Pipeline(models / "sd15", control_models=networks(), **options)
+    ours = Pipeline(models / "sd15", control_models=networks(), offload=offload, **options)
+    two = [image(0), image(1)]
+    assert torch.equal(made(ours, control=two), made(plain, control=two))
+    net = ours.control_models["0"]
+    assert all(parameter.is_meta for parameter in net.parameters()) == (offload == "layers")
 
 
 def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
@@ -180,6 +220,8 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     )
     assert "control_scale 'big': a number from 0 to 10" in problem(one, control=image(), control_scale="big")
     assert "give a mask" in problem(one, control={"inpaint": image()})
+    for part in ({"control_begin": 0.6, "control_end": 0.5}, {"control_begin": 0.9}, {"control_end": (0.2, 1.0)}):
+        assert "no whole step of 4 lies between them" in problem(two, control=[image()] * 2, **part)
     edit = Pipeline(tiny.model("sd15-edit"), control_models=controls.controlnet(tiny.family("sd15-edit")), quick=False)
     assert "leave control out" in problem(edit, control=image(), image=image())
     with pytest.raises(LdmError, match="is a ControlNet for .*; the model is"):
@@ -187,6 +229,57 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     xl = controls.t2i_adapter("full_adapter_xl", tiny.family("sdxl"))
     large = Pipeline(tiny.model("sdxl"), control_models=xl, quick=False)
     assert "needs sides that are multiples of 16, not 72×64" in problem(large, control=image(), width=72)
+    assert "needs sides that are multiples of 16, not 72×72" in problem(large, control=image(), hires=1.125)
+    theirs = torch.nn.Conv2d(1, 1, 1)
+    for models, message in (
+        (5, "control_models 5: a file, folder or name"),
+        (theirs, "control model 0: a Conv2d is neither a path nor a ControlNet or T2IAdapter of ldm"),
+        ({"canny": 5}, "control model canny: a int is neither a path"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            Pipeline(tiny.model("sd15"), controlnet=models)
+
+
+def test_condition_images_of_a_list_are_in_memory_only_while_they_are_used(tmp_path: Path) -> None:
+    lines = []
+    for number in range(2):
+        image(number).save(tmp_path / f"{number}.png")
+        lines.append({"prompt": "a cat", "control": {"gray": str(tmp_path / f"{number}.png")}, "seed": number})
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    jobs = list(make_jobs(Options([], {}, {}, prompts_file=str(tmp_path / "p.jsonl"))))
+    pipeline = controlled("sd15")
+    groups = list(checked_groups(pipeline, {"steps": 1, "width": 64, "height": 64}, jobs))
+    for seed, group in enumerate(groups):
+        (result,) = pipeline.make(group.whole(), output="latents")
+        wanted = pipeline("a cat", control={"gray": image(seed)}, seed=seed, steps=1, output="latents")
+        assert torch.equal(result.latents[0], wanted.latents[0])
+    assert not any("given" in one.__dict__ or one.made for group in groups for one in group.request.control)
+
+
+def as_pickles(folder: Path) -> Path:
+    """A folder whose weights are pickles."""
+    (folder / "ldm_manifest.json").unlink(missing_ok=True)
+    for path in folder.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+    return folder
+
+
+def test_pickles_beside_a_model_are_read_where_they_are_allowed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The control models' and the refiner's, in a run and in its plan."""
+    monkeypatch.chdir(tmp_path)
+    image().save("a.png")
+    net = as_pickles(controls.folder(controls.controlnet(tiny.family("sdxl")), tmp_path / "net"))
+    refiner = as_pickles(shutil.copytree(models / "sdxl-refiner", tmp_path / "refiner"))
+    options = ["a cat", "--model", models / "sdxl", "--device", "cpu", "--dtype", "fp32", "--steps", "4", "--seed", "1"]
+    for beside in (["--control-model", net, "--control", "image=a.png"], ["--refiner", refiner, "--size", "64x64"]):
+        for dry in ([], ["--dry-run"]):
+            assert "--allow-pickle" in run(capsys, monkeypatch, "generate", *options, *beside, *dry)[2]
+            code, _, err = run(capsys, monkeypatch, "generate", *options, *beside, *dry, "--allow-pickle")
+            assert code == 0, err
 
 
 def test_from_the_shell_into_records_and_back(

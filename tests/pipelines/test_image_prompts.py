@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ldm.errors import LdmError
 from ldm.images import read_settings
+from ldm.models.image_prompt import ImagePromptAdapter, ImagePromptConfig
+from ldm.sampling.loop import Step
+from ldm.weights.image_prompt import OpenedImagePrompt
 from pipelines import Pipeline
+from pipelines.image_prompts import _encoder_for
 
 SIZE = image_prompts.encoder().config.image_size
 KINDS = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
@@ -185,6 +190,54 @@ def test_from_the_shell_and_again_from_the_record(
         assert "made with 2; name all" in run(capsys, monkeypatch, "repro", out, *moved[:2])[2]
     finally:
         (files / "moved.png").rename(files / "1.png")
+    other = image_prompts.encoder()
+    other.visual_projection.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    code, shown, err = run(capsys, monkeypatch, "repro", out, "--device", "cpu", "--image-encoder", tmp_path / "other")
+    assert (code, shown) == (1, "")
+    assert "was made with another image encoder" in err and "name the right one (--image-encoder)" in err
+
+
+def test_files_that_move_while_images_are_made(files: Path, tmp_path: Path) -> None:
+    """Records have the digests of the checked files; a batch is not lost when they are gone after it."""
+    names = {name: tmp_path / name for name in ("0.png", "sd15-base.safetensors")}
+    for name, file in names.items():
+        file.write_bytes((files / name).read_bytes())
+    pipeline = Pipeline(
+        tiny.model("sd15"), ip_adapter=names["sd15-base.safetensors"], image_encoder=files / "image_encoder"
+    )
+    request = pipeline.request("a cat", steps=1, seed=1, image_prompt=names["0.png"], image_prompt_mask=names["0.png"])
+
+    def gone(step: Step) -> None:
+        for file in names.values():
+            file.unlink()
+
+    (result,) = pipeline.make(request, on_step=gone)
+    (found,) = result.settings[0]["image_prompt"]
+    digests = [hashlib.sha256((files / name).read_bytes()).hexdigest() for name in names]
+    assert [found["images"][0]["sha256"], found["adapter"]["sha256"]] == digests
+    assert found["mask"] == found["images"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "features", "place"),
+    [
+        ("sdxl_models/ip-adapter_sdxl", "base", 1280, "sdxl_models"),
+        ("sdxl_models/ip-adapter_sdxl_vit-h", "base", 1024, "models"),
+        ("sdxl_models/ip-adapter-plus_sdxl_vit-h", "plus", 1280, "models"),
+        ("models/ip-adapter-plus_sd15", "plus", 1280, "models"),
+        ("elsewhere/ip-adapter-plus_sdxl_vit-h", "plus", 1280, "elsewhere"),
+    ],
+)
+def test_the_encoder_of_the_authors_files(tmp_path: Path, name: str, kind: str, features: int, place: str) -> None:
+    """The folders of h94/IP-Adapter: ViT-bigG is in sdxl_models, and ViT-H in models."""
+    shape = {"width": 32, "heads": 2, "depth": 1, "inner": 128} if kind == "plus" else {}
+    adapter = ImagePromptAdapter(ImagePromptConfig(kind, features, 768, **shape), [])
+    for own, root in ((f"h94/IP-Adapter/{name}.safetensors", "h94/IP-Adapter"), ("", str(tmp_path))):
+        for folder in ("models", "sdxl_models", "elsewhere"):
+            (tmp_path / folder / "image_encoder").mkdir(parents=True, exist_ok=True)
+        opened = OpenedImagePrompt(tmp_path / f"{name}.safetensors", own, adapter, None, [])  # type: ignore[arg-type]
+        assert str(_encoder_for(opened, None)) == f"{root}/{place}/image_encoder"
 
 
 def test_what_does_not_fit(files: Path, tmp_path: Path) -> None:
@@ -239,7 +292,7 @@ def test_files_of_the_hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     with pytest.raises(LdmError, match="image encoder someone/ip/models/image_encoder: "):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors")
     encoder = files / "image_encoder"
     Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors", image_encoder=encoder)

@@ -116,9 +116,9 @@ def test_weights_of_the_same_name_add() -> None:
 
 def test_the_text_of_other_programs() -> None:
     record = {
-        "a,b": {"unet": 0.8, "text": 0.8, "autov3": "0123456789ab"},
-        "c": {"unet": 1.0, "text": 0.25, "autov3": "cdef01234567"},
-        "folder": {"unet": -1.0, "text": -1.0, "autov3": ""},
+        "a,b": {"unet": 0.8, "text": 0.8, "autov3": "0123456789ab", "by_name": True},
+        "c": {"unet": 1.0, "text": 0.25, "autov3": "cdef01234567", "by_name": True},
+        "folder": {"unet": -1.0, "text": -1.0, "autov3": "", "by_name": True},
     }
     tags, hashes = to_tags(record), to_hashes(record)
     assert tags == "<lora:a,b:0.8><lora:c:0.25:1><lora:folder:-1>"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from images import image
 from PIL import Image
 from rounding import RUN, near
 
@@ -47,10 +48,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in names:
         tiny.model(name).save_pretrained(root / name)
     return {name: root / name for name in names}
-
-
-def image(seed: int = 0, size: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
 
 
 def square(size: int = 64) -> Image.Image:
@@ -618,7 +615,7 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(monkeypatch: pytest.Mo
 
 def test_without_memory_for_the_whole_it_encodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("sd15")
-    settings = {"image": image(size=128), "steps": 2, "strength": 0.5, "seed": 1, "output": "latents"}
+    settings = {"image": image(0, 128, 128), "steps": 2, "strength": 0.5, "seed": 1, "output": "latents"}
     whole = Pipeline(model)("a cat", **settings).latents[0]
 
     def full(*_: Any) -> torch.Tensor:

@@ -370,7 +370,7 @@ def test_a_signal_while_held_out_images_are_looked_at(
 def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once are one; a second one later ends it at once."""
     settings = config(shapes, tmp_path / "r")
-    before = signal.getsignal(signal.SIGINT)
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def sent(step: int, times: int) -> Callable[[str, int, int, dict[str, float]], None]:
         def report(stage: str, now: int, steps: int, figures: dict[str, float]) -> None:
@@ -386,7 +386,7 @@ def test_signals(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         train(settings, report=sent(4, 2))
     with pytest.raises(Stopped, match="after 6 updates"):
         train(settings, report=sent(6, 1))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(signal.SIGINT, outer) is signal.default_int_handler
     train(settings)
 
 

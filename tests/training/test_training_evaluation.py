@@ -220,7 +220,7 @@ def test_another_way_to_choose_begins_anew(images: Path, tmp_path: Path, caplog:
         (["base.evaluation.metrics=[psnr]"], "base.evaluation: psnr is about the autoencoder"),
         (["base.evaluation.metrics=[precision]", "base.evaluation.n=20"], "precision needs at least 40 images"),
         (["base.evaluation.metrics=[precision]"], "precision needs at least 40 images, and there are 6 prompts"),
-        (["base.evaluation.data=nowhere"], "base.evaluation: nowhere does not exist"),
+        (["base.evaluation.data=nowhere"], "base.evaluation.data: nowhere does not exist"),
         (["data.holdout=0.0001"], "base.evaluation: no images are held out (data.holdout)"),
         (["base.evaluation.features=inception:nowhere"], "base.evaluation: nowhere"),
         (

@@ -113,3 +113,8 @@ def test_the_files_of_a_folder(tmp_path: Path) -> None:
     for name in ("b.pt", "a.safetensors", "more/c.BIN", "note.txt", "b.preview.png"):
         (tmp_path / name).touch()
     assert [file.name for file in embedding_files(tmp_path)] == ["a.safetensors", "b.pt", "c.BIN"]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "again").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked" / "d.pt").touch()
+    (tmp_path / "more" / "elsewhere").symlink_to(tmp_path / "linked")
+    assert [file.name for file in embedding_files(tmp_path / "more")] == ["c.BIN", "d.pt"]

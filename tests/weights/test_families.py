@@ -256,7 +256,7 @@ def test_what_families_say_of_themselves() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"time_cond_proj_dim": 256}, "'time_cond_proj_dim' is 256; this program only has None"),
+        ({"time_embedding_dim": 256}, "'time_embedding_dim' is 256; this program only has None"),
         ({"class_embed_type": "timestep"}, "'class_embed_type'"),
         ({"brand_new_option": 1}, "'brand_new_option' is 1; this program does not know that option"),
         ({"attention_type": "gated"}, "'attention_type'"),

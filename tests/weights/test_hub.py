@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import controls
 import pytest
 import tiny
 from launched import PATIENCE
@@ -95,6 +96,26 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield handler, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+CONTROL = """
+import tiny
+from ldm.weights.control_models import open_control_model
+open_control_model("someone/tiny", tiny.family("sd15")).load()
+"""
+
+
+def test_a_control_model_by_its_name(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+    """Its repository holds the folder of one component, perhaps in several variants."""
+    handler, url = hub
+    handler.root = controls.folder(controls.controlnet(tiny.family("sd15")), tmp_path / "control")
+    (handler.root / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(1000))
+    (handler.root / "README.md").write_text("")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    clean |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        subprocess.run([sys.executable, "-c", CONTROL], env=clean | more, check=True, timeout=PATIENCE)
+    assert sorted(handler.fetched) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def info(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:

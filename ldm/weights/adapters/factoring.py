@@ -6,7 +6,8 @@ O output channels, I input channels, kh×kw kernel of a convolution, R rank
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +20,13 @@ from ldm.weights.adapters.names import written
 from ldm.weights.components import Components
 
 Changes = dict[str, dict[str, Change]]  # component -> parameter -> change
-OnLayer = Callable[[int, int], None]  # layers done, of how many
+_TABLE = re.compile(r"\b(token|position)_embedding\b")  # of a text encoder: its rows are no linear layer's
+OnLayer = Callable[[], None]  # called after each parameter that was compared
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """How much of a change to keep."""
+    """The bounds of a reduction: a largest rank, a least share of the energy, or both."""
 
     rank: int | None = None  # at most this rank
     energy: float | None = None  # the smallest rank with this share of the sum of squares, above 0 to 1
@@ -66,15 +68,15 @@ def extracted(
     named = {(place.component, f"{place.layer}.weight") for place in written(base, "diffusers")}
     changes: Changes = {}
     kept, left_out = Kept(), 0
-    for number, (component, name) in enumerate(shapes):
+    for component, name in shapes:
         before, after = (some[component].get_parameter(name).detach() for some in (modules, others))
         if not torch.equal(before, after):
-            if before.ndim < 2 or (component, name) not in named or "embedding" in name:
+            if before.ndim < 2 or (component, name) not in named or _TABLE.search(name):
                 left_out += 1
             else:
                 change = factored(after.float() - before.float(), reduction, kept)
                 changes.setdefault(component, {})[name] = change
-        on_layer(number + 1, len(shapes))
+        on_layer()
     if not changes:
         raise LdmError("the two models have the same weights in all layers that an adapter can change")
     return changes, kept, left_out
@@ -88,12 +90,14 @@ def _shapes(model: Components) -> dict[tuple[str, str], tuple[int, ...]]:
     }
 
 
-def resized(adapter: Adapter, shapes: Mapping[tuple[str, str], Tensor], reduction: Reduction) -> tuple[Adapter, Kept]:
+def resized(adapter: Adapter, model: Components, reduction: Reduction) -> tuple[Adapter, Kept]:
     """The adapter with changes of a smaller rank, all of them LoRA; differences of biases and norms stay as they are.
 
-    `shapes` holds, by component and parameter, tensors with the shapes of the model's weights. DoRA keeps its norms.
+    Of the model's weights the shapes alone are read, so that it may be on the meta device. DoRA keeps its norms.
     """
     kept = Kept()
+    # the weights' shapes, without memory of their own
+    weights = {place: torch.zeros(()).expand(shape) for place, shape in _shapes(model).items()}
 
     def smaller(change: Change, weight: Tensor) -> Change:
         if isinstance(change, Decomposed):
@@ -105,7 +109,7 @@ def resized(adapter: Adapter, shapes: Mapping[tuple[str, str], Tensor], reductio
         return factored(change.delta(weight), reduction, kept, _dtype(change))
 
     changes = {
-        component: {name: smaller(change, shapes[component, name]) for name, change in own.items()}
+        component: {name: smaller(change, weights[component, name]) for name, change in own.items()}
         for component, own in adapter.changes.items()
     }
     return replace(adapter, changes=changes), kept
@@ -154,7 +158,7 @@ def _dtype(change: Change) -> torch.dtype:
 
 
 def check_reduction(rank: int | None, energy: float | None) -> Reduction:
-    """How much of a change to keep.
+    """The reduction that these options ask for.
 
     Raises:
         LdmError: neither or a meaningless one is given.

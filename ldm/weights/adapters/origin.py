@@ -1,4 +1,4 @@
-"""What a file is that may be an adapter: the models that it is for, kinds that are not read, files of other kinds."""
+"""The origin of an adapter's file: the models that it is for; and files of kinds that are not read, or no adapters."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def foreign_kind(name: str) -> str:
 
 
 def other_file(names: Iterable[str]) -> str:
-    """What a file is that is no adapter, by the names of its tensors, or ""."""
+    """The kind of a file that is no adapter, by the names of its tensors, in words; "" if it is not known."""
     names = list(names)
-    return next((what for start, what in _FILES.items() if any(name.startswith(start) for name in names)), "")
+    return next((f"it is {what}" for start, what in _FILES.items() if any(n.startswith(start) for n in names)), "")
 
 
 def text_width(infos: Mapping[str, TensorInfo]) -> int | None:
@@ -107,7 +107,7 @@ def family_word(family: Family) -> str:
 
 
 def mismatch(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], family: Family) -> str:
-    """Why an adapter belongs to other models than this, in words; "" if nothing says so."""
+    """The reason for which an adapter belongs to other models than this, in words; "" if there is none."""
     made_for, width, reads = base_family(infos, metadata), text_width(infos), family.unet.text_dim
     if width not in (None, reads):
         named = made_for if width in WIDTHS else "another model"

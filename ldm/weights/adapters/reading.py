@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers' JSON of the ranks and alphas, in a header
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
-_DIFFUSERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+NETWORKS = ("text_encoder", "text_encoder_2", "unet")  # names of peft's folders in that of a whole adapter
+DIFFUSERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
 def open_adapter(
@@ -68,7 +69,7 @@ def open_adapter(
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter's files say without a model."""
+    """The content of an adapter's files that is known without a model."""
 
     infos: Mapping[str, TensorInfo]  # tensors by name
     metadata: Mapping[str, str]
@@ -110,6 +111,16 @@ class AdapterSource:
         return self.store.files[0]
 
 
+def peft_folders(path: Path) -> list[Path]:
+    """The folders by peft that an adapter's folder holds: itself, or one for each network."""
+    return [folder for folder in (path, *(path / name for name in NETWORKS)) if (folder / CONFIG).is_file()]
+
+
+def diffusers_file(path: Path) -> Path | None:
+    """The file by diffusers that an adapter's folder holds."""
+    return next((path / name for name in DIFFUSERS if (path / name).is_file()), None)
+
+
 def _sources(path: Path, allow_pickle: bool) -> list[AdapterSource]:
     """The files of an adapter."""
     if path.is_file():
@@ -117,18 +128,16 @@ def _sources(path: Path, allow_pickle: bool) -> list[AdapterSource]:
     if not path.is_dir():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise LdmError(f"{path} {what}; give an adapter's file, or a folder written by peft or diffusers")
-    folders = [folder for folder in (path, *sorted(path.iterdir())) if (folder / CONFIG).is_file()]
-    if folders:
+    if folders := peft_folders(path):
         return [_peft_source(folder, folder.name, allow_pickle) for folder in folders]
-    for name in _DIFFUSERS:
-        if (path / name).is_file():
-            return [AdapterSource(open_store(path / name, allow_pickle))]
+    if weights := diffusers_file(path):
+        return [AdapterSource(open_store(weights, allow_pickle))]
     if (path / "model_index.json").is_file():
         raise LdmError(f"{path} is a model's folder, not an adapter; give it as the model (--model)")
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise LdmError(
-            f"{path} holds neither {CONFIG} nor {_DIFFUSERS[0]} nor one .safetensors file alone; name the file"
+            f"{path} holds neither {CONFIG} nor {DIFFUSERS[0]} nor one .safetensors file alone; name the file"
         )
     return [AdapterSource(open_store(found[0], allow_pickle))]
 
@@ -313,7 +322,7 @@ def _check_kind(file: Path, infos: Mapping[str, Any], stems: Mapping[str, Any], 
         )
     if not stems:
         what = origin.other_file(infos) or (f"its tensors are called {listing(unknown)}" if unknown else "it is empty")
-        raise LdmError(f"{file} is not an adapter: {what if what.startswith('it') else f'it is {what}'}")
+        raise LdmError(f"{file} is not an adapter: {what}")
 
 
 def _check_parts(file: Path, stem: str, parts: Mapping[str, str]) -> None:

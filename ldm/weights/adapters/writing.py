@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.files import replacing, write_json
+from ldm.files import DIGEST, replacing, write_json
 from ldm.patches.low_rank import Change, Decomposed, Difference, Factors, Hadamard, Kronecker, LowRank
 from ldm.weights.adapters import layers, origin
 from ldm.weights.adapters.adapter import Adapter
@@ -71,7 +71,7 @@ def write_adapter(
         flat = {f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()}
         metadata = {METADATA: json.dumps(flat, sort_keys=True)}
     outputs = _outputs(tensors, dtype)
-    own = {key: value for key, value in adapter.metadata.items() if key not in ("format", "ldm.sha256", METADATA)}
+    own = {key: value for key, value in adapter.metadata.items() if key not in ("format", DIGEST, METADATA)}
     with replacing(path, False, overwrite, sum(output.info.nbytes for output in outputs)) as temporary:
         write_safetensors(temporary, outputs, {**own, **metadata})
 
@@ -132,14 +132,13 @@ def _value(change: Change) -> Tensor:
 
 
 def _kohya_metadata(adapter: Adapter, family: str) -> dict[str, str]:
-    """What kohya's scripts and the modelspec standard say of a file; the adapter's own metadata comes first."""
-    own = adapter.metadata
-    ranks = _ranks(adapter)
+    """The metadata of kohya's scripts and of the modelspec standard; values in the adapter's own come first."""
+    own, loras = adapter.metadata, _loras(adapter).values()
     metadata: dict[str, Any] = {"modelspec.title": own.get("modelspec.title", adapter.name)}
-    if ranks:
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        alphas = Counter(round(rank_ * scale, 6) for rank_, scale in _alphas(adapter))
-        metadata |= {"ss_network_dim": rank, "ss_network_alpha": alphas.most_common(1)[0][0]}
+    if loras:
+        ranks = Counter(len(lora.down) for lora in loras)
+        alphas = Counter(round(len(lora.down) * lora.scale, 6) for lora in loras)
+        metadata |= {"ss_network_dim": _usual(ranks), "ss_network_alpha": _usual(alphas)}
     if family in _VERSIONS:
         version, architecture = _VERSIONS[family]
         metadata |= {
@@ -152,16 +151,24 @@ def _kohya_metadata(adapter: Adapter, family: str) -> dict[str, str]:
     return {key: str(value) for key, value in metadata.items()}
 
 
-def _alphas(adapter: Adapter) -> list[tuple[int, float]]:
-    """Rank and scale of every LoRA."""
-    found = [change.change if isinstance(change, Decomposed) else change for _, _, change in _every(adapter)]
-    return [(len(change.down), change.scale) for change in found if isinstance(change, LowRank)]
+def _loras(adapter: Adapter) -> dict[Place, LowRank]:
+    """Every LoRA and DoRA, by layer."""
+    return {
+        Place(component, name.removesuffix(".weight")): inner
+        for component, own in adapter.changes.items()
+        for name, change in own.items()
+        if isinstance(inner := _inner(change), LowRank)
+    }
 
 
-def _every(adapter: Adapter) -> list[tuple[str, str, Change]]:
-    return [
-        (component, name, change) for component, own in adapter.changes.items() for name, change in own.items()
-    ]  # fmt: skip
+def _inner(change: Change) -> Change:
+    """The change within a DoRA; others as they are."""
+    return change.change if isinstance(change, Decomposed) else change
+
+
+def _usual(counts: Counter[Any]) -> Any:
+    """The most frequent value."""
+    return counts.most_common(1)[0][0]
 
 
 # --- diffusers and peft -----------------------------------------------------------------------------------------------
@@ -170,10 +177,16 @@ def _every(adapter: Adapter) -> list[tuple[str, str, Change]]:
 def _peft(adapter: Adapter, component: str, names: Mapping[Place, str]) -> dict[str, Tensor]:
     """The tensors of one network's changes, by the names of its layers and peft's endings."""
     tensors: dict[str, Tensor] = {}
+    if plain := _beside_dora(adapter, component):
+        raise LdmError(
+            f"{adapter.file}: {component} has layers of DoRA and others without its norms, such as {plain}, and "
+            "diffusers and peft read all of a network as DoRA or none; write kohya's (--format kohya)"
+        )
     for parameter, change in adapter.changes[component].items():
         norms = change.norms if isinstance(change, Decomposed) else None
-        inner = change.change if isinstance(change, Decomposed) else change
-        per_input = norms is not None and norms.shape[0] == 1 != inner_rows(inner)
+        inner = _inner(change)
+        rows = len(inner.up) if isinstance(inner, LowRank) else 0
+        per_input = norms is not None and norms.shape[0] == 1 != rows
         if not isinstance(inner, LowRank) or inner.core is not None or per_input:
             kind = "DoRA with norms over outputs" if per_input else type(inner).__name__
             raise LdmError(
@@ -189,25 +202,18 @@ def _peft(adapter: Adapter, component: str, names: Mapping[Place, str]) -> dict[
     return tensors
 
 
-def inner_rows(change: Change) -> int:
-    """Rows of the weight that a LoRA changes; 0 for others."""
-    return len(change.up) if isinstance(change, LowRank) else 0
-
-
-def _ranks(adapter: Adapter) -> dict[tuple[str, str], int]:
-    """The rank of every LoRA and DoRA, by component and layer."""
-    ranks = {}
-    for component, name, change in _every(adapter):
-        inner = change.change if isinstance(change, Decomposed) else change
-        if isinstance(inner, LowRank):
-            ranks[component, name.removesuffix(".weight")] = len(inner.down)
-    return ranks
+def _beside_dora(adapter: Adapter, component: str) -> str:
+    """A parameter that is no DoRA in a network where others are; "" if there is none."""
+    changes = adapter.changes[component]
+    plain = [name for name, change in changes.items() if not isinstance(change, Decomposed)]
+    return plain[0] if plain and len(plain) < len(changes) else ""
 
 
 def _config(adapter: Adapter, component: str, names: Mapping[Place, str]) -> dict[str, Any]:
     """peft's configuration of one network's LoRA."""
-    ranks = {names[Place(*place)]: rank for place, rank in _ranks(adapter).items() if place[0] == component}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
+    loras = _loras(adapter)
+    ranks = {names[place]: len(lora.down) for place, lora in loras.items() if place.component == component}
+    usual = _usual(Counter(ranks.values()))
     other = {layer: rank for layer, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",

@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from adapter_files import RANK, adapter, alpha, lora, saved
+from adapter_files import RANK, adapter, alpha, deltas, lora, saved
 from torch import Tensor
 
 from ldm.patches.low_rank import LowRank
-from ldm.weights.adapters import Adapter, open_adapter
+from ldm.weights.adapters import open_adapter
 from ldm.weights.adapters.names import NAMINGS, Place
-
-
-def deltas(found: Adapter, model: tiny.LatentDiffusion) -> dict[str, Tensor]:
-    modules = model.modules()
-    return {
-        f"{component}.{name}": change.delta(modules[component].get_parameter(name).detach())
-        for component, changes in found.changes.items()
-        for name, change in changes.items()
-    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

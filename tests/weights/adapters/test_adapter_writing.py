@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from adapter_files import adapter, alpha, attention, columns, everything, lora, saved
+from adapter_files import adapter, alpha, attention, columns, deltas, everything, lora, saved
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,15 +18,6 @@ from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.adapters.factoring import Kept, Reduction, extracted, factored, resized
 from ldm.weights.adapters.names import Place
 from ldm.weights.adapters.writing import FORMATS, write_adapter
-
-
-def deltas(found: Adapter, model: tiny.LatentDiffusion) -> dict[str, Tensor]:
-    modules = model.modules()
-    return {
-        f"{component}.{name}": change.delta(modules[component].get_parameter(name).detach())
-        for component, changes in found.changes.items()
-        for name, change in changes.items()
-    }
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-6) -> bool:
@@ -93,6 +84,25 @@ def test_other_kinds_are_written_with_kohyas_names_alone(tmp_path: Path, make) -
     with pytest.raises(LdmError, match=r"style.*cannot hold; write kohya's"):
         write_adapter(found, model, tmp_path / "other.safetensors", "diffusers")
     assert not (tmp_path / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "peft"])
+def test_dora_in_some_layers_alone(tmp_path: Path, naming: str) -> None:
+    """Other readers take the norms of DoRA to be in all layers of a network or in none."""
+    model = tiny.model("sd15")
+    whole_dora = opened(model, tmp_path, dora)
+    unet = dict(whole_dora.changes["unet"])
+    name = min(unet)
+    unet[name] = unet[name].change  # type: ignore[attr-defined]
+    found = replace(whole_dora, changes={**whole_dora.changes, "unet": unet})
+    with pytest.raises(LdmError, match=f"unet has layers of DoRA and others .*{name}.*--format kohya"):
+        write_adapter(found, model, at(tmp_path, naming), naming)
+    write_adapter(found, model, tmp_path / "kohya.safetensors", "kohya")
+    assert close(deltas(open_adapter(tmp_path / "kohya.safetensors", model), model), deltas(found, model))
+    plain = {name: change.change for name, change in whole_dora.changes["unet"].items()}  # type: ignore[attr-defined]
+    by_network = replace(whole_dora, changes={**whole_dora.changes, "unet": plain})
+    write_adapter(by_network, model, at(tmp_path, naming), naming)
+    assert close(deltas(open_adapter(at(tmp_path, naming), model), model), deltas(by_network, model))
 
 
 def test_whole_kronecker_factors_keep_their_scale(tmp_path: Path) -> None:
@@ -175,11 +185,10 @@ def test_energy_takes_the_smallest_rank_that_keeps_it() -> None:
 def test_a_resize_to_the_full_rank_changes_nothing(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
     model = tiny.model("sd15")
     found = opened(model, tmp_path, make, in_unet)
-    shapes = {("unet", name): torch.zeros(()).expand(p.shape) for name, p in model.unet.named_parameters()}
-    same, kept = resized(found, shapes, Reduction(rank=4096))
+    same, kept = resized(found, model, Reduction(rank=4096))
     assert close(deltas(same, model), deltas(found, model), 1e-4)
     assert kept.share == 1
-    _, kept = resized(found, shapes, Reduction(rank=2))
+    _, kept = resized(found, model, Reduction(rank=2))
     assert kept.largest == 2
     assert 0.3 < kept.share < 1
 
@@ -193,7 +202,7 @@ def test_the_difference_of_two_models(tmp_path: Path) -> None:
             weight = tuned.modules()[component].get_parameter(name)
             weight.data += change.delta(weight.detach())
     tuned.unet.conv_in.bias.data += 1
-    changes, kept, left_out = extracted(base, tuned, Reduction(rank=4), lambda done, total: None)
+    changes, kept, left_out = extracted(base, tuned, Reduction(rank=4), lambda: None)
     assert left_out == 1
     assert kept.share > 0.99999
     again = Adapter("d", Path("d"), "LoRA", "kohya", changes)
@@ -201,9 +210,31 @@ def test_the_difference_of_two_models(tmp_path: Path) -> None:
     assert all(isinstance(change, LowRank) for own in changes.values() for change in own.values())
 
 
+def test_layers_called_embeddings(tmp_path: Path) -> None:
+    """Linear layers of the U-Net's timestep and size embeddings are factored, tables of token embeddings are not."""
+    base, tuned = tiny.model("sdxl"), tiny.model("sdxl")
+    layers = [f"{part}_embedding.linear_{n}.weight" for part in ("time", "add") for n in (1, 2)]
+    for name in layers:
+        weight = tuned.unet.get_parameter(name)
+        weight.data += torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1])
+    for name, parameter in tuned.text_encoders.named_parameters():
+        if "embedding." in name:
+            parameter.data += 1
+    changes, kept, left_out = extracted(base, tuned, Reduction(rank=1), lambda: None)
+    assert sorted(changes["unet"]) == sorted(layers)
+    assert [*changes] == ["unet"]
+    assert left_out == 4
+    assert kept.share > 0.9999
+    write_adapter(Adapter("d", Path("d"), "LoRA", "kohya", changes), base, tmp_path / "d.safetensors", "kohya")
+    again = open_adapter(tmp_path / "d.safetensors", base)
+    for name in layers:
+        change = tuned.unet.get_parameter(name) - base.unet.get_parameter(name)
+        assert torch.allclose(again.changes["unet"][name].delta(change), change, atol=1e-5)
+
+
 def test_models_that_have_no_difference_for_an_adapter() -> None:
     base = tiny.model("sd15")
     with pytest.raises(LdmError, match="the same weights"):
-        extracted(base, tiny.model("sd15"), Reduction(rank=4), lambda done, total: None)
+        extracted(base, tiny.model("sd15"), Reduction(rank=4), lambda: None)
     with pytest.raises(LdmError, match=r"differ in shape, first at .*; name two models of one family"):
-        extracted(base, tiny.model("sd2"), Reduction(rank=4), lambda done, total: None)
+        extracted(base, tiny.model("sd2"), Reduction(rank=4), lambda: None)
