@@ -160,10 +160,36 @@ class AdapterSection(DenoiserSection):
         return value
 
 
+class AttachedSection(DenoiserSection):
+    """A network beside a U-Net and text encoders that stay as they are."""
+
+    steps: int = Field(20_000, ge=1, description="updates of the weights")
+    batch: int = Field(16, ge=1, description="images in an update, over all devices")
+    ema: AdapterEmaSection = AdapterEmaSection()
+    source: str | None = Field(None, description="one to begin with: a folder, a file or a Hub name; null: a new one")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="numbers in the result's files")
+
+    @field_validator("train_text")
+    @classmethod
+    def _still(cls, train_text: bool) -> bool:
+        """Text encoders stay as they are."""
+        if train_text:
+            raise ValueError("the text encoders stay as they are here; leave it out")
+        return train_text
+
+
+class ControlNetSection(AttachedSection):
+    """A ControlNet, which begins as a copy of the U-Net's way down."""
+
+    drop_caption: list[Part] = Field([0.5], min_length=1, max_length=2, description="part of the captions dropped")
+    drop_condition: Part = Field(0.0, description="part of the condition images that become black")
+
+
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
     "base": DenoiserSection,
     "refiner": RefinerSection,
     "adapter": AdapterSection,
+    "controlnet": ControlNetSection,
 }

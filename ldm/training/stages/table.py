@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.training.stages import adapter, adapter_file, autoencoder, denoiser, text, trial
+from ldm.training.stages import adapter, adapter_file, attached, autoencoder, controlnet, denoiser, text, trial
 from ldm.training.stages.stage import StageKind
 
 KINDS: tuple[StageKind[Any], ...] = (
@@ -67,6 +67,20 @@ KINDS: tuple[StageKind[Any], ...] = (
         write=adapter_file.write,
         read=adapter_file.read,
         trial={"layers": ["attention", "convolutions"], "rank": 4, "rank_dropout": 0.2, "max_norm": 1.0},
+    ),
+    StageKind(
+        "controlnet",
+        build=controlnet.build,
+        learners=controlnet.learners,
+        passes=controlnet.passes,
+        cached=denoiser.cached,
+        evaluation=denoiser.evaluation,
+        makes_images=False,
+        frozen=True,
+        result=controlnet.RESULT,
+        write=controlnet.write,
+        read=attached.read,
+        trial={"drop_condition": 0.2},
     ),
 )  # fmt: skip
 
