@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from ldm.data.beside import Beside
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError, listing
 from ldm.files import replacing
-from ldm.images import image_header, load_image
+from ldm.images import TRANSPARENT, image_header, load_image
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +126,20 @@ class ImageSet:
         folder: the folder for the index and the list of skipped images.
         captions: "required", or "optional": images without captions get the empty caption.
         trigger: words that begin each caption, and are the caption of images without one; "" for none.
+        mode: PIL's mode of the images, "RGB", or "L" for masks.
 
     Raises:
         LdmError: no image is usable, too many are unusable, or captions are missing.
     """
 
-    def __init__(self, source: Source, folder: Path, captions: str = "required", trigger: str = "") -> None:
+    def __init__(
+        self, source: Source, folder: Path, captions: str = "required", trigger: str = "", mode: str = "RGB"
+    ) -> None:
         check_captions(captions)
         self.source = source
         self.trigger = trigger
+        self.mode = mode
+        self.beside: dict[str, Beside] = {}  # by kind: images beside these
         self.folder = made(folder)
         self._index = _index(source, folder)
         self._table: pa.Table | None = None
@@ -164,6 +170,8 @@ class ImageSet:
         """A line for each kind of what is left out or guessed when images are read, with their number."""
         lists = self._column("notes")
         for note in pc.unique(pc.list_flatten(lists)).to_pylist():
+            if note == TRANSPARENT and self.mode == "L":  # of a mask, they are black, as anyone would have it
+                continue
             rows = pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), note))
             has = rows.to_pylist()
             names = [self.key(index) for index in has[:3]]
@@ -219,7 +227,7 @@ class ImageSet:
         return Example(self.key(index), tuple(self._begun(captions)), *others)
 
     def read(self, index: int, least: int = 0) -> Image.Image:
-        """An image, upright, in RGB; for `least` see `load_image`.
+        """An image, upright; for `least` see `load_image`.
 
         Raises:
             LdmError: the image cannot be decoded, or its size differs from the index.
@@ -230,7 +238,7 @@ class ImageSet:
             file = self.source.open(_text(self.table["where"][row]))
         except OSError as error:
             raise LdmError(f"it cannot be read: {error.strerror or error}") from None
-        return read_image(file, size, least)
+        return read_image(file, size, least, self.mode)
 
     def all_captions(self) -> list[list[str]]:
         """The captions of all images."""
@@ -266,10 +274,10 @@ class ImageSet:
         return found
 
 
-def read_image(file: BinaryIO, size: tuple[int, int], least: int) -> Image.Image:
+def read_image(file: BinaryIO, size: tuple[int, int], least: int, mode: str = "RGB") -> Image.Image:
     """The image in a file, checked against its width and height, or their fraction if `least` reduces it."""
     with file:
-        image = load_image(file, name="the file", least=least)
+        image = load_image(file, mode, "the file", least)
     if image.size not in [tuple(-(-side // n) for side in size) for n in (1, 2, 4, 8)]:
         raise LdmError(f"it has {image.width}×{image.height} pixels, not {size[0]}×{size[1]} as its header said")
     return image

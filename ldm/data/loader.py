@@ -10,17 +10,20 @@ B rows of this process, C latent channels, H×W height and width of the bucket, 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.beside import Framed, to_numbers
 from ldm.data.cache import Latents
-from ldm.data.framing import choose, decoded_side, render, to_pixels, visit_frame
+from ldm.data.framing import Frame, choose, decoded_side, render, to_pixels, visit_frame
 from ldm.data.keyed import uniform
 from ldm.data.plan import BatchPlan, Item, Visit
 from ldm.data.skipped import Skipped
@@ -28,8 +31,8 @@ from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, check_whole, first_line
 
 T = TypeVar("T")
-# one image's key, epoch, caption, score, time ids, and pixels (H, W, 3) uint8 or moments (2C, h, w)
-Row = tuple[str, int, str, float, tuple[int, ...], Tensor]
+# one image's key, epoch, caption, score, time ids, pixels (H, W, 3) uint8 or moments (2C, h, w), and images beside it
+Row = tuple[str, int, str, float, tuple[int, ...], Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,16 @@ class Batch:
     moments: Tensor | None  # (B, 2C, h, w) float32: mean and standard deviation of the latents, not scaled
     size: Tensor  # (B, 6) float32: original height, width; top, left of the crop; target height, width (SDXL's order)
     scores: Tensor  # (B,) float32: aesthetic scores, NaN for images without a score
+    # images beside these, framed as they are: condition (B, 3, H, W) and mask (B, 1, H, W) in [0, 1], before
+    # (B, 3, H, W) in [-1, 1]; those that the data have
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A copy of the batch with `change` applied to every tensor."""
         pixels, moments = (None if one is None else change(one) for one in (self.pixels, self.moments))
-        return replace(self, pixels=pixels, moments=moments, size=change(self.size), scores=change(self.scores))
+        beside = {name: change(images) for name, images in self.beside.items()}
+        size, scores = change(self.size), change(self.scores)
+        return replace(self, pixels=pixels, moments=moments, size=size, scores=scores, beside=beside)
 
     def parts(self, count: int) -> list[Batch]:
         """The batch cut into `count` parts of (nearly) equal length; fewer parts if it has fewer images."""
@@ -183,11 +191,10 @@ def _named(loading: Iterable[T]) -> Iterator[T]:
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:
-    """A loaded batch moved to the device, with pixels (B, 3, H, W) in [-1, 1]."""
+    """A loaded batch moved to the device, with pixels (B, 3, H, W) in [-1, 1] and images beside them as numbers."""
     batch = batch.to(device)
-    if batch.pixels is None:
-        return batch
-    return replace(batch, pixels=to_pixels(batch.pixels))
+    beside = {name: to_numbers(name, images) for name, images in batch.beside.items()}
+    return replace(batch, pixels=None if batch.pixels is None else to_pixels(batch.pixels), beside=beside)
 
 
 class _Loading(Dataset):
@@ -216,10 +223,11 @@ class _Loading(Dataset):
 
     def batch(self, rows: list[Row]) -> Batch:
         """Rows as a batch."""
-        keys, epochs, captions, scores, numbers, shown = (list(column) for column in zip(*rows, strict=True))
+        keys, epochs, captions, scores, numbers, shown, found = (list(column) for column in zip(*rows, strict=True))
         pixels, moments = (None, torch.stack(shown)) if self.latents else (torch.stack(shown), None)
         size, score = torch.tensor(numbers, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32)
-        return Batch(keys, epochs, captions, pixels, moments, size, score)
+        beside = {name: torch.stack([images[name] for images in found]) for name in self.plan.beside}
+        return Batch(keys, epochs, captions, pixels, moments, size, score, beside)
 
     def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
         """The visit, then the spares that may replace it, in an order that depends on the visit."""
@@ -233,11 +241,16 @@ class _Loading(Dataset):
         choice = int(uniform(plan.seed, "caption", example.key, visit.epoch) * len(example.captions))
         caption = example.captions[choice] if example.captions else ""
         known = example.key, visit.epoch, caption, float("nan") if example.score is None else example.score
+        original = example.width, example.height
+        frame = visit_frame(plan.framing, plan.seed, example.key, visit.epoch, original, sides)
+        image = Framed(visit.image, example.key, visit.epoch, frame, partial(self._rendered, visit, frame))
+        beside = {name: torch.from_numpy(one.of(image)) for name, one in plan.beside.items()}
         if self.latents:
             crop = choose(plan.framing, plan.seed, example.key, visit.epoch)
             moments, numbers = self.latents.read(visit.image, *crop)
-            return *known, numbers, moments
-        original = example.width, example.height
-        frame = visit_frame(plan.framing, plan.seed, example.key, visit.epoch, original, sides)
-        pixels = render(plan.read(visit.image, decoded_side(frame)), frame)
-        return *known, frame.numbers, torch.from_numpy(pixels)
+            return *known, numbers, moments, beside
+        return *known, frame.numbers, torch.from_numpy(image.pixels), beside
+
+    def _rendered(self, visit: Visit, frame: Frame) -> np.ndarray:
+        """An image's pixels (H, W, 3) uint8 in its frame."""
+        return render(self.plan.read(visit.image, decoded_side(frame)), frame)

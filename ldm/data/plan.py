@@ -62,7 +62,7 @@ class BatchPlan:
     ) -> None:
         check_whole("plan", "batch", batch, 1, 2**24)
         self.images, self.framing, self.batch, self.seed = images, framing, batch, seed
-        self.name, self.folder = images.source.name, images.folder
+        self.name, self.folder, self.beside = images.source.name, images.folder, images.beside
         samples = np.arange(len(images)) if samples is None else np.sort(samples)
         widths, heights = (lengths[samples] for lengths in images.sizes())
         bucket, enlarged = choose_buckets(framing, widths, heights)

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from ldm.data import hugging_face
+from ldm.data.beside import Beside
 from ldm.data.framing import Framing, choose_buckets
 from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Example, check_captions, check_size, made, read_image
 from ldm.data.keyed import generator, uniform
@@ -135,6 +136,7 @@ class StreamPlan:
         check_whole("stream", "buffer", buffer, 1, 2**24)
         self.stream, self.framing, self.batch, self.seed = stream, framing, batch, seed
         self.name, self.folder, self.captions, self.buffer = stream.name, folder, captions, buffer
+        self.beside: dict[str, Beside] = {}  # a stream has none
         self.seen = 0  # images read so far
         self.left_out = 0  # images so far that would be enlarged too much
         self.noted: set[str] = set()  # what was logged of images

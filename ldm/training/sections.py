@@ -116,6 +116,20 @@ class EvaluationSection(Section):
         return choose
 
 
+class BesideSection(Section):
+    """Images beside each image: a folder with the same names, a column of the data, or what makes them of it."""
+
+    condition: str | None = Field(
+        None, description="condition images, which a ControlNet reads; or canny, lineart, gray, blur, tile"
+    )
+    mask: str | None = Field(None, description="masks, white where the image counts")
+    before: str | None = Field(None, description="the images before the edit that a caption describes")
+
+    def named(self) -> dict[str, str]:
+        """Those that are set."""
+        return {kind: place for kind, place in self if place is not None}
+
+
 class DataSection(Section):
     """The images and their captions."""
 
@@ -126,6 +140,8 @@ class DataSection(Section):
     caption_column: str | None = Field(
         None, description="column of captions in a dataset, metadata or .json; null: text, caption, captions or prompt"
     )
+    image_column: str | None = Field(None, description="column of images in a dataset; null: the first")
+    beside: BesideSection = BesideSection()
     captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
     trigger: str = Field("", description="words put in front of each caption, and in place of a missing one")
     holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
