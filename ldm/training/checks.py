@@ -29,6 +29,8 @@ def check_bounds(config: Config) -> None:
         except LdmError as error:
             raise LdmError(f"{name}.{error}") from None
         _check_sizes(name, sizes, config.data.bucket_step)
+        for kind in set(section.beside) - config.data.beside.named().keys():
+            raise LdmError(f"data.beside.{kind}: the stage {name} reads it; name a folder, a column, or what makes it")
     data = config.data
     if data.stream and data.cache:
         raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
@@ -65,6 +67,9 @@ def check_paths(config: Config) -> None:
     for place, model in _models(config):
         _check_model(place, model)
     for name in config.stages:
+        source = getattr(getattr(config, name), "source", None)
+        if source and not HUB_ID.fullmatch(source) and not Path(source).exists():
+            raise LdmError(f"{name}.source: {source} does not exist; give a folder, a file or a Hub name (owner/name)")
         evaluation = getattr(getattr(config, name), "evaluation", None)
         if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
             _check_images(f"{name}.evaluation.data", evaluation.data, stream=False)

@@ -66,6 +66,7 @@ class Ground:
             "trackers": [],
             "data": {
                 "source": str(self.folder / "images"), "holdout": 0, "workers": 0, "buckets": False, "bucket_step": 8,
+                "beside": {"condition": "gray"},
             },
             "model": copy.deepcopy(MODEL),
         }  # fmt: skip

@@ -44,6 +44,8 @@ WORDS = {  # another program's word -> our key
     **dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio"), "adapter.up_rate"),
     "scale_weight_norms": "adapter.max_norm",
     "target_modules": "adapter.layers",
+    **dict.fromkeys(("controlnet_model_name_or_path", "control_net_weights"), "controlnet.source"),
+    **dict.fromkeys(("conditioning_image_column", "conditioning_data_dir"), "data.beside.condition"),
     "mixed_precision": "precision",
     **dict.fromkeys(("output_dir", "output_name", "workspace_dir"), "output"),
     **dict.fromkeys(("report_to", "log_with"), "trackers"),

@@ -7,7 +7,6 @@ result. The copy begins with the weights as the frozen U-Net holds them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,14 +17,14 @@ from ldm.models.surgery import twin
 from ldm.models.unet import UNet
 from ldm.patches.controlnet import NamedControlNet, add_controlnets
 from ldm.training.stages import attached
-from ldm.training.stages.attached import CONDITION, DTYPES, ControlStage, TrainedAttachment, begun
+from ldm.training.stages.attached import TrainedAttachment
+from ldm.training.stages.control import CONDITION, ControlStage, begun
 from ldm.training.stages.sections import ControlNetSection
 from ldm.training.stages.stage import ForwardPasses, Learner, StageInputs, freeze
 from ldm.weights.components import Components
 from ldm.weights.control_models import controlnet_config
-from ldm.weights.control_writing import write_control_file, write_control_folder
 
-RESULT = "controlnet"
+NAME = "controlnet"
 IMAGE_CHANNELS = (16, 32, 96, 256)  # of the image's embedding, in all that are published
 COPIED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")
 
@@ -36,19 +35,19 @@ class TrainedControlNet(TrainedAttachment):
     trained: ControlNet
 
     def __init__(self, network: ControlNet, unet: UNet) -> None:
-        super().__init__(network, add_controlnets(twin(unet).train(), [NamedControlNet(network, RESULT)]))
+        super().__init__(network, add_controlnets(twin(unet).train(), [NamedControlNet(network, NAME)]))
 
     def given(self, more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The embedded condition image, and scales of 1 for all residuals."""
         image = self.trained.embed_image(more[CONDITION])
         scales = image.new_ones(len(image), len(self.trained.config.skips) + 1)
-        return {f"{RESULT}.image": image, f"{RESULT}.scales": scales}
+        return {f"{NAME}.image": image, f"{NAME}.scales": scales}
 
 
 def learners(section: ControlNetSection, parts: Components) -> dict[str, Learner]:
     """A ControlNet from the section's source, or a copy of the U-Net with an embedding drawn by PyTorch's generator."""
     freeze(parts)
-    network = begun(section, "controlnet", parts, ControlNet) or copied(parts.unet, config_for(parts.family))
+    network = begun(section, NAME, parts, ControlNet) or copied(parts.unet, config_for(parts.family))
     return {"unet": TrainedControlNet(network, parts.unet).learner(section)}
 
 
@@ -81,11 +80,3 @@ def passes(
 def build(given: StageInputs[ControlNetSection]) -> ControlStage:
     """The stage of a run."""
     return ControlStage(given, learners, given.section.drop_condition)
-
-
-def write(stage: ControlStage, folder: Path, lineage: str) -> None:
-    """Write the ControlNet as a folder that diffusers opens, and as a file with the original names."""
-    network, dtype = stage.attachment.trained, DTYPES[stage.section.dtype]
-    assert isinstance(network, ControlNet)
-    write_control_folder(network, folder / RESULT, dtype, overwrite=True, lineage=lineage)
-    write_control_file(network, folder / f"{RESULT}.safetensors", dtype, overwrite=True, lineage=lineage)

@@ -70,7 +70,9 @@ class DenoiserSection(StageSection):
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
-    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="distribution of timesteps")
+    timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
+        "uniform", description="distribution of timesteps; cubic: mostly those with much noise"
+    )
     timestep_range: tuple[int, int] | None = Field(None, description="first and last; null: all, refiner 0 to 199")
     logit_mean: float = Field(0.0, description="mean of the logit-normal distribution (Esser et al. 2024)")
     logit_std: float = Field(1.0, gt=0, description="its standard deviation")
@@ -178,11 +180,25 @@ class AttachedSection(DenoiserSection):
         return train_text
 
 
-class ControlNetSection(AttachedSection):
+class ControlSection(AttachedSection):
+    """A network that reads condition images."""
+
+    beside: ClassVar[tuple[str, ...]] = ("condition",)
+    drop_condition: Part = Field(0.0, description="part of the condition images that become black")
+
+
+class ControlNetSection(ControlSection):
     """A ControlNet, which begins as a copy of the U-Net's way down."""
 
     drop_caption: list[Part] = Field([0.5], min_length=1, max_length=2, description="part of the captions dropped")
-    drop_condition: Part = Field(0.0, description="part of the condition images that become black")
+
+
+class T2IAdapterSection(ControlSection):
+    """A T2I-Adapter."""
+
+    timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
+        "cubic", description="distribution of timesteps; cubic: mostly those with much noise (Mou et al. 2023)"
+    )
 
 
 SECTIONS: dict[str, type[StageSection]] = {
@@ -192,4 +208,5 @@ SECTIONS: dict[str, type[StageSection]] = {
     "refiner": RefinerSection,
     "adapter": AdapterSection,
     "controlnet": ControlNetSection,
+    "t2i-adapter": T2IAdapterSection,
 }

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.training.stages import adapter, adapter_file, attached, autoencoder, controlnet, denoiser, text, trial
+from ldm.training.stages import (
+    adapter,
+    adapter_file,
+    attached,
+    autoencoder,
+    control,
+    controlnet,
+    denoiser,
+    t2i_adapter,
+    text,
+    trial,
+)  # fmt: skip
 from ldm.training.stages.stage import StageKind
 
 KINDS: tuple[StageKind[Any], ...] = (
@@ -77,8 +88,22 @@ KINDS: tuple[StageKind[Any], ...] = (
         evaluation=denoiser.evaluation,
         makes_images=False,
         frozen=True,
-        result=controlnet.RESULT,
-        write=controlnet.write,
+        result=controlnet.NAME,
+        write=control.write,
+        read=attached.read,
+        trial={"drop_condition": 0.2},
+    ),
+    StageKind(
+        "t2i-adapter",
+        build=t2i_adapter.build,
+        learners=t2i_adapter.learners,
+        passes=t2i_adapter.passes,
+        cached=denoiser.cached,
+        evaluation=denoiser.evaluation,
+        makes_images=False,
+        frozen=True,
+        result=t2i_adapter.NAME,
+        write=control.write,
         read=attached.read,
         trial={"drop_condition": 0.2},
     ),
