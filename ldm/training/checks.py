@@ -31,6 +31,9 @@ def check_bounds(config: Config) -> None:
         _check_sizes(name, sizes, config.data.bucket_step)
         for kind in set(section.beside) - config.data.beside.named().keys():
             raise LdmError(f"data.beside.{kind}: the stage {name} reads it; name a folder, a column, or what makes it")
+        for key in section.needed:
+            if getattr(section, key) is None:
+                raise LdmError(f"{name}.{key} is not set: {type(section).model_fields[key].description}")
     data = config.data
     if data.stream and data.cache:
         raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")

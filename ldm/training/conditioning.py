@@ -28,6 +28,7 @@ class ConditioningDropout:
     together: bool = False  # whether a caption is dropped for all text encoders together
     size: float = 0.0  # rate of dropped time ids, which become zeros
     image: float = 0.0  # rate of dropped images that the network reads beside the text
+    both: float = 0.0  # rate of captions and images that are dropped together, besides those
 
     def captions(self, seed: int, keys: Sequence[str], epochs: Sequence[int], encoders: int) -> Tensor:
         """A mask of the captions that are dropped, for each text encoder: (B, K)."""
@@ -35,6 +36,7 @@ class ConditioningDropout:
         rows = [
             [
                 uniform(seed, "drop caption", key, epoch, 0 if self.together else k) < rate
+                or self._both(seed, key, epoch)
                 for k, rate in enumerate(rates)
             ]
             for key, epoch in zip(keys, epochs, strict=True)
@@ -50,8 +52,15 @@ class ConditioningDropout:
     def images(self, seed: int, keys: Sequence[str], epochs: Sequence[int]) -> Tensor:
         """A mask of the images that are dropped: (B,)."""
         return torch.tensor(
-            [uniform(seed, "drop image", key, epoch) < self.image for key, epoch in zip(keys, epochs, strict=True)]
+            [
+                uniform(seed, "drop image", key, epoch) < self.image or self._both(seed, key, epoch)
+                for key, epoch in zip(keys, epochs, strict=True)
+            ]
         )
+
+    def _both(self, seed: int, key: str, epoch: int) -> bool:
+        """Whether caption and image of a sample are dropped together."""
+        return uniform(seed, "drop both", key, epoch) < self.both
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class StageSection(Section):
     """The settings that all stages share."""
 
     beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage reads
+    needed: ClassVar[tuple[str, ...]] = ()  # keys that have no default
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="images in an update, over all devices")
     micro_batch: int | None = Field(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm.evaluation.networks.lpips import LPIPS, save_lpips
-from ldm.training.selftest import Ground, draw_images
+from ldm.training.selftest import Ground, lay_out
 from ldm.training.stages.autoencoder import AutoencoderStage
 from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.table import KINDS
@@ -53,7 +53,7 @@ def _fresh_accelerator() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("ground")
-    draw_images(folder / "images")
+    lay_out(folder)
     torch.manual_seed(1)
     save_lpips(LPIPS("alex"), folder / "LPIPS.safetensors", {})
     return Ground(folder, "no", 8)

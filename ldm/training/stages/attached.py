@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from ldm.data.loader import Batch
+from ldm.images import grid
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.call_inputs import CallInputs, read_in_calls
@@ -21,7 +24,7 @@ from ldm.runtime.attention import set_attention
 from ldm.training.frozen import uniform
 from ldm.training.optimizers import Group
 from ldm.training.stages import denoiser
-from ldm.training.stages.denoiser import DenoiserStage
+from ldm.training.stages.denoiser import PREVIEW_STEPS, DenoiserStage
 from ldm.training.stages.sections import AttachedSection
 from ldm.training.stages.stage import ForwardPasses, Learner, StageInputs, seeded
 from ldm.weights.components import Components
@@ -110,6 +113,33 @@ class AttachedStage(DenoiserStage):
         """The frozen model in one dtype, to make images."""
         networks = {name: uniform(self.model.networks[name]) for name in ("unet", "text_encoders")}
         return self.model.with_networks(networks)
+
+    def compared(
+        self, batch: Batch, steered: Callable[[int], tuple[Image.Image, Mapping[str, Any]]]
+    ) -> list[Image.Image]:
+        """For each prompt of a preview: the image that steers, the image made with it, and the one without.
+
+        Args:
+            batch: its captions are the prompts if none are configured.
+            steered: gives the steering image of a row of the batch, and the settings that use it.
+        """
+        if self.make_images is None or self.model.family.refiner:
+            return []
+        height, width = batch.size[0, 4:6].int().tolist()
+        model, rows = self.shown(), []
+        for number, said in enumerate((self.section.prompts or batch.captions)[:SHOWN]):
+            image, settings = steered(number % len(batch.keys))
+            row = [image]
+            for more in (settings, {}):
+                given = {"steps": PREVIEW_STEPS, **more}
+                row += self.make_images(model, [said], (width, height), [self.seed + number], given)
+            rows.append(grid(row, len(row)))
+        return rows
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [0, 1] as an image."""
+    return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def read(folder: Path, before: LatentDiffusion | None) -> LatentDiffusion | None:

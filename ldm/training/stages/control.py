@@ -11,16 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
-from ldm.images import grid
 from ldm.models.controlnet import ControlNet
 from ldm.models.t2i_adapter import T2IAdapter
 from ldm.training.conditioning import ConditioningDropout, Prompt
-from ldm.training.stages.attached import DTYPES, SHOWN, AttachedStage
-from ldm.training.stages.denoiser import PREVIEW_STEPS
+from ldm.training.stages.attached import DTYPES, AttachedStage, to_image
 from ldm.training.stages.sections import AttachedSection
 from ldm.weights.components import Components
 from ldm.weights.control_models import open_control_model
@@ -66,20 +63,13 @@ class ControlStage(AttachedStage):
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
         """For each prompt, its condition image, the image with the control, and the image without."""
-        if self.make_images is None or self.model.family.refiner:
-            return []
-        height, width = batch.size[0, 4:6].int().tolist()
-        model, control = self.shown(), plain_copy(self.attachment.trained, self.model.dtype)
-        rows = []
-        for number, said in enumerate((self.section.prompts or batch.captions)[:SHOWN]):
-            condition = _image(batch.beside[CONDITION][number % len(batch.keys)])
-            controlled = {"control": condition, "control_models": [control]}
-            made = [
-                self.make_images(model, [said], (width, height), [self.seed + number], {"steps": PREVIEW_STEPS, **more})
-                for more in (controlled, {})
-            ]
-            rows.append(grid([condition, *(image for images in made for image in images)], 3))
-        return rows
+        control = plain_copy(self.attachment.trained, self.model.dtype)
+
+        def steered(row: int) -> tuple[Image.Image, dict[str, Any]]:
+            condition = to_image(batch.beside[CONDITION][row])
+            return condition, {"control": condition, "control_models": [control]}
+
+        return self.compared(batch, steered)
 
 
 def plain_copy(network: Any, dtype: torch.dtype) -> Any:
@@ -89,11 +79,6 @@ def plain_copy(network: Any, dtype: torch.dtype) -> Any:
     weights = {name: weight.detach().to(dtype, copy=True) for name, weight in network.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy.eval()
-
-
-def _image(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [0, 1] as an image."""
-    return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def write(stage: ControlStage, folder: Path, lineage: str) -> None:

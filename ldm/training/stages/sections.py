@@ -201,6 +201,21 @@ class T2IAdapterSection(ControlSection):
     )
 
 
+class ImagePromptSection(AttachedSection):
+    """An IP-Adapter: cross-attention that reads the image, or its condition image (`data.beside.condition`)."""
+
+    needed: ClassVar[tuple[str, ...]] = ("encoder",)
+    encoder: str | None = Field(
+        None,
+        description="image encoder: the folder or Hub name of a CLIPVisionModelWithProjection, or of a model with one",
+    )
+    kind: Literal["base", "plus"] = Field("base", description="form of a new one: base, or plus (reads patches)")
+    tokens: int | None = Field(None, ge=1, le=4096, description="tokens of an image; null: 4, plus 16")
+    drop_caption: list[Part] = Field([0.05], min_length=1, max_length=2, description="part of the captions dropped")
+    drop_image: Part = Field(0.05, description="part of the images dropped")
+    drop_both: Part = Field(0.05, description="part of which caption and image are dropped together, besides those")
+
+
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
@@ -209,4 +224,5 @@ SECTIONS: dict[str, type[StageSection]] = {
     "adapter": AdapterSection,
     "controlnet": ControlNetSection,
     "t2i-adapter": T2IAdapterSection,
+    "ip-adapter": ImagePromptSection,
 }
