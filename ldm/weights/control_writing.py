@@ -58,8 +58,10 @@ def write_control_file(
     """
     check_float(dtype)
     c = network.config
-    t2i = isinstance(c, T2IAdapterConfig)
-    layout = layouts.original_t2i_adapter(c) if t2i else layouts.original_controlnet(c, PREFIX)
+    if isinstance(c, T2IAdapterConfig):
+        layout = layouts.original_t2i_adapter(c)
+    else:
+        layout = layouts.original_controlnet(c, PREFIX)
     outputs = link_outputs(layout(dict(network.named_parameters())), network, dtype)
     with replacing(path, False, overwrite, sum(output.info.nbytes for output in outputs)) as temporary:
         write_safetensors(temporary, outputs, {LINEAGE: lineage} if lineage else {})

@@ -68,7 +68,9 @@ def build(given: StageInputs[T2IAdapterSection]) -> ControlStage:
         LdmError: see `AttachedStage`; or the images' sides do not divide into the adapter's places.
     """
     stage = ControlStage(given, learners, given.section.drop_condition)
-    factor = stage.attachment.trained.config.factor
+    network = stage.attachment.trained
+    assert isinstance(network, T2IAdapter)
+    factor = network.config.factor
     for sides in given.sides:
         if any(side % factor for side in sides):
             raise LdmError(
