@@ -70,9 +70,10 @@ def check_paths(config: Config) -> None:
     for place, model in _models(config):
         _check_model(place, model)
     for name in config.stages:
-        source = getattr(getattr(config, name), "source", None)
-        if source and not HUB_ID.fullmatch(source) and not Path(source).exists():
-            raise LdmError(f"{name}.source: {source} does not exist; give a folder, a file or a Hub name (owner/name)")
+        for key in ("source", "encoder"):
+            given = getattr(getattr(config, name), key, None)
+            if given and not HUB_ID.fullmatch("/".join(given.split("/")[:2])) and not Path(given).exists():
+                raise LdmError(f"{name}.{key}: {given} does not exist; give a folder, a file or a name of the Hub")
         evaluation = getattr(getattr(config, name), "evaluation", None)
         if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
             _check_images(f"{name}.evaluation.data", evaluation.data, stream=False)

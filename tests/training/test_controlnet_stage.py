@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import tiny
 import torch
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import config, interrupted, lines, losses
+from runs import check_golden, config, interrupted, lines, losses
 from torch import Tensor
 
 from ldm.cli.train import make_images
@@ -179,12 +178,8 @@ def test_it_learns(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    """As in test_train.py: GOLDEN=write records it anew."""
     train(settings(shapes, tmp_path / "r", *ALL))
-    path = Path(__file__).parents[1] / "recorded" / "golden_loss_controlnet.json"
-    if os.environ.get("GOLDEN") == "write":
-        path.write_text(json.dumps([round(value, 6) for value in losses(tmp_path / "r", "controlnet")]))
-    assert losses(tmp_path / "r", "controlnet") == pytest.approx(json.loads(path.read_text()), rel=1e-3)
+    check_golden("controlnet", losses(tmp_path / "r", "controlnet"))
 
 
 # --- it goes on -------------------------------------------------------------------------------------------------------
