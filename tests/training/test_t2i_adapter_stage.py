@@ -48,9 +48,6 @@ def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_pat
     loss.values.mean().backward()
     latents = stage.latents(batch, "posterior")
     draw = stage.loss.draw(latents.shape[1:], stage.seed, batch.keys, batch.epochs)
-    quantiles = (1 - draw.timestep / 1000) ** (1 / 3)  # of cubic timesteps
-    assert draw.timestep.float().mean() > 550
-    assert ((quantiles >= 0) & (quantiles <= 1)).all()
     text = stage.model.encode_prompt(batch.captions).text
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet").requires_grad_(False)
     adapter = diffusers.T2IAdapter.from_pretrained(tmp_path / "t2i-adapter").train()
@@ -69,7 +66,7 @@ def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_pat
 
 def test_the_model_stays_and_the_files_hold_the_network(shapes: Path, tmp_path: Path) -> None:
     chosen = settings(shapes, tmp_path / "r", "t2i-adapter.steps=60", "t2i-adapter.save_every=60",
-                      "t2i-adapter.optimizer.learning_rate=1e-2")  # fmt: skip
+                      "t2i-adapter.optimizer.learning_rate=1e-2", "model.schedule={prediction_type: sample}")  # fmt: skip
     training = ready(chosen)
     stage = training.stage
     assert isinstance(stage, ControlStage)
@@ -104,5 +101,5 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path)
 def test_sides_must_divide(shapes: Path, tmp_path: Path) -> None:
     """A level without transformers gets its map after it has halved the sides."""
     autoencoder = "{channels: [8, 16, 16, 16], attention: [false, false, false, false], layers: 1, groups: 8}"
-    with pytest.raises(LdmError, match="reads images whose sides are multiples of 16, not 24×40"):
+    with pytest.raises(LdmError, match="reads images whose sides are multiples of 16, not 16×56"):
         ready(settings(shapes, tmp_path / "r", "model.unet.depth=[0,1]", f"model.autoencoder={autoencoder}"))
