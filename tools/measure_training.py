@@ -88,7 +88,18 @@ def ours(options: argparse.Namespace) -> Callable[[int], None]:
 
     def step(number: int) -> None:
         training.train_step(
-            [Batch(keys, [number] * options.batch, ["a cat"] * options.batch, None, moments, size, scores)]
+            [
+                Batch(
+                    keys,
+                    [number] * options.batch,
+                    ["a cat"] * options.batch,
+                    None,
+                    moments,
+                    size,
+                    scores,
+                    torch.ones_like(scores),
+                )
+            ]
         )
         training.step += 1
 

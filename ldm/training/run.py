@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import phases
 from ldm.training.precision import costs, resolved, run_device
 from ldm.training.sections import EvaluationSection, StageSection
-from ldm.training.stages.stage import MakeImages, Stage, StageInputs
+from ldm.training.stages.stage import Cached, MakeImages, Stage, StageInputs
 from ldm.training.stages.table import kind_named
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
@@ -187,11 +187,21 @@ class TrainingRun:
         if long:
             log.warning("%d of %d captions have over %d tokens; the rest of them is not read", long, len(some), room)
 
+    def _cached(self, name: str) -> Cached:
+        """The parts of the cache that a stage reads: none if it is off, no captions if they change."""
+        wanted = kind_named(name).cached(self.section(name))
+        if not self.config.data.cache:
+            return Cached()
+        if wanted.texts and self.data.tags().vary:
+            log.info("%s: captions change from visit to visit, so each step encodes its own; latents are cached", name)
+            return replace(wanted, texts=False)
+        return wanted
+
     def _caches(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Caches:
         """The cache of the stage, if the configuration asks for one and the stage reads it."""
         section = self.section(name)
-        wanted = kind_named(name).cached(section)
-        if not self.config.data.cache or not (wanted.latents or wanted.texts):
+        wanted = self._cached(name)
+        if not (wanted.latents or wanted.texts):
             return Caches()
         rank = accelerator.process_index
         plans = [batch_plan(self.data, phase, self.config.seed, rank) for phase in phases(section)]

@@ -125,7 +125,14 @@ def batch(count: int = 8, first: int = 0) -> Batch:
     numbers = range(first, first + count)
     pixels = torch.stack([torch.rand(3, SIDE, SIDE, generator=generator(0, "pixels", n)) * 2 - 1 for n in numbers])
     return Batch(
-        [f"{n}" for n in numbers], [0] * count, [""] * count, pixels, None, torch.zeros(count, 6), torch.zeros(count)
+        [f"{n}" for n in numbers],
+        [0] * count,
+        [""] * count,
+        pixels,
+        None,
+        torch.zeros(count, 6),
+        torch.zeros(count),
+        torch.ones(count),
     )
 
 

@@ -77,6 +77,9 @@ class DenoiserSection(StageSection):
     drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions dropped")
     drop_together: bool = Field(False, description="drop a caption for both text encoders, or for none")
     drop_size: float = Field(0.0, ge=0, le=1, description="part of the time ids dropped")
+    outside_mask: Part = Field(
+        0.0, description="weight of errors where a mask (data.beside.mask) is black; the loss is the mean by weight"
+    )
     attention: str = Field("sdpa", description="attention kernel of the U-Net; on a CPU math is faster")
     train_text: bool = Field(False, description="train the text encoders together with the U-Net")
     text_learning_rate: list[NotNegative] = Field(
