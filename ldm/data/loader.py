@@ -33,7 +33,7 @@ from ldm.errors import LdmError, check_whole, first_line
 T = TypeVar("T")
 
 
-class Row(NamedTuple):
+class Loaded(NamedTuple):
     """One loaded image."""
 
     key: str
@@ -220,9 +220,9 @@ class _Loading(Dataset):
         rows, damaged = self.rows(item)
         return self.batch(rows) if len(rows) == len(item.visits) else None, damaged
 
-    def rows(self, item: Item) -> tuple[list[Row], list[tuple[str, str]]]:
+    def rows(self, item: Item) -> tuple[list[Loaded], list[tuple[str, str]]]:
         """The readable images, and the keys of damaged ones with reasons."""
-        rows: list[Row] = []
+        rows: list[Loaded] = []
         damaged: list[tuple[str, str]] = []
         for visit in item.visits:
             for candidate in self._candidates(visit, item.spares):
@@ -233,7 +233,7 @@ class _Loading(Dataset):
                     damaged.append((self.plan.example(candidate.image).key, str(error)))
         return rows, damaged
 
-    def batch(self, rows: list[Row]) -> Batch:
+    def batch(self, rows: list[Loaded]) -> Batch:
         """Rows as a batch."""
         shown = torch.stack([row.shown for row in rows])
         pixels, moments = (None, shown) if self.latents else (shown, None)
@@ -252,7 +252,7 @@ class _Loading(Dataset):
         first = int(uniform(self.plan.seed, "replacement", key, visit.epoch) * len(spares))
         yield from [*spares[first:], *spares[:first]]
 
-    def _row(self, visit: Visit, sides: tuple[int, int]) -> Row:
+    def _row(self, visit: Visit, sides: tuple[int, int]) -> Loaded:
         plan, example = self.plan, self.plan.example(visit.image)
         choice = int(uniform(plan.seed, "caption", example.key, visit.epoch) * len(example.captions))
         caption = example.captions[choice] if example.captions else ""
@@ -266,8 +266,8 @@ class _Loading(Dataset):
         if self.latents:
             crop = choose(plan.framing, plan.seed, example.key, visit.epoch)
             moments, numbers = self.latents.read(visit.image, *crop)
-            return Row(*known, numbers, moments, beside)
-        return Row(*known, frame.numbers, torch.from_numpy(image.pixels), beside)
+            return Loaded(*known, numbers, moments, beside)
+        return Loaded(*known, frame.numbers, torch.from_numpy(image.pixels), beside)
 
     def _rendered(self, visit: Visit, frame: Frame) -> np.ndarray:
         """An image's pixels (H, W, 3) uint8 in its frame."""
