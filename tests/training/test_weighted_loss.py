@@ -28,7 +28,7 @@ def ready(shapes: Path, output: Path, *overrides: str) -> tuple[DenoiserStage, B
     run = TrainingRun(config(shapes, output, *overrides), None, lambda *_: None)
     training = run.training("base", run.start("base", None), run.folder / "base")
     assert isinstance(training.stage, DenoiserStage)
-    (batch,) = next(training.steps(0))
+    (batch,) = next(training.batches(0))
     return training.stage, batch
 
 
