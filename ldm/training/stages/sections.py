@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from ldm.training.sections import EmaSection, EvaluationSection, ModelSection, StageSection
+from ldm.training.sections import EmaSection, EvaluationSection, ModelSection, PriorSection, StageSection
 
 
 def _pattern(text: str) -> str:
@@ -66,7 +66,7 @@ class TextSection(StageSection):
 
 
 class DenoiserSection(StageSection):
-    """The U-Net of the base model."""
+    """A U-Net that learns to denoise."""
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
@@ -84,6 +84,12 @@ class DenoiserSection(StageSection):
     )
     prompts: list[str] = Field([], description="prompts of previews; empty: held-out captions")
     evaluation: EvaluationSection = EvaluationSection()
+
+
+class BaseSection(DenoiserSection):
+    """The U-Net of the base model."""
+
+    prior: PriorSection = PriorSection()
 
 
 class RefinerModelSection(ModelSection):
@@ -115,6 +121,7 @@ class AdapterSection(DenoiserSection):
     steps: int = Field(2000, ge=1, description="updates of the weights")
     batch: int = Field(4, ge=1, description="images in an update, over all devices")
     ema: AdapterEmaSection = AdapterEmaSection()
+    prior: PriorSection = PriorSection()
     text_learning_rate: list[NotNegative] = Field(
         [5e-5], min_length=1, max_length=2, description="learning rate of each text encoder's adapter"
     )
@@ -177,7 +184,7 @@ class AdapterSection(DenoiserSection):
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
-    "base": DenoiserSection,
+    "base": BaseSection,
     "refiner": RefinerSection,
     "adapter": AdapterSection,
 }
