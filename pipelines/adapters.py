@@ -19,6 +19,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.patches.low_rank import Change
 from ldm.runtime.merging import merged
 from ldm.weights.adapters import Adapter, open_adapter
+from ldm.weights.adapters.names import parameter_of
 from ldm.weights.adapters.reading import DIFFUSERS, diffusers_file, peft_folders
 from ldm.weights.few_step import made_for
 from ldm.weights.tensors import read_header
@@ -216,16 +217,14 @@ class Adapters:
 
 def adapted(model: LatentDiffusion, mix: Mix) -> LatentDiffusion:
     """A copy of a model with the changes of a mix merged into its weights; all else is shared."""
-    networks = {"unet": model.unet, "text_encoders": model.text_encoders}
-    towers = {config.component: f"towers.{number}." for number, config in enumerate(model.text_encoders.configs)}
-    changes: dict[str, Changes] = {name: {} for name in networks}
+    changes: dict[str, Changes] = {"unet": {}, "text_encoders": {}}
     for share in mix:
         for component, own in share.adapter.changes.items():
-            network, prefix = ("text_encoders", towers[component]) if component in towers else (component, "")
-            amount = share.text if component in towers else share.unet
+            amount = share.unet if component == "unet" else share.text
             for name, change in own.items() if amount else ():
-                changes[network].setdefault(prefix + name, []).append((amount, change))
-    return model.with_networks({name: merged(networks[name], own) for name, own in changes.items() if own})
+                network, parameter = parameter_of(model, component, name)
+                changes[network].setdefault(parameter, []).append((amount, change))
+    return model.with_networks({name: merged(model.networks[name], own) for name, own in changes.items() if own})
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

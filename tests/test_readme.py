@@ -41,6 +41,7 @@ MORE = {  # what makes a command small
     "ldm train configs": "precision=no model.source=sd15 data.cache=false data.holdout=2 data.workers=0 trackers=[]"
     " base.steps=2 base.batch=2 base.micro_batch=2 base.checkpointing=false base.validate_every=2 base.preview_every=9"
     " 'base.sizes=[{size: 64}]'",
+    "ldm train-adapter": "precision=no data.upscale=4 data.workers=0 trackers=[] adapter.steps=2 adapter.rank=2",
     "ldm plan": "precision=no model.source=MODEL 'model.components={}' data.source=FOLDER base.batch=1"
     " base.micro_batch=1 'base.sizes=[{size: 64}]'",
     "ldm eval MODEL": "-n 40 --with steps=1",
@@ -49,7 +50,7 @@ MORE = {  # what makes a command small
 NAMES = {  # what stands for something of the reader's
     "MODEL": "sdxl", "BASE": "sdxl", "A": "sdxl", "B": "sdxl", "REFINER": "sdxl-refiner",
     "INSTRUCT-PIX2PIX": "sd15-edit", "CONTROLNET": "control", "IP-ADAPTER": "ip.safetensors",
-    "ENCODER": "encoder", "SOURCE": "sdxl", "clip:ViT-B-32@openai": "clip:emoji",
+    "ENCODER": "encoder", "PHOTOS": "FOLDER", "SOURCE": "sdxl", "clip:ViT-B-32@openai": "clip:emoji",
     "rfid,psnr,ssim,lpips": "rfid,psnr,ssim",
 }  # fmt: skip
 

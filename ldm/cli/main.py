@@ -339,6 +339,32 @@ def train(
     train_models(config, overrides or [])
 
 
+@app.command("train-adapter")
+def train_an_adapter(
+    images: Annotated[str, typer.Argument(help="A folder of images; captions beside them (a.txt) are used.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Settings as for `ldm train`."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model to adapt.")] = "emoji",
+    trigger: Annotated[str, typer.Option(help="Words that call what is learned: they begin each caption.")] = "",
+    class_prompt: Annotated[
+        str,
+        typer.Option(help="What it is without the trigger (a dog): the model first makes images of it to keep."),
+    ] = "",
+    output: Annotated[str, typer.Option(help="The run's folder; the same command again resumes it.")] = "runs/adapter",
+) -> None:
+    """Train a LoRA: ldm train-adapter PHOTOS --model MODEL --trigger "sks dog" [KEY=VALUE ...]
+
+    Settings are chosen for the model's family, the number of images and the free memory, and printed as those of
+    `ldm train`. The result is OUTPUT/adapter/adapter.safetensors, and beside it sheet.png: images without the adapter
+    and with it, by weight.
+    """
+    from ldm.cli.train_adapter import train_adapter
+
+    train_adapter(images, model, trigger, class_prompt, output, overrides or [])
+
+
 @app.command()
 def plan(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as for `ldm train`.")],

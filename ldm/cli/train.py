@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
 
-def train_models(config: str, overrides: Sequence[str]) -> None:
+def train_models(config: str | None, overrides: Sequence[str]) -> None:
     """Train the stages of a configuration."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)

@@ -124,14 +124,16 @@ class ImageSet:
         source: the source of the images.
         folder: the folder for the index and the list of skipped images.
         captions: "required", or "optional": images without captions get the empty caption.
+        trigger: words that begin each caption, and are the caption of images without one; "" for none.
 
     Raises:
         LdmError: no image is usable, too many are unusable, or captions are missing.
     """
 
-    def __init__(self, source: Source, folder: Path, captions: str = "required") -> None:
+    def __init__(self, source: Source, folder: Path, captions: str = "required", trigger: str = "") -> None:
         check_captions(captions)
         self.source = source
+        self.trigger = trigger
         self.folder = made(folder)
         self._index = _index(source, folder)
         self._table: pa.Table | None = None
@@ -153,7 +155,7 @@ class ImageSet:
                 source.name, len(self.skipped.reasons), len(table), key, reason, self.skipped.path,
             )  # fmt: skip
         bare = pc.equal(pc.list_value_length(table["captions"]), 0).to_numpy()[self._rows]
-        if bare.any():
+        if bare.any() and not trigger:
             self._report_bare(bare, captions)
         for line in [*source.passed_over(), *self._notes()]:
             log.warning("%s: %s", source.name, line)
@@ -176,7 +178,8 @@ class ImageSet:
             f"({listing(names, count=int(bare.sum()))}); "
         )
         if captions == "required":
-            raise LdmError(f"{what}{unread}{'; or ' if unread else ''}write them, or set captions: optional")
+            remedy = "write them, set trigger (words for all images), or set captions: optional"
+            raise LdmError(f"{what}{unread}{'; or ' if unread else ''}{remedy}")
         if unread:
             log.warning("%s%s", what, unread)
 
@@ -214,7 +217,7 @@ class ImageSet:
         """An image's entry in the index."""
         row = self._rows[index]
         captions, *others = (self.table[name][row].as_py() for name in ("captions", "width", "height", "score"))
-        return Example(self.key(index), tuple(captions), *others)
+        return Example(self.key(index), tuple(self._begun(captions)), *others)
 
     def read(self, index: int, least: int = 0) -> Image.Image:
         """An image, upright, in RGB; for `least` see `load_image`.
@@ -232,13 +235,21 @@ class ImageSet:
 
     def all_captions(self) -> list[list[str]]:
         """The captions of all images."""
-        return self._column("captions").to_pylist()
+        return [self._begun(captions) for captions in self._column("captions").to_pylist()]
 
     def captions(self) -> list[str]:
         """All distinct captions, sorted, with the empty caption if some images have none."""
         lists = self._column("captions")
         bare = pc.any(pc.equal(pc.list_value_length(lists), 0)).as_py()
-        return sorted({*pc.unique(pc.list_flatten(lists)).to_pylist(), *([""] if bare else [])})
+        distinct = self._begun(pc.unique(pc.list_flatten(lists)).to_pylist())
+        return sorted({*distinct, *([self.trigger] if bare else [])})
+
+    def _begun(self, captions: list[str]) -> list[str]:
+        """An image's captions with the trigger words in front, unless they are there; those words alone without any."""
+        if not self.trigger:
+            return captions
+        whole = [one if self.trigger in one else f"{self.trigger}, {one}" for one in captions if one]
+        return whole or [self.trigger]
 
     def _column(self, name: str) -> pa.ChunkedArray:
         """A column of the index, restricted to the usable images, in key order."""

@@ -13,7 +13,13 @@ from ldm.data.tar import Tar
 
 
 def open_images(
-    source: str, folder: Path, *, captions: str = "required", split: str = "train", caption_column: str | None = None
+    source: str,
+    folder: Path,
+    *,
+    captions: str = "required",
+    split: str = "train",
+    caption_column: str | None = None,
+    trigger: str = "",
 ) -> ImageSet:
     """The images of a folder, of tar shards, of a dataset saved on disk, of parquet files or of the Hub.
 
@@ -23,6 +29,7 @@ def open_images(
         captions: "required" or "optional".
         split: the dataset's split.
         caption_column: column of captions in a dataset, metadata file or sample's `.json`, if its name is unusual.
+        trigger: see `ImageSet`.
 
     Raises:
         LdmError: the source does not exist, or its images cannot be used.
@@ -35,7 +42,7 @@ def open_images(
         found = Dataset(source, split, caption_column)
     else:
         found = Folder(Path(source), caption_column)
-    return ImageSet(found, folder, captions)
+    return ImageSet(found, folder, captions, trigger)
 
 
 def open_stream(source: str, *, split: str = "train", caption_column: str | None = None) -> Stream:

@@ -103,7 +103,7 @@ class Decomposed:
     """DoRA: the sum of weight and change, scaled to learned norms (Liu et al. 2024, arXiv 2402.09353, equation 5).
 
     An adapter weight other than 1 goes that part of the way from the base's weight to the scaled sum, as the web
-    interfaces do.
+    interfaces do. For gradients, the norms of the sum are constants (section 4.3).
     """
 
     change: Change
@@ -114,7 +114,7 @@ class Decomposed:
         moved = base + self.change.delta(weight)
         kept = 1 if self.norms.shape[0] == 1 and self.norms.shape[1] > 1 else 0
         axes = [axis for axis in range(base.ndim) if axis != kept]
-        norms = torch.linalg.vector_norm(moved, dim=axes, keepdim=True).clamp_min(EPS)
+        norms = torch.linalg.vector_norm(moved.detach(), dim=axes, keepdim=True).clamp_min(EPS)
         return moved * (exact(self.norms, weight.device) / norms) - base
 
 

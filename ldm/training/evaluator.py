@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +99,7 @@ class Evaluator:
         section: EvaluationSection,
         size: int,
         plan: EvaluationPlan,
-        model: LatentDiffusion,
+        shown: Callable[[], LatentDiffusion],
         make_images: MakeImages,
         precision: str,
         work: Workspace,
@@ -109,12 +109,12 @@ class Evaluator:
         section: of the configuration.
         size: width and height of the images, in pixels.
         plan: the evaluation that the section asks for.
-        model: the model in training.
+        shown: gives the model with its weights as they are at the time.
         make_images: makes images with the model.
         precision: of the computation.
         work: its folder holds the evaluations' folders, its cache the features of images that no model made.
         """
-        self.section, self.plan, self.model, self.work = section, plan, model, work
+        self.section, self.plan, self.shown, self.work = section, plan, shown, work
         self.stage, self.place = stage, f"{stage}.evaluation"
         self.make_images, self.size = make_images, size
         self.sampling: dict[str, Any] = {"steps": self.section.steps}
@@ -135,9 +135,10 @@ class Evaluator:
             LdmError: weights or images are missing or damaged.
         """
         with _at(self.place):
-            if self.model.family.refiner:
-                raise LdmError(f"a {self.model.family.name} model makes no images alone; set every to 0")
-            self._begin("", "", self.work)
+            model = self.shown()
+            if model.family.refiner:
+                raise LdmError(f"a {model.family.name} model makes no images alone; set every to 0")
+            self._begin("", "", model, self.work)
 
     def figures(self, step: int, average: str) -> dict[str, float]:
         """The figures by metric, the same on every rank; the reports go into the folder of `step` and `average`.
@@ -159,10 +160,10 @@ class Evaluator:
                 ) from None
 
     def _figures(self, step: int, average: str) -> dict[str, float]:
-        ranks, folder = self.work.ranks, made(self.folder(step, average))
-        digest = weights_digest(self.model)
+        ranks, folder, model = self.work.ranks, made(self.folder(step, average)), self.shown()
+        digest = weights_digest(model)
         evaluation = self._begin(
-            f"{self.stage} after {step} updates, {average}", digest, replace(self.work, folder=folder)
+            f"{self.stage} after {step} updates, {average}", digest, model, replace(self.work, folder=folder)
         )
         key = digest_of(evaluation.facts, digest, sorted(self.settings.items()), self.section.batch)
         found = _finished(folder, key)
@@ -182,11 +183,11 @@ class Evaluator:
         ranks.wait()
         return dict(read_json(folder / FIGURES)["figures"])
 
-    def _begin(self, name: str, digest: str, work: Workspace) -> Evaluation:
+    def _begin(self, name: str, digest: str, model: LatentDiffusion, work: Workspace) -> Evaluation:
         """An evaluation of the model, under the given name in the report."""
 
         def make(prompts: list[str], seeds: list[int], changes: Mapping[str, Value]) -> list[Image.Image]:
-            return self.make_images(self.model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
+            return self.make_images(model, prompts, (self.size, self.size), seeds, {**self.sampling, **changes})
 
         return Evaluation([Model(name, digest, self.size, make, settings=self.settings)], self.plan, work)
 
@@ -216,9 +217,10 @@ class Evaluator:
 
 @torch.no_grad()
 def weights_digest(model: LatentDiffusion) -> str:
-    """A digest of all weights (fp32); `fingerprint` reads only some of them."""
+    """A digest of all weights (fp32 or 16 bits); `fingerprint` reads only some of them."""
     parameters = [parameter for module in model.modules().values() for parameter in module.parameters()]
-    sums = [parameter.view(torch.int32).sum(dtype=torch.int64) for parameter in parameters]
+    whole = {2: torch.int16, 4: torch.int32}  # bytes of a number -> integers of the same size
+    sums = [parameter.view(whole[parameter.itemsize]).sum(dtype=torch.int64) for parameter in parameters]
     return digest_of(torch.stack(sums).tolist())
 
 

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.training.config import Config
 from ldm.training.ema import profiles
+from ldm.training.frozen import matrices
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.optimizers import STATE_BYTES
 from ldm.training.phases import Phase, phases
 from ldm.training.sections import StageSection
-from ldm.training.stages.stage import ForwardPasses, Learner, Pass, trained
+from ldm.training.stages.stage import ForwardPasses, Learner, Pass, StageKind, trained
 from ldm.training.stages.table import kind_named
 from ldm.training.start import starting_family
 from ldm.weights.components import Components, build
@@ -70,14 +71,15 @@ def forecast(config: Config, processes: int = 1) -> list[Forecast]:
         with torch.device("meta"):
             parts = build(starting_family(model, place))
             learners = kind.learners(section, parts)
-            parameters = count(parts, learners, kind.helpers(section))
+            parameters = count(parts, learners, kind.helpers(section), kind.frozen and config.precision != "no")
         if section.checkpointing:
             for learner in learners.values():
-                checkpointed(learner.module)
+                checkpointed(learner.network)
         for phase in phases(section):
-            micro = phase.batch // (phase.parts(processes) * processes)
+            own = phase.halved if kind.prior(section) else phase  # class images have micro-batches of their own
+            micro = own.batch // (own.parts(processes) * processes)
             passes = kind.passes(section, parts, learners, phase.size, config.data.cache)
-            found.append(_forecast(config, name, section, parameters, passes, phase, micro))
+            found.append(_forecast(config, kind, section, parameters, passes, phase, micro))
     return found
 
 
@@ -88,20 +90,25 @@ class Counted:
     trained: int
     averaged: int  # trained parameters with averages
     frozen: int
+    nbytes: int  # of all weights
 
 
-def count(parts: Components, learners: Mapping[str, Learner], helpers: Iterable[nn.Module]) -> Counted:
-    """The parameters of a stage's networks, each counted once."""
+def count(
+    parts: Components, learners: Mapping[str, Learner], helpers: Iterable[nn.Module], rounded: bool = False
+) -> Counted:
+    """The parameters of a stage's networks, each counted once; with `rounded`, frozen matrices are held in 16 bits."""
     modules = [*(learner.module for learner in learners.values()), *parts.modules().values(), *helpers]
     everything = {id(p): p for module in modules for p in module.parameters()}.values()
     learned = sum(p.numel() for p in everything if p.requires_grad)
     averaged = sum(p.numel() for one in learners.values() if one.averaged for p in trained(one.module))
-    return Counted(learned, averaged, sum(p.numel() for p in everything) - learned)
+    halves = {id(p) for one in (parts.unet, parts.text_encoders) for p in matrices(one)} if rounded else set()
+    nbytes = sum(p.nbytes // 2 if id(p) in halves else p.nbytes for p in everything)
+    return Counted(learned, averaged, sum(p.numel() for p in everything) - learned, nbytes)
 
 
 def _forecast(
     config: Config,
-    name: str,
+    kind: StageKind[Any],
     section: StageSection,
     parameters: Counted,
     passes: ForwardPasses,
@@ -109,7 +116,8 @@ def _forecast(
     micro: int,
 ) -> Forecast:
     kept, forward = _count(passes.learned)
-    backward = 3 if section.checkpointing else 2  # passes that cost as much as a forward one
+    backward = 1 if kind.frozen else 2  # passes that cost as much as a forward one: gradients of inputs, of weights
+    backward += 1 if section.checkpointing else 0
     flops = (1 + backward) * forward + sum(_count(run)[1] for run in passes.frozen)
     learned, still = parameters.trained, parameters.frozen
     averages = len(profiles(section.ema))
@@ -117,8 +125,8 @@ def _forecast(
     if config.precision != "no":  # half of it, and a copy of the weights in 16 bits
         kept = kept // 2 + 2 * learned
     return Forecast(
-        stage=name, size=phase.size, steps=phase.end - phase.first, batch=phase.batch, micro_batch=micro,
-        trained=learned, frozen=still, weights=4 * (learned + still), gradients=4 * learned,
+        stage=kind.name, size=phase.size, steps=phase.end - phase.first, batch=phase.batch, micro_batch=micro,
+        trained=learned, frozen=still, weights=parameters.nbytes, gradients=4 * learned,
         optimizer=STATE_BYTES[section.optimizer.name] * learned, averages=4 * parameters.averaged * averages,
         activations=kept, flops_per_image=flops,
         flops_per_step=flops * phase.batch,

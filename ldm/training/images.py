@@ -89,7 +89,7 @@ def open_training_images(section: DataSection, folder: Path, accelerator: Accele
     with accelerator.main_process_first():  # the first one makes the index, the others read it
         images = open_images(
             section.source, folder, captions=section.captions, split=section.split,
-            caption_column=section.caption_column,
+            caption_column=section.caption_column, trigger=section.trigger,
         )  # fmt: skip
         opened = TrainingImages(section, folder, images)
     if accelerator.is_main_process:

@@ -38,6 +38,17 @@ WORDS = {  # another program's word -> our key
     **dict.fromkeys(("validation_steps", "sample_every_n_steps", "sample_after"), "base.preview_every"),
     **dict.fromkeys(("checkpointing_steps", "save_every_n_steps", "save_steps"), "base.save_every"),
     **dict.fromkeys(("checkpoints_total_limit", "save_last_n_steps", "save_total_limit"), "base.keep"),
+    **dict.fromkeys(("network_dim", "lora_rank", "lora_r"), "adapter.rank"),
+    **dict.fromkeys(("network_alpha", "lora_alpha"), "adapter.alpha"),
+    **dict.fromkeys(("use_dora", "dora_wd", "weight_decompose"), "adapter.dora"),
+    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio"), "adapter.up_rate"),
+    "scale_weight_norms": "adapter.max_norm",
+    **dict.fromkeys(("class_prompt", "with_prior_preservation"), "adapter.prior.prompt"),
+    **dict.fromkeys(("prior_loss_weight",), "adapter.prior.weight"),
+    **dict.fromkeys(("class_data_dir", "reg_data_dir"), "adapter.prior.source"),
+    "num_class_images": "adapter.prior.images",
+    "instance_prompt": "data.trigger",
+    "target_modules": "adapter.layers",
     "mixed_precision": "precision",
     **dict.fromkeys(("output_dir", "output_name", "workspace_dir"), "output"),
     **dict.fromkeys(("report_to", "log_with"), "trackers"),
@@ -70,8 +81,8 @@ ANSWERS = {  # a word that is not just another name for a key -> what to do
         ("resume_from_checkpoint", "resume", "continue_last_backup"), "the same command again continues a run"
     ),
     **dict.fromkeys(
-        ("network_dim", "network_alpha", "network_module", "lora_rank", "lora_alpha", "rank", "lora"),
-        "LoRA is not trained here: all weights of the U-Net are",
+        ("network_module", "network_args", "lora", "peft_type"),
+        "LoRA and its kin are the stage adapter: stages=[adapter], and adapter.kind, adapter.layers, adapter.rank",
     ),
 }
 

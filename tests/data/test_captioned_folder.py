@@ -106,7 +106,8 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCa
     told = "1 of 1 images have no caption (a.png); the metadata has the columns file_name, description: name the one of"
     with pytest.raises(LdmError) as error:
         opened(root, "required")
-    assert told in str(error.value) and str(error.value).endswith("or write them, or set captions: optional")
+    assert told in str(error.value)
+    assert str(error.value).endswith("write them, set trigger (words for all images), or set captions: optional")
     with caplog.at_level(logging.WARNING):
         assert captions(opened(root)) == {"a.png": ()}
     assert told in caplog.text
@@ -281,3 +282,14 @@ def test_what_shards_hold_and_is_not_used_is_told(tmp_path: Path, caplog: pytest
     assert "files in the shards are not read: 1 .cls" in caplog.text
     assert "1 samples of the shards have captions and no image" in caplog.text
     assert "1 files in the shards start with a dot" in caplog.text
+
+
+def test_trigger_words_begin_each_caption(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", "a.png", "b.png", "c.png")
+    (root / "a.txt").write_text("a dog on a sofa")
+    (root / "b.txt").write_text("a photo of sks dog")
+    images = opened(root, "required", trigger="sks dog")
+    told = {"a.png": ("sks dog, a dog on a sofa",), "b.png": ("a photo of sks dog",), "c.png": ("sks dog",)}
+    assert captions(images) == told
+    assert images.captions() == sorted(text for (text,) in told.values())
+    assert images.all_captions() == [list(texts) for texts in told.values()]

@@ -26,7 +26,8 @@ from ldm.training.suggestions import ANSWERS, WORDS
         ("base.train_data_dir=x", "did you mean data.source?"),
         ("autoencoder.snr_gamma=5", "did you mean base.min_snr?"),
         ("resolution=512", "resolution is not known; write base.sizes=[{size: 512}]"),
-        ("network_dim=32", "LoRA is not trained here"),
+        ("network_dim=32", "network_dim is not known; did you mean adapter.rank?"),
+        ("network_module=networks.lora", "are the stage adapter"),
         ("base.stpes=3", "base.stpes is not known; did you mean steps?"),
     ],
 )

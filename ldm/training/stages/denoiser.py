@@ -29,8 +29,14 @@ from ldm.runtime.attention import set_attention
 from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
 from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group
-from ldm.training.sections import EvaluationSection
-from ldm.training.stages.sections import DenoiserSection, RefinerModelSection, RefinerSection
+from ldm.training.sections import EvaluationSection, PriorSection
+from ldm.training.stages.sections import (
+    AdapterSection,
+    BaseSection,
+    DenoiserSection,
+    RefinerModelSection,
+    RefinerSection,
+)
 from ldm.training.stages.stage import (
     Cached,
     EncodeTexts,
@@ -86,8 +92,8 @@ def learners(section: DenoiserSection, parts: Components) -> dict[str, Learner]:
     if not section.train_text:
         return {"unet": Learner(unet, groups)}
     rates = section.text_learning_rate
-    for k, tower in enumerate(encoders.towers):
-        chosen = _read_by_unet(tower, encoders, k)
+    for k in range(len(encoders.towers)):
+        chosen = list(read_by_unet(encoders, k).values())
         for parameter in chosen:
             parameter.requires_grad_(True)
         groups.append((chosen, rates[min(k, len(rates) - 1)]))
@@ -180,7 +186,7 @@ class DenoiserStage:
                 "from the model that it was distilled from"
             )
         last = family.schedule.train_steps - 1
-        usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
+        usual = (0, min(REFINED, last)) if family.refiner else (0, last)
         low, high = section.timestep_range or usual
         timesteps = Timesteps(low, high, section.timesteps, section.logit_mean, section.logit_std)
         self.loss = DiffusionLoss(family.schedule, timesteps, section.min_snr, section.noise_offset)
@@ -201,7 +207,7 @@ class DenoiserStage:
         draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
         said = prompt(batch, self.model.family, self.dropout, self.seed, self.score)
         prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
-        yield Loss("unet", self.loss(prediction, latents, draw))
+        yield Loss("unet", self.loss(prediction, latents, draw) * batch.weights)
 
     def predict(self, module: nn.Module, x: Tensor, timestep: Tensor, said: Prompt) -> Tensor:
         """The U-Net's prediction (B, C, h, w); text encoders that are not trained get no gradient."""
@@ -254,7 +260,11 @@ class DenoiserStage:
         prompts = self.section.prompts or batch.captions[:4]
         height, width = batch.size[0, 4:6].int().tolist()
         seeds = [self.seed + number for number in range(len(prompts))]
-        return self.make_images(self.model, prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+        return self.make_images(self.shown(), prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+
+    def shown(self) -> LatentDiffusion:
+        """The model that makes images, with the weights as they are now."""
+        return self.model
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """The figures of a last validation, for the record."""
@@ -278,12 +288,17 @@ def evaluation(section: DenoiserSection) -> EvaluationSection | None:
     return section.evaluation if section.evaluation.every else None
 
 
+def prior(section: BaseSection | AdapterSection) -> PriorSection | None:
+    """The section on class images, if there are some."""
+    return section.prior if section.prior.prompt else None
+
+
 def refiner_model(section: RefinerSection) -> RefinerModelSection:
     """The section of the model that a refiner starts from, in place of the stage before it."""
     return section.model
 
 
-def _read_by_unet(tower: nn.Module, encoders: TextEncoders, number: int) -> list[nn.Parameter]:
+def read_by_unet(encoders: TextEncoders, number: int) -> dict[str, nn.Parameter]:
     """The parameters of a text encoder that the U-Net's conditioning depends on; the others stay as they are.
 
     With two encoders, the last layer serves the pooled text alone, which the first encoder does not give.
@@ -291,4 +306,5 @@ def _read_by_unet(tower: nn.Module, encoders: TextEncoders, number: int) -> list
     unused = re.compile("(?!)")
     if encoders.pooled and not encoders.configs[number].projection:
         unused = re.compile(rf"(.*\.)?(layers\.{encoders.configs[number].layers - 1}\.|final_layer_norm\.).*")
-    return [parameter for name, parameter in tower.named_parameters() if not unused.fullmatch(name)]
+    named = encoders.towers[number].named_parameters()
+    return {name: parameter for name, parameter in named if not unused.fullmatch(name)}

@@ -6,14 +6,27 @@ configuration is answered at once.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from ldm.training.sections import EvaluationSection, ModelSection, StageSection
+from ldm.training.sections import EmaSection, EvaluationSection, ModelSection, PriorSection, StageSection
+
+
+def _pattern(text: str) -> str:
+    """A regular expression that can be read."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text} is no regular expression: {error}") from None
+    return text
+
 
 Part = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
 
 
 class AutoencoderSection(StageSection):
@@ -53,7 +66,7 @@ class TextSection(StageSection):
 
 
 class DenoiserSection(StageSection):
-    """The U-Net of the base model."""
+    """A U-Net that learns to denoise."""
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
@@ -73,6 +86,12 @@ class DenoiserSection(StageSection):
     evaluation: EvaluationSection = EvaluationSection()
 
 
+class BaseSection(DenoiserSection):
+    """The U-Net of the base model."""
+
+    prior: PriorSection = PriorSection()
+
+
 class RefinerModelSection(ModelSection):
     """The refiner to start from; a newly built one takes the base's autoencoder and last text encoder."""
 
@@ -87,9 +106,85 @@ class RefinerSection(DenoiserSection):
     default_score: float = Field(6.0, ge=0, le=10, description="aesthetic score of images that have none")
 
 
+class AdapterEmaSection(EmaSection):
+    """Averages of the adapter's weights (EMA), which become the result in place of the weights."""
+
+    decay: float = Field(0.0, ge=0, lt=1, description="decay of the exponential average; 0: none")
+
+
+class AdapterSection(DenoiserSection):
+    """A low-rank adapter (LoRA and its kin) of the U-Net and, with `train_text`, of its text encoders."""
+
+    fixed: ClassVar[tuple[str, ...]] = (
+        "kind", "dora", "layers", "rank", "alpha", "ranks", "alphas", "lokr_factor", "train_text",
+    )  # fmt: skip
+    steps: int = Field(2000, ge=1, description="updates of the weights")
+    batch: int = Field(4, ge=1, description="images in an update, over all devices")
+    ema: AdapterEmaSection = AdapterEmaSection()
+    prior: PriorSection = PriorSection()
+    text_learning_rate: list[NotNegative] = Field(
+        [5e-5], min_length=1, max_length=2, description="learning rate of each text encoder's adapter"
+    )
+    kind: Literal["lora", "loha", "lokr"] = Field(
+        "lora", description="form of the changes; lora is LoCon in convolutions"
+    )
+    dora: bool = Field(False, description="train the norms of the weights' rows too (DoRA)")
+    layers: list[Pattern] = Field(
+        ["attention"],
+        min_length=1,
+        description="changed layers: attention, transformers, linear, convolutions, or patterns of their names",
+    )
+    rank: Rank = Field(16, description="rank of the changes")
+    alpha: float | None = Field(None, gt=0, description="changes are scaled by alpha / rank; null: the layer's rank")
+    ranks: dict[Pattern, Rank] = Field(
+        {}, description="other ranks, by patterns of layers' names: {'attn2.to_[kv]': 4}"
+    )
+    alphas: dict[Pattern, float] = Field({}, description="alphas of some layers, likewise")
+    lokr_factor: int | None = Field(
+        None, ge=2, description="most rows and columns of LoKr's first matrix; null: about the root of the layer's"
+    )
+    up_rate: float = Field(
+        1.0, gt=0, description="learning rate of LoRA's second matrix by that of its first (LoRA+: 16)"
+    )
+    rank_dropout: float = Field(
+        0.0, ge=0, lt=1, description="part of LoRA's ranks dropped in each layer, for each sample"
+    )
+    max_norm: float = Field(0.0, ge=0, description="largest norm of a layer's change; 0: any")
+    quantize: Literal["int8-weights"] | None = Field(
+        None, description="int8-weights: hold the frozen weights of the U-Net's transformer blocks in 8 bits"
+    )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="numbers in the adapter's file")
+
+    @field_validator("text_learning_rate")
+    @classmethod
+    def _read(cls, rates: list[float], info: ValidationInfo) -> list[float]:
+        """A rate of text encoders needs their adapters."""
+        if not info.data.get("train_text", True) and rates != cls.model_fields["text_learning_rate"].default:
+            raise ValueError("the adapter has no text encoder; set train_text=true, or leave the rate out")
+        return rates
+
+    @field_validator("quantize")
+    @classmethod
+    def _whole(cls, quantize: str | None, info: ValidationInfo) -> str | None:
+        """DoRA computes with the frozen weights' norms."""
+        if quantize and info.data.get("dora"):
+            raise ValueError("DoRA needs the exact norms of the weights; leave one of them out")
+        return quantize
+
+    @field_validator("up_rate", "rank_dropout")
+    @classmethod
+    def _narrow(cls, value: float, info: ValidationInfo) -> float:
+        """What LoRA's two matrices alone have."""
+        lora = info.data.get("kind") == "lora" and not info.data.get("dora")
+        if not lora and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError("it is for plain LoRA (kind: lora, dora: false); leave it out")
+        return value
+
+
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
-    "base": DenoiserSection,
+    "base": BaseSection,
     "refiner": RefinerSection,
+    "adapter": AdapterSection,
 }

@@ -20,7 +20,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.images import TrainingImages
 from ldm.training.optimizers import Group, make_optimizer
-from ldm.training.sections import EvaluationSection, ModelSection, OptimizerSection, StageSection
+from ldm.training.sections import EvaluationSection, ModelSection, OptimizerSection, PriorSection, StageSection
 from ldm.training.stages.result import read_model, write_model
 from ldm.weights.components import Components
 
@@ -43,6 +43,12 @@ class Player:
     optimizer: torch.optim.Optimizer
     clip: float  # largest norm of the gradient; 0: no clipping
     averaged: bool = True  # whether averages of its weights are kept
+    around: nn.Module | None = None  # the network that runs, if the module holds only the trained part of its weights
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that runs, with all of its weights."""
+        return self.module if self.around is None else self.around
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,17 @@ class Learner:
     groups: Sequence[Group]
     undecayed: Sequence[Group] = ()  # groups without weight decay
     averaged: bool = True  # whether averages of its weights are kept
+    around: nn.Module | None = None  # as in `Player`
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that runs, with all of its weights."""
+        return self.module if self.around is None else self.around
 
     def player(self, section: OptimizerSection) -> Player:
         """The network with the optimiser that the section describes."""
         optimizer = make_optimizer(section, self.groups, self.undecayed)
-        return Player(self.module, optimizer, section.clip, self.averaged)
+        return Player(self.module, optimizer, section.clip, self.averaged, self.around)
 
 
 @dataclass(frozen=True)
@@ -163,12 +175,15 @@ class StageKind(Generic[S]):
     cached: Callable[[S], Cached] = lambda section: Cached()
     spreads: bool = False  # whether its weights can be spread over processes (FSDP2), not only copied (DDP)
     evaluation: Callable[[S], EvaluationSection | None] = lambda section: None  # None: no evaluation in training
+    prior: Callable[[S], PriorSection | None] = lambda section: None  # None: no class images beside the others
     makes_images: bool = True  # whether the model makes images alone, as evaluation needs
     own_model: Callable[[S], ModelSection] | None = None  # to start from; None: the stage before it, or `model`
     # (section, own model, model of the stage before it) -> own model with components of the other
     adopt: Callable[[S, LatentDiffusion, LatentDiffusion | None], LatentDiffusion] = lambda section, own, before: own
+    frozen: bool = False  # whether U-Net and text encoders stay as they are, so that 16 bits can hold them
+    shown: Callable[[Any], LatentDiffusion] = lambda stage: stage.model  # with the stage's weights, to make images
     result: str = "model"  # name of the result in the stage's folder
-    write: Callable[[Stage, Path, str], None] = write_model  # (stage, folder, lineage as JSON), on the main process
+    write: Callable[[Any, Path, str], None] = write_model  # (stage, folder, lineage as JSON), on the main process
     # (folder, the model that it started from, if at hand) -> the model that the next stage starts from
     read: Callable[[Path, LatentDiffusion | None], LatentDiffusion | None] = read_model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.training.stages import autoencoder, denoiser, text, trial
+from ldm.training.stages import adapter, adapter_file, autoencoder, denoiser, text, trial
 from ldm.training.stages.stage import StageKind
 
 KINDS: tuple[StageKind[Any], ...] = (
@@ -39,6 +39,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         cached=denoiser.cached,
         spreads=True,
         evaluation=denoiser.evaluation,
+        prior=denoiser.prior,
         trial={"drop_caption": [0.1, 0.1]},
     ),
     StageKind(
@@ -53,6 +54,21 @@ KINDS: tuple[StageKind[Any], ...] = (
         own_model=denoiser.refiner_model,
         adopt=denoiser.refiner_on_base,
         trial={"model": trial.REFINER},
+    ),
+    StageKind(
+        "adapter",
+        build=adapter.build,
+        learners=adapter.learners,
+        passes=adapter.passes,
+        cached=denoiser.cached,
+        evaluation=denoiser.evaluation,
+        prior=denoiser.prior,
+        frozen=True,
+        shown=adapter.AdapterStage.shown,
+        result=adapter_file.RESULT,
+        write=adapter_file.write,
+        read=adapter_file.read,
+        trial={"layers": ["attention", "convolutions"], "rank": 4, "rank_dropout": 0.2, "max_norm": 1.0},
     ),
 )  # fmt: skip
 

@@ -47,15 +47,15 @@ class Scaling:
 
     def of(self, layer: str, alpha: float | None, rank: int | None) -> float:
         """The scale of a layer with the rank of its tensors, and the alpha in the file."""
-        rank = rank or _matching(self.ranks, layer, self.rank)
+        rank = rank or matching(self.ranks, layer, self.rank)
         if alpha is None:
-            alpha = _matching(self.alphas, layer, self.alpha)
+            alpha = matching(self.alphas, layer, self.alpha)
         if alpha is None or not rank:
             return 1.0
         return alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def _matching(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+def matching(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """The value of the first pattern that the end of a layer's name matches, as in peft."""
     return next((value for key, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", layer)), default)
 

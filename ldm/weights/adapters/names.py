@@ -37,7 +37,7 @@ def _layers(component: str, network: nn.Module, layout: Layout, prefix: str, dot
         yield prefix + name, Place(component, link.ours[0].removesuffix(".weight"))
 
 
-def _towers(model: Components) -> dict[str, nn.Module]:
+def towers(model: Components) -> dict[str, nn.Module]:
     """The text towers of a model by component."""
     encoders = model.networks.get("text_encoders")
     if not isinstance(encoders, TextEncoders):
@@ -45,10 +45,17 @@ def _towers(model: Components) -> dict[str, nn.Module]:
     return {config.component: tower for config, tower in zip(encoders.configs, encoders.towers, strict=True)}
 
 
+def parameter_of(model: Components, component: str, name: str) -> tuple[str, str]:
+    """The network in `model.networks` that holds a component's parameter, and the parameter's name there."""
+    if component not in (own := list(towers(model))):
+        return component, name
+    return "text_encoders", f"towers.{own.index(component)}.{name}"
+
+
 def _diffusers(model: Components) -> Named:
     """diffusers' names with the component first: `unet.mid_block.attentions.0.proj_in`."""
     yield from _layers("unet", model.unet, layouts.diffusers, "unet.")
-    for component, tower in _towers(model).items():
+    for component, tower in towers(model).items():
         yield from _layers(component, tower, layouts.transformers, f"{component}.")
         yield from _layers(component, tower, layouts.transformers_flat, f"{component}.")
 
@@ -66,16 +73,15 @@ def _kohya_sgm(model: Components) -> Named:
 
 
 def _kohya_towers(model: Components) -> Named:
-    towers = _towers(model)
     prefixes = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"} if model.family.xl else {}
-    for component, tower in towers.items():
+    for component, tower in towers(model).items():
         yield from _layers(component, tower, layouts.transformers, prefixes.get(component, "lora_te_"), "_")
 
 
 def _lycoris(model: Components) -> Named:
     """LyCORIS' names for a network alone: `lycoris_mid_block_attentions_0_proj_in`."""
     yield from _layers("unet", model.unet, layouts.diffusers, "lycoris_", "_")
-    for component, tower in _towers(model).items():
+    for component, tower in towers(model).items():
         yield from _layers(component, tower, layouts.transformers, "lycoris_", "_")
 
 
@@ -88,7 +94,7 @@ def _peft(model: Components) -> Named:
 def _bare(model: Components) -> Named:
     """diffusers' and transformers' names alone."""
     yield from _layers("unet", model.unet, layouts.diffusers, "")
-    for component, tower in _towers(model).items():
+    for component, tower in towers(model).items():
         yield from _layers(component, tower, layouts.transformers, "")
         yield from _layers(component, tower, layouts.transformers_flat, "")
 
@@ -97,7 +103,7 @@ def _comfy(model: Components) -> Named:
     """ComfyUI's names: `diffusion_model.middle_block.1.proj_in`, `text_encoders.clip_l.transformer.text_model.…`."""
     yield from _layers("unet", model.unet, layouts.original_unet(model.family.unet, ""), "diffusion_model.")
     encoders = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-    for component, tower in _towers(model).items():
+    for component, tower in towers(model).items():
         name = encoders[component] if model.family.xl or not model.family.text[0].open_clip else "clip_h"
         yield from _layers(component, tower, layouts.transformers, f"text_encoders.{name}.transformer.")
 
