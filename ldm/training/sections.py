@@ -74,6 +74,7 @@ class SizeSection(Section):
 class StageSection(Section):
     """The settings that all stages share."""
 
+    fixed: ClassVar[tuple[str, ...]] = ()  # keys whose values stay while a run goes on, because its weights need them
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="images in an update, over all devices")
     micro_batch: int | None = Field(
@@ -138,6 +139,25 @@ class FolderSection(Section):
     repeats: int = Field(1, ge=1, le=10_000, description="how often each comes in an epoch")
     weight: float = Field(1.0, ge=0, le=1000, description="weight of their loss")
     caption: str = Field("", description="caption of images without one")
+
+
+class PriorSection(Section):
+    """Class images, trained along with the others so that the model keeps what it knew (DreamBooth)."""
+
+    prompt: str = Field("", description="prompt of class images, such as a photo of a dog; empty: no class images")
+    source: str | None = Field(None, description="a folder of class images; null: the model makes them before training")
+    images: int = Field(200, ge=1, description="class images to make")
+    weight: float = Field(1.0, ge=0, description="weight of the class images' loss beside that of the others")
+    steps: int = Field(30, ge=1, le=1000, description="steps of the scheduler")
+    batch: int = Field(4, ge=1, description="class images made at a time on each device")
+
+    @field_validator("source")
+    @classmethod
+    def _told(cls, source: str | None, info: ValidationInfo) -> str | None:
+        """Class images need their prompt."""
+        if source is not None and not info.data.get("prompt"):
+            raise ValueError("class images need their prompt; set it too")
+        return source
 
 
 class DataSection(Section):

@@ -165,9 +165,8 @@ def make(model: Path, folder: Path, *more: str) -> ContrastiveStage:
 
 def batch_of(captions: list[str], keys: list[str], side: int = 32) -> Batch:
     pixels = torch.rand(len(keys), 3, side, side) * 2 - 1
-    count = len(keys)
-    zeros, ones = torch.zeros(count), torch.ones(count)
-    return Batch(keys, [0] * count, captions, pixels, None, torch.zeros(count, 6), zeros, ones)
+    rows = torch.zeros(len(keys), 6)
+    return Batch(keys, [0] * len(keys), captions, pixels, None, rows, rows[:, 0], rows[:, 0])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

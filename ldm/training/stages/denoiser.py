@@ -30,8 +30,14 @@ from ldm.runtime.attention import set_attention
 from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
 from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group
-from ldm.training.sections import EvaluationSection
-from ldm.training.stages.sections import DenoiserSection, RefinerModelSection, RefinerSection
+from ldm.training.sections import EvaluationSection, PriorSection
+from ldm.training.stages.sections import (
+    AdapterSection,
+    BaseSection,
+    DenoiserSection,
+    RefinerModelSection,
+    RefinerSection,
+)
 from ldm.training.stages.stage import (
     Cached,
     EncodeTexts,
@@ -181,7 +187,7 @@ class DenoiserStage:
                 "from the model that it was distilled from"
             )
         last = family.schedule.train_steps - 1
-        usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
+        usual = (0, min(REFINED, last)) if family.refiner else (0, last)
         low, high = section.timestep_range or usual
         timesteps = Timesteps(low, high, section.timesteps, section.logit_mean, section.logit_std)
         self.loss = DiffusionLoss(family.schedule, timesteps, section.min_snr, section.noise_offset)
@@ -289,6 +295,11 @@ def cached(section: DenoiserSection) -> Cached:
 def evaluation(section: DenoiserSection) -> EvaluationSection | None:
     """The section on evaluation, if evaluation in training is on."""
     return section.evaluation if section.evaluation.every else None
+
+
+def prior(section: BaseSection | AdapterSection) -> PriorSection | None:
+    """The section on class images, if there are some."""
+    return section.prior if section.prior.prompt else None
 
 
 def refiner_model(section: RefinerSection) -> RefinerModelSection:
