@@ -348,6 +348,10 @@ def train_an_adapter(
     ] = None,
     model: Annotated[str, typer.Option(help="The model to adapt.")] = "emoji",
     trigger: Annotated[str, typer.Option(help="Words that call what is learned: they begin each caption.")] = "",
+    class_prompt: Annotated[
+        str,
+        typer.Option(help="What it is without the trigger (a dog): the model first makes images of it to keep."),
+    ] = "",
     output: Annotated[str, typer.Option(help="The run's folder; the same command again resumes it.")] = "runs/adapter",
 ) -> None:
     """Train a LoRA: ldm train-adapter PHOTOS --model MODEL --trigger "sks dog" [KEY=VALUE ...]
@@ -358,7 +362,7 @@ def train_an_adapter(
     """
     from ldm.cli.train_adapter import train_adapter
 
-    train_adapter(images, model, trigger, output, overrides or [])
+    train_adapter(images, model, trigger, class_prompt, output, overrides or [])
 
 
 @app.command()

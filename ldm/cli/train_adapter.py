@@ -6,6 +6,7 @@ which, trains, and makes a sheet of images with the adapter's weight from 0 to 1
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -28,10 +29,13 @@ FEWEST, MOST = 400, 3000  # updates
 ROOM = 0.8  # part of the free memory that the forecast may fill
 SAVING: list[list[str]] = [  # settings that save memory, the fastest first
     [], ["adapter.checkpointing=true"], ["adapter.checkpointing=true", "adapter.micro_batch=1"],
+    ["adapter.checkpointing=true", "adapter.micro_batch=1", "adapter.quantize=int8-weights"],
 ]  # fmt: skip
 
 
-def train_adapter(images: str, model: str, trigger: str, output: str, overrides: Sequence[str]) -> None:
+def train_adapter(
+    images: str, model: str, trigger: str, class_prompt: str, output: str, overrides: Sequence[str]
+) -> None:
     """Train a LoRA of a model on a folder of images, and write a sheet of what it does.
 
     Raises:
@@ -43,8 +47,12 @@ def train_adapter(images: str, model: str, trigger: str, output: str, overrides:
     def unless_named(settings: Sequence[str]) -> list[str]:
         return [one for one in settings if one.partition("=")[0] not in named]
 
-    given = [f"data.source={images}", f"model.source={model}", f"output={output}", "stages=[adapter]"]
-    given = [*unless_named([*given, *([f"data.trigger={trigger}"] if trigger else [])]), *overrides]
+    named_by = {
+        "data.source": images, "model.source": model, "output": output, "data.trigger": trigger,
+        "adapter.prior.prompt": class_prompt,
+    }  # fmt: skip
+    given = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in named_by.items() if text]
+    given = [*unless_named([*given, "stages=[adapter]"]), *overrides]
     settings = load(None, given)
     check_paths(settings)
     begun = Path(settings.output) / "config.yaml"
@@ -52,7 +60,7 @@ def train_adapter(images: str, model: str, trigger: str, output: str, overrides:
         train_models(str(begun), given)
     else:
         count = count_images(Path(images))
-        given += unless_named(defaults(count, model))
+        given += unless_named(defaults(count, model, bool(class_prompt)))
         check_bounds(load(None, given))
         given += fitting(given, [unless_named(more) for more in SAVING])
         if first:
@@ -76,16 +84,17 @@ def count_images(folder: Path) -> int:
     return count
 
 
-def defaults(count: int, model: str) -> list[str]:
-    """The settings for so many images, and for the model's family."""
+def defaults(count: int, model: str, halved: bool = False) -> list[str]:
+    """The settings for so many images, and for the model's family; class images take half of a batch."""
     from ldm.weights.sources import open_source  # PyTorch, only now that there is something to train
 
     size = open_source(model, verify=False).family.size
+    batch = 2 * min(2, count) if halved else min(4, count)
     step = 64 if size >= 512 else max(size // 64 * 8, 8)
     return [
         "precision=auto", "data.cache=true", "data.crops=4", "data.holdout=0", f"data.bucket_step={step}",
         "adapter.layers=[transformers]", f"adapter.steps={min(max(EACH * count, FEWEST), MOST)}",
-        f"adapter.batch={min(4, count)}", f"adapter.sizes=[{{size: {size}}}]", "adapter.min_snr=5",
+        f"adapter.batch={batch}", f"adapter.sizes=[{{size: {size}}}]", "adapter.min_snr=5",
         "adapter.optimizer.warmup=50", "adapter.optimizer.schedule=cosine", "adapter.save_every=250",
         "adapter.preview_every=250",
     ]  # fmt: skip

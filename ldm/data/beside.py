@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ldm.conditions.table import condition
 from ldm.data.framing import Frame, to_pixels
+from ldm.data.keyed import uniform
+from ldm.data.masks import RULES
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Framed:
     """An image at a visit, framed."""
 
     index: Any  # of the image in its plan
+    seed: int  # of the run
     key: str  # of the image
     epoch: int
     frame: Frame
@@ -66,7 +70,19 @@ class Made:
 
     def of(self, image: Framed) -> np.ndarray:
         """The condition image (H, W, 3) uint8."""
-        return np.asarray(condition(self.kind, Image.fromarray(image.pixels)))
+        return np.array(condition(self.kind, Image.fromarray(image.pixels)))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Masks drawn by a rule (`ldm.data.masks`), new ones at each visit."""
+
+    rule: str
+
+    def of(self, image: Framed) -> np.ndarray:
+        """The mask (H, W, 1) uint8."""
+        numbers = (uniform(image.seed, "mask", image.key, image.epoch, number) for number in count())
+        return np.array(RULES[self.rule](image.frame.sides, numbers))[..., None]
 
 
 def to_numbers(name: str, images: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 `a.txt` holds the captions of `a.png`, one on each line. Instead, a `metadata.jsonl` or `metadata.csv` in the image's
 folder or above it may list the captions, as Hugging Face's imagefolder does: `file_name` (relative to the metadata
 file), the captions (a text, or in JSON a list) in the named column, or in `text`, `caption`, `captions` or `prompt`,
-and optionally `score` or `aesthetic_score`. Several rows with the same `file_name` are several captions. Links are
+and optionally `score` or `aesthetic_score`,
+`loss_weight` and `repeats` (visits in an epoch). Several rows with the same `file_name` are several captions. Links are
 followed, but not to a folder that they lie in. Files whose names start with a dot are ignored.
 """
 
@@ -19,6 +20,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -26,7 +28,7 @@ from typing import Any, BinaryIO, TextIO
 from ldm.data.image_set import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
-    SCORE_COLUMNS,
+    NUMBER_COLUMNS,
     Captions,
     Entry,
     SourcePart,
@@ -39,7 +41,7 @@ from ldm.errors import LdmError, listing
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # a row of a metadata file
-Listed = tuple[object, object]  # captions and score in a row
+Listed = tuple[object, Record]  # captions in a row, and its columns of numbers
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _TABLES = frozenset({"csv", "json", "jsonl", "parquet", "tsv"})  # suffixes of files that may hold captions
@@ -109,8 +111,8 @@ class Folder:
             found = [to_captions(*one) for one in listed]
             texts = tuple(text for one in found for text in one.texts)
             if not texts and beside:
-                texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n")).texts
-            return Captions(texts, found[0].score if found else None)
+                texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n"), {}).texts
+            return replace(found[0], texts=texts) if found else Captions(texts)
 
         digest = hashlib.blake2b(repr(listed).encode(errors="replace"), digest_size=8).hexdigest() if listed else ""
         return Entry(path, path, stamps[path], f"{digest}{stamps.get(beside, '')}", captions)
@@ -131,12 +133,13 @@ class Folder:
 
     def _listed(self, stamps: dict[str, str]) -> tuple[dict[str, list[Listed]], set[str]]:
         """The rows of all metadata files, by image; and the images that their columns `apart` name."""
-        names, found, others, columns = _Names(self.root, stamps), dict[str, list[Listed]](), set[str](), {}
+        names, columns = _Names(self.root, stamps), dict[str, None]()
+        found, others = dict[str, list[Listed]](), set[str]()
         wanted = (self.caption_column,) if self.caption_column else CAPTION_COLUMNS
         for image, path, record in self.rows(names):
             columns |= dict.fromkeys(record)
-            row = first_of(record, *wanted), first_of(record, *SCORE_COLUMNS)
-            found.setdefault(image, []).append(row)
+            numbers = {name: record[name] for name in NUMBER_COLUMNS if record.get(name) is not None}
+            found.setdefault(image, []).append((first_of(record, *wanted), numbers))
             others |= {names.find(path, str(record[one])) for one in self.apart if record.get(one)}
         self._columns = list(columns)
         if self.caption_column and self.caption_column not in columns:

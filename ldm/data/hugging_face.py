@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.data.image_set import CAPTION_COLUMNS, SCORE_COLUMNS, Captions, Entry, SourcePart, to_captions
+from ldm.data.image_set import CAPTION_COLUMNS, Captions, Entry, SourcePart, to_captions
 from ldm.errors import LdmError, first_line, listing
 
 
@@ -68,7 +68,6 @@ class Columns:
         self.named = image is not None
         self.caption = caption or _first(features, *CAPTION_COLUMNS)
         self.key = _first(features, "key", "__key__")
-        self.score = _first(features, *SCORE_COLUMNS)
         self.names = list(features)
 
     def undecoded(self, dataset: Any) -> Any:
@@ -90,7 +89,7 @@ class Columns:
 
     def captions(self, row: Mapping[str, Any]) -> Captions:
         """The captions of a row."""
-        return to_captions(row.get(self.caption or ""), row.get(self.score or ""))
+        return to_captions(row.get(self.caption or ""), row)
 
 
 class Dataset:

@@ -8,7 +8,10 @@ from pathlib import Path
 from ldm.errors import LdmError
 from ldm.weights.names import HUB_ID
 
-MADE = {"condition": ("canny", "lineart", "gray", "blur", "tile")}  # images beside others that are made when loaded
+MADE = {  # images beside others that are made when they are loaded
+    "condition": ("canny", "lineart", "gray", "blur", "tile"),
+    "mask": ("alpha", "boxes", "strokes", "random"),
+}
 
 
 def is_remote(source: str) -> bool:

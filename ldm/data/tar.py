@@ -20,7 +20,6 @@ from typing import BinaryIO
 from ldm.data.image_set import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
-    SCORE_COLUMNS,
     Captions,
     Entry,
     SourcePart,
@@ -116,14 +115,13 @@ def captions_of(texts: Mapping[str, bytes], column: str = "") -> Captions:
             raise error if isinstance(error, LdmError) else LdmError("its .json is not valid JSON") from None
         if not isinstance(record, dict):
             raise LdmError("its .json holds no object")
-    score = first_of(record, *SCORE_COLUMNS)
     if column:
         if column not in record:
             raise LdmError(f"its .json has no {column!r}; it has: {listing(list(record), 12) or 'nothing'}")
-        return to_captions(record[column], score)
+        return to_captions(record[column], record)
     if "txt" in texts:
-        return to_captions(decode_caption(texts["txt"]).split("\n"), score)
-    return to_captions(first_of(record, "caption", *CAPTION_COLUMNS), score)
+        return to_captions(decode_caption(texts["txt"]).split("\n"), record)
+    return to_captions(first_of(record, "caption", *CAPTION_COLUMNS), record)
 
 
 def split_name(name: str) -> tuple[str, str]:

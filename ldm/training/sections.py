@@ -76,6 +76,7 @@ class StageSection(Section):
 
     beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage reads
     needed: ClassVar[tuple[str, ...]] = ()  # keys that have no default
+    fixed: ClassVar[tuple[str, ...]] = ()  # keys whose values stay while a run goes on, because its weights need them
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="images in an update, over all devices")
     micro_batch: int | None = Field(
@@ -124,12 +125,41 @@ class BesideSection(Section):
     condition: str | None = Field(
         None, description="condition images, which a ControlNet reads; or canny, lineart, gray, blur, tile"
     )
-    mask: str | None = Field(None, description="masks, white where the image counts")
+    mask: str | None = Field(
+        None, description="masks, white where errors count, or what to inpaint; or alpha, boxes, strokes, random"
+    )
     before: str | None = Field(None, description="the images before the edit that a caption describes")
 
     def named(self) -> dict[str, str]:
         """Those that are set."""
         return {kind: place for kind, place in self if place is not None}
+
+
+class FolderSection(Section):
+    """What holds for the images of one folder of the data."""
+
+    repeats: int = Field(1, ge=1, le=10_000, description="how often each comes in an epoch")
+    weight: float = Field(1.0, ge=0, le=1000, description="weight of their loss")
+    caption: str = Field("", description="caption of images without one")
+
+
+class PriorSection(Section):
+    """Class images, trained along with the others so that the model keeps what it knew (DreamBooth)."""
+
+    prompt: str = Field("", description="prompt of class images, such as a photo of a dog; empty: no class images")
+    source: str | None = Field(None, description="a folder of class images; null: the model makes them before training")
+    images: int = Field(200, ge=1, description="class images to make")
+    weight: float = Field(1.0, ge=0, description="weight of the class images' loss beside that of the others")
+    steps: int = Field(30, ge=1, le=1000, description="steps of the scheduler")
+    batch: int = Field(4, ge=1, description="class images made at a time on each device")
+
+    @field_validator("source")
+    @classmethod
+    def _told(cls, source: str | None, info: ValidationInfo) -> str | None:
+        """Class images need their prompt."""
+        if source is not None and not info.data.get("prompt"):
+            raise ValueError("class images need their prompt; set it too")
+        return source
 
 
 class DataSection(Section):
@@ -146,6 +176,15 @@ class DataSection(Section):
     beside: BesideSection = BesideSection()
     captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
     trigger: str = Field("", description="words put in front of each caption, and in place of a missing one")
+    folders: dict[str, FolderSection] = Field(
+        {}, description="folders within the source: {dog: {repeats: 10, weight: 1.0, caption: a dog}}"
+    )
+    numbered_folders: bool = Field(
+        False, description="read folders named 10_dog as kohya does: ten repeats, and dog as caption of bare images"
+    )
+    shuffle_tags: bool = Field(False, description="put the tags of a caption, between commas, in a new order each time")
+    keep_tags: int = Field(0, ge=0, le=1000, description="first tags that stay in place, beside the trigger")
+    drop_tags: float = Field(0.0, ge=0, lt=1, description="part of the other tags left out, others each time")
     holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
     bucket_step: int = Field(

@@ -18,7 +18,7 @@ FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "t
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r"
-    train_adapter(str(shapes), str(models / "sd15"), "sks", str(output), FEW)
+    train_adapter(str(shapes), str(models / "sd15"), "sks", "", str(output), FEW)
     told = capsys.readouterr()
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
@@ -27,7 +27,7 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
     metadata = read_header(output / "adapter" / "adapter.safetensors")[1]
     assert '"sks' in metadata["ss_tag_frequency"]
     before = (output / "adapter" / "adapter.safetensors").read_bytes()
-    train_adapter(str(shapes), str(models / "sd15"), "sks", str(output), FEW)  # done: nothing happens
+    train_adapter(str(shapes), str(models / "sd15"), "sks", "", str(output), FEW)  # done: nothing happens
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
@@ -48,6 +48,6 @@ def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_folder_without_images(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match="empty holds no images"):
-        train_adapter(str(tmp_path / "empty"), str(models / "sd15"), "sks", str(tmp_path / "r"), FEW)
+        train_adapter(str(tmp_path / "empty"), str(models / "sd15"), "sks", "", str(tmp_path / "r"), FEW)
     with pytest.raises(LdmError, match="data.source: .*nowhere does not exist"):
-        train_adapter(str(tmp_path / "nowhere"), str(models / "sd15"), "sks", str(tmp_path / "r"), FEW)
+        train_adapter(str(tmp_path / "nowhere"), str(models / "sd15"), "sks", "", str(tmp_path / "r"), FEW)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
@@ -29,8 +30,14 @@ from ldm.runtime.attention import set_attention
 from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
 from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group
-from ldm.training.sections import EvaluationSection
-from ldm.training.stages.sections import DenoiserSection, RefinerModelSection, RefinerSection
+from ldm.training.sections import EvaluationSection, PriorSection
+from ldm.training.stages.sections import (
+    AdapterSection,
+    BaseSection,
+    DenoiserSection,
+    RefinerModelSection,
+    RefinerSection,
+)
 from ldm.training.stages.stage import (
     Cached,
     EncodeTexts,
@@ -194,7 +201,7 @@ class DenoiserStage:
                 "from the model that it was distilled from"
             )
         last = family.schedule.train_steps - 1
-        usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
+        usual = (0, min(REFINED, last)) if family.refiner else (0, last)
         low, high = section.timestep_range or usual
         timesteps = Timesteps(low, high, section.timesteps, section.logit_mean, section.logit_std)
         self.loss = DiffusionLoss(family.schedule, timesteps, section.min_snr, section.noise_offset)
@@ -215,7 +222,15 @@ class DenoiserStage:
         draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
         said = self.said(batch, self.dropout)
         prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
-        yield Loss("unet", self.loss(prediction, latents, draw))
+        yield Loss("unet", batch.weights * self.loss(prediction, latents, draw, self.areas(batch, latents)))
+
+    def areas(self, batch: Batch, latents: Tensor) -> Tensor | None:
+        """Weights (B, 1, h, w) of errors by the part of a latent that a mask covers; None without masks."""
+        if "mask" not in batch.beside:
+            return None
+        height, width = latents.shape[2:]
+        covered = F.adaptive_avg_pool2d(batch.beside["mask"], (height, width))
+        return covered.clamp(min=self.section.outside_mask)
 
     def said(self, batch: Batch, dropout: ConditioningDropout) -> Prompt:
         """The inputs of the network beside the latents, after conditioning dropout."""
@@ -298,6 +313,11 @@ def cached(section: DenoiserSection) -> Cached:
 def evaluation(section: DenoiserSection) -> EvaluationSection | None:
     """The section on evaluation, if evaluation in training is on."""
     return section.evaluation if section.evaluation.every else None
+
+
+def prior(section: BaseSection | AdapterSection) -> PriorSection | None:
+    """The section on class images, if there are some."""
+    return section.prior if section.prior.prompt else None
 
 
 def refiner_model(section: RefinerSection) -> RefinerModelSection:

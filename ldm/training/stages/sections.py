@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from ldm.training.sections import EmaSection, EvaluationSection, ModelSection, StageSection
+from ldm.training.sections import EmaSection, EvaluationSection, ModelSection, PriorSection, StageSection
 
 
 def _pattern(text: str) -> str:
@@ -66,7 +66,7 @@ class TextSection(StageSection):
 
 
 class DenoiserSection(StageSection):
-    """The U-Net of the base model."""
+    """A U-Net that learns to denoise."""
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
@@ -79,6 +79,9 @@ class DenoiserSection(StageSection):
     drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions dropped")
     drop_together: bool = Field(False, description="drop a caption for both text encoders, or for none")
     drop_size: float = Field(0.0, ge=0, le=1, description="part of the time ids dropped")
+    outside_mask: Part = Field(
+        0.0, description="weight of errors where a mask (data.beside.mask) is black; the loss is the mean by weight"
+    )
     attention: str = Field("sdpa", description="attention kernel of the U-Net; on a CPU math is faster")
     train_text: bool = Field(False, description="train the text encoders together with the U-Net")
     text_learning_rate: list[NotNegative] = Field(
@@ -86,6 +89,12 @@ class DenoiserSection(StageSection):
     )
     prompts: list[str] = Field([], description="prompts of previews; empty: held-out captions")
     evaluation: EvaluationSection = EvaluationSection()
+
+
+class BaseSection(DenoiserSection):
+    """The U-Net of the base model."""
+
+    prior: PriorSection = PriorSection()
 
 
 class RefinerModelSection(ModelSection):
@@ -111,9 +120,13 @@ class AdapterEmaSection(EmaSection):
 class AdapterSection(DenoiserSection):
     """A low-rank adapter (LoRA and its kin) of the U-Net and, with `train_text`, of its text encoders."""
 
+    fixed: ClassVar[tuple[str, ...]] = (
+        "kind", "dora", "layers", "rank", "alpha", "ranks", "alphas", "lokr_factor", "train_text",
+    )  # fmt: skip
     steps: int = Field(2000, ge=1, description="updates of the weights")
     batch: int = Field(4, ge=1, description="images in an update, over all devices")
     ema: AdapterEmaSection = AdapterEmaSection()
+    prior: PriorSection = PriorSection()
     text_learning_rate: list[NotNegative] = Field(
         [5e-5], min_length=1, max_length=2, description="learning rate of each text encoder's adapter"
     )
@@ -142,6 +155,9 @@ class AdapterSection(DenoiserSection):
         0.0, ge=0, lt=1, description="part of LoRA's ranks dropped in each layer, for each sample"
     )
     max_norm: float = Field(0.0, ge=0, description="largest norm of a layer's change; 0: any")
+    quantize: Literal["int8-weights"] | None = Field(
+        None, description="int8-weights: hold the frozen weights of the U-Net's transformer blocks in 8 bits"
+    )
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="numbers in the adapter's file")
 
     @field_validator("text_learning_rate")
@@ -151,6 +167,14 @@ class AdapterSection(DenoiserSection):
         if not info.data.get("train_text", True) and rates != cls.model_fields["text_learning_rate"].default:
             raise ValueError("the adapter has no text encoder; set train_text=true, or leave the rate out")
         return rates
+
+    @field_validator("quantize")
+    @classmethod
+    def _whole(cls, quantize: str | None, info: ValidationInfo) -> str | None:
+        """DoRA computes with the frozen weights' norms."""
+        if quantize and info.data.get("dora"):
+            raise ValueError("DoRA needs the exact norms of the weights; leave one of them out")
+        return quantize
 
     @field_validator("up_rate", "rank_dropout")
     @classmethod
@@ -219,7 +243,7 @@ class ImagePromptSection(AttachedSection):
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
-    "base": DenoiserSection,
+    "base": BaseSection,
     "refiner": RefinerSection,
     "adapter": AdapterSection,
     "controlnet": ControlNetSection,

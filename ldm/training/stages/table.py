@@ -51,6 +51,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         cached=denoiser.cached,
         spreads=True,
         evaluation=denoiser.evaluation,
+        prior=denoiser.prior,
         trial={"drop_caption": [0.1, 0.1]},
     ),
     StageKind(
@@ -73,6 +74,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         passes=adapter.passes,
         cached=denoiser.cached,
         evaluation=denoiser.evaluation,
+        prior=denoiser.prior,
         frozen=True,
         shown=adapter.AdapterStage.shown,
         result=adapter_file.RESULT,
