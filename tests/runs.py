@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def weights(output: Path, stage: str = "base") -> bytes:
 
 def losses(output: Path, stage: str = "base") -> list[float]:
     return [row["loss/unet"] for row in lines(output, stage) if "loss/unet" in row]
+
+
+def check_golden(name: str, found: list[float]) -> None:
+    """Compare a loss curve with the recorded one, which a refactor must not change; GOLDEN=write records it anew."""
+    path = Path(__file__).parent / "recorded" / "golden_loss.json"
+    recorded = json.loads(path.read_text())
+    if os.environ.get("GOLDEN") == "write":
+        recorded[name] = [round(value, 6) for value in found]
+        rows = [f"{json.dumps(key)}: {json.dumps(recorded[key])}" for key in sorted(recorded)]
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    assert found == pytest.approx(recorded[name], rel=1e-3)
 
 
 class Pulled(Exception):  # noqa: N818

@@ -178,7 +178,8 @@ class ImageSet:
             f"({listing(names, count=int(bare.sum()))}); "
         )
         if captions == "required":
-            raise LdmError(f"{what}{unread}{'; or ' if unread else ''}write them, or set captions: optional")
+            remedy = "write them, set trigger (words for all images), or set captions: optional"
+            raise LdmError(f"{what}{unread}{'; or ' if unread else ''}{remedy}")
         if unread:
             log.warning("%s%s", what, unread)
 

@@ -89,19 +89,20 @@ class Counted:
     trained: int
     averaged: int  # trained parameters with averages
     frozen: int
-    rounded: int  # frozen parameters that are held in 16 bits
+    nbytes: int  # of all weights
 
 
 def count(
     parts: Components, learners: Mapping[str, Learner], helpers: Iterable[nn.Module], rounded: bool = False
 ) -> Counted:
-    """The parameters of a stage's networks, each counted once; with `rounded`, those held in 16 bits too."""
+    """The parameters of a stage's networks, each counted once; with `rounded`, frozen matrices are held in 16 bits."""
     modules = [*(learner.module for learner in learners.values()), *parts.modules().values(), *helpers]
     everything = {id(p): p for module in modules for p in module.parameters()}.values()
     learned = sum(p.numel() for p in everything if p.requires_grad)
     averaged = sum(p.numel() for one in learners.values() if one.averaged for p in trained(one.module))
-    few = sum(p.numel() for one in (parts.unet, parts.text_encoders) for p in matrices(one)) if rounded else 0
-    return Counted(learned, averaged, sum(p.numel() for p in everything) - learned, few)
+    halves = {id(p) for one in (parts.unet, parts.text_encoders) for p in matrices(one)} if rounded else set()
+    nbytes = sum(p.nbytes // 2 if id(p) in halves else p.nbytes for p in everything)
+    return Counted(learned, averaged, sum(p.numel() for p in everything) - learned, nbytes)
 
 
 def _forecast(
@@ -124,7 +125,7 @@ def _forecast(
         kept = kept // 2 + 2 * learned
     return Forecast(
         stage=kind.name, size=phase.size, steps=phase.end - phase.first, batch=phase.batch, micro_batch=micro,
-        trained=learned, frozen=still, weights=4 * (learned + still) - 2 * parameters.rounded, gradients=4 * learned,
+        trained=learned, frozen=still, weights=parameters.nbytes, gradients=4 * learned,
         optimizer=STATE_BYTES[section.optimizer.name] * learned, averages=4 * parameters.averaged * averages,
         activations=kept, flops_per_image=flops,
         flops_per_step=flops * phase.batch,

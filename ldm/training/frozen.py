@@ -1,18 +1,23 @@
-"""Weights that no gradient changes, in the numbers that a run computes in.
+"""Weights that no gradient changes, in 16 or 8 bits.
 
 Autocast rounds the weights of linear layers and convolutions to 16 bits in each pass. Where they stay as they are, they
-are rounded once: the results are the same, with half the memory.
+are rounded once: the results are the same, with half the memory. Those of transformer blocks can be held in 8-bit
+integers, which changes results a little.
+
+O output channels, I input channels
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ldm.models.layers import TransformerBlock
 from ldm.models.surgery import rebuilt
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,3 +50,70 @@ def uniform(network: M) -> M:
         }
 
     return rebuilt(network, cast)
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+class EightBitLinear(nn.Module):
+    """A frozen linear layer with 8-bit integers and a scale for each row (Dettmers et al. 2022, arXiv 2208.07339,
+    section 3.1). Gradients pass through it to its input; its numbers are computed anew for them."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        self.scale = _frozen((weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(weight.dtype).tiny))
+        self.weight = _frozen((weight.float() / self.scale.float()).round().clamp(-127, 127).to(torch.int8))  # (O, I)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) to (…, O), in the dtype that the layer had."""
+        product: Tensor = _EightBitProduct.apply(x.to(self.scale.dtype), self.weight, self.scale)
+        return product if self.bias is None else product + self.bias
+
+    def plain(self) -> nn.Linear:
+        """A linear layer with the same numbers."""
+        layer = nn.Linear(*reversed(self.weight.shape), bias=self.bias is not None, device="meta")
+        layer.weight, layer.bias = _frozen(_dense(self.weight, self.scale)), self.bias
+        return layer
+
+
+class _EightBitProduct(torch.autograd.Function):
+    """A product with a weight (O, I) in 8 bits, which keeps nothing else for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, _dense(weight, scale))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient @ _dense(*ctx.saved_tensors), None, None
+
+
+def _dense(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.to(scale.dtype) * scale
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def hold_in_eight_bits(network: nn.Module) -> None:
+    """Replace the linear layers of a network's transformer blocks by ones in 8 bits, in place."""
+    for block in network.modules():
+        if isinstance(block, TransformerBlock):
+            for part in list(block.modules()):
+                for name, layer in list(part.named_children()):
+                    if type(layer) is nn.Linear:
+                        setattr(part, name, EightBitLinear(layer))
+
+
+def dense(network: M) -> M:
+    """A copy of a network with plain layers in place of those in 8 bits; all else is shared."""
+    return rebuilt(
+        network,
+        lambda module: {
+            name: part.plain() for name, part in module.named_children() if isinstance(part, EightBitLinear)
+        },
+    )

@@ -86,11 +86,12 @@ class Checkpoints:
         path, manifest = found
         state: dict[str, Any] = manifest["state"]
         kind, before = self.weights.kind(), state["kind"]
-        differ = [name for name in kind if kind[name] != before.get(name)]
-        if differ:
+        if differ := [name for name in kind if kind[name] != before.get(name)]:
+            settings = [f"{name} is {kind[name]}, not {before.get(name)}" for name in differ if "." in name]
+            what = "; ".join(settings or [f"another {name}" for name in differ])
             raise LdmError(
-                f"{path} does not fit the configuration: another {' and another '.join(differ)}; set back what was "
-                f"changed since the run began, or choose another output"
+                f"{path} does not fit the configuration: {what}; set back what was changed since the run began, or "
+                "choose another output"
             )
         self._load(path)
         self.saved = int(path.name.removeprefix("step-"))

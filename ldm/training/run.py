@@ -246,7 +246,7 @@ def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
             checkpointed(player.network)
         if stage.section.compile:
             check_compiling(accelerator.device)
-            player.module.compile()
+            player.network.compile()
         if accelerator.device.type == "cuda" and not is_sharded(accelerator, stage):
             player.network.to(memory_format=torch.channels_last)  # the fastest layout for a GPU's convolutions
 

@@ -116,8 +116,9 @@ class TrainedWeights:
         return sum(weight.nbytes for weight in weights) + state + averages
 
     def kind(self) -> dict[str, Any]:
-        """Facts that must be the same for a checkpoint to fit."""
+        """Facts that must be the same for a checkpoint to fit, the settings among them by their keys."""
         section = self.stage.section
+        settings = section.model_dump(mode="json", include=set(section.fixed))
         shapes = [
             (player, name, tuple(parameter.shape))
             for player, one in self.players.items()
@@ -125,6 +126,7 @@ class TrainedWeights:
             if parameter.requires_grad
         ]
         return {
+            **{f"{self.stage.name}.{key}": settings[key] for key in section.fixed},
             "network": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
             "optimizer": section.optimizer.name,
             "ema": [bool(section.ema.decay), *section.ema.widths],

@@ -106,7 +106,8 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCa
     told = "1 of 1 images have no caption (a.png); the metadata has the columns file_name, description: name the one of"
     with pytest.raises(LdmError) as error:
         opened(root, "required")
-    assert told in str(error.value) and str(error.value).endswith("or write them, or set captions: optional")
+    assert told in str(error.value)
+    assert str(error.value).endswith("write them, set trigger (words for all images), or set captions: optional")
     with caplog.at_level(logging.WARNING):
         assert captions(opened(root)) == {"a.png": ()}
     assert told in caplog.text

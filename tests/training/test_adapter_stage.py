@@ -12,7 +12,7 @@ import torch
 from networks import inputs
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import config, interrupted, lines, losses
+from runs import check_golden, config, interrupted, lines, losses
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,12 +21,14 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config
 from ldm.training.forecast import forecast
-from ldm.training.frozen import matrices, uniform
+from ldm.training.frozen import EightBitLinear, matrices, uniform
 from ldm.training.loop import Training
 from ldm.training.run import TrainingRun, train
 from ldm.training.stages.adapter import AdapterStage
+from ldm.training.stages.adapter_file import write
 from ldm.weights.adapters import open_adapter
 from ldm.weights.tensors import LINEAGE, read_header
+from pipelines import Pipeline
 from pipelines.adapters import adapted
 from pipelines.mixes import MixedAdapter
 
@@ -39,6 +41,13 @@ TEXT = ["adapter.train_text=true", "adapter.text_learning_rate=[1e-2]"]
 ALL = [
     *TEXT, "adapter.layers=[linear, convolutions]", "adapter.rank_dropout=0.3", "adapter.max_norm=0.5",
     "adapter.ema.decay=0.9", "adapter.up_rate=4",
+]  # fmt: skip
+
+
+TOWER = "width: 32, layers: 2, heads: 2, hidden: 32, vocab_size: 600, context: 16"
+XL = [
+    "model.family=sdxl", f"model.text=[{{{TOWER}}}, {{{TOWER}, projection: 24}}]", "model.unet.text_dim=64",
+    "model.unet.pooled_dim=24", "model.unet.size_dim=8", "model.unet.mid_depth=1",
 ]  # fmt: skip
 
 
@@ -113,14 +122,42 @@ def test_it_learns(shapes: Path, tmp_path: Path) -> None:
     assert curve[-1] < 0.8 * curve[0]
 
 
-def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_path: Path) -> None:
+def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
+    train(settings(shapes, tmp_path / "r", *ALL, "adapter.min_snr=5"))
+    check_golden("adapter", losses(tmp_path / "r", "adapter"))
+
+
+def test_the_merged_adapter_makes_the_same_images(shapes: Path, tmp_path: Path) -> None:
+    training = ready(settings(shapes, tmp_path / "r"))
+    stage = stirred(training)
+    write(stage, tmp_path, "{}")
+    apart = stage.model.with_networks({"unet": stage.adapter.parts.unet})
+
+    def images(model: LatentDiffusion, **options: Any) -> Tensor:
+        asked = {"steps": 3, "seed": 0, "width": 32, "height": 32, "output": "latents", **options}
+        pipeline = Pipeline(model, device="cpu", dtype=torch.float32)
+        return torch.stack(pipeline(["a red circle", "a blue square"], **asked).latents)
+
+    unmerged = images(apart)
+    assert torch.allclose(images(stage.model, adapters=[tmp_path / "adapter.safetensors"]), unmerged, atol=1e-4)
+    assert not torch.allclose(images(stage.model), unmerged, atol=1e-2)
+
+
+def test_an_adapter_of_the_base_before_it(shapes: Path, tmp_path: Path) -> None:
+    train(settings(shapes, tmp_path / "r", "stages=[base,adapter]", "base.steps=2"))
+    lineage = json.loads(read_header(file_of(tmp_path / "r"))[1][LINEAGE])
+    assert lineage["parents"] == [str(tmp_path / "r" / "base" / "model")]
+    model = LatentDiffusion.from_pretrained(tmp_path / "r" / "base" / "model")
+    assert open_adapter(file_of(tmp_path / "r"), model).changes["unet"]
+
+
+@pytest.mark.parametrize("family", [[], XL], ids=["sd15", "sdxl"])
+def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_path: Path, family: list[str]) -> None:
     """One step of a LoRA of attention, in diffusers' U-Net with peft's layers, on the same latents, noise and text."""
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from ldm.training.stages.adapter_file import write
-
-    training = ready(settings(shapes, tmp_path / "r", "adapter.drop_caption=[0]"))
+    training = ready(settings(shapes, tmp_path / "r", "adapter.drop_caption=[0]", *family))
     stage = stirred(training)
     write(stage, tmp_path, "{}")
     stage.model.save_pretrained(tmp_path / "model")
@@ -129,14 +166,16 @@ def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_pat
     loss.values.mean().backward()
     latents = stage.latents(batch, "posterior")
     draw = stage.loss.draw(latents.shape[1:], stage.seed, batch.keys, batch.epochs)
-    text = stage.model.encode_prompt(batch.captions).text
+    encoded = stage.model.encode_prompt(batch.captions)
+    added = {"text_embeds": encoded.pooled, "time_ids": batch.size} if family else None
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet")
     state, network_alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "diffusers")[:2]
     unet.load_lora_adapter(state, network_alphas=network_alphas, prefix="unet")
     weights = {name: one for name, one in unet.named_parameters() if "lora" in name}
     for one in weights.values():
         one.requires_grad_(True)
-    prediction = unet(stage.loss.noisy(latents, draw), draw.timestep, text).sample
+    noisy = stage.loss.noisy(latents, draw)
+    prediction = unet(noisy, draw.timestep, encoded.text, added_cond_kwargs=added).sample
     theirs = (prediction - draw.noise).square().mean()
     theirs.backward()
     assert loss.values.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -206,11 +245,14 @@ def test_checkpointing_and_parts_change_nothing(shapes: Path, tmp_path: Path) ->
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_another_rank_is_refused(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("adapter.rank=2", "adapter.rank is 2, not 4"), ("adapter.alpha=8", "adapter.alpha is 8.0, not None")],
+)
+def test_another_adapter_is_refused(shapes: Path, tmp_path: Path, override: str, message: str) -> None:
     interrupted(settings(shapes, tmp_path / "r"), after=5)
-    with pytest.raises(LdmError, match="step-00000003 does not fit the configuration: another network"):
-        train(settings(shapes, tmp_path / "r", "adapter.rank=2"))
-    assert "adapter.rank was 4 when this run began, and is 2 now" in caplog.text
+    with pytest.raises(LdmError, match=f"step-00000003 does not fit the configuration: {message}; set back what"):
+        train(settings(shapes, tmp_path / "r", override))
 
 
 # --- files, previews, memory ------------------------------------------------------------------------------------------
@@ -283,6 +325,28 @@ def test_16_bits_hold_the_frozen_weights(shapes: Path, tmp_path: Path) -> None:
     assert half.weights < 0.8 * whole.weights
 
 
+def test_8_bits_hold_the_frozen_weights(shapes: Path, tmp_path: Path) -> None:
+    layer = torch.nn.Linear(24, 32)
+    rounded, x = EightBitLinear(layer.requires_grad_(False)), torch.randn(2, 5, 24, requires_grad=True)
+    assert torch.allclose(rounded.plain().weight, layer.weight, atol=float(layer.weight.abs().max()) / 250)
+    found = [torch.autograd.grad(one(x).square().sum(), x)[0] for one in (rounded, rounded.plain())]
+    assert torch.allclose(*found, atol=1e-5)
+    chosen = settings(
+        shapes, tmp_path / "r", "adapter.quantize=int8-weights", "adapter.preview_every=3", "precision=bf16"
+    )
+    train(chosen, make_images)
+    whole, eight = (
+        forecast(settings(shapes, tmp_path / "p", "precision=bf16", *extra))[0].weights
+        for extra in ([], ["adapter.quantize=int8-weights"])
+    )
+    stage = stirred(ready(settings(shapes, tmp_path / "q", "adapter.quantize=int8-weights")))
+    layers = [one for one in stage.model.unet.modules() if isinstance(one, EightBitLinear)]
+    assert 0 < whole - eight < sum(one.weight.nbytes for one in layers)
+    given = inputs(stage.model.unet, torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(stage.shown().unet(*given), stage.adapter.parts.unet(*given), atol=1e-5)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -295,12 +359,26 @@ def test_16_bits_hold_the_frozen_weights(shapes: Path, tmp_path: Path) -> None:
         ("adapter.layers=['(']", "( is no regular expression"),
         ("adapter.text_learning_rate=[1e-3]", "the adapter has no text encoder; set train_text=true"),
         ("adapter.rank=0", "greater than or equal to 1"),
+        ("adapter.quantize=int4", "int8-weights"),
     ],
 )
 def test_bad_input(shapes: Path, tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(LdmError) as caught:
         ready(settings(shapes, tmp_path / "r", override))
     assert message in str(caught.value)
+
+
+def test_unusable_images(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.open(next(shapes.glob("*.png"))).save(tmp_path / "one" / "a.png")
+    own = [f"data.source={tmp_path / 'one'}", "data.holdout=0"]
+    with pytest.raises(LdmError, match="1 of 1 images have no caption .*set trigger"):
+        ready(settings(shapes, tmp_path / "r", *own))
+    with pytest.raises(LdmError, match="all 1 images are too small for size 512"):
+        train(settings(shapes, tmp_path / "s", *own, "data.trigger=sks", "adapter.sizes=[{size: 512}]"))
+    with pytest.raises(LdmError, match="holding out 64 of 1 images leaves none to train with"):
+        train(settings(shapes, tmp_path / "t", *own, "data.trigger=sks", "data.holdout=64"))
+    train(settings(shapes, tmp_path / "u", *own, "data.trigger=sks", "adapter.steps=1"))  # one is enough
 
 
 @pytest.mark.parametrize("override", ["adapter.rank_dropout=0.1", "adapter.up_rate=16"])

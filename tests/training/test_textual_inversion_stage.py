@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from rounding import RUN, near
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import config, interrupted, lines, losses
+from runs import check_golden, config, interrupted, lines, losses
 from safetensors.torch import load_file
 
 from ldm.cli.train import make_images
@@ -219,12 +218,14 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path,
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    """A refactor must not change it. To record it anew: GOLDEN=write pytest, with this file."""
     train(settings(shapes, tmp_path / "r", *PIVOTAL, f"{NAME}.rank_dropout=0.3", f"{NAME}.min_snr=5"))
-    path = Path(__file__).parents[1] / "recorded" / "golden_loss_textual_inversion.json"
-    if os.environ.get("GOLDEN") == "write":
-        path.write_text(json.dumps([round(value, 6) for value in losses(tmp_path / "r", NAME)]))
-    assert losses(tmp_path / "r", NAME) == pytest.approx(json.loads(path.read_text()), rel=1e-3)
+    check_golden(NAME, losses(tmp_path / "r", NAME))
+
+
+def test_other_words_are_refused(shapes: Path, tmp_path: Path) -> None:
+    interrupted(settings(shapes, tmp_path / "r"), after=5)
+    with pytest.raises(LdmError, match=r"textual-inversion.words is .*<a>.*, not .*<sks>"):
+        train(settings(shapes, tmp_path / "r", f"{NAME}.words={{<a>: {{vectors: 2}}}}", "data.trigger=<a>"))
 
 
 # --- files, previews --------------------------------------------------------------------------------------------------

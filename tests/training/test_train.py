@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from commands import COMMAND
 from launched import ONE_THREAD, PATIENCE, ROOT, Program, by_launcher, on_two
 from PIL import Image
-from runs import TINY, _fresh_accelerator, config, interrupted, lines, losses, weights  # noqa: F401
+from runs import TINY, _fresh_accelerator, check_golden, config, interrupted, lines, losses, weights  # noqa: F401
 from safetensors.torch import load_file
 
 from ldm.cli.train import make_images
@@ -110,12 +110,8 @@ def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    """A refactor must not change it. To record it anew: GOLDEN=write pytest tests/training/test_train.py."""
     train(config(shapes, tmp_path / "r", "base.steps=12", "base.min_snr=5", "base.noise_offset=0.05"))
-    path = Path(__file__).parents[1] / "recorded" / "golden_loss.json"
-    if os.environ.get("GOLDEN") == "write":
-        path.write_text(json.dumps([round(value, 6) for value in losses(tmp_path / "r")]))
-    assert losses(tmp_path / "r") == pytest.approx(json.loads(path.read_text()), rel=1e-3)
+    check_golden("base", losses(tmp_path / "r"))
 
 
 def test_a_refiner_follows_its_base(shapes: Path, tmp_path: Path) -> None:

@@ -136,6 +136,22 @@ def test_the_best_weights_become_the_result(images: Path, tmp_path: Path) -> Non
     assert "chosen" not in done(tmp_path / "plain")
 
 
+def test_the_best_adapter_becomes_the_result(images: Path, tmp_path: Path) -> None:
+    few = [
+        "steps=4", "batch=8", "rank=2", "dtype=fp32", "sizes=[{size: 32}]", "log_every=1", "save_every=2",
+        "optimizer.learning_rate=1e-2", "evaluation.every=2", "evaluation.metrics=[fid]", "evaluation.choose=fid",
+    ]  # fmt: skip
+    output = tmp_path / "r"
+    train(config(images, output, "stages=[adapter]", *(f"adapter.{one}" for one in few)), Painter(0.1, 0.5))
+    assert json.loads((output / "adapter" / "done.json").read_text())["chosen"]["step"] == 2
+    (best,) = (output / "adapter" / "evaluation").glob("step-00000002/*/unet.safetensors")
+    kept, result = load_file(best), load_file(output / "adapter" / "adapter.safetensors")
+    downs = [
+        sorted(float(tensor.sum()) for name, tensor in found.items() if "down" in name) for found in (kept, result)
+    ]
+    assert downs[0] == downs[1] != []
+
+
 def test_a_run_killed_anywhere_ends_in_the_same_result(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

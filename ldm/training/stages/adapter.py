@@ -23,7 +23,7 @@ from ldm.models.surgery import exchanged, twin
 from ldm.patches.low_rank import Change
 from ldm.patches.trained import ChangedLayer, ChangeForm, DoRA, LoRA, TrainedChange, new_change, shrink
 from ldm.runtime.merging import merged
-from ldm.training.frozen import uniform
+from ldm.training.frozen import dense, hold_in_eight_bits, uniform
 from ldm.training.images import TrainingImages
 from ldm.training.optimizers import Group
 from ldm.training.stages import denoiser
@@ -90,7 +90,7 @@ class TrainedAdapter(nn.Module):
 # --- the layers -------------------------------------------------------------------------------------------------------
 
 
-def chosen(section: AdapterSection, parts: Components) -> dict[Place, nn.Module]:
+def chosen(section: AdapterSection, parts: Components) -> dict[Place, nn.Linear | nn.Conv2d]:
     """The layers that the adapter changes: of the U-Net and, with `train_text`, of the text encoders.
 
     Raises:
@@ -143,10 +143,11 @@ def form_of(section: AdapterSection, layer: str) -> ChangeForm:
 def learners(section: AdapterSection, parts: Components) -> dict[str, Learner]:
     """The changes of the chosen layers, with initial values from PyTorch's generator."""
     freeze(parts)
-    changes = {
-        place: new_change(layer.weight, form_of(section, place.layer))  # type: ignore[arg-type]
-        for place, layer in chosen(section, parts).items()
-    }
+    weights = {place: layer.weight for place, layer in chosen(section, parts).items()}
+    changes = {place: new_change(weight, form_of(section, place.layer)) for place, weight in weights.items()}
+    del weights  # which may be replaced now
+    if section.quantize:
+        hold_in_eight_bits(parts.unet)
     adapter = TrainedAdapter(parts, changes, section.train_text)
     rates = {"unet": section.optimizer.learning_rate}
     for k, component in enumerate(towers(parts)):
@@ -259,7 +260,7 @@ class AdapterStage(DenoiserStage):
                 network, parameter = parameter_of(self.model, component, name)
                 changes[network][parameter] = [(1.0, change)]
         return self.model.with_networks(
-            {name: uniform(merged(self.model.networks[name], own)) for name, own in changes.items()}
+            {name: uniform(merged(dense(self.model.networks[name]), own)) for name, own in changes.items()}
         )
 
 

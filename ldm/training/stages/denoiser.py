@@ -180,7 +180,7 @@ class DenoiserStage:
                 "from the model that it was distilled from"
             )
         last = family.schedule.train_steps - 1
-        usual = (0, min(REFINED, last)) if isinstance(section, RefinerSection) else (0, last)
+        usual = (0, min(REFINED, last)) if family.refiner else (0, last)
         low, high = section.timestep_range or usual
         timesteps = Timesteps(low, high, section.timesteps, section.logit_mean, section.logit_std)
         self.loss = DiffusionLoss(family.schedule, timesteps, section.min_snr, section.noise_offset)

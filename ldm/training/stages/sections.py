@@ -119,6 +119,9 @@ class AdapterSection(DenoiserSection):
     """A low-rank adapter (LoRA and its kin) of the U-Net and, with `train_text`, of its text encoders."""
 
     place: ClassVar[str] = "adapter"  # in the configuration
+    fixed: ClassVar[tuple[str, ...]] = (
+        "kind", "dora", "layers", "rank", "alpha", "ranks", "alphas", "lokr_factor", "train_text",
+    )  # fmt: skip
     steps: int = Field(2000, ge=1, description="updates of the weights")
     batch: int = Field(4, ge=1, description="images in an update, over all devices")
     ema: AdapterEmaSection = AdapterEmaSection()
@@ -150,6 +153,9 @@ class AdapterSection(DenoiserSection):
         0.0, ge=0, lt=1, description="part of LoRA's ranks dropped in each layer, for each sample"
     )
     max_norm: float = Field(0.0, ge=0, description="largest norm of a layer's change; 0: any")
+    quantize: Literal["int8-weights"] | None = Field(
+        None, description="int8-weights: hold the frozen weights of the U-Net's transformer blocks in 8 bits"
+    )
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="numbers in the adapter's file")
 
     @field_validator("text_learning_rate")
@@ -159,6 +165,14 @@ class AdapterSection(DenoiserSection):
         if not info.data.get("train_text", True) and rates != cls.model_fields["text_learning_rate"].default:
             raise ValueError("the adapter has no text encoder; set train_text=true, or leave the rate out")
         return rates
+
+    @field_validator("quantize")
+    @classmethod
+    def _whole(cls, quantize: str | None, info: ValidationInfo) -> str | None:
+        """DoRA computes with the frozen weights' norms."""
+        if quantize and info.data.get("dora"):
+            raise ValueError("DoRA needs the exact norms of the weights; leave one of them out")
+        return quantize
 
     @field_validator("up_rate", "rank_dropout")
     @classmethod
@@ -204,6 +218,7 @@ class TextualInversionSection(AdapterSection):
     """Vectors of new words (textual inversion) and, with `pivotal`, an adapter beside them (pivotal tuning)."""
 
     place: ClassVar[str] = "textual-inversion"
+    fixed: ClassVar[tuple[str, ...]] = (*AdapterSection.fixed, "words", "pivotal")
     optimizer: WordsOptimizerSection = WordsOptimizerSection()
     drop_caption: list[Part] = Field([0.0], min_length=1, max_length=2, description="part of the captions dropped")
     words: dict[str, NewWordSection] = Field(
