@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,10 @@ def test_the_model_stays_and_the_files_hold_what_is_learned(shapes: Path, tmp_pa
     assert open_embedding(embedding).names == ("_sks_", "<sks>")
     adapters = {"adapters": str(result / "adapter.safetensors")} if extra == PIVOTAL else {}
     call = {"steps": 2, "seed": 1, "output": "latents", "width": 32, "height": 32, "prompt": "a photo of <sks>"}
-    shown = Pipeline(stage.shown(), device="cpu", quick=False)(**call).latents[0]
-    used = Pipeline(stage.model, device="cpu", quick=False, embeddings=embedding)(**call, **adapters).latents[0]
-    plain = Pipeline(stage.model, device="cpu", quick=False)(**call).latents[0]
+    kept: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "quick": False}
+    shown = Pipeline(stage.shown(), **kept)(**call).latents[0]
+    used = Pipeline(stage.model, embeddings=embedding, **kept)(**call, **adapters).latents[0]
+    plain = Pipeline(stage.model, **kept)(**call).latents[0]
     assert torch.allclose(shown, used, atol=1e-4)
     assert not torch.allclose(shown, plain, atol=1e-3)
 
@@ -186,7 +188,7 @@ def test_captions_that_are_a_word_alone_get_sentences(shapes: Path, tmp_path: Pa
     stage, training = ready(settings(shapes, tmp_path / "r"))
     batch = next(training.batches(0))[0]
     captions = ["<SKS>", "<sks>, a red circle", *["<sks>"] * 6]
-    told = stage.told(batch.__class__(**{**vars(batch), "captions": captions})).captions
+    told = stage.told(replace(batch, captions=captions)).captions
     assert told[1] == "<sks>, a red circle"
     assert len(set(told)) > 3 and all("<sks>" in caption.lower() for caption in told)
     assert stage.told(batch).captions == batch.captions

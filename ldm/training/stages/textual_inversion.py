@@ -43,13 +43,17 @@ class TrainedWords(nn.Module):
     weights are neither saved nor exchanged between processes.
     """
 
-    def __init__(self, words: Mapping[str, int], rows: Sequence[Tensor], changes: TrainedAdapter) -> None:
+    def __init__(
+        self, words: Mapping[str, int], rows: Sequence[Tensor], changes: TrainedAdapter, keep_norm: bool
+    ) -> None:
         """Args:
         words: the number of vectors of each word.
         rows: initial vectors of all words, (all N, W) for each text tower.
         changes: of the model.
+        keep_norm: whether vectors stay as long as they were at first.
         """
         super().__init__()
+        self.keep_norm = keep_norm
         self.words = dict(words)
         self.adapter = changes
         parts = changes.parts
@@ -65,16 +69,25 @@ class TrainedWords(nn.Module):
         """Those of `Joint` to the prediction (B, C, h, w)."""
         return self.around[0](*inputs)
 
+    def rows(self) -> dict[str, Tensor]:
+        """The vectors as they are used: (all N, W) for each text tower."""
+        found = {tower: rows.detach().clone() for tower, rows in self.vectors.items()}
+        if not self.keep_norm:
+            return found
+        return {
+            tower: rows * (self.get_buffer(f"norms_{tower}") / rows.norm(dim=1, keepdim=True))
+            for tower, rows in found.items()
+        }
+
     @torch.no_grad()
     def rescale(self) -> None:
-        """Make each vector as long as it was at first."""
-        for tower, rows in self.vectors.items():
-            rows.mul_(self.get_buffer(f"norms_{tower}") / rows.norm(dim=1, keepdim=True))
+        """Make each vector as long as it was at first, if they stay so."""
+        for tower, rows in self.rows().items():
+            self.vectors[tower].copy_(rows)
 
     def learned(self) -> list[LearnedWord]:
-        """The words with their vectors as they are now."""
-        counts = list(self.words.values())
-        rows = [tower.detach().clone().split(counts) for tower in self.vectors.values()]
+        """The words with their vectors."""
+        rows = [tower.split(list(self.words.values())) for tower in self.rows().values()]
         return [LearnedWord((word,), own) for word, own in zip(self.words, zip(*rows, strict=True), strict=True)]
 
 
@@ -120,7 +133,8 @@ def learners(section: TextualInversionSection, parts: Components) -> dict[str, L
     rows = {name: initial(section.place, name, one, parts.text_encoders) for name, one in section.words.items()}
     counts = {name: len(own[0]) for name, own in rows.items()}
     changes = cast("TrainedAdapter", beside.module)
-    words = TrainedWords(counts, [torch.cat(own) for own in zip(*rows.values(), strict=True)], changes)
+    first = [torch.cat(own) for own in zip(*rows.values(), strict=True)]
+    words = TrainedWords(counts, first, changes, section.keep_norm)
     vectors = (list(words.vectors.values()), section.optimizer.learning_rate)
     return {"unet": Learner(words, beside.groups, [vectors, *beside.undecayed], around=words.around[0])}
 
@@ -207,10 +221,8 @@ class TextualInversionStage(AdapterStage):
 
     def updated(self, step: int) -> dict[str, float]:
         """Keep the vectors' norms, if asked for, and report their mean."""
-        words = self.words
-        if self.section.keep_norm:
-            words.rescale()
-        norms = torch.cat([rows.detach().norm(dim=1) for rows in words.vectors.values()])
+        self.words.rescale()
+        norms = torch.cat([rows.norm(dim=1) for rows in self.words.rows().values()])
         return {**super().updated(step), "norms/vectors": float(norms.mean())}
 
     def shown(self) -> LatentDiffusion:
