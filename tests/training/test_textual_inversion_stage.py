@@ -103,18 +103,18 @@ def test_the_model_stays_and_the_files_hold_what_is_learned(shapes: Path, tmp_pa
 def test_it_learns(shapes: Path, tmp_path: Path) -> None:
     """The random model's loss on held-out images falls with four vectors alone."""
     chosen = settings(
-        shapes, tmp_path / "r", f"{NAME}.words={{<sks>: {{vectors: 4}}}}", f"{NAME}.steps=60", f"{NAME}.log_every=60",
-        f"{NAME}.validate_every=10", f"{NAME}.optimizer.learning_rate=0.1",
+        shapes, tmp_path / "r", f"{NAME}.words={{<sks>: {{vectors: 4}}}}", f"{NAME}.steps=15", f"{NAME}.log_every=60",
+        f"{NAME}.validate_every=5", f"{NAME}.optimizer.learning_rate=0.1",
     )  # fmt: skip
     train(chosen)
     curve = [row["validation/loss"] for row in lines(tmp_path / "r", NAME) if "validation/loss" in row]
-    assert curve[-1] < curve[0]
+    assert len(curve) == 3 and curve == sorted(curve, reverse=True)
 
 
 @pytest.mark.parametrize("extra", [[], XL], ids=["sd15", "sdxl"])
 def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_path: Path, extra: list[str]) -> None:
     """One step of textual_inversion.py and textual_inversion_sdxl.py: new rows of transformers' tables."""
-    stage, training = ready(settings(shapes, tmp_path / "r", *extra, f"{NAME}.templates=[a photo of {{}}]"))
+    stage, training = ready(settings(shapes, tmp_path / "r", *extra, f"{NAME}.templates=['a photo of {{}}']"))
     stage.model.save_pretrained(tmp_path / "model")
     batch = next(training.batches(0))[0]
     loss = next(iter(stage.losses(batch, 0)))

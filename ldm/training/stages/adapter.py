@@ -183,7 +183,7 @@ class AdapterStage(DenoiserStage):
 
     def __init__(
         self,
-        given: StageInputs[AdapterSection],
+        given: StageInputs[Any],
         choose: Callable[[Any, Components], dict[str, Learner]] = learners,
     ) -> None:
         """Args:
