@@ -358,9 +358,9 @@ def train_an_adapter(
     `ldm train`. The result is OUTPUT/adapter/adapter.safetensors, or a file in OUTPUT/textual-inversion/embeddings, and
     beside it sheet.png: images without it and with it.
     """
-    from ldm.cli.train_adapter import Wanted, train_adapter
+    from ldm.cli.train_adapter import AdapterJob, train_adapter
 
-    train_adapter(Wanted(images, model, output, kind, trigger, initial), overrides or [])
+    train_adapter(AdapterJob(images, model, output, kind, trigger, initial), overrides or [])
 
 
 @app.command()

@@ -33,7 +33,7 @@ ROOM = 0.8  # part of the free memory that the forecast may fill
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AdapterJob:
     """What to train."""
 
     images: str  # a folder
@@ -73,7 +73,7 @@ class Wanted:
         return given
 
 
-def train_adapter(wanted: Wanted, overrides: Sequence[str]) -> None:
+def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
     """Train a LoRA or a new word of a model on a folder of images, and write a sheet of what it does.
 
     Raises:
@@ -81,27 +81,27 @@ def train_adapter(wanted: Wanted, overrides: Sequence[str]) -> None:
     """
     first = os.environ.get("RANK", "0") == "0"
     named = {override.partition("=")[0] for override in overrides}
-    wanted.check(named)
+    job.check(named)
 
     def unless_named(settings: Sequence[str]) -> list[str]:
         return [one for one in settings if one.partition("=")[0] not in named]
 
-    given = [*unless_named(wanted.settings()), *overrides]
+    given = [*unless_named(job.settings()), *overrides]
     settings = load(None, given)
     check_paths(settings)
     begun = Path(settings.output) / "config.yaml"
     if begun.exists():  # a run that goes on keeps what was chosen for it
         train_models(str(begun), given)
     else:
-        count = count_images(Path(wanted.images))
-        given += unless_named(defaults(count, wanted.model, wanted.stage))
+        count = count_images(Path(job.images))
+        given += unless_named(defaults(count, job.model, job.stage))
         check_bounds(load(None, given))
-        given += fitting(given, [unless_named(more) for more in saving(wanted.stage)])
+        given += fitting(given, [unless_named(more) for more in saving(job.stage)])
         if first:
             print(f"ldm: {count} images: ldm train", *map(shlex.quote, given), file=sys.stderr)
         train_models(None, given)
     if first:
-        print(sheet(load(begun), wanted))
+        print(sheet(load(begun), job))
 
 
 def count_images(folder: Path) -> int:
@@ -159,7 +159,7 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def sheet(config: Config, wanted: Wanted) -> Path:
+def sheet(config: Config, job: AdapterJob) -> Path:
     """Images of the run's prompts; the path of their sheet.
 
     A row for each prompt shows the adapter at several weights; two rows show several seeds without and with a new word.
@@ -167,10 +167,10 @@ def sheet(config: Config, wanted: Wanted) -> Path:
     from ldm.images import grid, save_png
     from pipelines import Pipeline
 
-    folder, source = Path(config.output) / wanted.stage, config.model.source
+    folder, source = Path(config.output) / job.stage, config.model.source
     file, columns = folder / "adapter.safetensors", len(WEIGHTS)
-    prompts = getattr(config, wanted.stage).prompts or [wanted.trigger or "a photo"]
-    if wanted.kind == "lora":
+    prompts = getattr(config, job.stage).prompts or [job.trigger or "a photo"]
+    if job.kind == "lora":
         pipeline = Pipeline(source)
         calls = [(pipeline, {"adapters": f"{file}:{weight}", "seed": SEED}) for weight in WEIGHTS]
     else:

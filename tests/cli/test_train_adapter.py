@@ -9,7 +9,7 @@ from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
 
 from ldm.cli import train_adapter as door
-from ldm.cli.train_adapter import WEIGHTS, Wanted, defaults, fitting, saving, train_adapter
+from ldm.cli.train_adapter import WEIGHTS, AdapterJob, defaults, fitting, saving, train_adapter
 from ldm.errors import LdmError
 from ldm.weights.embeddings import open_embedding
 from ldm.weights.tensors import read_header
@@ -19,7 +19,7 @@ FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "t
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r"
-    train_adapter(Wanted(str(shapes), str(models / "sd15"), str(output), trigger="sks"), FEW)
+    train_adapter(AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks"), FEW)
     told = capsys.readouterr()
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
@@ -28,7 +28,9 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
     metadata = read_header(output / "adapter" / "adapter.safetensors")[1]
     assert '"sks' in metadata["ss_tag_frequency"]
     before = (output / "adapter" / "adapter.safetensors").read_bytes()
-    train_adapter(Wanted(str(shapes), str(models / "sd15"), str(output), trigger="sks"), FEW)  # done: nothing happens
+    train_adapter(
+        AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks"), FEW
+    )  # done: nothing happens
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
@@ -49,14 +51,14 @@ def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_folder_without_images(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match="empty holds no images"):
-        train_adapter(Wanted(str(tmp_path / "empty"), str(models / "sd15"), str(tmp_path / "r")), FEW)
+        train_adapter(AdapterJob(str(tmp_path / "empty"), str(models / "sd15"), str(tmp_path / "r")), FEW)
     with pytest.raises(LdmError, match="data.source: .*nowhere does not exist"):
-        train_adapter(Wanted(str(tmp_path / "nowhere"), str(models / "sd15"), str(tmp_path / "r")), FEW)
+        train_adapter(AdapterJob(str(tmp_path / "nowhere"), str(models / "sd15"), str(tmp_path / "r")), FEW)
 
 
 def test_a_new_word(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, few = tmp_path / "r", [one.replace("adapter.", "textual-inversion.") for one in FEW[:-1]]
-    word = Wanted(str(shapes), str(models / "sd15"), str(output), "textual-inversion", "<sks>", "dog")
+    word = AdapterJob(str(shapes), str(models / "sd15"), str(output), "textual-inversion", "<sks>", "dog")
     train_adapter(word, few)
     folder = output / "textual-inversion"
     assert capsys.readouterr().out.splitlines() == [str(folder / name) for name in ("embeddings", "sheet.png")]
@@ -75,4 +77,4 @@ def test_a_new_word(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.C
 )
 def test_kinds(given: dict[str, str], message: str) -> None:
     with pytest.raises(LdmError, match=message):
-        train_adapter(Wanted("images", "emoji", "r", **given), [])
+        train_adapter(AdapterJob("images", "emoji", "r", **given), [])

@@ -89,7 +89,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         result=textual_inversion_file.RESULT,
         write=textual_inversion_file.write,
         read=adapter_file.read,
-        trial={"words": {"number": {"vectors": 2, "initial": "image"}}},
+        trial={"words": {"number": {"vectors": 2}}},
     ),
 )  # fmt: skip
 
