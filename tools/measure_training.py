@@ -84,12 +84,11 @@ def ours(options: argparse.Namespace) -> Callable[[int], None]:
     moments = torch.randn(shape, generator=generator(0, "moments")).abs().to(accelerator.device)
     size = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * options.batch, device=accelerator.device)
     scores = torch.full((options.batch,), 6.0, device=accelerator.device)
-    keys = [str(number) for number in range(options.batch)]
+    keys, texts = [str(number) for number in range(options.batch)], ["a cat"] * options.batch
+    ones = torch.ones_like(scores)
 
     def step(number: int) -> None:
-        training.train_step(
-            [Batch(keys, [number] * options.batch, ["a cat"] * options.batch, None, moments, size, scores)]
-        )
+        training.train_step([Batch(keys, [number] * options.batch, texts, None, moments, size, scores, ones)])
         training.step += 1
 
     return step

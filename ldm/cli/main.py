@@ -348,6 +348,10 @@ def train_an_adapter(
     ] = None,
     model: Annotated[str, typer.Option(help="The model to adapt.")] = "emoji",
     trigger: Annotated[str, typer.Option(help="Words that call what is learned: they begin each caption.")] = "",
+    class_prompt: Annotated[
+        str,
+        typer.Option(help="What it is without the trigger (a dog): the model first makes images of it to keep."),
+    ] = "",
     kind: Annotated[str, typer.Option(help="lora, or textual-inversion: a new word, named by --trigger.")] = "lora",
     initial: Annotated[str, typer.Option(help="Words that a new word begins with, such as dog.")] = "",
     output: Annotated[str, typer.Option(help="The run's folder; the same command again resumes it.")] = "runs/adapter",
@@ -360,7 +364,7 @@ def train_an_adapter(
     """
     from ldm.cli.train_adapter import AdapterJob, train_adapter
 
-    train_adapter(AdapterJob(images, model, output, kind, trigger, initial), overrides or [])
+    train_adapter(AdapterJob(images, model, output, kind, trigger, class_prompt, initial), overrides or [])
 
 
 @app.command()

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.train import train_models
 from ldm.errors import LdmError, suggestion
@@ -41,6 +41,7 @@ class AdapterJob:
     output: str
     kind: str = "lora"
     trigger: str = ""  # words in captions that call what is learned
+    class_prompt: str = ""  # what it is without them
     initial: str = ""  # words whose embeddings a new word begins with
 
     @property
@@ -58,19 +59,22 @@ class AdapterJob:
             raise LdmError(f"--kind {self.kind!r} is not known; {suggestion(self.kind, list(STAGES))}")
         if self.kind == "lora" and self.initial:
             raise LdmError("--initial is for a new word (--kind textual-inversion); leave it out")
+        if self.kind != "lora" and self.class_prompt:
+            raise LdmError("--class-prompt is for a LoRA; leave it out")
         if self.kind != "lora" and not self.trigger and f"{self.stage}.words" not in named:
             raise LdmError("--trigger names the new word, such as --trigger '<cat-toy>'; captions have it, too")
 
     def settings(self) -> list[str]:
         """The settings that say it."""
-        given = [f"data.source={self.images}", f"model.source={self.model}", f"output={self.output}"]
-        given.append(f"stages=[{self.stage}]")
-        if self.trigger:
-            given.append(f"data.trigger={json.dumps(self.trigger, ensure_ascii=False)}")
+        named: dict[str, Any] = {
+            "data.source": self.images, "model.source": self.model, "output": self.output,
+            "data.trigger": self.trigger, f"{self.stage}.prior.prompt": self.class_prompt,
+        }  # fmt: skip
         if self.trigger and self.kind == "textual-inversion":
             word = {"initial": self.initial, "vectors": max(VECTORS, len(self.initial.split()))}
-            given.append(f"{self.stage}.words={json.dumps({self.trigger: word}, ensure_ascii=False)}")
-        return given
+            named[f"{self.stage}.words"] = {self.trigger: word}
+        given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value]
+        return [*given, f"stages=[{self.stage}]"]
 
 
 def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
@@ -94,7 +98,7 @@ def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
         train_models(str(begun), given)
     else:
         count = count_images(Path(job.images))
-        given += unless_named(defaults(count, job.model, job.stage))
+        given += unless_named(defaults(count, job))
         check_bounds(load(None, given))
         given += fitting(given, [unless_named(more) for more in saving(job.stage)])
         if first:
@@ -118,19 +122,20 @@ def count_images(folder: Path) -> int:
     return count
 
 
-def defaults(count: int, model: str, stage: str) -> list[str]:
-    """The settings of a stage for so many images, and for the model's family."""
+def defaults(count: int, job: AdapterJob) -> list[str]:
+    """The settings for so many images, and for the model's family; class images take half of a batch."""
     from ldm.weights.sources import open_source  # PyTorch, only now that there is something to train
 
-    size = open_source(model, verify=False).family.size
+    size = open_source(job.model, verify=False).family.size
+    batch = 2 * min(2, count) if job.class_prompt else min(4, count)
     step = 64 if size >= 512 else max(size // 64 * 8, 8)
     own = {
-        "steps": min(max(EACH * count, FEWEST), MOST), "batch": min(4, count), "sizes": f"[{{size: {size}}}]",
+        "steps": min(max(EACH * count, FEWEST), MOST), "batch": batch, "sizes": f"[{{size: {size}}}]",
         "min_snr": 5, "optimizer.warmup": 50, "optimizer.schedule": "cosine", "save_every": 250, "preview_every": 250,
-        **({"layers": "[transformers]"} if stage == "adapter" else {}),
+        **({"layers": "[transformers]"} if job.stage == "adapter" else {}),
     }  # fmt: skip
     shared = ["precision=auto", "data.cache=true", "data.crops=4", "data.holdout=0", f"data.bucket_step={step}"]
-    return [*shared, *(f"{stage}.{key}={value}" for key, value in own.items())]
+    return [*shared, *(f"{job.stage}.{key}={value}" for key, value in own.items())]
 
 
 def saving(stage: str) -> list[list[str]]:

@@ -43,11 +43,13 @@ class Batch:
     moments: Tensor | None  # (B, 2C, h, w) float32: mean and standard deviation of the latents, not scaled
     size: Tensor  # (B, 6) float32: original height, width; top, left of the crop; target height, width (SDXL's order)
     scores: Tensor  # (B,) float32: aesthetic scores, NaN for images without a score
+    weights: Tensor  # (B,) float32: of the samples in the loss
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A copy of the batch with `change` applied to every tensor."""
         pixels, moments = (None if one is None else change(one) for one in (self.pixels, self.moments))
-        return replace(self, pixels=pixels, moments=moments, size=change(self.size), scores=change(self.scores))
+        size, scores, weights = change(self.size), change(self.scores), change(self.weights)
+        return replace(self, pixels=pixels, moments=moments, size=size, scores=scores, weights=weights)
 
     def parts(self, count: int) -> list[Batch]:
         """The batch cut into `count` parts of (nearly) equal length; fewer parts if it has fewer images."""
@@ -219,7 +221,7 @@ class _Loading(Dataset):
         keys, epochs, captions, scores, numbers, shown = (list(column) for column in zip(*rows, strict=True))
         pixels, moments = (None, torch.stack(shown)) if self.latents else (torch.stack(shown), None)
         size, score = torch.tensor(numbers, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32)
-        return Batch(keys, epochs, captions, pixels, moments, size, score)
+        return Batch(keys, epochs, captions, pixels, moments, size, score, torch.ones(len(rows)))
 
     def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
         """The visit, then the spares that may replace it, in an order that depends on the visit."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from accelerate import Accelerator
 
+from ldm.data.cache import Latents
 from ldm.data.framing import choose_buckets
 from ldm.data.loader import Batch, Loader, once
 from ldm.data.plan import BatchPlan
@@ -17,6 +18,7 @@ from ldm.data.streams import StreamPlan
 from ldm.training.caching import Caches
 from ldm.training.images import TrainingImages
 from ldm.training.phases import Phase, phases
+from ldm.training.prior import Prior, weighed
 from ldm.training.sections import StageSection
 
 log = logging.getLogger(__name__)
@@ -31,24 +33,45 @@ class StageBatches:
     accelerator: Accelerator
     seed: int  # of the run
     caches: Caches
+    prior: Prior | None = None  # class images, which take half of each batch
 
     def sides(self) -> list[tuple[int, int]]:
         """Width and height of every image size in the stage."""
         return [pair for phase in phases(self.section) for pair in self.data.framing(phase.size).sides()]
 
     def steps(self, start: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from `start` on, through all resolutions."""
-        for number, phase in enumerate(phases(self.section)):
+        """The micro-batches of each step from `start` on, through all resolutions.
+
+        With class images, the loss is the mean over the others plus, times its weight, the mean over class images.
+        """
+        if self.prior is None:
+            yield from self._steps(self.data, phases(self.section), self.caches.latents, start)
+            return
+        halves = [phase.halved for phase in phases(self.section)]
+        pairs = zip(
+            self._steps(self.data, halves, self.caches.latents, start),
+            self._steps(self.prior.data, halves, self.caches.prior, start),
+            strict=True,
+        )
+        for images, of_class in pairs:
+            yield [*(weighed(batch, 2.0) for batch in images), *(self.prior.marked(batch) for batch in of_class)]
+
+    def _steps(
+        self, data: TrainingImages, parts_of_stage: Sequence[Phase], cached: Sequence[Latents], start: int
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, of some images."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for number, phase in enumerate(parts_of_stage):
             if phase.end <= start:
                 continue
-            parts, latents = phase.parts(self.accelerator.num_processes), self.caches.latents
-            plan = batch_plan(self.data, phase, self.seed, self.accelerator.process_index)
+            parts = phase.parts(world)
+            plan = batch_plan(data, phase, self.seed, rank)
             if isinstance(plan, BatchPlan):
                 log.info("size %d: %s", phase.size, plan)
             loader = Loader(
-                plan, start=max(start, phase.first) - phase.first, rank=self.accelerator.process_index,
-                world=self.accelerator.num_processes, micro_batches=parts, workers=self.data.section.workers,
-                device=self.accelerator.device, latents=latents[number] if latents else None,
+                plan, start=max(start, phase.first) - phase.first, rank=rank, world=world, micro_batches=parts,
+                workers=data.section.workers, device=self.accelerator.device,
+                latents=cached[number] if cached else None,
             )  # fmt: skip
             batches = iter(loader)
             for _ in range(max(start, phase.first), phase.end):

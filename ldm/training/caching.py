@@ -31,6 +31,7 @@ class Caches:
 
     latents: Sequence[Latents] = ()  # at each resolution; empty: images are encoded in each step
     texts: EncodeTexts | None = None
+    prior: Sequence[Latents] = ()  # of class images, at each resolution
 
 
 class CachingLog:
@@ -47,7 +48,12 @@ class CachingLog:
 
 
 def build_caches(
-    wanted: Cached, model: LatentDiffusion, data: TrainingImages, plans: Sequence[BatchPlan], accelerator: Accelerator
+    wanted: Cached,
+    model: LatentDiffusion,
+    data: TrainingImages,
+    plans: Sequence[BatchPlan],
+    accelerator: Accelerator,
+    prompts: Sequence[str] = (),
 ) -> Caches:
     """Encode the latents and captions that the cache lacks, and open it; all processes call it.
 
@@ -57,6 +63,7 @@ def build_caches(
         data: the run's images.
         plans: the batches at each resolution.
         accelerator: of the stage.
+        prompts: further captions.
     """
     assert data.images is not None
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -79,7 +86,7 @@ def build_caches(
             )  # fmt: skip
     if wanted.texts:
         build_texts(
-            data.folder, data.images.captions(), texts_of, encode_captions,
+            data.folder, [*data.images.captions(), *prompts], texts_of, encode_captions,
             rank=rank, world=world, report=CachingLog("captions"),
         )  # fmt: skip
     accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ from ldm.data.places import check_place
 from ldm.errors import LdmError
 from ldm.training.config import Config
 from ldm.training.phases import phases
-from ldm.training.sections import EvaluationSection, ModelSection, StageSection
+from ldm.training.sections import DataSection, EvaluationSection, ModelSection, PriorSection, StageSection
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.names import HUB_ID
 
@@ -29,6 +29,9 @@ def check_bounds(config: Config) -> None:
         except LdmError as error:
             raise LdmError(f"{name}.{error}") from None
         _check_sizes(name, sizes, config.data.bucket_step)
+        prior = getattr(section, "prior", None)
+        if isinstance(prior, PriorSection) and prior.prompt:
+            _check_prior(name, section, prior, config.data)
     data = config.data
     if data.stream and data.cache:
         raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
@@ -36,6 +39,23 @@ def check_bounds(config: Config) -> None:
         raise LdmError("data.trigger: captions of a stream stay as they are; copy it to a disk, or leave it out")
     if data.cache and data.crop == "center" and data.crops > 1:
         raise LdmError(f"data.crops is {data.crops}: an image has one crop at its center; set data.crops=1")
+
+
+def _check_prior(name: str, section: StageSection, prior: PriorSection, data: DataSection) -> None:
+    """Check that class images can share the batches, and are not the images themselves."""
+    odd = [phase.batch for phase in phases(section) if phase.batch % 2]
+    if odd:
+        raise LdmError(f"{name}.batch is {odd[0]}: half of it is class images ({name}.prior); choose an even number")
+    if alike(prior.prompt, data.trigger):
+        raise LdmError(
+            f"{name}.prior.prompt and data.trigger are the same, {prior.prompt!r}: class images need another; name the "
+            "class without the words for what is learned"
+        )
+
+
+def alike(first: str, second: str) -> bool:
+    """Whether two prompts are the same but for case and spaces."""
+    return first.casefold().split() == second.casefold().split()
 
 
 def _check_sizes(name: str, sizes: list[int], step: int) -> None:
@@ -63,6 +83,9 @@ def check_paths(config: Config) -> None:
         evaluation = getattr(getattr(config, name), "evaluation", None)
         if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
             _check_images(f"{name}.evaluation.data", evaluation.data, stream=False)
+        prior = getattr(getattr(config, name), "prior", None)
+        if isinstance(prior, PriorSection) and prior.source:
+            _check_images(f"{name}.prior.source", prior.source, stream=False)
     output = Path(config.output).absolute()
     there = next(folder for folder in (output, *output.parents) if os.path.lexists(folder))
     if not there.is_dir():

@@ -76,7 +76,8 @@ def forecast(config: Config, processes: int = 1) -> list[Forecast]:
             for learner in learners.values():
                 checkpointed(learner.network)
         for phase in phases(section):
-            micro = phase.batch // (phase.parts(processes) * processes)
+            own = phase.halved if kind.prior(section) else phase  # class images have micro-batches of their own
+            micro = own.batch // (own.parts(processes) * processes)
             passes = kind.passes(section, parts, learners, phase.size, config.data.cache)
             found.append(_forecast(config, kind, section, parameters, passes, phase, micro))
     return found

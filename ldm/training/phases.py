@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ldm.errors import LdmError
 from ldm.training.sections import SizeSection, StageSection
@@ -17,6 +17,11 @@ class Phase:
     size: int
     batch: int
     micro_batch: int | None
+
+    @property
+    def halved(self) -> Phase:
+        """The same with half of the batch."""
+        return replace(self, batch=self.batch // 2)
 
     def parts(self, processes: int) -> int:
         """Micro-batches of each step.

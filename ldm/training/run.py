@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,16 @@ from ldm.training.folder import is_done, open_folder, write_result
 from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.frozen import matrices, numbers
 from ldm.training.gradient_checkpointing import checkpointed
-from ldm.training.images import open_training_images
+from ldm.training.images import TrainingImages, open_training_images
 from ldm.training.log import Report, StepCost
 from ldm.training.loop import Training
 from ldm.training.parallel.agreement import check_agreement
 from ldm.training.parallel.sharded import is_sharded
 from ldm.training.phases import phases
 from ldm.training.precision import costs, resolved, run_device
+from ldm.training.prior import Prior, check_prior, class_images
 from ldm.training.sections import EvaluationSection, StageSection
-from ldm.training.stages.stage import MakeImages, Stage, StageInputs
+from ldm.training.stages.stage import Cached, MakeImages, Stage, StageInputs
 from ldm.training.stages.table import kind_named
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
@@ -85,6 +86,9 @@ class TrainingRun:
     def all(self) -> None:
         """Run every stage, in order; of a stage that is done, the result is read."""
         self._check_evaluations()
+        for name in self.config.stages:
+            if wanted := kind_named(name).prior(self.section(name)):
+                check_prior(name, wanted, self.data, self.make_images)
         model: LatentDiffusion | None = None
         for name in self.config.stages:
             folder, kind = self.folder / name, kind_named(name)
@@ -138,12 +142,13 @@ class TrainingRun:
         accelerator = self._tracked(folder)
         rounded = numbers(self.config.precision) if kind_named(name).frozen else torch.float32
         for part, module in model.modules().items():
-            _own(module, accelerator.device, torch.float32 if part == "vae" else rounded)
+            own(module, accelerator.device, torch.float32 if part == "vae" else rounded)
         check_agreement({f"the weights of {part}": fingerprint({part: m}) for part, m in model.modules().items()})
         if kind_named(name).captions:
             self._warn_of_long_captions(model)
-        caches = self._caches(name, model, accelerator)
-        batches = StageBatches(self.data, section, accelerator, self.config.seed, caches)
+        prior = self._prior(name, model, accelerator)
+        caches = self._caches(name, model, accelerator, prior)
+        batches = StageBatches(self.data, section, accelerator, self.config.seed, caches, prior)
         stage = kind_named(name).build(
             StageInputs(
                 name, section, model, accelerator, self.config.seed, folder, self.data, batches.sides(),
@@ -187,15 +192,38 @@ class TrainingRun:
         if long:
             log.warning("%d of %d captions have over %d tokens; the rest of them is not read", long, len(some), room)
 
-    def _caches(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Caches:
+    def _prior(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Prior | None:
+        """The class images of the stage, if the configuration asks for some; those that the folder lacks are made."""
+        section = self.section(name)
+        wanted = kind_named(name).prior(section)
+        if wanted is None:
+            return None
+        found = class_images(wanted, section, self.config.seed, self.config.model, self.data.folder)
+        if wanted.source is None:
+            assert self.make_images is not None  # see `check_prior`
+            found.make(model, self.make_images, accelerator)
+        return found.open(self.config.data, accelerator)
+
+    def _caches(
+        self, name: str, model: LatentDiffusion, accelerator: Accelerator, prior: Prior | None = None
+    ) -> Caches:
         """The cache of the stage, if the configuration asks for one and the stage reads it."""
         section = self.section(name)
         wanted = kind_named(name).cached(section)
         if not self.config.data.cache or not (wanted.latents or wanted.texts):
             return Caches()
-        rank = accelerator.process_index
-        plans = [batch_plan(self.data, phase, self.config.seed, rank) for phase in phases(section)]
-        return build_caches(wanted, model, self.data, [p for p in plans if isinstance(p, BatchPlan)], accelerator)
+
+        def plans(data: TrainingImages) -> list[BatchPlan]:
+            found = [batch_plan(data, phase, self.config.seed, accelerator.process_index) for phase in phases(section)]
+            return [plan for plan in found if isinstance(plan, BatchPlan)]
+
+        if prior is None:
+            return build_caches(wanted, model, self.data, plans(self.data), accelerator)
+        assert prior.data.images is not None
+        of_class = build_caches(Cached(wanted.latents), model, prior.data, plans(prior.data), accelerator)
+        prompts = prior.data.images.captions()
+        caches = build_caches(wanted, model, self.data, plans(self.data), accelerator, prompts)
+        return replace(caches, prior=of_class.latents)
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
@@ -251,7 +279,7 @@ def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
             player.network.to(memory_format=torch.channels_last)  # the fastest layout for a GPU's convolutions
 
 
-def _own(module: torch.nn.Module, device: torch.device, rounded: torch.dtype) -> None:
+def own(module: torch.nn.Module, device: torch.device, rounded: torch.dtype) -> None:
     """Move weights to the device, into memory of their own: weights mapped from a file cannot be updated.
 
     Weights that autocast rounds anyway get the dtype `rounded`, all others fp32.

@@ -117,6 +117,25 @@ class EvaluationSection(Section):
         return choose
 
 
+class PriorSection(Section):
+    """Class images, trained along with the others so that the model keeps what it knew (DreamBooth)."""
+
+    prompt: str = Field("", description="prompt of class images, such as a photo of a dog; empty: no class images")
+    source: str | None = Field(None, description="a folder of class images; null: the model makes them before training")
+    images: int = Field(200, ge=1, description="class images to make")
+    weight: float = Field(1.0, ge=0, description="weight of the class images' loss beside that of the others")
+    steps: int = Field(30, ge=1, le=1000, description="steps of the scheduler")
+    batch: int = Field(4, ge=1, description="class images made at a time on each device")
+
+    @field_validator("source")
+    @classmethod
+    def _told(cls, source: str | None, info: ValidationInfo) -> str | None:
+        """Class images need their prompt."""
+        if source is not None and not info.data.get("prompt"):
+            raise ValueError("class images need their prompt; set it too")
+        return source
+
+
 class DataSection(Section):
     """The images and their captions."""
 

@@ -19,7 +19,8 @@ FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "t
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r"
-    train_adapter(AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks"), FEW)
+    job = AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks")
+    train_adapter(job, FEW)
     told = capsys.readouterr()
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
@@ -28,20 +29,22 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
     metadata = read_header(output / "adapter" / "adapter.safetensors")[1]
     assert '"sks' in metadata["ss_tag_frequency"]
     before = (output / "adapter" / "adapter.safetensors").read_bytes()
-    train_adapter(
-        AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks"), FEW
-    )  # done: nothing happens
+    train_adapter(job, FEW)  # done: nothing happens
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
 def test_what_is_chosen(models: Path) -> None:
-    few, many = (defaults(count, str(models / "sd15"), "adapter") for count in (1, 1000))
+    few, many = (defaults(count, AdapterJob("", str(models / "sd15"), "")) for count in (1, 1000))
     assert {"adapter.batch=1", "adapter.steps=400", "adapter.sizes=[{size: 64}]"} < set(few)
     assert {"adapter.batch=4", "adapter.steps=3000"} < set(many)
 
 
 def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["stages=[adapter]", f"model.source={models / 'sd15'}", *defaults(10, str(models / "sd15"), "adapter")]
+    given = [
+        "stages=[adapter]",
+        f"model.source={models / 'sd15'}",
+        *defaults(10, AdapterJob("", str(models / "sd15"), "")),
+    ]
     monkeypatch.setattr(door, "memory", lambda device: 10**12)
     assert fitting(given, saving("adapter")) == []
     monkeypatch.setattr(door, "memory", lambda device: 1)

@@ -124,9 +124,8 @@ def made(
 def batch(count: int = 8, first: int = 0) -> Batch:
     numbers = range(first, first + count)
     pixels = torch.stack([torch.rand(3, SIDE, SIDE, generator=generator(0, "pixels", n)) * 2 - 1 for n in numbers])
-    return Batch(
-        [f"{n}" for n in numbers], [0] * count, [""] * count, pixels, None, torch.zeros(count, 6), torch.zeros(count)
-    )
+    rows = torch.zeros(count, 6)
+    return Batch([f"{n}" for n in numbers], [0] * count, [""] * count, pixels, None, rows, rows[:, 0], rows[:, 0])
 
 
 def gradients(module: nn.Module) -> Tensor:

@@ -200,7 +200,7 @@ def test_what_cannot_be_spread_is_refused(
 
 def test_a_batch_in_parts() -> None:
     rows = torch.arange(5.0)
-    batch = Batch([*"abcde"], [0, 1, 2, 3, 4], [*"vwxyz"], None, rows[:, None], rows[:, None], rows)
+    batch = Batch([*"abcde"], [0, 1, 2, 3, 4], [*"vwxyz"], None, rows[:, None], rows[:, None], rows, rows)
     parts = batch.parts(3)
     assert [part.keys for part in parts] == [["a"], ["b", "c"], ["d", "e"]]
     assert torch.equal(torch.cat([part.scores for part in parts]), rows)

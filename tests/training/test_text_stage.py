@@ -165,7 +165,8 @@ def make(model: Path, folder: Path, *more: str) -> ContrastiveStage:
 
 def batch_of(captions: list[str], keys: list[str], side: int = 32) -> Batch:
     pixels = torch.rand(len(keys), 3, side, side) * 2 - 1
-    return Batch(keys, [0] * len(keys), captions, pixels, None, torch.zeros(len(keys), 6), torch.zeros(len(keys)))
+    rows = torch.zeros(len(keys), 6)
+    return Batch(keys, [0] * len(keys), captions, pixels, None, rows, rows[:, 0], rows[:, 0])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -224,7 +224,8 @@ def test_captions_are_left_out_as_often_as_asked_and_not_always_the_same() -> No
 def _batch(captions: list[str]) -> Batch:
     size = torch.tensor([[600.0, 500, 10, 20, 64, 64]] * len(captions))
     scores = torch.tensor([float("nan"), 7.5][: len(captions)])
-    return Batch([f"{n}" for n in range(len(captions))], [0] * len(captions), captions, None, None, size, scores)
+    keys, weights = [f"{n}" for n in range(len(captions))], torch.ones(len(captions))
+    return Batch(keys, [0] * len(captions), captions, None, None, size, scores, weights)
 
 
 def test_what_is_left_out_of_sdxl_is_zeros_and_of_sd15_an_empty_prompt() -> None:

@@ -29,8 +29,14 @@ from ldm.runtime.attention import set_attention
 from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
 from ldm.training.losses.diffusion import DiffusionLoss, Timesteps
 from ldm.training.optimizers import Group
-from ldm.training.sections import EvaluationSection
-from ldm.training.stages.sections import DenoiserSection, RefinerModelSection, RefinerSection
+from ldm.training.sections import EvaluationSection, PriorSection
+from ldm.training.stages.sections import (
+    AdapterSection,
+    BaseSection,
+    DenoiserSection,
+    RefinerModelSection,
+    RefinerSection,
+)
 from ldm.training.stages.stage import (
     Cached,
     EncodeTexts,
@@ -201,7 +207,7 @@ class DenoiserStage:
         draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
         said = prompt(batch, self.model.family, self.dropout, self.seed, self.score)
         prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
-        yield Loss("unet", self.loss(prediction, latents, draw))
+        yield Loss("unet", self.loss(prediction, latents, draw) * batch.weights)
 
     def predict(self, module: nn.Module, x: Tensor, timestep: Tensor, said: Prompt) -> Tensor:
         """The U-Net's prediction (B, C, h, w); text encoders that are not trained get no gradient."""
@@ -280,6 +286,11 @@ def cached(section: DenoiserSection) -> Cached:
 def evaluation(section: DenoiserSection) -> EvaluationSection | None:
     """The section on evaluation, if evaluation in training is on."""
     return section.evaluation if section.evaluation.every else None
+
+
+def prior(section: BaseSection | AdapterSection) -> PriorSection | None:
+    """The section on class images, if there are some."""
+    return section.prior if section.prior.prompt else None
 
 
 def refiner_model(section: RefinerSection) -> RefinerModelSection:

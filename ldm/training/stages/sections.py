@@ -17,6 +17,7 @@ from ldm.training.sections import (
     EvaluationSection,
     ModelSection,
     OptimizerSection,
+    PriorSection,
     Section,
     StageSection,
 )
@@ -75,7 +76,7 @@ class TextSection(StageSection):
 
 
 class DenoiserSection(StageSection):
-    """The U-Net of the base model."""
+    """A U-Net that learns to denoise."""
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
@@ -93,6 +94,12 @@ class DenoiserSection(StageSection):
     )
     prompts: list[str] = Field([], description="prompts of previews; empty: held-out captions")
     evaluation: EvaluationSection = EvaluationSection()
+
+
+class BaseSection(DenoiserSection):
+    """The U-Net of the base model."""
+
+    prior: PriorSection = PriorSection()
 
 
 class RefinerModelSection(ModelSection):
@@ -125,6 +132,7 @@ class AdapterSection(DenoiserSection):
     steps: int = Field(2000, ge=1, description="updates of the weights")
     batch: int = Field(4, ge=1, description="images in an update, over all devices")
     ema: AdapterEmaSection = AdapterEmaSection()
+    prior: PriorSection = PriorSection()
     text_learning_rate: list[NotNegative] = Field(
         [5e-5], min_length=1, max_length=2, description="learning rate of each text encoder's adapter"
     )
@@ -264,7 +272,7 @@ class TextualInversionSection(AdapterSection):
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
-    "base": DenoiserSection,
+    "base": BaseSection,
     "refiner": RefinerSection,
     "adapter": AdapterSection,
     "textual-inversion": TextualInversionSection,

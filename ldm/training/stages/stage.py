@@ -20,7 +20,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.training.images import TrainingImages
 from ldm.training.optimizers import Group, make_optimizer
-from ldm.training.sections import EvaluationSection, ModelSection, OptimizerSection, StageSection
+from ldm.training.sections import EvaluationSection, ModelSection, OptimizerSection, PriorSection, StageSection
 from ldm.training.stages.result import read_model, write_model
 from ldm.weights.components import Components
 
@@ -175,6 +175,7 @@ class StageKind(Generic[S]):
     cached: Callable[[S], Cached] = lambda section: Cached()
     spreads: bool = False  # whether its weights can be spread over processes (FSDP2), not only copied (DDP)
     evaluation: Callable[[S], EvaluationSection | None] = lambda section: None  # None: no evaluation in training
+    prior: Callable[[S], PriorSection | None] = lambda section: None  # None: no class images beside the others
     makes_images: bool = True  # whether the model makes images alone, as evaluation needs
     own_model: Callable[[S], ModelSection] | None = None  # to start from; None: the stage before it, or `model`
     # (section, own model, model of the stage before it) -> own model with components of the other

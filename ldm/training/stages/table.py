@@ -48,6 +48,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         cached=denoiser.cached,
         spreads=True,
         evaluation=denoiser.evaluation,
+        prior=denoiser.prior,
         trial={"drop_caption": [0.1, 0.1]},
     ),
     StageKind(
@@ -70,6 +71,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         passes=adapter.passes,
         cached=denoiser.cached,
         evaluation=denoiser.evaluation,
+        prior=denoiser.prior,
         frozen=True,
         shown=adapter.AdapterStage.shown,
         result=adapter_file.RESULT,
@@ -83,6 +85,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         learners=textual_inversion.learners,
         passes=textual_inversion.passes,
         cached=textual_inversion.cached,
+        prior=denoiser.prior,
         evaluation=denoiser.evaluation,
         frozen=True,
         shown=textual_inversion.TextualInversionStage.shown,

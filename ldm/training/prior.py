@@ -1,0 +1,138 @@
+"""Class images: images of a prompt that the model makes before it is trained, and then learns beside the others.
+
+So it keeps what it knew of the class (prior preservation; DreamBooth: Ruiz et al. 2022, arXiv 2208.12242, section 3.2).
+
+runs/x/data/class-…/images/    class images, made once for each prompt, size and starting model
+runs/x/data/class-…/           their index and cache
+
+B batch
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ldm.data.image_set import made
+from ldm.data.loader import Batch
+from ldm.errors import LdmError
+from ldm.images import save_png
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.checks import alike
+from ldm.training.frozen import uniform
+from ldm.training.images import TrainingImages, open_training_images
+from ldm.training.phases import phases
+from ldm.training.sections import DataSection, ModelSection, PriorSection, StageSection
+from ldm.training.stages.stage import MakeImages
+
+log = logging.getLogger(__name__)
+FRAMING = {"buckets", "bucket_step", "aspect", "crop", "flip", "upscale", "workers", "cache", "crops"}
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Class images that are trained beside others."""
+
+    data: TrainingImages
+    weight: float  # of their loss
+
+    def marked(self, batch: Batch) -> Batch:
+        """A batch of class images, with keys that no other image has, and their weight in the loss."""
+        return weighed(replace(batch, keys=[f"class images/{key}" for key in batch.keys]), 2 * self.weight)
+
+
+def weighed(batch: Batch, factor: float) -> Batch:
+    """A batch with the weights of its samples multiplied by a factor."""
+    return replace(batch, weights=factor * batch.weights)
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The class images of a stage: what is asked for, and where they are."""
+
+    prior: PriorSection
+    size: int  # width and height of made images, in pixels: the largest in training
+    seed: int  # of the run
+    folder: Path  # of the index, the cache and made images
+
+    @property
+    def images(self) -> Path:
+        """The folder of the images."""
+        return Path(self.prior.source or self.folder / "images")
+
+    def make(self, model: LatentDiffusion, make_images: MakeImages, accelerator: Accelerator) -> None:
+        """Make this process's share of the images that are not there; all processes call it.
+
+        Raises:
+            LdmError: an image cannot be made or written; those before are whole, and are not made again.
+        """
+        made(self.images)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        numbers = [n for n in range(rank, self.prior.images, world) if not self.file(n).exists()]
+        if numbers:
+            log.info(
+                "making class images of %r: %d on this process, of %d in all; in %s",
+                self.prior.prompt, len(numbers), self.prior.images, self.images,
+            )  # fmt: skip
+        parts = {name: uniform(model.networks[name]) for name in ("unet", "text_encoders")}
+        whole = model.with_networks(parts)
+        for start in range(0, len(numbers), self.prior.batch):
+            some = numbers[start : start + self.prior.batch]
+            seeds = [self.seed + number for number in some]
+            prompts, size = [self.prior.prompt] * len(some), (self.size, self.size)
+            found = make_images(whole, prompts, size, seeds, {"steps": self.prior.steps})
+            for number, image in zip(some, found, strict=True):
+                save_png(image, self.file(number))
+            log.info("class images: %d of %d", start + len(some), len(numbers))
+        accelerator.wait_for_everyone()
+
+    def file(self, number: int) -> Path:
+        """The file of a made image."""
+        return self.images / f"{number:05d}.png"
+
+    def open(self, data: DataSection, accelerator: Accelerator) -> Prior:
+        """The images, opened with the framing of the others; all processes call it.
+
+        Raises:
+            LdmError: they cannot be used.
+        """
+        framing = data.model_dump(include=FRAMING)
+        own = DataSection(source=str(self.images), trigger=self.prior.prompt, holdout=0, **framing)
+        return Prior(open_training_images(own, made(self.folder), accelerator), self.prior.weight)
+
+
+def class_images(
+    prior: PriorSection, section: StageSection, seed: int, model: ModelSection, folder: Path
+) -> ClassImages:
+    """The class images of a stage, in a folder of their own for each prompt, size and starting model.
+
+    Args:
+        prior: what is asked for.
+        section: of the stage.
+        seed: of the run.
+        model: the section of the model that makes them.
+        folder: of the run's data.
+    """
+    size = max(phase.size for phase in phases(section))
+    facts = [prior.prompt, prior.source, prior.steps, size, seed, model.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return ClassImages(prior, size, seed, folder / f"class-{digest}")
+
+
+def check_prior(name: str, prior: PriorSection, data: TrainingImages, make_images: MakeImages | None) -> None:
+    """Raise LdmError, before anything is opened, for class images that cannot be made, or that are the others."""
+    place = f"{name}.prior"
+    if make_images is None and prior.source is None:
+        raise LdmError(f"{place}.prompt: no function that makes images is given (make_images); name a source")
+    captions = data.images.all_captions() if data.images else []
+    same = sum(any(alike(text, prior.prompt) for text in texts) for texts in captions)
+    if same:
+        raise LdmError(
+            f"{place}.prompt is the caption of {same} of {len(captions)} images, {prior.prompt!r}: class images need "
+            "another; name the class without the trigger words"
+        )
