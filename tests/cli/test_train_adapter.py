@@ -61,8 +61,10 @@ def test_a_folder_without_images(models: Path, tmp_path: Path) -> None:
 
 def test_a_new_word(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, few = tmp_path / "r", [one.replace("adapter.", "textual-inversion.") for one in FEW[:-1]]
-    word = AdapterJob(str(shapes), str(models / "sd15"), str(output), "textual-inversion", "<sks>", "dog")
-    train_adapter(word, few)
+    job = AdapterJob(
+        str(shapes), str(models / "sd15"), str(output), "textual-inversion", trigger="<sks>", initial="dog"
+    )
+    train_adapter(job, few)
     folder = output / "textual-inversion"
     assert capsys.readouterr().out.splitlines() == [str(folder / name) for name in ("embeddings", "sheet.png")]
     assert open_embedding(folder / "embeddings" / "_sks_.safetensors").vectors[""].shape[0] == 4
@@ -76,6 +78,7 @@ def test_a_new_word(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.C
         ({"kind": "textual_inversion", "trigger": "x"}, "--kind 'textual_inversion' is not known; did you mean text"),
         ({"kind": "textual-inversion"}, "--trigger names the new word"),
         ({"initial": "dog"}, "--initial is for a new word"),
+        ({"kind": "textual-inversion", "trigger": "x", "class_prompt": "a dog"}, "--class-prompt is for a LoRA"),
     ],
 )
 def test_kinds(given: dict[str, str], message: str) -> None:
