@@ -169,6 +169,8 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
         default = field.default
         if isinstance(default, list):
             default = [item.model_dump() if isinstance(item, BaseModel) else item for item in default]
+        elif isinstance(default, dict):
+            default = {key: item.model_dump() if isinstance(item, BaseModel) else item for key, item in default.items()}
         yield (
             f"{prefix}{name}",
             yaml.safe_dump(default, default_flow_style=True).splitlines()[0],

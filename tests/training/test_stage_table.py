@@ -39,6 +39,7 @@ CASES: dict[str, list[dict[str, Any]]] = {  # options of each kind that change w
         {}, {"train_text": True}, {"kind": "loha", "rank_dropout": 0}, {"dora": True, "rank_dropout": 0},
         {"ema": {"decay": 0.9}},
     ],
+    "textual-inversion": [{}, {"pivotal": True, "train_text": True, "ema": {"decay": 0.9}}],
     "controlnet": [{}, {"ema": {"decay": 0.9}}],
     "t2i-adapter": [{}],
     "ip-adapter": [{}, {"kind": "base"}],
@@ -70,7 +71,7 @@ def test_names_and_results_are_those_of_published_runs() -> None:
     """Configurations, folders and checkpoints hold them."""
     assert [(kind.name, kind.result) for kind in KINDS] == [
         ("autoencoder", "model"), ("text", "model"), ("base", "model"), ("refiner", "model"),
-        ("adapter", "adapter.safetensors"), ("controlnet", "controlnet"),
+        ("adapter", "adapter.safetensors"), ("textual-inversion", "embeddings"), ("controlnet", "controlnet"),
         ("t2i-adapter", "t2i-adapter"), ("ip-adapter", "ip-adapter.safetensors"),
     ]  # fmt: skip
 

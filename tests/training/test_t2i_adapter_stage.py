@@ -66,7 +66,8 @@ def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_pat
 
 def test_the_model_stays_and_the_files_hold_the_network(shapes: Path, tmp_path: Path) -> None:
     chosen = settings(shapes, tmp_path / "r", "t2i-adapter.steps=60", "t2i-adapter.save_every=60",
-                      "t2i-adapter.optimizer.learning_rate=1e-2", "model.schedule={prediction_type: sample}")  # fmt: skip
+                      "t2i-adapter.optimizer.learning_rate=1e-2",
+                      "model.schedule={prediction_type: sample}")  # fmt: skip
     training = ready(chosen)
     stage = training.stage
     assert isinstance(stage, ControlStage)

@@ -19,8 +19,10 @@ from ldm.training.stages import (
     ip_adapter,
     t2i_adapter,
     text,
+    textual_inversion,
+    textual_inversion_file,
     trial,
-)  # fmt: skip
+)
 from ldm.training.stages.stage import StageKind
 
 KINDS: tuple[StageKind[Any], ...] = (
@@ -81,6 +83,21 @@ KINDS: tuple[StageKind[Any], ...] = (
         write=adapter_file.write,
         read=adapter_file.read,
         trial={"layers": ["attention", "convolutions"], "rank": 4, "rank_dropout": 0.2, "max_norm": 1.0},
+    ),
+    StageKind(
+        "textual-inversion",
+        build=textual_inversion.build,
+        learners=textual_inversion.learners,
+        passes=textual_inversion.passes,
+        cached=textual_inversion.cached,
+        prior=denoiser.prior,
+        evaluation=denoiser.evaluation,
+        frozen=True,
+        shown=textual_inversion.TextualInversionStage.shown,
+        result=textual_inversion_file.RESULT,
+        write=textual_inversion_file.write,
+        read=adapter_file.read,
+        trial={"words": {"number": {"vectors": 2}}},
     ),
     StageKind(
         "controlnet",
