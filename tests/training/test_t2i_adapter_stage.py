@@ -83,7 +83,8 @@ def test_the_model_stays_and_the_files_hold_the_network(shapes: Path, tmp_path: 
 def test_it_learns(shapes: Path, tmp_path: Path) -> None:
     """The loss of a batch falls, if it is always the same."""
     training = ready(settings(shapes, tmp_path / "r", "t2i-adapter.optimizer.learning_rate=1e-2",
-                              "t2i-adapter.optimizer.warmup=0", "model.schedule={prediction_type: sample}"))  # fmt: skip
+                              "t2i-adapter.optimizer.warmup=0",
+                              "model.schedule={prediction_type: sample}"))  # fmt: skip
     batch = next(training.batches(0))[0]
     before = next(iter(training.stage.losses(batch, 0))).values.mean().item()
     for _ in range(40):
