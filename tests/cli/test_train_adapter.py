@@ -18,7 +18,8 @@ FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "t
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r"
-    train_adapter(str(shapes), str(models / "sd15"), "sks", "", str(output), FEW)
+    few = [*FEW, "adapter.prior.images=2", "adapter.prior.steps=2"]
+    train_adapter(str(shapes), str(models / "sd15"), "sks", "a shape", str(output), few)
     told = capsys.readouterr()
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
@@ -26,8 +27,9 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
         assert sheet.size == (64 * len(WEIGHTS), 64)
     metadata = read_header(output / "adapter" / "adapter.safetensors")[1]
     assert '"sks' in metadata["ss_tag_frequency"]
+    assert len(list((output / "data").glob("class-*/images/*.png"))) == 2
     before = (output / "adapter" / "adapter.safetensors").read_bytes()
-    train_adapter(str(shapes), str(models / "sd15"), "sks", "", str(output), FEW)  # done: nothing happens
+    train_adapter(str(shapes), str(models / "sd15"), "sks", "a shape", str(output), few)  # done: nothing happens
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
@@ -45,9 +47,11 @@ def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert fitting(given, SAVING) == SAVING[-1]
 
 
-def test_a_folder_without_images(models: Path, tmp_path: Path) -> None:
+def test_bad_input(models: Path, shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match="empty holds no images"):
         train_adapter(str(tmp_path / "empty"), str(models / "sd15"), "sks", "", str(tmp_path / "r"), FEW)
     with pytest.raises(LdmError, match="data.source: .*nowhere does not exist"):
         train_adapter(str(tmp_path / "nowhere"), str(models / "sd15"), "sks", "", str(tmp_path / "r"), FEW)
+    with pytest.raises(LdmError, match="adapter.prior.prompt and data.trigger are the same, 'a dog'"):
+        train_adapter(str(shapes), str(models / "sd15"), "A dog", "a dog", str(tmp_path / "r"), FEW)
