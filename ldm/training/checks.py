@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm.data.places import check_place
+from ldm.data.places import check_beside, check_place
 from ldm.errors import LdmError
 from ldm.training.config import Config
 from ldm.training.phases import phases
@@ -37,6 +37,9 @@ def check_bounds(config: Config) -> None:
         raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
     if data.stream and data.trigger:
         raise LdmError("data.trigger: captions of a stream stay as they are; copy it to a disk, or leave it out")
+    if data.stream and data.beside.named():
+        kind = next(iter(data.beside.named()))
+        raise LdmError(f"data.beside.{kind}: a stream has no images beside its own; copy it to a disk, or leave it out")
     if data.cache and data.crop == "center" and data.crops > 1:
         raise LdmError(f"data.crops is {data.crops}: an image has one crop at its center; set data.crops=1")
 
@@ -77,6 +80,8 @@ def check_paths(config: Config) -> None:
     if not config.data.source:
         raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")
     _check_images("data.source", config.data.source, config.data.stream)
+    for kind, place in config.data.beside.named().items():
+        _check_beside(kind, place)
     for place, model in _models(config):
         _check_model(place, model)
     for name in config.stages:
@@ -111,6 +116,13 @@ def _check_images(key: str, source: str, stream: bool) -> None:
         check_place(source, stream)
     except LdmError as error:
         raise LdmError(f"{key}: {error}") from None
+
+
+def _check_beside(kind: str, place: str) -> None:
+    try:
+        check_beside(kind, place)
+    except LdmError as error:
+        raise LdmError(f"data.beside.{kind}: {error}") from None
 
 
 def _check_model(place: str, section: ModelSection) -> None:

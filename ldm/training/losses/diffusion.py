@@ -102,10 +102,10 @@ class DiffusionLoss:
             return torch.ones(timestep.shape, device=timestep.device)
         return self.schedule.parametrisation.weight(self._of("snr", timestep), self.min_snr)
 
-    def __call__(self, prediction: Tensor, latents: Tensor, draw: Draw) -> Tensor:
-        """The weighted mean squared error of each sample: (B,), float32."""
+    def __call__(self, prediction: Tensor, latents: Tensor, draw: Draw, areas: Tensor | None = None) -> Tensor:
+        """The weighted mean squared error of each sample: (B,), float32; the mean by `areas` (B, 1, h, w), if given."""
         errors = (prediction.float() - self.target(latents, draw).float()) ** 2
-        return self.weight(draw.timestep) * errors.mean(dim=(1, 2, 3))
+        return self.weight(draw.timestep) * mean_by(errors, areas)
 
     def _scales(self, draw: Draw, like: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ of a draw, to multiply latents by: (B, 1, 1, 1) each."""
@@ -117,3 +117,11 @@ class DiffusionLoss:
         values = getattr(self, table).to(timestep.device)
         setattr(self, table, values)
         return values[timestep]
+
+
+def mean_by(errors: Tensor, areas: Tensor | None) -> Tensor:
+    """The mean (B,) of errors (B, C, h, w), or the mean weighted by areas (B, 1, h, w); 0 where all weights are 0."""
+    if areas is None:
+        return errors.mean(dim=(1, 2, 3))
+    sums = (errors.mean(dim=1, keepdim=True) * areas).sum(dim=(1, 2, 3))
+    return sums / areas.sum(dim=(1, 2, 3)).clamp(min=torch.finfo(areas.dtype).tiny)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
@@ -207,7 +208,15 @@ class DenoiserStage:
         draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
         said = prompt(batch, self.model.family, self.dropout, self.seed, self.score)
         prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
-        yield Loss("unet", self.loss(prediction, latents, draw) * batch.weights)
+        yield Loss("unet", batch.weights * self.loss(prediction, latents, draw, self.areas(batch, latents)))
+
+    def areas(self, batch: Batch, latents: Tensor) -> Tensor | None:
+        """Weights (B, 1, h, w) of errors by the part of a latent that a mask covers; None without masks."""
+        if "mask" not in batch.beside:
+            return None
+        height, width = latents.shape[2:]
+        covered = F.adaptive_avg_pool2d(batch.beside["mask"], (height, width))
+        return covered.clamp(min=self.section.outside_mask)
 
     def predict(self, module: nn.Module, x: Tensor, timestep: Tensor, said: Prompt) -> Tensor:
         """The U-Net's prediction (B, C, h, w); text encoders that are not trained get no gradient."""
