@@ -52,7 +52,7 @@ from ldm.training.stages.stage import (
 from ldm.weights.components import Components
 
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
-PREVIEW_STEPS = 20  # steps of the scheduler
+PREVIEW: Mapping[str, Any] = {"steps": 20, "batch": None}  # settings of previews, as many at a time as memory allows
 VALIDATION_DRAWS = 4  # draws of noise and timestep for each held-out image
 
 
@@ -287,7 +287,7 @@ class DenoiserStage:
         prompts = self.section.prompts or batch.captions[:4]
         height, width = batch.size[0, 4:6].int().tolist()
         seeds = [self.seed + number for number in range(len(prompts))]
-        return self.make_images(self.shown(), prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+        return self.make_images(self.shown(), prompts, (width, height), seeds, PREVIEW)
 
     def shown(self) -> LatentDiffusion:
         """The model that makes images, with the weights as they are now."""
