@@ -1,4 +1,4 @@
-"""U-Nets that inpaint and that edit by instruction, trained: from a text-to-image model, beside diffusers, after a stop."""
+"""U-Nets that inpaint and that edit by instruction: from a text-to-image model, beside diffusers, after a stop."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_it_learns_to_use_the_image_before_the_edit(shapes: Path, before: Path, 
         (["data.beside.before=null"], "data.beside.before: the U-Net of custom reads it; name a folder with the same"),
         (["model.unet={in_channels: 7}"], "the U-Net reads 7"),
         (["model.unet={in_channels: 8, layers: 2}"], "model.unet: the networks of .* cannot change shape"),
-        (["base.prior.prompt=a shape", "base.prior.source=x"], "base.prior.prompt: class images have no before beside"),
+        (["base.prior.prompt=a shape"], "base.prior.prompt: class images have no before beside"),
         (["base.evaluation.every=2"], "base.evaluation.every: a U-Net that edits makes no images of captions alone"),
     ],
 )
