@@ -151,11 +151,11 @@ def test_what_is_dropped(shapes: Path, encoder: Path, tmp_path: Path) -> None:
 
 
 def test_images_are_prepared_as_in_pipelines() -> None:
-    """Up to the rounding of pixels, which is 1/255 of the colours' spread of about 0.27."""
+    """Up to the rounding of pixels, twice by 1/255 of the colours' spread of about 0.27."""
     for width, height in ((64, 64), (72, 48), (40, 100), (32, 32)):
         image = Image.effect_noise((24, 40), 80).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         found = prepared_pixels(to_tensor([image], width, height), 32)
-        assert torch.allclose(found[0], prepared(image, 32), atol=0.02)
+        assert torch.allclose(found[0], prepared(image, 32), atol=0.05)
 
 
 def test_previews_show_image_prompt_and_none(shapes: Path, encoder: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def begun(source: str, parts: Components) -> ImagePromptAdapter:
 
 def helpers(section: ImagePromptSection) -> list[nn.Module]:
     """The image encoder, for the forecast."""
-    return [blank_encoder(str(section.encoder))]
+    return [blank_encoder(str(section.encoder)).requires_grad_(False)]
 
 
 def passes(
