@@ -49,6 +49,10 @@ WORDS = {  # another program's word -> our key
     "num_class_images": "adapter.prior.images",
     "instance_prompt": "data.trigger",
     "target_modules": "adapter.layers",
+    **dict.fromkeys(("learnable_property", "use_object_template", "use_style_template"), "textual-inversion.templates"),
+    **dict.fromkeys(("train_text_encoder_ti", "pivotal_tuning"), "textual-inversion.pivotal"),
+    **dict.fromkeys(("controlnet_model_name_or_path", "control_net_weights"), "controlnet.source"),
+    **dict.fromkeys(("conditioning_image_column", "conditioning_data_dir"), "data.beside.condition"),
     "mixed_precision": "precision",
     **dict.fromkeys(("output_dir", "output_name", "workspace_dir"), "output"),
     **dict.fromkeys(("report_to", "log_with"), "trackers"),
@@ -59,6 +63,16 @@ WORDS = {  # another program's word -> our key
         ("train_data_dir", "dataset_name", "instance_data_dir", "image_dir", "data_dir", "dataset"), "data.source"
     ),
     **dict.fromkeys(("random_flip", "flip_aug"), "data.flip"),
+    **dict.fromkeys(("num_repeats", "dataset_repeats", "class_tokens", "loss_weight"), "data.folders"),
+    **dict.fromkeys(("shuffle_caption", "tag_shuffling", "enable_tag_shuffling"), "data.shuffle_tags"),
+    **dict.fromkeys(("keep_tokens", "keep_tags_count"), "data.keep_tags"),
+    **dict.fromkeys(("caption_tag_dropout_rate", "tag_dropout", "tag_dropout_probability"), "data.drop_tags"),
+    **dict.fromkeys(("caption_prefix", "instance_prompt", "instance_token"), "data.trigger"),
+    **dict.fromkeys(("masked_loss", "masked_training", "alpha_mask", "mask_dir"), "data.beside.mask"),
+    "unmasked_weight": "base.outside_mask",
+    **dict.fromkeys(("original_image_column", "input_image_column"), "data.beside.before"),
+    "edited_image_column": "data.image_column",
+    "edit_prompt_column": "data.caption_column",
     **dict.fromkeys(("center_crop", "random_crop"), "data.crop"),
     **dict.fromkeys(("enable_bucket", "aspect_ratio_bucketing"), "data.buckets"),
     "bucket_reso_steps": "data.bucket_step",
@@ -83,6 +97,20 @@ ANSWERS = {  # a word that is not just another name for a key -> what to do
     **dict.fromkeys(
         ("network_module", "network_args", "lora", "peft_type"),
         "LoRA and its kin are the stage adapter: stages=[adapter], and adapter.kind, adapter.layers, adapter.rank",
+    ),
+    **dict.fromkeys(
+        (
+            "placeholder_token",
+            "token_string",
+            "token_abstraction",
+            "initializer_token",
+            "initializer_concept",
+            "init_word",
+            "num_vectors",
+            "num_vectors_per_token",
+            "num_new_tokens_per_abstraction",
+        ),
+        "write textual-inversion.words={'<cat>': {initial: cat, vectors: 4}}, with stages=[textual-inversion]",
     ),
 }
 

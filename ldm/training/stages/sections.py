@@ -11,7 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from ldm.training.sections import EmaSection, EvaluationSection, ModelSection, PriorSection, StageSection
+from ldm.errors import listing
+from ldm.training.sections import (
+    EmaSection,
+    EvaluationSection,
+    ModelSection,
+    OptimizerSection,
+    PriorSection,
+    Section,
+    StageSection,
+)
+from ldm.training.stages.templates import TEMPLATES
 
 
 def _pattern(text: str) -> str:
@@ -70,13 +80,18 @@ class DenoiserSection(StageSection):
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
-    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="distribution of timesteps")
+    timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
+        "uniform", description="distribution of timesteps; cubic: mostly those with much noise"
+    )
     timestep_range: tuple[int, int] | None = Field(None, description="first and last; null: all, refiner 0 to 199")
     logit_mean: float = Field(0.0, description="mean of the logit-normal distribution (Esser et al. 2024)")
     logit_std: float = Field(1.0, gt=0, description="its standard deviation")
     drop_caption: list[Part] = Field([0.1], min_length=1, max_length=2, description="part of the captions dropped")
     drop_together: bool = Field(False, description="drop a caption for both text encoders, or for none")
     drop_size: float = Field(0.0, ge=0, le=1, description="part of the time ids dropped")
+    outside_mask: Part = Field(
+        0.0, description="weight of errors where a mask (data.beside.mask) is black; the loss is the mean by weight"
+    )
     attention: str = Field("sdpa", description="attention kernel of the U-Net; on a CPU math is faster")
     train_text: bool = Field(False, description="train the text encoders together with the U-Net")
     text_learning_rate: list[NotNegative] = Field(
@@ -90,6 +105,8 @@ class BaseSection(DenoiserSection):
     """The U-Net of the base model."""
 
     prior: PriorSection = PriorSection()
+    drop_before: Part = Field(0.05, description="part of the images before an edit dropped, if the U-Net reads them")
+    drop_both: Part = Field(0.05, description="part of which caption and such an image are dropped, besides those")
 
 
 class RefinerModelSection(ModelSection):
@@ -112,16 +129,16 @@ class AdapterEmaSection(EmaSection):
     decay: float = Field(0.0, ge=0, lt=1, description="decay of the exponential average; 0: none")
 
 
-class AdapterSection(DenoiserSection):
+class AdapterSection(BaseSection):
     """A low-rank adapter (LoRA and its kin) of the U-Net and, with `train_text`, of its text encoders."""
 
+    place: ClassVar[str] = "adapter"  # in the configuration
     fixed: ClassVar[tuple[str, ...]] = (
         "kind", "dora", "layers", "rank", "alpha", "ranks", "alphas", "lokr_factor", "train_text",
     )  # fmt: skip
     steps: int = Field(2000, ge=1, description="updates of the weights")
     batch: int = Field(4, ge=1, description="images in an update, over all devices")
     ema: AdapterEmaSection = AdapterEmaSection()
-    prior: PriorSection = PriorSection()
     text_learning_rate: list[NotNegative] = Field(
         [5e-5], min_length=1, max_length=2, description="learning rate of each text encoder's adapter"
     )
@@ -181,10 +198,145 @@ class AdapterSection(DenoiserSection):
         return value
 
 
+def embedding_name(word: str) -> str:
+    """The name of a new word's file, without its ending: in lower case, with _ for what names of files cannot hold."""
+    return re.sub(r"[^\w .-]|^\.", "_", " ".join(word.lower().split()))
+
+
+def _template(text: str) -> str:
+    """A group of templates, or a sentence with one place for the word."""
+    if text not in TEMPLATES and text.count("{}") != 1:
+        raise ValueError(f"write {' or '.join(TEMPLATES)}, or sentences in which {{}} stands for the word")
+    return text
+
+
+class NewWordSection(Section):
+    """A new word."""
+
+    vectors: int | None = Field(
+        None, ge=1, le=75, description="learned vectors; null: one for each token of the initial words, or one"
+    )
+    initial: str = Field("", description="words whose embeddings the vectors begin with; empty: random vectors")
+
+
+class WordsOptimizerSection(OptimizerSection):
+    """How the vectors, and the adapter beside them, are updated."""
+
+    learning_rate: float = Field(5e-3, gt=0, description="highest learning rate of the vectors")
+
+
+WITHOUT_ADAPTER = ("steps", "batch", "ema")  # fields of `AdapterSection`
+
+
+class TextualInversionSection(AdapterSection):
+    """Vectors of new words (textual inversion) and, with `pivotal`, an adapter beside them (pivotal tuning)."""
+
+    place: ClassVar[str] = "textual-inversion"
+    fixed: ClassVar[tuple[str, ...]] = (*AdapterSection.fixed, "words", "pivotal")
+    optimizer: WordsOptimizerSection = WordsOptimizerSection()
+    drop_caption: list[Part] = Field([0.0], min_length=1, max_length=2, description="part of the captions dropped")
+    words: dict[str, NewWordSection] = Field(
+        {"<new>": NewWordSection()},
+        min_length=1,
+        description="the new words, as captions have them: {'<cat>': {initial: cat, vectors: 4}}",
+    )
+    templates: list[Annotated[str, AfterValidator(_template)]] = Field(
+        ["object"],
+        description="sentences around captions that are a new word, or data.trigger, alone: object, style, or written "
+        "out with {} for it; empty: none",
+    )
+    keep_norm: bool = Field(False, description="keep each vector as long as it was at first")
+    pivotal: bool = Field(
+        False, validate_default=True, description="train an adapter (rank, layers, …) in the same run: pivotal tuning"
+    )
+    adapter_learning_rate: float = Field(1e-4, gt=0, description="learning rate of the U-Net's adapter")
+
+    @field_validator("words")
+    @classmethod
+    def _distinct(cls, words: dict[str, NewWordSection]) -> dict[str, NewWordSection]:
+        """Words differ in lower case, as prompts are read, and in the names of their files."""
+        names = [embedding_name(word) for word in words]
+        if not all(name.strip("_ ") and len(name) <= 100 for name in names):
+            raise ValueError("a word has from 1 to 100 letters and digits")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"several words are called {listing(twice)} in their files' names; choose others")
+        return words
+
+    @field_validator("pivotal")
+    @classmethod
+    def _with_adapter(cls, pivotal: bool, info: ValidationInfo) -> bool:
+        """What an adapter alone has needs one."""
+        for name in () if pivotal else ("train_text", *AdapterSection.__annotations__):
+            own = cls.model_fields.get(name)
+            if own and name not in WITHOUT_ADAPTER and info.data.get(name, own.default) != own.default:
+                raise ValueError(
+                    f"{name} belongs to an adapter, and none is trained; set pivotal=true, or leave it out"
+                )
+        return pivotal
+
+
+class AttachedSection(DenoiserSection):
+    """A network beside a U-Net and text encoders that stay as they are."""
+
+    steps: int = Field(20_000, ge=1, description="updates of the weights")
+    batch: int = Field(16, ge=1, description="images in an update, over all devices")
+    ema: AdapterEmaSection = AdapterEmaSection()
+    source: str | None = Field(None, description="one to begin with: a folder, a file or a Hub name; null: a new one")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="numbers in the result's files")
+
+    @field_validator("train_text")
+    @classmethod
+    def _still(cls, train_text: bool) -> bool:
+        """Text encoders stay as they are."""
+        if train_text:
+            raise ValueError("the text encoders stay as they are here; leave it out")
+        return train_text
+
+
+class ControlSection(AttachedSection):
+    """A network that reads condition images."""
+
+    beside: ClassVar[tuple[str, ...]] = ("condition",)
+    drop_condition: Part = Field(0.0, description="part of the condition images that become black")
+
+
+class ControlNetSection(ControlSection):
+    """A ControlNet, which begins as a copy of the U-Net's way down."""
+
+    drop_caption: list[Part] = Field([0.5], min_length=1, max_length=2, description="part of the captions dropped")
+
+
+class T2IAdapterSection(ControlSection):
+    """A T2I-Adapter."""
+
+    timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
+        "cubic", description="distribution of timesteps; cubic: mostly those with much noise (Mou et al. 2023)"
+    )
+
+
+class ImagePromptSection(AttachedSection):
+    """An IP-Adapter: cross-attention that reads the image, or its condition image (`data.beside.condition`)."""
+
+    needed: ClassVar[tuple[str, ...]] = ("encoder",)
+    encoder: str | None = Field(
+        None,
+        description="image encoder: the folder or Hub name of a CLIPVisionModelWithProjection, or of a model with one",
+    )
+    kind: Literal["base", "plus"] = Field("base", description="form of a new one: base, or plus (reads patches)")
+    tokens: int | None = Field(None, ge=1, le=4096, description="tokens of an image; null: 4, plus 16")
+    drop_caption: list[Part] = Field([0.05], min_length=1, max_length=2, description="part of the captions dropped")
+    drop_image: Part = Field(0.05, description="part of the images dropped")
+    drop_both: Part = Field(0.05, description="part of which caption and image are dropped together, besides those")
+
+
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
     "base": BaseSection,
     "refiner": RefinerSection,
     "adapter": AdapterSection,
+    "textual-inversion": TextualInversionSection,
+    "controlnet": ControlNetSection,
+    "t2i-adapter": T2IAdapterSection,
+    "ip-adapter": ImagePromptSection,
 }

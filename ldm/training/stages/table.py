@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.training.stages import adapter, adapter_file, autoencoder, denoiser, text, trial
+from ldm.training.stages import (
+    adapter,
+    adapter_file,
+    attached,
+    autoencoder,
+    control,
+    controlnet,
+    denoiser,
+    ip_adapter,
+    t2i_adapter,
+    text,
+    textual_inversion,
+    textual_inversion_file,
+    trial,
+)
 from ldm.training.stages.stage import StageKind
 
 KINDS: tuple[StageKind[Any], ...] = (
@@ -69,6 +83,64 @@ KINDS: tuple[StageKind[Any], ...] = (
         write=adapter_file.write,
         read=adapter_file.read,
         trial={"layers": ["attention", "convolutions"], "rank": 4, "rank_dropout": 0.2, "max_norm": 1.0},
+    ),
+    StageKind(
+        "textual-inversion",
+        build=textual_inversion.build,
+        learners=textual_inversion.learners,
+        passes=textual_inversion.passes,
+        cached=textual_inversion.cached,
+        prior=denoiser.prior,
+        evaluation=denoiser.evaluation,
+        frozen=True,
+        shown=textual_inversion.TextualInversionStage.shown,
+        result=textual_inversion_file.RESULT,
+        write=textual_inversion_file.write,
+        read=adapter_file.read,
+        trial={"words": {"number": {"vectors": 2}}},
+    ),
+    StageKind(
+        "controlnet",
+        build=controlnet.build,
+        learners=controlnet.learners,
+        passes=controlnet.passes,
+        cached=denoiser.cached,
+        evaluation=denoiser.evaluation,
+        makes_images=False,
+        frozen=True,
+        result=controlnet.NAME,
+        write=control.write,
+        read=attached.read,
+        trial={"drop_condition": 0.2},
+    ),
+    StageKind(
+        "t2i-adapter",
+        build=t2i_adapter.build,
+        learners=t2i_adapter.learners,
+        passes=t2i_adapter.passes,
+        cached=denoiser.cached,
+        evaluation=denoiser.evaluation,
+        makes_images=False,
+        frozen=True,
+        result=t2i_adapter.NAME,
+        write=control.write,
+        read=attached.read,
+        trial={"drop_condition": 0.2},
+    ),
+    StageKind(
+        "ip-adapter",
+        build=ip_adapter.build,
+        learners=ip_adapter.learners,
+        helpers=ip_adapter.helpers,
+        passes=ip_adapter.passes,
+        cached=ip_adapter.cached,
+        evaluation=denoiser.evaluation,
+        makes_images=False,
+        frozen=True,
+        result=ip_adapter.RESULT,
+        write=ip_adapter.write,
+        read=attached.read,
+        trial={"encoder": trial.ENCODER, "kind": "plus"},
     ),
 )  # fmt: skip
 
