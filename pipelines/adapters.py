@@ -21,6 +21,7 @@ from ldm.runtime.merging import merged
 from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.adapters.names import parameter_of
 from ldm.weights.adapters.reading import DIFFUSERS, diffusers_file, peft_folders
+from ldm.weights.builtin import builtin_adapter, builtin_adapters
 from ldm.weights.few_step import made_for
 from ldm.weights.tensors import read_header
 from pipelines.mixes import Mix, MixedAdapter, Wanted, read_tags, wanted
@@ -149,6 +150,9 @@ class Adapters:
             return found
         if path is not None and path.exists():
             return path
+        own = builtin_adapter(one.name)
+        if own is not None:
+            return own
         raise LdmError(self._unknown(one, files))
 
     def _called(self, one: Wanted, files: Sequence[Path]) -> Path | None:
@@ -168,7 +172,7 @@ class Adapters:
 
     def _unknown(self, one: Wanted, files: Sequence[Path]) -> str:
         """The message for a name that is not known."""
-        known = sorted({*self.names, *(file.stem for file in files)})
+        known = sorted({*self.names, *(file.stem for file in files), *builtin_adapters()})
         gone = f"{one.path} is gone, and " if one.path else ""
         where = f" in {self.folder}" if self.folder else ""
         remedy = "" if self.folder else "name the folder of LoRA files (lora_dir=, --lora-dir), or the path of the file"
