@@ -4,7 +4,7 @@ r"""Measure what adapters of the built-in model do: style, concept, edges and li
         --with "base" --with "LoRA: adapters=runs/streamline/adapter/adapter.safetensors" \
         --with "all weights: model=runs/all/base/model" --with "edges: control_models=CONTROL drawing=canny"
 
-The folder and that of the other styles' drawings (shards) are made by tools/prepare_emoji.py. An image is made from
+The folder (or its held-out shards) and the shards of other styles are by tools/prepare_emoji.py. An image is made from
 each caption `LABEL, STYLE style`, or from `prompt="…{label}…"`. `drawing=KIND` gives the caption's drawing to a control
 model as a condition image, `drawing=image_prompt` to an IP-Adapter. Other KEY=VALUE are settings of the pipeline.
 
@@ -87,11 +87,13 @@ def variant(text: str, model: str) -> Variant:
 
 
 def folder_drawings(folder: Path) -> list[Drawing]:
-    """The drawings in a folder with captions `LABEL, STYLE style` beside them.
+    """The drawings in a folder with captions `LABEL, STYLE style` beside them, or in its held-out shards.
 
     Raises:
         LdmError: a caption is another one, or there is none.
     """
+    if any(folder.glob("held-out-*.tar")):
+        return drawings(folder, "held-out")
     found = []
     for path in sorted(folder.glob("*.txt")):
         match = CAPTION.fullmatch(path.read_text(encoding="utf-8").strip())
@@ -100,7 +102,6 @@ def folder_drawings(folder: Path) -> list[Drawing]:
         found.append(Drawing(match[1], match[2], Image.open(path.with_suffix(".png")).convert("RGB")))
     if not found:
         raise LdmError(f"{folder} holds no captions; tools/prepare_emoji.py --few makes such folders")
-    random.Random(0).shuffle(found)
     return found
 
 
@@ -111,10 +112,10 @@ def features(network: Extractor, images: Sequence[Image.Image]) -> Tensor:
     return torch.cat([network(torch.stack([network.prepare(one) for one in part]))["features"] for part in parts])
 
 
-def judge(inception: str, clip: str, mine: Sequence[Drawing], others: Sequence[Drawing], each: int) -> Judge:
-    """The networks, with the features of `each` drawings of the other styles and of one half of the folder's."""
+def judge(inception: str, clip: str, mine: Sequence[Drawing], others: Sequence[Drawing]) -> Judge:
+    """The networks, with the features of drawings of the other styles and of one half of the folder's."""
     network, pair = open_extractor(inception), open_text_extractor(clip)
-    chosen = {style: [d for d in others if d.style == style][:each] for style in sorted({d.style for d in others})}
+    chosen = {style: [d for d in others if d.style == style] for style in sorted({d.style for d in others})}
     own = {style: features(network, [d.image for d in some]) for style, some in chosen.items()}
     for style in sorted({d.style for d in mine}):
         own[style] = features(network, [d.image for d in mine if d.style == style])
@@ -193,23 +194,23 @@ def _shown(estimate: Estimate, factor: int, digits: int) -> str:
 def main() -> None:
     """Print the table, and keep the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="drawings with captions that were not trained on")
+    parser.add_argument("folder", type=Path, help="drawings that were not trained on")
     parser.add_argument("--drawings", type=Path, required=True, help="shards of drawings in the model's own styles")
     parser.add_argument("--styles", help="comma-separated styles of these shards to tell apart; default: all")
     parser.add_argument("--with", dest="variants", action="append", required=True, help="NAME: KEY=VALUE …")
     parser.add_argument("--model", default="emoji")
     parser.add_argument("-n", type=int, default=200, help="images")
-    parser.add_argument("--each", type=int, default=100, help="drawings in the mean of each other style")
     parser.add_argument("--features", default="inception")
     parser.add_argument("--clip", default="clip:emoji")
     parser.add_argument("--out", type=Path, help="folder for the images")
     options = parser.parse_args()
     try:
         every = folder_drawings(options.folder)
+        random.Random(0).shuffle(every)
         half = len(every) // 2
         styles = options.styles and {name.strip() for name in options.styles.split(",")}
-        others = [d for d in drawings(options.drawings, "train") if not styles or d.style in styles]
-        judged = judge(options.features, options.clip, every[half:], others, options.each)
+        others = [d for d in drawings(options.drawings, "held-out") if not styles or d.style in styles]
+        judged = judge(options.features, options.clip, every[half:], others)
         some = every[:half][: options.n]
         table = Table("", "style, %", "concept of 100, %", "KID", "edges, F1", "likeness", title=f"{len(some)} images")
         table.add_row("drawn", *row(judged, some, [d.image for d in some], True))
