@@ -5,13 +5,15 @@ r"""Measure what adapters of the built-in model do: style, concept, edges and li
         --with "all weights: model=runs/all/base/model" --with "edges: control_models=CONTROL drawing=canny"
 
 The folder (or its held-out shards) and the shards of other styles are by tools/prepare_emoji.py. An image is made from
-each caption `LABEL, STYLE style`, or from `prompt="…{label}…"`. `drawing=KIND` gives the caption's drawing to a control
+each caption `LABEL, STYLE style`, or from `prompt="…LABEL…"`. `drawing=KIND` gives the caption's drawing to a control
 model as a condition image, `drawing=image_prompt` to an IP-Adapter. Other KEY=VALUE are settings of the pipeline.
 
 - Style: of the means of each style's features by Inception, that of the folder's style is nearest. The drawings of the
   folder are split: one half for the mean and for KID, the other for the prompts and the row "drawn".
 - Concept: of 100 labels, the right one is nearest by the contrastive pair. A label's features are the mean of those
-  of its captions in the pair's own styles, so that none speaks of a style.
+  of its captions in the pair's own styles, so that none speaks of a style. Of a style that the pair never saw it knows
+  little (see the row "drawn"): so also whether, of all drawings of the prompts, that of the right concept is nearest by
+  Inception, which compares within one style.
 - Edges: F1 of the edges (Canny) of drawing and image, within one pixel. Likeness: the cosine of their features by the
   pair.
 
@@ -77,12 +79,21 @@ class Judge:
     texts: Tensor  # (labels, E)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The features of N images."""
+
+    plain: Tensor  # (N, D), by Inception
+    inception: Tensor  # (N, D), of unit length
+    pair: Tensor  # (N, E), of unit length
+
+
 def variant(text: str, model: str) -> Variant:
     """The variant of `NAME: KEY=VALUE …`."""
     name, _, rest = text.partition(":")
     given = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in shlex.split(rest))}
     own = {key: given.pop(key) for key in LOADED if key in given}
-    prompt, drawing = given.pop("prompt", "{label}, {style} style"), given.pop("drawing", "")
+    prompt, drawing = given.pop("prompt", "LABEL, STYLE style"), given.pop("drawing", "")
     return Variant(name, given.pop("model", model), prompt, drawing, own, given)
 
 
@@ -112,16 +123,22 @@ def features(network: Extractor, images: Sequence[Image.Image]) -> Tensor:
     return torch.cat([network(torch.stack([network.prepare(one) for one in part]))["features"] for part in parts])
 
 
-def judge(inception: str, clip: str, mine: Sequence[Drawing], others: Sequence[Drawing]) -> Judge:
+def look(judge: Judge, images: Sequence[Image.Image]) -> Seen:
+    """The features of images."""
+    plain = features(judge.inception, images)
+    return Seen(plain, unit(plain), unit(features(judge.pair, images)))
+
+
+def judge(inception: str, clip: str, every: Sequence[Drawing], half: int, others: Sequence[Drawing]) -> Judge:
     """The networks, with the features of drawings of the other styles and of one half of the folder's."""
-    network, pair = open_extractor(inception), open_text_extractor(clip)
+    network, pair, mine = open_extractor(inception), open_text_extractor(clip), every[half:]
     chosen = {style: [d for d in others if d.style == style] for style in sorted({d.style for d in others})}
     own = {style: features(network, [d.image for d in some]) for style, some in chosen.items()}
     for style in sorted({d.style for d in mine}):
         own[style] = features(network, [d.image for d in mine if d.style == style])
     reference = torch.cat([own[style] for style in sorted({d.style for d in mine})])
     known = [style for style in chosen if style not in {d.style for d in mine}] or list(chosen)
-    labels = sorted({d.label for d in (*mine, *others)})
+    labels = sorted({d.label for d in (*every, *others)})
     texts = torch.stack([unit(pair.texts([caption(label, style) for label in labels])) for style in known]).mean(0)
     means = torch.stack([unit(some).mean(0) for some in own.values()])
     return Judge(network, pair, list(own), unit(means), reference, labels, texts)
@@ -143,7 +160,7 @@ def made(one: Variant, some: Sequence[Drawing]) -> list[Image.Image]:
                 if one.drawing == "image_prompt"
                 else {"control": {one.drawing: drawn.image}}
             )
-        prompt = one.prompt.format(label=drawn.label, style=drawn.style)
+        prompt = one.prompt.replace("LABEL", drawn.label).replace("STYLE", drawn.style)
         images += pipeline(prompt, seed=seed, **given, **one.settings).images
     return images
 
@@ -158,23 +175,19 @@ def edges_agree(drawn: Image.Image, image: Image.Image) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def row(judge: Judge, some: Sequence[Drawing], images: Sequence[Image.Image], alone: bool) -> list[str]:
-    """The figures of images of drawings' captions; `alone`: they are the drawings themselves."""
-    seen = features(judge.inception, images)
-    style = [
-        judge.styles[int(place)] == d.style
-        for place, d in zip((unit(seen) @ judge.means.T).argmax(1), some, strict=True)
-    ]
-    own = unit(features(judge.pair, images))
-    hits = [concept_is_right(judge, one, d.label) for one, d in zip(own, some, strict=True)]
-    figures = [
-        _shown(share_interval(torch.tensor(style)), 100, 0), _shown(share_interval(torch.tensor(hits)), 100, 0),
-        _shown(mmd_interval(polynomial, seen, judge.reference), 1, 4),
-    ]  # fmt: skip
-    if alone:
-        return [*figures, "", ""]
+def row(judge: Judge, some: Sequence[Drawing], drawn: Seen, images: Sequence[Image.Image] | None) -> list[str]:
+    """The figures of images of drawings' captions; None: of the drawings themselves."""
+    seen = drawn if images is None else look(judge, images)
+    nearest = (seen.inception @ judge.means.T).argmax(1)
+    style = [judge.styles[int(place)] == d.style for place, d in zip(nearest, some, strict=True)]
+    hits = [concept_is_right(judge, one, d.label) for one, d in zip(seen.pair, some, strict=True)]
+    found = (seen.inception @ drawn.inception.T).argmax(1) == torch.arange(len(some))
+    figures = [_shown(share_interval(torch.as_tensor(one)), 100, 0) for one in (style, hits, found)]
+    figures.append(_shown(mmd_interval(polynomial, seen.plain, judge.reference), 1, 4))
+    if images is None:
+        return [*figures[:2], "", figures[3], "", ""]
     edges = [edges_agree(d.image, image) for d, image in zip(some, images, strict=True)]
-    likeness = (own * unit(features(judge.pair, [d.image for d in some]))).sum(1)
+    likeness = (seen.pair * drawn.pair).sum(1)
     return [*figures, _shown(mean_interval(torch.tensor(edges)), 1, 2), _shown(mean_interval(likeness), 1, 2)]
 
 
@@ -205,24 +218,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the images")
     options = parser.parse_args()
     try:
+        variants = [variant(text, options.model) for text in options.variants]
         every = folder_drawings(options.folder)
         random.Random(0).shuffle(every)
         half = len(every) // 2
         styles = options.styles and {name.strip() for name in options.styles.split(",")}
         others = [d for d in drawings(options.drawings, "held-out") if not styles or d.style in styles]
-        judged = judge(options.features, options.clip, every[half:], others)
+        judged = judge(options.features, options.clip, every, half, others)
         some = every[:half][: options.n]
-        table = Table("", "style, %", "concept of 100, %", "KID", "edges, F1", "likeness", title=f"{len(some)} images")
-        table.add_row("drawn", *row(judged, some, [d.image for d in some], True))
-        for one in [variant(text, options.model) for text in options.variants]:
+        table = Table(
+            "",
+            "style, %",
+            "concept of 100, %",
+            f"drawing of {len(some)}, %",
+            "KID",
+            "edges, F1",
+            "likeness",
+            title=f"{len(some)} images",
+        )
+        drawn = look(judged, [d.image for d in some])
+        table.add_row("drawn", *row(judged, some, drawn, None))
+        for one in variants:
             images = made(one, some)
-            table.add_row(one.name, *row(judged, some, images, False))
+            table.add_row(one.name, *row(judged, some, drawn, images))
             if options.out:
                 folder = options.out / one.name.replace(" ", "-")
                 folder.mkdir(parents=True, exist_ok=True)
                 for number, image in enumerate(images):
                     image.save(folder / f"{number:04d}.png")
-        Console(width=140).print(table)
+        Console(width=160).print(table)
     except LdmError as error:
         raise SystemExit(f"measure_adapters: {error}") from None
 
