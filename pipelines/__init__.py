@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import ldm  # noqa: F401  (before PyTorch, because of its threads)
+
 if TYPE_CHECKING:
     from pipelines.pipeline import Pipeline, Result
 

@@ -73,7 +73,7 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models, by the names of their families."""
     root = tmp_path_factory.mktemp("models")
@@ -82,7 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifty small images of coloured shapes, wide and tall ones too, with captions."""
     colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}

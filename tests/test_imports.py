@@ -15,7 +15,7 @@ from modules import ROOT, SOURCES, imports
 MODELS = {"ldm.models"}
 LOW = MODELS | {
     "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
-    "ldm.images", "ldm.files", "ldm.caches", "ldm.conditions",
+    "ldm.images", "ldm.files", "ldm.caches", "ldm.conditions", "ldm.threads",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
@@ -23,6 +23,7 @@ ALLOWED = {
     "ldm.errors": set(),
     "ldm.caches": set(),
     "ldm.files": set(),
+    "ldm.threads": set(),
     "ldm.models": MODELS,
     "ldm.process": set(),
     "ldm.families": LOW,
@@ -41,7 +42,7 @@ ALLOWED = {
     "ldm.bench": BESIDE | {"pipelines", "ldm.bench"},
     "ldm.cli": BESIDE | {"pipelines", "ldm.bench", "ldm.cli"},
     "ldm.__main__": {"ldm.cli"},
-    "ldm": {"ldm.latent_diffusion"},
+    "ldm": {"ldm.latent_diffusion", "ldm.threads"},
 }
 
 

@@ -39,30 +39,35 @@ def tower(config: TextEncoderConfig) -> TextEncoderConfig:
     )
 
 
-def family(name: str) -> Family:
-    """The named family, small: latents 8 times smaller than the image, all levels there."""
+def family(name: str, shallow: bool = False) -> Family:
+    """The named family, small: latents 8 times smaller than the image, all levels and layers there.
+
+    A `shallow` one has a third of the layers, on two levels, for what does not depend on their number.
+    """
     real = FAMILIES[name]
-    levels = len(real.unet.channels)
+    levels = 2 if shallow else len(real.unet.channels)
+    layers = {"layers": 1} if shallow else {}
     text = tuple(tower(config) for config in real.text)
     unet = replace(
         real.unet,
         channels=(32, 64, 64, 64)[:levels],
         heads=(4,) * levels if len(set(real.unet.heads)) == 1 else (2, 4, 4, 4)[:levels],
-        depth=tuple(min(depth, 2) for depth in real.unet.depth),
+        depth=tuple(min(depth, 2) for depth in real.unet.depth[:levels]),
         mid_depth=min(real.unet.mid_depth, 2),
         text_dim=sum(config.width for config in text),
         groups=16,
         pooled_dim=40 if real.unet.pooled_dim else 0,
         size_dim=16 if real.unet.pooled_dim else 256,
         sample_size=8,
+        **layers,
     )
-    autoencoder = replace(real.autoencoder, channels=(16, 32, 32, 32), groups=8, sample_size=64)
+    autoencoder = replace(real.autoencoder, channels=(16, 32, 32, 32), groups=8, sample_size=64, **layers)
     return replace(real, unet=unet, autoencoder=autoencoder, text=text, name="custom")
 
 
-def model(name: str, seed: int = 0) -> LatentDiffusion:
+def model(name: str, seed: int = 0, shallow: bool = False) -> LatentDiffusion:
     """A tiny model with random weights, norms included, so that no weight could be missing unnoticed."""
-    result = LatentDiffusion.from_family(family(name), seed)
+    result = LatentDiffusion.from_family(family(name, shallow), seed)
     generator = torch.Generator().manual_seed(seed)
     for module in result.modules().values():
         module.eval()

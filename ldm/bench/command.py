@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from ldm.bench.cold import cold_starts
-from ldm.bench.measuring import Seconds, device_name, products, speed
+from ldm.bench.measuring import Seconds, device_name, others_busy, products, speed
 from ldm.bench.options import OURS, RIVALS, BenchOptions, Call
 from ldm.bench.processes import SideProcess
 from ldm.bench.sides import named_family
@@ -29,6 +29,7 @@ from pipelines.settings import find
 from pipelines.tuning import default_device, default_dtype, device_named, dtype_named
 
 log = logging.getLogger(__name__)
+BUSY = 0.2  # cores that other processes keep busy, above which a warning is given
 
 
 def measure(options: BenchOptions) -> None:
@@ -50,6 +51,10 @@ def measure(options: BenchOptions) -> None:
     family = named_family(options.source) or open_source(options.source, verify=False).family
     width, height = find("size", "shell").parse(options.size, "--size") if options.size else (family.size,) * 2
     call = Call(width, height, options.batch, family.guidance)
+    console, busy = Console(), others_busy()
+    console.print(device_name(device), highlight=False, soft_wrap=True)
+    if busy is not None and busy > BUSY:
+        log.warning("other processes keep %.1f cores busy: these are not the figures of a quiet machine", busy)
     factor = family.autoencoder.factor
     work = 2 * call.batch * products(family, call.height // factor, call.width // factor)
     sides = _started([OURS, *rivals], options, call, device, dtype)
@@ -58,6 +63,7 @@ def measure(options: BenchOptions) -> None:
     result: dict[str, Any] = {
         "options": asdict(options), "device": device_name(device), "dtype": str(dtype), "size": [width, height],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}, "memory": memory,
+        "others busy": busy,
     }  # fmt: skip
     fastest = 0.0
     for number in range(options.rounds + 1):
@@ -77,7 +83,6 @@ def measure(options: BenchOptions) -> None:
             result["limit of a step"] = work / fastest
             result["seconds"] = {name: [asdict(one) for one in rows] for name, rows in found.items()}
             _write(options.out, result)
-    console = Console()
     console.print(*speed_tables(found, memory, work / fastest))
     if options.cold:
         cold = cold_starts(path, options.rounds, str(device), options.quantize)

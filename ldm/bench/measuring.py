@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.families import Family
 from ldm.models.unet import UNet
+from ldm.runtime.bf16 import computes_bf16
+from ldm.threads import cores, waiting
 from ldm.training.stages.denoiser import blank
 
 STAGES = ("before", "step", "decode", "image")  # text encoding etc.; one step; decoding; the whole call
@@ -109,7 +111,36 @@ def peak(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """A description of the machine."""
+    """A description of the machine: of a CPU with its instruction set, its threads and how they wait."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if computes_bf16(device) else "")
+    threads = f"{torch.get_num_threads()} threads ({waiting()}) on {cores()} cores"
+    return f"{processor() or platform.machine()}, {kind}, {threads}"
+
+
+def processor() -> str:
+    """The name of the processor, if the system tells it."""
+    with suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
+        if found:
+            return found[1]
+    return platform.processor()
+
+
+def others_busy(seconds: float = 0.5) -> float | None:
+    """How many cores other processes keep busy, measured while this one sleeps; None where the system does not tell."""
+    before = _busy()
+    time.sleep(seconds)
+    after = _busy()
+    return None if before is None or after is None else (after - before) / seconds
+
+
+def _busy() -> float | None:
+    """Seconds for which cores were busy since the system started, over all cores."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, interrupts, soft = map(int, first[:7])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")

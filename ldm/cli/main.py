@@ -352,17 +352,19 @@ def train_an_adapter(
         str,
         typer.Option(help="What it is without the trigger (a dog): the model first makes images of it to keep."),
     ] = "",
+    kind: Annotated[str, typer.Option(help="lora, or textual-inversion: a new word, named by --trigger.")] = "lora",
+    initial: Annotated[str, typer.Option(help="Words that a new word begins with, such as dog.")] = "",
     output: Annotated[str, typer.Option(help="The run's folder; the same command again resumes it.")] = "runs/adapter",
 ) -> None:
     """Train a LoRA: ldm train-adapter PHOTOS --model MODEL --trigger "sks dog" [KEY=VALUE ...]
 
     Settings are chosen for the model's family, the number of images and the free memory, and printed as those of
-    `ldm train`. The result is OUTPUT/adapter/adapter.safetensors, and beside it sheet.png: images without the adapter
-    and with it, by weight.
+    `ldm train`. The result is OUTPUT/adapter/adapter.safetensors, or a file in OUTPUT/textual-inversion/embeddings, and
+    beside it sheet.png: images without it and with it.
     """
-    from ldm.cli.train_adapter import train_adapter
+    from ldm.cli.train_adapter import AdapterJob, train_adapter
 
-    train_adapter(images, model, trigger, class_prompt, output, overrides or [])
+    train_adapter(AdapterJob(images, model, output, kind, trigger, class_prompt, initial), overrides or [])
 
 
 @app.command()

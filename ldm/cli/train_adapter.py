@@ -1,7 +1,7 @@
-"""`ldm train-adapter`: a LoRA from a folder of images in one line.
+"""`ldm train-adapter`: a LoRA, or a new word (textual inversion), from a folder of images in one line.
 
 It chooses a configuration for `ldm train` by the model's family, the number of images and the memory that is free, says
-which, trains, and makes a sheet of images with the adapter's weight from 0 to 1.2.
+which, trains, and makes a sheet of images: with the adapter's weight from 0 to 1.2, or without and with the new word.
 """
 
 from __future__ import annotations
@@ -10,64 +10,102 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.train import train_models
-from ldm.errors import LdmError
+from ldm.errors import LdmError, suggestion
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import Config, load
 
 if TYPE_CHECKING:
     import torch
 
+STAGES = {"lora": "adapter", "textual-inversion": "textual-inversion"}  # by kind
+VECTORS = 4  # of a new word, at least
 WEIGHTS = (0.0, 0.4, 0.8, 1.0, 1.2)  # of the adapter, in the sheet's columns
 SEED = 0
 EACH = 100  # updates for each image
 FEWEST, MOST = 400, 3000  # updates
 ROOM = 0.8  # part of the free memory that the forecast may fill
-SAVING: list[list[str]] = [  # settings that save memory, the fastest first
-    [], ["adapter.checkpointing=true"], ["adapter.checkpointing=true", "adapter.micro_batch=1"],
-    ["adapter.checkpointing=true", "adapter.micro_batch=1", "adapter.quantize=int8-weights"],
-]  # fmt: skip
 
 
-def train_adapter(
-    images: str, model: str, trigger: str, class_prompt: str, output: str, overrides: Sequence[str]
-) -> None:
-    """Train a LoRA of a model on a folder of images, and write a sheet of what it does.
+@dataclass(frozen=True)
+class AdapterJob:
+    """What to train."""
+
+    images: str  # a folder
+    model: str
+    output: str
+    kind: str = "lora"
+    trigger: str = ""  # words in captions that call what is learned
+    class_prompt: str = ""  # what it is without them
+    initial: str = ""  # words whose embeddings a new word begins with
+
+    @property
+    def stage(self) -> str:
+        """The kind of stage."""
+        return STAGES[self.kind]
+
+    def check(self, named: Collection[str]) -> None:
+        """Check the kind and what belongs to it; `named` are the keys that are set besides.
+
+        Raises:
+            LdmError: the kind is unknown, or something is missing or too much.
+        """
+        if self.kind not in STAGES:
+            raise LdmError(f"--kind {self.kind!r} is not known; {suggestion(self.kind, list(STAGES))}")
+        if self.kind == "lora" and self.initial:
+            raise LdmError("--initial is for a new word (--kind textual-inversion); leave it out")
+        if self.kind != "lora" and self.class_prompt:
+            raise LdmError("--class-prompt is for a LoRA; leave it out")
+        if self.kind != "lora" and not self.trigger and f"{self.stage}.words" not in named:
+            raise LdmError("--trigger names the new word, such as --trigger '<cat-toy>'; captions have it, too")
+
+    def settings(self) -> list[str]:
+        """The settings that say it."""
+        named: dict[str, Any] = {
+            "data.source": self.images, "model.source": self.model, "output": self.output,
+            "data.trigger": self.trigger, f"{self.stage}.prior.prompt": self.class_prompt,
+        }  # fmt: skip
+        if self.trigger and self.kind == "textual-inversion":
+            word = {"initial": self.initial, "vectors": max(VECTORS, len(self.initial.split()))}
+            named[f"{self.stage}.words"] = {self.trigger: word}
+        given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value]
+        return [*given, f"stages=[{self.stage}]"]
+
+
+def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
+    """Train a LoRA or a new word of a model on a folder of images, and write a sheet of what it does.
 
     Raises:
         LdmError: the folder holds no images, or as `ldm train`.
     """
     first = os.environ.get("RANK", "0") == "0"
     named = {override.partition("=")[0] for override in overrides}
+    job.check(named)
 
     def unless_named(settings: Sequence[str]) -> list[str]:
         return [one for one in settings if one.partition("=")[0] not in named]
 
-    named_by = {
-        "data.source": images, "model.source": model, "output": output, "data.trigger": trigger,
-        "adapter.prior.prompt": class_prompt,
-    }  # fmt: skip
-    given = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in named_by.items() if text]
-    given = [*unless_named([*given, "stages=[adapter]"]), *overrides]
+    given = [*unless_named(job.settings()), *overrides]
     settings = load(None, given)
     check_paths(settings)
     begun = Path(settings.output) / "config.yaml"
     if begun.exists():  # a run that goes on keeps what was chosen for it
         train_models(str(begun), given)
     else:
-        count = count_images(Path(images))
-        given += unless_named(defaults(count, model, bool(class_prompt)))
+        count = count_images(Path(job.images))
+        given += unless_named(defaults(count, job))
         check_bounds(load(None, given))
-        given += fitting(given, [unless_named(more) for more in SAVING])
+        given += fitting(given, [unless_named(more) for more in saving(job.stage)])
         if first:
             print(f"ldm: {count} images: ldm train", *map(shlex.quote, given), file=sys.stderr)
         train_models(None, given)
     if first:
-        print(sheet(load(begun), trigger))
+        print(sheet(load(begun), job))
 
 
 def count_images(folder: Path) -> int:
@@ -84,20 +122,26 @@ def count_images(folder: Path) -> int:
     return count
 
 
-def defaults(count: int, model: str, halved: bool = False) -> list[str]:
+def defaults(count: int, job: AdapterJob) -> list[str]:
     """The settings for so many images, and for the model's family; class images take half of a batch."""
     from ldm.weights.sources import open_source  # PyTorch, only now that there is something to train
 
-    size = open_source(model, verify=False).family.size
-    batch = 2 * min(2, count) if halved else min(4, count)
+    size = open_source(job.model, verify=False).family.size
+    batch = 2 * min(2, count) if job.class_prompt else min(4, count)
     step = 64 if size >= 512 else max(size // 64 * 8, 8)
-    return [
-        "precision=auto", "data.cache=true", "data.crops=4", "data.holdout=0", f"data.bucket_step={step}",
-        "adapter.layers=[transformers]", f"adapter.steps={min(max(EACH * count, FEWEST), MOST)}",
-        f"adapter.batch={batch}", f"adapter.sizes=[{{size: {size}}}]", "adapter.min_snr=5",
-        "adapter.optimizer.warmup=50", "adapter.optimizer.schedule=cosine", "adapter.save_every=250",
-        "adapter.preview_every=250",
-    ]  # fmt: skip
+    own = {
+        "steps": min(max(EACH * count, FEWEST), MOST), "batch": batch, "sizes": f"[{{size: {size}}}]",
+        "min_snr": 5, "optimizer.warmup": 50, "optimizer.schedule": "cosine", "save_every": 250, "preview_every": 250,
+        **({"layers": "[transformers]"} if job.stage == "adapter" else {}),
+    }  # fmt: skip
+    shared = ["precision=auto", "data.cache=true", "data.crops=4", "data.holdout=0", f"data.bucket_step={step}"]
+    return [*shared, *(f"{job.stage}.{key}={value}" for key, value in own.items())]
+
+
+def saving(stage: str) -> list[list[str]]:
+    """Settings of a stage that save memory, the fastest first."""
+    less = [f"{stage}.checkpointing=true"], [f"{stage}.checkpointing=true", f"{stage}.micro_batch=1"]
+    return [[], *less, *([[*less[-1], f"{stage}.quantize=int8-weights"]] if stage == "adapter" else [])]
 
 
 def fitting(given: Sequence[str], saving: Sequence[list[str]]) -> list[str]:
@@ -120,18 +164,25 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def sheet(config: Config, trigger: str) -> Path:
-    """Images of the run's prompts, one in each row, by weights of the adapter; the path of their sheet."""
+def sheet(config: Config, job: AdapterJob) -> Path:
+    """Images of the run's prompts; the path of their sheet.
+
+    A row for each prompt shows the adapter at several weights; two rows show several seeds without and with a new word.
+    """
     from ldm.images import grid, save_png
     from pipelines import Pipeline
 
-    folder = Path(config.output) / "adapter"
-    pipeline = Pipeline(config.model.source)
-    images = [
-        pipeline(prompt, seed=SEED, adapters=f"{folder / 'adapter.safetensors'}:{weight}").images[0]
-        for prompt in config.adapter.prompts or [trigger or "a photo"]
-        for weight in WEIGHTS
-    ]
+    folder, source = Path(config.output) / job.stage, config.model.source
+    file, columns = folder / "adapter.safetensors", len(WEIGHTS)
+    prompts = getattr(config, job.stage).prompts or [job.trigger or "a photo"]
+    if job.kind == "lora":
+        pipeline = Pipeline(source)
+        calls = [(pipeline, {"adapters": f"{file}:{weight}", "seed": SEED}) for weight in WEIGHTS]
+    else:
+        beside = {"adapters": str(file)} if file.exists() else {}
+        rows = [(Pipeline(source), {}), (Pipeline(source, embeddings=folder / "embeddings"), beside)]
+        calls = [(pipeline, {**call, "seed": SEED + n}) for pipeline, call in rows for n in range(columns)]
+    images = [pipeline(prompt, **call).images[0] for prompt in prompts for pipeline, call in calls]
     path = folder / "sheet.png"
-    save_png(grid(images, columns=len(WEIGHTS)), path)
+    save_png(grid(images, columns=columns), path)
     return path

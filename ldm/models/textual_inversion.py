@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,20 @@ class LearnedWord:
 
 
 class LongerTable(nn.Embedding):
-    """A table of token embeddings (its weight is shared), followed by the vectors of learned words."""
+    """A table of token embeddings (its weight is shared), followed by the vectors of learned words.
+
+    Vectors that are a parameter are in training, and stay the parameter that they are.
+    """
 
     vectors: Tensor  # (all N, W)
 
     def __init__(self, table: nn.Embedding, vectors: Tensor) -> None:
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
         self.weight = table.weight  # the same parameter, so that it moves and changes with the table's
-        self.register_buffer("vectors", vectors.to(table.weight), persistent=False)
+        if isinstance(vectors, nn.Parameter):
+            self.vectors = vectors
+        else:
+            self.register_buffer("vectors", vectors.to(table.weight), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         learned = ids >= self.num_embeddings
@@ -106,18 +112,32 @@ def _pattern(name: str) -> str:
 
 def with_words(encoders: TextEncoders, words: Sequence[LearnedWord]) -> TextEncoders:
     """Text encoders that also know learned words; all weights are shared with the given ones."""
+    named = [(word.names, len(word.vectors[0])) for word in words]
+    return with_vectors(encoders, named, [torch.cat(rows) for rows in zip(*(w.vectors for w in words), strict=True)])
+
+
+def with_vectors(
+    encoders: TextEncoders, words: Sequence[tuple[tuple[str, ...], int]], vectors: Sequence[Tensor]
+) -> TextEncoders:
+    """`with_words` of the names and the number N of vectors of each word, and of all words' vectors (all N, W) for each
+    text tower."""
     towers, tokenizers = nn.ModuleList(), []
-    counts = [len(word.vectors[0]) for word in words]
     for number, (config, tower) in enumerate(zip(encoders.configs, encoders.towers, strict=True)):
-        starts = accumulate(counts, initial=config.vocab_size)
-        ids = [range(start, start + count) for start, count in zip(starts, counts, strict=False)]
-        names = [word.names for word in words]
-        tokenizers.append(WordTokenizer(encoders.tokenizers[number], list(zip(names, ids, strict=True))))
-        vectors = torch.cat([word.vectors[number] for word in words])
-        towers.append(rebuilt(tower, partial(_longer, vectors)))
+        ends = list(accumulate((count for _, count in words), initial=config.vocab_size))
+        ids = [(names, range(*bounds)) for (names, _), bounds in zip(words, pairwise(ends), strict=True)]
+        tokenizers.append(WordTokenizer(encoders.tokenizers[number], ids))
+        towers.append(rebuilt(tower, partial(_longer, vectors[number])))
     found = replaced(encoders, towers=towers)
     found.tokenizers = tuple(tokenizers)
     return found
+
+
+def tables(encoders: TextEncoders) -> list[nn.Embedding]:
+    """The table of token embeddings of each text tower."""
+    return [
+        next(module.token_embedding for module in tower.modules() if isinstance(module, Embeddings))
+        for tower in encoders.towers
+    ]
 
 
 def _longer(vectors: Tensor, module: nn.Module) -> dict[str, nn.Module]:

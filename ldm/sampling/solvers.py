@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -221,6 +222,24 @@ class LMSDiscreteScheduler(_Levels, diffusers.LMSDiscreteScheduler):
                     product *= (point - s[t - k]) / (s[t - current_order] - s[t - k])
             total += product
         return total * half
+
+
+class _Interpolated:
+    """A mix-in that finds the timestep of a noise level by bisection.
+
+    diffusers compares the level with all levels of training, for a thousand of them when a scheduler is made.
+    """
+
+    def _sigma_to_t(self, sigma: Any, log_sigmas: Any) -> Any:
+        return np.interp(math.log(max(float(sigma), 1e-10)), log_sigmas, np.arange(len(log_sigmas)))
+
+
+class KDPM2DiscreteScheduler(_Interpolated, diffusers.KDPM2DiscreteScheduler):
+    """DPM-Solver-2 in its second-order form of Karras et al. 2022 (arXiv 2206.00364), algorithm 2."""
+
+
+class KDPM2AncestralDiscreteScheduler(_Interpolated, diffusers.KDPM2AncestralDiscreteScheduler):
+    """The same with ancestral steps."""
 
 
 class _Following:

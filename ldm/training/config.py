@@ -147,7 +147,7 @@ def _section(place: Sequence[int | str]) -> list[str]:
     """The known keys at a place of the configuration."""
     section: type[BaseModel] = Config
     for key in place:
-        if isinstance(key, str):
+        if isinstance(key, str) and key in section.model_fields:  # others are numbers in lists, and names of the user's
             section = _sections(section.model_fields[key].annotation)[0]
     return list(section.model_fields)
 
@@ -169,6 +169,8 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
         default = field.default
         if isinstance(default, list):
             default = [item.model_dump() if isinstance(item, BaseModel) else item for item in default]
+        elif isinstance(default, dict):
+            default = {key: item.model_dump() if isinstance(item, BaseModel) else item for key, item in default.items()}
         yield (
             f"{prefix}{name}",
             yaml.safe_dump(default, default_flow_style=True).splitlines()[0],

@@ -73,7 +73,8 @@ class EightBitLinear(nn.Module):
 
     def plain(self) -> nn.Linear:
         """A linear layer with the same numbers."""
-        layer = nn.Linear(*reversed(self.weight.shape), bias=self.bias is not None, device="meta")
+        rows, columns = self.weight.shape
+        layer = nn.Linear(columns, rows, bias=self.bias is not None, device="meta")
         layer.weight, layer.bias = _frozen(_dense(self.weight, self.scale)), self.bias
         return layer
 
@@ -82,12 +83,12 @@ class _EightBitProduct(torch.autograd.Function):
     """A product with a weight (O, I) in 8 bits, which keeps nothing else for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
         return F.linear(x, _dense(weight, scale))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient @ _dense(*ctx.saved_tensors), None, None
 
 

@@ -142,7 +142,7 @@ class TrainingRun:
         accelerator = self._tracked(folder)
         rounded = numbers(self.config.precision) if kind_named(name).frozen else torch.float32
         for part, module in model.modules().items():
-            _own(module, accelerator.device, torch.float32 if part == "vae" else rounded)
+            own(module, accelerator.device, torch.float32 if part == "vae" else rounded)
         check_agreement({f"the weights of {part}": fingerprint({part: m}) for part, m in model.modules().items()})
         if kind_named(name).captions:
             self._warn_of_long_captions(model)
@@ -279,7 +279,7 @@ def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
             player.network.to(memory_format=torch.channels_last)  # the fastest layout for a GPU's convolutions
 
 
-def _own(module: torch.nn.Module, device: torch.device, rounded: torch.dtype) -> None:
+def own(module: torch.nn.Module, device: torch.device, rounded: torch.dtype) -> None:
     """Move weights to the device, into memory of their own: weights mapped from a file cannot be updated.
 
     Weights that autocast rounds anyway get the dtype `rounded`, all others fp32.

@@ -84,7 +84,7 @@ class Ground:
 
     def built(self, name: str, stage: str, **changes: Any) -> tuple[Training, Batch]:
         """A stage of a new run, ready to train, and this process's part of its first batch."""
-        run = self.run(name, **changes)
+        run = self.run(name, stages=[stage], **changes)  # forecasts of the others would take longer than the check
         before = LatentDiffusion.from_family(run.start("base", None).family) if kind_named(stage).own_model else None
         training = run.training(stage, run.start(stage, before), run.folder / stage)
         return training, next(training.batches(0))[0]

@@ -49,6 +49,8 @@ WORDS = {  # another program's word -> our key
     "num_class_images": "adapter.prior.images",
     "instance_prompt": "data.trigger",
     "target_modules": "adapter.layers",
+    **dict.fromkeys(("learnable_property", "use_object_template", "use_style_template"), "textual-inversion.templates"),
+    **dict.fromkeys(("train_text_encoder_ti", "pivotal_tuning"), "textual-inversion.pivotal"),
     "mixed_precision": "precision",
     **dict.fromkeys(("output_dir", "output_name", "workspace_dir"), "output"),
     **dict.fromkeys(("report_to", "log_with"), "trackers"),
@@ -83,6 +85,20 @@ ANSWERS = {  # a word that is not just another name for a key -> what to do
     **dict.fromkeys(
         ("network_module", "network_args", "lora", "peft_type"),
         "LoRA and its kin are the stage adapter: stages=[adapter], and adapter.kind, adapter.layers, adapter.rank",
+    ),
+    **dict.fromkeys(
+        (
+            "placeholder_token",
+            "token_string",
+            "token_abstraction",
+            "initializer_token",
+            "initializer_concept",
+            "init_word",
+            "num_vectors",
+            "num_vectors_per_token",
+            "num_new_tokens_per_abstraction",
+        ),
+        "write textual-inversion.words={'<cat>': {initial: cat, vectors: 4}}, with stages=[textual-inversion]",
     ),
 }
 

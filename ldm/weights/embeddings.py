@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ldm.errors import LdmError, listing
-from ldm.files import file_digest, walked
+from ldm.files import file_digest, replacing, walked
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.textual_inversion import LearnedWord, plain
-from ldm.weights.tensors import open_store
+from ldm.weights.tensors import Output, TensorInfo, open_store, write_safetensors
 
 SUFFIXES = (".safetensors", ".pt", ".bin")
 _ENCODERS = {  # key in a file -> text encoder; the second names are those of diffusers' trainer of several words
@@ -110,6 +112,28 @@ def _described(widths: Iterable[int]) -> str:
     found = tuple(widths)
     models = f" ({_MODELS[found]})" if found in _MODELS else ""
     return f"{' and '.join(map(str, found))} channels{models}"
+
+
+def write_embedding(
+    vectors: Mapping[str, Tensor], word: str, path: Path, metadata: Mapping[str, str], as_diffusers: bool = False
+) -> None:
+    """Write the vectors of a word, (N, W) for each text encoder by its name, in fp32.
+
+    Vectors of one text encoder get AUTOMATIC1111's key, or with `as_diffusers` the word as theirs; those of two get the
+    keys of SDXL's pair. The header states the word.
+
+    Raises:
+        LdmError: the file cannot be written.
+    """
+    single = word if as_diffusers else _NO_WORDS[0]
+    keys = {component: key for key, component in reversed(_ENCODERS.items())} if len(vectors) > 1 else {}
+    outputs = [
+        Output(keys.get(name, single), TensorInfo(torch.float32, tuple(rows.shape)), partial(Tensor.float, rows))
+        for name, rows in vectors.items()
+    ]
+    need = sum(output.info.nbytes for output in outputs)
+    with replacing(path, folder=False, overwrite=True, need=need) as temporary:
+        write_safetensors(temporary, outputs, {"name": word, **metadata})
 
 
 def embedding_files(folder: Path) -> list[Path]:

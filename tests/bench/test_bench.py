@@ -57,7 +57,16 @@ def test_a_call_by_its_stages() -> None:
     assert ratios([2.0], [1.0]) == "2.00 (2.00–2.00)"
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides' processes that need not import PyTorch and diffusers first."""
+    context = warm()
+    monkeypatch.setattr("ldm.bench.processes.multiprocessing.get_context", lambda kind: context)
+
+
+def test_the_command(
+    forked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny.model("sd15").save_pretrained(tmp_path / "model")
     monkeypatch.setitem(measuring.SIZES, "cpu", 64)
     out = tmp_path / "bench.json"
@@ -115,13 +124,6 @@ def test_bad_input(
     assert code != 0
     assert message in err
     assert len(err.strip().splitlines()) == 1
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sides' processes that need not import PyTorch and diffusers first."""
-    context = warm()
-    monkeypatch.setattr("ldm.bench.processes.multiprocessing.get_context", lambda kind: context)
 
 
 def test_a_side_that_cannot_be_had(

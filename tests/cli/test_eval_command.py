@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from commands import COMMAND, run
-from launched import ONE_THREAD, PATIENCE, Program, on_two
+from commands import run
+from launched import Program, on_two
 from PIL import Image, ImageDraw
 
 from ldm.training.config import load
@@ -46,7 +44,7 @@ def family(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     folder = tmp_path_factory.mktemp("runs") / "run"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    steps = ["autoencoder.steps=40", "text.steps=20", "base.steps=20", "base.preview_every=1000"]
+    steps = ["autoencoder.steps=10", "text.steps=10", "base.steps=5", "base.preview_every=1000"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         config = load(CONFIG, [f"data.source={shapes}", f"output={folder}", "stages=[autoencoder,text,base]", *steps])
@@ -70,21 +68,13 @@ def command(family: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory
     ]  # fmt: skip
 
 
-ENVIRONMENT = os.environ | ONE_THREAD | {"COLUMNS": "100"}
-
-
-def ldm(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("evaluation") / "whole"
-    done = ldm(*command, "--out", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    program = Program("-m", "ldm", *command, "--out", folder, COLUMNS="100")
+    out, err = program.communicate()
+    assert program.returncode == 0, err
+    return folder, out
 
 
 def files(folder: Path) -> tuple[bytes, bytes]:

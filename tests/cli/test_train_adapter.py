@@ -9,8 +9,9 @@ from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
 
 from ldm.cli import train_adapter as door
-from ldm.cli.train_adapter import SAVING, WEIGHTS, defaults, fitting, train_adapter
+from ldm.cli.train_adapter import WEIGHTS, AdapterJob, defaults, fitting, saving, train_adapter
 from ldm.errors import LdmError
+from ldm.weights.embeddings import open_embedding
 from ldm.weights.tensors import read_header
 
 FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "trackers=[]", "adapter.rank=2"]
@@ -18,7 +19,8 @@ FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "t
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r"
-    train_adapter(str(shapes), str(models / "sd15"), "sks", "", str(output), FEW)
+    job = AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks")
+    train_adapter(job, FEW)
     told = capsys.readouterr()
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
@@ -27,27 +29,61 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
     metadata = read_header(output / "adapter" / "adapter.safetensors")[1]
     assert '"sks' in metadata["ss_tag_frequency"]
     before = (output / "adapter" / "adapter.safetensors").read_bytes()
-    train_adapter(str(shapes), str(models / "sd15"), "sks", "", str(output), FEW)  # done: nothing happens
+    train_adapter(job, FEW)  # done: nothing happens
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
 def test_what_is_chosen(models: Path) -> None:
-    few, many = (defaults(count, str(models / "sd15")) for count in (1, 1000))
+    few, many = (defaults(count, AdapterJob("", str(models / "sd15"), "")) for count in (1, 1000))
     assert {"adapter.batch=1", "adapter.steps=400", "adapter.sizes=[{size: 64}]"} < set(few)
     assert {"adapter.batch=4", "adapter.steps=3000"} < set(many)
 
 
 def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["stages=[adapter]", f"model.source={models / 'sd15'}", *defaults(10, str(models / "sd15"))]
+    given = [
+        "stages=[adapter]",
+        f"model.source={models / 'sd15'}",
+        *defaults(10, AdapterJob("", str(models / "sd15"), "")),
+    ]
     monkeypatch.setattr(door, "memory", lambda device: 10**12)
-    assert fitting(given, SAVING) == []
+    assert fitting(given, saving("adapter")) == []
     monkeypatch.setattr(door, "memory", lambda device: 1)
-    assert fitting(given, SAVING) == SAVING[-1]
+    assert fitting(given, saving("adapter")) == saving("adapter")[-1]
 
 
 def test_a_folder_without_images(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match="empty holds no images"):
-        train_adapter(str(tmp_path / "empty"), str(models / "sd15"), "sks", "", str(tmp_path / "r"), FEW)
+        train_adapter(AdapterJob(str(tmp_path / "empty"), str(models / "sd15"), str(tmp_path / "r")), FEW)
     with pytest.raises(LdmError, match="data.source: .*nowhere does not exist"):
-        train_adapter(str(tmp_path / "nowhere"), str(models / "sd15"), "sks", "", str(tmp_path / "r"), FEW)
+        train_adapter(AdapterJob(str(tmp_path / "nowhere"), str(models / "sd15"), str(tmp_path / "r")), FEW)
+
+
+def test_a_new_word(
+    models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "WEIGHTS", (0.0, 1.0))
+    output, few = tmp_path / "r", [one.replace("adapter.", "textual-inversion.") for one in FEW[:-1]]
+    job = AdapterJob(
+        str(shapes), str(models / "sd15"), str(output), "textual-inversion", trigger="<sks>", initial="dog"
+    )
+    train_adapter(job, few)
+    folder = output / "textual-inversion"
+    assert capsys.readouterr().out.splitlines() == [str(folder / name) for name in ("embeddings", "sheet.png")]
+    assert open_embedding(folder / "embeddings" / "_sks_.safetensors").vectors[""].shape[0] == 4
+    with Image.open(folder / "sheet.png") as sheet:
+        assert sheet.size == (2 * 64, 2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "textual_inversion", "trigger": "x"}, "--kind 'textual_inversion' is not known; did you mean text"),
+        ({"kind": "textual-inversion"}, "--trigger names the new word"),
+        ({"initial": "dog"}, "--initial is for a new word"),
+        ({"kind": "textual-inversion", "trigger": "x", "class_prompt": "a dog"}, "--class-prompt is for a LoRA"),
+    ],
+)
+def test_kinds(given: dict[str, str], message: str) -> None:
+    with pytest.raises(LdmError, match=message):
+        train_adapter(AdapterJob("images", "emoji", "r", **given), [])

@@ -13,6 +13,7 @@ from rounding import RUN, near
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
 from ldm.models.prompts import PromptReader, count_chunks
+from ldm.models.unet import UNet
 from ldm.sampling.loop import Step
 from pipelines import Pipeline
 from pipelines.batching import decodable, shared, together
@@ -33,7 +34,7 @@ class Batches:
 
 
 def test_as_many_as_keep_the_device_busy() -> None:
-    pipeline, seen = Pipeline(tiny.model("sd15")), Batches()
+    pipeline, seen = Pipeline(tiny.model("sd15", shallow=True)), Batches()
     made = pipeline("a fox", n=5, width=256, height=256, steps=2, seed=3, on_step=seen, output="latents")
     assert seen.sizes == [3, 2]  # of 32×32 latents four would do; two batches about as large as each other
     assert [row["seed"] for row in made.settings] == [3, 4, 5, 6, 7]
@@ -47,20 +48,25 @@ def test_as_many_as_keep_the_device_busy() -> None:
     ("settings", "sizes"),
     [
         ({"width": 512, "height": 512}, [1, 1]),
-        ({"width": 256, "height": 256, "hires": 2.0}, [1, 1, 1, 1]),  # the second pass decides
+        ({"width": 256, "height": 256, "hires": 2.0, "hires_latents": True}, [1, 1, 1, 1]),  # the second pass decides
         ({"width": 512, "height": 512, "batch": 2}, [2]),
     ],
 )
-def test_the_size_of_the_images_counts(settings: dict[str, Any], sizes: list[int]) -> None:
+def test_the_size_of_the_images_counts(
+    settings: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *_: torch.zeros_like(x))  # whatever the images show
     seen = Batches()
-    Pipeline(tiny.model("sd15"))("a fox", n=2, steps=2, seed=0, on_step=seen, output="latents", **settings)
+    Pipeline(tiny.model("sd15", shallow=True))(
+        "a fox", n=2, steps=2, seed=0, on_step=seen, output="latents", **settings
+    )
     assert seen.sizes == sizes
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 @pytest.mark.parametrize("batch", [None, 4])
 def test_a_long_prompt_leaves_others_as_they_are(name: str, batch: int | None) -> None:
-    pipeline, seen = Pipeline(tiny.model(name)), Batches()
+    pipeline, seen = Pipeline(tiny.model(name, shallow=True)), Batches()
     prompts = ["a fox", "a dog", LONG, "a cat"]
     settings: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "output": "latents"}
     made = pipeline(prompts, seed=[1, 2, 3, 4], batch=batch, on_step=seen, **settings)
@@ -81,7 +87,7 @@ def test_all_tasks_make_several(task: str, rng: str, sizes: list[int]) -> None:
     if task == "mask":
         given["mask"] = Image.new("L", (64, 64))
         given["mask"].paste(255, (16, 16, 48, 48))
-    pipeline, seen = Pipeline(tiny.model("sd15-edit" if task == "edit" else "sd15")), Batches()
+    pipeline, seen = Pipeline(tiny.model("sd15-edit" if task == "edit" else "sd15", shallow=True)), Batches()
     settings = {"steps": 4, "rng": rng, "seed": 5, "output": "latents", "width": 64, "height": 64} | given
     made = pipeline(["a fox", "a dog", "a cat"], on_step=seen, **settings)
     assert seen.sizes == sizes
@@ -91,8 +97,8 @@ def test_all_tasks_make_several(task: str, rng: str, sizes: list[int]) -> None:
 
 
 def test_less_memory_makes_fewer(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny.model("sd15")
-    pipeline, plain = Pipeline(model), Pipeline(tiny.model("sd15"))
+    model = tiny.model("sd15", shallow=True)
+    pipeline, plain = Pipeline(model), Pipeline(tiny.model("sd15", shallow=True))
     forward = model.unet.forward
 
     def small(x: torch.Tensor, *more: Any) -> torch.Tensor:
@@ -137,7 +143,7 @@ def test_numbers() -> None:
 
 
 def test_batches_that_are_not_needed() -> None:
-    pipeline, seen = Pipeline(tiny.model("sd15")), Batches()
+    pipeline, seen = Pipeline(tiny.model("sd15", shallow=True)), Batches()
     request = pipeline.request("a fox", n=10, width=256, height=256, steps=1, seed=0)
     missing = [rows for rows in pipeline.batches(request) if 5 in rows]
     parts = list(pipeline.make(request, only=missing, on_step=seen, output="latents"))
@@ -147,7 +153,7 @@ def test_batches_that_are_not_needed() -> None:
 
 
 def test_latents_can_be_changed_and_learned_from() -> None:
-    pipeline = Pipeline(tiny.model("sd15"))
+    pipeline = Pipeline(tiny.model("sd15", shallow=True))
     latents = pipeline("a fox", width=64, height=64, steps=1, seed=0, output="latents").latents[0]
     latents.mul_(2).requires_grad_().sum().backward()
     assert latents.grad is not None

@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     names = ("sd15", "sd2-v", "sdxl", "sdxl-refiner", "sd15-inpaint", "sdxl-inpaint", "sd15-edit", "sdxl-edit")
     for name in names:
-        tiny.model(name).save_pretrained(root / name)
+        tiny.model(name, shallow=True).save_pretrained(root / name)
     return {name: root / name for name in names}
 
 
@@ -89,6 +89,12 @@ def opened(folder: Path, refiner: Path | None = None) -> Pipeline:
 once = cache(opened)
 
 
+@cache
+def usual(folder: Path, refiner: Path | None = None) -> Pipeline:
+    """Our pipeline of a model as it comes, shared by tests."""
+    return Pipeline(folder, refiner=refiner, dtype=torch.float32, device="cpu")
+
+
 def ours(
     folder: Path,
     *prompts: Any,
@@ -128,7 +134,7 @@ def test_text_to_image(folders: dict[str, Path], name: str, kind: str, scheduler
 def test_the_image_itself(folders: dict[str, Path], name: str) -> None:
     kind = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[name]
     theirs = reference(folders[name], kind)("a cat", num_inference_steps=4, generator=generator()).images[0]
-    pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders[name])
     result = pipeline("a cat", steps=4, seed=3, rng="diffusers")
     difference = np.asarray(result.images[0]).astype(int) - np.asarray(theirs).astype(int)
     assert result.images[0].size == (64, 64)
@@ -228,17 +234,17 @@ def test_base_and_refiner_share_a_run(folders: dict[str, Path], scheduler: str) 
 @pytest.mark.parametrize("scheduler", ["euler", "heun", "dpm2", "ddim", "euler-a", "dpm2-a", "ddpm", "lcm"])
 def test_a_hand_over_to_the_same_model_changes_nothing(folders: dict[str, Path], scheduler: str) -> None:
     """For schedulers without memory, a run in two parts is the run in one: the noise goes on, too."""
-    pipeline = Pipeline(folders["sdxl-refiner"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sdxl-refiner"], folders["sdxl-refiner"])
     settings = {"steps": 9, "seed": 1, "scheduler": scheduler, "output": "latents"}
-    alone = Pipeline(folders["sdxl-refiner"], dtype=torch.float32, device="cpu")("a cat", **settings).latents[0]
+    alone = usual(folders["sdxl-refiner"])("a cat", **settings).latents[0]
     for part in (0.3, 0.5, 0.77):
         near(pipeline("a cat", refiner_at=part, **settings).latents[0], alone, RUN)
 
 
 def test_the_refiner_shares_what_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
-    refiner = tiny.model("sdxl-refiner", seed=1)
+    refiner = tiny.model("sdxl-refiner", seed=1, shallow=True)
     refiner.save_pretrained(tmp_path / "other")
-    refiner.text_encoders.towers[0] = tiny.model("sdxl").text_encoders.towers[1]
+    refiner.text_encoders.towers[0] = tiny.model("sdxl", shallow=True).text_encoders.towers[1]
     refiner.save_pretrained(tmp_path / "same")
     for name in ("same", "other"):
         pipeline = Pipeline(folders["sdxl"], refiner=tmp_path / name, dtype=torch.float32, device="cpu")
@@ -250,7 +256,7 @@ def test_the_refiner_shares_what_is_the_same(folders: dict[str, Path], tmp_path:
 
 def test_the_refiner_goes_on_with_the_scheduler_of_the_base(folders: dict[str, Path]) -> None:
     """Whatever it was published with itself: latents are not scaled alike in all of them."""
-    base, refiner = tiny.model("sdxl-refiner"), tiny.model("sdxl-refiner")
+    base, refiner = (tiny.model("sdxl-refiner", shallow=True) for _ in range(2))
     base.family = replace(base.family, schedule=replace(base.family.schedule, scheduler="DDIMScheduler"))
     settings = {"steps": 6, "seed": 1, "output": "latents"}
     two = Pipeline(base, refiner=refiner)("a cat", refiner_at=0.5, **settings).latents[0]
@@ -258,7 +264,7 @@ def test_the_refiner_goes_on_with_the_scheduler_of_the_base(folders: dict[str, P
 
 
 def test_a_hand_over_outside_of_the_run_is_refused_at_once(folders: dict[str, Path]) -> None:
-    pipeline = Pipeline(folders["sdxl"], refiner=folders["sdxl-refiner"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sdxl"], folders["sdxl-refiner"])
     for part, whose, spacing in ((0.01, "base", "leading"), (0.99, "refiner", "trailing")):
         with pytest.raises(LdmError, match=f"refiner_at {part}: of 4 steps, that leaves none for the {whose}"):
             pipeline.stream("a cat", steps=4, refiner_at=part, spacing=spacing)
@@ -270,7 +276,7 @@ def test_a_hand_over_outside_of_the_run_is_refused_at_once(folders: dict[str, Pa
     "scheduler", ["euler", "euler-a", "ddim", "dpm++2m-sde", "dpm++3m-sde", "dpm++sde", "lcm", "ddpm"]
 )
 def test_an_image_is_the_same_in_any_batch(folders: dict[str, Path], scheduler: str) -> None:
-    pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sdxl"])
     settings = {"steps": 5, "scheduler": scheduler, "output": "latents"}
     together = pipeline(["a cat", "a dog"], n=2, batch=4, seed=10, **settings)
     assert [row["seed"] for row in together.settings] == [10, 11, 12, 13]
@@ -284,7 +290,7 @@ def test_an_image_is_the_same_in_any_batch(folders: dict[str, Path], scheduler: 
 
 def test_unmasked_pixels_are_bit_identical(folders: dict[str, Path]) -> None:
     for name in ("sd15", "sdxl-inpaint"):
-        pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
+        pipeline = usual(folders[name])
         made = np.asarray(pipeline("a cat", image=image(), mask=square(), steps=3, seed=0).images[0])
         black = np.asarray(square()) == 0
         assert np.array_equal(made[black], np.asarray(image())[black])
@@ -293,7 +299,7 @@ def test_unmasked_pixels_are_bit_identical(folders: dict[str, Path]) -> None:
 
 def test_a_latent_is_free_if_any_of_its_pixels_is_white(folders: dict[str, Path]) -> None:
     """A spot within 8×8 pixels, and a thin line: the same latents as of masks of whole latents."""
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     for small, whole in ((np.s_[33:39, 33:39], np.s_[32:40, 32:40]), (np.s_[41:44, :], np.s_[40:48, :])):
         masks = np.zeros((2, 64, 64), np.uint8)
         masks[0][small], masks[1][whole] = 255, 255
@@ -307,7 +313,7 @@ def test_a_latent_is_free_if_any_of_its_pixels_is_white(folders: dict[str, Path]
 
 def test_a_mask_with_holes_gets_a_warning(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     """Not one that is painted in white on nothing."""
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     erased_part, white = image().convert("RGBA"), Image.new("RGBA", (64, 64))
     erased_part.paste((0, 0, 0, 0), (16, 16, 40, 40))
     white.paste((255, 255, 255, 255), (16, 16, 40, 40))
@@ -370,7 +376,7 @@ def test_the_default_device_of_pytorch_changes_nothing(folders: dict[str, Path],
     settings: dict[str, Any] = {"steps": 3, "seed": 1, "scheduler": "euler-a", "spacing": spacing}
     settings |= {"mask": square(), "image": image()}
     previews: list[Image.Image] = []
-    expected = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")("a cat", **settings)
+    expected = usual(folders["sd15"])("a cat", **settings)
     torch.set_default_device("meta")
     try:
         pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
@@ -382,7 +388,7 @@ def test_the_default_device_of_pytorch_changes_nothing(folders: dict[str, Path],
 
 
 def test_numbers_of_numpy_and_pytorch_are_taken(folders: dict[str, Path]) -> None:
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     plain: dict[str, Any] = {
         "seed": 1, "steps": 3, "width": 64, "n": 1, "guidance": 2.5, "eta": 0.5, "weights": False, "scheduler": "euler",
         "spacing": (9.0, 3.0, 0.5), "interval": (0.0, 0.5),
@@ -400,7 +406,7 @@ def test_numbers_of_numpy_and_pytorch_are_taken(folders: dict[str, Path]) -> Non
 
 
 def test_no_prompt_is_an_error(folders: dict[str, Path]) -> None:
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     for nothing in (None, [], (), [None], ["a", None]):
         with pytest.raises(LdmError, match="no prompt: at least one text is needed"):
             pipeline(nothing)  # type: ignore[arg-type]
@@ -410,7 +416,7 @@ def test_no_prompt_is_an_error(folders: dict[str, Path]) -> None:
 
 def test_threads_share_a_pipeline(folders: dict[str, Path]) -> None:
     """Four threads with different settings give the images that they give alone, perturbed attention included."""
-    pipeline = Pipeline(folders["sdxl"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sdxl"])
     jobs = [
         {"steps": 4, "seed": 1, "scheduler": "euler-a"},
         {"steps": 5, "seed": 2, "guidance": Guidance(4, perturbed=2)},
@@ -433,7 +439,7 @@ def test_threads_share_a_pipeline(folders: dict[str, Path]) -> None:
 
 
 def test_two_passes_for_high_resolution(folders: dict[str, Path]) -> None:
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     for latents in (False, True):
         result = pipeline("a cat", steps=4, seed=1, hires=1.5, hires_latents=latents)
         assert result.images[0].size == (96, 96)
@@ -441,7 +447,7 @@ def test_two_passes_for_high_resolution(folders: dict[str, Path]) -> None:
 
 
 def test_steps_can_be_watched(folders: dict[str, Path]) -> None:
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     seen = []
     result = pipeline("a cat", steps=4, seed=1, scheduler="euler", on_step=seen.append, output="latents")
     assert [(step.index, step.count) for step in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
@@ -451,7 +457,7 @@ def test_steps_can_be_watched(folders: dict[str, Path]) -> None:
 
 def test_previews_show_what_the_model_expects(folders: dict[str, Path]) -> None:
     for name, scheduler in (("sd15", "euler"), ("sd2-v", "ddim")):
-        pipeline = Pipeline(folders[name], dtype=torch.float32, device="cpu")
+        pipeline = usual(folders[name])
         seen: list[Step] = []
         result = pipeline("a cat", steps=4, seed=1, scheduler=scheduler, on_step=seen.append, output="latents")
         clean = preview.clean(seen[-1], pipeline.model.family.schedule)
@@ -574,7 +580,7 @@ def test_a_crop_holds_for_the_negative_prompt_too(folders: dict[str, Path]) -> N
     ],
 )
 def test_wrong_settings_are_named(folders: dict[str, Path], settings: dict[str, Any], message: str) -> None:
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     with pytest.raises(LdmError, match=message) as caught:
         pipeline("a cat", **({"steps": 2, "seed": 0} | settings))
     assert "\n" not in str(caught.value)
@@ -582,14 +588,14 @@ def test_wrong_settings_are_named(folders: dict[str, Path], settings: dict[str, 
 
 def test_wrong_models_are_named(folders: dict[str, Path]) -> None:
     with pytest.raises(LdmError, match="fills in images: give an image and a mask"):
-        Pipeline(folders["sd15-inpaint"], dtype=torch.float32, device="cpu")("a cat")
+        usual(folders["sd15-inpaint"])("a cat")
     with pytest.raises(LdmError, match="one of sdxl-refiner is needed"):
-        Pipeline(folders["sdxl"], refiner=folders["sd15"], dtype=torch.float32, device="cpu")
+        usual(folders["sdxl"], folders["sd15"])
 
 
 @pytest.mark.parametrize(("part", "stage"), [("unet", "U-Net"), ("autoencoder", "autoencoder")])
 def test_numbers_that_are_not_finite_are_an_error(part: str, stage: str) -> None:
-    model = tiny.model("sd15")
+    model = tiny.model("sd15", shallow=True)
     getattr(model, part).conv_out.weight.data.fill_(float("nan")) if part == "unet" else (
         model.autoencoder.decoder.conv_out.weight.data.fill_(float("nan"))
     )
@@ -598,7 +604,7 @@ def test_numbers_that_are_not_finite_are_an_error(part: str, stage: str) -> None
 
 
 def test_without_memory_for_the_whole_it_decodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model("sd15")
+    model = tiny.model("sd15", shallow=True)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = decode(model, latents)
@@ -614,7 +620,7 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(monkeypatch: pytest.Mo
 
 
 def test_without_memory_for_the_whole_it_encodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model("sd15")
+    model = tiny.model("sd15", shallow=True)
     settings = {"image": image(0, 128, 128), "steps": 2, "strength": 0.5, "seed": 1, "output": "latents"}
     whole = Pipeline(model)("a cat", **settings).latents[0]
 
@@ -626,7 +632,7 @@ def test_without_memory_for_the_whole_it_encodes_in_tiles(monkeypatch: pytest.Mo
 
 
 def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model("sd15")
+    model = tiny.model("sd15", shallow=True)
     pipeline = Pipeline(model, device="cpu")
 
     def forward(*_: Any) -> torch.Tensor:
@@ -655,7 +661,7 @@ def test_a_dynamic_threshold_cuts_at_the_percentile_and_scales_to_the_bound() ->
 @pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
 def test_any_scheduler_object_can_be_passed(folders: dict[str, Path], kind: str) -> None:
     """Also a second time: each call sets it up anew."""
-    pipeline = Pipeline(folders["sd15"], dtype=torch.float32, device="cpu")
+    pipeline = usual(folders["sd15"])
     reference_ = reference(folders["sd15"], "StableDiffusionPipeline")
     scheduler = getattr(diffusers, kind).from_config(reference_.scheduler.config)
     reference_.scheduler = getattr(diffusers, kind).from_config(reference_.scheduler.config)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from launched import Program
 
 SCRIPT = """
 import os, resource, sys
@@ -23,18 +24,23 @@ print(arranged, pages)
 """
 
 
-def run(how: str, **environment: str) -> tuple[str, int]:
+def run(script: Path, how: str, **environment: str) -> tuple[str, int]:
     """What it said, and how many pages the system gave for the last eight tensors."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    arguments = [sys.executable, "-c", SCRIPT, how]
-    done = subprocess.run(arguments, env=kept | environment, capture_output=True, text=True, check=True)
-    arranged, pages = done.stdout.split()
+    script.write_text(SCRIPT)
+    program = Program(script, how, **environment)
+    out, err = program.communicate()
+    assert program.returncode == 0, err
+    arranged, pages = out.split()
     return arranged, int(pages)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is for GNU's C library")
-def test_freed_memory_is_kept() -> None:
-    arranged, pages = run("keep")
+def test_freed_memory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
+            monkeypatch.delenv(name)
+    script = tmp_path / "script.py"
+    arranged, pages = run(script, "keep")
     assert arranged == "True" and pages < 10_000
-    assert run("return")[1] > 100_000
-    assert run("keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever says so has reasons
+    assert run(script, "return")[1] > 100_000
+    assert run(script, "keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever says so has reasons

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.models.unet import UNet
 from ldm.patches.low_rank import Change, Decomposed, Difference, LowRank, add
 from ldm.runtime import graphs
-from ldm.runtime.compilation import compile_blocks
+from ldm.runtime.compilation import _blocks, compile_blocks
 from ldm.runtime.fused_cpu import fuse
 from ldm.runtime.graphs import RecordedUNet, Recordings, Step
 from ldm.runtime.merging import Branched, merged
@@ -213,6 +213,7 @@ def test_with_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes of blocks are compiled, and weights are inputs of what is compiled."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("ldm.runtime.compilation.check_compiling", lambda device: None)
+    monkeypatch.setattr("ldm.runtime.compilation._blocks", _blocks.__wrapped__)  # neither what others compiled nor kept
     unet = tiny.model("sdxl").unet
     changes = random_changes(unet, 1)
     wanted = result(by_hand(unet, changes))

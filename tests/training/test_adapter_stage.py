@@ -331,6 +331,13 @@ def test_8_bits_hold_the_frozen_weights(shapes: Path, tmp_path: Path) -> None:
     assert torch.allclose(rounded.plain().weight, layer.weight, atol=float(layer.weight.abs().max()) / 250)
     found = [torch.autograd.grad(one(x).square().sum(), x)[0] for one in (rounded, rounded.plain())]
     assert torch.allclose(*found, atol=1e-5)
+    stage = stirred(ready(settings(shapes, tmp_path / "q", "adapter.quantize=int8-weights")))
+    given = inputs(stage.model.unet, torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(stage.shown().unet(*given), stage.adapter.parts.unet(*given), atol=1e-5)
+
+
+def test_8_bits_take_less_memory(shapes: Path, tmp_path: Path) -> None:
     chosen = settings(
         shapes, tmp_path / "r", "adapter.quantize=int8-weights", "adapter.preview_every=3", "precision=bf16"
     )
@@ -339,12 +346,9 @@ def test_8_bits_hold_the_frozen_weights(shapes: Path, tmp_path: Path) -> None:
         forecast(settings(shapes, tmp_path / "p", "precision=bf16", *extra))[0].weights
         for extra in ([], ["adapter.quantize=int8-weights"])
     )
-    stage = stirred(ready(settings(shapes, tmp_path / "q", "adapter.quantize=int8-weights")))
+    stage = ready(chosen).stage
     layers = [one for one in stage.model.unet.modules() if isinstance(one, EightBitLinear)]
     assert 0 < whole - eight < sum(one.weight.nbytes for one in layers)
-    given = inputs(stage.model.unet, torch.float32)
-    with torch.no_grad():
-        assert torch.allclose(stage.shown().unet(*given), stage.adapter.parts.unet(*given), atol=1e-5)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -41,10 +41,10 @@ class Painter:
         self, model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int],
         settings: Mapping[str, Any],
     ) -> list[Image.Image]:  # fmt: skip
-        assert set(prompts) == {"a drawing"}
-        if self.made + len(prompts) > self.most:
-            raise LdmError("the plug is pulled")
-        self.made += len(prompts)
+        if set(prompts) == {"a drawing"}:  # not a preview
+            if self.made + len(prompts) > self.most:
+                raise LdmError("the plug is pulled")
+            self.made += len(prompts)
         return [Image.new("RGB", size, (40 * seed, 80, 120)) for seed in seeds]
 
 

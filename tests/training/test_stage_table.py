@@ -38,6 +38,7 @@ CASES: dict[str, list[dict[str, Any]]] = {  # options of each kind that change w
         {}, {"train_text": True}, {"kind": "loha", "rank_dropout": 0}, {"dora": True, "rank_dropout": 0},
         {"ema": {"decay": 0.9}},
     ],
+    "textual-inversion": [{}, {"pivotal": True, "train_text": True, "ema": {"decay": 0.9}}],
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def test_names_and_results_are_those_of_published_runs() -> None:
     """Configurations, folders and checkpoints hold them."""
     assert [(kind.name, kind.result) for kind in KINDS] == [
         ("autoencoder", "model"), ("text", "model"), ("base", "model"), ("refiner", "model"),
-        ("adapter", "adapter.safetensors"),
+        ("adapter", "adapter.safetensors"), ("textual-inversion", "embeddings"),
     ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from ldm.training.suggestions import ANSWERS, WORDS
         ("resolution=512", "resolution is not known; write base.sizes=[{size: 512}]"),
         ("network_dim=32", "network_dim is not known; did you mean adapter.rank?"),
         ("network_module=networks.lora", "are the stage adapter"),
+        ("initializer_token=cat", "write textual-inversion.words={'<cat>': {initial: cat, vectors: 4}}"),
+        ("learnable_property=style", "did you mean textual-inversion.templates?"),
         ("base.stpes=3", "base.stpes is not known; did you mean steps?"),
     ],
 )
@@ -44,3 +46,5 @@ def test_every_suggested_key_exists() -> None:
     assert not leaves & (WORDS.keys() | ANSWERS.keys())  # such a word is found as a key
     assert not WORDS.keys() & ANSWERS.keys()
     assert load(None, ["base.sizes=[{size: 512}]"]).base.sizes[0].size == 512
+    words = getattr(load(None, ["textual-inversion.words={'<cat>': {initial: cat, vectors: 4}}"]), "textual-inversion")
+    assert words.words["<cat>"].vectors == 4

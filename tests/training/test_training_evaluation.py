@@ -146,8 +146,9 @@ def test_the_best_adapter_becomes_the_result(images: Path, tmp_path: Path) -> No
     assert json.loads((output / "adapter" / "done.json").read_text())["chosen"]["step"] == 2
     (best,) = (output / "adapter" / "evaluation").glob("step-00000002/*/unet.safetensors")
     kept, result = load_file(best), load_file(output / "adapter" / "adapter.safetensors")
+    ends = (".down", ".lora_down.weight")
     downs = [
-        sorted(float(tensor.sum()) for name, tensor in found.items() if "down" in name) for found in (kept, result)
+        sorted(float(tensor.sum()) for name, tensor in found.items() if name.endswith(ends)) for found in (kept, result)
     ]
     assert downs[0] == downs[1] != []
 

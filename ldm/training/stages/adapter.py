@@ -8,7 +8,7 @@ B batch, C latent channels, h×w height and width of the latents, R ranks of all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,7 @@ class TrainedAdapter(nn.Module):
             network, name = parameter_of(parts, place.component, place.layer)
             layers[network][name] = ChangedLayer(parts.networks[network].get_submodule(name), change)
         # twins, so that what is done to the changed networks (gradient checkpointing) leaves the model's alone
-        own = {name: exchanged(twin(parts.networks[name]), ones) for name, ones in layers.items() if ones}
+        own = {name: exchanged(twin(parts.networks[name]), ones) for name, ones in layers.items()}
         self.parts = Components(parts.family, {**parts.networks, **own})
         unet, encoders = self.parts.unet.train(), self.parts.text_encoders
         self.around = (Joint(unet, encoders, parts.family) if train_text else unet,)  # a tuple, which hides it
@@ -115,14 +115,16 @@ def chosen(section: AdapterSection, parts: Components) -> dict[Place, nn.Linear 
         own = {place for place, layer in layers.items() if isinstance(layer, kinds) and _is(place, pattern)}
         if not own:
             raise LdmError(
-                f"adapter.layers: {entry} matches no layer; write {', '.join(GROUPS)}, or a regular expression for the "
-                "end of layers' names, such as attn2.to_k"
+                f"{section.place}.layers: {entry} matches no layer; write {', '.join(GROUPS)}, or a regular expression "
+                "for the end of layers' names, such as attn2.to_k"
             )
         found |= own
     for key in ("ranks", "alphas"):
         for pattern in getattr(section, key):
             if not any(_is(place, pattern) for place in found):
-                raise LdmError(f"adapter.{key}: {pattern} matches none of the {len(found)} changed layers; correct it")
+                raise LdmError(
+                    f"{section.place}.{key}: {pattern} matches none of the {len(found)} changed layers; correct it"
+                )
     return {place: layer for place, layer in layers.items() if place in found}
 
 
@@ -179,15 +181,23 @@ class AdapterStage(DenoiserStage):
 
     section: AdapterSection
 
-    def __init__(self, given: StageInputs[AdapterSection]) -> None:
-        """Raises:
-        LdmError: see `DenoiserStage` and `chosen`.
+    def __init__(
+        self,
+        given: StageInputs[Any],
+        choose: Callable[[Any, Components], dict[str, Learner]] = learners,
+    ) -> None:
+        """Args:
+            given: by the run.
+            choose: gives what is trained, with initial values from PyTorch's generator.
+
+        Raises:
+            LdmError: see `DenoiserStage` and `chosen`.
         """
 
         def seeded(section: AdapterSection, parts: Components) -> dict[str, Learner]:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(generator(given.seed, "adapter").initial_seed())
-                return learners(section, parts)
+                return choose(section, parts)
 
         super().__init__(
             given.name, given.section, given.model, given.accelerator, given.seed, given.make_images, given.texts,
@@ -202,6 +212,11 @@ class AdapterStage(DenoiserStage):
         module = self.accelerator.unwrap_model(self.players["unet"].module)
         assert isinstance(module, TrainedAdapter)
         return module
+
+    @property
+    def unet_rate(self) -> float:
+        """The learning rate of the U-Net's adapter."""
+        return self.section.optimizer.learning_rate
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
         """As in `DenoiserStage`, with ranks dropped until the backward pass is done."""

@@ -11,7 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from ldm.training.sections import EmaSection, EvaluationSection, ModelSection, PriorSection, StageSection
+from ldm.errors import listing
+from ldm.training.sections import (
+    EmaSection,
+    EvaluationSection,
+    ModelSection,
+    OptimizerSection,
+    PriorSection,
+    Section,
+    StageSection,
+)
+from ldm.training.stages.templates import TEMPLATES
 
 
 def _pattern(text: str) -> str:
@@ -115,6 +125,7 @@ class AdapterEmaSection(EmaSection):
 class AdapterSection(DenoiserSection):
     """A low-rank adapter (LoRA and its kin) of the U-Net and, with `train_text`, of its text encoders."""
 
+    place: ClassVar[str] = "adapter"  # in the configuration
     fixed: ClassVar[tuple[str, ...]] = (
         "kind", "dora", "layers", "rank", "alpha", "ranks", "alphas", "lokr_factor", "train_text",
     )  # fmt: skip
@@ -181,10 +192,88 @@ class AdapterSection(DenoiserSection):
         return value
 
 
+def embedding_name(word: str) -> str:
+    """The name of a new word's file, without its ending: in lower case, with _ for what names of files cannot hold."""
+    return re.sub(r"[^\w .-]|^\.", "_", " ".join(word.lower().split()))
+
+
+def _template(text: str) -> str:
+    """A group of templates, or a sentence with one place for the word."""
+    if text not in TEMPLATES and text.count("{}") != 1:
+        raise ValueError(f"write {' or '.join(TEMPLATES)}, or sentences in which {{}} stands for the word")
+    return text
+
+
+class NewWordSection(Section):
+    """A new word."""
+
+    vectors: int | None = Field(
+        None, ge=1, le=75, description="learned vectors; null: one for each token of the initial words, or one"
+    )
+    initial: str = Field("", description="words whose embeddings the vectors begin with; empty: random vectors")
+
+
+class WordsOptimizerSection(OptimizerSection):
+    """How the vectors, and the adapter beside them, are updated."""
+
+    learning_rate: float = Field(5e-3, gt=0, description="highest learning rate of the vectors")
+
+
+WITHOUT_ADAPTER = ("steps", "batch", "ema")  # fields of `AdapterSection`
+
+
+class TextualInversionSection(AdapterSection):
+    """Vectors of new words (textual inversion) and, with `pivotal`, an adapter beside them (pivotal tuning)."""
+
+    place: ClassVar[str] = "textual-inversion"
+    fixed: ClassVar[tuple[str, ...]] = (*AdapterSection.fixed, "words", "pivotal")
+    optimizer: WordsOptimizerSection = WordsOptimizerSection()
+    drop_caption: list[Part] = Field([0.0], min_length=1, max_length=2, description="part of the captions dropped")
+    words: dict[str, NewWordSection] = Field(
+        {"<new>": NewWordSection()},
+        min_length=1,
+        description="the new words, as captions have them: {'<cat>': {initial: cat, vectors: 4}}",
+    )
+    templates: list[Annotated[str, AfterValidator(_template)]] = Field(
+        ["object"],
+        description="sentences around captions that are a new word, or data.trigger, alone: object, style, or written "
+        "out with {} for it; empty: none",
+    )
+    keep_norm: bool = Field(False, description="keep each vector as long as it was at first")
+    pivotal: bool = Field(
+        False, validate_default=True, description="train an adapter (rank, layers, …) in the same run: pivotal tuning"
+    )
+    adapter_learning_rate: float = Field(1e-4, gt=0, description="learning rate of the U-Net's adapter")
+
+    @field_validator("words")
+    @classmethod
+    def _distinct(cls, words: dict[str, NewWordSection]) -> dict[str, NewWordSection]:
+        """Words differ in lower case, as prompts are read, and in the names of their files."""
+        names = [embedding_name(word) for word in words]
+        if not all(name.strip("_ ") and len(name) <= 100 for name in names):
+            raise ValueError("a word has from 1 to 100 letters and digits")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"several words are called {listing(twice)} in their files' names; choose others")
+        return words
+
+    @field_validator("pivotal")
+    @classmethod
+    def _with_adapter(cls, pivotal: bool, info: ValidationInfo) -> bool:
+        """What an adapter alone has needs one."""
+        for name in () if pivotal else ("train_text", *AdapterSection.__annotations__):
+            own = cls.model_fields.get(name)
+            if own and name not in WITHOUT_ADAPTER and info.data.get(name, own.default) != own.default:
+                raise ValueError(
+                    f"{name} belongs to an adapter, and none is trained; set pivotal=true, or leave it out"
+                )
+        return pivotal
+
+
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
     "base": BaseSection,
     "refiner": RefinerSection,
     "adapter": AdapterSection,
+    "textual-inversion": TextualInversionSection,
 }

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.training.stages import adapter, adapter_file, autoencoder, denoiser, text, trial
+from ldm.training.stages import (
+    adapter,
+    adapter_file,
+    autoencoder,
+    denoiser,
+    text,
+    textual_inversion,
+    textual_inversion_file,
+    trial,
+)
 from ldm.training.stages.stage import StageKind
 
 KINDS: tuple[StageKind[Any], ...] = (
@@ -69,6 +78,21 @@ KINDS: tuple[StageKind[Any], ...] = (
         write=adapter_file.write,
         read=adapter_file.read,
         trial={"layers": ["attention", "convolutions"], "rank": 4, "rank_dropout": 0.2, "max_norm": 1.0},
+    ),
+    StageKind(
+        "textual-inversion",
+        build=textual_inversion.build,
+        learners=textual_inversion.learners,
+        passes=textual_inversion.passes,
+        cached=textual_inversion.cached,
+        prior=denoiser.prior,
+        evaluation=denoiser.evaluation,
+        frozen=True,
+        shown=textual_inversion.TextualInversionStage.shown,
+        result=textual_inversion_file.RESULT,
+        write=textual_inversion_file.write,
+        read=adapter_file.read,
+        trial={"words": {"number": {"vectors": 2}}},
     ),
 )  # fmt: skip
 

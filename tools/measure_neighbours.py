@@ -1,0 +1,124 @@
+"""Measure how much longer work takes while other processes want the cores, by the waiting policy of OpenMP.
+
+    python tools/measure_neighbours.py [--neighbours 0,1] [--policies ours,none,passive] [--work generate,train]
+
+Each row is a new process that makes images of the built-in model, or trains its U-Net, for some seconds, beside so many
+busy processes for each core. Policies take turns. The last columns are ratios: to the same policy without neighbours,
+and to "none", which leaves OpenMP as it is, with the same neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ldm.threads import POLICY, SPINS, THREADS, cores
+
+POLICIES: dict[str, dict[str, str]] = {  # environment of the measured process
+    "ours": {},
+    "none": {},
+    "passive": {POLICY: "passive"},
+    "one thread": {THREADS: "1"},
+}
+BEGIN = """
+import statistics, sys, time
+if sys.argv[2] == "none":
+    import torch  # before ldm, which then changes nothing
+"""
+END = """
+times, end = [], time.perf_counter() + float(sys.argv[1])
+while time.perf_counter() < end or len(times) < 3:
+    began = time.perf_counter()
+    work()
+    times.append(time.perf_counter() - began)
+print(statistics.median(times))
+"""
+WORK = {
+    "generate": """
+from pipelines import Pipeline
+pipeline = Pipeline("emoji")
+def work():
+    pipeline("a smiling cat", steps=10, seed=0)
+work()
+""",
+    "train": """
+from pipelines import Pipeline
+import torch
+from ldm.models.unet import Conditioning
+unet = Pipeline("emoji", quick=False, dtype=torch.float32).model.unet.train().requires_grad_(True)
+optimizer, config = torch.optim.AdamW(unet.parameters(), 1e-9), unet.config
+latents = torch.randn(8, config.in_channels, config.sample_size, config.sample_size)
+text = torch.randn(8, 77, config.text_dim)
+pooled = [torch.randn(8, size) for size in (config.pooled_dim, config.size_ids)] if config.pooled_dim else []
+timestep = torch.full((8,), 500)
+def work():
+    optimizer.zero_grad()
+    unet(latents, timestep, Conditioning(text, *pooled)).square().mean().backward()
+    optimizer.step()
+work()
+""",
+}
+NEIGHBOUR = "while True: pass"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of work in each process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes for each row")
+    parser.add_argument("--neighbours", default="0,1", help="busy processes for each core, comma-separated")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
+    parser.add_argument("--work", default=",".join(WORK), help="comma-separated")
+    options = parser.parse_args()
+    policies, works = options.policies.split(","), options.work.split(",")
+    counts = [int(number) for number in options.neighbours.split(",")]
+    rows = [(work, count, policy) for work in works for count in counts for policy in policies]
+    times: dict[tuple[str, int, str], list[float]] = {row: [] for row in rows}
+    for row in track(rows * options.rounds, description="measuring"):
+        work, count, policy = row
+        with neighbours(count * cores()):
+            times[row].append(seconds(work, policy, options.seconds))
+    table = Table("work", "neighbours for each core", "policy", "ms", "times alone", 'times "none"')
+    for (work, count, policy), found in times.items():
+        here = median(found)
+        others = [times.get((work, 0, policy)), times.get((work, count, "none"))]
+        table.add_row(
+            work, str(count), policy, f"{1e3 * here:.1f}",
+            *(f"{here / median(other):.2f}" if other else "" for other in others),
+        )  # fmt: skip
+    Console().print(table)
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """A context in which so many other processes are busy, each in a session of its own."""
+    busy = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR], start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for one in busy:
+            one.kill()
+            one.wait()
+
+
+def seconds(work: str, policy: str, duration: float) -> float:
+    """The median time of a piece of work in a new process."""
+    environment = {name: value for name, value in os.environ.items() if name not in {POLICY, THREADS, *SPINS}}
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{BEGIN}{WORK[work]}{END}", str(duration), policy],
+        env=environment | POLICIES[policy], stdout=subprocess.PIPE, text=True, check=True, timeout=100 * duration + 300,
+    )  # fmt: skip
+    return float(ran.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    main()
