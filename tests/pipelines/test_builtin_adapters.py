@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ldm.errors import LdmError
 from ldm.weights.builtin import ADAPTERS, builtin_adapter, builtin_adapters
@@ -51,9 +50,7 @@ def test_a_name_that_is_nearly_right(pipeline: Pipeline) -> None:
         drawn(pipeline, adapters="streamlin")
 
 
-def test_a_control_model_by_name(pipeline: Pipeline) -> None:
-    outline = Image.new("RGB", (96, 96), "white")
-    outline.paste("black", (24, 24, 72, 72))
-    controlled = Pipeline(dtype=torch.float32, device="cpu", control_models="outlines")
-    plain = drawn(controlled, control={"canny": outline}, control_scale=0)
-    assert np.abs(drawn(controlled, control={"canny": outline}) - plain).mean() > 2
+def test_an_embedding_by_name(pipeline: Pipeline) -> None:
+    learned = Pipeline(dtype=torch.float32, device="cpu", embeddings="blob")
+    found = [drawn(one, "tired face, blob style") for one in (learned, pipeline)]
+    assert np.abs(found[0] - found[1]).mean() > 2
