@@ -36,6 +36,8 @@ IMAGE = png(place_image(64, 64))
 
 ELSEWHERE = (  # what, where, the test file, and a part of the line that it looks for
     ("images too small for their bucket", "ldm/data/plan.py", "tests/data/test_plan.py", "are too small (upscale"),
+    ("images beside others of another size", "ldm/data/given.py", "tests/data/test_beside.py", "of another size"),
+    ("repeats in a stream", "ldm/data/streams.py", "tests/data/test_visits.py", "repeats are not read of a stream"),
     ("captions longer than the text encoder reads", "ldm/training/run.py", "tests/training/test_train.py",
      "tokens; the rest of them is not read"),
     ("a damaged checkpoint, and the one before it taken", "ldm/training/checkpoint.py",

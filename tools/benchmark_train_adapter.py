@@ -54,7 +54,7 @@ from ldm.weights.configs import write_autoencoder, write_text, write_unet
 
 SIDES = ("ours", "diffusers", "diffusers, U-Net alone")
 END_ID = 49407  # of CLIP's tokenizer
-TINY = {"channels": (32, 64), "heads": (2, 4), "depth": (1, 1), "layers": 1, "groups": 8}
+TINY = {"channels": (32, 64), "mid_depth": 1, "heads": (2, 4), "depth": (1, 1), "layers": 1, "groups": 8}
 
 
 def family_of(options: argparse.Namespace) -> Family:

@@ -3,7 +3,8 @@
 `a.txt` holds the captions of `a.png`, one on each line. Instead, a `metadata.jsonl` or `metadata.csv` in the image's
 folder or above it may list the captions, as Hugging Face's imagefolder does: `file_name` (relative to the metadata
 file), the captions (a text, or in JSON a list) in the named column, or in `text`, `caption`, `captions` or `prompt`,
-and optionally `score` or `aesthetic_score`. Several rows with the same `file_name` are several captions. Links are
+and optionally `score` or `aesthetic_score`,
+`loss_weight` and `repeats` (visits in an epoch). Several rows with the same `file_name` are several captions. Links are
 followed, but not to a folder that they lie in. Files whose names start with a dot are ignored.
 """
 
@@ -18,7 +19,8 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -26,7 +28,7 @@ from typing import Any, BinaryIO, TextIO
 from ldm.data.image_set import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
-    SCORE_COLUMNS,
+    NUMBER_COLUMNS,
     Captions,
     Entry,
     SourcePart,
@@ -39,7 +41,7 @@ from ldm.errors import LdmError, listing
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # a row of a metadata file
-Listed = tuple[object, object]  # captions and score in a row
+Listed = tuple[object, Record]  # captions in a row, and its columns of numbers
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _TABLES = frozenset({"csv", "json", "jsonl", "parquet", "tsv"})  # suffixes of files that may hold captions
@@ -52,12 +54,14 @@ class Folder:
     Args:
         root: the folder.
         caption_column: the column of captions in the metadata files, if it does not have one of the usual names.
+        apart: columns of the metadata, and folders, whose images lie beside these.
     """
 
-    def __init__(self, root: Path, caption_column: str | None = None) -> None:
+    def __init__(self, root: Path, caption_column: str | None = None, apart: Sequence[str] = ()) -> None:
         self.root = root
         self.name = str(root)
         self.caption_column = caption_column
+        self.apart = apart
         self._columns: list[str] = []  # of the metadata files
         self._others = ""  # files that may hold captions and are not read
         self._passed_over: list[str] = []
@@ -85,12 +89,17 @@ class Folder:
         return self._passed_over
 
     def _entries(self) -> Iterator[Entry]:
-        stamps = dict(_files(str(self.root)))
-        listed = self._listed(stamps)
-        images = [path for path in sorted(stamps) if path in listed or _suffix(path) in IMAGE_SUFFIXES]
+        stamps = self.files()
+        listed, others = self._listed(stamps)
+        images = [
+            path
+            for path in sorted(stamps)
+            if path in listed or (path not in others and _suffix(path) in IMAGE_SUFFIXES)
+        ]
+        used = {path: stamp for path, stamp in stamps.items() if path not in others}
         beside = {_stem(path): path for path in sorted(stamps) if _suffix(path) == "txt"}  # .TXT sorts before .txt
-        self._others = listing(_others(stamps, images))
-        self._passed_over = list(_unused(stamps, images, beside, listed))
+        self._others = listing(_others(used, images))
+        self._passed_over = list(_unused(used, images, beside, listed))
         if stamps and not images:
             endings = [f".{suffix}" for suffix, _ in Counter(map(_suffix, sorted(stamps))).most_common()]
             raise LdmError(f"{self.root} holds no image that can be used: its files end in {listing(endings, 8)}")
@@ -102,28 +111,90 @@ class Folder:
             found = [to_captions(*one) for one in listed]
             texts = tuple(text for one in found for text in one.texts)
             if not texts and beside:
-                texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n")).texts
-            return Captions(texts, found[0].score if found else None)
+                texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n"), {}).texts
+            return replace(found[0], texts=texts) if found else Captions(texts)
 
         digest = hashlib.blake2b(repr(listed).encode(errors="replace"), digest_size=8).hexdigest() if listed else ""
         return Entry(path, path, stamps[path], f"{digest}{stamps.get(beside, '')}", captions)
 
-    def _listed(self, stamps: dict[str, str]) -> dict[str, list[Listed]]:
-        """The rows of all metadata files, by image."""
-        names, found, columns = _Names(self.root, stamps), dict[str, list[Listed]](), dict[str, None]()
+    def files(self) -> dict[str, str]:
+        """The stamps of the files by their paths, without the folders that lie apart."""
+        root = self.root.resolve()
+        inside = [Path(one).resolve() for one in self.apart if Path(one).is_dir()]
+        apart = tuple(f"{one.relative_to(root).as_posix()}/" for one in inside if root in one.parents)
+        return {path: stamp for path, stamp in _files(str(self.root)) if not path.startswith(apart)}
+
+    def rows(self, names: _Names) -> Iterator[tuple[str, str, Record]]:
+        """The rows of all metadata files, each with its image and the metadata file."""
+        for path in sorted(names.stamps):
+            if posixpath.basename(path).lower() in _METADATA:
+                for record in _records(self.root / path):
+                    yield names.find(path, str(record["file_name"])), path, record
+
+    def _listed(self, stamps: dict[str, str]) -> tuple[dict[str, list[Listed]], set[str]]:
+        """The rows of all metadata files, by image; and the images that their columns `apart` name."""
+        names, columns = _Names(self.root, stamps), dict[str, None]()
+        found, others = dict[str, list[Listed]](), set[str]()
         wanted = (self.caption_column,) if self.caption_column else CAPTION_COLUMNS
-        for path in sorted(stamps):
-            if posixpath.basename(path).lower() not in _METADATA:
-                continue
-            for record in _records(self.root / path):
-                columns |= dict.fromkeys(record)
-                row = first_of(record, *wanted), first_of(record, *SCORE_COLUMNS)
-                found.setdefault(names.find(path, str(record["file_name"])), []).append(row)
+        for image, path, record in self.rows(names):
+            columns |= dict.fromkeys(record)
+            numbers = {name: record[name] for name in NUMBER_COLUMNS if record.get(name) is not None}
+            found.setdefault(image, []).append((first_of(record, *wanted), numbers))
+            others |= {names.find(path, str(record[one])) for one in self.apart if record.get(one)}
         self._columns = list(columns)
         if self.caption_column and self.caption_column not in columns:
-            has = f"its metadata has {listing(self._columns, 12)}" if columns else f"it has no {' or '.join(_METADATA)}"
-            raise LdmError(f"{self.root} has no column {self.caption_column!r} for captions: {has}")
-        return found
+            raise _no_column(self.root, f"{self.caption_column!r} for captions", self._columns)
+        return found, others
+
+
+class Column:
+    """The images that a column of a folder's metadata names. Keys are those of the rows' own images.
+
+    Args:
+        root: the folder.
+        column: the column; its values are paths relative to the metadata file.
+    """
+
+    def __init__(self, root: Path, column: str) -> None:
+        self.folder = Folder(root)
+        self.column = column
+        self.name = f"the column {column} of {root}"
+
+    def parts(self) -> list[SourcePart]:
+        """One part, listed at every start."""
+        return [SourcePart(f"{self.folder.root.resolve()}\t{self.column}", "", self._entries)]
+
+    def open(self, where: str) -> BinaryIO:
+        """The file at a path within the folder."""
+        return self.folder.open(where)
+
+    def unread(self) -> str:
+        """Nothing: these images need no captions."""
+        return ""
+
+    def passed_over(self) -> list[str]:
+        """Nothing: the folder tells it."""
+        return []
+
+    def _entries(self) -> Iterator[Entry]:
+        root, stamps = self.folder.root, self.folder.files()
+        names, columns, found = _Names(root, stamps), dict[str, None](), dict[str, str]()
+        for image, path, record in self.folder.rows(names):
+            columns |= dict.fromkeys(record)
+            if not record.get(self.column):
+                continue
+            file = names.find(path, str(record[self.column]))
+            if found.setdefault(image, file) != file:
+                raise LdmError(f"{root / path}: {image} has {found[image]} and {file} as {self.column}; keep one")
+        if self.column not in columns:
+            raise _no_column(root, repr(self.column), list(columns))
+        for image, file in sorted(found.items()):
+            yield Entry(image, file, stamps[file], "", lambda: Captions(()))
+
+
+def _no_column(root: Path, what: str, columns: list[str]) -> LdmError:
+    has = f"its metadata has {listing(columns, 12)}" if columns else f"it has no {' or '.join(_METADATA)}"
+    return LdmError(f"{root} has no column {what}: {has}")
 
 
 class _Names:

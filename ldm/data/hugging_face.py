@@ -1,19 +1,20 @@
 """Datasets of Hugging Face's `datasets` with random access: saved folders, parquet files, names on the Hub.
 
-Images come from the first column of images; captions from the named column, or from `text`, `caption`, `captions` or
-`prompt`; keys from `key` or `__key__`, or the row numbers; scores from `score` or `aesthetic_score`.
+Images come from the named column, or the first one of images; captions from the named column, or from `text`,
+`caption`, `captions` or `prompt`; keys from `key` or `__key__`, or the row numbers; scores from `score` or
+`aesthetic_score`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.data.image_set import CAPTION_COLUMNS, SCORE_COLUMNS, Captions, Entry, SourcePart, to_captions
+from ldm.data.image_set import CAPTION_COLUMNS, Captions, Entry, SourcePart, to_captions
 from ldm.errors import LdmError, first_line, listing
 
 
@@ -42,10 +43,12 @@ class Columns:
     """The columns of a dataset that hold images, captions, keys and scores.
 
     Raises:
-        LdmError: the dataset has no column of images, or not the named caption column.
+        LdmError: the dataset has no column of images, or not the named columns.
     """
 
-    def __init__(self, name: str, dataset: Any, caption: str | None) -> None:
+    def __init__(
+        self, name: str, dataset: Any, caption: str | None, image: str | None = None, apart: Sequence[str] = ()
+    ) -> None:
         import datasets
 
         features = dataset.features or {}
@@ -55,13 +58,16 @@ class Columns:
             if isinstance(feature, datasets.Image)
             or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
         ]
-        if not images or (caption and caption not in features):
+        if not images or (caption and caption not in features) or (image and image not in images):
             what = f"column {caption!r}" if images else "column of images"
+            what = f"column {image!r} of images" if images and image and image not in images else what
             raise LdmError(f"the dataset {name} has no {what}; it has: {', '.join(features)}")
-        self.image, *self.others = images
+        self.images = images
+        self.image = image or next((one for one in images if one not in apart), images[0])
+        self.others = [one for one in images if one != self.image and one not in apart]
+        self.named = image is not None
         self.caption = caption or _first(features, *CAPTION_COLUMNS)
         self.key = _first(features, "key", "__key__")
-        self.score = _first(features, *SCORE_COLUMNS)
         self.names = list(features)
 
     def undecoded(self, dataset: Any) -> Any:
@@ -79,23 +85,39 @@ class Columns:
     def passed_over(self) -> list[str]:
         """The columns of images but the first."""
         others = f"of several columns of images {self.image} is used, not {listing(self.others)}"
-        return [others] if self.others else []
+        return [others] if self.others and not self.named else []
 
     def captions(self, row: Mapping[str, Any]) -> Captions:
         """The captions of a row."""
-        return to_captions(row.get(self.caption or ""), row.get(self.score or ""))
+        return to_captions(row.get(self.caption or ""), row)
 
 
 class Dataset:
-    """Images in a dataset."""
+    """Images in a dataset.
 
-    def __init__(self, name: str, split: str = "train", caption: str | None = None) -> None:
+    Args:
+        name: see `load`.
+        split: the split.
+        caption: the column of captions, if its name is unusual.
+        image: the column of images; None: the first.
+        apart: columns of images that lie beside these.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str = "train",
+        caption: str | None = None,
+        image: str | None = None,
+        apart: Sequence[str] = (),
+    ) -> None:
         self.name = name
         dataset = load(name, split)
-        self.columns = Columns(name, dataset, caption)
-        self.rows = self.columns.undecoded(dataset)
+        self.columns = Columns(name, dataset, caption, image, apart)
+        others = [column for column in self.columns.images if column != self.columns.image]
+        self.rows = self.columns.undecoded(dataset.remove_columns(others))
         self.images = self.rows.select_columns([self.columns.image])
-        self.part = f"{name}\t{split}\t{self.columns.caption}"
+        self.part = f"{name}\t{split}\t{self.columns.caption}" + (f"\t{self.columns.image}" if others else "")
         self.stamp = dataset._fingerprint  # the library's digest, which changes with the content
 
     def parts(self) -> list[SourcePart]:

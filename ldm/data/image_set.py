@@ -8,27 +8,31 @@ images share it without copies.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from ldm.data.beside import Beside
+from ldm.data.folder_rules import FolderRule, FolderRules
 from ldm.data.skipped import Skipped
 from ldm.errors import LdmError, listing
 from ldm.files import replacing
-from ldm.images import image_header, load_image
+from ldm.images import TRANSPARENT, image_header, load_image, load_noted
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",
@@ -37,10 +41,14 @@ IMAGE_SUFFIXES = frozenset({
 # Formats that PIL cannot read without a plugin are included: their files are listed as unreadable, not ignored.
 SHORTEST = 8  # least length of a side in pixels
 LONGEST = 16  # greatest ratio of the longer to the shorter side
+NO_RULES = FolderRules()
 _AT_ONCE = 4096  # entries in memory while the index is made
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")  # the first that is there holds the captions
 SCORE_COLUMNS = ("score", "aesthetic_score")
-_READING = "3"  # counts the changes of how images and captions are read: an index of another number is made anew
+WEIGHT_COLUMN, REPEATS_COLUMN = "loss_weight", "repeats"
+NUMBER_COLUMNS = (*SCORE_COLUMNS, WEIGHT_COLUMN, REPEATS_COLUMN)
+MOST_WEIGHT, MOST_REPEATS = 1000, 10_000
+_READING = "4"  # counts the changes of how images and captions are read: an index of another number is made anew
 _SAME = ("key", "where", "stamp", "caption_stamp")
 _SCHEMA = pa.schema(
     [
@@ -50,6 +58,8 @@ _SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("score", pa.float32()),
+        ("weight", pa.float32()),
+        ("repeats", pa.int32()),
         ("profile", pa.binary()),  # digest of the colour profile from which pixels are converted; empty if they are not
         ("notes", pa.list_(pa.string())),  # what is left out or guessed when the image is read
         ("reason", pa.string()),  # why the image cannot be used; "" if it can
@@ -60,10 +70,12 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of an image, and its score."""
+    """The captions of an image, and its numbers."""
 
     texts: tuple[str, ...]
     score: float | None = None  # aesthetic
+    weight: float = 1.0  # of its loss
+    repeats: int = 1  # visits in an epoch
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Example:
     width: int  # after rotation to upright
     height: int
     score: float | None  # aesthetic
+    weight: float = 1.0  # of its loss
 
 
 @dataclass(frozen=True)
@@ -125,15 +138,27 @@ class ImageSet:
         folder: the folder for the index and the list of skipped images.
         captions: "required", or "optional": images without captions get the empty caption.
         trigger: words that begin each caption, and are the caption of images without one; "" for none.
+        rules: of the folders that images lie in.
+        mode: PIL's mode of the images: "RGB", or "L" for masks; "A" for the alpha channel as a mask.
 
     Raises:
         LdmError: no image is usable, too many are unusable, or captions are missing.
     """
 
-    def __init__(self, source: Source, folder: Path, captions: str = "required", trigger: str = "") -> None:
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        captions: str = "required",
+        trigger: str = "",
+        rules: FolderRules = NO_RULES,
+        mode: str = "RGB",
+    ) -> None:
         check_captions(captions)
         self.source = source
         self.trigger = trigger
+        self.mode = mode
+        self.beside: dict[str, Beside] = {}  # by kind: images beside these
         self.folder = made(folder)
         self._index = _index(source, folder)
         self._table: pa.Table | None = None
@@ -148,22 +173,31 @@ class ImageSet:
             why = f": all {len(table)} are skipped, see {self.skipped.path}" if len(table) else ""
             raise LdmError(f"{source.name} holds no image that can be used{why}")
         self._twice = self._number_twins()
+        self._rules, self._rule = rules.of(source.name, self._column("key"))
         if self.skipped.reasons:
             key, reason = next(iter(self.skipped.reasons.items()))
             log.warning(
                 "%s: %d of %d images cannot be used and are left out (%s: %s); all are listed in %s",
                 source.name, len(self.skipped.reasons), len(table), key, reason, self.skipped.path,
             )  # fmt: skip
-        bare = pc.equal(pc.list_value_length(table["captions"]), 0).to_numpy()[self._rows]
+        bare = self._bare()
         if bare.any() and not trigger:
             self._report_bare(bare, captions)
         for line in [*source.passed_over(), *self._notes()]:
             log.warning("%s: %s", source.name, line)
 
+    def in_mode(self, mode: str) -> ImageSet:
+        """The same images, read in another mode."""
+        other = copy.copy(self)
+        other.mode = mode
+        return other
+
     def _notes(self) -> Iterator[str]:
         """A line for each kind of what is left out or guessed when images are read, with their number."""
         lists = self._column("notes")
         for note in pc.unique(pc.list_flatten(lists)).to_pylist():
+            if note == TRANSPARENT and self.mode == "L":  # of a mask, they are black, as anyone would have it
+                continue
             rows = pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), note))
             has = rows.to_pylist()
             names = [self.key(index) for index in has[:3]]
@@ -216,11 +250,15 @@ class ImageSet:
     def example(self, index: int) -> Example:
         """An image's entry in the index."""
         row = self._rows[index]
-        captions, *others = (self.table[name][row].as_py() for name in ("captions", "width", "height", "score"))
-        return Example(self.key(index), tuple(self._begun(captions)), *others)
+        captions, width, height, score, weight = (
+            self.table[name][row].as_py() for name in ("captions", "width", "height", "score", "weight")
+        )
+        rule = self._rule_of(index)
+        said = tuple(self._begun(captions, rule))
+        return Example(self.key(index), said, width, height, score, weight * rule.weight)
 
     def read(self, index: int, least: int = 0) -> Image.Image:
-        """An image, upright, in RGB; for `least` see `load_image`.
+        """An image, upright; for `least` see `load_image`.
 
         Raises:
             LdmError: the image cannot be decoded, or its size differs from the index.
@@ -231,21 +269,39 @@ class ImageSet:
             file = self.source.open(_text(self.table["where"][row]))
         except OSError as error:
             raise LdmError(f"it cannot be read: {error.strerror or error}") from None
-        return read_image(file, size, least)
+        return read_image(file, size, least, self.mode)
 
     def all_captions(self) -> list[list[str]]:
         """The captions of all images."""
-        return [self._begun(captions) for captions in self._column("captions").to_pylist()]
+        rows = self._column("captions").to_pylist()
+        return [self._begun(captions, self._rule_of(index)) for index, captions in enumerate(rows)]
+
+    def repeats(self) -> np.ndarray:
+        """The visits of each image in an epoch (N,)."""
+        own = self._column("repeats").to_numpy()
+        return own * np.array([rule.repeats for rule in self._rules])[self._rule]
 
     def captions(self) -> list[str]:
         """All distinct captions, sorted, with the empty caption if some images have none."""
         lists = self._column("captions")
-        bare = pc.any(pc.equal(pc.list_value_length(lists), 0)).as_py()
-        distinct = self._begun(pc.unique(pc.list_flatten(lists)).to_pylist())
-        return sorted({*distinct, *([self.trigger] if bare else [])})
+        distinct = {self._begun([text], FolderRule())[0] for text in pc.unique(pc.list_flatten(lists)).to_pylist()}
+        bare = np.flatnonzero(pc.equal(pc.list_value_length(lists), 0).to_numpy())
+        rules = [self._rules[number] for number in np.unique(self._rule[bare])]
+        own = {text for rule in rules for text in self._begun([], rule) or [""]}
+        return sorted(distinct | own)
 
-    def _begun(self, captions: list[str]) -> list[str]:
-        """An image's captions with the trigger words in front, unless they are there; those words alone without any."""
+    def _rule_of(self, index: int) -> FolderRule:
+        """The rule of the folder that an image lies in."""
+        return self._rules[int(self._rule[index])]
+
+    def _bare(self) -> np.ndarray:
+        """Which images (N,) have no caption, and none by their folder."""
+        said = np.array([bool(rule.caption) for rule in self._rules])[self._rule]
+        return pc.equal(pc.list_value_length(self._column("captions")), 0).to_numpy() & ~said
+
+    def _begun(self, captions: list[str], rule: FolderRule) -> list[str]:
+        """An image's captions, or its folder's, begun with the trigger words where they lack them; or these alone."""
+        captions = captions or ([rule.caption] if rule.caption else [])
         if not self.trigger:
             return captions
         whole = [one if self.trigger in one else f"{self.trigger}, {one}" for one in captions if one]
@@ -267,10 +323,13 @@ class ImageSet:
         return found
 
 
-def read_image(file: BinaryIO, size: tuple[int, int], least: int) -> Image.Image:
+def read_image(file: BinaryIO, size: tuple[int, int], least: int, mode: str = "RGB") -> Image.Image:
     """The image in a file, checked against its width and height, or their fraction if `least` reduces it."""
     with file:
-        image = load_image(file, name="the file", least=least)
+        if mode == "A":
+            image = load_noted(file, "the file", least)[0].convert("RGBA").getchannel("A")
+        else:
+            image = load_image(file, mode, "the file", least)
     if image.size not in [tuple(-(-side // n) for side in size) for n in (1, 2, 4, 8)]:
         raise LdmError(f"it has {image.width}×{image.height} pixels, not {size[0]}×{size[1]} as its header said")
     return image
@@ -320,20 +379,37 @@ def decode_caption(data: bytes) -> str:
         raise LdmError(f"its caption is not UTF-8 (byte {data[error.start]:#x} at {error.start}); convert it") from None
 
 
-def to_captions(texts: object, score: object = None) -> Captions:
-    """Captions and score from a metadata record's values: a text or a list of texts, without blank ones, and a number.
+def to_captions(texts: object, record: Mapping[str, Any]) -> Captions:
+    """Captions and numbers from a metadata record: a text or a list of texts, without blank ones; score and the like.
 
     Raises:
-        LdmError: a value has another type.
+        LdmError: a value has another type, or is out of bounds.
     """
     texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise LdmError(f"its caption is {texts!r:.80}; a text or a list of texts is needed")
+    score = _number(record, "score", SCORE_COLUMNS, float)
+    weight = _number(record, WEIGHT_COLUMN, (WEIGHT_COLUMN,), float)
+    repeats = _number(record, REPEATS_COLUMN, (REPEATS_COLUMN,), int)
+    if weight is not None and not 0 <= weight <= MOST_WEIGHT:
+        raise LdmError(f"its {WEIGHT_COLUMN} is {weight:g}; a number from 0 to {MOST_WEIGHT} is needed")
+    if repeats is not None and not 1 <= repeats <= MOST_REPEATS:
+        raise LdmError(f"its {REPEATS_COLUMN} is {repeats}; a whole number from 1 to {MOST_REPEATS} is needed")
+    return Captions(
+        tuple(text.strip().encode(errors="replace").decode() for text in texts if text.strip()),
+        score,
+        1.0 if weight is None else weight,
+        repeats or 1,
+    )
+
+
+def _number(record: Mapping[str, Any], what: str, columns: Sequence[str], kind: Callable[[Any], T]) -> T | None:
+    """The number in the first of these columns in which a record has one, or None."""
+    value = first_of(record, *columns)
     try:
-        number = None if score in (None, "") else float(score)  # type: ignore[arg-type]
+        return None if value is None else kind(value)
     except (TypeError, ValueError):
-        raise LdmError(f"its score is {score!r:.80}; a number is needed") from None
-    return Captions(tuple(text.strip().encode(errors="replace").decode() for text in texts if text.strip()), number)
+        raise LdmError(f"its {what} is {value!r:.80}; a number is needed") from None
 
 
 def _index(source: Source, folder: Path) -> Path:
@@ -385,7 +461,17 @@ def _identity(entry: Entry) -> tuple[bytes, ...]:
 def _look(source: Source, entry: Entry) -> dict[str, object]:
     """An index row with the image's size and captions, or the reason why the image cannot be used."""
     found: dict[str, object] = dict(zip(_SAME, _identity(entry), strict=True))
-    found |= {"width": 0, "height": 0, "captions": [], "score": None, "profile": b"", "notes": [], "reason": ""}
+    found |= {
+        "width": 0,
+        "height": 0,
+        "captions": [],
+        "score": None,
+        "weight": 1.0,
+        "repeats": 1,
+        "profile": b"",
+        "notes": [],
+        "reason": "",
+    }
     try:
         with source.open(entry.where) as file:
             header = image_header(file, "the file")
@@ -393,7 +479,8 @@ def _look(source: Source, entry: Entry) -> dict[str, object]:
         found["profile"], found["notes"] = header.profile.encode(), list(header.notes)
         check_size(*header.size)
         captions = entry.captions()
-        return found | {"captions": list(captions.texts), "score": captions.score}
+        numbers = {"score": captions.score, "weight": captions.weight, "repeats": captions.repeats}
+        return found | {"captions": list(captions.texts)} | numbers
     except LdmError as error:
         return found | {"reason": str(error)}
     except OSError as error:

@@ -10,17 +10,20 @@ B rows of this process, C latent channels, H×W height and width of the bucket, 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.beside import Framed, to_numbers
 from ldm.data.cache import Latents
-from ldm.data.framing import choose, decoded_side, render, to_pixels, visit_frame
+from ldm.data.framing import Frame, choose, decoded_side, render, to_pixels, visit_frame
 from ldm.data.keyed import uniform
 from ldm.data.plan import BatchPlan, Item, Visit
 from ldm.data.skipped import Skipped
@@ -28,8 +31,19 @@ from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError, check_whole, first_line
 
 T = TypeVar("T")
-# one image's key, epoch, caption, score, time ids, and pixels (H, W, 3) uint8 or moments (2C, h, w)
-Row = tuple[str, int, str, float, tuple[int, ...], Tensor]
+
+
+class Loaded(NamedTuple):
+    """One loaded image."""
+
+    key: str
+    epoch: int
+    caption: str
+    score: float
+    weight: float
+    numbers: tuple[int, ...]  # time ids
+    shown: Tensor  # pixels (H, W, 3) uint8, or moments (2C, h, w)
+    beside: dict[str, Tensor]  # (H, W, C) uint8 each
 
 
 @dataclass(frozen=True)
@@ -43,13 +57,17 @@ class Batch:
     moments: Tensor | None  # (B, 2C, h, w) float32: mean and standard deviation of the latents, not scaled
     size: Tensor  # (B, 6) float32: original height, width; top, left of the crop; target height, width (SDXL's order)
     scores: Tensor  # (B,) float32: aesthetic scores, NaN for images without a score
-    weights: Tensor  # (B,) float32: of the samples in the loss
+    weights: Tensor  # (B,) float32: of the images' losses
+    # images beside these, framed as they are: condition (B, 3, H, W) and mask (B, 1, H, W) in [0, 1], before
+    # (B, 3, H, W) in [-1, 1]; those that the data have
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A copy of the batch with `change` applied to every tensor."""
         pixels, moments = (None if one is None else change(one) for one in (self.pixels, self.moments))
+        beside = {name: change(images) for name, images in self.beside.items()}
         size, scores, weights = change(self.size), change(self.scores), change(self.weights)
-        return replace(self, pixels=pixels, moments=moments, size=size, scores=scores, weights=weights)
+        return replace(self, pixels=pixels, moments=moments, size=size, scores=scores, weights=weights, beside=beside)
 
     def parts(self, count: int) -> list[Batch]:
         """The batch cut into `count` parts of (nearly) equal length; fewer parts if it has fewer images."""
@@ -185,11 +203,10 @@ def _named(loading: Iterable[T]) -> Iterator[T]:
 
 
 def _ready(batch: Batch, device: torch.device | str) -> Batch:
-    """A loaded batch moved to the device, with pixels (B, 3, H, W) in [-1, 1]."""
+    """A loaded batch moved to the device, with pixels (B, 3, H, W) in [-1, 1] and images beside them as numbers."""
     batch = batch.to(device)
-    if batch.pixels is None:
-        return batch
-    return replace(batch, pixels=to_pixels(batch.pixels))
+    beside = {name: to_numbers(name, images) for name, images in batch.beside.items()}
+    return replace(batch, pixels=None if batch.pixels is None else to_pixels(batch.pixels), beside=beside)
 
 
 class _Loading(Dataset):
@@ -203,9 +220,9 @@ class _Loading(Dataset):
         rows, damaged = self.rows(item)
         return self.batch(rows) if len(rows) == len(item.visits) else None, damaged
 
-    def rows(self, item: Item) -> tuple[list[Row], list[tuple[str, str]]]:
+    def rows(self, item: Item) -> tuple[list[Loaded], list[tuple[str, str]]]:
         """The readable images, and the keys of damaged ones with reasons."""
-        rows: list[Row] = []
+        rows: list[Loaded] = []
         damaged: list[tuple[str, str]] = []
         for visit in item.visits:
             for candidate in self._candidates(visit, item.spares):
@@ -216,12 +233,17 @@ class _Loading(Dataset):
                     damaged.append((self.plan.example(candidate.image).key, str(error)))
         return rows, damaged
 
-    def batch(self, rows: list[Row]) -> Batch:
+    def batch(self, rows: list[Loaded]) -> Batch:
         """Rows as a batch."""
-        keys, epochs, captions, scores, numbers, shown = (list(column) for column in zip(*rows, strict=True))
-        pixels, moments = (None, torch.stack(shown)) if self.latents else (torch.stack(shown), None)
-        size, score = torch.tensor(numbers, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32)
-        return Batch(keys, epochs, captions, pixels, moments, size, score, torch.ones(len(rows)))
+        shown = torch.stack([row.shown for row in rows])
+        pixels, moments = (None, shown) if self.latents else (shown, None)
+        size, scores, weights = (
+            torch.tensor(column, dtype=torch.float32)
+            for column in zip(*((row.numbers, row.score, row.weight) for row in rows), strict=True)
+        )
+        beside = {name: torch.stack([row.beside[name] for row in rows]) for name in self.plan.beside}
+        keys, epochs, captions = (list(column) for column in zip(*(row[:3] for row in rows), strict=True))
+        return Batch(keys, epochs, captions, pixels, moments, size, scores, weights, beside)
 
     def _candidates(self, visit: Visit, spares: list[Visit]) -> Iterator[Visit]:
         """The visit, then the spares that may replace it, in an order that depends on the visit."""
@@ -230,16 +252,23 @@ class _Loading(Dataset):
         first = int(uniform(self.plan.seed, "replacement", key, visit.epoch) * len(spares))
         yield from [*spares[first:], *spares[:first]]
 
-    def _row(self, visit: Visit, sides: tuple[int, int]) -> Row:
+    def _row(self, visit: Visit, sides: tuple[int, int]) -> Loaded:
         plan, example = self.plan, self.plan.example(visit.image)
         choice = int(uniform(plan.seed, "caption", example.key, visit.epoch) * len(example.captions))
         caption = example.captions[choice] if example.captions else ""
-        known = example.key, visit.epoch, caption, float("nan") if example.score is None else example.score
+        caption = plan.tags.of(caption, plan.seed, example.key, visit.epoch)
+        score = float("nan") if example.score is None else example.score
+        known = example.key, visit.epoch, caption, score, example.weight
+        original = example.width, example.height
+        frame = visit_frame(plan.framing, plan.seed, example.key, visit.epoch, original, sides)
+        image = Framed(visit.image, plan.seed, example.key, visit.epoch, frame, partial(self._rendered, visit, frame))
+        beside = {name: torch.from_numpy(one.of(image)) for name, one in plan.beside.items()}
         if self.latents:
             crop = choose(plan.framing, plan.seed, example.key, visit.epoch)
             moments, numbers = self.latents.read(visit.image, *crop)
-            return *known, numbers, moments
-        original = example.width, example.height
-        frame = visit_frame(plan.framing, plan.seed, example.key, visit.epoch, original, sides)
-        pixels = render(plan.read(visit.image, decoded_side(frame)), frame)
-        return *known, frame.numbers, torch.from_numpy(pixels)
+            return Loaded(*known, numbers, moments, beside)
+        return Loaded(*known, frame.numbers, torch.from_numpy(image.pixels), beside)
+
+    def _rendered(self, visit: Visit, frame: Frame) -> np.ndarray:
+        """An image's pixels (H, W, 3) uint8 in its frame."""
+        return render(self.plan.read(visit.image, decoded_side(frame)), frame)

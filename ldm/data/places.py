@@ -8,6 +8,11 @@ from pathlib import Path
 from ldm.errors import LdmError
 from ldm.weights.names import HUB_ID
 
+MADE = {  # images beside others that are made when they are loaded
+    "condition": ("canny", "lineart", "gray", "blur", "tile"),
+    "mask": ("alpha", "boxes", "strokes", "random"),
+}
+
 
 def is_remote(source: str) -> bool:
     """Whether a source is an address or a command."""
@@ -66,3 +71,20 @@ def check_place(source: str, stream: bool) -> None:
         if not Path(source).is_dir():
             what = "is a file" if Path(source).is_file() else "does not exist"
             raise LdmError(f"{source} {what}; give a folder, tar shards, parquet files or a dataset (owner/name)")
+
+
+def is_made(kind: str, place: str) -> bool:
+    """Whether images beside others of a kind are made of them, not read."""
+    return place in MADE.get(kind, ())
+
+
+def check_beside(kind: str, place: str) -> None:
+    """Check that images beside others are made, or in a folder, or may be in a column, which the data will tell.
+
+    Raises:
+        LdmError: they are neither.
+    """
+    if not is_made(kind, place) and not Path(place).is_dir() and ("/" in place or Path(place).exists()):
+        what = "is a file" if Path(place).exists() else "does not exist"
+        made = f", or one of {', '.join(MADE[kind])}" if kind in MADE else ""
+        raise LdmError(f"{place} {what}; give a folder, a column of the data{made}")

@@ -21,6 +21,7 @@ from PIL import Image
 from ldm.data.framing import Framing, choose_buckets
 from ldm.data.image_set import Example, ImageSet
 from ldm.data.keyed import generator, uniform
+from ldm.data.tags import NO_TAGS, Tags
 from ldm.errors import LdmError, check_whole
 
 SPARES = 4  # replacement images of a batch, used for images that cannot be decoded
@@ -31,7 +32,7 @@ class Visit:
     """One image in one epoch."""
 
     image: Any  # an index into the image set; in a stream, the image itself
-    epoch: int
+    epoch: int  # of the plan; of an image that comes several times in one, its own count
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,33 @@ class Item:
     spares: list[Visit]  # replacements from the same bucket
 
 
+@dataclass(frozen=True)
+class Turns:
+    """The visits of one bucket in an epoch, before they are shuffled: an image with k repeats comes k times.
+
+    Random numbers are keyed by image and epoch, so each of its visits counts as an epoch of the image's own.
+    """
+
+    images: np.ndarray  # (N,)
+    number: np.ndarray  # (N,): which of its image's visits it is, from 0
+    repeats: np.ndarray  # (N,): of the image
+
+    @classmethod
+    def of(cls, images: np.ndarray, repeats: np.ndarray) -> Turns:
+        """The visits of images (n,) with these repeats (n,)."""
+        first = np.cumsum(repeats) - repeats
+        number = np.arange(repeats.sum()) - np.repeat(first, repeats)
+        small = np.uint32
+        return cls(np.repeat(images, repeats), number.astype(small), np.repeat(repeats.astype(small), repeats))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def visit(self, index: int, epoch: int) -> Visit:
+        """One of the visits in an epoch."""
+        return Visit(int(self.images[index]), epoch * int(self.repeats[index]) + int(self.number[index]))
+
+
 class BatchPlan:
     """The batches of a run over an image set.
 
@@ -52,17 +80,25 @@ class BatchPlan:
         batch: images in a step, over all processes and micro-batches.
         seed: the run's seed.
         samples: indices of the images to use; all by default.
+        tags: how captions change from visit to visit.
 
     Raises:
         LdmError: no image is large enough.
     """
 
     def __init__(
-        self, images: ImageSet, framing: Framing, batch: int, seed: int, samples: np.ndarray | None = None
+        self,
+        images: ImageSet,
+        framing: Framing,
+        batch: int,
+        seed: int,
+        samples: np.ndarray | None = None,
+        tags: Tags = NO_TAGS,
     ) -> None:
         check_whole("plan", "batch", batch, 1, 2**24)
         self.images, self.framing, self.batch, self.seed = images, framing, batch, seed
-        self.name, self.folder = images.source.name, images.folder
+        self.name, self.folder, self.beside = images.source.name, images.folder, images.beside
+        self.tags = tags
         samples = np.arange(len(images)) if samples is None else np.sort(samples)
         widths, heights = (lengths[samples] for lengths in images.sizes())
         bucket, enlarged = choose_buckets(framing, widths, heights)
@@ -75,6 +111,9 @@ class BatchPlan:
                 f"or an upscale above {framing.upscale}"
             )
         self.buckets = {sides: some for sides, some in zip(framing.sides(), buckets, strict=True) if len(some)}
+        repeats = images.repeats()
+        self._turns = {sides: Turns.of(some, repeats[some]) for sides, some in self.buckets.items()}
+        self.visits = sum(map(len, self._turns.values()))  # in an epoch
 
     def __len__(self) -> int:
         """The number of images in use."""
@@ -83,15 +122,16 @@ class BatchPlan:
     def __str__(self) -> str:
         text = f"{len(self)} images in {len(self.buckets)} buckets"
         small = len(self.left_out)
+        text += f", {self.visits} visits in an epoch" if self.visits > len(self) else ""
         return text + (f"; {small} are too small (upscale {self.framing.upscale}) and left out" if small else "")
 
     def first_step(self, epoch: int) -> int:
         """The first step of an epoch."""
-        return sum(epoch * len(some) // self.batch for some in self.buckets.values())
+        return sum(epoch * len(some) // self.batch for some in self._turns.values())
 
     def epoch(self, step: int) -> int:
         """The epoch a step belongs to."""
-        epoch = step * self.batch // len(self)  # a lower bound: batches cut by an epoch's end belong to the next epoch
+        epoch = step * self.batch // self.visits  # a lower bound: what an epoch's end cuts belongs to the next
         while self.first_step(epoch + 1) <= step:
             epoch += 1
         return epoch
@@ -99,20 +139,20 @@ class BatchPlan:
     def item(self, step: int) -> Item:
         """The samples of a step's batch."""
         epoch = self.epoch(step)
-        counts = np.array([len(some) for some in self.buckets.values()])
+        counts = np.array([len(some) for some in self._turns.values()])
         owed = np.repeat(np.arange(len(counts)), (epoch + 1) * counts // self.batch - epoch * counts // self.batch)
         order = owed[_shuffled(self.seed, "batches", epoch, len(owed))]
         place = step - self.first_step(epoch)
-        sides, members = list(self.buckets.items())[order[place]]
-        size = len(members)
+        sides, turns = list(self._turns.items())[order[place]]
+        size = len(turns)
         start = (epoch * size // self.batch + int((order[:place] == order[place]).sum())) * self.batch
         name = f"{sides[0]}x{sides[1]}"
         visits = []
         for position in range(start, start + self.batch):
             turn, index = divmod(position, size)
-            visits.append(Visit(int(members[_shuffled(self.seed, name, turn, size)[index]]), turn))
+            visits.append(turns.visit(int(_shuffled(self.seed, name, turn, size)[index]), turn))
         chosen = [int(uniform(self.seed, "spare", name, start, number) * size) for number in range(SPARES)]
-        return Item(sides, visits, [Visit(int(members[index]), visits[0].epoch) for index in chosen])
+        return Item(sides, visits, [Visit(int(turns.images[index]), visits[0].epoch) for index in chosen])
 
     def items(self, start: int) -> Iterator[Item]:
         """The batches from a step on, without end."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from ldm.data.folder import Folder
+import numpy as np
+
+from ldm.data.beside import KINDS, Beside, Drawn, Made
+from ldm.data.folder import Column, Folder
+from ldm.data.folder_rules import FolderRules
+from ldm.data.given import Given, given
 from ldm.data.hugging_face import Dataset
-from ldm.data.image_set import ImageSet, Source
-from ldm.data.places import check_place, expanded, is_dataset, is_remote, is_tar, shards
+from ldm.data.image_set import NO_RULES, ImageSet, Source
+from ldm.data.places import check_beside, check_place, expanded, is_dataset, is_made, is_remote, is_tar, shards
 from ldm.data.streams import DatasetStream, Stream, TarStream
 from ldm.data.tar import Tar
+
+NO_BESIDE: Mapping[str, str] = {}
 
 
 def open_images(
@@ -19,7 +27,10 @@ def open_images(
     captions: str = "required",
     split: str = "train",
     caption_column: str | None = None,
+    image_column: str | None = None,
     trigger: str = "",
+    rules: FolderRules = NO_RULES,
+    beside: Mapping[str, str] = NO_BESIDE,
 ) -> ImageSet:
     """The images of a folder, of tar shards, of a dataset saved on disk, of parquet files or of the Hub.
 
@@ -29,20 +40,54 @@ def open_images(
         captions: "required" or "optional".
         split: the dataset's split.
         caption_column: column of captions in a dataset, metadata file or sample's `.json`, if its name is unusual.
+        image_column: column of images in a dataset; None: the first.
         trigger: see `ImageSet`.
+        rules: of the folders within the source.
+        beside: images beside the images, by kind (`ldm.data.beside.KINDS`): a folder with the same names, a column of
+            the metadata or the dataset, "mask" for the members NAME.mask.png of shards, or a filter that makes them.
 
     Raises:
-        LdmError: the source does not exist, or its images cannot be used.
+        LdmError: the source does not exist, its images cannot be used, or some have no image beside them.
     """
     check_place(source, stream=False)
-    found: Source
+    for kind, place in beside.items():
+        check_beside(kind, place)
+    read = {kind: place for kind, place in beside.items() if not is_made(kind, place)}
+    found = _source(source, split, caption_column, image_column, list(read.values()))
+    images = ImageSet(found, folder, captions, trigger, rules)
+    made = {kind: _made(kind, place, images) for kind, place in beside.items() if kind not in read}
+    images.beside = made | {kind: _read(kind, place, source, split, images) for kind, place in read.items()}
+    return images
+
+
+def _source(source: str, split: str, caption: str | None, image: str | None, apart: list[str]) -> Source:
+    """A source of images; those at the places `apart` lie beside others."""
     if is_tar(source):
-        found = Tar(source, shards(source), caption_column)
+        return Tar(source, shards(source), caption, apart=apart)
+    if is_dataset(source):
+        return Dataset(source, split, caption, image, apart)
+    return Folder(Path(source), caption, apart)
+
+
+def _made(kind: str, place: str, images: ImageSet) -> Beside:
+    """Images beside others that are made of them."""
+    if place == "alpha":
+        return Given(kind, images.in_mode("A"), np.arange(len(images)))
+    return Drawn(place) if kind == "mask" else Made(place)
+
+
+def _read(kind: str, place: str, source: str, split: str, images: ImageSet) -> Beside:
+    """Images beside others that are read from a folder, or from a column of the images' own source."""
+    found: Source
+    if Path(place).is_dir():
+        found = Folder(Path(place))
+    elif is_tar(source):
+        found = Tar(source, shards(source), image=place)
     elif is_dataset(source):
-        found = Dataset(source, split, caption_column)
+        found = Dataset(source, split, image=place)
     else:
-        found = Folder(Path(source), caption_column)
-    return ImageSet(found, folder, captions, trigger)
+        found = Column(Path(source), place)
+    return given(kind, images, ImageSet(found, images.folder, "optional", mode=KINDS[kind].mode))
 
 
 def open_stream(source: str, *, split: str = "train", caption_column: str | None = None) -> Stream:

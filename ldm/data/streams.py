@@ -23,16 +23,20 @@ import torch
 from PIL import Image
 
 from ldm.data import hugging_face
+from ldm.data.beside import Beside
 from ldm.data.framing import Framing, choose_buckets
 from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Example, check_captions, check_size, made, read_image
 from ldm.data.keyed import generator, uniform
 from ldm.data.plan import SPARES, Item, Visit
 from ldm.data.skipped import Skipped
+from ldm.data.tags import NO_TAGS, Tags
 from ldm.data.tar import captions_of
 from ldm.errors import LdmError, check_whole, first_line
 from ldm.images import image_header
 
 log = logging.getLogger(__name__)
+
+REPEATED = "repeats are not read of a stream: each image comes once in an epoch"
 
 Arrival = tuple[str, bytes, Callable[[], Captions]]  # key, file, captions
 
@@ -117,6 +121,7 @@ class StreamPlan:
         captions: "required" (images without captions are skipped and counted) or "optional".
         buffer: the size of the shuffle buffer in images; memory also holds up to a batch for each bucket.
         rank: the rank of this process, which writes a list of its own.
+        tags: how captions change from visit to visit.
     """
 
     def __init__(
@@ -129,12 +134,15 @@ class StreamPlan:
         captions: str = "required",
         buffer: int = 1000,
         rank: int = 0,
+        tags: Tags = NO_TAGS,
     ) -> None:
         check_captions(captions)
         check_whole("stream", "batch", batch, 1, 2**24)
         check_whole("stream", "buffer", buffer, 1, 2**24)
         self.stream, self.framing, self.batch, self.seed = stream, framing, batch, seed
         self.name, self.folder, self.captions, self.buffer = stream.name, folder, captions, buffer
+        self.beside: dict[str, Beside] = {}  # a stream has none
+        self.tags = tags
         self.seen = 0  # images read so far
         self.left_out = 0  # images so far that would be enlarged too much
         self.noted: set[str] = set()  # what was logged of images
@@ -219,10 +227,11 @@ class StreamPlan:
                 check_size(width, height)
                 self._note(key, header.notes)
                 said = captions()
+                self._note(key, [REPEATED] if said.repeats > 1 else [])
                 if not said.texts and self.captions == "required":
                     raise LdmError("it has no caption" + (f"; {self.unread}" if self.unread else ""))
             except LdmError as error:
                 skipped.add(key, str(error))
                 skipped.check(self.seen)
                 continue
-            yield Streamed(Example(key, said.texts, width, height, said.score), data)
+            yield Streamed(Example(key, said.texts, width, height, said.score, said.weight), data)

@@ -20,7 +20,6 @@ from typing import BinaryIO
 from ldm.data.image_set import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
-    SCORE_COLUMNS,
     Captions,
     Entry,
     SourcePart,
@@ -42,12 +41,23 @@ class Tar:
         name: the name of the source.
         files: the shards.
         caption_column: the key of the captions in the samples' `.json`, if it is not one of the usual names.
+        image: with "mask", the images are the members NAME.mask.png, whose keys are NAME.png; by default NAME.png.
+        apart: such words of members whose images lie beside these.
     """
 
-    def __init__(self, name: str, files: Sequence[Path], caption_column: str | None = None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[Path],
+        caption_column: str | None = None,
+        image: str = "",
+        apart: Sequence[str] = (),
+    ) -> None:
+        self.name = f"the members .{image} of {name}" if image else name
         self.files = files
         self.caption_column = caption_column
+        self.image = image
+        self.apart = apart
         self._others: Counter[str] = Counter()  # what was passed over when shards were listed
 
     def parts(self) -> Iterator[SourcePart]:
@@ -59,11 +69,12 @@ class Tar:
                 raise LdmError(f"the shard {file} cannot be read: {error.strerror}") from None
             stamp, column = f"{status.st_size}:{status.st_mtime_ns}", self.caption_column or ""
             part = f"{stamp}:{column}" if column else stamp
-            yield SourcePart(str(file.resolve()), part, partial(_entries, file, stamp, column, self._others))
+            name = f"{file.resolve()}\t{self.image}" if self.image else str(file.resolve())
+            yield SourcePart(name, part, partial(_entries, file, stamp, column, self._others, self.image, self.apart))
 
     def passed_over(self) -> list[str]:
         """Files in the shards that are neither images nor captions, and samples without an image."""
-        others = self._others
+        others = Counter[str]() if self.image else self._others
         kinds = [f"{count} .{suffix}" for suffix, count in others.most_common() if suffix not in (_BARE, _HIDDEN)]
         lines = [f"files in the shards are not read: {listing(kinds, 8)}"] if kinds else []
         lines += [f"{others[_BARE]} samples of the shards have captions and no image"] if others[_BARE] else []
@@ -104,14 +115,13 @@ def captions_of(texts: Mapping[str, bytes], column: str = "") -> Captions:
             raise error if isinstance(error, LdmError) else LdmError("its .json is not valid JSON") from None
         if not isinstance(record, dict):
             raise LdmError("its .json holds no object")
-    score = first_of(record, *SCORE_COLUMNS)
     if column:
         if column not in record:
             raise LdmError(f"its .json has no {column!r}; it has: {listing(list(record), 12) or 'nothing'}")
-        return to_captions(record[column], score)
+        return to_captions(record[column], record)
     if "txt" in texts:
-        return to_captions(decode_caption(texts["txt"]).split("\n"), score)
-    return to_captions(first_of(record, "caption", *CAPTION_COLUMNS), score)
+        return to_captions(decode_caption(texts["txt"]).split("\n"), record)
+    return to_captions(first_of(record, "caption", *CAPTION_COLUMNS), record)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -121,8 +131,10 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _entries(path: Path, stamp: str, column: str, others: Counter[str]) -> Iterator[Entry]:
-    """The images of a shard; what is passed over is counted in `others`."""
+def _entries(
+    path: Path, stamp: str, column: str, others: Counter[str], wanted: str, apart: Sequence[str]
+) -> Iterator[Entry]:
+    """The images of a shard, by the word before their suffixes; what is passed over is counted in `others`."""
     current, images, texts = "", list[tarfile.TarInfo](), dict[str, bytes]()
 
     def sample() -> Iterator[Entry]:
@@ -130,7 +142,8 @@ def _entries(path: Path, stamp: str, column: str, others: Counter[str]) -> Itera
         for image in images:
             where = f"{path}:{image.offset_data}:{image.size}"
             name, own = image.name.removeprefix("./"), f"{stamp}:{image.offset_data}"
-            yield Entry(name, where, own, column, partial(captions_of, texts, column))
+            key = f"{current}.{split_name(name)[1].rpartition('.')[2]}" if wanted else name
+            yield Entry(key, where, own, column, partial(captions_of, {} if wanted else texts, column))
 
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
@@ -143,8 +156,11 @@ def _entries(path: Path, stamp: str, column: str, others: Counter[str]) -> Itera
                 if name != current:
                     yield from sample()
                     current, images, texts = name, [], {}
-                if suffix in IMAGE_SUFFIXES:
+                word, _, last = suffix.rpartition(".")
+                if word == wanted and last in IMAGE_SUFFIXES:
                     images.append(member)
+                elif word and word in apart:
+                    continue
                 elif suffix in ("txt", "json"):
                     texts[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
                 else:

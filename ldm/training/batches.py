@@ -100,7 +100,7 @@ def batch_plan(data: TrainingImages, phase: Phase, seed: int, rank: int) -> Batc
     """The training batches at one resolution."""
     section, framing = data.section, data.framing(phase.size)
     if data.images is not None:
-        return BatchPlan(data.images, framing, phase.batch, seed, data.rows[0])
+        return BatchPlan(data.images, framing, phase.batch, seed, data.rows[0], data.tags())
     assert section.source
     stream = open_stream(section.source, split=section.split, caption_column=section.caption_column)
-    return StreamPlan(stream, framing, phase.batch, seed, data.folder, section.captions, rank=rank)
+    return StreamPlan(stream, framing, phase.batch, seed, data.folder, section.captions, rank=rank, tags=data.tags())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm.data.places import check_place
+from ldm.data.places import check_beside, check_place
 from ldm.errors import LdmError
 from ldm.training.config import Config
 from ldm.training.phases import phases
@@ -29,6 +29,11 @@ def check_bounds(config: Config) -> None:
         except LdmError as error:
             raise LdmError(f"{name}.{error}") from None
         _check_sizes(name, sizes, config.data.bucket_step)
+        for kind in set(section.beside) - config.data.beside.named().keys():
+            raise LdmError(f"data.beside.{kind}: the stage {name} reads it; name a folder, a column, or what makes it")
+        for key in section.needed:
+            if getattr(section, key) is None:
+                raise LdmError(f"{name}.{key} is not set: {type(section).model_fields[key].description}")
         prior = getattr(section, "prior", None)
         if isinstance(prior, PriorSection) and prior.prompt:
             _check_prior(name, section, prior, config.data)
@@ -37,6 +42,9 @@ def check_bounds(config: Config) -> None:
         raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
     if data.stream and data.trigger:
         raise LdmError("data.trigger: captions of a stream stay as they are; copy it to a disk, or leave it out")
+    if data.stream and data.beside.named():
+        kind = next(iter(data.beside.named()))
+        raise LdmError(f"data.beside.{kind}: a stream has no images beside its own; copy it to a disk, or leave it out")
     if data.cache and data.crop == "center" and data.crops > 1:
         raise LdmError(f"data.crops is {data.crops}: an image has one crop at its center; set data.crops=1")
 
@@ -77,9 +85,15 @@ def check_paths(config: Config) -> None:
     if not config.data.source:
         raise LdmError("data.source is not set: name a folder of images, shards, or a dataset")
     _check_images("data.source", config.data.source, config.data.stream)
+    for kind, place in config.data.beside.named().items():
+        _check_beside(kind, place)
     for place, model in _models(config):
         _check_model(place, model)
     for name in config.stages:
+        for key in ("source", "encoder"):
+            given = getattr(getattr(config, name), key, None)
+            if given and not HUB_ID.fullmatch("/".join(given.split("/")[:2])) and not Path(given).exists():
+                raise LdmError(f"{name}.{key}: {given} does not exist; give a folder, a file or a name of the Hub")
         evaluation = getattr(getattr(config, name), "evaluation", None)
         if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
             _check_images(f"{name}.evaluation.data", evaluation.data, stream=False)
@@ -111,6 +125,13 @@ def _check_images(key: str, source: str, stream: bool) -> None:
         check_place(source, stream)
     except LdmError as error:
         raise LdmError(f"{key}: {error}") from None
+
+
+def _check_beside(kind: str, place: str) -> None:
+    try:
+        check_beside(kind, place)
+    except LdmError as error:
+        raise LdmError(f"data.beside.{kind}: {error}") from None
 
 
 def _check_model(place: str, section: ModelSection) -> None:

@@ -148,7 +148,7 @@ def _section(place: Sequence[int | str]) -> list[str]:
     section: type[BaseModel] = Config
     for key in place:
         if isinstance(key, str) and key in section.model_fields:  # others are numbers in lists, and names of the user's
-            section = _sections(section.model_fields[key].annotation)[0]
+            section = (_sections(section.model_fields[key].annotation) or [section])[0]
     return list(section.model_fields)
 
 

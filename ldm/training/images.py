@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
+from ldm.data.folder_rules import FolderRule, FolderRules
 from ldm.data.framing import Framing
 from ldm.data.image_set import ImageSet
 from ldm.data.plan import split
 from ldm.data.sources import open_images
+from ldm.data.tags import Tags
 from ldm.errors import LdmError
 from ldm.files import read_json, replacing, write_json
 from ldm.training.parallel.agreement import check_agreement
@@ -68,6 +70,11 @@ class TrainingImages:
         with replacing(path, folder=False, overwrite=True, need=0) as temporary:
             write_json(temporary, now)
 
+    def tags(self) -> Tags:
+        """How captions change from visit to visit."""
+        data = self.section
+        return Tags(data.shuffle_tags, data.keep_tags, data.drop_tags, data.trigger)
+
     def framing(self, size: int) -> Framing:
         """Buckets and crops at a size."""
         data = self.section
@@ -75,6 +82,15 @@ class TrainingImages:
             size, data.buckets, data.bucket_step, data.aspect, data.crop, data.crops if data.cache else 0, data.flip,
             data.upscale,
         )  # fmt: skip
+
+
+def _rules(section: DataSection) -> FolderRules:
+    """The rules of the folders within the source."""
+    named = {
+        name.strip("/"): FolderRule(one.repeats, one.weight, one.caption.strip())
+        for name, one in section.folders.items()
+    }
+    return FolderRules(named, section.numbered_folders)
 
 
 def open_training_images(section: DataSection, folder: Path, accelerator: Accelerator) -> TrainingImages:
@@ -89,7 +105,8 @@ def open_training_images(section: DataSection, folder: Path, accelerator: Accele
     with accelerator.main_process_first():  # the first one makes the index, the others read it
         images = open_images(
             section.source, folder, captions=section.captions, split=section.split,
-            caption_column=section.caption_column, trigger=section.trigger,
+            caption_column=section.caption_column, image_column=section.image_column, trigger=section.trigger,
+            beside=section.beside.named(), rules=_rules(section),
         )  # fmt: skip
         opened = TrainingImages(section, folder, images)
     if accelerator.is_main_process:

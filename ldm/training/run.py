@@ -192,6 +192,16 @@ class TrainingRun:
         if long:
             log.warning("%d of %d captions have over %d tokens; the rest of them is not read", long, len(some), room)
 
+    def _cached(self, name: str) -> Cached:
+        """The parts of the cache that a stage reads: none if it is off, no captions if they change."""
+        wanted = kind_named(name).cached(self.section(name))
+        if not self.config.data.cache:
+            return Cached()
+        if wanted.texts and self.data.tags().vary:
+            log.info("%s: captions change from visit to visit, so each step encodes its own; latents are cached", name)
+            return replace(wanted, texts=False)
+        return wanted
+
     def _prior(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Prior | None:
         """The class images of the stage, if the configuration asks for some; those that the folder lacks are made."""
         section = self.section(name)
@@ -209,8 +219,8 @@ class TrainingRun:
     ) -> Caches:
         """The cache of the stage, if the configuration asks for one and the stage reads it."""
         section = self.section(name)
-        wanted = kind_named(name).cached(section)
-        if not self.config.data.cache or not (wanted.latents or wanted.texts):
+        wanted = self._cached(name)
+        if not (wanted.latents or wanted.texts):
             return Caches()
 
         def plans(data: TrainingImages) -> list[BatchPlan]:

@@ -74,6 +74,8 @@ class SizeSection(Section):
 class StageSection(Section):
     """The settings that all stages share."""
 
+    beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage reads
+    needed: ClassVar[tuple[str, ...]] = ()  # keys that have no default
     fixed: ClassVar[tuple[str, ...]] = ()  # keys whose values stay while a run goes on, because its weights need them
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="images in an update, over all devices")
@@ -117,6 +119,30 @@ class EvaluationSection(Section):
         return choose
 
 
+class BesideSection(Section):
+    """Images beside each image: a folder with the same names, a column of the data, or what makes them of it."""
+
+    condition: str | None = Field(
+        None, description="condition images, which a ControlNet reads; or canny, lineart, gray, blur, tile"
+    )
+    mask: str | None = Field(
+        None, description="masks, white where errors count, or what to inpaint; or alpha, boxes, strokes, random"
+    )
+    before: str | None = Field(None, description="the images before the edit that a caption describes")
+
+    def named(self) -> dict[str, str]:
+        """Those that are set."""
+        return {kind: place for kind, place in self if place is not None}
+
+
+class FolderSection(Section):
+    """What holds for the images of one folder of the data."""
+
+    repeats: int = Field(1, ge=1, le=10_000, description="how often each comes in an epoch")
+    weight: float = Field(1.0, ge=0, le=1000, description="weight of their loss")
+    caption: str = Field("", description="caption of images without one")
+
+
 class PriorSection(Section):
     """Class images, trained along with the others so that the model keeps what it knew (DreamBooth)."""
 
@@ -146,8 +172,19 @@ class DataSection(Section):
     caption_column: str | None = Field(
         None, description="column of captions in a dataset, metadata or .json; null: text, caption, captions or prompt"
     )
+    image_column: str | None = Field(None, description="column of images in a dataset; null: the first")
+    beside: BesideSection = BesideSection()
     captions: Literal["required", "optional"] = Field("required", description="optional: keep images without caption")
     trigger: str = Field("", description="words put in front of each caption, and in place of a missing one")
+    folders: dict[str, FolderSection] = Field(
+        {}, description="folders within the source: {dog: {repeats: 10, weight: 1.0, caption: a dog}}"
+    )
+    numbered_folders: bool = Field(
+        False, description="read folders named 10_dog as kohya does: ten repeats, and dog as caption of bare images"
+    )
+    shuffle_tags: bool = Field(False, description="put the tags of a caption, between commas, in a new order each time")
+    keep_tags: int = Field(0, ge=0, le=1000, description="first tags that stay in place, beside the trigger")
+    drop_tags: float = Field(0.0, ge=0, lt=1, description="part of the other tags left out, others each time")
     holdout: float = Field(64, ge=0, description="images held out of training for validation; below 1: a part of all")
     buckets: bool = Field(True, description="keep aspect ratios, in buckets; else crop squares")
     bucket_step: int = Field(

@@ -19,8 +19,9 @@ FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "t
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r"
-    job = AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks")
-    train_adapter(job, FEW)
+    few = [*FEW, "adapter.prior.images=2", "adapter.prior.steps=2"]
+    job = AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks", class_prompt="a shape")
+    train_adapter(job, few)
     told = capsys.readouterr()
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
@@ -28,8 +29,9 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
         assert sheet.size == (64 * len(WEIGHTS), 64)
     metadata = read_header(output / "adapter" / "adapter.safetensors")[1]
     assert '"sks' in metadata["ss_tag_frequency"]
+    assert len(list((output / "data").glob("class-*/images/*.png"))) == 2
     before = (output / "adapter" / "adapter.safetensors").read_bytes()
-    train_adapter(job, FEW)  # done: nothing happens
+    train_adapter(job, few)  # done: nothing happens
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
@@ -51,12 +53,15 @@ def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert fitting(given, saving("adapter")) == saving("adapter")[-1]
 
 
-def test_a_folder_without_images(models: Path, tmp_path: Path) -> None:
+def test_bad_input(models: Path, shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match="empty holds no images"):
         train_adapter(AdapterJob(str(tmp_path / "empty"), str(models / "sd15"), str(tmp_path / "r")), FEW)
     with pytest.raises(LdmError, match="data.source: .*nowhere does not exist"):
         train_adapter(AdapterJob(str(tmp_path / "nowhere"), str(models / "sd15"), str(tmp_path / "r")), FEW)
+    same = AdapterJob(str(shapes), str(models / "sd15"), str(tmp_path / "r"), trigger="A dog", class_prompt="a dog")
+    with pytest.raises(LdmError, match="adapter.prior.prompt and data.trigger are the same, 'a dog'"):
+        train_adapter(same, FEW)
 
 
 def test_a_new_word(

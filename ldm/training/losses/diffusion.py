@@ -24,7 +24,9 @@ class Timesteps:
 
     low: int = 0  # the first
     high: int = 999  # and the last, included
-    distribution: str = "uniform"  # or "logit-normal" (Esser et al. 2024, arXiv 2403.03206, section 3.1)
+    # or "logit-normal" (Esser et al. 2024, arXiv 2403.03206, section 3.1), "cubic" (Mou et al. 2023, arXiv 2302.08453,
+    # section 3.4)
+    distribution: str = "uniform"
     mean: float = 0.0  # of the logit-normal distribution; above 0: more noise
     std: float = 1.0
 
@@ -32,6 +34,8 @@ class Timesteps:
         """Timesteps (B,) at these quantiles (B,) of the distribution, from 0 to 1 without 1."""
         if self.distribution == "logit-normal":
             quantiles = torch.sigmoid(self.mean + self.std * torch.special.ndtri(quantiles))
+        if self.distribution == "cubic":
+            quantiles = 1 - quantiles**3
         span = self.high - self.low + 1
         return (self.low + (quantiles * span).long()).clamp(self.low, self.high)
 
@@ -102,10 +106,10 @@ class DiffusionLoss:
             return torch.ones(timestep.shape, device=timestep.device)
         return self.schedule.parametrisation.weight(self._of("snr", timestep), self.min_snr)
 
-    def __call__(self, prediction: Tensor, latents: Tensor, draw: Draw) -> Tensor:
-        """The weighted mean squared error of each sample: (B,), float32."""
+    def __call__(self, prediction: Tensor, latents: Tensor, draw: Draw, areas: Tensor | None = None) -> Tensor:
+        """The weighted mean squared error of each sample: (B,), float32; the mean by `areas` (B, 1, h, w), if given."""
         errors = (prediction.float() - self.target(latents, draw).float()) ** 2
-        return self.weight(draw.timestep) * errors.mean(dim=(1, 2, 3))
+        return self.weight(draw.timestep) * mean_by(errors, areas)
 
     def _scales(self, draw: Draw, like: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ of a draw, to multiply latents by: (B, 1, 1, 1) each."""
@@ -117,3 +121,11 @@ class DiffusionLoss:
         values = getattr(self, table).to(timestep.device)
         setattr(self, table, values)
         return values[timestep]
+
+
+def mean_by(errors: Tensor, areas: Tensor | None) -> Tensor:
+    """The mean (B,) of errors (B, C, h, w), or the mean weighted by areas (B, 1, h, w); 0 where all weights are 0."""
+    if areas is None:
+        return errors.mean(dim=(1, 2, 3))
+    sums = (errors.mean(dim=1, keepdim=True) * areas).sum(dim=(1, 2, 3))
+    return sums / areas.sum(dim=(1, 2, 3)).clamp(min=torch.finfo(areas.dtype).tiny)

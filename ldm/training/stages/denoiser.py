@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
@@ -101,22 +102,36 @@ def learners(section: DenoiserSection, parts: Components) -> dict[str, Learner]:
 
 
 def passes(
-    section: DenoiserSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
+    section: DenoiserSection,
+    parts: Components,
+    found: Mapping[str, Learner],
+    size: int,
+    cached: bool,
+    more: Mapping[str, Tensor] | None = None,
 ) -> ForwardPasses:
-    """The U-Net; the autoencoder and the text encoders before it, unless their outputs are cached."""
+    """The U-Net; the autoencoder and the text encoders before it, unless their outputs are cached.
+
+    `more` are inputs that it reads beside the text, of one image.
+    """
     unet, encoders, side = parts.unet, parts.text_encoders, size // parts.family.autoencoder.factor
     image = torch.empty(1, 3, size, size, device="meta")
     tokens = [torch.zeros(1, tower.context, dtype=torch.long, device="meta") for tower in parts.family.text]
     latents, timestep, cond = blank(parts.family, side, side)
-    if section.attention == "math":  # the only kernel that keeps the attention scores
-        for layer in attention_layers(unet):
-            layer.kernel = math
+    cond = replace(cond, more=more or {})
+    count_attention(section, unet)
     frozen: list[Pass] = [] if cached else [lambda: parts.autoencoder.encode(image).mode()]
     if section.train_text:
         return ForwardPasses(lambda: unet(latents, timestep, replace(cond, text=encoders.encode(tokens).text)), frozen)
     if not cached:
         frozen.append(lambda: encoders.encode(tokens).text)
     return ForwardPasses(lambda: unet(latents, timestep, cond), frozen)
+
+
+def count_attention(section: DenoiserSection, network: nn.Module) -> None:
+    """Let a network on the meta device keep what its kernel of attention keeps."""
+    if section.attention == "math":  # the only kernel that keeps the attention scores
+        for layer in attention_layers(network):
+            layer.kernel = math
 
 
 def blank(family: Family, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -205,9 +220,21 @@ class DenoiserStage:
         """The weighted error of the prediction for each sample."""
         latents = self.latents(batch, "posterior")
         draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
-        said = prompt(batch, self.model.family, self.dropout, self.seed, self.score)
+        said = self.said(batch, self.dropout)
         prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
-        yield Loss("unet", self.loss(prediction, latents, draw) * batch.weights)
+        yield Loss("unet", batch.weights * self.loss(prediction, latents, draw, self.areas(batch, latents)))
+
+    def areas(self, batch: Batch, latents: Tensor) -> Tensor | None:
+        """Weights (B, 1, h, w) of errors by the part of a latent that a mask covers; None without masks."""
+        if "mask" not in batch.beside:
+            return None
+        height, width = latents.shape[2:]
+        covered = F.adaptive_avg_pool2d(batch.beside["mask"], (height, width))
+        return covered.clamp(min=self.section.outside_mask)
+
+    def said(self, batch: Batch, dropout: ConditioningDropout) -> Prompt:
+        """The inputs of the network beside the latents, after conditioning dropout."""
+        return prompt(batch, self.model.family, dropout, self.seed, self.score)
 
     def predict(self, module: nn.Module, x: Tensor, timestep: Tensor, said: Prompt) -> Tensor:
         """The U-Net's prediction (B, C, h, w); text encoders that are not trained get no gradient."""
@@ -246,7 +273,7 @@ class DenoiserStage:
                 epochs = [-1 - number] * len(batch.keys)
                 latents = self.latents(batch, "validation")
                 draw = self.plain_loss.draw(latents.shape[1:], self.seed, batch.keys, epochs).to(latents.device)
-                said = prompt(batch, self.model.family, self.no_dropout, self.seed, self.score)
+                said = self.said(batch, self.no_dropout)
                 prediction = self.predict(module, self.plain_loss.noisy(latents, draw), draw.timestep, said)
                 errors = self.plain_loss(prediction, latents, draw)
                 total += torch.stack([errors.sum(), torch.ones_like(errors).sum()])
