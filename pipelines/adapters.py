@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ class Adapters:
 
     def _unknown(self, one: Wanted, files: Sequence[Path]) -> str:
         """The message for a name that is not known."""
-        known = sorted({*self.names, *(file.stem for file in files), *builtin_adapters()})
+        own = get_close_matches(one.name, builtin_adapters(), 1)  # which are for one model alone
+        known = sorted({*self.names, *(file.stem for file in files), *own})
         gone = f"{one.path} is gone, and " if one.path else ""
         where = f" in {self.folder}" if self.folder else ""
         remedy = "" if self.folder else "name the folder of LoRA files (lora_dir=, --lora-dir), or the path of the file"
