@@ -9,7 +9,6 @@ import pytest
 import torch
 from runs import _fresh_accelerator as _fresh_accelerator
 from runs import check_golden, config, interrupted, lines, losses
-from safetensors.torch import load_file
 
 from ldm.errors import LdmError
 from ldm.training.config import Config
@@ -76,10 +75,9 @@ def test_the_model_stays_and_the_files_hold_the_network(shapes: Path, tmp_path: 
     train(chosen)  # resumes at the end and writes
     folder = tmp_path / "r" / "t2i-adapter" / "t2i-adapter"
     trained = stage.attachment.trained.state_dict()
-    found = open_control_model(folder, stage.model.family).load(torch.float32)
-    assert all(torch.equal(trained[name], weight) for name, weight in found.state_dict().items())
-    assert torch.equal(load_file(folder.with_suffix(".safetensors"))["body.0.block1.weight"],
-                       trained["adapter.body.0.resnets.0.block1.weight"])  # fmt: skip
+    for source in (folder, folder.with_suffix(".safetensors")):
+        found = open_control_model(source, stage.model.family).load(torch.float32)
+        assert all(torch.equal(trained[name], weight) for name, weight in found.state_dict().items())
 
 
 def test_it_learns(shapes: Path, tmp_path: Path) -> None:
