@@ -57,6 +57,8 @@ class AdapterJob:
         """
         if self.kind not in STAGES:
             raise LdmError(f"--kind {self.kind!r} is not known; {suggestion(self.kind, list(STAGES))}")
+        if "stages" in named:
+            raise LdmError("stages: --kind chooses what is trained here; other stages are for ldm train")
         if self.kind == "lora" and self.initial:
             raise LdmError("--initial is for a new word (--kind textual-inversion); leave it out")
         if self.kind != "lora" and self.class_prompt:

@@ -92,3 +92,8 @@ def test_a_new_word(
 def test_kinds(given: dict[str, str], message: str) -> None:
     with pytest.raises(LdmError, match=message):
         train_adapter(AdapterJob("images", "emoji", "r", **given), [])
+
+
+def test_other_stages_are_refused() -> None:
+    with pytest.raises(LdmError, match="stages: --kind chooses what is trained here"):
+        train_adapter(AdapterJob("images", "emoji", "r"), ["stages=[base]"])
