@@ -57,6 +57,9 @@ class AdapterJob:
         """
         if self.kind not in STAGES:
             raise LdmError(f"--kind {self.kind!r} is not known; {suggestion(self.kind, list(STAGES))}")
+        for name, value in {"IMAGES": self.images, "--model": self.model, "--output": self.output}.items():
+            if not value:
+                raise LdmError(f"{name} is empty; give a path")
         if "stages" in named:
             raise LdmError("stages: --kind chooses what is trained here; other stages are for ldm train")
         if self.kind == "lora" and self.initial:

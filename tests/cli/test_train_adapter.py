@@ -94,6 +94,8 @@ def test_kinds(given: dict[str, str], message: str) -> None:
         train_adapter(AdapterJob("images", "emoji", "r", **given), [])
 
 
-def test_other_stages_are_refused() -> None:
+def test_what_the_door_cannot_do() -> None:
+    with pytest.raises(LdmError, match="--output is empty"):
+        train_adapter(AdapterJob("images", "emoji", ""), [])
     with pytest.raises(LdmError, match="stages: --kind chooses what is trained here"):
         train_adapter(AdapterJob("images", "emoji", "r"), ["stages=[base]"])
