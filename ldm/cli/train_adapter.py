@@ -100,6 +100,8 @@ def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
     check_paths(settings)
     begun = Path(settings.output) / "config.yaml"
     if begun.exists():  # a run that goes on keeps what was chosen for it
+        if (stages := load(begun).stages) != settings.stages:
+            raise LdmError(f"{settings.output} holds a run of {', '.join(stages)}; choose another --output")
         train_models(str(begun), given)
     else:
         count = count_images(Path(job.images))

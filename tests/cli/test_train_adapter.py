@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,8 @@ def test_a_new_word(
     assert open_embedding(folder / "embeddings" / "_sks_.safetensors").vectors[""].shape[0] == 4
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.size == (2 * 64, 2 * 64)
+    with pytest.raises(LdmError, match="r holds a run of textual-inversion; choose another --output"):
+        train_adapter(replace(job, kind="lora", initial=""), [])
 
 
 @pytest.mark.parametrize(
