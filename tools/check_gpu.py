@@ -36,7 +36,7 @@ from ldm.models.layers import GEGLU
 from ldm.runtime import fused_gpu
 from ldm.training.config import load
 from ldm.training.run import train
-from ldm.training.selftest import Ground, draw_images
+from ldm.training.selftest import Ground, lay_out
 from pipelines import Pipeline
 
 STEPS = 30
@@ -121,7 +121,7 @@ def selftest(precision: str) -> Finding:
 def curves() -> Finding:
     """Compare the losses of the stage base on the GPU, in fp32 and bf16, with those on the CPU in fp32."""
     with tempfile.TemporaryDirectory() as folder:
-        draw_images(Path(folder, "images"))
+        lay_out(Path(folder))
         expected = losses(Path(folder), "cpu", "no", ACCELERATE_USE_CPU="true")
         found = {precision: losses(Path(folder), precision, precision, **EXACT) for precision in ("no", "bf16")}
     far = {name: distance(own, expected) for name, own in found.items()}
@@ -133,7 +133,7 @@ def memory() -> Finding:
     """Check that a run with too little memory uses smaller micro-batches and has the same losses."""
     changes: dict[str, Any] = {"base__sizes": [{"size": 256}], "base__batch": 64}
     with tempfile.TemporaryDirectory() as folder:
-        draw_images(Path(folder, "images"))
+        lay_out(Path(folder))
         expected = losses(Path(folder), "whole", "no", **changes, **EXACT)
         peak = int((Path(folder) / "whole.peak").read_text())
         found = losses(Path(folder), "cut", "no", limit=int(ROOM * peak), **changes, **EXACT)

@@ -31,7 +31,7 @@ from rich.table import Table
 from ldm.training.config import Config
 from ldm.training.loop import Stopped
 from ldm.training.run import train
-from ldm.training.selftest import Ground, draw_images
+from ldm.training.selftest import Ground, lay_out
 from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.stage import Cached
 from ldm.training.stages.table import KINDS
@@ -86,7 +86,7 @@ def check(
     """Check these kinds of runs with so many processes each; the signals in `ends` are divided among the kinds."""
     torch.set_num_threads(1)
     ground = Ground(folder, "no", 8)
-    draw_images(folder / "images")
+    lay_out(folder)
     draw.shuffle(ends)
     for number, kind in enumerate(kinds):
         yield check_kind(ground, kind, ends[number :: len(kinds)], draw, processes)

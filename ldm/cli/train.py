@@ -86,12 +86,15 @@ def _short(name: str, value: float) -> str:
 def make_images(
     model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int], settings: Mapping[str, Any]
 ) -> list[Image.Image]:
-    """An image of each prompt, all in one call; the settings are those of `Pipeline.request`."""
+    """An image of each prompt, all in one call; the settings are those of `Pipeline` and `Pipeline.request`."""
     from pipelines import Pipeline
+    from pipelines.settings import LOADING
 
+    loading = {row.name: settings[row.name] for row in LOADING if row.name in settings}
+    own = {name: value for name, value in settings.items() if name not in loading}
     width, height = size
-    images = Pipeline(model)(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **settings)
-    return images.images
+    pipeline = Pipeline(model, **loading)
+    return pipeline(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **own).images
 
 
 def fields() -> str:

@@ -29,6 +29,11 @@ def check_bounds(config: Config) -> None:
         except LdmError as error:
             raise LdmError(f"{name}.{error}") from None
         _check_sizes(name, sizes, config.data.bucket_step)
+        for kind in set(section.beside) - config.data.beside.named().keys():
+            raise LdmError(f"data.beside.{kind}: the stage {name} reads it; name a folder, a column, or what makes it")
+        for key in section.needed:
+            if getattr(section, key) is None:
+                raise LdmError(f"{name}.{key} is not set: {type(section).model_fields[key].description}")
         prior = getattr(section, "prior", None)
         if isinstance(prior, PriorSection) and prior.prompt:
             _check_prior(name, section, prior, config.data)
@@ -85,6 +90,10 @@ def check_paths(config: Config) -> None:
     for place, model in _models(config):
         _check_model(place, model)
     for name in config.stages:
+        for key in ("source", "encoder"):
+            given = getattr(getattr(config, name), key, None)
+            if given and not HUB_ID.fullmatch("/".join(given.split("/")[:2])) and not Path(given).exists():
+                raise LdmError(f"{name}.{key}: {given} does not exist; give a folder, a file or a name of the Hub")
         evaluation = getattr(getattr(config, name), "evaluation", None)
         if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
             _check_images(f"{name}.evaluation.data", evaluation.data, stream=False)

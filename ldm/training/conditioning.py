@@ -7,8 +7,8 @@ B batch, M tokens, K text encoders
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class ConditioningDropout:
     caption: tuple[float, ...] = (0.1,)  # for each text encoder, or one rate for all
     together: bool = False  # whether a caption is dropped for all text encoders together
     size: float = 0.0  # rate of dropped time ids, which become zeros
+    image: float = 0.0  # rate of dropped images that the network reads beside the text
+    both: float = 0.0  # rate of captions and images that are dropped together, besides those
 
     def captions(self, seed: int, keys: Sequence[str], epochs: Sequence[int], encoders: int) -> Tensor:
         """A mask of the captions that are dropped, for each text encoder: (B, K)."""
@@ -34,6 +36,7 @@ class ConditioningDropout:
         rows = [
             [
                 uniform(seed, "drop caption", key, epoch, 0 if self.together else k) < rate
+                or self._both(seed, key, epoch)
                 for k, rate in enumerate(rates)
             ]
             for key, epoch in zip(keys, epochs, strict=True)
@@ -46,14 +49,28 @@ class ConditioningDropout:
             [uniform(seed, "drop size", key, epoch) < self.size for key, epoch in zip(keys, epochs, strict=True)]
         )
 
+    def images(self, seed: int, keys: Sequence[str], epochs: Sequence[int]) -> Tensor:
+        """A mask of the images that are dropped: (B,)."""
+        return torch.tensor(
+            [
+                uniform(seed, "drop image", key, epoch) < self.image or self._both(seed, key, epoch)
+                for key, epoch in zip(keys, epochs, strict=True)
+            ]
+        )
+
+    def _both(self, seed: int, key: str, epoch: int) -> bool:
+        """Whether caption and image of a sample are dropped together."""
+        return uniform(seed, "drop both", key, epoch) < self.both
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """Texts and time ids of a batch after conditioning dropout, before the texts are encoded."""
+    """Texts, time ids and further inputs of a batch after conditioning dropout, before the texts are encoded."""
 
     texts: list[list[str]]  # for each of the K text encoders, B texts
     dropped: Tensor  # (B, K): mask of the texts that are dropped
     size: Tensor | None  # (B, 6 or 5) time ids
+    more: Mapping[str, Tensor] = field(default_factory=dict)  # (B, …) each: inputs beside the text, by name
 
 
 def prompt(batch: Batch, family: Family, dropout: ConditioningDropout, seed: int, default_score: float) -> Prompt:
@@ -79,7 +96,8 @@ def encode(encoders: TextEncoders, texts: Sequence[Sequence[str]]) -> Conditioni
 
 def conditioning(encoded: Conditioning, prompt: Prompt, family: Family) -> Conditioning:
     """Encoded texts and time ids; dropped texts become zeros where the family has zeros for an empty prompt."""
-    cond = replace(encoded, size=None if prompt.size is None else prompt.size.to(encoded.text.device))
+    size = None if prompt.size is None else prompt.size.to(encoded.text.device)
+    cond = replace(encoded, size=size, more=prompt.more)
     if not family.zero_empty_prompt or not bool(prompt.dropped.any()):
         return cond
     keep = (~prompt.dropped).to(cond.text)  # (B, K)

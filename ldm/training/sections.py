@@ -74,6 +74,8 @@ class SizeSection(Section):
 class StageSection(Section):
     """The settings that all stages share."""
 
+    beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage reads
+    needed: ClassVar[tuple[str, ...]] = ()  # keys that have no default
     fixed: ClassVar[tuple[str, ...]] = ()  # keys whose values stay while a run goes on, because its weights need them
     steps: int = Field(100_000, ge=1, description="updates of the weights")
     batch: int = Field(32, ge=1, description="images in an update, over all devices")

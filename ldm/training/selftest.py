@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
@@ -36,7 +37,7 @@ from ldm.training.stages.autoencoder import AutoencoderStage
 from ldm.training.stages.denoiser import encode_images
 from ldm.training.stages.stage import Loss, Stage
 from ldm.training.stages.table import KINDS, kind_named
-from ldm.training.stages.trial import MODEL, SIDE
+from ldm.training.stages.trial import ENCODER, MODEL, SIDE
 
 IMAGES = 32
 STEPS = 4
@@ -66,10 +67,14 @@ class Ground:
             "trackers": [],
             "data": {
                 "source": str(self.folder / "images"), "holdout": 0, "workers": 0, "buckets": False, "bucket_step": 8,
+                "beside": {"condition": "gray"},
             },
             "model": copy.deepcopy(MODEL),
         }  # fmt: skip
-        dump |= {kind.name: {**COMMON, "batch": self.batch, **copy.deepcopy(kind.trial)} for kind in KINDS}
+        encoder = str(self.folder / "encoder")
+        for kind in KINDS:
+            own = {key: encoder if value is ENCODER else copy.deepcopy(value) for key, value in kind.trial.items()}
+            dump[kind.name] = {**copy.deepcopy(COMMON), "batch": self.batch, **own}
         for place, value in changes.items():
             *path, key = place.split("__")
             section = dump
@@ -117,7 +122,7 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
     if batch > IMAGES:
         raise LdmError(f"{accelerator.num_processes} processes: the test is made for {IMAGES // 4} at the most")
     if accelerator.is_main_process:
-        draw_images(folder / "images")
+        lay_out(folder)
     accelerator.wait_for_everyone()
     ground, well = Ground(folder, precision, batch), True
     for check in CHECKS:
@@ -129,14 +134,18 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
     return well
 
 
-def draw_images(folder: Path) -> None:
-    """Draw wide images, each with its own caption, where the colour of a pixel tells its place."""
+def lay_out(ground: Path) -> None:
+    """Draw wide images, each with its own caption, where a pixel's colour tells its place; write an image encoder."""
+    folder = ground / "images"
     folder.mkdir(parents=True)
     for number in range(IMAGES):
         across, down = np.meshgrid(np.arange(48), np.arange(40))
         pixels = np.stack([across * 5, down * 6, np.full_like(down, number * 7)], axis=-1)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(f"image number {number}", encoding="utf-8")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER)).save_pretrained(ground / "encoder")
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ WORDS = {  # another program's word -> our key
     "target_modules": "adapter.layers",
     **dict.fromkeys(("learnable_property", "use_object_template", "use_style_template"), "textual-inversion.templates"),
     **dict.fromkeys(("train_text_encoder_ti", "pivotal_tuning"), "textual-inversion.pivotal"),
+    **dict.fromkeys(("controlnet_model_name_or_path", "control_net_weights"), "controlnet.source"),
+    **dict.fromkeys(("conditioning_image_column", "conditioning_data_dir"), "data.beside.condition"),
     "mixed_precision": "precision",
     **dict.fromkeys(("output_dir", "output_name", "workspace_dir"), "output"),
     **dict.fromkeys(("report_to", "log_with"), "trackers"),

@@ -25,6 +25,7 @@ UNET_CLASSES = ("UNet2DConditionModel",)
 AUTOENCODER_CLASSES = ("AutoencoderKL", "VQModel")
 CONTROLNET_CLASSES = ("ControlNetModel",)
 T2I_CLASSES = ("T2IAdapter",)
+_UNET_ALONE = ("up_block_types", "out_channels", "sample_size")  # options that a ControlNet does not have
 
 # options and the only values that our networks support
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -328,6 +329,18 @@ def read_controlnet(where: str, json: Json) -> ControlNetConfig:
     return config
 
 
+def write_controlnet(config: ControlNetConfig) -> dict[str, Any]:
+    """diffusers' `config.json` of a `ControlNetModel`."""
+    json = {name: value for name, value in write_unet(config).items() if name not in _UNET_ALONE}
+    return json | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": list(config.image_channels),
+        "controlnet_conditioning_channel_order": "bgr" if config.bgr else "rgb",
+        "global_pool_conditions": config.pooled,
+    }
+
+
 T2I_KINDS = ("full_adapter", "full_adapter_xl", "light_adapter")
 
 
@@ -351,6 +364,28 @@ def read_t2i_adapter(where: str, json: Json) -> T2IAdapterConfig:
         )
     reader.done({})
     return config
+
+
+def write_t2i_adapter(config: T2IAdapterConfig) -> dict[str, Any]:
+    """diffusers' `config.json` of a `T2IAdapter`.
+
+    Raises:
+        LdmError: diffusers has none with these maps.
+    """
+    count = len(config.channels)
+    kind = "light_adapter" if config.light else "full_adapter"
+    if config.halves != t2i_halves(count, False):
+        kind = "full_adapter_xl"
+        if config.light or config.halves != t2i_halves(count, True):
+            raise LdmError(f"diffusers has no T2I-Adapter whose maps are halved as {list(config.halves)}")
+    return {
+        "_class_name": "T2IAdapter",
+        "adapter_type": kind,
+        "channels": list(config.channels[:-1] if config.light else config.channels),
+        "downscale_factor": config.factor,
+        "in_channels": config.in_channels,
+        "num_res_blocks": config.layers,
+    }
 
 
 def t2i_halves(count: int, xl: bool) -> tuple[bool, ...]:

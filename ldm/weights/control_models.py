@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from os import PathLike
 from pathlib import Path
 
@@ -162,23 +162,40 @@ def config_of(path: Path, infos: Infos, family: Family) -> ControlNetConfig | T2
         LdmError: no family's shapes are those of the tensors; the message has the differences to the model's.
     """
     if _is_t2i_adapter(infos):
-        return _t2i_config(path, infos)
+        return _own_t2i_config(infos, family) or _t2i_config(path, infos)
     pooled = "shuffle" in path.stem.lower()  # its configuration says so, of which the file has none
     if pooled:
         log.warning("%s: its residuals are averaged over the image, as its name says (shuffle)", path)
     channels = _image_channels(infos)
-    candidates = [_controlnet_config(one.unet, channels, pooled) for one in (family, *FAMILIES.values())]
+    candidates = [controlnet_config(one.unet, channels, pooled) for one in (family, *FAMILIES.values())]
     for config in candidates:
-        with torch.device("meta"):
-            shapes = {name: tuple(weight.shape) for name, weight in ControlNet(config).named_parameters()}
-        for _, layout in names_of(config):
-            links = layout(shapes)
-            if all(link.theirs in infos and infos[link.theirs].shape == link.shape(shapes) for link in links):
-                return config
+        if _holds(infos, config):
+            return config
     return candidates[0]  # whose differences are named when the tensors are looked up
 
 
-def _controlnet_config(unet: UNetConfig, image_channels: tuple[int, ...], pooled: bool) -> ControlNetConfig:
+def _holds(infos: Infos, config: ControlNetConfig | T2IAdapterConfig) -> bool:
+    """Whether the tensors are those of a control model with this configuration, in one of its layouts."""
+    with torch.device("meta"):
+        network = T2IAdapter(config) if isinstance(config, T2IAdapterConfig) else ControlNet(config)
+    shapes = {name: tuple(weight.shape) for name, weight in network.named_parameters()}
+    return any(
+        all(link.theirs in infos and infos[link.theirs].shape == link.shape(shapes) for link in layout(shapes))
+        for _, layout in names_of(config)
+    )
+
+
+def _own_t2i_config(infos: Infos, family: Family) -> T2IAdapterConfig | None:
+    """The configuration of a T2I-Adapter that was trained here for models of a family, if the tensors are its."""
+    try:
+        candidates = [t2i_config(family, channels) for channels in (3, 1)]
+    except LdmError:  # the family has none
+        return None
+    return next((config for config in candidates if _holds(infos, config)), None)
+
+
+def controlnet_config(unet: UNetConfig, image_channels: tuple[int, ...], pooled: bool = False) -> ControlNetConfig:
+    """The configuration of a ControlNet for a U-Net."""
     own = {field.name: getattr(unet, field.name) for field in fields(UNetConfig)}
     # without the mask and image that some U-Nets read, and the guidance scale that LCMs read
     own |= {"in_channels": unet.out_channels, "guidance_dim": 0}
@@ -221,6 +238,22 @@ def _t2i_config(path: Path, infos: Infos) -> T2IAdapterConfig:
     return T2IAdapterConfig(tuple(channels), halves, layers, in_channels, factor, light)
 
 
+def t2i_config(family: Family, in_channels: int = 3) -> T2IAdapterConfig:
+    """The configuration of a full T2I-Adapter for models of a family; for SDXL's with a map for the middle.
+
+    Raises:
+        LdmError: diffusers has no T2I-Adapter for such models.
+    """
+    unet, scales = family.unet, _scales(family)
+    for count in (len(scales), len(scales) - 1):
+        own = scales[:count]
+        halves = (False, *(after > before for before, after in pairwise(own)))
+        if halves in (configs.t2i_halves(count, False), configs.t2i_halves(count, True)):
+            channels = (*unet.channels, unet.channels[-1])[:count]
+            return T2IAdapterConfig(channels, halves, in_channels=in_channels, factor=own[0])
+    raise LdmError(f"no T2I-Adapter has maps for the levels of {_named(family)}; take a ControlNet")
+
+
 # --- which models it fits ---------------------------------------------------------------------------------------------
 
 
@@ -252,11 +285,17 @@ def fits(config: ControlNetConfig | T2IAdapterConfig, family: Family) -> bool:
         same = ("channels", "layers", "text_dim", "pooled_dim", "size_ids", "size_dim")
         alike = all(getattr(config, name) == getattr(unet, name) for name in same)
         return alike and config.in_channels == unet.out_channels and config.factor == factor
-    last = len(unet.channels) - 1
-    # a level without transformers gets its map after it has halved the sides
-    scales = [factor * 2 ** (level + (depth == 0 and level < last)) for level, depth in enumerate(unet.depth)]
-    scales.append(factor * 2**last)
+    last, scales = len(unet.channels) - 1, _scales(family)
     own = [config.factor * 2**count for count in accumulate(int(half) for half in config.halves)]
     channels = (*unet.channels, unet.channels[-1])
     count = len(own)
     return last < count <= last + 2 and own == scales[:count] and config.channels == channels[:count]
+
+
+def _scales(family: Family) -> list[int]:
+    """Pixels for each place of a U-Net's maps that get features, along one side: those of its levels and its middle."""
+    depths, factor = family.unet.depth, family.autoencoder.factor
+    last = len(depths) - 1
+    # a level without transformers gets its map after it has halved the sides
+    levels = [factor * 2 ** (level + (depth == 0 and level < last)) for level, depth in enumerate(depths)]
+    return [*levels, factor * 2**last]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -46,6 +47,15 @@ class ImageEncoder:
         size, weight = self.tower.config.image_size, next(self.tower.parameters())
         pixels = torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device)
         return self.tower(pixels, output_hidden_states=True).hidden_states[-2]
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, patches: bool) -> Tensor:
+        """The features of images (B, 3, H, W) in [-1, 1]: patches (B, P, F), or embeddings (B, E)."""
+        weight, size = next(self.tower.parameters()), self.tower.config.image_size
+        inputs = prepared_pixels(pixels.to(weight.device), size).to(weight.dtype)
+        if patches:
+            return self.tower(inputs, output_hidden_states=True).hidden_states[-2]
+        return self.tower(inputs).image_embeds
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         weight = next(self.tower.parameters())
@@ -81,6 +91,34 @@ def prepared(image: Image.Image, size: int) -> Tensor:
     return (pixels - mean) / std
 
 
+def prepared_pixels(pixels: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as `prepared`, up to the rounding of pixels: (B, 3, size, size)."""
+    short, long = sorted(pixels.shape[2:])
+    longer = int(size * long / short)
+    height, width = (longer, size) if pixels.shape[3] <= pixels.shape[2] else (size, longer)
+    if (height, width) != tuple(pixels.shape[2:]):
+        pixels = F.interpolate(pixels.float(), size=(height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (height - size) // 2, (width - size) // 2
+    pixels = pixels[:, :, top : top + size, left : left + size] / 2 + 0.5
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def blank_encoder(source: str | PathLike[str]) -> Any:
+    """An image encoder's network, from its configuration alone, with random weights on the default device.
+
+    Raises:
+        LdmError: there is none.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    name, folder = _place(source)
+    try:
+        return CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(name, subfolder=folder))
+    except Exception as error:  # those of files, of the Hub and of transformers' own checks
+        raise LdmError(f"image encoder {source}: {first_line(error)}") from None
+
+
 def load_image_encoder(
     source: str | PathLike[str],
     dtype: torch.dtype,
@@ -96,14 +134,7 @@ def load_image_encoder(
     """
     from transformers import CLIPVisionModelWithProjection  # takes seconds
 
-    path = Path(source)
-    if (path / "image_encoder").is_dir():
-        path = path / "image_encoder"
-    name, folder = (str(path), "") if path.exists() else _on_hub(str(source))
-    if not name or path.is_file():
-        raise LdmError(f"{path}: an image encoder's folder (config.json, model.safetensors) or Hub name is needed")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise LdmError(f"{path} is no image encoder's folder: it has no config.json")
+    name, folder = _place(source)
     safe = None if allow_pickle else True
     try:
         with _without_progress_bar():
@@ -115,8 +146,25 @@ def load_image_encoder(
     tower, found = loaded
     lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
     if lacking:
-        raise LdmError(f"{path} is no CLIP vision tower: it lacks {listing(sorted(lacking))}")
+        raise LdmError(f"{name} is no CLIP vision tower: it lacks {listing(sorted(lacking))}")
     return ImageEncoder(tower.eval().requires_grad_(False).to(device))
+
+
+def _place(source: str | PathLike[str]) -> tuple[str, str]:
+    """The folder of an image encoder, or its Hub name and the folder within the repository.
+
+    Raises:
+        LdmError: the source is neither.
+    """
+    path = Path(source)
+    if (path / "image_encoder").is_dir():
+        path = path / "image_encoder"
+    name, folder = (str(path), "") if path.exists() else _on_hub(str(source))
+    if not name or path.is_file():
+        raise LdmError(f"{path}: an image encoder's folder (config.json, model.safetensors) or Hub name is needed")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LdmError(f"{path} is no image encoder's folder: it has no config.json")
+    return name, folder
 
 
 @contextmanager

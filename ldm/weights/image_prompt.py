@@ -16,15 +16,16 @@ import torch
 
 from ldm.errors import LdmError, listing
 from ldm.families import Family
-from ldm.files import check_digest, file_digest
+from ldm.files import check_digest, file_digest, replacing
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
 from ldm.weights.components import ComponentSource, fill_alone, is_adapter
+from ldm.weights.folder import check_float, link_outputs
 from ldm.weights.hub import fetch_file
 from ldm.weights.layouts import UNET_PREFIX, Link
 from ldm.weights.names import HUB_FILE
-from ldm.weights.tensors import TensorInfo, open_store
+from ldm.weights.tensors import LINEAGE, TensorInfo, open_store, write_safetensors
 
 Infos = Mapping[str, TensorInfo]
 PROJECTION, LAYERS = "image_proj.", "ip_adapter."
@@ -86,6 +87,27 @@ def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pick
         adapter = ImagePromptAdapter(config, widths)
     part = ComponentSource(store, [("", original), ("", diffusers)])
     return OpenedImagePrompt(path, str(source) if fetched else "", adapter, part, part.links(adapter))
+
+
+def write_image_prompt(
+    adapter: ImagePromptAdapter,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
+    lineage: str = "",
+) -> None:
+    """Write an IP-Adapter atomically as a file with its authors' names, which diffusers reads too.
+
+    `dtype` converts the weights; `lineage`, if it is not empty, goes into the header.
+
+    Raises:
+        LdmError: the file exists and `overwrite` is not set, or writing fails.
+    """
+    check_float(dtype)
+    outputs = link_outputs(original(dict(adapter.named_parameters())), adapter, dtype)
+    with replacing(path, False, overwrite, sum(output.info.nbytes for output in outputs)) as temporary:
+        write_safetensors(temporary, outputs, {LINEAGE: lineage} if lineage else {})
 
 
 # --- what a file is ---------------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ from ldm.data.keyed import uniform
 from ldm.training import selftest
 from ldm.training.loop import Training
 from ldm.training.optimizers import learning_rate
-from ldm.training.selftest import Ground, draw_images
+from ldm.training.selftest import Ground, lay_out
 from ldm.training.stages.text import ContrastiveStage
 
 
 @pytest.fixture
 def ground(tmp_path: Path) -> Ground:
     Accelerator()
-    draw_images(tmp_path / "images")
+    lay_out(tmp_path)
     return Ground(tmp_path, "no", 4)
 
 

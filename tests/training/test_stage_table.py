@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm.evaluation.networks.lpips import LPIPS, save_lpips
-from ldm.training.selftest import Ground, draw_images
+from ldm.training.selftest import Ground, lay_out
 from ldm.training.stages.autoencoder import AutoencoderStage
+from ldm.training.stages.ip_adapter import ImagePromptStage
 from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.table import KINDS
 
@@ -39,6 +40,9 @@ CASES: dict[str, list[dict[str, Any]]] = {  # options of each kind that change w
         {"ema": {"decay": 0.9}},
     ],
     "textual-inversion": [{}, {"pivotal": True, "train_text": True, "ema": {"decay": 0.9}}],
+    "controlnet": [{}, {"ema": {"decay": 0.9}}],
+    "t2i-adapter": [{}],
+    "ip-adapter": [{}, {"kind": "base"}],
 }  # fmt: skip
 
 
@@ -53,7 +57,7 @@ def _fresh_accelerator() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("ground")
-    draw_images(folder / "images")
+    lay_out(folder)
     torch.manual_seed(1)
     save_lpips(LPIPS("alex"), folder / "LPIPS.safetensors", {})
     return Ground(folder, "no", 8)
@@ -67,7 +71,8 @@ def test_names_and_results_are_those_of_published_runs() -> None:
     """Configurations, folders and checkpoints hold them."""
     assert [(kind.name, kind.result) for kind in KINDS] == [
         ("autoencoder", "model"), ("text", "model"), ("base", "model"), ("refiner", "model"),
-        ("adapter", "adapter.safetensors"), ("textual-inversion", "embeddings"),
+        ("adapter", "adapter.safetensors"), ("textual-inversion", "embeddings"), ("controlnet", "controlnet"),
+        ("t2i-adapter", "t2i-adapter"), ("ip-adapter", "ip-adapter.safetensors"),
     ]  # fmt: skip
 
 
@@ -89,6 +94,8 @@ def test_the_forecast_counts_what_the_stage_trains(ground: Ground, name: str, op
     networks: list[nn.Module] = [*stage.model.modules().values(), *(one.module for one in stage.players.values())]
     if isinstance(stage, AutoencoderStage) and stage.perceptual:
         networks.append(stage.perceptual)
+    if isinstance(stage, ImagePromptStage):
+        networks.append(stage.encoder.tower)
     everything = {id(p): p for network in networks for p in network.parameters()}.values()
     trained = sum(p.numel() for p in everything if p.requires_grad)
     in_optimizers = sum(

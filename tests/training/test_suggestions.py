@@ -27,6 +27,7 @@ from ldm.training.suggestions import ANSWERS, WORDS
         ("autoencoder.snr_gamma=5", "did you mean base.min_snr?"),
         ("resolution=512", "resolution is not known; write base.sizes=[{size: 512}]"),
         ("network_dim=32", "network_dim is not known; did you mean adapter.rank?"),
+        ("conditioning_data_dir=x", "did you mean data.beside.condition?"),
         ("network_module=networks.lora", "are the stage adapter"),
         ("initializer_token=cat", "write textual-inversion.words={'<cat>': {initial: cat, vectors: 4}}"),
         ("learnable_property=style", "did you mean textual-inversion.templates?"),

@@ -184,6 +184,9 @@ def test_timesteps_are_distributed_as_asked() -> None:
     uniform = Timesteps(100, 299).at(quantiles)
     assert (int(uniform.min()), int(uniform.max())) == (100, 299)
     assert torch.bincount(uniform).max() == torch.bincount(uniform)[100:].min() == 100
+    cubic = Timesteps(distribution="cubic").at(quantiles).double()
+    assert abs(float(cubic.mean()) - 749.5) < 1  # of 1 - q³
+    assert float((cubic < 500).double().mean()) == pytest.approx(1 - 0.5 ** (1 / 3), abs=1e-3)
     normal = Timesteps(distribution="logit-normal", mean=0.5, std=0.8).at(quantiles).double() / 1000
     logits = torch.logit(normal.clamp(1e-4, 1 - 1e-4))
     assert abs(float(logits.mean()) - 0.5) < 0.01

@@ -24,7 +24,9 @@ class Timesteps:
 
     low: int = 0  # the first
     high: int = 999  # and the last, included
-    distribution: str = "uniform"  # or "logit-normal" (Esser et al. 2024, arXiv 2403.03206, section 3.1)
+    # or "logit-normal" (Esser et al. 2024, arXiv 2403.03206, section 3.1), "cubic" (Mou et al. 2023, arXiv 2302.08453,
+    # section 3.4)
+    distribution: str = "uniform"
     mean: float = 0.0  # of the logit-normal distribution; above 0: more noise
     std: float = 1.0
 
@@ -32,6 +34,8 @@ class Timesteps:
         """Timesteps (B,) at these quantiles (B,) of the distribution, from 0 to 1 without 1."""
         if self.distribution == "logit-normal":
             quantiles = torch.sigmoid(self.mean + self.std * torch.special.ndtri(quantiles))
+        if self.distribution == "cubic":
+            quantiles = 1 - quantiles**3
         span = self.high - self.low + 1
         return (self.low + (quantiles * span).long()).clamp(self.low, self.high)
 

@@ -29,7 +29,7 @@ from ldm.training.optimizers import Group
 from ldm.training.stages import denoiser
 from ldm.training.stages.denoiser import DenoiserStage, Joint, read_by_unet
 from ldm.training.stages.sections import AdapterSection
-from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze
+from ldm.training.stages.stage import ForwardPasses, Learner, Loss, StageInputs, freeze, seeded
 from ldm.weights.adapters.layers import matching
 from ldm.weights.adapters.names import Place, parameter_of, towers, written
 from ldm.weights.components import Components
@@ -193,15 +193,9 @@ class AdapterStage(DenoiserStage):
         Raises:
             LdmError: see `DenoiserStage` and `chosen`.
         """
-
-        def seeded(section: AdapterSection, parts: Components) -> dict[str, Learner]:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(generator(given.seed, "adapter").initial_seed())
-                return choose(section, parts)
-
         super().__init__(
             given.name, given.section, given.model, given.accelerator, given.seed, given.make_images, given.texts,
-            seeded,
+            seeded(choose, given.seed, "adapter"),
         )  # fmt: skip
         self.data: TrainingImages = given.data
         self.output = given.folder.parent.name

@@ -80,7 +80,9 @@ class DenoiserSection(StageSection):
 
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
-    timesteps: Literal["uniform", "logit-normal"] = Field("uniform", description="distribution of timesteps")
+    timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
+        "uniform", description="distribution of timesteps; cubic: mostly those with much noise"
+    )
     timestep_range: tuple[int, int] | None = Field(None, description="first and last; null: all, refiner 0 to 199")
     logit_mean: float = Field(0.0, description="mean of the logit-normal distribution (Esser et al. 2024)")
     logit_std: float = Field(1.0, gt=0, description="its standard deviation")
@@ -103,6 +105,8 @@ class BaseSection(DenoiserSection):
     """The U-Net of the base model."""
 
     prior: PriorSection = PriorSection()
+    drop_before: Part = Field(0.05, description="part of the images before an edit dropped, if the U-Net reads them")
+    drop_both: Part = Field(0.05, description="part of which caption and such an image are dropped, besides those")
 
 
 class RefinerModelSection(ModelSection):
@@ -125,7 +129,7 @@ class AdapterEmaSection(EmaSection):
     decay: float = Field(0.0, ge=0, lt=1, description="decay of the exponential average; 0: none")
 
 
-class AdapterSection(DenoiserSection):
+class AdapterSection(BaseSection):
     """A low-rank adapter (LoRA and its kin) of the U-Net and, with `train_text`, of its text encoders."""
 
     place: ClassVar[str] = "adapter"  # in the configuration
@@ -135,7 +139,6 @@ class AdapterSection(DenoiserSection):
     steps: int = Field(2000, ge=1, description="updates of the weights")
     batch: int = Field(4, ge=1, description="images in an update, over all devices")
     ema: AdapterEmaSection = AdapterEmaSection()
-    prior: PriorSection = PriorSection()
     text_learning_rate: list[NotNegative] = Field(
         [5e-5], min_length=1, max_length=2, description="learning rate of each text encoder's adapter"
     )
@@ -272,6 +275,60 @@ class TextualInversionSection(AdapterSection):
         return pivotal
 
 
+class AttachedSection(DenoiserSection):
+    """A network beside a U-Net and text encoders that stay as they are."""
+
+    steps: int = Field(20_000, ge=1, description="updates of the weights")
+    batch: int = Field(16, ge=1, description="images in an update, over all devices")
+    ema: AdapterEmaSection = AdapterEmaSection()
+    source: str | None = Field(None, description="one to begin with: a folder, a file or a Hub name; null: a new one")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="numbers in the result's files")
+
+    @field_validator("train_text")
+    @classmethod
+    def _still(cls, train_text: bool) -> bool:
+        """Text encoders stay as they are."""
+        if train_text:
+            raise ValueError("the text encoders stay as they are here; leave it out")
+        return train_text
+
+
+class ControlSection(AttachedSection):
+    """A network that reads condition images."""
+
+    beside: ClassVar[tuple[str, ...]] = ("condition",)
+    drop_condition: Part = Field(0.0, description="part of the condition images that become black")
+
+
+class ControlNetSection(ControlSection):
+    """A ControlNet, which begins as a copy of the U-Net's way down."""
+
+    drop_caption: list[Part] = Field([0.5], min_length=1, max_length=2, description="part of the captions dropped")
+
+
+class T2IAdapterSection(ControlSection):
+    """A T2I-Adapter."""
+
+    timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
+        "cubic", description="distribution of timesteps; cubic: mostly those with much noise (Mou et al. 2023)"
+    )
+
+
+class ImagePromptSection(AttachedSection):
+    """An IP-Adapter: cross-attention that reads the image, or its condition image (`data.beside.condition`)."""
+
+    needed: ClassVar[tuple[str, ...]] = ("encoder",)
+    encoder: str | None = Field(
+        None,
+        description="image encoder: the folder or Hub name of a CLIPVisionModelWithProjection, or of a model with one",
+    )
+    kind: Literal["base", "plus"] = Field("base", description="form of a new one: base, or plus (reads patches)")
+    tokens: int | None = Field(None, ge=1, le=4096, description="tokens of an image; null: 4, plus 16")
+    drop_caption: list[Part] = Field([0.05], min_length=1, max_length=2, description="part of the captions dropped")
+    drop_image: Part = Field(0.05, description="part of the images dropped")
+    drop_both: Part = Field(0.05, description="part of which caption and image are dropped together, besides those")
+
+
 SECTIONS: dict[str, type[StageSection]] = {
     "autoencoder": AutoencoderSection,
     "text": TextSection,
@@ -279,4 +336,7 @@ SECTIONS: dict[str, type[StageSection]] = {
     "refiner": RefinerSection,
     "adapter": AdapterSection,
     "textual-inversion": TextualInversionSection,
+    "controlnet": ControlNetSection,
+    "t2i-adapter": T2IAdapterSection,
+    "ip-adapter": ImagePromptSection,
 }

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
@@ -197,3 +198,16 @@ def freeze(parts: Components) -> None:
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that require gradients."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def seeded(
+    learners: Callable[[S, Components], dict[str, Learner]], seed: int, name: str
+) -> Callable[[S, Components], dict[str, Learner]]:
+    """The function of a row with new networks drawn by the run's seed, and PyTorch's generator left as it was."""
+
+    def choose(section: S, parts: Components) -> dict[str, Learner]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(generator(seed, name).initial_seed())
+            return learners(section, parts)
+
+    return choose

@@ -21,3 +21,7 @@ MODEL: dict[str, Any] = {
 REFINER: dict[str, Any] = {
     "unet": {**UNET, "text_dim": 32}, "autoencoder": AUTOENCODER, "text": [{**TOWER, "projection": 32}],
 }  # fmt: skip
+ENCODER: dict[str, Any] = {  # the image encoder, whose folder takes its place in a section
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE,
+    "patch_size": 8, "projection_dim": 24,
+}  # fmt: skip
