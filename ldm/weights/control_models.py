@@ -24,6 +24,7 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
+from ldm.weights.builtin import builtin_adapter
 from ldm.weights.components import ComponentSource, fill_alone, is_adapter
 from ldm.weights.folder import store_of, weight_files
 from ldm.weights.hub import fetch
@@ -84,7 +85,7 @@ def open_control_model(
     Raises:
         LdmError: the source is no control model that is read here, is damaged, or was made for another family.
     """
-    path = Path(source)
+    path = builtin_adapter(source) or Path(source)
     if not path.exists() and HUB_ID.fullmatch(str(source)):
         path = fetch(str(source), allow_pickle=allow_pickle, progress=progress, component="controlnet")
     if not path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,6 +14,8 @@ from runs import _fresh_accelerator as _fresh_accelerator
 from ldm.cli import train_adapter as door
 from ldm.cli.train_adapter import WEIGHTS, AdapterJob, defaults, fitting, saving, train_adapter
 from ldm.errors import LdmError
+from ldm.families import SD15
+from ldm.weights import sources
 from ldm.weights.embeddings import open_embedding
 from ldm.weights.tensors import read_header
 
@@ -37,9 +40,13 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
-def test_what_is_chosen(models: Path) -> None:
-    few, many = (defaults(count, AdapterJob("", str(models / "sd15"), "")) for count in (1, 1000))
-    assert {"adapter.batch=1", "adapter.steps=400", "adapter.sizes=[{size: 64}]"} < set(few)
+def test_what_is_chosen(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [defaults(count, AdapterJob("", str(models / "sd15"), "")) for count in (1, 1000)]
+    assert {"adapter.batch=1", "adapter.steps=300", "adapter.sizes=[{size: 64}]"} < set(small[0])
+    assert {"adapter.batch=16", "adapter.steps=300"} < set(small[1])
+    monkeypatch.setattr(sources, "open_source", lambda *_, **__: SimpleNamespace(family=SD15))
+    few, many = (defaults(count, AdapterJob("", "sd15", "")) for count in (1, 1000))
+    assert {"adapter.batch=1", "adapter.steps=400", "adapter.sizes=[{size: 512}]"} < set(few)
     assert {"adapter.batch=4", "adapter.steps=3000"} < set(many)
 
 
