@@ -62,6 +62,11 @@ class AdapterJob:
         """
         if self.kind not in STAGES:
             raise LdmError(f"--kind {self.kind!r} is not known; {suggestion(self.kind, list(STAGES))}")
+        for name, value in {"IMAGES": self.images, "--model": self.model, "--output": self.output}.items():
+            if not value:
+                raise LdmError(f"{name} is empty; give a path")
+        if "stages" in named:
+            raise LdmError("stages: --kind chooses what is trained here; other stages are for ldm train")
         if self.kind == "lora" and self.initial:
             raise LdmError("--initial is for a new word (--kind textual-inversion); leave it out")
         if self.kind != "lora" and self.class_prompt:
@@ -100,6 +105,8 @@ def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
     check_paths(settings)
     begun = Path(settings.output) / "config.yaml"
     if begun.exists():  # a run that goes on keeps what was chosen for it
+        if (stages := load(begun).stages) != settings.stages:
+            raise LdmError(f"{settings.output} holds a run of {', '.join(stages)}; choose another --output")
         train_models(str(begun), given)
     else:
         count = count_images(Path(job.images))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,17 +76,22 @@ def test_bad_input(models: Path, shapes: Path, tmp_path: Path) -> None:
 def test_a_new_word(
     models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "WEIGHTS", (0.0, 1.0))
+    monkeypatch.setattr(door, "WEIGHTS", (1.0,))
+    (tmp_path / "few").mkdir()
+    for path in sorted(shapes.iterdir())[:8]:
+        shutil.copy(path, tmp_path / "few")
     output, few = tmp_path / "r", [one.replace("adapter.", "textual-inversion.") for one in FEW[:-1]]
     job = AdapterJob(
-        str(shapes), str(models / "sd15"), str(output), "textual-inversion", trigger="<sks>", initial="dog"
+        str(tmp_path / "few"), str(models / "sd15"), str(output), "textual-inversion", trigger="<sks>", initial="dog"
     )
     train_adapter(job, few)
     folder = output / "textual-inversion"
     assert capsys.readouterr().out.splitlines() == [str(folder / name) for name in ("embeddings", "sheet.png")]
     assert open_embedding(folder / "embeddings" / "_sks_.safetensors").vectors[""].shape[0] == 4
     with Image.open(folder / "sheet.png") as sheet:
-        assert sheet.size == (2 * 64, 2 * 64)
+        assert sheet.size == (64, 2 * 64)
+    with pytest.raises(LdmError, match="r holds a run of textual-inversion; choose another --output"):
+        train_adapter(replace(job, kind="lora", initial=""), [])
 
 
 @pytest.mark.parametrize(
@@ -99,3 +106,10 @@ def test_a_new_word(
 def test_kinds(given: dict[str, str], message: str) -> None:
     with pytest.raises(LdmError, match=message):
         train_adapter(AdapterJob("images", "emoji", "r", **given), [])
+
+
+def test_what_the_door_cannot_do() -> None:
+    with pytest.raises(LdmError, match="--output is empty"):
+        train_adapter(AdapterJob("images", "emoji", ""), [])
+    with pytest.raises(LdmError, match="stages: --kind chooses what is trained here"):
+        train_adapter(AdapterJob("images", "emoji", "r"), ["stages=[base]"])
