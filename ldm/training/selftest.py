@@ -134,6 +134,7 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
         if accelerator.is_main_process:
             say((check.__doc__ or "").splitlines()[0].rstrip("."), found[0] if found else None)
     accelerator.end_training()
+    gc.unfreeze()
     return well
 
 
