@@ -59,6 +59,15 @@ def reweighted(layer: M, parameters: Mapping[str, nn.Parameter]) -> M:
     return other
 
 
+def widened(layer: nn.Conv2d, in_channels: int) -> nn.Conv2d:
+    """A convolution that reads more channels, whose new weights are zeros, so that it ignores them at first."""
+    weight = layer.weight.new_zeros(len(layer.weight), in_channels, *layer.kernel_size)
+    weight[:, : layer.in_channels] = layer.weight.detach()
+    wide = reweighted(layer, {"weight": nn.Parameter(weight)})
+    wide.in_channels = in_channels
+    return wide
+
+
 def reclassed(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
     """Change the classes of a network's layers in place: `classes` maps old classes to new ones."""
     for module in model.modules():

@@ -28,6 +28,7 @@ from ldm.data.plan import BatchPlan
 from ldm.errors import LdmError, first_line
 from ldm.evaluation.plan import EvaluationPlan
 from ldm.evaluation.workspace import Ranks, Workspace
+from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime.compilation import check_compiling
 from ldm.runtime.kernels.memory import keep_freed
@@ -49,8 +50,10 @@ from ldm.training.phases import phases
 from ldm.training.precision import costs, resolved, run_device
 from ldm.training.prior import Prior, check_prior, class_images
 from ldm.training.sections import EvaluationSection, StageSection
+from ldm.training.stages.sections import DenoiserSection
 from ldm.training.stages.stage import Cached, MakeImages, Stage, StageInputs
 from ldm.training.stages.table import kind_named
+from ldm.training.stages.tasks import check_task
 from ldm.training.start import starting_model
 from ldm.weights.components import fingerprint
 
@@ -143,6 +146,8 @@ class TrainingRun:
         rounded = numbers(self.config.precision) if kind_named(name).frozen else torch.float32
         for part, module in model.modules().items():
             own(module, accelerator.device, torch.float32 if part == "vae" else rounded)
+        if isinstance(section, DenoiserSection):
+            check_task(name, section, model.family, self.config.data)
         check_agreement({f"the weights of {part}": fingerprint({part: m}) for part, m in model.modules().items()})
         if kind_named(name).captions:
             self._warn_of_long_captions(model)
@@ -192,14 +197,17 @@ class TrainingRun:
         if long:
             log.warning("%d of %d captions have over %d tokens; the rest of them is not read", long, len(some), room)
 
-    def _cached(self, name: str) -> Cached:
-        """The parts of the cache that a stage reads: none if it is off, no captions if they change."""
+    def _cached(self, name: str, family: Family) -> Cached:
+        """The parts of the cache that a stage reads: none if it is off, nothing that changes from visit to visit."""
         wanted = kind_named(name).cached(self.section(name))
         if not self.config.data.cache:
             return Cached()
         if wanted.texts and self.data.tags().vary:
             log.info("%s: captions change from visit to visit, so each step encodes its own; latents are cached", name)
-            return replace(wanted, texts=False)
+            wanted = replace(wanted, texts=False)
+        if wanted.latents and family.task == "inpaint":
+            log.info("%s: masked images change from visit to visit, so images are not cached", name)
+            wanted = replace(wanted, latents=False)
         return wanted
 
     def _prior(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Prior | None:
@@ -219,7 +227,7 @@ class TrainingRun:
     ) -> Caches:
         """The cache of the stage, if the configuration asks for one and the stage reads it."""
         section = self.section(name)
-        wanted = self._cached(name)
+        wanted = self._cached(name, model.family)
         if not (wanted.latents or wanted.texts):
             return Caches()
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ldm.errors import LdmError, suggestion
-from ldm.families import Family, family_named
+from ldm.families import Family, family_named, recognised
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.surgery import replaced, widened
 from ldm.training.sections import ModelSection
 from ldm.weights.sources import open_source
 
@@ -39,6 +40,10 @@ def starting_model(section: ModelSection, seed: int, place: str = "model") -> La
         for name in section.fresh:
             part = {"text": "text_encoders"}.get(name, name)
             model.networks[part] = random.networks[part]
+    if family.unet.in_channels > model.unet.config.in_channels:
+        wide = replaced(model.unet, conv_in=widened(model.unet.conv_in, family.unet.in_channels))
+        wide.config = family.unet
+        model.networks["unet"] = wide
     model.family = family
     return model
 
@@ -53,14 +58,30 @@ def starting_family(section: ModelSection, place: str = "model") -> Family:
             raise LdmError(f"{place}.components and {place}.fresh need a source for the rest")
         assert name
         return _changed(family_named(name), section, place)
-    shapes = [name for name in ("unet", "autoencoder", "text") if getattr(section, name) and name not in section.fresh]
+    wider = section.unet.keys() == {"in_channels"} and "unet" not in section.fresh
+    shapes = [
+        name
+        for name in ("unet", "autoencoder", "text")
+        if getattr(section, name) and name not in section.fresh and not (name == "unet" and wider)
+    ]
     if shapes:
         raise LdmError(
             f"{place}.{shapes[0]}: the networks of {section.source} cannot change shape; leave it out, or begin anew: "
             f"{place}.fresh=[{shapes[0]}]"
         )
     opened = open_source(section.source, family=section.family, components=section.components, verify=False)
-    return _changed(opened.family, section, place)
+    family = _changed(opened.family, section, place)
+    return recognised(_checked_wider(family, opened.family, section, place)) if wider else family
+
+
+def _checked_wider(family: Family, before: Family, section: ModelSection, place: str) -> Family:
+    """The family of a U-Net that reads more channels than before, unless it reads fewer."""
+    if family.unet.in_channels < before.unet.in_channels:
+        raise LdmError(
+            f"{place}.unet.in_channels is {family.unet.in_channels}: the U-Net of {section.source} reads "
+            f"{before.unet.in_channels}; leave it out, or give it more"
+        )
+    return family
 
 
 def _changed(family: Family, section: ModelSection, place: str) -> Family:

@@ -606,7 +606,7 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["base.text_learning_rate=[-1]"], "base.text_learning_rate.0 is -1"),
         (
             ["model.family=sd15-inpaint", "model.unet.in_channels=9"],
-            "base: the U-Net of custom edits images",
+            "data.beside.mask: the U-Net of custom reads it; name a folder with the same names, or a column of the",
         ),
     ],
 )

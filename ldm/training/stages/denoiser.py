@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from ldm.training.stages.stage import (
     StageInputs,
     freeze,
 )
+from ldm.training.stages.tasks import task_of
 from ldm.weights.components import Components
 
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
@@ -119,7 +121,8 @@ def passes(
     latents, timestep, cond = blank(parts.family, side, side)
     cond = replace(cond, more=more or {})
     count_attention(section, unet)
-    frozen: list[Pass] = [] if cached else [lambda: parts.autoencoder.encode(image).mode()]
+    encodes = (0 if cached else 1) + (0 if parts.family.task == "text" else 1)
+    frozen: list[Pass] = [lambda: parts.autoencoder.encode(image).mode()] * encodes
     if section.train_text:
         return ForwardPasses(lambda: unet(latents, timestep, replace(cond, text=encoders.encode(tokens).text)), frozen)
     if not cached:
@@ -190,11 +193,6 @@ class DenoiserStage:
         self.name, self.section, self.model, self.accelerator, self.seed = name, section, model, accelerator, seed
         self.make_images = make_images
         family = model.family
-        if family.unet.in_channels != family.autoencoder.latent_channels:
-            raise LdmError(
-                f"{name}: the U-Net of {family.name} edits images, and training for that is not supported; "
-                "start from a text-to-image model"
-            )
         if family.unet.guidance_dim:
             raise LdmError(
                 f"{name}: the U-Net of {family.name} was distilled for few steps and reads a guidance scale; start "
@@ -208,6 +206,9 @@ class DenoiserStage:
         self.plain_loss = DiffusionLoss(family.schedule, Timesteps(low, high))
         self.dropout = ConditioningDropout(tuple(section.drop_caption), section.drop_together, section.drop_size)
         self.no_dropout = ConditioningDropout((0.0,))
+        if isinstance(section, BaseSection) and family.task == "edit":
+            self.dropout = replace(self.dropout, image=section.drop_before, both=section.drop_both)
+        self.task = task_of(family, self.latents, partial(encode_images, model.autoencoder, accelerator), seed)
         self.score = section.default_score if isinstance(section, RefinerSection) else 6.0
         self.encode_texts = texts or (lambda rows: encode(model.text_encoders, rows))
         self.extra: dict[str, nn.Module] = {}
@@ -221,12 +222,13 @@ class DenoiserStage:
         latents = self.latents(batch, "posterior")
         draw = self.loss.draw(latents.shape[1:], self.seed, batch.keys, batch.epochs).to(latents.device)
         said = self.said(batch, self.dropout)
-        prediction = self.predict(self.players["unet"].module, self.loss.noisy(latents, draw), draw.timestep, said)
+        x = self.task.complete(self.loss.noisy(latents, draw), batch, self.dropout)
+        prediction = self.predict(self.players["unet"].module, x, draw.timestep, said)
         yield Loss("unet", batch.weights * self.loss(prediction, latents, draw, self.areas(batch, latents)))
 
     def areas(self, batch: Batch, latents: Tensor) -> Tensor | None:
         """Weights (B, 1, h, w) of errors by the part of a latent that a mask covers; None without masks."""
-        if "mask" not in batch.beside:
+        if "mask" not in batch.beside or not self.task.masked:
             return None
         height, width = latents.shape[2:]
         covered = F.adaptive_avg_pool2d(batch.beside["mask"], (height, width))
@@ -274,20 +276,34 @@ class DenoiserStage:
                 latents = self.latents(batch, "validation")
                 draw = self.plain_loss.draw(latents.shape[1:], self.seed, batch.keys, epochs).to(latents.device)
                 said = self.said(batch, self.no_dropout)
-                prediction = self.predict(module, self.plain_loss.noisy(latents, draw), draw.timestep, said)
+                x = self.task.complete(self.plain_loss.noisy(latents, draw), batch, self.no_dropout)
+                prediction = self.predict(module, x, draw.timestep, said)
                 errors = self.plain_loss(prediction, latents, draw)
                 total += torch.stack([errors.sum(), torch.ones_like(errors).sum()])
         loss, count = self.accelerator.reduce(total, "sum").tolist()
         return {"loss": loss / count} if count else {}
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
-        """Images of the configured prompts, or of the batch's captions, always with the same noise."""
+        """Images of the configured prompts, or of the batch's captions, always with the same noise.
+
+        A U-Net that edits makes them of the batch's images.
+        """
         if self.make_images is None or self.model.family.refiner:
             return []
         prompts = self.section.prompts or batch.captions[:4]
         height, width = batch.size[0, 4:6].int().tolist()
         seeds = [self.seed + number for number in range(len(prompts))]
-        return self.make_images(self.shown(), prompts, (width, height), seeds, {"steps": PREVIEW_STEPS})
+        settings = {"steps": PREVIEW_STEPS}
+        if self.model.family.task == "text":
+            return self.make_images(self.shown(), prompts, (width, height), seeds, settings)
+        return [
+            image
+            for number, said in enumerate(prompts)
+            for image in self.make_images(
+                self.shown(), [said], (width, height), seeds[number : number + 1],
+                settings | self.task.example(batch, number % len(batch.keys)),
+            )
+        ]  # fmt: skip
 
     def shown(self) -> LatentDiffusion:
         """The model that makes images, with the weights as they are now."""

@@ -105,6 +105,8 @@ class BaseSection(DenoiserSection):
     """The U-Net of the base model."""
 
     prior: PriorSection = PriorSection()
+    drop_before: Part = Field(0.05, description="part of the images before an edit dropped, if the U-Net reads them")
+    drop_both: Part = Field(0.05, description="part of which caption and such an image are dropped, besides those")
 
 
 class RefinerModelSection(ModelSection):
@@ -127,7 +129,7 @@ class AdapterEmaSection(EmaSection):
     decay: float = Field(0.0, ge=0, lt=1, description="decay of the exponential average; 0: none")
 
 
-class AdapterSection(DenoiserSection):
+class AdapterSection(BaseSection):
     """A low-rank adapter (LoRA and its kin) of the U-Net and, with `train_text`, of its text encoders."""
 
     place: ClassVar[str] = "adapter"  # in the configuration
@@ -137,7 +139,6 @@ class AdapterSection(DenoiserSection):
     steps: int = Field(2000, ge=1, description="updates of the weights")
     batch: int = Field(4, ge=1, description="images in an update, over all devices")
     ema: AdapterEmaSection = AdapterEmaSection()
-    prior: PriorSection = PriorSection()
     text_learning_rate: list[NotNegative] = Field(
         [5e-5], min_length=1, max_length=2, description="learning rate of each text encoder's adapter"
     )
