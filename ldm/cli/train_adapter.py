@@ -101,11 +101,9 @@ def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
 
 
 def together(chosen: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Settings and then the user's, without those that the user's take the place of."""
-    named = [override.partition("=")[0] for override in overrides]
-    return [one for one in chosen if not one.startswith(tuple(f"{name}{end}" for name in named for end in "=."))] + [
-        *overrides
-    ]
+    """The settings that the user's do not replace, and then the user's."""
+    replaced = tuple(override.partition("=")[0] + end for override in overrides for end in "=.")
+    return [*(one for one in chosen if not one.startswith(replaced)), *overrides]
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

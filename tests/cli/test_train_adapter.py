@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,21 @@ from ldm.weights.embeddings import open_embedding
 from ldm.weights.tensors import read_header
 
 FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "trackers=[]", "adapter.rank=2"]
+
+HANDED_OUT = """
+import os
+from ldm.cli.train_adapter import handed_out
+from ldm.errors import LdmError
+
+def refuse():
+    raise LdmError(f"refused by {os.environ['RANK']}")
+
+found = handed_out(lambda: f"chosen by {os.environ['RANK']}")
+try:
+    handed_out(refuse)
+except LdmError as error:
+    print(f"{found}; {error}\\n", end="", flush=True)
+"""
 
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,15 +112,10 @@ def test_a_new_word_has_a_vector_for_each_token(models: Path) -> None:
         assert word.vectors == max(count, 4) >= vectors
 
 
-def test_two_processes_train_the_same(models: Path, shapes: Path, tmp_path: Path) -> None:
-    (images := tmp_path / "images").mkdir()
-    for number in range(3):
-        shutil.copy(shapes / f"{number:03d}.png", images)
-    command = ["train-adapter", images, "--model", models / "sd15", "--output", tmp_path / "r", "--trigger", "sks"]
-    done = on_two("-m", "ldm", *command, *FEW[1:], "adapter.steps=1")
-    assert done.stderr.count("ldm: 3 images: ldm train") == 1
-    assert load(tmp_path / "r" / "config.yaml").adapter.batch == 4
-    assert (tmp_path / "r" / "adapter" / "sheet.png").exists()
+def test_the_first_process_chooses_for_all(tmp_path: Path) -> None:
+    (script := tmp_path / "script.py").write_text(HANDED_OUT)
+    said = on_two(script).stdout.splitlines()
+    assert said == ["chosen by 0; refused by 0"] * 2
 
 
 def test_bad_input(models: Path, shapes: Path, tmp_path: Path) -> None:
