@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ldm.runtime.merging import merged
 from ldm.weights.adapters import Adapter, open_adapter
 from ldm.weights.adapters.names import parameter_of
 from ldm.weights.adapters.reading import DIFFUSERS, diffusers_file, peft_folders
+from ldm.weights.builtin import builtin_adapter, builtin_adapters
 from ldm.weights.few_step import made_for
 from ldm.weights.tensors import read_header
 from pipelines.mixes import Mix, MixedAdapter, Wanted, read_tags, wanted
@@ -149,6 +151,9 @@ class Adapters:
             return found
         if path is not None and path.exists():
             return path
+        own = builtin_adapter(one.name)
+        if own is not None:
+            return own
         raise LdmError(self._unknown(one, files))
 
     def _called(self, one: Wanted, files: Sequence[Path]) -> Path | None:
@@ -168,7 +173,8 @@ class Adapters:
 
     def _unknown(self, one: Wanted, files: Sequence[Path]) -> str:
         """The message for a name that is not known."""
-        known = sorted({*self.names, *(file.stem for file in files)})
+        own = get_close_matches(one.name, builtin_adapters(), 1)  # which are for one model alone
+        known = sorted({*self.names, *(file.stem for file in files), *own})
         gone = f"{one.path} is gone, and " if one.path else ""
         where = f" in {self.folder}" if self.folder else ""
         remedy = "" if self.folder else "name the folder of LoRA files (lora_dir=, --lora-dir), or the path of the file"

@@ -13,6 +13,7 @@ from ldm.errors import LdmError, listing
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.clip_text import TextEncoderConfig
 from ldm.models.textual_inversion import WordTokenizer, plain, with_words
+from ldm.weights.builtin import builtin_adapter
 from ldm.weights.embeddings import TextualInversion, embedding_files, fitted, open_embedding
 from pipelines.request import Request
 from pipelines.settings import LOADING, find
@@ -39,7 +40,7 @@ def read_embeddings(paths: Any, allow_pickle: bool) -> EmbeddingFiles:
     named: list[TextualInversion] = []
     others: list[TextualInversion] = []
     left_out: list[str] = []
-    for path in map(Path, given if isinstance(given, tuple) else (given,)):
+    for path in (builtin_adapter(one) or Path(one) for one in (given if isinstance(given, tuple) else (given,))):
         if not path.is_dir():
             named.append(open_embedding(path, allow_pickle))
             continue

@@ -6,6 +6,7 @@ two as a user does.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -86,6 +87,7 @@ class Program:
 
 def _become(arguments: list[str], environment: Mapping[str, str], cwd: Path, said: str) -> None:
     """Run a program in this process."""
+    gc.freeze()  # as in tests/conftest.py
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     default, *_ = multiprocessing.get_all_start_methods()

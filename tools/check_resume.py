@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--stops", type=int, default=20, help="in all")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="check only every Nth kind of run")
+    parser.add_argument("--brief", action="store_true", help="check one kind of run of every stage")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of each run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     table = Table("run", "kills", "stops", "while writing", "runs", "slowest stop, s", "problems")
     with tempfile.TemporaryDirectory() as folder:
         ends = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.stops
-        chosen, draw = list(kinds())[:: options.every], random.Random(options.seed)
+        chosen, draw = list(one_each() if options.brief else kinds())[:: options.every], random.Random(options.seed)
         outcomes = list(check(Path(folder), chosen, ends, draw, options.processes))
     for row in outcomes:
         numbers = (row.kills, row.stops, row.writing, row.runs, f"{row.slowest:.2f}")
@@ -103,6 +105,12 @@ def kinds() -> Iterator[Kind]:
                     f"{stage}__steps": STEPS, f"{stage}__validate_every": 5,
                 }  # fmt: skip
                 yield f"{stage}{', cached' * cached}{', 2 workers' * bool(workers)}", stage, changes
+
+
+def one_each() -> Iterator[Kind]:
+    """One kind of run of every stage, each with caches and loader processes of its own."""
+    for number, (_, same) in enumerate(groupby(kinds(), lambda kind: kind[1])):
+        yield (rows := list(same))[number % len(rows)]
 
 
 def check_kind(

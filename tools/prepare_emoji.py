@@ -2,10 +2,13 @@
 
     pip install resvg_py; python tools/prepare_emoji.py emoji --size 128
     python tools/prepare_emoji.py emoji-small --size 96 --styles "fluent 3d,noto" --no-tones --cache emoji/packages
+    python tools/prepare_emoji.py streamline --size 96 --styles streamline --no-tones --few 40 --cache emoji/packages
 
 Fetches pinned packages with `npm pack` (no code in them is run), checks their digests, renders vector art with resvg,
 and writes `train-*.tar`, `held-out-*.tar`, NOTICE.md and a list of the drawings left out. An interrupted run continues
-when it is started again. All art is licensed under MIT, Apache-2.0 or CC-BY-4.0; country flags are left out.
+when it is started again. `--few 40` writes that many drawings as PNG files with captions (`LABEL, STYLE style`) into
+the folder `train`, and the others into `held-out`: such folders are what `ldm train-adapter` takes. All art is licensed
+under MIT, Apache-2.0 or CC-BY-4.0; country flags are left out.
 
 A fixed rule holds out (concept, style) pairs, so that models can be tested on combinations that were not in training;
 the concept in other styles, and other concepts in the style, are in training.
@@ -24,7 +27,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -282,6 +285,26 @@ def write_shard(path: Path, some: list[Pair], size: int) -> list[str]:
     return failed
 
 
+@dataclass(frozen=True)
+class Few:
+    """A few drawings to train with, as a plain folder, and the others as another one."""
+
+    count: int
+    labels: str  # regular expression of their labels
+    caption: str  # with {label} and {style}
+
+
+def write_folder(folder: Path, some: list[Pair], size: int, caption: str) -> None:
+    """Write drawings as PNG files, and a caption beside each."""
+    folder.mkdir(exist_ok=True)
+    for pair in track(some, folder.name):
+        path = folder / f"{pair.key.replace('.', '_')}.png"
+        text = caption.format(label=pair.concept.label, style=pair.style.name)
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+        if not path.exists():
+            path.write_bytes(render(pair, size))
+
+
 def chunks(values: list[Pair]) -> Iterator[list[Pair]]:
     """The drawings of each shard."""
     rest = iter(values)
@@ -318,20 +341,29 @@ def chosen(everything: list[Pair], styles: list[str], tones: bool) -> list[Pair]
     return [pair for pair in everything if pair.style.name in styles and (tones or not pair.concept.tone)]
 
 
-def prepare(out: Path, cache: Path, size: int, styles: list[str], tones: bool, limit: int | None) -> None:
+def prepare(
+    out: Path, cache: Path, size: int, styles: list[str], tones: bool, limit: int | None, few: Few | None
+) -> None:
     """Write all files that do not exist yet.
 
     Raises:
         LdmError: a style is not known, a package cannot be fetched, or the folder was made with other options.
     """
     used = chosen(pairs(cache), styles, tones)[:limit]
-    settings = {"size": size, "styles": sorted(styles), "tones": tones, "limit": limit}
+    settings: dict[str, Any] = {"size": size, "styles": sorted(styles), "tones": tones, "limit": limit}
+    if few is not None:
+        settings["few"] = asdict(few)
+        used = [pair for pair in used if re.fullmatch(few.labels, pair.concept.label)]
     path = out / "settings.json"
     if path.exists() and (before := read_json(path)) != settings:
         raise LdmError(f"{out} holds other drawings ({before}); choose another folder, or remove this one")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
     (out / "NOTICE.md").write_text(notice(used), encoding="utf-8")
+    if few is not None:
+        write_folder(out / "train", used[: few.count], size, few.caption)
+        write_folder(out / "held-out", used[few.count :], size, few.caption)
+        return
     tasks = []
     for split in ("train", "held-out"):
         mine = [pair for pair in used if pair.held_out == (split == "held-out")]
@@ -359,11 +391,15 @@ def main() -> None:
     )
     parser.add_argument("--no-tones", action="store_true", help="leave out emoji with a skin tone")
     parser.add_argument("--limit", type=int, help="largest number of drawings")
+    parser.add_argument("--few", type=int, help="drawings in the folder train; the others lie in held-out")
+    parser.add_argument("--labels", default=".*", help="regular expression of the labels of these")
+    parser.add_argument("--caption", default="{label}, {style} style", help="caption of these")
     options = parser.parse_args()
     try:
         cache = options.cache or options.out / "packages"
         styles = [name.strip() for name in options.styles.split(",")]
-        prepare(options.out, cache, options.size, styles, not options.no_tones, options.limit)
+        few = None if options.few is None else Few(options.few, options.labels, options.caption)
+        prepare(options.out, cache, options.size, styles, not options.no_tones, options.limit, few)
     except LdmError as error:
         sys.exit(f"prepare_emoji: {error}")
 

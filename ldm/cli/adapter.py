@@ -23,6 +23,7 @@ from ldm.weights.adapters import Adapter, layers, open_adapter, origin
 from ldm.weights.adapters.factoring import Kept, check_reduction, extracted, resized
 from ldm.weights.adapters.reading import look_into
 from ldm.weights.adapters.writing import FORMATS, write_adapter
+from ldm.weights.builtin import builtin_adapter
 from ldm.weights.components import Components, build
 from ldm.weights.sources import open_source
 from pipelines.adapters import adapted
@@ -34,7 +35,7 @@ _FAMILIES = {"SD 1.x": "sd15", "SD 2.x": "sd2", "SDXL": "sdxl", "SDXL's refiner"
 
 def print_adapter(file: str, as_json: bool, allow_pickle: bool) -> None:
     """Print the description of an adapter's file, by names, shapes and metadata."""
-    report = describe(Path(file), allow_pickle)
+    report = describe(builtin_adapter(file) or Path(file), allow_pickle)
     if as_json:
         print(json.dumps(report, indent=2))
         return

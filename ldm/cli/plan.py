@@ -46,7 +46,7 @@ def print_forecast(config: str, overrides: Sequence[str], processes: int, measur
             "stage": f"{row.stage} at {row.size} pixels, {row.steps} steps",
             "batch": f"{row.batch}, {row.micro_batch} at a time on {processes} devices",
             "precision": _precision(wanted, settings.precision, device.type),
-            "parameters": f"{row.trained / 1e6:.1f} M trained, {row.frozen / 1e6:.1f} M frozen",
+            "parameters": f"{_number(row.trained)} trained, {_number(row.frozen)} frozen",
             "memory": f"{row.memory / 1e9:.1f} GB on each device, predicted: {_memory(row)}",
             "work": f"{row.flops_per_image / 1e12:.3g} TFLOP an image, {work:.3g} PFLOP in all",
         }.items():
@@ -69,6 +69,11 @@ def _precision(wanted: str, precision: str, device: str) -> str:
         return NUMBERS[precision]
     other = "; for one that computes in bf16, add precision=bf16" if precision == "no" else ""
     return f"{NUMBERS[precision]} on this machine's {device} (auto{other})"
+
+
+def _number(parameters: int) -> str:
+    """A number of parameters, in millions if there are so many."""
+    return f"{parameters / 1e6:.1f} M" if parameters >= 100_000 else f"{parameters:,}"
 
 
 def _memory(row: Forecast) -> str:

@@ -35,6 +35,9 @@ WEIGHTS = (0.0, 0.4, 0.8, 1.0, 1.2)  # of the adapter, in the sheet's columns
 SEED = 0
 EACH = 100  # updates for each image
 FEWEST, MOST = 400, 3000  # updates
+SMALL_STEPS = 300  # updates of small models, such as the built-in one, by batches of 16
+SMALL_ADAPTER = {"layers": "[transformers,convolutions]", "rank": 8, "optimizer.learning_rate": 3e-3}
+SMALL_WORD = {"optimizer.learning_rate": 1e-2}
 ROOM = 0.8  # part of the free memory that the forecast may fill
 
 
@@ -63,6 +66,11 @@ class AdapterJob:
         """
         if self.kind not in STAGES:
             raise LdmError(f"--kind {self.kind!r} is not known; {suggestion(self.kind, list(STAGES))}")
+        for name, value in {"IMAGES": self.images, "--model": self.model, "--output": self.output}.items():
+            if not value:
+                raise LdmError(f"{name} is empty; give a path")
+        if "stages" in named:
+            raise LdmError("stages: --kind chooses what is trained here; other stages are for ldm train")
         if self.kind == "lora" and self.initial:
             raise LdmError("--initial is for a new word (--kind textual-inversion); leave it out")
         if self.kind != "lora" and self.class_prompt:
@@ -217,13 +225,17 @@ def defaults(count: int, config: Config, stage: str) -> list[str]:
     """The settings for so many images, and for the model's family; class images take half of a batch."""
     size = opened(config.model).family.size
     halves = 2 if getattr(config, stage).prior.prompt else 1
-    share = -(-min(4 // halves, count) // processes())  # of each process
+    most = 4 if size >= 512 else 16  # images in a batch
+    share = -(-min(most // halves, count) // processes())  # of each process
     step = 64 if size >= 512 else max(size // 64 * 8, 8)
     own = {
         "steps": min(max(EACH * count, FEWEST), MOST), "batch": halves * share * processes(),
         "sizes": f"[{{size: {size}}}]", "min_snr": 5, "optimizer.warmup": 50, "optimizer.schedule": "cosine",
         "save_every": 250, "preview_every": 250, **({"layers": "[transformers]"} if stage == "adapter" else {}),
     }  # fmt: skip
+    if size < 512:
+        own |= {"steps": SMALL_STEPS, "save_every": 100, "preview_every": 100, "attention": "math"}
+        own |= SMALL_ADAPTER if stage == "adapter" else SMALL_WORD
     shared = ["precision=auto", "data.cache=true", "data.crops=4", "data.holdout=0", f"data.bucket_step={step}"]
     return [*shared, *(f"{stage}.{key}={value}" for key, value in own.items())]
 

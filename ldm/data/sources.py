@@ -16,6 +16,7 @@ from ldm.data.image_set import NO_RULES, ImageSet, Source
 from ldm.data.places import check_beside, check_place, expanded, is_dataset, is_made, is_remote, is_tar, shards
 from ldm.data.streams import DatasetStream, Stream, TarStream
 from ldm.data.tar import Tar
+from ldm.errors import LdmError
 
 NO_BESIDE: Mapping[str, str] = {}
 
@@ -62,11 +63,18 @@ def open_images(
 
 def _source(source: str, split: str, caption: str | None, image: str | None, apart: list[str]) -> Source:
     """A source of images; those at the places `apart` lie beside others."""
-    if is_tar(source):
-        return Tar(source, shards(source), caption, apart=apart)
     if is_dataset(source):
         return Dataset(source, split, caption, image, apart)
+    _check_no_column(source, image)
+    if is_tar(source):
+        return Tar(source, shards(source), caption, apart=apart)
     return Folder(Path(source), caption, apart)
+
+
+def _check_no_column(source: str, image: str | None) -> None:
+    """Raise LdmError if a column of images is named for a source that has none."""
+    if image:
+        raise LdmError(f"image_column {image}: {source} is no dataset with columns of images; leave it out")
 
 
 def _made(kind: str, place: str, images: ImageSet) -> Beside:
@@ -90,7 +98,9 @@ def _read(kind: str, place: str, source: str, split: str, images: ImageSet) -> B
     return given(kind, images, ImageSet(found, images.folder, "optional", mode=KINDS[kind].mode))
 
 
-def open_stream(source: str, *, split: str = "train", caption_column: str | None = None) -> Stream:
+def open_stream(
+    source: str, *, split: str = "train", caption_column: str | None = None, image_column: str | None = None
+) -> Stream:
     """Tar shards or a dataset as a stream; `source` as in `open_images`, or `pipe:` and a command.
 
     Raises:
@@ -98,6 +108,7 @@ def open_stream(source: str, *, split: str = "train", caption_column: str | None
     """
     check_place(source, stream=True)
     if is_tar(source):
+        _check_no_column(source, image_column)
         addresses = expanded(source) if is_remote(source) else [str(file) for file in shards(source)]
         return TarStream(source, addresses, caption_column)
-    return DatasetStream(source, split, caption_column)
+    return DatasetStream(source, split, caption_column, image_column)

@@ -87,10 +87,10 @@ class TarStream:
 class DatasetStream:
     """A streamed dataset of Hugging Face's `datasets`. Without a column of keys, a key is a digest of the image."""
 
-    def __init__(self, name: str, split: str = "train", caption: str | None = None) -> None:
+    def __init__(self, name: str, split: str = "train", caption: str | None = None, image: str | None = None) -> None:
         self.name = name
         dataset = hugging_face.load(name, split, streaming=True)
-        self.columns = hugging_face.Columns(name, dataset, caption)
+        self.columns = hugging_face.Columns(name, dataset, caption, image)
         self.rows = self.columns.undecoded(dataset)
 
     def arrivals(self, seed: int, epoch: int) -> Iterator[Arrival]:

@@ -102,5 +102,7 @@ def batch_plan(data: TrainingImages, phase: Phase, seed: int, rank: int) -> Batc
     if data.images is not None:
         return BatchPlan(data.images, framing, phase.batch, seed, data.rows[0], data.tags())
     assert section.source
-    stream = open_stream(section.source, split=section.split, caption_column=section.caption_column)
+    stream = open_stream(
+        section.source, split=section.split, caption_column=section.caption_column, image_column=section.image_column
+    )
     return StreamPlan(stream, framing, phase.batch, seed, data.folder, section.captions, rank=rank, tags=data.tags())

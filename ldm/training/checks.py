@@ -45,6 +45,9 @@ def check_bounds(config: Config) -> None:
     if data.stream and data.beside.named():
         kind = next(iter(data.beside.named()))
         raise LdmError(f"data.beside.{kind}: a stream has no images beside its own; copy it to a disk, or leave it out")
+    if data.stream and (data.folders or data.numbered_folders):
+        key = "folders" if data.folders else "numbered_folders"
+        raise LdmError(f"data.{key}: a stream is not read by folders; copy it to a disk, or leave it out")
     if data.cache and data.crop == "center" and data.crops > 1:
         raise LdmError(f"data.crops is {data.crops}: an image has one crop at its center; set data.crops=1")
 

@@ -7,6 +7,7 @@ networks are thrown away.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -89,7 +90,8 @@ class Ground:
 
     def built(self, name: str, stage: str, **changes: Any) -> tuple[Training, Batch]:
         """A stage of a new run, ready to train, and this process's part of its first batch."""
-        run = self.run(name, stages=[stage], **changes)  # forecasts of the others would take longer than the check
+        run = self.run(name, **changes)
+        run.forecasts = []  # they would take longer than the check, and nothing is logged
         before = LatentDiffusion.from_family(run.start("base", None).family) if kind_named(stage).own_model else None
         training = run.training(stage, run.start(stage, before), run.folder / stage)
         return training, next(training.batches(0))[0]
@@ -117,6 +119,7 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
     Raises:
         LdmError: training is not possible.
     """
+    gc.freeze()  # what is imported by now is no garbage, which is searched for after each of the many runs
     accelerator = Accelerator(mixed_precision=precision)
     batch = 4 * accelerator.num_processes
     if batch > IMAGES:

@@ -1,4 +1,4 @@
-"""The models that come with the package: ordinary model folders in `ldm/builtin`, opened by name.
+"""The models and adapters that come with the package: ordinary folders and files in `ldm/builtin`, opened by name.
 
 A model's `words.txt` lists the words of its training captions.
 """
@@ -15,6 +15,7 @@ from ldm.weights.names import INDEX
 FOLDER = Path(__file__).parent.parent / "builtin"
 DEFAULT = "emoji"  # the model that is used if none is named
 REFINER = "emoji-refiner"  # its refiner: has its own U-Net and takes the other components from DEFAULT
+ADAPTERS = FOLDER / "adapters"  # of DEFAULT: a file for each, which has its name
 WORDS = "words.txt"
 _WORD = re.compile(r"[^\W\d_]+")
 
@@ -24,6 +25,18 @@ def builtin(name: object) -> Path | None:
     if not isinstance(name, str) or name not in (DEFAULT, REFINER):
         return None
     return None if Path(name).is_file() or Path(name, INDEX).is_file() else FOLDER / name
+
+
+@cache
+def builtin_adapters() -> dict[str, Path]:
+    """The files of the built-in adapters, by name."""
+    return {path.stem: path for path in sorted(ADAPTERS.glob("*.safetensors"))}
+
+
+def builtin_adapter(name: object) -> Path | None:
+    """The file of the built-in adapter of this name; None if there is none, or a local path has this name."""
+    found = builtin_adapters().get(str(name))
+    return None if found is None or Path(str(name)).exists() else found
 
 
 def lender(folder: Path) -> Path | None:

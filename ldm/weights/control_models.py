@@ -24,6 +24,7 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet import UNetConfig
 from ldm.weights import configs, layouts
+from ldm.weights.builtin import builtin_adapter
 from ldm.weights.components import ComponentSource, fill_alone, is_adapter
 from ldm.weights.folder import store_of, weight_files
 from ldm.weights.hub import fetch
@@ -84,7 +85,7 @@ def open_control_model(
     Raises:
         LdmError: the source is no control model that is read here, is damaged, or was made for another family.
     """
-    path = Path(source)
+    path = builtin_adapter(source) or Path(source)
     if not path.exists() and HUB_ID.fullmatch(str(source)):
         path = fetch(str(source), allow_pickle=allow_pickle, progress=progress, component="controlnet")
     if not path.exists():
@@ -162,20 +163,36 @@ def config_of(path: Path, infos: Infos, family: Family) -> ControlNetConfig | T2
         LdmError: no family's shapes are those of the tensors; the message has the differences to the model's.
     """
     if _is_t2i_adapter(infos):
-        return _t2i_config(path, infos)
+        return _own_t2i_config(infos, family) or _t2i_config(path, infos)
     pooled = "shuffle" in path.stem.lower()  # its configuration says so, of which the file has none
     if pooled:
         log.warning("%s: its residuals are averaged over the image, as its name says (shuffle)", path)
     channels = _image_channels(infos)
     candidates = [controlnet_config(one.unet, channels, pooled) for one in (family, *FAMILIES.values())]
     for config in candidates:
-        with torch.device("meta"):
-            shapes = {name: tuple(weight.shape) for name, weight in ControlNet(config).named_parameters()}
-        for _, layout in names_of(config):
-            links = layout(shapes)
-            if all(link.theirs in infos and infos[link.theirs].shape == link.shape(shapes) for link in links):
-                return config
+        if _holds(infos, config):
+            return config
     return candidates[0]  # whose differences are named when the tensors are looked up
+
+
+def _holds(infos: Infos, config: ControlNetConfig | T2IAdapterConfig) -> bool:
+    """Whether the tensors are those of a control model with this configuration, in one of its layouts."""
+    with torch.device("meta"):
+        network = T2IAdapter(config) if isinstance(config, T2IAdapterConfig) else ControlNet(config)
+    shapes = {name: tuple(weight.shape) for name, weight in network.named_parameters()}
+    return any(
+        all(link.theirs in infos and infos[link.theirs].shape == link.shape(shapes) for link in layout(shapes))
+        for _, layout in names_of(config)
+    )
+
+
+def _own_t2i_config(infos: Infos, family: Family) -> T2IAdapterConfig | None:
+    """The configuration of a T2I-Adapter that was trained here for models of a family, if the tensors are its."""
+    try:
+        candidates = [t2i_config(family, channels) for channels in (3, 1)]
+    except LdmError:  # the family has none
+        return None
+    return next((config for config in candidates if _holds(infos, config)), None)
 
 
 def controlnet_config(unet: UNetConfig, image_channels: tuple[int, ...], pooled: bool = False) -> ControlNetConfig:

@@ -20,6 +20,7 @@ from ldm.files import check_digest, file_digest, replacing
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
+from ldm.weights.builtin import builtin_adapter
 from ldm.weights.components import ComponentSource, fill_alone, is_adapter
 from ldm.weights.folder import check_float, link_outputs
 from ldm.weights.hub import fetch_file
@@ -69,7 +70,7 @@ def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pick
     Raises:
         LdmError: the file is no IP-Adapter that is read here, is damaged, or was made for another family.
     """
-    path = Path(source)
+    path = builtin_adapter(source) or Path(source)
     fetched = not path.exists() and HUB_FILE.fullmatch(str(source)) is not None
     if fetched:
         path = fetch_file(str(source))

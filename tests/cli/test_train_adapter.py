@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launched import on_two
@@ -13,7 +15,9 @@ from runs import _fresh_accelerator as _fresh_accelerator
 from ldm.cli import train_adapter as door
 from ldm.cli.train_adapter import WEIGHTS, AdapterJob, choice, defaults, fitting, saving, tokens, train_adapter
 from ldm.errors import LdmError
+from ldm.families import SD15
 from ldm.training.config import Config, dump, load
+from ldm.weights import sources
 from ldm.weights.embeddings import open_embedding
 from ldm.weights.tensors import read_header
 
@@ -58,8 +62,12 @@ def config(models: Path, *overrides: str) -> Config:
 
 
 def test_what_is_chosen(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [defaults(count, config(models), "adapter") for count in (1, 1000)]
+    assert {"adapter.batch=1", "adapter.steps=300", "adapter.sizes=[{size: 64}]"} < set(small[0])
+    assert {"adapter.batch=16", "adapter.steps=300"} < set(small[1])
+    monkeypatch.setattr(sources, "open_source", lambda *_, **__: SimpleNamespace(family=SD15))
     few, many = (defaults(count, config(models), "adapter") for count in (1, 1000))
-    assert {"adapter.batch=1", "adapter.steps=400", "adapter.sizes=[{size: 64}]"} < set(few)
+    assert {"adapter.batch=1", "adapter.steps=400", "adapter.sizes=[{size: 512}]"} < set(few)
     assert {"adapter.batch=4", "adapter.steps=3000"} < set(many)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "adapter.batch=4" in defaults(3, config(models), "adapter")
@@ -86,7 +94,6 @@ def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch, caps
     [
         ({"images": "dogs"}, r"runs holds a run whose data.source is 'cats', not 'dogs'; choose another --output"),
         ({"trigger": "dog"}, r"data.trigger is 'cat', not 'dog'"),
-        ({"kind": "textual-inversion"}, r"stages is \['adapter'\], not \['textual-inversion'\]"),
         ({"model": "emoji"}, "model.source is '.*sd15', not 'emoji'"),
     ],
 )
@@ -134,17 +141,22 @@ def test_bad_input(models: Path, shapes: Path, tmp_path: Path) -> None:
 def test_a_new_word(
     models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "WEIGHTS", (0.0, 1.0))
+    monkeypatch.setattr(door, "WEIGHTS", (1.0,))
+    (tmp_path / "few").mkdir()
+    for path in sorted(shapes.iterdir())[:8]:
+        shutil.copy(path, tmp_path / "few")
     output, few = tmp_path / "r", [one.replace("adapter.", "textual-inversion.") for one in FEW[:-1]]
     job = AdapterJob(
-        str(shapes), str(models / "sd15"), str(output), "textual-inversion", trigger="<sks>", initial="dog"
+        str(tmp_path / "few"), str(models / "sd15"), str(output), "textual-inversion", trigger="<sks>", initial="dog"
     )
     train_adapter(job, few)
     folder = output / "textual-inversion"
     assert capsys.readouterr().out.splitlines() == [str(folder / name) for name in ("embeddings", "sheet.png")]
     assert open_embedding(folder / "embeddings" / "_sks_.safetensors").vectors[""].shape[0] == 4
     with Image.open(folder / "sheet.png") as sheet:
-        assert sheet.size == (2 * 64, 2 * 64)
+        assert sheet.size == (64, 2 * 64)
+    with pytest.raises(LdmError, match=r"r holds a run whose stages is \['textual-inversion'\], not"):
+        train_adapter(replace(job, kind="lora", initial=""), [])
 
 
 @pytest.mark.parametrize(
@@ -159,3 +171,10 @@ def test_a_new_word(
 def test_kinds(given: dict[str, str], message: str) -> None:
     with pytest.raises(LdmError, match=message):
         train_adapter(AdapterJob("images", "emoji", "r", **given), [])
+
+
+def test_what_the_door_cannot_do() -> None:
+    with pytest.raises(LdmError, match="--output is empty"):
+        train_adapter(AdapterJob("images", "emoji", ""), [])
+    with pytest.raises(LdmError, match="stages: --kind chooses what is trained here"):
+        train_adapter(AdapterJob("images", "emoji", "r"), ["stages=[base]"])

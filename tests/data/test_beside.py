@@ -117,6 +117,10 @@ def test_every_source_has_images_beside_its_own(tmp_path: Path) -> None:
         for one, other in zip(found[0], others, strict=True):
             assert one.keys == other.keys and one.captions == other.captions
             assert torch.equal(one.beside["mask"], other.beside["mask"])
+    whole = open_images(str(tmp_path / "saved"), tmp_path / "cache", image_column="image")
+    assert whole.sizes()[0].max() > 40 == opened(tmp_path, {}, tmp_path / "saved").sizes()[0].max()
+    with pytest.raises(LdmError, match="image_column image: .*shard.tar is no dataset with columns of images; leave"):
+        open_images(str(tmp_path / "shard.tar"), tmp_path / "cache", image_column="image")
     for batch in found[0]:
         values = [40 * int(key[:3]) / 255 for key in batch.keys]
         assert batch.beside["mask"].flatten(1).mean(1).tolist() == pytest.approx(values, abs=1e-6)

@@ -54,7 +54,8 @@ def test_it_is_whole_small_and_of_its_family() -> None:
     assert opened.family.unet == EMOJI.unet
     assert (opened.family.steps, opened.family.guidance) == (EMOJI.steps, EMOJI.guidance)
     assert any("all weights are finite" in line for line in verify_source(opened))
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) <= MOST
+    models = (path for name in ("emoji", "emoji-refiner") for path in (FOLDER / name).rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in models) <= MOST
     assert {path.name for path in (FOLDER / "emoji").iterdir()} >= {"README.md", "NOTICE.md", "words.txt", "clip"}
 
 

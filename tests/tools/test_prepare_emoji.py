@@ -91,3 +91,26 @@ def test_drawings_of_two_kinds_do_not_get_into_one_folder(cache: Path, tmp_path:
     assert members(tmp_path / "out") == before
     result = prepare(tmp_path / "new", cache, "--styles", "fluent 3d,notto")
     assert result.stderr == "prepare_emoji: style 'notto' is not known; did you mean noto?\n"
+
+
+def test_a_few_drawings_as_plain_folders(cache: Path, tmp_path: Path) -> None:
+    options = (
+        "--styles",
+        "fluent 3d",
+        "--no-tones",
+        "--few",
+        "1",
+        "--labels",
+        "fox|waving hand",
+        "--caption",
+        "a {label}",
+    )
+    result = prepare(tmp_path / "few", cache, *options)
+    assert result.returncode == 0, result.stderr
+    folders = [tmp_path / "few" / name for name in ("train", "held-out")]
+    captions = [[path.read_text() for path in folder.glob("*.txt")] for folder in folders]
+    assert sorted(map(len, captions)) == [1, 1]
+    assert {*captions[0], *captions[1]} == {"a fox", "a waving hand"}
+    assert all(Image.open(path.with_suffix(".png")).size == (32, 32) for f in folders for path in f.glob("*.txt"))
+    result = prepare(tmp_path / "few", cache, *options[:-1], "the {label}")
+    assert "holds other drawings" in result.stderr

@@ -18,7 +18,6 @@ from rounding import FACTOR, near
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
-from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning
 from ldm.process import NoiseSchedule
 from ldm.training.conditioning import ConditioningDropout, Prompt, conditioning, encode, prompt
@@ -381,31 +380,6 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert saved[1] < 0.5 * saved[0]
     assert math.isfinite(float(loss))
-
-
-@pytest.mark.parametrize(
-    ("part", "backend"), [("", "aot_eager_decomp_partition"), ("mid_block.attentions.0", "inductor")]
-)
-def test_compiling_changes_no_gradient(part: str, backend: str) -> None:
-    """The whole network as it is traced, and the code for one of its parts, since that for all takes a minute."""
-    from torch._dynamo.utils import counters
-
-    family = tiny.family("sd15")
-    shape = replace(family.unet, channels=(16,), depth=(1,), heads=(2,), layers=1, groups=8)
-    model = LatentDiffusion.from_family(replace(family, unet=shape))
-    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, shape.text_dim)
-    gradients = []
-    for compiled in (False, True):
-        unet = copy.deepcopy(model.unet).train()
-        checkpointed(unet)
-        before = counters["stats"]["unique_graphs"]
-        if compiled:
-            unet.get_submodule(part).compile(backend=backend)
-        unet(x, torch.tensor([500, 3]), Conditioning(text)).square().mean().backward()
-        assert (counters["stats"]["unique_graphs"] > before) == compiled
-        gradients.append([parameter.grad for parameter in unet.parameters()])
-    for plain, ours in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_moments_lie_as_their_weights_do() -> None:

@@ -103,6 +103,7 @@ def test_held_out_captions_stay_as_they_are(shapes: Path, tmp_path: Path) -> Non
         (["data.beside.mask=masks"], r"has no column 'masks': "),
         (["data.folders={dog: {repeat: 2}}"], r"data.folders.dog.repeat is not known; did you mean repeats\?"),
         (["data.folders={dog: {repeats: 2}}"], r"has no images in the folder dog; it has no folders"),
+        (["data.stream=true", "data.numbered_folders=true"], r"data.numbered_folders: a stream is not read by folders"),
         (["num_repeats=10"], r"num_repeats is not known; did you mean data.folders\?"),
         (["data.masked_loss=true"], r"did you mean data.beside.mask\?"),
     ],

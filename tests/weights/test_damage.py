@@ -25,7 +25,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two models of the same shape as folders and as single files."""
     root = tmp_path_factory.mktemp("written")
     for name, seed in (("one", 0), ("two", 1)):
-        model = tiny.model("sdxl", seed)
+        model = tiny.model("sdxl", seed, shallow=True)
         model.save_pretrained(root / name, max_shard_size=4_000_000)
         model.save_pretrained(root / f"{name}.safetensors")
     return {path.name: path for path in root.iterdir()}
@@ -203,7 +203,7 @@ def test_the_remedy_for_a_wanted_change_is_said_and_works(tmp_path: Path, writte
 def test_files_that_came_later_are_noticed(tmp_path: Path, written: dict[str, Path]) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(written["one"], copy)
-    tiny.model("sdxl", 1).save_pretrained(tmp_path / "half", variant="fp16")
+    tiny.model("sdxl", 1, shallow=True).save_pretrained(tmp_path / "half", variant="fp16")
     for file in (tmp_path / "half").rglob("*.safetensors"):
         shutil.copy(file, copy / file.parent.name)
     with pytest.raises(LdmError, match=f"{UNET}.* did not come with this model"):

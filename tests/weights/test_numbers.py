@@ -35,7 +35,7 @@ def without_digests(folder: Path) -> Path:
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder without digests."""
     folder = tmp_path_factory.mktemp("foreign") / "m"
-    tiny.model("sdxl").save_pretrained(folder)
+    tiny.model("sdxl", shallow=True).save_pretrained(folder)
     return without_digests(folder)
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,7 +29,6 @@ from ldm.training.stages.stage import ForwardPasses, Learner, StageInputs, seede
 from ldm.weights.components import Components
 
 SHOWN = 4  # prompts of a preview
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class TrainedAttachment(nn.Module, ABC):

@@ -17,7 +17,8 @@ from ldm.errors import LdmError
 from ldm.models.controlnet import ControlNet
 from ldm.models.t2i_adapter import T2IAdapter
 from ldm.training.conditioning import ConditioningDropout, Prompt
-from ldm.training.stages.attached import DTYPES, AttachedStage, to_image
+from ldm.training.stages.adapter_file import DTYPES
+from ldm.training.stages.attached import AttachedStage, to_image
 from ldm.training.stages.sections import AttachedSection
 from ldm.weights.components import Components
 from ldm.weights.control_models import open_control_model

@@ -28,7 +28,8 @@ from ldm.training.conditioning import ConditioningDropout, Prompt
 from ldm.training.frozen import numbers
 from ldm.training.parallel.agreement import check_agreement
 from ldm.training.stages import attached
-from ldm.training.stages.attached import DTYPES, AttachedStage, TrainedAttachment, to_image
+from ldm.training.stages.adapter_file import DTYPES
+from ldm.training.stages.attached import AttachedStage, TrainedAttachment, to_image
 from ldm.training.stages.sections import ImagePromptSection
 from ldm.training.stages.stage import Cached, ForwardPasses, Learner, StageInputs, freeze
 from ldm.weights.components import Components, fingerprint

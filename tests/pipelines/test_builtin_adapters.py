@@ -1,0 +1,56 @@
+"""The built-in adapters: found by name, small, and of an effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.errors import LdmError
+from ldm.weights.builtin import ADAPTERS, builtin_adapter, builtin_adapters
+from pipelines import Pipeline
+
+MOST = 3 * 10**6  # bytes of all adapters
+STEPS = 4
+
+
+def drawn(pipeline: Pipeline, prompt: str = "octopus", **settings: object) -> np.ndarray:
+    return np.asarray(pipeline(prompt, seed=1, steps=STEPS, **settings).images[0], float)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline(dtype=torch.float32, device="cpu")
+
+
+def test_they_are_small_and_say_whose_art_they_learned_from() -> None:
+    assert sum(path.stat().st_size for path in builtin_adapters().values()) <= MOST
+    notice = (ADAPTERS / "NOTICE.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in notice for name in builtin_adapters())
+
+
+def test_a_lora_by_name_in_the_setting_and_in_a_prompt(pipeline: Pipeline) -> None:
+    by_setting, by_tag = drawn(pipeline, adapters="streamline"), drawn(pipeline, "octopus <lora:streamline:1>")
+    assert np.array_equal(by_setting, by_tag)
+    assert np.abs(by_setting - drawn(pipeline)).mean() > 2  # of 255
+
+
+def test_a_path_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert builtin_adapter("streamline") == ADAPTERS / "streamline.safetensors"
+    monkeypatch.chdir(tmp_path)
+    Path("streamline").mkdir()
+    assert builtin_adapter("streamline") is None
+    assert builtin_adapter("../adapters/streamline") is None
+
+
+def test_a_name_that_is_nearly_right(pipeline: Pipeline) -> None:
+    with pytest.raises(LdmError, match="did you mean streamline"):
+        drawn(pipeline, adapters="streamlin")
+
+
+def test_an_embedding_by_name(pipeline: Pipeline) -> None:
+    learned = Pipeline(dtype=torch.float32, device="cpu", embeddings="blob")
+    found = [drawn(one, "tired face, blob style") for one in (learned, pipeline)]
+    assert np.abs(found[0] - found[1]).mean() > 2
