@@ -24,9 +24,8 @@ import transformers
 from PIL import Image, ImageDraw
 
 LONG = [  # the files that take longest: begun first, so that several test processes end together
-    "test_pipelines", "test_train", "test_selftest", "test_scale", "test_autoencoder_stage", "test_saving",
-    "test_eval_command", "test_training_evaluation", "test_text_stage", "test_training", "test_compilation",
-    "test_generate",
+    "test_train", "test_compilation", "test_pipelines", "test_selftest", "test_scale", "test_autoencoder_stage",
+    "test_saving", "test_eval_command", "test_training_evaluation", "test_text_stage", "test_training", "test_generate",
 ]  # fmt: skip
 
 logging.getLogger("xformers").setLevel(logging.ERROR)

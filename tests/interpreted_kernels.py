@@ -36,13 +36,13 @@ def random(layer: nn.Module, dtype: torch.dtype) -> Any:
     return layer.to(dtype)
 
 
-@pytest.mark.parametrize(("offset", "silu"), [(False, False), (True, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "channels", "groups", "height", "width"),
+    ("batch", "channels", "groups", "height", "width", "offset", "silu"),
     [
-        (1, 4, 1, 1, 1), (2, 40, 4, 5, 3), (2, 320, 32, 6, 7), (1, 2560, 32, 1, 2),
-        (1, 18, 9, 17, 19), (1, 64, 32, 16, 33),  # in chunks
+        (1, 4, 1, 1, 1, True, True), (2, 40, 4, 5, 3, False, False), (2, 40, 4, 5, 3, True, True),
+        (1, 320, 32, 6, 7, False, False), (1, 2560, 32, 1, 2, True, True),
+        (1, 18, 9, 17, 19, False, False), (1, 18, 9, 17, 19, True, True), (1, 64, 32, 16, 17, True, True),  # in chunks
     ],
 )  # fmt: skip
 def test_group_norm(
