@@ -181,9 +181,9 @@ def check_begun(begun: Path, given: Sequence[str], stage: str) -> None:
     Raises:
         LdmError: they do not.
     """
-    before, now = (load(begun, more).model_dump(mode="json") for more in ((), given))
+    both: list[Any] = [load(begun, more).model_dump(mode="json") for more in ((), given)]
     for key in ("stages", "model.source", "data.source", "data.trigger", f"{stage}.prior.prompt", f"{stage}.words"):
-        old, new = (reduce(lambda section, name: section.get(name), key.split("."), one) for one in (before, now))
+        old, new = (reduce(lambda section, name: section.get(name), key.split("."), one) for one in both)
         same = Path(old).absolute() == Path(new).absolute() if key.endswith("source") and old and new else old == new
         if not same:
             raise LdmError(f"{begun.parent} holds a run whose {key} is {old!r}, not {new!r}; choose another --output")
