@@ -43,7 +43,7 @@ NO_MEMORY = (
 )  # fmt: skip
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether PyTorch's error means out of memory; only CUDA's allocator has its own exception class for it."""
     return any(text in str(error) for text in NO_MEMORY)
 

@@ -94,7 +94,7 @@ def make_images(
     own = {name: value for name, value in settings.items() if name not in loading}
     width, height = size
     pipeline = Pipeline(model, **loading)
-    return pipeline(prompts, width=width, height=height, seed=seeds, batch=len(prompts), **own).images
+    return pipeline(prompts, width=width, height=height, seed=seeds, **{"batch": len(prompts), **own}).images
 
 
 def fields() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby, pairwise
@@ -65,9 +65,8 @@ class WordTokenizer(Tokenizer):
         vars(self).update(vars(tokenizer))  # the same vocabulary and rules
         self._ids = {plain(name): tuple(ids) for names, ids in words for name in names}
         self._names = {ids.start: names[0] for names, ids in words}
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        # ComfyUI writes embedding: before a name
-        self._words = re.compile(rf"(?:\bembedding:\s?)?({'|'.join(map(_pattern, longest_first))})")
+        self.words = {tuple(ids): names[0] for names, ids in words}  # ids -> first name
+        self._words = finder(self._ids)
 
     def _split(self, text: str) -> list[str]:
         """Plain text and learned words in turn."""
@@ -102,6 +101,13 @@ class WordTokenizer(Tokenizer):
 def plain(text: str) -> str:
     """A text as the tokenizer reads it: in lower case, with single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def finder(names: Iterable[str]) -> re.Pattern[str]:
+    """The regular expression that finds learned words in plain texts; its group is the word's plain name."""
+    longest_first = sorted(map(plain, names), key=len, reverse=True)
+    # ComfyUI writes embedding: before a name
+    return re.compile(rf"(?:\bembedding:\s?)?({'|'.join(map(_pattern, longest_first))})")
 
 
 def _pattern(name: str) -> str:

@@ -217,10 +217,10 @@ class Evaluator:
 
 @torch.no_grad()
 def weights_digest(model: LatentDiffusion) -> str:
-    """A digest of all weights (fp32 or 16 bits); `fingerprint` reads only some of them."""
-    parameters = [parameter for module in model.modules().values() for parameter in module.parameters()]
-    whole = {2: torch.int16, 4: torch.int32}  # bytes of a number -> integers of the same size
-    sums = [parameter.view(whole[parameter.itemsize]).sum(dtype=torch.int64) for parameter in parameters]
+    """A digest of all weights, those in buffers too, such as new words' vectors; `fingerprint` reads only some."""
+    tensors = [one for module in model.modules().values() for one in (*module.parameters(), *module.buffers())]
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> integers of the same size
+    sums = [one.view(whole[one.itemsize]).sum(dtype=torch.int64) for one in tensors]
     return digest_of(torch.stack(sums).tolist())
 
 

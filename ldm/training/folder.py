@@ -100,10 +100,16 @@ def write_result(
         write_json(temporary, {"steps": stage.section.steps, "metrics": dict(record), **extra})
 
 
+def model_before(config: Config, name: str) -> Path | None:
+    """The result of the last stage before this one from whose model others go on, if there is one."""
+    before = [one for one in config.stages[: config.stages.index(name)] if kind_named(one).goes_on]
+    return Path(config.output) / before[-1] / kind_named(before[-1]).result if before else None
+
+
 def parents(config: Config, name: str) -> Sequence[str]:
-    """The origins of a stage's model: the result of the stage before it, or a model from elsewhere."""
-    before, kind = config.stages[: config.stages.index(name)], kind_named(name)
-    earlier = [str(Path(config.output) / before[-1] / kind_named(before[-1]).result)] if before else []
+    """The origins of a stage's model: the result of a stage before it, or a model from elsewhere."""
+    before, kind = model_before(config, name), kind_named(name)
+    earlier = [str(before)] if before else []
     if kind.own_model is None:
         return earlier or [str(config.model.source or config.model.family)]
     own = kind.own_model(getattr(config, name))

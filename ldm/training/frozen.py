@@ -36,16 +36,15 @@ def matrices(network: nn.Module) -> Iterator[nn.Parameter]:
             yield from layer.parameters(recurse=False)
 
 
-def uniform(network: M) -> M:
-    """A copy of a network whose norms and embeddings have the dtype of its matrices, so that it runs without autocast;
-    all else is shared."""
-    dtype = next(matrices(network)).dtype
+def uniform(network: M, dtype: torch.dtype | None = None) -> M:
+    """A copy of a network in one dtype, by default that of its matrices, so that it runs without autocast; what has the
+    dtype already is shared."""
+    dtype = dtype or next(matrices(network)).dtype
 
     def cast(module: nn.Module) -> dict[str, nn.Module]:
-        others = {name: part for name, part in module.named_children() if not isinstance(part, ROUNDED)}
         return {
             name: copy.deepcopy(part).to(dtype)
-            for name, part in others.items()
+            for name, part in module.named_children()
             if any(parameter.dtype != dtype for parameter in part.parameters(recurse=False))
         }
 

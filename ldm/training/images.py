@@ -32,12 +32,14 @@ class TrainingImages:
     section: DataSection
     folder: Path  # of indexes and caches
     images: ImageSet | None = None
+    most: int | None = None  # training images in use: the first ones; None: all
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the training images and of the held-out ones; errors as in `split`."""
         assert self.images is not None
-        return split(self.images, self.section.holdout)
+        training, held_out = split(self.images, self.section.holdout)
+        return training[: self.most], held_out
 
     @cached_property
     def digest(self) -> str | None:

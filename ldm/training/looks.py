@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ldm.data.loader import Batch
-from ldm.errors import out_of_memory
+from ldm.errors import LdmError, out_of_memory
 from ldm.images import grid, save_png
 from ldm.training.evaluator import Best, Evaluator
 from ldm.training.log import StageLog
@@ -84,7 +84,7 @@ class Looks:
                     if images:
                         self.folder.mkdir(exist_ok=True)
                         save_png(grid(images), self.folder / f"step-{step:08d}.png")
-                except RuntimeError as error:
+                except (LdmError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise
                     log.warning("no preview of step %d: out of memory", step)

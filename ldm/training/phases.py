@@ -17,11 +17,12 @@ class Phase:
     size: int
     batch: int
     micro_batch: int | None
+    halves: int = 1  # 2: this is one half of the batches, and the other is class images
 
     @property
     def halved(self) -> Phase:
         """The same with half of the batch."""
-        return replace(self, batch=self.batch // 2)
+        return replace(self, batch=self.batch // 2, halves=2)
 
     def parts(self, processes: int) -> int:
         """Micro-batches of each step.
@@ -31,7 +32,11 @@ class Phase:
         """
         share, rest = divmod(self.batch, processes)
         if rest:
-            raise LdmError(f"a batch of {self.batch} does not divide among {processes} processes; choose a multiple")
+            whole, half = self.batch * self.halves, ", half of it class images," if self.halves == 2 else ""
+            raise LdmError(
+                f"a batch of {whole}{half} does not divide among {processes} processes; choose a multiple of "
+                f"{self.halves * processes}"
+            )
         micro = min(self.micro_batch or share, share)
         return next(share // size for size in range(micro, 0, -1) if share % size == 0)
 

@@ -1,6 +1,7 @@
 """Class images: images of a prompt that the model makes before it is trained, and then learns beside the others.
 
-So it keeps what it knew of the class (prior preservation; DreamBooth: Ruiz et al. 2022, arXiv 2208.12242, section 3.2).
+Training on them preserves the model's knowledge of the class (prior preservation; DreamBooth: Ruiz et al. 2022, arXiv
+2208.12242, section 3.2).
 
 runs/x/data/class-…/images/    class images, made once for each prompt, size and starting model
 runs/x/data/class-…/           their index and cache
@@ -17,17 +18,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from PIL import Image
 
 from ldm.data.image_set import made
 from ldm.data.loader import Batch
-from ldm.errors import LdmError
+from ldm.errors import LdmError, out_of_memory
 from ldm.images import save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.checks import alike
-from ldm.training.frozen import uniform
+from ldm.training.frozen import numbers, uniform
 from ldm.training.images import TrainingImages, open_training_images
 from ldm.training.phases import phases
-from ldm.training.sections import DataSection, ModelSection, PriorSection, StageSection
+from ldm.training.sections import DataSection, PriorSection, StageSection
 from ldm.training.stages.stage import MakeImages
 
 log = logging.getLogger(__name__)
@@ -68,28 +70,41 @@ class ClassImages:
     def make(self, model: LatentDiffusion, make_images: MakeImages, accelerator: Accelerator) -> None:
         """Make this process's share of the images that are not there; all processes call it.
 
+        An image may depend on those that are made with it. So the batches are always the same ones, and one of which an
+        image is missing is made again.
+
         Raises:
             LdmError: an image cannot be made or written; those before are whole, and are not made again.
         """
         made(self.images)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        numbers = [n for n in range(rank, self.prior.images, world) if not self.file(n).exists()]
-        if numbers:
-            log.info(
-                "making class images of %r: %d on this process, of %d in all; in %s",
-                self.prior.prompt, len(numbers), self.prior.images, self.images,
-            )  # fmt: skip
-        parts = {name: uniform(model.networks[name]) for name in ("unet", "text_encoders")}
+        count, batch = self.prior.images, self.prior.batch
+        batches = [range(start, start + batch) for start in range(0, count, batch)]
+        own = batches[accelerator.process_index :: accelerator.num_processes]
+        left = [some for some in own if not all(self.file(number).exists() for number in some if number < count)]
+        if left:
+            log.info("making class images of %r, %d in all, in %s", self.prior.prompt, count, self.images)
+        dtype = numbers(accelerator.mixed_precision)
+        parts = {name: uniform(model.networks[name], dtype) for name in ("unet", "text_encoders")}
         whole = model.with_networks(parts)
-        for start in range(0, len(numbers), self.prior.batch):
-            some = numbers[start : start + self.prior.batch]
-            seeds = [self.seed + number for number in some]
-            prompts, size = [self.prior.prompt] * len(some), (self.size, self.size)
-            found = make_images(whole, prompts, size, seeds, {"steps": self.prior.steps})
-            for number, image in zip(some, found, strict=True):
-                save_png(image, self.file(number))
-            log.info("class images: %d of %d", start + len(some), len(numbers))
+        for done, some in enumerate(left, 1):
+            for number, image in zip(some, self._batch(whole, some, make_images), strict=True):
+                if number < count:
+                    save_png(image, self.file(number))
+            log.info("class images: %d of %d batches of this process", done, len(left))
         accelerator.wait_for_everyone()
+
+    def _batch(self, model: LatentDiffusion, some: range, make_images: MakeImages) -> list[Image.Image]:
+        """The images with these numbers."""
+        prompts, seeds = [self.prior.prompt] * len(some), [self.seed + number for number in some]
+        try:
+            return make_images(model, prompts, (self.size, self.size), seeds, {"steps": self.prior.steps})
+        except (LdmError, RuntimeError) as error:
+            if len(some) == 1 or not out_of_memory(error):
+                raise
+            raise LdmError(
+                f"class images: out of memory with {len(some)} of {self.size}×{self.size} at a time; set prior.batch "
+                f"to {len(some) // 2}"
+            ) from None
 
     def file(self, number: int) -> Path:
         """The file of a made image."""
@@ -103,23 +118,23 @@ class ClassImages:
         """
         framing = data.model_dump(include=FRAMING)
         own = DataSection(source=str(self.images), trigger=self.prior.prompt, holdout=0, **framing)
-        return Prior(open_training_images(own, made(self.folder), accelerator), self.prior.weight)
+        opened = open_training_images(own, made(self.folder), accelerator)
+        most = None if self.prior.source else self.prior.images  # an earlier run may have made more
+        return Prior(replace(opened, most=most), self.prior.weight)
 
 
-def class_images(
-    prior: PriorSection, section: StageSection, seed: int, model: ModelSection, folder: Path
-) -> ClassImages:
+def class_images(prior: PriorSection, section: StageSection, seed: int, model: str, folder: Path) -> ClassImages:
     """The class images of a stage, in a folder of their own for each prompt, size and starting model.
 
     Args:
         prior: what is asked for.
         section: of the stage.
         seed: of the run.
-        model: the section of the model that makes them.
+        model: the fingerprint of the model that makes them.
         folder: of the run's data.
     """
     size = max(phase.size for phase in phases(section))
-    facts = [prior.prompt, prior.source, prior.steps, size, seed, model.model_dump(mode="json")]
+    facts = [prior.prompt, prior.source] if prior.source else [prior.prompt, prior.steps, size, seed, model]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return ClassImages(prior, size, seed, folder / f"class-{digest}")
 

@@ -26,6 +26,7 @@ import ldm
 from ldm.data.image_set import made
 from ldm.data.plan import BatchPlan
 from ldm.errors import LdmError, first_line
+from ldm.evaluation.features import digest_of
 from ldm.evaluation.plan import EvaluationPlan
 from ldm.evaluation.workspace import Ranks, Workspace
 from ldm.families import Family
@@ -37,7 +38,7 @@ from ldm.training.caching import Caches, build_caches
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import NUMBERS, Config
 from ldm.training.evaluator import Evaluator, check_evaluation, evaluation_plan
-from ldm.training.folder import is_done, open_folder, write_result
+from ldm.training.folder import is_done, model_before, open_folder, write_result
 from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.frozen import matrices, numbers
 from ldm.training.gradient_checkpointing import checkpointed
@@ -88,33 +89,37 @@ class TrainingRun:
 
     def all(self) -> None:
         """Run every stage, in order; of a stage that is done, the result is read."""
-        self._check_evaluations()
+        left = [name for name in self.config.stages if not is_done(self.folder / name, self.section(name).steps)]
+        for name in left:
+            self._check(name)
         for name in self.config.stages:
-            if wanted := kind_named(name).prior(self.section(name)):
-                check_prior(name, wanted, self.data, self.make_images)
-        model: LatentDiffusion | None = None
-        for name in self.config.stages:
-            folder, kind = self.folder / name, kind_named(name)
-            if is_done(folder, self.section(name).steps):
-                log.info("stage %s is done: %s", name, folder / kind.result)
-                model = kind.read(folder, model)
+            if name in left:
+                self.stage(name, self.start(name, self.before(name)), self.folder / name)
             else:
-                model = self.stage(name, self.start(name, model), folder)
+                log.info("stage %s is done: %s", name, self.folder / name / kind_named(name).result)
         self.accelerator.end_training()
 
     def section(self, name: str) -> Any:
         """A stage's part of the configuration."""
         return getattr(self.config, name)
 
+    def before(self, name: str) -> LatentDiffusion | None:
+        """The result of the last stage before this one from whose model others go on, in fp32 on the CPU.
+
+        It is always read from its folder, so that a run in one go and one that is resumed start from the same.
+        """
+        path = model_before(self.config, name)
+        return LatentDiffusion.from_pretrained(path, dtype=torch.float32) if path else None
+
     def start(self, name: str, before: LatentDiffusion | None) -> LatentDiffusion:
-        """The model that a stage starts from: the result of the stage before it, or one named in the configuration."""
+        """The model that a stage starts from: the result of a stage before it, or one named in the configuration."""
         kind, section, seed = kind_named(name), self.section(name), self.config.seed
         if kind.own_model is None:
             return before or starting_model(self.config.model, seed)
         return kind.adopt(section, starting_model(kind.own_model(section), seed, f"{name}.model"), before)
 
-    def stage(self, name: str, model: LatentDiffusion, folder: Path) -> LatentDiffusion | None:
-        """Train one stage to its end, write its result, and return the model that the next stage starts from.
+    def stage(self, name: str, model: LatentDiffusion, folder: Path) -> None:
+        """Train one stage to its end, and write its result. The stage changes the model, or how it is held.
 
         Raises:
             LdmError: see `Training.run`.
@@ -136,7 +141,6 @@ class TrainingRun:
         for tracker in accelerator.trackers:  # not `end_training`: the next stage needs the process group
             tracker.finish()
         accelerator.free_memory()
-        return kind_named(name).read(folder, model)
 
     def training(self, name: str, model: LatentDiffusion, folder: Path) -> Training:
         """A stage, ready to train."""
@@ -148,10 +152,11 @@ class TrainingRun:
             own(module, accelerator.device, torch.float32 if part == "vae" else rounded)
         if isinstance(section, DenoiserSection):
             check_task(name, section, model.family, self.config.data)
-        check_agreement({f"the weights of {part}": fingerprint({part: m}) for part, m in model.modules().items()})
+        weights = {f"the weights of {part}": fingerprint({part: m}) for part, m in model.modules().items()}
+        check_agreement(weights)
         if kind_named(name).captions:
             self._warn_of_long_captions(model)
-        prior = self._prior(name, model, accelerator)
+        prior = self._prior(name, model, digest_of(weights), accelerator)
         caches = self._caches(name, model, accelerator, prior)
         batches = StageBatches(self.data, section, accelerator, self.config.seed, caches, prior)
         stage = kind_named(name).build(
@@ -170,6 +175,27 @@ class TrainingRun:
             accelerator, stage, folder, batches.steps, batches.held_out, report, self._work(name, accelerator),
             self._evaluator(name, stage, accelerator, folder),
         )  # fmt: skip
+
+    def _check(self, name: str) -> None:
+        """Raise, before anything is made or trained, for a stage that cannot be built, or not with these data."""
+        kind, section = kind_named(name), self.section(name)
+        if wanted := kind.evaluation(section):
+            check_evaluation(kind, self._evaluation_plan(wanted, "cpu"))
+            if self.make_images is None:
+                raise LdmError(f"{name}.evaluation.every: no function that makes images is given (make_images)")
+        given = [self.data]
+        if prior := kind.prior(section):
+            check_prior(name, prior, self.data, self.make_images)
+            if prior.source:
+                of_class = class_images(prior, section, self.config.seed, "", self.data.folder)
+                given.append(of_class.open(self.config.data, self.accelerator).data)
+        kind.check(section, self.data)
+        rows = [row for row in self.forecasts if row.stage == name]
+        memory = max(row.memory for row in rows) / 1e9
+        log.info("%s: %.1f M parameters are trained, in %.1f GB by forecast", name, rows[0].trained / 1e6, memory)
+        for data in given:
+            for phase in phases(section) if data.images else ():
+                batch_plan(data, phase, self.config.seed, self.accelerator.process_index)
 
     # --- parts of a stage -------------------------------------------------------------------------------------------
 
@@ -210,13 +236,16 @@ class TrainingRun:
             wanted = replace(wanted, latents=False)
         return wanted
 
-    def _prior(self, name: str, model: LatentDiffusion, accelerator: Accelerator) -> Prior | None:
-        """The class images of the stage, if the configuration asks for some; those that the folder lacks are made."""
+    def _prior(self, name: str, model: LatentDiffusion, weights: str, accelerator: Accelerator) -> Prior | None:
+        """The class images of the stage, if the configuration asks for some; those that the folder lacks are made.
+
+        `weights` is a digest of the model's.
+        """
         section = self.section(name)
         wanted = kind_named(name).prior(section)
         if wanted is None:
             return None
-        found = class_images(wanted, section, self.config.seed, self.config.model, self.data.folder)
+        found = class_images(wanted, section, self.config.seed, weights, self.data.folder)
         if wanted.source is None:
             assert self.make_images is not None  # see `check_prior`
             found.make(model, self.make_images, accelerator)
@@ -245,7 +274,7 @@ class TrainingRun:
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
-        """The forecasts of all stages, made at the start, so that a stage that cannot be built ends the run at once."""
+        """The forecasts of all stages; a stage that cannot be built is an error."""
         return forecast(self.config, self.accelerator.num_processes)
 
     def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost]:
@@ -256,14 +285,6 @@ class TrainingRun:
         return lambda step: StepCost(rows[bisect_right(ends, step)].flops_per_image / 1e12, peak)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
-
-    def _check_evaluations(self) -> None:
-        """Raise, before the first stage, for an evaluation that cannot be made."""
-        for name in self.config.stages:
-            if wanted := kind_named(name).evaluation(self.section(name)):
-                check_evaluation(kind_named(name), self._evaluation_plan(wanted, "cpu"))
-                if self.make_images is None:
-                    raise LdmError(f"{name}.evaluation.every: no function that makes images is given (make_images)")
 
     def _evaluation_plan(self, section: EvaluationSection, device: str) -> EvaluationPlan:
         images = self.data.images

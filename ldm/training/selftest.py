@@ -134,6 +134,7 @@ def selftest(folder: Path, precision: str, say: Say) -> bool:
         if accelerator.is_main_process:
             say((check.__doc__ or "").splitlines()[0].rstrip("."), found[0] if found else None)
     accelerator.end_training()
+    gc.unfreeze()
     return well
 
 
@@ -157,9 +158,8 @@ def lay_out(ground: Path) -> None:
 def all_stages(ground: Ground) -> Iterator[str]:
     """Every stage trains, with the same weights on all processes and the learning rate as configured."""
     run = ground.run("whole")
-    model = None
     for name in run.config.stages:
-        model = run.stage(name, run.start(name, model), run.folder / name)
+        run.stage(name, run.start(name, run.before(name)), run.folder / name)
         digest = {player: _digest(one.module.parameters()) for player, one in run.last.stage.players.items()}
         first, *others = gather_object([digest])
         for rank, other in enumerate(others, 1):

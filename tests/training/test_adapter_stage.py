@@ -20,6 +20,7 @@ from ldm.cli.train import make_images
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config
+from ldm.training.folder import model_before, parents
 from ldm.training.forecast import forecast
 from ldm.training.frozen import EightBitLinear, matrices, uniform
 from ldm.training.loop import Training
@@ -293,6 +294,25 @@ def test_previews_show_the_adapter(shapes: Path, tmp_path: Path) -> None:
     assert len(seen) == 2
     assert not torch.allclose(seen[0], seen[1], atol=1e-3)
     assert Image.open(tmp_path / "r" / "adapter" / "previews" / "step-00000006.png").size[0] > 32
+
+
+def test_a_preview_that_does_not_fit_is_left_out(
+    shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> list[Image.Image]:
+        raise LdmError("out of memory with 1 images of 32×32 at a time; try 64×64 (--size)")
+
+    train(settings(shapes, tmp_path / "r", "adapter.preview_every=6"), full)
+    assert "no preview of step 6: out of memory" in caplog.text
+    assert file_of(tmp_path / "r").exists()
+
+
+def test_a_refiner_is_a_branch(shapes: Path, tmp_path: Path) -> None:
+    chosen = settings(shapes, tmp_path / "r", "stages=[base,refiner,adapter,textual-inversion]")
+    base = tmp_path / "r" / "base" / "model"
+    assert [model_before(chosen, name) for name in chosen.stages] == [None, base, base, base]
+    assert parents(chosen, "refiner") == [str(base), "sdxl-refiner"]
+    assert parents(chosen, "textual-inversion") == [str(base)]
 
 
 def test_weights_that_autocast_rounds_may_be_rounded_before() -> None:

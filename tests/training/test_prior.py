@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,10 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config
 from ldm.training.loop import Training
+from ldm.training.phases import phases
 from ldm.training.prior import class_images
 from ldm.training.run import TrainingRun, train
-from ldm.training.sections import ModelSection
+from ldm.training.sections import StageSection
 from ldm.training.stages.denoiser import DenoiserStage
 
 FEW = [
@@ -41,6 +43,7 @@ class Painter:
         self, model: LatentDiffusion, prompts: list[str], size: tuple[int, int], seeds: Sequence[int],
         settings: Mapping[str, Any],
     ) -> list[Image.Image]:  # fmt: skip
+        (self.dtype,) = {weight.dtype for weight in model.unet.parameters()}
         if set(prompts) == {"a drawing"}:  # not a preview
             if self.made + len(prompts) > self.most:
                 raise LdmError("the plug is pulled")
@@ -96,22 +99,33 @@ def test_class_images_are_made_once(shapes: Path, tmp_path: Path) -> None:
     assert made(tmp_path / "r") == ["00000.png", "00001.png"]
     train(chosen, last)
     assert made(tmp_path / "r") == [f"{number:05d}.png" for number in range(5)]
-    assert last.made == 3
+    assert last.made == 4  # the last batch is whole, so that no image depends on how many there are
     again = Painter()
     train(settings(shapes, tmp_path / "r", "adapter", "adapter.steps=5"), again)
     assert again.made == 0
     train(settings(shapes, tmp_path / "r", "adapter", "adapter.steps=6", "adapter.prior.images=6"), again)
-    assert again.made == 1
+    assert again.made == 2
+    assert len(made(tmp_path / "r")) == 6
+    few = ready(settings(shapes, tmp_path / "r", "adapter", "adapter.prior.images=3"), again)
+    keys = {key for step in islice(few.batches(0), 8) for key in step[1].keys}
+    assert keys == {f"class images/{number:05d}.png" for number in range(3)}
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
     section = settings(tmp_path, tmp_path / "r", "base").base
-    found, painters = class_images(section.prior, section, 0, ModelSection(), tmp_path), [Painter(), Painter()]
+    found, painters = class_images(section.prior, section, 0, "model", tmp_path), [Painter(), Painter()]
     model = tiny.model("sd15")
     for rank, painter in enumerate(painters):
-        ranks: Any = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: None)
+        ranks: Any = SimpleNamespace(
+            process_index=rank, num_processes=2, wait_for_everyone=lambda: None, mixed_precision="bf16"
+        )
         found.make(model, painter, ranks)
-    assert [painter.made for painter in painters] == [3, 2]
+    assert [painter.made for painter in painters] == [4, 2]
+    assert {painter.dtype for painter in painters} == {torch.bfloat16}
+    found.file(2).unlink()
+    again = Painter()
+    found.make(model, again, ranks)
+    assert again.made == 2  # with the image that it was made with
     assert sorted(path.name for path in found.images.iterdir()) == [f"{number:05d}.png" for number in range(5)]
 
 
@@ -149,13 +163,48 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path)
         (["adapter.prior.prompt=''", "adapter.prior.source=x"], "class images need their prompt"),
         (["adapter.prior.source=nowhere"], "adapter.prior.source: nowhere does not exist"),
         (["adapter.prior.prompt=a red circle"], "adapter.prior.prompt is the caption of"),
+        (["adapter.layers=[atention]"], "adapter.layers: atention matches no layer"),
+        (["data.upscale=1", "adapter.sizes=[{size: 512}]"], "images are too small for size 512"),
     ],
 )
 def test_bad_input(shapes: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    painter = Painter()
     with pytest.raises(LdmError) as caught:
-        train(settings(shapes, tmp_path / "r", "adapter", *overrides), Painter())
+        train(settings(shapes, tmp_path / "r", "adapter", *overrides), painter)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert painter.made == 0
+
+
+def test_class_images_that_are_too_small(shapes: Path, tmp_path: Path) -> None:
+    """They are found before the stage that comes first is trained."""
+    (folder := tmp_path / "small").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    with pytest.raises(LdmError, match="small: all 1 images are too small for size 32"):
+        train(settings(shapes, tmp_path / "r", "adapter", "stages=[base,adapter]", f"adapter.prior.source={folder}"))
+    assert not (tmp_path / "r" / "base").exists()
+
+
+def test_the_message_names_the_whole_batch() -> None:
+    (phase,) = phases(StageSection(batch=6, sizes=[{"size": 32}]))  # type: ignore[list-item]
+    with pytest.raises(LdmError, match="a batch of 6, half of it class images, does not divide among 2 .* of 4"):
+        phase.halved.parts(2)
+
+
+def test_each_model_makes_its_own_class_images(shapes: Path, tmp_path: Path) -> None:
+    both = [f"base.{one}" for one in (*FEW, "steps=1")]
+    train(settings(shapes, tmp_path / "r", "adapter", *both, "stages=[base,adapter]", "adapter.steps=1"), Painter())
+    assert len(list((tmp_path / "r" / "data").glob("class-*"))) == 2
+
+
+def test_memory_that_does_not_suffice_for_class_images(shapes: Path, tmp_path: Path) -> None:
+    def full(*_: Any) -> list[Image.Image]:
+        raise LdmError(
+            "out of memory with 2 images of 32×32 at a time; a batch of 1 would fit better (batch=, --batch)"
+        )
+
+    with pytest.raises(LdmError, match=r"class images: out of memory with 2 of 32×32 at a time; set prior.batch to 1"):
+        train(settings(shapes, tmp_path / "r", "adapter"), full)
 
 
 def test_a_run_without_a_function_that_makes_images(shapes: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.textual_inversion import tables
 from ldm.training.config import Config
+from ldm.training.evaluator import weights_digest
 from ldm.training.loop import Training
 from ldm.training.run import TrainingRun, train
 from ldm.training.stages.sections import embedding_name
@@ -153,7 +154,7 @@ def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_pat
 
 
 def test_vectors_begin_with_words_or_with_the_spread_of_all(shapes: Path, tmp_path: Path) -> None:
-    words = "{<a>: {vectors: 3, initial: red}, <b>: {initial: a red}, <c>: {}, <d>: {vectors: 14}}"
+    words = "{<a>: {vectors: 3, initial: red}, <b>: {initial: a red}, <c>: {}, <d>: {vectors: 10}}"
     captions = tmp_path / "captions"
     captions.mkdir()
     for number, word in enumerate(("<a>, <b>", "<C> and <d>")):
@@ -167,7 +168,7 @@ def test_vectors_begin_with_words_or_with_the_spread_of_all(shapes: Path, tmp_pa
     count = max(3, len(ids[0]))
     assert torch.equal(vectors[0], table.weight[[ids[0][n % len(ids[0])] for n in range(count)]])
     assert torch.equal(vectors[1], table.weight[ids[1]])
-    assert [len(rows) for rows in vectors] == [count, len(ids[1]), 1, 14]
+    assert [len(rows) for rows in vectors] == [count, len(ids[1]), 1, 10]
     assert float(vectors[3].std()) == pytest.approx(float(table.weight.std()), rel=0.2)
 
 
@@ -217,6 +218,24 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path,
     assert all((parts / file).read_bytes() == (whole / file).read_bytes() for file in files)
     (saved, *_) = (parts / NAME / "checkpoints").glob("*/model.safetensors")
     assert all(name.startswith(("vectors.", "norms_", "adapter.changes.")) for name in load_file(saved))
+
+
+def test_it_starts_from_the_model_as_it_was_before_an_adapter(shapes: Path, tmp_path: Path) -> None:
+    """In one go, or continued after the adapter, which held the model in 8 bits."""
+    (tmp_path / "parts").mkdir()
+    whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
+    small = [*PIVOTAL, *(f"adapter.{row}" for row in (
+        "steps=1", "batch=2", "sizes=[{size: 32}]", "quantize=int8-weights", "layers=[transformers]",
+    ))]  # fmt: skip
+    both = f"stages=[adapter,{NAME}]"
+    train(settings(shapes, whole, *small, both))
+    train(settings(shapes, parts, *small, "stages=[adapter]"))
+    train(settings(shapes, parts, *small, both))
+    file = Path(NAME) / "adapter.safetensors"
+    assert load_file(whole / file).keys() == load_file(parts / file).keys()
+    assert lines(whole, NAME) == lines(parts, NAME)
+    lineage = json.loads(read_header(whole / file)[1][LINEAGE])
+    assert lineage["parents"] == ["sd15"]
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
@@ -300,7 +319,7 @@ def test_previews_and_16_bits(shapes: Path, tmp_path: Path) -> None:
 )
 def test_bad_input(shapes: Path, tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(LdmError) as caught:
-        ready(settings(shapes, tmp_path / "r", f"{NAME}.{override}"))
+        train(settings(shapes, tmp_path / "r", f"{NAME}.{override}"))
     assert message in str(caught.value)
 
 
@@ -310,6 +329,33 @@ def test_captions_that_teach_nothing_are_counted(
     with caplog.at_level(logging.WARNING):
         ready(settings(shapes, tmp_path / "r", "data.trigger=''", f"{NAME}.words={{circle: {{}}}}"))
     assert "3 of 6 captions have none of the new words (circle): they teach nothing" in caplog.text
+
+
+def test_words_that_are_cut(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A text has 14 tokens here."""
+    ten = [f"{NAME}.words={{<sks>: {{vectors: 10}}}}"]
+    with caplog.at_level(logging.WARNING):
+        ready(settings(shapes, tmp_path / "r", *ten))
+    assert "too long: of the new words" not in caplog.text
+    (folder := tmp_path / "late").mkdir()
+    for number, caption in enumerate(("a big red circle on white, <sks>", "<sks>", "<sks>, a circle")):
+        Image.new("RGB", (32, 32)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    late = ["data.trigger=''", "data.holdout=0", f"{NAME}.batch=2", f"{NAME}.templates=[]", *ten]
+    with caplog.at_level(logging.WARNING):
+        ready(settings(folder, tmp_path / "s", *late))
+    assert "1 of 3 captions are too long: of the new words (<sks>) in them, some are cut" in caplog.text
+    with pytest.raises(LdmError, match="<sks> has 14 vectors, and no caption is read to the end of it"):
+        ready(settings(shapes, tmp_path / "t", f"{NAME}.words={{<sks>: {{vectors: 14}}}}", "data.trigger=a <sks>"))
+
+
+def test_digests_tell_vectors_apart(shapes: Path, tmp_path: Path) -> None:
+    stage, _ = ready(settings(shapes, tmp_path / "r"))
+    before = weights_digest(stage.shown())
+    assert weights_digest(stage.shown()) == before
+    with torch.no_grad():
+        stage.words.vectors["text_encoder"][0, 0] += 0.1
+    assert weights_digest(stage.shown()) != before
 
 
 def test_names_of_files() -> None:

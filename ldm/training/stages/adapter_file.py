@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.stages.adapter import AdapterStage
 from ldm.weights.adapters import Adapter
 from ldm.weights.adapters.writing import write_adapter
@@ -42,11 +41,6 @@ def write(stage: AdapterStage, folder: Path, lineage: str) -> None:
     other.parent.mkdir(exist_ok=True)
     plain = Adapter(stage.output, other, kind, "diffusers", adapter.changes, told)
     write_adapter(plain, stage.model, other, "diffusers", dtype=dtype, overwrite=True)
-
-
-def read(folder: Path, before: LatentDiffusion | None) -> LatentDiffusion | None:
-    """The model that the adapter changes, without it."""
-    return before
 
 
 def metadata(stage: AdapterStage) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -23,7 +22,7 @@ from ldm.runtime.attention import set_attention
 from ldm.training.frozen import uniform
 from ldm.training.optimizers import Group
 from ldm.training.stages import denoiser
-from ldm.training.stages.denoiser import PREVIEW_STEPS, DenoiserStage
+from ldm.training.stages.denoiser import PREVIEW, DenoiserStage
 from ldm.training.stages.sections import AttachedSection
 from ldm.training.stages.stage import ForwardPasses, Learner, StageInputs, seeded
 from ldm.weights.components import Components
@@ -129,8 +128,7 @@ class AttachedStage(DenoiserStage):
             image, settings = steered(number % len(batch.keys))
             row = [image]
             for more in (settings, {}):
-                given = {"steps": PREVIEW_STEPS, **more}
-                row += self.make_images(model, [said], (width, height), [self.seed + number], given)
+                row += self.make_images(model, [said], (width, height), [self.seed + number], {**PREVIEW, **more})
             rows.append(grid(row, len(row)))
         return rows
 
@@ -138,8 +136,3 @@ class AttachedStage(DenoiserStage):
 def to_image(pixels: Tensor) -> Image.Image:
     """Pixels (3, H, W) in [0, 1] as an image."""
     return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def read(folder: Path, before: LatentDiffusion | None) -> LatentDiffusion | None:
-    """The model that the network was trained beside."""
-    return before

@@ -54,7 +54,7 @@ from ldm.training.stages.tasks import task_of
 from ldm.weights.components import Components
 
 REFINED = 199  # the last timestep of SDXL's refiner (Podell et al. 2023, section 2.5)
-PREVIEW_STEPS = 20  # steps of the scheduler
+PREVIEW: Mapping[str, Any] = {"steps": 20, "batch": None}  # settings of previews, as many at a time as memory allows
 VALIDATION_DRAWS = 4  # draws of noise and timestep for each held-out image
 
 
@@ -293,15 +293,15 @@ class DenoiserStage:
         prompts = self.section.prompts or batch.captions[:4]
         height, width = batch.size[0, 4:6].int().tolist()
         seeds = [self.seed + number for number in range(len(prompts))]
-        settings = {"steps": PREVIEW_STEPS}
-        if self.model.family.task == "text":
-            return self.make_images(self.shown(), prompts, (width, height), seeds, settings)
+        model = self.shown()
+        if model.family.task == "text":
+            return self.make_images(model, prompts, (width, height), seeds, PREVIEW)
         return [
             image
             for number, said in enumerate(prompts)
             for image in self.make_images(
-                self.shown(), [said], (width, height), seeds[number : number + 1],
-                settings | self.task.example(batch, number % len(batch.keys)),
+                model, [said], (width, height), seeds[number : number + 1],
+                {**PREVIEW, **self.task.example(batch, number % len(batch.keys))},
             )
         ]  # fmt: skip
 

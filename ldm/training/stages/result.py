@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 
@@ -27,8 +25,3 @@ def write_model(stage: HoldsModel, folder: Path, lineage: str) -> None:
         stage.model.save_pretrained(folder / "model.safetensors", overwrite=True, lineage=lineage)
     except LdmError as error:
         log.warning("no single file: %s", error)
-
-
-def read_model(folder: Path, before: LatentDiffusion | None) -> LatentDiffusion:
-    """The model that `write_model` wrote, in fp32 on the CPU."""
-    return LatentDiffusion.from_pretrained(folder / "model", dtype=torch.float32)

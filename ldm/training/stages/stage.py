@@ -22,7 +22,7 @@ from ldm.models.unet import Conditioning
 from ldm.training.images import TrainingImages
 from ldm.training.optimizers import Group, make_optimizer
 from ldm.training.sections import EvaluationSection, ModelSection, OptimizerSection, PriorSection, StageSection
-from ldm.training.stages.result import read_model, write_model
+from ldm.training.stages.result import write_model
 from ldm.weights.components import Components
 
 MakeImages = Callable[  # model, prompts, width and height, a seed for each, settings such as steps -> images
@@ -176,17 +176,22 @@ class StageKind(Generic[S]):
     cached: Callable[[S], Cached] = lambda section: Cached()
     spreads: bool = False  # whether its weights can be spread over processes (FSDP2), not only copied (DDP)
     evaluation: Callable[[S], EvaluationSection | None] = lambda section: None  # None: no evaluation in training
+    # raises, before anything is made or trained, if the stage cannot learn from these images
+    check: Callable[[S, TrainingImages], None] = lambda section, data: None
     prior: Callable[[S], PriorSection | None] = lambda section: None  # None: no class images beside the others
     makes_images: bool = True  # whether the model makes images alone, as evaluation needs
-    own_model: Callable[[S], ModelSection] | None = None  # to start from; None: the stage before it, or `model`
+    own_model: Callable[[S], ModelSection] | None = None  # to start from; None: that of a stage before it, or `model`
     # (section, own model, model of the stage before it) -> own model with components of the other
     adopt: Callable[[S, LatentDiffusion, LatentDiffusion | None], LatentDiffusion] = lambda section, own, before: own
     frozen: bool = False  # whether U-Net and text encoders stay as they are, so that 16 bits can hold them
     shown: Callable[[Any], LatentDiffusion] = lambda stage: stage.model  # with the stage's weights, to make images
     result: str = "model"  # name of the result in the stage's folder
     write: Callable[[Any, Path, str], None] = write_model  # (stage, folder, lineage as JSON), on the main process
-    # (folder, the model that it started from, if at hand) -> the model that the next stage starts from
-    read: Callable[[Path, LatentDiffusion | None], LatentDiffusion | None] = read_model
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next stage starts from its result: a whole model, and no branch as a refiner is."""
+        return self.result == "model" and self.own_model is None
 
 
 def freeze(parts: Components) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from ldm.training.stages import (
     adapter,
     adapter_file,
-    attached,
     autoencoder,
     control,
     controlnet,
@@ -81,7 +80,6 @@ KINDS: tuple[StageKind[Any], ...] = (
         shown=adapter.AdapterStage.shown,
         result=adapter_file.RESULT,
         write=adapter_file.write,
-        read=adapter_file.read,
         trial={"layers": ["attention", "convolutions"], "rank": 4, "rank_dropout": 0.2, "max_norm": 1.0},
     ),
     StageKind(
@@ -90,13 +88,13 @@ KINDS: tuple[StageKind[Any], ...] = (
         learners=textual_inversion.learners,
         passes=textual_inversion.passes,
         cached=textual_inversion.cached,
+        check=textual_inversion.check,
         prior=denoiser.prior,
         evaluation=denoiser.evaluation,
         frozen=True,
         shown=textual_inversion.TextualInversionStage.shown,
         result=textual_inversion_file.RESULT,
         write=textual_inversion_file.write,
-        read=adapter_file.read,
         trial={"words": {"number": {"vectors": 2}}},
     ),
     StageKind(
@@ -110,7 +108,6 @@ KINDS: tuple[StageKind[Any], ...] = (
         frozen=True,
         result=controlnet.NAME,
         write=control.write,
-        read=attached.read,
         trial={"drop_condition": 0.2},
     ),
     StageKind(
@@ -124,7 +121,6 @@ KINDS: tuple[StageKind[Any], ...] = (
         frozen=True,
         result=t2i_adapter.NAME,
         write=control.write,
-        read=attached.read,
         trial={"drop_condition": 0.2},
     ),
     StageKind(
@@ -139,7 +135,6 @@ KINDS: tuple[StageKind[Any], ...] = (
         frozen=True,
         result=ip_adapter.RESULT,
         write=ip_adapter.write,
-        read=attached.read,
         trial={"encoder": trial.ENCODER, "kind": "plus"},
     ),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,15 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError, listing
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.text import TextEncoders
-from ldm.models.textual_inversion import LearnedWord, WordTokenizer, plain, tables, with_vectors, with_words
+from ldm.models.textual_inversion import (
+    LearnedWord,
+    WordTokenizer,
+    finder,
+    plain,
+    tables,
+    with_vectors,
+    with_words,
+)
 from ldm.training.conditioning import Prompt
 from ldm.training.images import TrainingImages
 from ldm.training.stages import adapter, denoiser
@@ -126,10 +135,11 @@ def initial(place: str, word: str, section: NewWordSection, encoders: TextEncode
 def learners(section: TextualInversionSection, parts: Components) -> dict[str, Learner]:
     """The vectors of the new words and, with `pivotal`, an adapter, with initial values from PyTorch's generator."""
     freeze(parts)
-    beside = Learner(TrainedAdapter(parts, {}, False), [])
     if section.pivotal:
         optimizer = section.optimizer.model_copy(update={"learning_rate": section.adapter_learning_rate})
         beside = adapter.learners(section.model_copy(update={"optimizer": optimizer}), parts)["unet"]
+    else:
+        beside = Learner(TrainedAdapter(parts, {}, False), [])
     rows = {name: initial(section.place, name, one, parts.text_encoders) for name, one in section.words.items()}
     counts = {name: len(own[0]) for name, own in rows.items()}
     changes = cast("TrainedAdapter", beside.module)
@@ -165,12 +175,14 @@ class TextualInversionStage(AdapterStage):
 
     def __init__(self, given: StageInputs[TextualInversionSection]) -> None:
         """Raises:
-        LdmError: see `AdapterStage` and `initial`; or no caption has one of the words.
+        LdmError: see `AdapterStage`, `initial` and `check_lengths`.
         """
         super().__init__(given, learners)
         self.sentences = sentences(self.section.templates)
-        self.alone = {plain(word) for word in (*self.section.words, given.data.section.trigger)}
-        check_captions(given.data, self.words, self.section.place)
+        self.alone = {plain(word) for word in (*self.section.words, given.data.section.trigger)} - {""}
+        captions = given.data.images.captions() if given.data.images else []
+        longest = max(self.sentences, key=len, default="{}")
+        check_lengths([self.in_sentence(longest, caption) for caption in captions], self.words, self.section.place)
 
     @property
     def words(self) -> TrainedWords:
@@ -209,11 +221,11 @@ class TextualInversionStage(AdapterStage):
             self.sentences[int(uniform(self.seed, "template", key, epoch) * len(self.sentences))]
             for key, epoch in zip(batch.keys, batch.epochs, strict=True)
         ]
-        captions = [
-            sentence.replace("{}", caption) if plain(caption) in self.alone else caption
-            for sentence, caption in zip(drawn, batch.captions, strict=True)
-        ]
-        return replace(batch, captions=captions)
+        return replace(batch, captions=list(map(self.in_sentence, drawn, batch.captions)))
+
+    def in_sentence(self, sentence: str, caption: str) -> str:
+        """The caption, in the sentence if it is a word alone."""
+        return sentence.replace("{}", caption) if plain(caption) in self.alone else caption
 
     def predict(self, module: nn.Module, x: Tensor, timestep: Tensor, said: Prompt) -> Tensor:
         """The prediction (B, C, h, w), of texts that are encoded with the vectors."""
@@ -231,26 +243,53 @@ class TextualInversionStage(AdapterStage):
         return changed.with_networks({"text_encoders": with_words(changed.text_encoders, self.words.learned())})
 
 
-def check_captions(data: TrainingImages, words: TrainedWords, place: str) -> None:
+def check(section: TextualInversionSection, data: TrainingImages) -> None:
     """Check that captions have the new words; those of a stream are not known.
 
     Raises:
         LdmError: no caption has one of them.
     """
-    if data.images is None:
-        return
-    tokenizer = cast("WordTokenizer", words.around[0].text_encoders.tokenizers[0])
-    found = [tokenizer.learned(caption) for caption in data.images.captions()]
-    there = {word for own in found for word in own}
-    for word in words.words:
-        if word not in there:
+    captions = data.images.captions() if data.images else []
+    there = {name for caption in captions for name in finder(section.words).findall(plain(caption))}
+    for word in section.words if captions else ():
+        if plain(word) not in there:
             raise LdmError(
-                f"{place}.words: none of {len(found)} captions has {word}; set data.trigger='{word}' to put it into "
-                "each, or name the word that captions have"
+                f"{section.place}.words: none of {len(captions)} captions has {word}; set data.trigger='{word}' to put "
+                "it into each, or name the word that captions have"
             )
-    if without := sum(not own for own in found):
-        told = listing(list(words.words), 3)
-        log.warning("%d of %d captions have none of the new words (%s): they teach nothing", without, len(found), told)
+
+
+def check_lengths(captions: Sequence[str], words: TrainedWords, place: str) -> None:
+    """Check that the new words are among the tokens of captions that the text encoders read.
+
+    Raises:
+        LdmError: of a word, no caption's tokens are read to its end.
+    """
+    encoders = words.around[0].text_encoders
+    tokenizer, room = cast("WordTokenizer", encoders.tokenizers[0]), min(c.context for c in encoders.configs) - 2
+    without, cut, read = 0, 0, set()
+    for caption in captions:
+        pieces = tokenizer.pieces(caption)
+        ends = accumulate(map(len, pieces))
+        new = {piece: end <= room for piece, end in zip(pieces, ends, strict=True) if piece in tokenizer.words}
+        read |= {tokenizer.words[piece] for piece, whole in new.items() if whole}
+        without += not new
+        cut += not all(new.values())
+    told = listing(list(words.words), 3)
+    for word, count in words.words.items() if captions else ():
+        if word not in read:
+            raise LdmError(
+                f"{place}.words: {word} has {count} vectors, and no caption is read to the end of it: a text has at "
+                f"most {room} tokens; give it fewer vectors, or shorten the captions before it"
+            )
+    if without:
+        log.warning(
+            "%d of %d captions have none of the new words (%s): they teach nothing", without, len(captions), told
+        )
+    if cut:
+        log.warning(
+            "%d of %d captions are too long: of the new words (%s) in them, some are cut", cut, len(captions), told
+        )
 
 
 def build(given: StageInputs[TextualInversionSection]) -> TextualInversionStage:
