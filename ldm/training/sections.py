@@ -76,7 +76,8 @@ class SizeSection(Section):
 class StageSection(Section):
     """The settings that all stages share."""
 
-    beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage reads
+    beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage needs
+    reads: ClassVar[tuple[str, ...]] = ()  # those that it reads if they are there, besides these
     needed: ClassVar[tuple[str, ...]] = ()  # keys that have no default
     fixed: ClassVar[tuple[str, ...]] = ()  # keys whose values stay while a run goes on, because its weights need them
     steps: int = Field(100_000, ge=1, description="updates of the weights")

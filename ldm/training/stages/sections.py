@@ -78,6 +78,7 @@ class TextSection(StageSection):
 class DenoiserSection(StageSection):
     """A U-Net that learns to denoise."""
 
+    reads: ClassVar[tuple[str, ...]] = ("mask",)
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
     timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
@@ -104,6 +105,7 @@ class DenoiserSection(StageSection):
 class BaseSection(DenoiserSection):
     """The U-Net of the base model."""
 
+    reads: ClassVar[tuple[str, ...]] = ("mask", "before")
     prior: PriorSection = PriorSection()
     drop_before: Part = Field(0.05, description="part of the images before an edit dropped, if the U-Net reads them")
     drop_both: Part = Field(0.05, description="part of which caption and such an image are dropped, besides those")
@@ -317,6 +319,7 @@ class T2IAdapterSection(ControlSection):
 class ImagePromptSection(AttachedSection):
     """An IP-Adapter: cross-attention that reads the image, or its condition image (`data.beside.condition`)."""
 
+    reads: ClassVar[tuple[str, ...]] = ("mask", "condition")
     needed: ClassVar[tuple[str, ...]] = ("encoder",)
     encoder: str | None = Field(
         None,
