@@ -54,9 +54,10 @@ def check_bounds(config: Config) -> None:
 
 def _check_prior(name: str, section: StageSection, prior: PriorSection, data: DataSection) -> None:
     """Check that class images can share the batches, and are not the images themselves."""
-    odd = [phase.batch for phase in phases(section) if phase.batch % 2]
-    if odd:
-        raise LdmError(f"{name}.batch is {odd[0]}: half of it is class images ({name}.prior); choose an even number")
+    for part, phase in zip(section.sizes, phases(section), strict=True):
+        if phase.batch % 2:
+            key = f"the batch of {name}.sizes at {part.size}" if part.batch else f"{name}.batch"
+            raise LdmError(f"{key} is {phase.batch}: half of it is class images ({name}.prior); choose an even number")
     if alike(prior.prompt, data.trigger):
         raise LdmError(
             f"{name}.prior.prompt and data.trigger are the same, {prior.prompt!r}: class images need another; name the "
