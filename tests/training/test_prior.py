@@ -165,7 +165,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path)
         (["adapter.prior.prompt=''", "adapter.prior.source=x"], "class images need their prompt"),
         (
             ["adapter.prior.source=x"],
-            "it is for class images that are made, and a source is named; leave one of them out",
+            "class images that are made, and a source is named; leave one of them out",
         ),
         (["adapter.sizes=[{size: 32, batch: 3}]"], "the batch of adapter.sizes at 32 is 3: half of it is class images"),
         ([*MADE, "adapter.prior.source=nowhere"], "adapter.prior.source: nowhere does not exist"),

@@ -519,7 +519,7 @@ def test_previews_and_averages_of_other_widths(shapes: Path, tmp_path: Path) -> 
         seeds: Sequence[int],
         settings: dict[str, int],
     ) -> list[Image.Image]:
-        assert settings == {"steps": 20}
+        assert settings == {"steps": 20, "batch": None}
         seen.append((prompts, size, seeds))
         return make_images(model, prompts, size, seeds, {"steps": 2})
 
