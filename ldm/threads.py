@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import MutableMapping
-from pathlib import Path
+
+from ldm.limits import cores, quota
 
 THREADS = "OMP_NUM_THREADS"
 POLICY = "OMP_WAIT_POLICY"  # active or passive: of all OpenMP runtimes
@@ -34,41 +35,7 @@ def settle(environment: MutableMapping[str, str] = os.environ) -> None:
         environment[THREADS] = str(max(min(cores(), limit) // siblings, 1))
 
 
-def cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """The cores whose time this process's control groups (cgroup) may use, rounded up; without a limit, all cores."""
-    limits = [float(cores())]
-    for line in _read(own).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            folder = root / path.lstrip("/")
-            for one in (folder, *folder.parents):
-                limits += _limit(_read(one / "cpu.max").split())
-                if one == root:
-                    break
-        elif "cpu" in controllers.split(","):  # version 1
-            for one in (root / "cpu" / path.lstrip("/"), root / "cpu"):  # a container may see its own group as the root
-                limits += _limit([_read(one / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")])
-    return max(-int(-min(limits) // 1), 1)
-
-
 def waiting(environment: MutableMapping[str, str] = os.environ) -> str:
     """The waiting policy in words, for reports."""
     found = [f"{name}={environment[name]}" for name in (POLICY, *SPINS) if name in environment]
     return ", ".join(found) or "OpenMP's own"
-
-
-def _limit(words: list[str]) -> list[float]:
-    """Cores from a quota and a period in microseconds; nothing if there is no limit."""
-    return [int(words[0]) / int(words[1])] if len(words) == 2 and all(word.isdigit() for word in words) else []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii")
-    except (OSError, UnicodeError):
-        return ""

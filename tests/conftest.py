@@ -47,6 +47,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Give it back, so that nothing is left at exit: some libraries tell."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_code(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What PyTorch compiles is compiled here: what others left in its folder may be for another processor."""

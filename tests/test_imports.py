@@ -16,6 +16,7 @@ MODELS = {"ldm.models"}
 LOW = MODELS | {
     "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
     "ldm.images", "ldm.files", "ldm.caches", "ldm.conditions", "ldm.threads",
+    "ldm.limits",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
@@ -23,7 +24,8 @@ ALLOWED = {
     "ldm.errors": set(),
     "ldm.caches": set(),
     "ldm.files": set(),
-    "ldm.threads": set(),
+    "ldm.limits": set(),
+    "ldm.threads": {"ldm.limits"},
     "ldm.models": MODELS,
     "ldm.process": set(),
     "ldm.families": LOW,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -43,31 +42,6 @@ def test_nothing_is_set_once_torch_is_there() -> None:
     environment: dict[str, str] = {}
     threads.settle(environment)
     assert not environment
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "expected"),
-    [
-        ("0::/docker/a", {"docker/a/cpu.max": "150000 100000"}, 2),
-        ("0::/docker/a", {"docker/a/cpu.max": "max 100000", "docker/cpu.max": "50000 100000"}, 1),
-        ("0::/", {"cpu.max": "300000 100000"}, 3),
-        ("0::/gone", {}, 8),
-        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "200000", "cpu/a/cpu.cfs_period_us": "100000"}, 2),
-        ("4:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 8),
-        ("4:cpu:/outside", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        ("4:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "9000000", "cpu/a/cpu.cfs_period_us": "100000"}, 8),
-    ],
-)
-def test_quotas_of_control_groups(
-    groups: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threads, "cores", lambda: 8)
-    (own := tmp_path / "own").write_text(groups + "\n")
-    for name, text in files.items():
-        path = tmp_path / "fs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    assert threads.quota(tmp_path / "fs", own) == expected
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm.threads import POLICY, SPINS, THREADS, cores
+from ldm.limits import cores
+from ldm.threads import POLICY, SPINS, THREADS
 
 POLICIES: dict[str, dict[str, str]] = {  # environment of the measured process
     "ours": {},

@@ -21,9 +21,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.families import Family
+from ldm.limits import cores
 from ldm.models.unet import UNet
 from ldm.runtime.bf16 import computes_bf16
-from ldm.threads import cores, waiting
+from ldm.threads import waiting
 from ldm.training.stages.denoiser import blank
 
 STAGES = ("before", "step", "decode", "image")  # text encoding etc.; one step; decoding; the whole call

@@ -41,7 +41,9 @@ Variant = Annotated[str | None, typer.Option(help="Which of a folder's weights t
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 Replace = Annotated[
     list[str] | None,
-    typer.Option("--component", help="Component from another file, as NAME=PATH: unet, vae, text_encoder[_2]."),
+    typer.Option(
+        "--component", help="Component from elsewhere, as NAME=PATH or NAME=HUB-NAME: unet, vae, text_encoder[_2]."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
 ModelDest = Annotated[str, typer.Argument(help="A folder to write, or a single file if it ends in .safetensors.")]

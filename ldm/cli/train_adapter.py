@@ -10,28 +10,32 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.cli.train import train_models
 from ldm.errors import LdmError, suggestion
+from ldm.limits import free_memory
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import Config, load
+from ldm.training.sections import ModelSection
 
 if TYPE_CHECKING:
     import torch
 
+    from ldm.weights.sources import Opened
+
+T = TypeVar("T")
 STAGES = {"lora": "adapter", "textual-inversion": "textual-inversion"}  # by kind
 VECTORS = 4  # of a new word, at least
 WEIGHTS = (0.0, 0.4, 0.8, 1.0, 1.2)  # of the adapter, in the sheet's columns
 SEED = 0
 EACH = 100  # updates for each image
 FEWEST, MOST = 400, 3000  # updates
-SMALL_STEPS = (
-    300  # updates of small models, such as the built-in one, by batches of 16: docs/adapters.md has what they learn
-)
+SMALL_STEPS = 300  # updates of small models, such as the built-in one, by batches of 16
 SMALL_ADAPTER = {"layers": "[transformers,convolutions]", "rank": 8, "optimizer.learning_rate": 3e-3}
 SMALL_WORD = {"optimizer.learning_rate": 1e-2}
 ROOM = 0.8  # part of the free memory that the forecast may fill
@@ -58,7 +62,7 @@ class AdapterJob:
         """Check the kind and what belongs to it; `named` are the keys that are set besides.
 
         Raises:
-            LdmError: the kind is unknown, or something is missing or too much.
+            LdmError: the kind is unknown, something is missing or too much, or a key takes the place of the job's.
         """
         if self.kind not in STAGES:
             raise LdmError(f"--kind {self.kind!r} is not known; {suggestion(self.kind, list(STAGES))}")
@@ -73,16 +77,18 @@ class AdapterJob:
             raise LdmError("--class-prompt is for a LoRA; leave it out")
         if self.kind != "lora" and not self.trigger and f"{self.stage}.words" not in named:
             raise LdmError("--trigger names the new word, such as --trigger '<cat-toy>'; captions have it, too")
+        for one in self.settings():
+            if whole := [name for name in named if one.startswith(f"{name}.")]:
+                raise LdmError(f"{whole[0]}: a section given as a whole leaves out {one}; set its keys one by one")
 
-    def settings(self) -> list[str]:
-        """The settings that say it."""
+    def settings(self, tokens: int = 0) -> list[str]:
+        """The job as settings of `ldm train`; `tokens` is the number of the initial words' tokens."""
         named: dict[str, Any] = {
             "data.source": self.images, "model.source": self.model, "output": self.output,
             "data.trigger": self.trigger, f"{self.stage}.prior.prompt": self.class_prompt,
         }  # fmt: skip
         if self.trigger and self.kind == "textual-inversion":
-            word = {"initial": self.initial, "vectors": max(VECTORS, len(self.initial.split()))}
-            named[f"{self.stage}.words"] = {self.trigger: word}
+            named[f"{self.stage}.words"] = {self.trigger: {"initial": self.initial, "vectors": max(VECTORS, tokens)}}
         given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value]
         return [*given, f"stages=[{self.stage}]"]
 
@@ -91,33 +97,96 @@ def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
     """Train a LoRA or a new word of a model on a folder of images, and write a sheet of what it does.
 
     Raises:
-        LdmError: the folder holds no images, or as `ldm train`.
+        LdmError: the folder holds no images, the output another run, or as `ldm train`.
     """
-    first = os.environ.get("RANK", "0") == "0"
-    named = {override.partition("=")[0] for override in overrides}
-    job.check(named)
+    job.check([override.partition("=")[0] for override in overrides])
+    config = load(None, together(job.settings(), overrides))
+    check_paths(config)
+    file, given = handed_out(lambda: choice(job, overrides, config))
+    train_models(file, given)
+    if is_first():
+        print(sheet(load(Path(config.output) / "config.yaml"), job))
 
-    def unless_named(settings: Sequence[str]) -> list[str]:
-        return [one for one in settings if one.partition("=")[0] not in named]
 
-    given = [*unless_named(job.settings()), *overrides]
-    settings = load(None, given)
-    check_paths(settings)
-    begun = Path(settings.output) / "config.yaml"
-    if begun.exists():  # a run that goes on keeps what was chosen for it
-        if (stages := load(begun).stages) != settings.stages:
-            raise LdmError(f"{settings.output} holds a run of {', '.join(stages)}; choose another --output")
-        train_models(str(begun), given)
-    else:
-        count = count_images(Path(job.images))
-        given += unless_named(defaults(count, job))
-        check_bounds(load(None, given))
-        given += fitting(given, [unless_named(more) for more in saving(job.stage)])
-        if first:
-            print(f"ldm: {count} images: ldm train", *map(shlex.quote, given), file=sys.stderr)
-        train_models(None, given)
-    if first:
-        print(sheet(load(begun), job))
+def together(chosen: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The settings that the user's do not replace, and then the user's."""
+    replaced = tuple(override.partition("=")[0] + end for override in overrides for end in "=.")
+    return [*(one for one in chosen if not one.startswith(replaced)), *overrides]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this is the run's first process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """The number of the run's processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def handed_out(choose: Callable[[], T]) -> T:
+    """What the first process chooses, on all processes of the run; its errors, too."""
+    if processes() == 1:
+        return choose()
+    from accelerate.utils import broadcast_object_list
+
+    from ldm.training.precision import run_device
+
+    run_device()  # which makes the processes known to each other
+    found: Any = None
+    try:
+        found = choose() if is_first() else None
+    except LdmError as error:
+        found = error
+    [found] = broadcast_object_list([found])
+    if isinstance(found, LdmError):
+        raise found
+    return found
+
+
+# --- what is chosen ---------------------------------------------------------------------------------------------------
+
+
+def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[str | None, list[str]]:
+    """The configuration to train: a file, if a run goes on as it was chosen, and the settings on top of it.
+
+    Args:
+        job: what to train.
+        overrides: the user's settings.
+        config: both, without what is chosen.
+
+    Raises:
+        LdmError: the folder holds no images, or the output another run.
+    """
+    begun = Path(config.output) / "config.yaml"
+    chosen = job.settings(tokens(config.model, job.initial) if job.initial else 0)
+    if begun.exists():
+        given = together(chosen, overrides)
+        check_begun(begun, given, job.stage)
+        return str(begun), given
+    count = count_images(Path(config.data.source or ""))
+    chosen += defaults(count, config, job.stage)
+    check_bounds(load(None, together(chosen, overrides)))
+    given = fitting(chosen, overrides, saving(config, job.stage))
+    print(f"ldm: {count} images: ldm train", *map(shlex.quote, given), file=sys.stderr)
+    return None, given
+
+
+def check_begun(begun: Path, given: Sequence[str], stage: str) -> None:
+    """Check that settings on top of a run's configuration train the same thing.
+
+    Raises:
+        LdmError: they do not.
+    """
+    both: list[Any] = [load(begun, more).model_dump(mode="json") for more in ((), given)]
+    for key in ("stages", "model.source", "data.source", "data.trigger", f"{stage}.prior.prompt", f"{stage}.words"):
+        old, new = (reduce(lambda section, name: section.get(name), key.split("."), one) for one in both)
+        same = Path(old).absolute() == Path(new).absolute() if key.endswith("source") and old and new else old == new
+        if not same:
+            raise LdmError(f"{begun.parent} holds a run whose {key} is {old!r}, not {new!r}; choose another --output")
 
 
 def count_images(folder: Path) -> int:
@@ -134,50 +203,77 @@ def count_images(folder: Path) -> int:
     return count
 
 
-def defaults(count: int, job: AdapterJob) -> list[str]:
-    """The settings for so many images, and for the model's family; class images take half of a batch."""
+def opened(model: ModelSection) -> Opened:
+    """The model to adapt, without its weights.
+
+    Raises:
+        LdmError: it cannot be opened.
+    """
     from ldm.weights.sources import open_source  # PyTorch, only now that there is something to train
 
-    size = open_source(job.model, verify=False).family.size
+    if model.source is None:
+        raise LdmError("model.source is null: name a model to adapt")
+    return open_source(model.source, family=model.family, components=model.components, verify=False)
+
+
+def tokens(model: ModelSection, words: str) -> int:
+    """The number of tokens of some words, in the model's text encoder that splits them most."""
+    return max(len(tokenizer.encode([words])[0]) for tokenizer in opened(model).tokenizers)
+
+
+def defaults(count: int, config: Config, stage: str) -> list[str]:
+    """The settings for so many images, and for the model's family; class images take half of a batch."""
+    size = opened(config.model).family.size
+    halves = 2 if getattr(config, stage).prior.prompt else 1
     most = 4 if size >= 512 else 16  # images in a batch
-    batch = 2 * min(most // 2, count) if job.class_prompt else min(most, count)
+    share = -(-min(most // halves, count) // processes())  # of each process
     step = 64 if size >= 512 else max(size // 64 * 8, 8)
     own = {
-        "steps": min(max(EACH * count, FEWEST), MOST), "batch": batch, "sizes": f"[{{size: {size}}}]",
-        "min_snr": 5, "optimizer.warmup": 50, "optimizer.schedule": "cosine", "save_every": 250, "preview_every": 250,
-        **({"layers": "[transformers]"} if job.stage == "adapter" else {}),
+        "steps": min(max(EACH * count, FEWEST), MOST), "batch": halves * share * processes(),
+        "sizes": f"[{{size: {size}}}]", "min_snr": 5, "optimizer.warmup": 50, "optimizer.schedule": "cosine",
+        "save_every": 250, "preview_every": 250, **({"layers": "[transformers]"} if stage == "adapter" else {}),
     }  # fmt: skip
     if size < 512:
         own |= {"steps": SMALL_STEPS, "save_every": 100, "preview_every": 100, "attention": "math"}
-        own |= SMALL_ADAPTER if job.stage == "adapter" else SMALL_WORD
+        own |= SMALL_ADAPTER if stage == "adapter" else SMALL_WORD
     shared = ["precision=auto", "data.cache=true", "data.crops=4", "data.holdout=0", f"data.bucket_step={step}"]
-    return [*shared, *(f"{job.stage}.{key}={value}" for key, value in own.items())]
+    return [*shared, *(f"{stage}.{key}={value}" for key, value in own.items())]
 
 
-def saving(stage: str) -> list[list[str]]:
-    """Settings of a stage that save memory, the fastest first."""
+def saving(config: Config, stage: str) -> list[list[str]]:
+    """Settings of a stage that save memory, the fastest first; DoRA needs whole weights."""
     less = [f"{stage}.checkpointing=true"], [f"{stage}.checkpointing=true", f"{stage}.micro_batch=1"]
-    return [[], *less, *([[*less[-1], f"{stage}.quantize=int8-weights"]] if stage == "adapter" else [])]
+    rounded = stage == "adapter" and not config.adapter.dora
+    return [[], *less, *([[*less[-1], f"{stage}.quantize=int8-weights"]] if rounded else [])]
 
 
-def fitting(given: Sequence[str], saving: Sequence[list[str]]) -> list[str]:
-    """The first of some settings with which the run's forecast fits into the free memory of its device, or the last."""
+def fitting(chosen: Sequence[str], overrides: Sequence[str], saving: Sequence[list[str]]) -> list[str]:
+    """All settings, with the first saving with which the forecast fits into the free memory, or the last."""
     from ldm.training.forecast import forecast
     from ldm.training.precision import resolved, run_device
 
     device = run_device()
-    free = ROOM * memory(device)
-    fit = (more for more in saving if forecast(resolved(load(None, [*given, *more]), device))[0].memory < free)
-    return next(fit, saving[-1])
+    free = memory(device)
+    for more in saving:
+        given = together([*chosen, *more], overrides)
+        need = max(row.memory for row in forecast(resolved(load(None, given), device), processes()))
+        if need < ROOM * free:
+            return given
+    told = f"{need / 1e9:.1f} GB of memory are forecast and {free / 1e9:.1f} GB are free: it may not fit"
+    print(f"ldm: {told}", file=sys.stderr)
+    return given
 
 
 def memory(device: torch.device) -> int:
-    """The free memory of a device, in bytes."""
+    """The free memory of a device for this process, in bytes."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+# --- what it does -----------------------------------------------------------------------------------------------------
 
 
 def sheet(config: Config, job: AdapterJob) -> Path:
@@ -188,15 +284,16 @@ def sheet(config: Config, job: AdapterJob) -> Path:
     from ldm.images import grid, save_png
     from pipelines import Pipeline
 
-    folder, source = Path(config.output) / job.stage, config.model.source
+    folder, section = Path(config.output) / job.stage, getattr(config, job.stage)
     file, columns = folder / "adapter.safetensors", len(WEIGHTS)
-    prompts = getattr(config, job.stage).prompts or [job.trigger or "a photo"]
+    model = {name: value for name, value in config.model if name in ("source", "family", "components") and value}
+    prompts = section.prompts or [config.data.trigger or next(iter(getattr(section, "words", ())), "a photo")]
     if job.kind == "lora":
-        pipeline = Pipeline(source)
+        pipeline = Pipeline(**model)
         calls = [(pipeline, {"adapters": f"{file}:{weight}", "seed": SEED}) for weight in WEIGHTS]
     else:
         beside = {"adapters": str(file)} if file.exists() else {}
-        rows = [(Pipeline(source), {}), (Pipeline(source, embeddings=folder / "embeddings"), beside)]
+        rows = [(Pipeline(**model), {}), (Pipeline(**model, embeddings=folder / "embeddings"), beside)]
         calls = [(pipeline, {**call, "seed": SEED + n}) for pipeline, call in rows for n in range(columns)]
     images = [pipeline(prompt, **call).images[0] for prompt in prompts for pipeline, call in calls]
     path = folder / "sheet.png"

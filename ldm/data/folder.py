@@ -3,9 +3,9 @@
 `a.txt` holds the captions of `a.png`, one on each line. Instead, a `metadata.jsonl` or `metadata.csv` in the image's
 folder or above it may list the captions, as Hugging Face's imagefolder does: `file_name` (relative to the metadata
 file), the captions (a text, or in JSON a list) in the named column, or in `text`, `caption`, `captions` or `prompt`,
-and optionally `score` or `aesthetic_score`,
-`loss_weight` and `repeats` (visits in an epoch). Several rows with the same `file_name` are several captions. Links are
-followed, but not to a folder that they lie in. Files whose names start with a dot are ignored.
+and optionally `score` or `aesthetic_score`, `loss_weight` and `repeats` (visits in an epoch). Several rows with the
+same `file_name` are several captions; their numbers stand in one row, or are the same in all. Links are followed, but
+not to a folder that they lie in. Files whose names start with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -108,11 +108,10 @@ class Folder:
 
     def _entry(self, path: str, beside: str, stamps: dict[str, str], listed: list[Listed]) -> Entry:
         def captions() -> Captions:
-            found = [to_captions(*one) for one in listed]
-            texts = tuple(text for one in found for text in one.texts)
+            texts = tuple(text for said, _ in listed for text in to_captions(said, {}).texts)
             if not texts and beside:
                 texts = to_captions(decode_caption((self.root / beside).read_bytes()).split("\n"), {}).texts
-            return replace(found[0], texts=texts) if found else Captions(texts)
+            return replace(to_captions(None, _agreed(numbers for _, numbers in listed)), texts=texts)
 
         digest = hashlib.blake2b(repr(listed).encode(errors="replace"), digest_size=8).hexdigest() if listed else ""
         return Entry(path, path, stamps[path], f"{digest}{stamps.get(beside, '')}", captions)
@@ -314,6 +313,20 @@ def _unused(
         most = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
         kinds = [f"{count} {f'.{suffix}' if suffix else 'without'}" for suffix, count in most]
         yield f"{others.total()} other files are not read, by ending: {listing(kinds, 8)}"
+
+
+def _agreed(rows: Iterable[Record]) -> Record:
+    """The numbers of an image in all rows that list it.
+
+    Raises:
+        LdmError: two rows differ.
+    """
+    found: Record = {}
+    for row in rows:
+        for name, value in row.items():
+            if value != "" and found.setdefault(name, value) != value:
+                raise LdmError(f"its {name} is {found[name]!r:.80} in one row and {value!r:.80} in another; keep one")
+    return found
 
 
 def _records(path: Path) -> Iterator[Record]:

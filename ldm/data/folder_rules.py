@@ -6,6 +6,7 @@ it, ten is how often an image comes in an epoch, and `sks dog` the caption of im
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ import pyarrow as pa
 
 from ldm.errors import LdmError, listing, suggestion
 
-_NUMBERED = re.compile(r"(\d{1,4})_(.+)")
+log = logging.getLogger(__name__)
+MOST_REPEATS = 10_000
+_NUMBERED = re.compile(r"(\d+)_(.+)")
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,28 @@ class FolderRules:
         """All rules, and the number of each image's rule (N,).
 
         Raises:
-            LdmError: a named folder holds no image, or numbers are read and no folder has one.
+            LdmError: a named folder holds no image; numbers are read and no folder has one, or one is out of bounds.
         """
         rules, number_of = [FolderRule()], dict[str, int]()
         numbers = np.zeros(len(keys), dtype=np.int32)
         if not self.named and not self.numbered:
             return rules, numbers
         folders = [posixpath.dirname(key.decode("utf-8", "surrogateescape")) for key in keys.to_pylist()]
-        used = set[str]()
+        used, bare = set[str](), set[str]()
         for row, folder in enumerate(folders):
             if folder not in number_of:
                 name, rule = self._rule(folder)
                 used.add(name)
+                if not name:
+                    bare.add(folder)
                 number_of[folder] = len(rules)
                 rules.append(rule)
             numbers[row] = number_of[folder]
         self._check(source, sorted(set(folders)), used)
+        if self.numbered and bare:
+            names = listing(sorted({folder.split("/")[0] or "at the top" for folder in bare}))
+            count = sum(folder in bare for folder in folders)
+            log.warning("%s: %d images in no folder with a number (%s) come once in an epoch", source, count, names)
         return rules, numbers
 
     def _rule(self, folder: str) -> tuple[str, FolderRule]:
@@ -65,7 +74,12 @@ class FolderRules:
             if name in self.named:
                 return name, self.named[name]
         found = _NUMBERED.fullmatch(parts[0]) if self.numbered else None
-        if found and int(found[1]):
+        if found:
+            if not 1 <= int(found[1]) <= MOST_REPEATS:
+                raise LdmError(
+                    f"the folder {parts[0]} says that its images come {int(found[1])} times in an epoch, and 1 to "
+                    f"{MOST_REPEATS} are possible: take it out, rename it, or name it in data.folders"
+                )
             return parts[0], FolderRule(int(found[1]), caption=found[2].strip())
         return "", FolderRule()
 

@@ -12,12 +12,12 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +25,14 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ldm.data.beside import Beside
-from ldm.data.folder_rules import FolderRule, FolderRules
+from ldm.data.folder_rules import MOST_REPEATS, FolderRule, FolderRules
 from ldm.data.skipped import Skipped
+from ldm.data.tags import holds
 from ldm.errors import LdmError, listing
 from ldm.files import replacing
 from ldm.images import TRANSPARENT, image_header, load_image, load_noted
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",
@@ -47,8 +47,8 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")  # the first that is
 SCORE_COLUMNS = ("score", "aesthetic_score")
 WEIGHT_COLUMN, REPEATS_COLUMN = "loss_weight", "repeats"
 NUMBER_COLUMNS = (*SCORE_COLUMNS, WEIGHT_COLUMN, REPEATS_COLUMN)
-MOST_WEIGHT, MOST_REPEATS = 1000, 10_000
-_READING = "4"  # counts the changes of how images and captions are read: an index of another number is made anew
+MOST_WEIGHT = 1000
+_READING = "5"  # counts the changes of how images and captions are read: an index of another number is made anew
 _SAME = ("key", "where", "stamp", "caption_stamp")
 _SCHEMA = pa.schema(
     [
@@ -198,10 +198,15 @@ class ImageSet:
         for note in pc.unique(pc.list_flatten(lists)).to_pylist():
             if note == TRANSPARENT and self.mode == "L":  # of a mask, they are black, as anyone would have it
                 continue
-            rows = pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), note))
-            has = rows.to_pylist()
+            has = self.noted(note)
             names = [self.key(index) for index in has[:3]]
             yield f"{len(has)} images ({listing(names, 3, len(has))}): {note}"
+
+    def noted(self, note: str) -> list[int]:
+        """The images of which something is left out or guessed when they are read."""
+        lists = self._column("notes")
+        found: list[int] = pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), note)).to_pylist()
+        return found
 
     def _report_bare(self, bare: np.ndarray, captions: str) -> None:
         """Raise an error if captions are required; if they are optional, tell what may hold them and is not read."""
@@ -281,6 +286,10 @@ class ImageSet:
         own = self._column("repeats").to_numpy()
         return own * np.array([rule.repeats for rule in self._rules])[self._rule]
 
+    def weights(self) -> np.ndarray:
+        """The weight of each image's loss (N,)."""
+        return self._column("weight").to_numpy() * np.array([rule.weight for rule in self._rules])[self._rule]
+
     def captions(self) -> list[str]:
         """All distinct captions, sorted, with the empty caption if some images have none."""
         lists = self._column("captions")
@@ -304,7 +313,7 @@ class ImageSet:
         captions = captions or ([rule.caption] if rule.caption else [])
         if not self.trigger:
             return captions
-        whole = [one if self.trigger in one else f"{self.trigger}, {one}" for one in captions if one]
+        whole = [one if holds(one, self.trigger) else f"{self.trigger}, {one}" for one in captions if one]
         return whole or [self.trigger]
 
     def _column(self, name: str) -> pa.ChunkedArray:
@@ -388,27 +397,27 @@ def to_captions(texts: object, record: Mapping[str, Any]) -> Captions:
     texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise LdmError(f"its caption is {texts!r:.80}; a text or a list of texts is needed")
-    score = _number(record, "score", SCORE_COLUMNS, float)
-    weight = _number(record, WEIGHT_COLUMN, (WEIGHT_COLUMN,), float)
-    repeats = _number(record, REPEATS_COLUMN, (REPEATS_COLUMN,), int)
+    score = _number(record, "score", *SCORE_COLUMNS)
+    weight = _number(record, WEIGHT_COLUMN, WEIGHT_COLUMN)
+    repeats = _number(record, REPEATS_COLUMN, REPEATS_COLUMN)
     if weight is not None and not 0 <= weight <= MOST_WEIGHT:
         raise LdmError(f"its {WEIGHT_COLUMN} is {weight:g}; a number from 0 to {MOST_WEIGHT} is needed")
-    if repeats is not None and not 1 <= repeats <= MOST_REPEATS:
-        raise LdmError(f"its {REPEATS_COLUMN} is {repeats}; a whole number from 1 to {MOST_REPEATS} is needed")
+    if repeats is not None and not (1 <= repeats <= MOST_REPEATS and repeats.is_integer()):
+        raise LdmError(f"its {REPEATS_COLUMN} is {repeats:g}; a whole number from 1 to {MOST_REPEATS} is needed")
     return Captions(
         tuple(text.strip().encode(errors="replace").decode() for text in texts if text.strip()),
         score,
         1.0 if weight is None else weight,
-        repeats or 1,
+        int(repeats or 1),
     )
 
 
-def _number(record: Mapping[str, Any], what: str, columns: Sequence[str], kind: Callable[[Any], T]) -> T | None:
+def _number(record: Mapping[str, Any], what: str, *columns: str) -> float | None:
     """The number in the first of these columns in which a record has one, or None."""
     value = first_of(record, *columns)
     try:
-        return None if value is None else kind(value)
-    except (TypeError, ValueError):
+        return None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
         raise LdmError(f"its {what} is {value!r:.80}; a number is needed") from None
 
 

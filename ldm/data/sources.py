@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from ldm.data.places import check_beside, check_place, expanded, is_dataset, is_
 from ldm.data.streams import DatasetStream, Stream, TarStream
 from ldm.data.tar import Tar
 from ldm.errors import LdmError
+from ldm.images import TRANSPARENT
 
+log = logging.getLogger(__name__)
 NO_BESIDE: Mapping[str, str] = {}
 
 
@@ -80,8 +83,21 @@ def _check_no_column(source: str, image: str | None) -> None:
 def _made(kind: str, place: str, images: ImageSet) -> Beside:
     """Images beside others that are made of them."""
     if place == "alpha":
+        _check_alpha(images)
         return Given(kind, images.in_mode("A"), np.arange(len(images)))
     return Drawn(place) if kind == "mask" else Made(place)
+
+
+def _check_alpha(images: ImageSet) -> None:
+    """Tell how many images have no alpha channel, so that their masks are white; raise LdmError if none has one."""
+    opaque = len(images) - len(images.noted(TRANSPARENT))
+    if opaque == len(images):
+        raise LdmError(f"{images.source.name}: no image has an alpha channel for its mask (data.beside.mask: alpha)")
+    if opaque:
+        log.warning(
+            "%s: %d of %d images have no alpha channel: their masks are white everywhere",
+            images.source.name, opaque, len(images),
+        )  # fmt: skip
 
 
 def _read(kind: str, place: str, source: str, split: str, images: ImageSet) -> Beside:

@@ -5,9 +5,15 @@ What comes of a caption depends on the seed, the image and the epoch alone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ldm.data.keyed import uniform
+
+
+def holds(text: str, words: str) -> bool:
+    """Whether a text holds words as whole words: "sks" is not in "masks"."""
+    return words in text and bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text))
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Tags:
         kept = [
             (number, tag)
             for number, tag in others
-            if (self.trigger and self.trigger in tag) or uniform(seed, "drop tag", key, epoch, number) >= self.drop
+            if (self.trigger and holds(tag, self.trigger)) or uniform(seed, "drop tag", key, epoch, number) >= self.drop
         ]
         if self.shuffle:
             kept.sort(key=lambda pair: uniform(seed, "shuffle tag", key, epoch, pair[0]))

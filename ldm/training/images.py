@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ldm.data.folder_rules import FolderRule, FolderRules
 from ldm.data.framing import Framing
+from ldm.data.given import Given
 from ldm.data.image_set import ImageSet
 from ldm.data.plan import split
 from ldm.data.sources import open_images
@@ -43,12 +44,22 @@ class TrainingImages:
 
     @cached_property
     def digest(self) -> str | None:
-        """A digest of the images and captions that does not depend on their place; None for a stream."""
+        """A digest that does not depend on the images' place; None for a stream.
+
+        It is of names, captions and sizes, of repeats and weights that are not 1, and of images read beside these.
+        """
         if self.images is None:
             return None
         digest = hashlib.sha256()
         for row in zip(self.images.all_keys(), self.images.all_captions(), *self.images.sizes(), strict=True):
             digest.update(ascii(row).encode())
+        for name, numbers in (("repeats", self.images.repeats()), ("weights", self.images.weights())):
+            if (numbers != 1).any():
+                digest.update(ascii((name, numbers.tolist())).encode())
+        for kind, beside in sorted(self.images.beside.items()):
+            if isinstance(beside, Given):
+                keys, sizes = beside.images.all_keys(), np.stack(beside.images.sizes(), axis=1)[beside.rows]
+                digest.update(ascii((kind, [keys[row] for row in beside.rows], sizes.tolist())).encode())
         return digest.hexdigest()[:16]
 
     def notice_changes(self) -> None:

@@ -21,7 +21,9 @@ class ModelSection(Section):
     usual: ClassVar[str | None] = None  # the family that is built by default
     source: str | None = Field(None, description="a model folder, checkpoint file or Hub name; null: random weights")
     family: str | None = Field(None, description="sd15, sdxl, …: family to build, or of a single file")
-    components: dict[str, str] = Field({}, description="parts from other files: vae, unet, text_encoder[_2]: path")
+    components: dict[str, str] = Field(
+        {}, description="parts from elsewhere: vae, unet, text_encoder[_2]: path or Hub name"
+    )
     fresh: list[Literal["unet", "autoencoder", "text"]] = Field([], description="parts to begin with random weights")
     unet: dict[str, Any] = Field({}, description="fields of UNetConfig that differ from the family's")
     autoencoder: dict[str, Any] = Field({}, description="fields of AutoencoderConfig that differ")

@@ -53,8 +53,8 @@ def open_source(
         variant: the variant of a folder's weights, such as "fp16".
         revision: the revision of a model on the Hub.
         components: components from elsewhere by name (unet, vae, text_encoder, text_encoder_2), which replace those of
-            the source or fill what a single file lacks: a component's folder, or a file with its weights in
-            diffusers', the original or open_clip's names.
+            the source or fill what a single file lacks: a component's folder, its Hub name, or a file with its weights
+            in diffusers', the original or open_clip's names.
         allow_pickle: read tensors from `.ckpt` and `.bin` files, with PyTorch's restricted unpickler.
         verify: check all files that have digests against them.
 
@@ -111,13 +111,17 @@ def _replaced(
         if name not in known:
             raise LdmError(f"component {name!r} is not one of this model's: {', '.join(known)}")
         path = Path(source)
+        if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
+            path = fetch(str(source), None, variant, allow_pickle, progress, component=name)
         if path.is_dir():
             family = _described(name, path, family, opened.tokenizers)
             store = store_of(weight_files(path, name, variant, allow_pickle), allow_pickle)
         elif path.is_file():
             store = open_store(path, allow_pickle)
         else:
-            raise LdmError(f"component {name!r}: {path} does not exist, or is neither a folder nor a file")
+            raise LdmError(
+                f"component {name!r}: {path} does not exist, or is neither a folder, a file nor a Hub name (owner/name)"
+            )
         if verify and not (path.is_dir() and check_manifest(path.absolute().parent, store.files, progress)):
             for file in store.files:
                 check_digest(file, progress=progress)

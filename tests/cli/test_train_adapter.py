@@ -8,18 +8,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launched import on_two
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
 
 from ldm.cli import train_adapter as door
-from ldm.cli.train_adapter import WEIGHTS, AdapterJob, defaults, fitting, saving, train_adapter
+from ldm.cli.train_adapter import WEIGHTS, AdapterJob, choice, defaults, fitting, saving, tokens, train_adapter
 from ldm.errors import LdmError
 from ldm.families import SD15
+from ldm.training.config import Config, dump, load
 from ldm.weights import sources
 from ldm.weights.embeddings import open_embedding
 from ldm.weights.tensors import read_header
 
 FEW = ["adapter.steps=2", "data.upscale=4", "data.workers=0", "data.crops=1", "trackers=[]", "adapter.rank=2"]
+
+HANDED_OUT = """
+import os
+from ldm.cli.train_adapter import handed_out
+from ldm.errors import LdmError
+
+def refuse():
+    raise LdmError(f"refused by {os.environ['RANK']}")
+
+found = handed_out(lambda: f"chosen by {os.environ['RANK']}")
+try:
+    handed_out(refuse)
+except LdmError as error:
+    print(f"{found}; {error}\\n", end="", flush=True)
+"""
 
 
 def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,26 +57,72 @@ def test_one_line(models: Path, shapes: Path, tmp_path: Path, capsys: pytest.Cap
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
+def config(models: Path, *overrides: str) -> Config:
+    return load(None, ["stages=[adapter]", f"model.source={models / 'sd15'}", *overrides])
+
+
 def test_what_is_chosen(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = [defaults(count, AdapterJob("", str(models / "sd15"), "")) for count in (1, 1000)]
+    small = [defaults(count, config(models), "adapter") for count in (1, 1000)]
     assert {"adapter.batch=1", "adapter.steps=300", "adapter.sizes=[{size: 64}]"} < set(small[0])
     assert {"adapter.batch=16", "adapter.steps=300"} < set(small[1])
     monkeypatch.setattr(sources, "open_source", lambda *_, **__: SimpleNamespace(family=SD15))
-    few, many = (defaults(count, AdapterJob("", "sd15", "")) for count in (1, 1000))
+    few, many = (defaults(count, config(models), "adapter") for count in (1, 1000))
     assert {"adapter.batch=1", "adapter.steps=400", "adapter.sizes=[{size: 512}]"} < set(few)
     assert {"adapter.batch=4", "adapter.steps=3000"} < set(many)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "adapter.batch=4" in defaults(3, config(models), "adapter")
+    assert "adapter.batch=4" in defaults(1, config(models, "adapter.prior.prompt=a dog"), "adapter")
 
 
-def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = [
-        "stages=[adapter]",
-        f"model.source={models / 'sd15'}",
-        *defaults(10, AdapterJob("", str(models / "sd15"), "")),
-    ]
+def test_what_is_chosen_fits(models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    base = config(models)
+    given = ["stages=[adapter]", f"model.source={models / 'sd15'}", *defaults(10, base, "adapter")]
+    own = ["adapter.optimizer={learning_rate: 1e-3}", "adapter.checkpointing=false"]
     monkeypatch.setattr(door, "memory", lambda device: 10**12)
-    assert fitting(given, saving("adapter")) == []
+    assert fitting(given, [], saving(base, "adapter")) == given
+    assert not capsys.readouterr().err
     monkeypatch.setattr(door, "memory", lambda device: 1)
-    assert fitting(given, saving("adapter")) == saving("adapter")[-1]
+    chosen = fitting(given, own, saving(base, "adapter"))
+    assert chosen[-4:] == ["adapter.micro_batch=1", "adapter.quantize=int8-weights", *own]
+    assert load(None, chosen).adapter.optimizer.schedule == "constant"  # the user's section as a whole
+    assert "GB of memory are forecast and 0.0 GB are free: it may not fit" in capsys.readouterr().err
+    assert all("quantize" not in key for more in saving(config(models, "adapter.dora=true"), "adapter") for key in more)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": "dogs"}, r"runs holds a run whose data.source is 'cats', not 'dogs'; choose another --output"),
+        ({"trigger": "dog"}, r"data.trigger is 'cat', not 'dog'"),
+        ({"model": "emoji"}, "model.source is '.*sd15', not 'emoji'"),
+    ],
+)
+def test_another_run_in_the_output(
+    changed: dict[str, str], message: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("cats", "dogs", "runs"):
+        Path(folder).mkdir()
+    job = AdapterJob("cats", str(models / "sd15"), "runs", trigger="cat")
+    Path("runs/config.yaml").write_text(dump(load(None, job.settings())))
+    same = replace(job, images=str(tmp_path / "cats"), trigger="")
+    assert choice(same, [], load(None, same.settings())) == ("runs/config.yaml", same.settings())
+    with pytest.raises(LdmError, match=message):
+        train_adapter(replace(job, **changed), [])
+
+
+def test_a_new_word_has_a_vector_for_each_token(models: Path) -> None:
+    job = AdapterJob("cats", str(models / "sd15"), "runs", "textual-inversion", trigger="<a>", initial="a cat")
+    for words, vectors in (("a cat", 4), ("antidisestablishmentarianism of electroencephalography", 8)):
+        count = tokens(config(models).model, words)
+        (word,) = getattr(load(None, job.settings(count)), "textual-inversion").words.values()
+        assert word.vectors == max(count, 4) >= vectors
+
+
+def test_the_first_process_chooses_for_all(tmp_path: Path) -> None:
+    (script := tmp_path / "script.py").write_text(HANDED_OUT)
+    said = on_two(script).stdout.splitlines()
+    assert said == ["chosen by 0; refused by 0"] * 2
 
 
 def test_bad_input(models: Path, shapes: Path, tmp_path: Path) -> None:
@@ -71,6 +134,8 @@ def test_bad_input(models: Path, shapes: Path, tmp_path: Path) -> None:
     same = AdapterJob(str(shapes), str(models / "sd15"), str(tmp_path / "r"), trigger="A dog", class_prompt="a dog")
     with pytest.raises(LdmError, match="adapter.prior.prompt and data.trigger are the same, 'a dog'"):
         train_adapter(same, FEW)
+    with pytest.raises(LdmError, match='data: a section given as a whole leaves out data.source=".*"; set its keys'):
+        train_adapter(same, ["data={holdout: 3}"])
 
 
 def test_a_new_word(
@@ -90,7 +155,7 @@ def test_a_new_word(
     assert open_embedding(folder / "embeddings" / "_sks_.safetensors").vectors[""].shape[0] == 4
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.size == (64, 2 * 64)
-    with pytest.raises(LdmError, match="r holds a run of textual-inversion; choose another --output"):
+    with pytest.raises(LdmError, match=r"r holds a run whose stages is \['textual-inversion'\], not"):
         train_adapter(replace(job, kind="lora", initial=""), [])
 
 

@@ -15,11 +15,13 @@ from images import make_folder, make_tar, place_image, png, samples
 from PIL import Image
 from torch import Tensor
 
-from ldm.conditions.table import condition
+from ldm.conditions.table import KINDS, condition
 from ldm.data.cache import Latents, build_latents
 from ldm.data.framing import Framing
 from ldm.data.image_set import ImageSet
 from ldm.data.loader import Batch, Loader, once
+from ldm.data.masks import RULES
+from ldm.data.places import MADE
 from ldm.data.plan import BatchPlan
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
@@ -151,7 +153,7 @@ def test_condition_images_are_made_of_the_framed_image(tmp_path: Path) -> None:
             torch.testing.assert_close(made, wanted)
 
 
-def test_masks_of_alpha_channels(tmp_path: Path) -> None:
+def test_masks_of_alpha_channels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An image's own alpha channel, framed as it is; and in a mask, transparent means black."""
     root = tmp_path / "images"
     root.mkdir()
@@ -163,11 +165,18 @@ def test_masks_of_alpha_channels(tmp_path: Path) -> None:
     images = opened(tmp_path, {"mask": "alpha", "before": str(tmp_path / "plain")})
     for batch in batches(images, 4):
         assert torch.equal(batch.beside["mask"], (batch.beside["before"][:, :1] + 1) / 2)
+    with pytest.raises(LdmError, match=r"plain: no image has an alpha channel for its mask"):
+        opened(tmp_path, {"mask": "alpha"}, tmp_path / "plain")
+    place_image(64, 64).save(root / "more.png")
+    with caplog.at_level(logging.WARNING):
+        opened(tmp_path, {"mask": "alpha"})
+    assert "1 of 6 images have no alpha channel: their masks are white everywhere" in caplog.text
     mask = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     mask.paste((255, 255, 255, 255), (0, 0, 32, 64))
     (tmp_path / "masks").mkdir()
     for name in SIZES:
         mask.save(tmp_path / "masks" / name)
+    (root / "more.png").unlink()
     for batch in batches(opened(tmp_path, {"mask": str(tmp_path / "masks")}), 4):
         assert 0.2 < float(batch.beside["mask"].mean()) < 0.8
 
@@ -185,6 +194,11 @@ def test_masks_are_drawn_for_each_visit(tmp_path: Path, rule: str) -> None:
     assert {float(value) for mask in masks for value in mask.unique()} == {0.0, 1.0}
     parts = np.array([float(mask.mean()) for mask in masks])
     assert parts.min() > 0 and (0.1 < (parts == 1).mean() < 0.45 if rule == "random" else parts.max() < 1)
+
+
+def test_the_names_of_what_is_made_are_those_of_its_makers() -> None:
+    assert MADE["mask"] == ("alpha", *RULES)
+    assert ("image", *MADE["condition"]) == tuple(name for name, kind in KINDS.items() if not kind.model)
 
 
 def test_images_that_have_none_beside_them(tmp_path: Path) -> None:

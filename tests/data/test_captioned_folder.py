@@ -293,3 +293,11 @@ def test_trigger_words_begin_each_caption(tmp_path: Path) -> None:
     assert captions(images) == told
     assert images.captions() == sorted(text for (text,) in told.values())
     assert images.all_captions() == [list(texts) for texts in told.values()]
+
+
+def test_trigger_words_within_other_words_do_not_count(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", "a.png", "b.png")
+    (root / "a.txt").write_text("people with masks")
+    (root / "b.txt").write_text("a cat (sks), asleep")
+    told = {"a.png": ("sks, people with masks",), "b.png": ("a cat (sks), asleep",)}
+    assert captions(opened(root, trigger="sks")) == told

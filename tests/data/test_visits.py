@@ -115,11 +115,38 @@ def test_a_stream_says_that_it_does_not_repeat(tmp_path: Path, caplog: pytest.Lo
         ({"loss_weight": "much"}, "its loss_weight is 'much'; a number is needed"),
         ({"loss_weight": -1}, "its loss_weight is -1; a number from 0 to 1000 is needed"),
         ({"repeats": 0}, "its repeats is 0; a whole number from 1 to 10000 is needed"),
+        ({"repeats": float("inf")}, "its repeats is inf; a whole number from 1 to 10000 is needed"),
+        ({"repeats": 10**400}, f"its repeats is 1{'0' * 79}; a number is needed"),
+        ({"repeats": 2.7}, "its repeats is 2.7; a whole number from 1 to 10000 is needed"),
     ],
 )
 def test_numbers_that_make_no_sense(tmp_path: Path, row: dict[str, object], message: str) -> None:
     root = folder(tmp_path / "data", "a.png", "b.png", rows=[{"file_name": "a.png", **row}])
     assert opened(root).skipped.reasons == {"a.png": message}
+
+
+def test_numbers_in_several_rows_of_an_image(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": name, "text": text, **numbers}
+        for name, text, numbers in (
+            ("a.png", "a", {}), ("a.png", "b", {"repeats": "10.0", "loss_weight": 0.5}),
+            ("b.png", "a", {"repeats": 2}), ("b.png", "b", {"repeats": 3}),
+        )
+    ]  # fmt: skip
+    images = opened(folder(tmp_path / "data", "a.png", "b.png", rows=rows))
+    assert images.example(0).captions == ("a", "b")
+    assert weights(images) == {"a.png": 0.5} and images.repeats().tolist() == [10]
+    assert images.skipped.reasons == {"b.png": "its repeats is 2 in one row and 3 in another; keep one"}
+
+
+def test_folders_whose_numbers_cannot_be_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder(tmp_path / "data", "10000_dog/a.png", "raw/b.png", "raw/old/c.png", "d.png")
+    with caplog.at_level(logging.WARNING):
+        assert opened(root, FolderRules(numbered=True)).repeats().tolist() == [10000, 1, 1, 1]
+    assert "data: 3 images in no folder with a number (at the top, raw) come once in an epoch" in caplog.text
+    folder(root, "0_cat/e.png")
+    with pytest.raises(LdmError, match=r"the folder 0_cat says that its images come 0 times in an epoch, and 1"):
+        opened(root, FolderRules(numbered=True))
 
 
 def test_numbered_folders_are_read_when_that_is_said(tmp_path: Path) -> None:
@@ -176,6 +203,7 @@ def test_tags_are_left_out() -> None:
         assert text[0] == "first" and "photo of sks" in text and text == sorted(text, key=caption.find)
     assert np.mean(["a" in text for text in seen]) == pytest.approx(0.75, abs=0.07)
     assert Tags(drop=0.99).of("a, b", 0, "x.png", 0) == ""
+    assert Tags(drop=0.99, trigger="sks").of("masks, sks dog", 0, "x.png", 0) == "sks dog"
 
 
 @pytest.mark.parametrize("caption", ["", "one sentence without commas", " a,b ,, c "])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from itertools import islice
 from pathlib import Path
@@ -15,11 +16,14 @@ from runs import config, losses
 from torch import Tensor
 
 from ldm.data.loader import Batch
+from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.training.batches import StageBatches
 from ldm.training.caching import Caches
+from ldm.training.images import TrainingImages
 from ldm.training.losses.diffusion import mean_by
 from ldm.training.run import TrainingRun, train
+from ldm.training.sections import DataSection
 from ldm.training.stages.denoiser import DenoiserStage
 
 
@@ -87,6 +91,26 @@ def test_a_run_with_all_of_it(shapes: Path, tmp_path: Path, caplog: pytest.LogCa
     train(config(shapes, tmp_path / "parts", *more, "base.steps=2"))
     train(config(shapes, tmp_path / "parts", *more))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_what_changes_the_batches_or_the_loss_changes_the_digest(tmp_path: Path) -> None:
+    """Repeats, weights and masks; without them it is as it always was."""
+    for place, sizes in (("images", (64, 64)), ("masks", (64, 32))):
+        (tmp_path / place).mkdir()
+        for name, side in zip("ab", sizes, strict=True):
+            Image.new("RGB", (64, side)).save(tmp_path / place / f"{name}.png")
+
+    def digest(numbers: dict[str, float], **beside: str) -> str | None:
+        row = {"file_name": "a.png", "text": "a", **numbers}
+        (tmp_path / "images" / "metadata.jsonl").write_text(json.dumps(row))
+        images = open_images(str(tmp_path / "images"), tmp_path / "c", captions="optional", beside=beside)
+        return TrainingImages(DataSection(), tmp_path, images).digest
+
+    masks = str(tmp_path / "masks")
+    found = [digest({}), digest({"repeats": 2}), digest({"loss_weight": 0.5}), digest({}, mask=masks)]
+    Image.new("RGB", (64, 64)).save(tmp_path / "masks" / "b.png")
+    found.append(digest({}, mask=masks))
+    assert len(set(found)) == 5 and found[0] == digest({"repeats": 1}, mask="boxes")
 
 
 def test_held_out_captions_stay_as_they_are(shapes: Path, tmp_path: Path) -> None:

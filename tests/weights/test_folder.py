@@ -163,8 +163,20 @@ def test_components_from_elsewhere(tmp_path: Path) -> None:
             tmp_path / "base", components={"unet": tmp_path / "other/vae/diffusion_pytorch_model.safetensors"}
         )
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LdmError, match="neither a folder nor a file"):
+    with pytest.raises(LdmError, match="neither a folder, a file nor a Hub name"):
         LatentDiffusion.from_pretrained(tmp_path / "base", components={"unet": tmp_path / "pipe"})
+
+
+def test_a_component_by_its_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its repository holds the component's folder alone."""
+    base, other = tiny.model("sd15"), tiny.model("sd15")
+    base.save_pretrained(tmp_path / "base")
+    other.save_pretrained(tmp_path / "other")
+    fetched = Mock(return_value=tmp_path / "other" / "vae")
+    monkeypatch.setattr("ldm.weights.sources.fetch", fetched)
+    mixed = LatentDiffusion.from_pretrained(tmp_path / "base", components={"vae": "someone/fp16-fix"})
+    assert torch.equal(mixed.autoencoder.encoder.conv_in.weight, other.autoencoder.encoder.conv_in.weight)
+    assert fetched.call_args.args[0] == "someone/fp16-fix" and fetched.call_args.kwargs == {"component": "vae"}
 
 
 def test_a_replaced_component_is_what_its_own_configuration_says(tmp_path: Path) -> None:
