@@ -12,7 +12,7 @@ from ldm.errors import LdmError
 from ldm.training.config import Config
 from ldm.training.phases import phases
 from ldm.training.sections import DataSection, EvaluationSection, ModelSection, PriorSection, StageSection
-from ldm.weights.builtin import DEFAULT, builtin
+from ldm.weights.builtin import DEFAULT, builtin, builtin_adapter
 from ldm.weights.names import HUB_ID
 
 
@@ -96,7 +96,7 @@ def check_paths(config: Config) -> None:
     for name in config.stages:
         for key in ("source", "encoder"):
             given = getattr(getattr(config, name), key, None)
-            if given and not HUB_ID.fullmatch("/".join(given.split("/")[:2])) and not Path(given).exists():
+            if given and builtin_adapter(given) is None and not _on_hub(given) and not Path(given).exists():
                 raise LdmError(f"{name}.{key}: {given} does not exist; give a folder, a file or a name of the Hub")
         evaluation = getattr(getattr(config, name), "evaluation", None)
         if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
@@ -110,6 +110,11 @@ def check_paths(config: Config) -> None:
         raise LdmError(f"output {config.output} cannot be used: {there} is not a folder")
     if not os.access(there, os.W_OK):
         raise LdmError(f"output {config.output} cannot be used: {there} cannot be written")
+
+
+def _on_hub(source: str) -> bool:
+    """Whether a source can be a name on the Hub, with a folder or a file after it."""
+    return HUB_ID.fullmatch("/".join(source.split("/")[:2])) is not None
 
 
 def _models(config: Config) -> Iterator[tuple[str, ModelSection]]:

@@ -212,6 +212,7 @@ class DenoiserStage:
         self.score = section.default_score if isinstance(section, RefinerSection) else 6.0
         self.encode_texts = texts or (lambda rows: encode(model.text_encoders, rows))
         self.extra: dict[str, nn.Module] = {}
+        self.fixed: Mapping[str, str] = {}
         with accelerator.autocast():
             set_attention(model.unet, section.attention)
         found = choose(section, model)

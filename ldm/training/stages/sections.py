@@ -334,6 +334,7 @@ class ImagePromptSection(AttachedSection):
     """An IP-Adapter: cross-attention that reads the image, or its condition image (`data.beside.condition`)."""
 
     needed: ClassVar[tuple[str, ...]] = ("encoder",)
+    fixed: ClassVar[tuple[str, ...]] = ("kind", "tokens")
     encoder: str | None = Field(
         None,
         description="image encoder: the folder or Hub name of a CLIPVisionModelWithProjection, or of a model with one",
