@@ -38,7 +38,8 @@ class ImagePrompts:
     def __init__(self, model: LatentDiffusion, ip_adapter: Any, image_encoder: Any, source: Any, pickle: bool) -> None:
         """Load them for a model; for one on the meta device, only open the files.
 
-        `image_encoder` is by default the folder of that name beside the first file, or within the model's `source`.
+        `image_encoder` is a folder, a Hub name or one that is loaded; by default it is the folder of that name beside
+        the first file, or within the model's `source`.
 
         Raises:
             LdmError: a file cannot be read or does not fit the model, or there is no image encoder that fits.
@@ -55,8 +56,11 @@ class ImagePrompts:
         self.encoder_source = _encoder_for(self.files[0], source) if image_encoder is None else image_encoder
         if model.device.type == "meta":
             return
-        device = "cpu" if room_of(model) else model.device
-        self.encoder = load_image_encoder(self.encoder_source, model.dtype, device, allow_pickle=pickle)
+        if isinstance(image_encoder, ImageEncoder):
+            self.encoder = image_encoder
+        else:
+            device = "cpu" if room_of(model) else model.device
+            self.encoder = load_image_encoder(self.encoder_source, model.dtype, device, allow_pickle=pickle)
         for opened in self.files:
             self.encoder.check(opened.adapter.config)
             value = ImageTokens("", opened.load(model.dtype, model.device))
@@ -124,9 +128,14 @@ class ImagePrompts:
         ]
         if not found:
             return {}
+        return {"image_prompt": found, "image_encoder": self._place(), "image_encoder_hash": self.encoder_hash}
+
+    def _place(self) -> str | None:
+        """The folder or Hub name of the image encoder; None if it was given as an object."""
+        if isinstance(self.encoder_source, ImageEncoder):
+            return None
         place = Path(self.encoder_source)
-        encoder = {"image_encoder": str(place.absolute() if place.exists() else place)}
-        return {"image_prompt": found, **encoder, "image_encoder_hash": self.encoder_hash}
+        return str(place.absolute() if place.exists() else place)
 
     def _pairs(self, request: Request) -> Iterator[tuple[ImagePrompt, OpenedImagePrompt]]:
         """Each prompt with its adapter: the only one, or that at the same place."""

@@ -12,7 +12,7 @@ from ldm.errors import LdmError
 from ldm.training.config import Config
 from ldm.training.phases import phases
 from ldm.training.sections import DataSection, EvaluationSection, ModelSection, PriorSection, StageSection
-from ldm.weights.builtin import DEFAULT, builtin
+from ldm.weights.builtin import DEFAULT, builtin, builtin_adapter
 from ldm.weights.names import HUB_ID
 
 
@@ -66,9 +66,10 @@ def _check_read(config: Config) -> None:
 
 def _check_prior(name: str, section: StageSection, prior: PriorSection, data: DataSection) -> None:
     """Check that class images can share the batches, and are not the images themselves."""
-    odd = [phase.batch for phase in phases(section) if phase.batch % 2]
-    if odd:
-        raise LdmError(f"{name}.batch is {odd[0]}: half of it is class images ({name}.prior); choose an even number")
+    for part, phase in zip(section.sizes, phases(section), strict=True):
+        if phase.batch % 2:
+            key = f"the batch of {name}.sizes at {part.size}" if part.batch else f"{name}.batch"
+            raise LdmError(f"{key} is {phase.batch}: half of it is class images ({name}.prior); choose an even number")
     if alike(prior.prompt, data.trigger):
         raise LdmError(
             f"{name}.prior.prompt and data.trigger are the same, {prior.prompt!r}: class images need another; name the "
@@ -107,7 +108,7 @@ def check_paths(config: Config) -> None:
     for name in config.stages:
         for key in ("source", "encoder"):
             given = getattr(getattr(config, name), key, None)
-            if given and not HUB_ID.fullmatch("/".join(given.split("/")[:2])) and not Path(given).exists():
+            if given and builtin_adapter(given) is None and not _on_hub(given) and not Path(given).exists():
                 raise LdmError(f"{name}.{key}: {given} does not exist; give a folder, a file or a name of the Hub")
         evaluation = getattr(getattr(config, name), "evaluation", None)
         if isinstance(evaluation, EvaluationSection) and evaluation.every and evaluation.data:
@@ -121,6 +122,11 @@ def check_paths(config: Config) -> None:
         raise LdmError(f"output {config.output} cannot be used: {there} is not a folder")
     if not os.access(there, os.W_OK):
         raise LdmError(f"output {config.output} cannot be used: {there} cannot be written")
+
+
+def _on_hub(source: str) -> bool:
+    """Whether a source can be a name on the Hub, with a folder or a file after it."""
+    return HUB_ID.fullmatch("/".join(source.split("/")[:2])) is not None
 
 
 def _models(config: Config) -> Iterator[tuple[str, ModelSection]]:

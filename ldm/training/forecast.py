@@ -6,7 +6,7 @@ kept for the backward pass are counted. Memory is still a prediction: allocators
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,14 +94,15 @@ class Counted:
 
 
 def count(
-    parts: Components, learners: Mapping[str, Learner], helpers: Iterable[nn.Module], rounded: bool = False
+    parts: Components, learners: Mapping[str, Learner], helpers: Sequence[nn.Module], rounded: bool = False
 ) -> Counted:
     """The parameters of a stage's networks, each counted once; with `rounded`, frozen matrices are held in 16 bits."""
     modules = [*(learner.module for learner in learners.values()), *parts.modules().values(), *helpers]
     everything = {id(p): p for module in modules for p in module.parameters()}.values()
     learned = sum(p.numel() for p in everything if p.requires_grad)
     averaged = sum(p.numel() for one in learners.values() if one.averaged for p in trained(one.module))
-    halves = {id(p) for one in (parts.unet, parts.text_encoders) for p in matrices(one)} if rounded else set()
+    frozen = (parts.unet, parts.text_encoders, *helpers) if rounded else ()
+    halves = {id(p) for one in frozen for p in matrices(one)}
     nbytes = sum(p.nbytes // 2 if id(p) in halves else p.nbytes for p in everything)
     return Counted(learned, averaged, sum(p.numel() for p in everything) - learned, nbytes)
 

@@ -127,6 +127,7 @@ class TrainedWeights:
         ]
         return {
             **{f"{self.stage.name}.{key}": settings[key] for key in section.fixed},
+            **self.stage.fixed,
             "network": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
             "optimizer": section.optimizer.name,
             "ema": [bool(section.ema.decay), *section.ema.widths],

@@ -211,6 +211,26 @@ def test_checkpointing_and_parts_change_nothing(shapes: Path, tmp_path: Path) ->
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
 
 
+def test_the_network_that_runs_is_the_one_that_is_compiled(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def compiled(call: Any, **_: Any) -> Any:
+        def counted(*inputs: Any) -> Any:
+            calls.append(call.__self__)
+            return call(*inputs)
+
+        return counted
+
+    monkeypatch.setattr("ldm.training.run.check_compiling", lambda device: None)
+    monkeypatch.setattr(torch, "compile", compiled)
+    training = ready(settings(shapes, tmp_path / "r", "controlnet.compile=true"))
+    next(iter(training.stage.losses(next(training.batches(0))[0], 0)))
+    assert calls == [training.stage.players["unet"].network]
+    assert calls[0].unet.config == training.stage.model.unet.config
+
+
 def test_it_begins_with_a_source(shapes: Path, tmp_path: Path) -> None:
     train(settings(shapes, tmp_path / "r"))
     source = tmp_path / "r" / "controlnet" / "controlnet"
@@ -238,7 +258,7 @@ def test_previews_show_condition_control_and_none(shapes: Path, tmp_path: Path) 
         return make_images(model, prompts, size, seeds, {**with_, "steps": 2})
 
     train(settings(shapes, tmp_path / "r", "controlnet.preview_every=6", "precision=bf16"), watched)
-    assert seen == [["control", "control_models", "steps"], ["steps"]] * 4
+    assert seen == [["batch", "control", "control_models", "steps"], ["batch", "steps"]] * 4
     preview = Image.open(tmp_path / "r" / "controlnet" / "previews" / "step-00000006.png")
     assert preview.width == 2 * 3 * preview.height // 2 == 192
 

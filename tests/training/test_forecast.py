@@ -11,7 +11,8 @@ from torch import Tensor
 from ldm.families import FAMILIES
 from ldm.models.unet import Conditioning, UNet
 from ldm.training.config import Config
-from ldm.training.forecast import _count, forecast
+from ldm.training.forecast import _count, count, forecast
+from ldm.weights.components import build
 
 SMALL = replace(FAMILIES["sd15"].unet, channels=(32, 64), depth=(1, 1), heads=(2, 2), groups=8, text_dim=32, layers=1)
 
@@ -67,6 +68,15 @@ def test_the_arithmetic_of_known_models(family: str, size: int, tflop: float) ->
     assert whole.flops_per_image == pytest.approx(3e12 * tflop, rel=0.01)
     assert whole.flops_per_step == 4 * whole.flops_per_image
     assert half.activations == whole.activations // 2 + 2 * whole.trained
+
+
+def test_frozen_networks_beside_the_model_are_held_in_16_bits_too() -> None:
+    with torch.device("meta"):
+        parts = build(FAMILIES["sd15"])
+        helper = torch.nn.Linear(64, 32)
+    for rounded, nbytes in ((False, 4), (True, 2)):
+        found = [count(parts, {}, helpers, rounded).nbytes for helpers in ([helper], [])]
+        assert found[0] - found[1] == nbytes * (64 * 32 + 32)
 
 
 def test_weights_are_no_activations() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,35 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, encoder: Path, 
         assert losses(tmp_path / name, "ip-adapter") == pytest.approx(curve[:2], rel=0.1 if name == "c" else 1e-4)
 
 
-def test_what_is_dropped(shapes: Path, encoder: Path, tmp_path: Path) -> None:
-    """An image is dropped alone, or together with its caption; it has then no features."""
-    training, stage = ready(settings(shapes, encoder, tmp_path / "r", "ip-adapter.drop_image=0",
-                                     "ip-adapter.drop_caption=[0]", "ip-adapter.drop_both=0.5"))  # fmt: skip
+def test_what_must_stay(shapes: Path, encoder: Path, tmp_path: Path) -> None:
+    """The image encoder may move, but another one does not fit what was learned."""
+    short = ["ip-adapter.steps=2", "ip-adapter.save_every=1"]
+    interrupted(settings(shapes, encoder, tmp_path / "r", *short), after=2)
+    other = image_prompts.encoder()
+    with torch.no_grad():
+        other.visual_projection.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    for override, message in {
+        "ip-adapter.tokens=8": "ip-adapter.tokens is 8, not None",
+        "ip-adapter.kind=plus": "ip-adapter.kind is plus, not base",
+        f"ip-adapter.encoder={tmp_path / 'other'}": r"ip-adapter.encoder \(digest of its weights\) is \w+, not \w+;",
+    }.items():
+        with pytest.raises(LdmError, match=message):
+            train(settings(shapes, encoder, tmp_path / "r", *short, override))
+    shutil.copytree(encoder, tmp_path / "moved")
+    train(settings(shapes, tmp_path / "moved", tmp_path / "r", *short))
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_what_is_dropped(shapes: Path, encoder: Path, tmp_path: Path, kind: str) -> None:
+    """An image is dropped alone, or together with its caption; it has then no features, or the patches of no image."""
+    training, stage = ready(settings(shapes, encoder, tmp_path / "r", f"ip-adapter.kind={kind}",
+                                     "ip-adapter.drop_image=0", "ip-adapter.drop_caption=[0]",
+                                     "ip-adapter.drop_both=0.5"))  # fmt: skip
     batch = next(training.batches(0))[0]
     said = stage.said(batch, stage.dropout)
-    gone = (said.more["image features"] == 0).all(dim=1)
+    none = stage.encoder.blank_patches() if kind == "plus" else torch.zeros(())
+    gone = (said.more["image features"] == none).flatten(1).all(dim=1)
     assert 0 < gone.sum() < len(gone)
     assert torch.equal(gone, said.dropped[:, 0])
 
@@ -158,7 +181,11 @@ def test_images_are_prepared_as_in_pipelines() -> None:
         assert torch.allclose(found[0], prepared(image, 32), atol=0.05)
 
 
-def test_previews_show_image_prompt_and_none(shapes: Path, encoder: Path, tmp_path: Path) -> None:
+def test_previews_show_image_prompt_and_none(
+    shapes: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each prompt that is configured; the stage's own image encoder serves them."""
+    monkeypatch.delattr("pipelines.image_prompts.load_image_encoder")
     seen: list[list[str]] = []
 
     def watched(
@@ -171,8 +198,9 @@ def test_previews_show_image_prompt_and_none(shapes: Path, encoder: Path, tmp_pa
         seen.append(sorted(with_))
         return make_images(model, prompts, size, seeds, {**with_, "steps": 2})
 
-    train(settings(shapes, encoder, tmp_path / "r", "ip-adapter.steps=1", "precision=bf16"), watched)
-    assert seen == [["image_encoder", "image_prompt", "ip_adapter", "steps"], ["steps"]] * 4
+    train(settings(shapes, encoder, tmp_path / "r", "ip-adapter.steps=1", "precision=bf16",
+                   "ip-adapter.prompts=[a, b, c, d, e]"), watched)  # fmt: skip
+    assert seen == [["batch", "image_encoder", "image_prompt", "ip_adapter", "steps"], ["batch", "steps"]] * 5
     assert (tmp_path / "r" / "ip-adapter" / "previews" / "step-00000001.png").exists()
 
 
@@ -182,6 +210,7 @@ def test_previews_show_image_prompt_and_none(shapes: Path, encoder: Path, tmp_pa
         ("ip-adapter.encoder=null", "ip-adapter.encoder is not set: image encoder"),
         ("ip-adapter.encoder=nowhere", "nowhere"),
         ("ip-adapter.source=OTHER", "ip-adapter.source: OTHER is no IP-Adapter"),
+        ("ip-adapter.source=blob", "adapters/blob.safetensors is no IP-Adapter"),
         ("ip-adapter.train_text=true", "the text encoders stay as they are here"),
     ],
 )

@@ -27,7 +27,20 @@ from ldm.training.stages.sections import AttachedSection
 from ldm.training.stages.stage import ForwardPasses, Learner, StageInputs, seeded
 from ldm.weights.components import Components
 
-SHOWN = 4  # prompts of a preview
+SHOWN = 4  # captions of a preview, where no prompts are configured
+
+
+class Attached(nn.Module):
+    """A patched U-Net and the network that gives the patch its inputs: all that runs in a step, with all weights."""
+
+    def __init__(self, unet: UNet, trained: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.trained = trained
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """Noisy latents (B, C, h, w) to the U-Net's prediction (B, C, h, w)."""
+        return self.unet(x, timestep, cond)
 
 
 class TrainedAttachment(nn.Module, ABC):
@@ -41,8 +54,7 @@ class TrainedAttachment(nn.Module, ABC):
         super().__init__()
         self.trained = trained.requires_grad_(True).train()
         self.inputs = CallInputs()
-        self.unet = (read_in_calls(patched, self.inputs),)  # a tuple, which hides it
-        self.around = (nn.ModuleList([*self.unet, trained]),)
+        self.around = (Attached(read_in_calls(patched, self.inputs), trained),)  # a tuple, which hides it
 
     @abstractmethod
     def given(self, more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -51,7 +63,7 @@ class TrainedAttachment(nn.Module, ABC):
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """Noisy latents (B, C, h, w) to the U-Net's prediction (B, C, h, w)."""
         self.inputs.values = self.given(cond.more)
-        return self.unet[0](x, timestep, cond)
+        return self.around[0](x, timestep, cond)
 
     def learner(self, section: AttachedSection) -> Learner:
         """The trained network with its learning rate."""
@@ -124,7 +136,7 @@ class AttachedStage(DenoiserStage):
             return []
         height, width = batch.size[0, 4:6].int().tolist()
         model, rows = self.shown(), []
-        for number, said in enumerate((self.section.prompts or batch.captions)[:SHOWN]):
+        for number, said in enumerate(self.section.prompts or batch.captions[:SHOWN]):
             image, settings = steered(number % len(batch.keys))
             row = [image]
             for more in (settings, {}):

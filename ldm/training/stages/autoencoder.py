@@ -173,6 +173,7 @@ class AutoencoderStage:
         self.players = {name: learner.player(section.optimizer) for name, learner in found.items()}
         self.adaptive = AdaptiveWeight().to(accelerator.device)
         self.extra: dict[str, nn.Module] = {"adaptive": self.adaptive}
+        self.fixed: Mapping[str, str] = {}
         self.moving: MovingCodebook | None = None
         if isinstance(model.autoencoder, VQModel) and section.codebook_decay:
             self.moving = MovingCodebook(model.autoencoder.quantize, section.codebook_decay, section.codebook_patience)

@@ -178,9 +178,9 @@ class DenoiserStage:
         choose: Callable[[Any, Components], dict[str, Learner]] = learners,
     ) -> None:
         """Args:
-            name: "base" or "refiner".
+            name: of the kind of stage.
             section: of the configuration.
-            model: on the accelerator's device, weights in fp32.
+            model: on the accelerator's device, as in `StageInputs`.
             accelerator: for autocast and sums over ranks.
             seed: of the run.
             make_images: makes previews; None: no previews.
@@ -212,6 +212,7 @@ class DenoiserStage:
         self.score = section.default_score if isinstance(section, RefinerSection) else 6.0
         self.encode_texts = texts or (lambda rows: encode(model.text_encoders, rows))
         self.extra: dict[str, nn.Module] = {}
+        self.fixed: Mapping[str, str] = {}
         with accelerator.autocast():
             set_attention(model.unet, section.attention)
         found = choose(section, model)

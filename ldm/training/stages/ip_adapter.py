@@ -164,7 +164,11 @@ class ImagePromptStage(AttachedStage):
         dtype = numbers(given.accelerator.mixed_precision)
         self.encoder = load_image_encoder(str(given.section.encoder), dtype, given.accelerator.device)
         self.encoder.check(self.network.config)
-        check_agreement({"the weights of the image encoder": fingerprint({"image_encoder": self.encoder.tower})})
+        digest = fingerprint({"image_encoder": self.encoder.tower})
+        check_agreement({"the weights of the image encoder": digest})
+        self.fixed = {f"{NAME}.encoder (digest of its weights)": digest}
+        patches = self.network.config.reads_patches
+        self.no_image = self.encoder.blank_patches() if patches else torch.zeros((), device=given.accelerator.device)
 
     @property
     def network(self) -> ImagePromptAdapter:
@@ -175,19 +179,18 @@ class ImagePromptStage(AttachedStage):
 
     def said(self, batch: Batch, dropout: ConditioningDropout) -> Prompt:
         """Captions, and features of the images, (B, F) or (B, P, F); what is dropped is that of no image."""
-        patches = self.network.config.reads_patches
-        features = self.encoder.features(images_of(batch), patches)
-        blank = self.encoder.blank_patches() if patches else torch.zeros_like(features)
+        features = self.encoder.features(images_of(batch), self.network.config.reads_patches)
         dropped = dropout.images(self.seed, batch.keys, batch.epochs).to(features.device)
         rows = dropped.view(-1, *(1 for _ in features.shape[1:]))
-        return replace(super().said(batch, dropout), more={FEATURES: torch.where(rows, blank, features).float()})
+        features = torch.where(rows, self.no_image, features)
+        return replace(super().said(batch, dropout), more={FEATURES: features.float()})
 
     def preview(self, batch: Batch, step: int) -> list[Image.Image]:
         """For each prompt, the image prompt, the image made with it, and the one without."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / RESULT
             write_image_prompt(self.network, file)
-            loading = {"ip_adapter": str(file), "image_encoder": str(self.section.encoder)}
+            loading = {"ip_adapter": str(file), "image_encoder": self.encoder}
 
             def steered(row: int) -> tuple[Image.Image, dict[str, Any]]:
                 shown = to_image(images_of(batch)[row] / 2 + 0.5)

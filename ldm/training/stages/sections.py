@@ -158,7 +158,7 @@ class AdapterSection(BaseSection):
     ranks: dict[Pattern, Rank] = Field(
         {}, description="other ranks, by patterns of layers' names: {'attn2.to_[kv]': 4}"
     )
-    alphas: dict[Pattern, float] = Field({}, description="alphas of some layers, likewise")
+    alphas: dict[Pattern, Annotated[float, Field(gt=0)]] = Field({}, description="alphas of some layers, likewise")
     lokr_factor: int | None = Field(
         None, ge=2, description="most rows and columns of LoKr's first matrix; null: about the root of the layer's"
     )
@@ -189,6 +189,14 @@ class AdapterSection(BaseSection):
         if quantize and info.data.get("dora"):
             raise ValueError("DoRA needs the exact norms of the weights; leave one of them out")
         return quantize
+
+    @field_validator("lokr_factor")
+    @classmethod
+    def _of_lokr(cls, factor: int | None, info: ValidationInfo) -> int | None:
+        """LoKr alone has two matrices of chosen sizes."""
+        if factor is not None and info.data.get("kind", "lokr") != "lokr":
+            raise ValueError("it is for LoKr (kind: lokr); leave it out")
+        return factor
 
     @field_validator("up_rate", "rank_dropout")
     @classmethod
@@ -252,6 +260,14 @@ class TextualInversionSection(AdapterSection):
         False, validate_default=True, description="train an adapter (rank, layers, …) in the same run: pivotal tuning"
     )
     adapter_learning_rate: float = Field(1e-4, gt=0, description="learning rate of the U-Net's adapter")
+
+    @field_validator("adapter_learning_rate")
+    @classmethod
+    def _beside(cls, rate: float, info: ValidationInfo) -> float:
+        """The rate of an adapter needs one."""
+        if not info.data.get("pivotal", True) and rate != cls.model_fields["adapter_learning_rate"].default:
+            raise ValueError("no adapter is trained; set pivotal=true, or leave it out")
+        return rate
 
     @field_validator("words")
     @classmethod
@@ -321,6 +337,7 @@ class ImagePromptSection(AttachedSection):
 
     reads: ClassVar[tuple[str, ...]] = ("mask", "condition")
     needed: ClassVar[tuple[str, ...]] = ("encoder",)
+    fixed: ClassVar[tuple[str, ...]] = ("kind", "tokens")
     encoder: str | None = Field(
         None,
         description="image encoder: the folder or Hub name of a CLIPVisionModelWithProjection, or of a model with one",

@@ -92,6 +92,7 @@ class Stage(Protocol):
     model: LatentDiffusion  # the model in training, with all of its components
     players: dict[str, Player]
     extra: dict[str, nn.Module]  # modules that no optimiser changes, but whose state belongs into a checkpoint
+    fixed: Mapping[str, str]  # digests, by key of the configuration, of what must stay while a run goes on
     divisible: bool  # whether the losses of a batch can be computed part by part
 
     @property
@@ -133,7 +134,7 @@ class StageInputs(Generic[S]):
 
     name: str  # of the kind of stage
     section: S
-    model: LatentDiffusion  # on the accelerator's device, weights in fp32
+    model: LatentDiffusion  # on the accelerator's device; weights in fp32, of a frozen kind in the run's precision
     accelerator: Accelerator
     seed: int  # of the run
     folder: Path  # of the stage

@@ -160,6 +160,7 @@ class ContrastiveStage:
             pair.config.check_sides(*bucket)
         self.players = {name: learner.player(section.optimizer) for name, learner in found.items()}
         self.extra: dict[str, nn.Module] = {}
+        self.fixed: Mapping[str, str] = {}
 
     def losses(self, batch: Batch, step: int) -> Iterator[Loss]:
         """The contrastive loss, the mean over the text encoders."""
