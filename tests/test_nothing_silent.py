@@ -37,6 +37,10 @@ IMAGE = png(place_image(64, 64))
 ELSEWHERE = (  # what, where, the test file, and a part of the line that it looks for
     ("images too small for their bucket", "ldm/data/plan.py", "tests/data/test_plan.py", "are too small (upscale"),
     ("images beside others of another size", "ldm/data/given.py", "tests/data/test_beside.py", "of another size"),
+    ("images in no folder with a number", "ldm/data/folder_rules.py", "tests/data/test_visits.py",
+     "in no folder with a number"),
+    ("masks of images without an alpha channel", "ldm/data/sources.py", "tests/data/test_beside.py",
+     "have no alpha channel"),
     ("repeats in a stream", "ldm/data/streams.py", "tests/data/test_visits.py", "repeats are not read of a stream"),
     ("captions longer than the text encoder reads", "ldm/training/run.py", "tests/training/test_train.py",
      "tokens; the rest of them is not read"),

@@ -3,10 +3,11 @@
     python tools/check_resume.py --kills 50 --stops 20
     python tools/check_resume.py --kills 20 --stops 10 --processes 2
 
-All stages are checked, with and without caches, with and without loader processes. Runs are killed (SIGKILL) or asked
-to stop (SIGTERM), half of the time at any moment, half while a checkpoint is written. Every loss and every byte of the
-result must equal those of the undisturbed run, and a run that is asked to stop must end within 30 seconds. In runs of
-several processes, one process is killed and the others are then ended as launchers do; SIGTERM goes to all processes.
+All stages are checked, with and without caches, with and without loader processes; and class images, trained text
+encoders, pivotal tuning. Runs are killed (SIGKILL) or asked to stop (SIGTERM), half of the time at any moment, half
+while a checkpoint is written. Every loss and every byte of the result must equal those of the undisturbed run, and a
+run that is asked to stop must end within 30 seconds. In runs of several processes, one process is killed and the others
+are then ended as launchers do; SIGTERM goes to all processes.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ldm.cli.train import make_images
 from ldm.training.config import Config
 from ldm.training.loop import Stopped
 from ldm.training.run import train
 from ldm.training.selftest import Ground, lay_out
 from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.stage import Cached
-from ldm.training.stages.table import KINDS
+from ldm.training.stages.table import KINDS, kind_named
 
 STEPS = 12
 TIMING = ("images_per_s", "waiting", "tflops")  # timing values of the log, which differ between runs
@@ -44,6 +46,15 @@ LONGEST = 30.0  # seconds within which a run must end after it was asked to stop
 PATIENCE = 0.5  # seconds that the other processes have to end after one was killed
 STOPPED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop
 Kind = tuple[str, str, dict[str, Any]]  # a kind of run: name, stage, changes of the configuration
+MORE: tuple[Kind, ...] = (  # with changes of the stage's section alone
+    (
+        "adapter, class images",
+        "adapter",
+        {"steps": STEPS, "prior": {"prompt": "an image", "images": 6, "steps": 2, "batch": 4}},
+    ),
+    ("base, text encoders too", "base", {"steps": STEPS, "train_text": True}),
+    ("pivotal tuning", "textual-inversion", {"steps": STEPS, "pivotal": True, "train_text": True, "rank_dropout": 0.2}),
+)
 
 
 @dataclass
@@ -95,7 +106,7 @@ def check(
 
 
 def kinds() -> Iterator[Kind]:
-    """All kinds of runs: every stage, with and without loader processes, and with caches if the stage uses them."""
+    """All kinds of runs: every stage, with and without loader processes and caches; and those of `MORE`."""
     for kind in KINDS:
         stage = kind.name
         for cached in (False, True) if kind.cached(SECTIONS[stage]()) != Cached() else (False,):
@@ -105,6 +116,9 @@ def kinds() -> Iterator[Kind]:
                     f"{stage}__steps": STEPS, f"{stage}__validate_every": 5,
                 }  # fmt: skip
                 yield f"{stage}{', cached' * cached}{', 2 workers' * bool(workers)}", stage, changes
+        for name, own, more in MORE:
+            if own == stage:
+                yield name, stage, {"stages": [stage], **{f"{stage}__{key}": value for key, value in more.items()}}
 
 
 def one_each() -> Iterator[Kind]:
@@ -220,7 +234,9 @@ def _child(settings: Config, rank: int, processes: int, port: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     try:
-        train(settings)
+        (stage,) = settings.stages
+        makes = kind_named(stage).prior(getattr(settings, stage)) is not None  # class images; previews take longer
+        train(settings, make_images if makes else None)
     except Stopped:
         os._exit(STOPPED)
     except BaseException as error:  # the child must not continue with the parent's code

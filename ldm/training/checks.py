@@ -37,6 +37,7 @@ def check_bounds(config: Config) -> None:
         prior = getattr(section, "prior", None)
         if isinstance(prior, PriorSection) and prior.prompt:
             _check_prior(name, section, prior, config.data)
+    _check_read(config)
     data = config.data
     if data.stream and data.cache:
         raise LdmError("data.cache: a stream cannot be cached; copy it to a disk, or set data.stream=false")
@@ -52,11 +53,23 @@ def check_bounds(config: Config) -> None:
         raise LdmError(f"data.crops is {data.crops}: an image has one crop at its center; set data.crops=1")
 
 
+def _check_read(config: Config) -> None:
+    """Check that some stage can read each kind of images beside an image, and that what is said of masks has some."""
+    sections: list[StageSection] = [getattr(config, name) for name in config.stages]
+    read = {kind for section in sections for kind in (*section.beside, *section.reads)}
+    for kind in config.data.beside.named().keys() - read:
+        raise LdmError(f"data.beside.{kind}: none of the stages ({', '.join(config.stages)}) reads it; leave it out")
+    for name, section in zip(config.stages, sections, strict=True):
+        if getattr(section, "outside_mask", 0) and config.data.beside.mask is None:
+            raise LdmError(f"{name}.outside_mask: there are no masks; name some with data.beside.mask, or leave it out")
+
+
 def _check_prior(name: str, section: StageSection, prior: PriorSection, data: DataSection) -> None:
     """Check that class images can share the batches, and are not the images themselves."""
-    odd = [phase.batch for phase in phases(section) if phase.batch % 2]
-    if odd:
-        raise LdmError(f"{name}.batch is {odd[0]}: half of it is class images ({name}.prior); choose an even number")
+    for part, phase in zip(section.sizes, phases(section), strict=True):
+        if phase.batch % 2:
+            key = f"the batch of {name}.sizes at {part.size}" if part.batch else f"{name}.batch"
+            raise LdmError(f"{key} is {phase.batch}: half of it is class images ({name}.prior); choose an even number")
     if alike(prior.prompt, data.trigger):
         raise LdmError(
             f"{name}.prior.prompt and data.trigger are the same, {prior.prompt!r}: class images need another; name the "

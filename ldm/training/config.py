@@ -36,7 +36,7 @@ class RunSection(Section):
     output: str = Field("runs/run", description="the run's folder; the same command again resumes the run")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
     precision: Precision = Field(
-        "no", description="precision to compute in; auto: bf16 where the device has it, else fp32; weights stay fp32"
+        "no", description="precision to compute in; auto: bf16 where the device has it, else fp32; updates are in fp32"
     )
     stages: list[Annotated[str, AfterValidator(_known)]] = Field(
         ["base"], min_length=1, description="stages to train, in this order"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.layers import TransformerBlock
-from ldm.models.surgery import rebuilt
+from ldm.models.surgery import exchanged, rebuilt
 
 M = TypeVar("M", bound=nn.Module)
 ROUNDED = (nn.Linear, nn.Conv2d)
@@ -61,20 +61,22 @@ class EightBitLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         weight = layer.weight.detach()
-        self.scale = _frozen((weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(weight.dtype).tiny))
-        self.weight = _frozen((weight.float() / self.scale.float()).round().clamp(-127, 127).to(torch.int8))  # (O, I)
+        largest = weight.float().abs().amax(dim=1, keepdim=True)
+        self.scale = _frozen((largest / 127).clamp_min(torch.finfo(torch.float32).tiny))  # (O, 1)
+        self.weight = _frozen((weight / self.scale).round().to(torch.int8))  # (O, I)
+        self.dtype = weight.dtype
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) to (…, O), in the dtype that the layer had."""
-        product: Tensor = _EightBitProduct.apply(x.to(self.scale.dtype), self.weight, self.scale)
+        product: Tensor = _EightBitProduct.apply(x.to(self.dtype), self.weight, self.scale)
         return product if self.bias is None else product + self.bias
 
     def plain(self) -> nn.Linear:
         """A linear layer with the same numbers."""
         rows, columns = self.weight.shape
         layer = nn.Linear(columns, rows, bias=self.bias is not None, device="meta")
-        layer.weight, layer.bias = _frozen(_dense(self.weight, self.scale)), self.bias
+        layer.weight, layer.bias = _frozen(_dense(self.weight, self.scale, self.dtype)), self.bias
         return layer
 
 
@@ -84,15 +86,17 @@ class _EightBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, _dense(weight, scale))
+        return F.linear(x, _dense(weight, scale, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ _dense(*ctx.saved_tensors), None, None
+        weight, scale = ctx.saved_tensors
+        return gradient @ _dense(weight, scale, gradient.dtype), None, None
 
 
-def _dense(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.to(scale.dtype) * scale
+def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers, rounded once."""
+    return (weight * scale).to(dtype)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -109,8 +113,11 @@ def hold_in_eight_bits(network: nn.Module) -> None:
                         setattr(part, name, EightBitLinear(layer))
 
 
-def dense(network: M) -> M:
-    """A copy of a network with plain layers in place of those in 8 bits; all else is shared."""
+def dense(network: M, layer: str | None = None) -> M:
+    """A copy of a network with plain layers in place of those in 8 bits, or of the named one; all else is shared."""
+    if layer is not None:
+        part = network.get_submodule(layer)
+        return exchanged(network, {layer: part.plain()}) if isinstance(part, EightBitLinear) else network
     return rebuilt(
         network,
         lambda module: {

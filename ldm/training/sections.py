@@ -76,7 +76,8 @@ class SizeSection(Section):
 class StageSection(Section):
     """The settings that all stages share."""
 
-    beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage reads
+    beside: ClassVar[tuple[str, ...]] = ()  # the images beside each image (`data.beside`) that the stage needs
+    reads: ClassVar[tuple[str, ...]] = ()  # those that it reads if they are there, besides these
     needed: ClassVar[tuple[str, ...]] = ()  # keys that have no default
     fixed: ClassVar[tuple[str, ...]] = ()  # keys whose values stay while a run goes on, because its weights need them
     steps: int = Field(100_000, ge=1, description="updates of the weights")
@@ -155,13 +156,18 @@ class PriorSection(Section):
     steps: int = Field(30, ge=1, le=1000, description="steps of the scheduler")
     batch: int = Field(4, ge=1, description="class images made at a time on each device")
 
-    @field_validator("source")
+    @field_validator("source", "images", "weight", "steps", "batch")
     @classmethod
-    def _told(cls, source: str | None, info: ValidationInfo) -> str | None:
-        """Class images need their prompt."""
-        if source is not None and not info.data.get("prompt"):
+    def _told(cls, value: Any, info: ValidationInfo) -> Any:
+        """Class images need their prompt; those of a source are not made."""
+        name = str(info.field_name)
+        if value == cls.model_fields[name].default:
+            return value
+        if not info.data.get("prompt"):
             raise ValueError("class images need their prompt; set it too")
-        return source
+        if name in ("images", "steps", "batch") and info.data.get("source"):
+            raise ValueError("it is for class images that are made, and a source is named; leave one of them out")
+        return value
 
 
 class DataSection(Section):

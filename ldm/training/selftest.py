@@ -36,6 +36,7 @@ from ldm.training.parallel.agreement import differences
 from ldm.training.run import TrainingRun
 from ldm.training.stages.autoencoder import AutoencoderStage
 from ldm.training.stages.denoiser import encode_images
+from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.stage import Loss, Stage
 from ldm.training.stages.table import KINDS, kind_named
 from ldm.training.stages.trial import ENCODER, MODEL, SIDE
@@ -82,6 +83,9 @@ class Ground:
             for part in path:
                 section = section.setdefault(part, {})
             section[key] = value
+        read = {kind for name in dump["stages"] for kind in (*SECTIONS[name].beside, *SECTIONS[name].reads)}
+        if "condition" not in read:
+            del dump["data"]["beside"]
         return Config.model_validate(dump)
 
     def run(self, name: str, **changes: Any) -> Watched:

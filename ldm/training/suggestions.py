@@ -47,7 +47,6 @@ WORDS = {  # another program's word -> our key
     **dict.fromkeys(("prior_loss_weight",), "adapter.prior.weight"),
     **dict.fromkeys(("class_data_dir", "reg_data_dir"), "adapter.prior.source"),
     "num_class_images": "adapter.prior.images",
-    "instance_prompt": "data.trigger",
     "target_modules": "adapter.layers",
     **dict.fromkeys(("learnable_property", "use_object_template", "use_style_template"), "textual-inversion.templates"),
     **dict.fromkeys(("train_text_encoder_ti", "pivotal_tuning"), "textual-inversion.pivotal"),

@@ -207,8 +207,9 @@ def test_ranks_and_alphas_by_pattern(shapes: Path, tmp_path: Path) -> None:
     assert {shape for layer, shape in found.items() if layer.endswith("to_out.0")} == {(4, 0.5)}
 
 
-def test_norms_stay_below_the_largest(shapes: Path, tmp_path: Path) -> None:
-    train(settings(shapes, tmp_path / "r", "adapter.max_norm=0.05"))
+@pytest.mark.parametrize("extra", [[], ["adapter.ema.decay=0.9"]], ids=["", "averages"])
+def test_norms_stay_below_the_largest(shapes: Path, tmp_path: Path, extra: list[str]) -> None:
+    train(settings(shapes, tmp_path / "r", "adapter.max_norm=0.05", *extra))
     model = start(settings(shapes, tmp_path / "s"))
     changes = open_adapter(file_of(tmp_path / "r"), model).changes["unet"]
     norms = [float(change.delta(model.unet.get_parameter(name)).norm()) for name, change in changes.items()]
@@ -351,6 +352,11 @@ def test_8_bits_hold_the_frozen_weights(shapes: Path, tmp_path: Path) -> None:
     assert torch.allclose(rounded.plain().weight, layer.weight, atol=float(layer.weight.abs().max()) / 250)
     found = [torch.autograd.grad(one(x).square().sum(), x)[0] for one in (rounded, rounded.plain())]
     assert torch.allclose(*found, atol=1e-5)
+    small = torch.nn.Linear(24, 32).requires_grad_(False).half()
+    small.weight.mul_(1e-3)  # its steps are smaller than any normal number of fp16
+    assert torch.allclose(
+        EightBitLinear(small).plain().weight, small.weight, atol=float(small.weight.abs().max()) / 200
+    )
     stage = stirred(ready(settings(shapes, tmp_path / "q", "adapter.quantize=int8-weights")))
     given = inputs(stage.model.unet, torch.float32)
     with torch.no_grad():
@@ -383,6 +389,9 @@ def test_8_bits_take_less_memory(shapes: Path, tmp_path: Path) -> None:
         ("adapter.layers=['(']", "( is no regular expression"),
         ("adapter.text_learning_rate=[1e-3]", "the adapter has no text encoder; set train_text=true"),
         ("adapter.rank=0", "greater than or equal to 1"),
+        ("adapter.alphas={attn2: 0}", "greater than 0"),
+        ("adapter.lokr_factor=8", "adapter.lokr_factor is 8: value error, it is for lokr"),
+        ("adapter.prior.weight=2", "adapter.prior.weight is 2: value error, class images need their prompt"),
         ("adapter.quantize=int4", "int8-weights"),
     ],
 )

@@ -84,7 +84,8 @@ def test_at_first_the_new_channels_are_ignored(
     shapes: Path, before: Path, start: Path, tmp_path: Path, task: str
 ) -> None:
     """The first step's prediction is the base's, whatever mask or image there is; only then they have gradients."""
-    settings = chosen(task, shapes, before, start, tmp_path / "r", "base.drop_caption=[0]", "base.drop_both=0")
+    more = ["base.drop_both=0"] if task == "edit" else []
+    settings = chosen(task, shapes, before, start, tmp_path / "r", "base.drop_caption=[0]", *more)
     stage, batch = ready(settings)
     assert stage.model.family.task == task
     base = starting_model(ModelSection(source=str(start)), 0).unet
@@ -220,6 +221,34 @@ def test_wrong_settings(
 ) -> None:
     with pytest.raises(LdmError, match=message):
         ready(chosen("edit", shapes, before, start, tmp_path / "r", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides", "message"),
+    [
+        (
+            "edit",
+            ["model.unet={in_channels: 4}"],
+            r"data.beside.before: .* set model.unet={in_channels: 8} ",
+        ),
+        (
+            "inpaint",
+            ["model.unet={}"],
+            r"data.beside.mask: .* random masks .*model.unet={in_channels: 9} ",
+        ),
+        ("inpaint", ["base.outside_mask=0.1"], "base.outside_mask: the loss of a U-Net that inpaints is of the whole"),
+        (
+            "inpaint",
+            ["base.drop_both=0"],
+            "base.drop_both: the U-Net of .* reads no image before an edit; leave",
+        ),
+    ],
+)
+def test_settings_of_another_task(
+    shapes: Path, before: Path, start: Path, tmp_path: Path, task: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(LdmError, match=message):
+        ready(chosen(task, shapes, before, start, tmp_path / "r", *overrides))
 
 
 def test_a_model_that_edits_is_not_made_to_read_less(shapes: Path, before: Path, start: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ FEW = [
     "drop_caption=[0]", "prior.prompt=a drawing", "prior.images=5", "prior.batch=2", "prior.weight=0.5",
 ]  # fmt: skip
 
+MADE = ["adapter.prior.images=200", "adapter.prior.batch=4"]  # the defaults, as a source needs them
+
 
 class Painter:
     """Gives grey images, and fails when it is asked for one too many."""
@@ -148,8 +150,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path)
     whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
     train(settings(shapes, whole, "adapter", "data.cache=true"), Painter())
     images = next((whole / "data").glob("class-*/images"))
-    source = f"adapter.prior.source={images}"
-    again = settings(shapes, parts, "adapter", "data.cache=true", source)
+    source = [f"adapter.prior.source={images}", *MADE]
+    again = settings(shapes, parts, "adapter", "data.cache=true", *source)
     interrupted(again, after=3)
     train(again)
     assert lines(parts, "adapter") == lines(whole, "adapter")
@@ -161,7 +163,12 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path)
         (["data.trigger=A  drawing"], "adapter.prior.prompt and data.trigger are the same, 'a drawing'"),
         (["adapter.batch=3"], "adapter.batch is 3: half of it is class images"),
         (["adapter.prior.prompt=''", "adapter.prior.source=x"], "class images need their prompt"),
-        (["adapter.prior.source=nowhere"], "adapter.prior.source: nowhere does not exist"),
+        (
+            ["adapter.prior.source=x"],
+            "class images that are made, and a source is named; leave one of them out",
+        ),
+        (["adapter.sizes=[{size: 32, batch: 3}]"], "the batch of adapter.sizes at 32 is 3: half of it is class images"),
+        ([*MADE, "adapter.prior.source=nowhere"], "adapter.prior.source: nowhere does not exist"),
         (["adapter.prior.prompt=a red circle"], "adapter.prior.prompt is the caption of"),
         (["adapter.layers=[atention]"], "adapter.layers: atention matches no layer"),
         (["data.upscale=1", "adapter.sizes=[{size: 512}]"], "images are too small for size 512"),
@@ -181,7 +188,11 @@ def test_class_images_that_are_too_small(shapes: Path, tmp_path: Path) -> None:
     (folder := tmp_path / "small").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "0.png")
     with pytest.raises(LdmError, match="small: all 1 images are too small for size 32"):
-        train(settings(shapes, tmp_path / "r", "adapter", "stages=[base,adapter]", f"adapter.prior.source={folder}"))
+        train(
+            settings(
+                shapes, tmp_path / "r", "adapter", "stages=[base,adapter]", *MADE, f"adapter.prior.source={folder}"
+            )
+        )
     assert not (tmp_path / "r" / "base").exists()
 
 

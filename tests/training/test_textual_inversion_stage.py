@@ -315,6 +315,7 @@ def test_previews_and_16_bits(shapes: Path, tmp_path: Path) -> None:
         ("templates=[a photo]", "write object or style, or sentences in which {} stands for the word"),
         ("rank=8", "rank belongs to an adapter, and none is trained; set pivotal=true"),
         ("train_text=true", "train_text belongs to an adapter"),
+        ("adapter_learning_rate=1e-3", "no adapter is trained; set pivotal=true"),
     ],
 )
 def test_bad_input(shapes: Path, tmp_path: Path, override: str, message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ from runs import _fresh_accelerator as _fresh_accelerator
 from runs import config, losses
 from torch import Tensor
 
+from ldm.data.keyed import uniform
 from ldm.data.loader import Batch
+from ldm.data.masks import boxes
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.training.batches import StageBatches
@@ -54,7 +56,12 @@ def test_the_mean_within_a_mask() -> None:
 
 def test_a_mask_weighs_errors_where_it_lies(shapes: Path, tmp_path: Path) -> None:
     """What lies outside the mask has no gradient; a white mask changes nothing; weights multiply."""
-    stage, batch = ready(shapes, tmp_path / "r", "data.beside.mask=boxes")
+    drawn = [boxes((64, 64), (uniform(0, name, draw) for draw in count())) for name in ("a", "b")]
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for number, path in enumerate(sorted(shapes.glob("*.png"))):
+        drawn[number % 2].save(masks / path.name)
+    stage, batch = ready(shapes, tmp_path / "r", f"data.beside.mask={masks}")
     mask = batch.beside["mask"]
     assert mask.shape[1] == 1 and 0 < mask.mean() < 1
     plain = Batch(**{**vars(batch), "beside": {}})
@@ -125,6 +132,12 @@ def test_held_out_captions_stay_as_they_are(shapes: Path, tmp_path: Path) -> Non
     [
         (["data.beside.mask=no/where"], r"data.beside.mask: no/where does not exist; give a folder, a column"),
         (["data.beside.mask=masks"], r"has no column 'masks': "),
+        (["data.beside.condition=gray"], r"data.beside.condition: none of the stages \(base\) reads it; leave it out"),
+        (["stages=[text]", "data.beside.mask=boxes"], r"data.beside.mask: none of the stages \(text\) reads it; leave"),
+        (
+            ["base.outside_mask=0.5"],
+            r"base.outside_mask: there are no masks; name some with data.beside.mask",
+        ),
         (["data.folders={dog: {repeat: 2}}"], r"data.folders.dog.repeat is not known; did you mean repeats\?"),
         (["data.folders={dog: {repeats: 2}}"], r"has no images in the folder dog; it has no folders"),
         (["data.stream=true", "data.numbered_folders=true"], r"data.numbered_folders: a stream is not read by folders"),

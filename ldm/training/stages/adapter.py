@@ -198,7 +198,7 @@ class AdapterStage(DenoiserStage):
             seeded(choose, given.seed, "adapter"),
         )  # fmt: skip
         self.data: TrainingImages = given.data
-        self.output = given.folder.parent.name
+        self.output = given.folder.resolve().parent.name
 
     @property
     def adapter(self) -> TrainedAdapter:
@@ -248,14 +248,14 @@ class AdapterStage(DenoiserStage):
 
     def shown(self) -> LatentDiffusion:
         """A copy of the model with the changes merged in."""
-        changes: dict[str, dict[str, list[tuple[float, Change]]]] = {"unet": {}, "text_encoders": {}}
+        shown = dict(self.model.networks)
         for component, own in self.adapter.stored().items():
-            for name, change in own.items():
+            for name, change in own.items():  # one by one: a layer in 8 bits needs its plain copy here alone
                 network, parameter = parameter_of(self.model, component, name)
-                changes[network][parameter] = [(1.0, change)]
-        return self.model.with_networks(
-            {name: uniform(merged(dense(self.model.networks[name]), own)) for name, own in changes.items()}
-        )
+                plain = dense(shown[network], parameter.rpartition(".")[0])
+                shown[network] = merged(plain, {parameter: [(1.0, change)]})
+        own_dtype = {name: uniform(dense(shown[name])) for name in ("unet", "text_encoders")}
+        return self.model.with_networks(own_dtype)
 
 
 def build(given: StageInputs[AdapterSection]) -> AdapterStage:

@@ -27,6 +27,7 @@ WORDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 def write(stage: AdapterStage, folder: Path, lineage: str) -> None:
     """Write the adapter with kohya's names and, where diffusers' format can hold it, with diffusers'."""
     section, file = stage.section, folder / RESULT
+    stage.updated(section.steps)  # the averages of the factors may give larger changes than `max_norm`
     kind = WORDS[section.kind]
     if section.dora:
         kind = "DoRA" if kind == "LoRA" else f"{kind} (DoRA)"

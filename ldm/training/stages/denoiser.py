@@ -178,9 +178,9 @@ class DenoiserStage:
         choose: Callable[[Any, Components], dict[str, Learner]] = learners,
     ) -> None:
         """Args:
-            name: "base" or "refiner".
+            name: of the kind of stage.
             section: of the configuration.
-            model: on the accelerator's device, weights in fp32.
+            model: on the accelerator's device, as in `StageInputs`.
             accelerator: for autocast and sums over ranks.
             seed: of the run.
             make_images: makes previews; None: no previews.

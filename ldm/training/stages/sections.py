@@ -78,6 +78,7 @@ class TextSection(StageSection):
 class DenoiserSection(StageSection):
     """A U-Net that learns to denoise."""
 
+    reads: ClassVar[tuple[str, ...]] = ("mask",)
     min_snr: float = Field(0.0, ge=0, description="gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none")
     noise_offset: float = Field(0.0, ge=0, description="strength of noise shared by a whole channel, usually up to 0.1")
     timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
@@ -104,6 +105,7 @@ class DenoiserSection(StageSection):
 class BaseSection(DenoiserSection):
     """The U-Net of the base model."""
 
+    reads: ClassVar[tuple[str, ...]] = ("mask", "before")
     prior: PriorSection = PriorSection()
     drop_before: Part = Field(0.05, description="part of the images before an edit dropped, if the U-Net reads them")
     drop_both: Part = Field(0.05, description="part of which caption and such an image are dropped, besides those")
@@ -156,7 +158,7 @@ class AdapterSection(BaseSection):
     ranks: dict[Pattern, Rank] = Field(
         {}, description="other ranks, by patterns of layers' names: {'attn2.to_[kv]': 4}"
     )
-    alphas: dict[Pattern, float] = Field({}, description="alphas of some layers, likewise")
+    alphas: dict[Pattern, Annotated[float, Field(gt=0)]] = Field({}, description="alphas of some layers, likewise")
     lokr_factor: int | None = Field(
         None, ge=2, description="most rows and columns of LoKr's first matrix; null: about the root of the layer's"
     )
@@ -187,6 +189,14 @@ class AdapterSection(BaseSection):
         if quantize and info.data.get("dora"):
             raise ValueError("DoRA needs the exact norms of the weights; leave one of them out")
         return quantize
+
+    @field_validator("lokr_factor")
+    @classmethod
+    def _of_lokr(cls, factor: int | None, info: ValidationInfo) -> int | None:
+        """LoKr alone has two matrices of chosen sizes."""
+        if factor is not None and info.data.get("kind", "lokr") != "lokr":
+            raise ValueError("it is for LoKr (kind: lokr); leave it out")
+        return factor
 
     @field_validator("up_rate", "rank_dropout")
     @classmethod
@@ -250,6 +260,14 @@ class TextualInversionSection(AdapterSection):
         False, validate_default=True, description="train an adapter (rank, layers, …) in the same run: pivotal tuning"
     )
     adapter_learning_rate: float = Field(1e-4, gt=0, description="learning rate of the U-Net's adapter")
+
+    @field_validator("adapter_learning_rate")
+    @classmethod
+    def _beside(cls, rate: float, info: ValidationInfo) -> float:
+        """The rate of an adapter needs one."""
+        if not info.data.get("pivotal", True) and rate != cls.model_fields["adapter_learning_rate"].default:
+            raise ValueError("no adapter is trained; set pivotal=true, or leave it out")
+        return rate
 
     @field_validator("words")
     @classmethod
@@ -317,6 +335,7 @@ class T2IAdapterSection(ControlSection):
 class ImagePromptSection(AttachedSection):
     """An IP-Adapter: cross-attention that reads the image, or its condition image (`data.beside.condition`)."""
 
+    reads: ClassVar[tuple[str, ...]] = ("mask", "condition")
     needed: ClassVar[tuple[str, ...]] = ("encoder",)
     fixed: ClassVar[tuple[str, ...]] = ("kind", "tokens")
     encoder: str | None = Field(

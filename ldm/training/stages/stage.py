@@ -134,7 +134,7 @@ class StageInputs(Generic[S]):
 
     name: str  # of the kind of stage
     section: S
-    model: LatentDiffusion  # on the accelerator's device, weights in fp32
+    model: LatentDiffusion  # on the accelerator's device; weights in fp32, of a frozen kind in the run's precision
     accelerator: Accelerator
     seed: int  # of the run
     folder: Path  # of the stage

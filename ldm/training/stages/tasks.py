@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.loader import Batch
+from ldm.data.masks import RULES
 from ldm.errors import LdmError
 from ldm.families import Family
 from ldm.images import to_images
 from ldm.training.conditioning import ConditioningDropout
 from ldm.training.sections import DataSection
-from ldm.training.stages.sections import BaseSection, DenoiserSection
+from ldm.training.stages.sections import BaseSection, DenoiserSection, RefinerSection
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels (B, 3, H, W) -> mean, deviation of unscaled latents
 BESIDE = {"text": (), "inpaint": ("mask",), "edit": ("before",)}  # images beside each image that a task needs
@@ -125,12 +126,19 @@ def check_task(name: str, section: DenoiserSection, family: Family, data: DataSe
     Raises:
         LdmError: the kind of stage cannot, or something is missing, or has no meaning for the task.
     """
+    if isinstance(section, RefinerSection) and family.task == "text":
+        return  # the images beside may be for the base
+    if isinstance(section, BaseSection) and family.task != "edit":
+        for key in ("drop_before", "drop_both"):
+            if getattr(section, key) != type(section).model_fields[key].default:
+                raise LdmError(f"{name}.{key}: the U-Net of {family.name} reads no image before an edit; leave it out")
     if family.task == "text":
+        _check_plain(family, data)
         return
     if not isinstance(section, BaseSection):
         raise LdmError(
-            f"{name}: the U-Net of {family.name} edits images, for which the stages base and adapter train; start from "
-            "a text-to-image model"
+            f"{name}: the U-Net of {family.name} edits images, for which the stages base, adapter and "
+            "textual-inversion train; start from a text-to-image model"
         )
     for kind in set(BESIDE[family.task]) - data.beside.named().keys():
         drawn = " (random draws masks)" if kind == "mask" else ""
@@ -140,5 +148,23 @@ def check_task(name: str, section: DenoiserSection, family: Family, data: DataSe
         )
     if section.evaluation.every:
         raise LdmError(f"{name}.evaluation.every: a U-Net that edits makes no images of captions alone; leave it out")
+    if section.outside_mask and family.task == "inpaint":
+        raise LdmError(f"{name}.outside_mask: the loss of a U-Net that inpaints is of the whole image; leave it out")
     if section.prior.prompt:
         raise LdmError(f"{name}.prior.prompt: class images have no {BESIDE[family.task][0]} beside them; leave it out")
+
+
+def _check_plain(family: Family, data: DataSection) -> None:
+    """Raise if there are images beside others that only a U-Net of another task reads."""
+    channels = family.unet.out_channels + family.autoencoder.channels_out
+    if data.beside.before:
+        raise LdmError(
+            f"data.beside.before: the U-Net of {family.name} does not edit images; start from one that does, set "
+            f"model.unet={{in_channels: {channels}}} to make it one, or leave it out"
+        )
+    if data.beside.mask in RULES:
+        raise LdmError(
+            f"data.beside.mask: the U-Net of {family.name} does not inpaint, and {data.beside.mask} masks do not say "
+            f"where errors count; start from one that does, set model.unet={{in_channels: {channels + 1}}} to make it "
+            "one, or leave it out"
+        )
