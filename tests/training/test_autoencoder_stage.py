@@ -458,8 +458,9 @@ def test_images_too_small_for_lpips_are_refused(lpips: str) -> None:
 
 
 def test_a_refused_run_has_not_begun(tmp_path: Path, images: Path) -> None:
-    for options, message in (({"perceptual_weight": 1}, "perceptual is not set"), ({}, "leaves none to train with")):
-        run = configured(tmp_path, images, options, SMALLER, holdout=48)
+    cases = (({"perceptual_weight": 1}, 8, "perceptual is not set"), ({}, 48, "leaves none to train with"))
+    for options, holdout, message in cases:
+        run = configured(tmp_path, images, options, SMALLER, holdout=holdout)
         with pytest.raises(LdmError, match=message):
             train(run)
     assert not (tmp_path / "autoencoder" / "metrics.jsonl").exists()
