@@ -94,10 +94,9 @@ class Pipeline:
             adapters: LoRA files and the like, with their weights, for calls that name none; see `stream`.
             embeddings: files of textual inversion, or folders of them, one or a list; prompts use them by name.
             **options: `lora_dir`, a folder in which prompts and calls find adapters by name; `partial_adapters`, to use
-                what fits of one that does not fit as a whole; `ip_adapter`, files of IP-Adapters, one or a list, and
-                `image_encoder`, a folder, a Hub name or an `ImageEncoder`; `control_models`, ControlNets and
-                T2I-Adapters, one, a list or by names; more of `LatentDiffusion.from_pretrained`; diffusers' names of
-                all, such as `torch_dtype`.
+                what fits of one that does not fit as a whole; `ip_adapter`, files of IP-Adapters, one or a list;
+                `image_encoder`, loaded, or its folder or Hub name; `control_models`, ControlNets and T2I-Adapters, one,
+                a list or by names; more of `LatentDiffusion.from_pretrained`; diffusers' names, such as `torch_dtype`.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.

@@ -30,7 +30,7 @@ from ldm.weights.components import Components
 SHOWN = 4  # captions of a preview, where no prompts are configured
 
 
-class Attached(nn.Module):
+class SteeredUNet(nn.Module):
     """A patched U-Net and the network that gives the patch its inputs: all that runs in a step, with all weights."""
 
     def __init__(self, unet: UNet, trained: nn.Module) -> None:
@@ -54,7 +54,7 @@ class TrainedAttachment(nn.Module, ABC):
         super().__init__()
         self.trained = trained.requires_grad_(True).train()
         self.inputs = CallInputs()
-        self.around = (Attached(read_in_calls(patched, self.inputs), trained),)  # a tuple, which hides it
+        self.around = (SteeredUNet(read_in_calls(patched, self.inputs), trained),)  # a tuple, which hides it
 
     @abstractmethod
     def given(self, more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
