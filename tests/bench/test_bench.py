@@ -164,7 +164,8 @@ def test_a_rival_that_fails_is_left_out(
     out = tmp_path / "bench.json"
     arguments = ["--rounds", 1, "--steps", 2, "--dtype", "fp32", "--against", "plain", "--out", out]
     assert run(capsys, monkeypatch, "bench", tmp_path / "model", *arguments)[0] == 0
-    assert [record.getMessage() for record in caplog.records] == [
+    said = [record.getMessage() for record in caplog.records]  # perhaps of other processes, too
+    assert [line for line in said if "plain" in line] == [
         "without plain: the process of plain has died; does memory suffice for all sides?"
     ]
     assert list(json.loads(out.read_text())["seconds"]) == ["ldm"]

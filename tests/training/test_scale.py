@@ -179,7 +179,12 @@ def test_weights_spread_over_processes_train_alike(
     ("overrides", "message"),
     [
         (
-            ["stages=[autoencoder]", "autoencoder.perceptual_weight=0"],
+            [
+                "stages=[autoencoder]",
+                "autoencoder.perceptual_weight=0",
+                "autoencoder.sizes=[{size: 32}]",
+                "data.buckets=false",
+            ],
             "stage autoencoder: its weights cannot be spread",
         ),
         (["base.ema.widths=[0.1]"], "base.ema.widths: averages of other widths need DDP"),

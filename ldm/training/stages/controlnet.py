@@ -15,7 +15,8 @@ from ldm.families import Family
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.surgery import twin
 from ldm.models.unet import UNet
-from ldm.patches.controlnet import NamedControlNet, add_controlnets
+from ldm.patches.controlnet import NamedControlNet
+from ldm.patches.patching import patched
 from ldm.training.stages import attached
 from ldm.training.stages.attached import TrainedAttachment
 from ldm.training.stages.control import CONDITION, ControlStage, begun
@@ -35,7 +36,7 @@ class TrainedControlNet(TrainedAttachment):
     trained: ControlNet
 
     def __init__(self, network: ControlNet, unet: UNet) -> None:
-        super().__init__(network, add_controlnets(twin(unet).train(), [NamedControlNet(network, NAME)]))
+        super().__init__(network, patched(twin(unet).train(), {"controlnets": [NamedControlNet(network, NAME)]}))
 
     def given(self, more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The embedded condition image, and scales of 1 for all residuals."""

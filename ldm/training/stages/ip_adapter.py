@@ -23,7 +23,8 @@ from ldm.errors import LdmError
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.surgery import twin
 from ldm.models.unet import UNet
-from ldm.patches.image_prompt import ImageTokens, read_images
+from ldm.patches.image_prompt import ImageTokens
+from ldm.patches.patching import patched
 from ldm.training.conditioning import ConditioningDropout, Prompt
 from ldm.training.frozen import numbers
 from ldm.training.parallel.agreement import check_agreement
@@ -51,7 +52,7 @@ class TrainedImagePrompt(TrainedAttachment):
 
     def __init__(self, network: ImagePromptAdapter, unet: UNet) -> None:
         prompt = ImageTokens(NAME, network)
-        super().__init__(network, read_images(twin(unet).train(), (prompt,)))
+        super().__init__(network, patched(twin(unet).train(), {"image_prompts": (prompt,)}))
         self.names = prompt.tokens, prompt.weights(0)
 
     def given(self, more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

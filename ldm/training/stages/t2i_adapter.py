@@ -14,7 +14,8 @@ from ldm.errors import LdmError
 from ldm.models.surgery import twin
 from ldm.models.t2i_adapter import T2IAdapter
 from ldm.models.unet import UNet
-from ldm.patches.t2i_adapter import NamedFeatures, add_features
+from ldm.patches.patching import patched
+from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.training.stages import attached
 from ldm.training.stages.attached import TrainedAttachment
 from ldm.training.stages.control import CONDITION, ControlStage, begun
@@ -34,7 +35,7 @@ class TrainedT2IAdapter(TrainedAttachment):
 
     def __init__(self, network: T2IAdapter, unet: UNet) -> None:
         features = NamedFeatures(NAME, len(network.config.channels))
-        super().__init__(network, add_features(twin(unet).train(), [features]))
+        super().__init__(network, patched(twin(unet).train(), {"t2i_adapters": [features]}))
 
     def given(self, more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The features of the condition image."""
