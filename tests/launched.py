@@ -105,9 +105,9 @@ def _become(arguments: list[str], environment: Mapping[str, str], cwd: Path, sai
 
 
 def printed(said: tempfile.TemporaryDirectory[str]) -> tuple[str, str]:
-    """What was printed on stdout and stderr."""
+    """What was printed on stdout and stderr; of a process that was killed before it had begun, nothing."""
     out, err = (Path(said.name, name) for name in ("stdout", "stderr"))
-    return out.read_text(), err.read_text()
+    return out.read_text() if out.exists() else "", err.read_text() if err.exists() else ""
 
 
 def on_two(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 
 from ldm.training.config import Config, load
 from ldm.training.run import train
@@ -40,13 +40,13 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator() -> Iterator[None]:
-    """Each run is a process's first."""
+    """Each run is a process's first, whatever ran there before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     torch.set_num_threads(threads)
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def config(shapes: Path, output: Path, *overrides: str) -> Config:
