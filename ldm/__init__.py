@@ -1,7 +1,7 @@
 """Latent diffusion: Stable Diffusion 1.x, 2.x and SDXL, for generation, training and reading.
 
 Importing this package is fast: torch is imported when a name below is first used. Before that, it is settled how many
-threads compute and how they wait (`ldm.threads`).
+threads compute (`ldm.threads`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure how much longer work takes while other processes want the cores, by the waiting policy of OpenMP.
 
-    python tools/measure_neighbours.py [--neighbours 0,1] [--policies ours,none,passive] [--work generate,train]
+    python tools/measure_neighbours.py [--neighbours 0,1] [--policies none,passive] [--work generate,train]
 
 Each row is a new process that makes images of the built-in model, or trains its U-Net, for some seconds, beside so many
 busy processes for each core. Policies take turns. The last columns are ratios: to the same policy without neighbours,
@@ -25,15 +25,12 @@ from ldm.limits import cores
 from ldm.threads import POLICY, SPINS, THREADS
 
 POLICIES: dict[str, dict[str, str]] = {  # environment of the measured process
-    "ours": {},
     "none": {},
     "passive": {POLICY: "passive"},
     "one thread": {THREADS: "1"},
 }
 BEGIN = """
 import statistics, sys, time
-if sys.argv[2] == "none":
-    import torch  # before ldm, which then changes nothing
 """
 END = """
 times, end = [], time.perf_counter() + float(sys.argv[1])
@@ -115,7 +112,7 @@ def seconds(work: str, policy: str, duration: float) -> float:
     """The median time of a piece of work in a new process."""
     environment = {name: value for name, value in os.environ.items() if name not in {POLICY, THREADS, *SPINS}}
     ran = subprocess.run(
-        [sys.executable, "-c", f"{BEGIN}{WORK[work]}{END}", str(duration), policy],
+        [sys.executable, "-c", f"{BEGIN}{WORK[work]}{END}", str(duration)],
         env=environment | POLICIES[policy], stdout=subprocess.PIPE, text=True, check=True, timeout=100 * duration + 300,
     )  # fmt: skip
     return float(ran.stdout.split()[-1])
