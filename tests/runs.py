@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,14 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
 
+from ldm.cli.train import make_images
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config, load
-from ldm.training.run import train
+from ldm.training.loop import Training
+from ldm.training.run import TrainingRun, train
+from ldm.training.stages.stage import MakeImages
 
 TINY: dict[str, Any] = {
     "trackers": [],
@@ -57,6 +62,19 @@ def config(shapes: Path, output: Path, *overrides: str) -> Config:
     return load(path, [*(f"{key}={value}" for key, value in usual.items() if key not in given), *overrides])
 
 
+def on_top(shapes: Path, output: Path, usual: Sequence[str], *overrides: str) -> Config:
+    """The configuration with usual settings, those left out that are overridden."""
+    given = {override.partition("=")[0] for override in overrides}
+    return config(shapes, output, *(one for one in usual if one.partition("=")[0] not in given), *overrides)
+
+
+def ready(chosen: Config) -> Training:
+    """A run's only stage, ready to train."""
+    run = TrainingRun(chosen, None, lambda *_: None)
+    (stage,) = chosen.stages
+    return run.training(stage, run.start(stage, None), run.folder / stage)
+
+
 def lines(output: Path, stage: str = "base") -> list[dict[str, Any]]:
     """The log, without what depends on the time."""
     rows = [json.loads(line) for line in (output / stage / "metrics.jsonl").read_text().splitlines()]
@@ -95,3 +113,36 @@ def interrupted(settings: Config, after: int) -> None:
 
     with pytest.raises(Pulled):
         train(settings, report=report)
+
+
+def whole_and_parts(settings: Callable[[Path], Config], folder: Path) -> tuple[Path, Path]:
+    """The outputs of a run in one go and of one that was interrupted twice, whose logs are the same.
+
+    Both have the same name, which files may hold.
+    """
+    (folder / "parts").mkdir()
+    whole, parts = folder / "style", folder / "parts" / "style"
+    train(settings(whole))
+    again = settings(parts)
+    interrupted(again, after=2)
+    interrupted(again, after=5)
+    train(again)
+    for stage in again.stages:
+        assert lines(parts, stage) == lines(whole, stage)
+    return whole, parts
+
+
+def noting(seen: list[list[str]]) -> MakeImages:
+    """Makes images in two steps, and notes the names of the settings of each call."""
+
+    def make(
+        model: LatentDiffusion,
+        prompts: list[str],
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        with_: Mapping[str, Any],
+    ) -> list[Image.Image]:
+        seen.append(sorted(with_))
+        return make_images(model, prompts, size, seeds, {**with_, "steps": 2})
+
+    return make

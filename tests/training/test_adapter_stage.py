@@ -12,7 +12,7 @@ import torch
 from networks import inputs
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, config, interrupted, lines, losses
+from runs import check_golden, interrupted, lines, losses, on_top, ready, whole_and_parts
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,14 +53,7 @@ XL = [
 
 
 def settings(shapes: Path, output: Path, *overrides: str) -> Config:
-    given = {override.partition("=")[0] for override in overrides}
-    return config(shapes, output, *(one for one in ADAPTER if one.partition("=")[0] not in given), *overrides)
-
-
-def ready(chosen: Config) -> Training:
-    """The stage, ready to train."""
-    run = TrainingRun(chosen, None, lambda *_: None)
-    return run.training("adapter", run.start("adapter", None), run.folder / "adapter")
+    return on_top(shapes, output, ADAPTER, *overrides)
 
 
 def start(chosen: Config) -> LatentDiffusion:
@@ -225,14 +218,7 @@ def test_norms_stay_below_the_largest(shapes: Path, tmp_path: Path, extra: list[
     ids=["all", "cached", "checkpointing"],
 )  # fmt: skip
 def test_an_interrupted_adapter_ends_in_the_same_bytes(shapes: Path, tmp_path: Path, extra: list[str]) -> None:
-    (tmp_path / "parts").mkdir()
-    whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
-    train(settings(shapes, whole, *extra))
-    again = settings(shapes, parts, *extra)
-    interrupted(again, after=2)
-    interrupted(again, after=5)
-    train(again)
-    assert lines(parts, "adapter") == lines(whole, "adapter")
+    whole, parts = whole_and_parts(lambda output: settings(shapes, output, *extra), tmp_path)
     assert file_of(parts).read_bytes() == file_of(whole).read_bytes()
     (saved, *_) = (parts / "adapter" / "checkpoints").glob("*/model.safetensors")
     assert all(name.startswith("changes.") for name in load_file(saved))  # no frozen weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ import tiny
 import torch
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, config, interrupted, lines, losses
+from runs import check_golden, losses, noting, on_top, ready, whole_and_parts
 from torch import Tensor
 
-from ldm.cli.train import make_images
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
-from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.controlnet import ControlNet
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import Config
@@ -41,14 +38,7 @@ ALL = ["controlnet.drop_condition=0.3", "controlnet.ema.decay=0.9"]
 
 
 def settings(shapes: Path, output: Path, *overrides: str) -> Config:
-    given = {override.partition("=")[0] for override in overrides}
-    return config(shapes, output, *(one for one in CONTROL if one.partition("=")[0] not in given), *overrides)
-
-
-def ready(chosen: Config) -> Training:
-    """The stage, ready to train."""
-    run = TrainingRun(chosen, None, lambda *_: None)
-    return run.training("controlnet", run.start("controlnet", None), run.folder / "controlnet")
+    return on_top(shapes, output, CONTROL, *overrides)
 
 
 def stirred(training: Training) -> tuple[ControlStage, ControlNet]:
@@ -190,14 +180,7 @@ def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
     ids=["all", "cached", "checkpointing"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path, extra: list[str]) -> None:
-    (tmp_path / "parts").mkdir()
-    whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
-    train(settings(shapes, whole, *extra))
-    again = settings(shapes, parts, *extra)
-    interrupted(again, after=2)
-    interrupted(again, after=5)
-    train(again)
-    assert lines(parts, "controlnet") == lines(whole, "controlnet")
+    whole, parts = whole_and_parts(lambda output: settings(shapes, output, *extra), tmp_path)
     file = Path("controlnet") / "controlnet.safetensors"
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
 
@@ -247,17 +230,7 @@ def test_it_begins_with_a_source(shapes: Path, tmp_path: Path) -> None:
 def test_previews_show_condition_control_and_none(shapes: Path, tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
-    def watched(
-        model: LatentDiffusion,
-        prompts: list[str],
-        size: tuple[int, int],
-        seeds: Sequence[int],
-        with_: Mapping[str, Any],
-    ) -> list[Image.Image]:
-        seen.append(sorted(with_))
-        return make_images(model, prompts, size, seeds, {**with_, "steps": 2})
-
-    train(settings(shapes, tmp_path / "r", "controlnet.preview_every=6", "precision=bf16"), watched)
+    train(settings(shapes, tmp_path / "r", "controlnet.preview_every=6", "precision=bf16"), noting(seen))
     assert seen == [["batch", "control", "control_models", "steps"], ["batch", "steps"]] * 4
     preview = Image.open(tmp_path / "r" / "controlnet" / "previews" / "step-00000006.png")
     assert preview.width == 2 * 3 * preview.height // 2 == 192

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import image_prompts
 import pytest
+import runs
 import torch
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, config, interrupted, lines, losses
+from runs import check_golden, interrupted, losses, noting, on_top, whole_and_parts
 from safetensors.torch import load_file
 
-from ldm.cli.train import make_images
 from ldm.errors import LdmError
 from ldm.images import to_tensor
-from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.image_prompt import attentions
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import Config
 from ldm.training.loop import Training
-from ldm.training.run import TrainingRun, train
+from ldm.training.run import train
 from ldm.training.stages.ip_adapter import ImagePromptStage, write
 from ldm.weights.image_encoder import prepared, prepared_pixels
 from ldm.weights.image_prompt import open_image_prompt
@@ -48,15 +46,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(shapes: Path, encoder: Path, output: Path, *overrides: str) -> Config:
-    given = {override.partition("=")[0] for override in overrides}
-    usual = [*IP, f"ip-adapter.encoder={encoder}"]
-    return config(shapes, output, *(one for one in usual if one.partition("=")[0] not in given), *overrides)
+    return on_top(shapes, output, [*IP, f"ip-adapter.encoder={encoder}"], *overrides)
 
 
 def ready(chosen: Config) -> tuple[Training, ImagePromptStage]:
     """The stage, ready to train."""
-    run = TrainingRun(chosen, None, lambda *_: None)
-    training = run.training("ip-adapter", run.start("ip-adapter", None), run.folder / "ip-adapter")
+    training = runs.ready(chosen)
     assert isinstance(training.stage, ImagePromptStage)
     return training, training.stage
 
@@ -123,14 +118,7 @@ def test_the_model_stays_and_the_file_holds_the_adapter(shapes: Path, encoder: P
 
 
 def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, encoder: Path, tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
-    train(settings(shapes, encoder, whole, *ALL))
-    again = settings(shapes, encoder, parts, *ALL)
-    interrupted(again, after=2)
-    interrupted(again, after=5)
-    train(again)
-    assert lines(parts, "ip-adapter") == lines(whole, "ip-adapter")
+    whole, parts = whole_and_parts(lambda output: settings(shapes, encoder, output, *ALL), tmp_path)
     file = Path("ip-adapter") / "ip-adapter.safetensors"
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
     check_golden("ip-adapter", losses(whole, "ip-adapter"))
@@ -188,18 +176,8 @@ def test_previews_show_image_prompt_and_none(
     monkeypatch.delattr("pipelines.image_prompts.load_image_encoder")
     seen: list[list[str]] = []
 
-    def watched(
-        model: LatentDiffusion,
-        prompts: list[str],
-        size: tuple[int, int],
-        seeds: Sequence[int],
-        with_: Mapping[str, Any],
-    ) -> list[Image.Image]:
-        seen.append(sorted(with_))
-        return make_images(model, prompts, size, seeds, {**with_, "steps": 2})
-
     train(settings(shapes, encoder, tmp_path / "r", "ip-adapter.steps=1", "precision=bf16",
-                   "ip-adapter.prompts=[a, b, c, d, e]"), watched)  # fmt: skip
+                   "ip-adapter.prompts=[a, b, c, d, e]"), noting(seen))  # fmt: skip
     assert seen == [["batch", "image_encoder", "image_prompt", "ip_adapter", "steps"], ["batch", "steps"]] * 5
     assert (tmp_path / "r" / "ip-adapter" / "previews" / "step-00000001.png").exists()
 

@@ -8,12 +8,11 @@ import diffusers
 import pytest
 import torch
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, config, interrupted, lines, losses
+from runs import check_golden, losses, on_top, ready, whole_and_parts
 
 from ldm.errors import LdmError
 from ldm.training.config import Config
-from ldm.training.loop import Training
-from ldm.training.run import TrainingRun, train
+from ldm.training.run import train
 from ldm.training.stages.control import ControlStage, write
 from ldm.weights.control_models import open_control_model
 
@@ -26,14 +25,7 @@ T2I = [
 
 
 def settings(shapes: Path, output: Path, *overrides: str) -> Config:
-    given = {override.partition("=")[0] for override in overrides}
-    return config(shapes, output, *(one for one in T2I if one.partition("=")[0] not in given), *overrides)
-
-
-def ready(chosen: Config) -> Training:
-    """The stage, ready to train."""
-    run = TrainingRun(chosen, None, lambda *_: None)
-    return run.training("t2i-adapter", run.start("t2i-adapter", None), run.folder / "t2i-adapter")
+    return on_top(shapes, output, T2I, *overrides)
 
 
 def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_path: Path) -> None:
@@ -94,14 +86,7 @@ def test_it_learns(shapes: Path, tmp_path: Path) -> None:
 
 def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path) -> None:
     extra = ["t2i-adapter.drop_condition=0.3", "t2i-adapter.ema.decay=0.9", "t2i-adapter.checkpointing=true"]
-    (tmp_path / "parts").mkdir()
-    whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
-    train(settings(shapes, whole, *extra))
-    again = settings(shapes, parts, *extra)
-    interrupted(again, after=2)
-    interrupted(again, after=5)
-    train(again)
-    assert lines(parts, "t2i-adapter") == lines(whole, "t2i-adapter")
+    whole, parts = whole_and_parts(lambda output: settings(shapes, output, *extra), tmp_path)
     file = Path("t2i-adapter") / "t2i-adapter.safetensors"
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
     check_golden("t2i-adapter", losses(whole, "t2i-adapter"))

@@ -10,11 +10,12 @@ from typing import Any
 
 import diffusers
 import pytest
+import runs
 import torch
 from PIL import Image
 from rounding import RUN, near
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, config, interrupted, lines, losses
+from runs import check_golden, interrupted, lines, losses, on_top, whole_and_parts
 from safetensors.torch import load_file
 
 from ldm.cli.train import make_images
@@ -24,7 +25,7 @@ from ldm.models.textual_inversion import tables
 from ldm.training.config import Config
 from ldm.training.evaluator import weights_digest
 from ldm.training.loop import Training
-from ldm.training.run import TrainingRun, train
+from ldm.training.run import train
 from ldm.training.stages.sections import embedding_name
 from ldm.training.stages.textual_inversion import TextualInversionStage
 from ldm.training.stages.textual_inversion_file import write
@@ -53,14 +54,12 @@ XL = [
 
 
 def settings(shapes: Path, output: Path, *overrides: str) -> Config:
-    given = {override.partition("=")[0] for override in overrides}
-    return config(shapes, output, *(one for one in INVERSION if one.partition("=")[0] not in given), *overrides)
+    return on_top(shapes, output, INVERSION, *overrides)
 
 
 def ready(chosen: Config) -> tuple[TextualInversionStage, Training]:
     """The stage, ready to train."""
-    run = TrainingRun(chosen, None, lambda *_: None)
-    training = run.training(NAME, run.start(NAME, None), run.folder / NAME)
+    training = runs.ready(chosen)
     assert isinstance(training.stage, TextualInversionStage)
     return training.stage, training
 
@@ -205,14 +204,7 @@ def test_captions_that_are_a_word_alone_get_sentences(shapes: Path, tmp_path: Pa
     ids=["cached", "pivotal"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path, extra: list[str]) -> None:
-    (tmp_path / "parts").mkdir()
-    whole, parts = tmp_path / "style", tmp_path / "parts" / "style"
-    train(settings(shapes, whole, *extra))
-    again = settings(shapes, parts, *extra)
-    interrupted(again, after=2)
-    interrupted(again, after=5)
-    train(again)
-    assert lines(parts, NAME) == lines(whole, NAME)
+    whole, parts = whole_and_parts(lambda output: settings(shapes, output, *extra), tmp_path)
     files = [path.relative_to(whole) for path in (whole / NAME).rglob("*.safetensors") if "step-" not in str(path)]
     assert len(files) == (4 if extra[0] == PIVOTAL[0] else 2)
     assert all((parts / file).read_bytes() == (whole / file).read_bytes() for file in files)
