@@ -34,28 +34,31 @@ class ImageEncoder:
     @torch.inference_mode()
     def embeddings(self, images: Sequence[Image.Image]) -> Tensor:
         """The embeddings of images: (B, E)."""
-        return self.tower(self._pixels(images)).image_embeds
+        return self._read(self._pixels(images), patches=False)
 
     @torch.inference_mode()
     def patches(self, images: Sequence[Image.Image]) -> Tensor:
         """The patches of images in the last layer but one: (B, P, F)."""
-        return self.tower(self._pixels(images), output_hidden_states=True).hidden_states[-2]
+        return self._read(self._pixels(images), patches=True)
 
     @torch.inference_mode()
     def blank_patches(self) -> Tensor:
         """The patches of an image whose normalised colours are zero: (1, P, F)."""
         size, weight = self.tower.config.image_size, next(self.tower.parameters())
         pixels = torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device)
-        return self.tower(pixels, output_hidden_states=True).hidden_states[-2]
+        return self._read(pixels, patches=True)
 
     @torch.no_grad()
     def features(self, pixels: Tensor, patches: bool) -> Tensor:
         """The features of images (B, 3, H, W) in [-1, 1]: patches (B, P, F), or embeddings (B, E)."""
         weight, size = next(self.tower.parameters()), self.tower.config.image_size
-        inputs = prepared_pixels(pixels.to(weight.device), size).to(weight.dtype)
+        return self._read(prepared_pixels(pixels.to(weight.device), size).to(weight.dtype), patches)
+
+    def _read(self, pixels: Tensor, patches: bool) -> Tensor:
+        """The patches of prepared pixels (B, 3, S, S) in the last layer but one, or their embeddings."""
         if patches:
-            return self.tower(inputs, output_hidden_states=True).hidden_states[-2]
-        return self.tower(inputs).image_embeds
+            return self.tower(pixels, output_hidden_states=True).hidden_states[-2]
+        return self.tower(pixels).image_embeds
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         weight = next(self.tower.parameters())
@@ -92,7 +95,7 @@ def prepared(image: Image.Image, size: int) -> Tensor:
 
 
 def prepared_pixels(pixels: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] as `prepared`, up to the rounding of pixels: (B, 3, size, size)."""
+    """Images (B, 3, H, W) in [-1, 1] as `prepared`, but for rounding and clipping in between: (B, 3, size, size)."""
     short, long = sorted(pixels.shape[2:])
     longer = int(size * long / short)
     height, width = (longer, size) if pixels.shape[3] <= pixels.shape[2] else (size, longer)
