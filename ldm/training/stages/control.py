@@ -5,6 +5,7 @@ B batch, H×W height and width of the images
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,11 @@ from ldm.errors import LdmError
 from ldm.models.controlnet import ControlNet
 from ldm.models.t2i_adapter import T2IAdapter
 from ldm.training.conditioning import ConditioningDropout, Prompt
+from ldm.training.stages import attached
 from ldm.training.stages.adapter_file import DTYPES
 from ldm.training.stages.attached import AttachedStage, to_image
 from ldm.training.stages.sections import AttachedSection
+from ldm.training.stages.stage import ForwardPasses, Learner
 from ldm.weights.components import Components
 from ldm.weights.control_models import open_control_model
 from ldm.weights.control_writing import write_control_file, write_control_folder
@@ -50,6 +53,14 @@ def begun(section: AttachedSection, name: str, parts: Components, kind: type[N])
         for parameter in network.parameters():
             parameter.data = parameter.data.clone()  # those that are mapped from a file cannot be updated
     return network
+
+
+def passes(
+    section: AttachedSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
+) -> ForwardPasses:
+    """Those of the denoiser, with the control model."""
+    more = {CONDITION: torch.empty(1, 3, size, size, device="meta")}
+    return attached.passes(section, parts, found, size, cached, more)
 
 
 class ControlStage(AttachedStage):

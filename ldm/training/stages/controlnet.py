@@ -17,11 +17,10 @@ from ldm.models.surgery import twin
 from ldm.models.unet import UNet
 from ldm.patches.controlnet import NamedControlNet
 from ldm.patches.patching import patched
-from ldm.training.stages import attached
 from ldm.training.stages.attached import TrainedAttachment
 from ldm.training.stages.control import CONDITION, ControlStage, begun
 from ldm.training.stages.sections import ControlNetSection
-from ldm.training.stages.stage import ForwardPasses, Learner, StageInputs, freeze
+from ldm.training.stages.stage import Learner, StageInputs, freeze
 from ldm.weights.components import Components
 from ldm.weights.control_models import controlnet_config
 
@@ -68,14 +67,6 @@ def copied(unet: UNet, config: ControlNetConfig) -> ControlNet:
             for key, parameter in getattr(network, name).named_parameters():
                 parameter.copy_(weights[key])
     return network
-
-
-def passes(
-    section: ControlNetSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
-) -> ForwardPasses:
-    """Those of the denoiser, with the ControlNet."""
-    more = {CONDITION: torch.empty(1, 3, size, size, device="meta")}
-    return attached.passes(section, parts, found, size, cached, more)
 
 
 def build(given: StageInputs[ControlNetSection]) -> ControlStage:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -16,11 +15,10 @@ from ldm.models.t2i_adapter import T2IAdapter
 from ldm.models.unet import UNet
 from ldm.patches.patching import patched
 from ldm.patches.t2i_adapter import NamedFeatures
-from ldm.training.stages import attached
 from ldm.training.stages.attached import TrainedAttachment
 from ldm.training.stages.control import CONDITION, ControlStage, begun
 from ldm.training.stages.sections import T2IAdapterSection
-from ldm.training.stages.stage import ForwardPasses, Learner, StageInputs, freeze
+from ldm.training.stages.stage import Learner, StageInputs, freeze
 from ldm.weights.components import Components
 from ldm.weights.control_models import t2i_config
 
@@ -52,14 +50,6 @@ def learners(section: T2IAdapterSection, parts: Components) -> dict[str, Learner
     if network is None:
         network = T2IAdapter(t2i_config(parts.family)).to(next(parts.unet.parameters()).device)
     return {"unet": TrainedT2IAdapter(network, parts.unet).learner(section)}
-
-
-def passes(
-    section: T2IAdapterSection, parts: Components, found: Mapping[str, Learner], size: int, cached: bool
-) -> ForwardPasses:
-    """Those of the denoiser, with the T2I-Adapter."""
-    more = {CONDITION: torch.empty(1, 3, size, size, device="meta")}
-    return attached.passes(section, parts, found, size, cached, more)
 
 
 def build(given: StageInputs[T2IAdapterSection]) -> ControlStage:
