@@ -16,7 +16,7 @@ MODELS = {"ldm.models"}
 LOW = MODELS | {
     "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
     "ldm.images", "ldm.files", "ldm.caches", "ldm.conditions", "ldm.threads",
-    "ldm.limits",
+    "ldm.launch", "ldm.limits",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
@@ -24,6 +24,7 @@ ALLOWED = {
     "ldm.errors": set(),
     "ldm.caches": set(),
     "ldm.files": set(),
+    "ldm.launch": set(),
     "ldm.limits": set(),
     "ldm.threads": {"ldm.limits"},
     "ldm.models": MODELS,

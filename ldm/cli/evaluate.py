@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ from ldm.evaluation.report import Value, save_report
 from ldm.evaluation.workspace import Ranks, Workspace, file_lock
 from ldm.files import Progress as Tell
 from ldm.files import silent
+from ldm.launch import processes
 from pipelines import Pipeline
 from pipelines.run import reconstruct
 from pipelines.settings import LOADING, at, checked
@@ -134,7 +134,7 @@ def _cache() -> Path:
 
 def _ranks(device: str | None) -> tuple[Ranks, str]:
     """This process among those that a launcher started, and the device that it uses."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes() == 1:
         return Ranks(), device or default_device()
     from accelerate import PartialState
 

@@ -26,6 +26,7 @@ from ldm.errors import LdmError
 from ldm.files import file_digest
 from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.launch import processes, rank
 from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import build
 from ldm.weights.control_models import open_control_model
@@ -116,13 +117,13 @@ def generate_images(options: Options) -> None:
     if not left:
         print(f"ldm: nothing to do: all {len(jobs)} images are there", file=sys.stderr)
         return
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    number, world = rank(), processes()
     pipeline = _pipeline(options, world)
     groups = list(checked_groups(pipeline, options.common, jobs))
     provenance = _provenance(options, pipeline)
     made = []
     with counter("images", -(-len(left) // world)) as advance:
-        for job, image, record in _images(pipeline, groups, left, rank, world):
+        for job, image, record in _images(pipeline, groups, left, number, world):
             full = {**record, **provenance}
             target = targets[job.index] if options.prompts_file else _free(targets[job.index], options.out)
             save_png(image, target, full, to_parameters(full))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from ldm.errors import LdmError
+from ldm.launch import rank
 from ldm.training.config import PRECISIONS
 
 
 def check_training(folder: str, precision: str) -> None:
     """Run and print all checks; the trained networks are removed if all pass."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.ERROR, stream=sys.stderr)
-    first, path, began = os.environ.get("RANK", "0") == "0", Path(folder), time.monotonic()
+    first, path, began = rank() == 0, Path(folder), time.monotonic()
     if precision not in PRECISIONS:
         raise LdmError(f"--precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if first and path.exists() and (not path.is_dir() or any(path.iterdir())):

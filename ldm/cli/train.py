@@ -6,7 +6,6 @@ PyTorch is imported once the configuration and its paths are found right.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ldm.launch import rank
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import describe, load
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def train_models(config: str | None, overrides: Sequence[str]) -> None:
     """Train the stages of a configuration."""
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank() == 0
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("ldm").setLevel(logging.INFO if first else logging.WARNING)
     settings = load(config, overrides)

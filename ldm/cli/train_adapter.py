@@ -7,7 +7,6 @@ which, trains, and makes a sheet of images: with the adapter's weight from 0 to 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.cli.train import train_models
 from ldm.errors import LdmError, suggestion
+from ldm.launch import processes, processes_here, rank
 from ldm.limits import free_memory
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import Config, load
@@ -104,7 +104,7 @@ def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
     check_paths(config)
     file, given = handed_out(lambda: choice(job, overrides, config))
     train_models(file, given)
-    if is_first():
+    if rank() == 0:
         print(sheet(load(Path(config.output) / "config.yaml"), job))
 
 
@@ -115,16 +115,6 @@ def together(chosen: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
-
-
-def is_first() -> bool:
-    """Whether this is the run's first process."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def processes() -> int:
-    """The number of the run's processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def handed_out(choose: Callable[[], T]) -> T:
@@ -138,7 +128,7 @@ def handed_out(choose: Callable[[], T]) -> T:
     run_device()  # which makes the processes known to each other
     found: Any = None
     try:
-        found = choose() if is_first() else None
+        found = choose() if rank() == 0 else None
     except LdmError as error:
         found = error
     [found] = broadcast_object_list([found])
@@ -270,7 +260,7 @@ def memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory() // processes_here()
 
 
 # --- what it does -----------------------------------------------------------------------------------------------------
