@@ -33,6 +33,7 @@ from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime.compilation import check_compiling
 from ldm.runtime.kernels.memory import keep_freed
+from ldm.runtime.waiting import watch
 from ldm.training.batches import StageBatches, batch_plan
 from ldm.training.caching import Caches, build_caches
 from ldm.training.checks import check_bounds, check_paths
@@ -308,6 +309,7 @@ def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
     """Add gradient checkpointing and compilation as the section says, and lay weights out for the device."""
     if accelerator.device.type == "cpu":
         keep_freed()
+        watch(torch.get_num_threads())
     for player in stage.players.values():
         if stage.section.checkpointing:
             checkpointed(player.network)
