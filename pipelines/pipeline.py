@@ -23,7 +23,6 @@ from ldm.images import to_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.prompts import TokenReport
 from ldm.runtime.compilation import reported
-from ldm.runtime.waiting import watch
 from ldm.sampling.loop import Step
 from ldm.sampling.noise import Noise
 from ldm.sampling.preview import Factors, clean, fit, to_pixels
@@ -246,8 +245,6 @@ class Pipeline:
     def _made(
         self, request: Request, output: str, on_step: OnStep | None, batches: Iterable[range]
     ) -> Iterator[Result]:
-        if self.model.device.type == "cpu":
-            watch(torch.get_num_threads())
         note_unknown(request.prompts, self.words)
         note_foreign(request, [name for one in self.embeddings for name in one.names])
         attachments: list[Attachment] = [

@@ -61,7 +61,7 @@ from pipelines import Pipeline
 import torch
 from ldm.models.unet import Conditioning
 from ldm.runtime.waiting import watch
-watch(torch.get_num_threads())
+watch("cpu", torch.get_num_threads())
 unet = Pipeline("emoji", quick=False, dtype=torch.float32).model.unet.train().requires_grad_(True)
 optimizer, config = torch.optim.AdamW(unet.parameters(), 1e-9), unet.config
 latents = torch.randn(8, config.in_channels, config.sample_size, config.sample_size)
@@ -77,7 +77,7 @@ def work():
 import torch
 from ldm.evaluation.networks.inception import Network
 from ldm.runtime.waiting import watch
-watch(torch.get_num_threads())
+watch("cpu", torch.get_num_threads())
 network, images = Network(False).eval(), torch.rand(8, 3, 299, 299)
 def work():
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ldm.bench.cold import cold_starts
 from ldm.bench.comparison import (
-    Measured,
+    Measurement,
     changes,
     check_same_work,
     measured,
@@ -128,7 +128,7 @@ def _in_turns(
     return speed_tables(found, memory, work / fastest)
 
 
-def _compare(before: Measured, now: Measured, console: Console) -> None:
+def _compare(before: Measurement, now: Measurement, console: Console) -> None:
     """Print how the times have changed.
 
     Raises:

@@ -23,7 +23,7 @@ WORK = ("source", "steps", "batch", "compile", "quantize")  # options that say w
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What was measured, where and with what, and the times of each side."""
 
     work: Mapping[str, Any]  # the options `WORK`, and dtype and size
@@ -33,7 +33,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Change:
+class TimeChange:
     """The time of a stage of a side, earlier and now: medians, and their ratio with its interval."""
 
     side: str
@@ -45,14 +45,14 @@ class Change:
     high: float
 
 
-def measured(result: Mapping[str, Any]) -> Measured:
+def measured(result: Mapping[str, Any]) -> Measurement:
     """A measurement from its JSON form."""
     work = {name: result["options"][name] for name in WORK} | {name: result[name] for name in ("dtype", "size")}
     seconds = {side: [Seconds(**row) for row in rows] for side, rows in result.get("seconds", {}).items()}
-    return Measured(work, result["device"], result["versions"], seconds)
+    return Measurement(work, result["device"], result["versions"], seconds)
 
 
-def read_measured(path: Path) -> Measured:
+def read_measured(path: Path) -> Measurement:
     """The measurement in a file that `ldm bench --out` wrote.
 
     Raises:
@@ -89,14 +89,14 @@ def _is_row(row: Any) -> bool:
     )
 
 
-def check_same_work(before: Measured, now: Measured, path: str) -> None:
+def check_same_work(before: Measurement, now: Measurement, path: str) -> None:
     """Raises LdmError if two measurements are of different work."""
     for name, value in now.work.items():
         if before.work[name] != value:
             raise LdmError(f"--compare {path}: measured with {name} {before.work[name]}, and this is {value}")
 
 
-def other_conditions(before: Measured, now: Measured) -> list[str]:
+def other_conditions(before: Measurement, now: Measurement) -> list[str]:
     """What else differs, a line each: the machine, its threads and how they wait, and versions of packages."""
     lines = [f"then on {before.device}, now on {now.device}"] if before.device != now.device else []
     for name in sorted({*before.versions, *now.versions}):
@@ -106,13 +106,13 @@ def other_conditions(before: Measured, now: Measured) -> list[str]:
     return lines
 
 
-def changes(before: Measured, now: Measured) -> list[Change]:
+def changes(before: Measurement, now: Measurement) -> list[TimeChange]:
     """The changes of all sides that both measurements have, stage by stage."""
     found = []
     for side in (side for side in now.seconds if before.seconds.get(side)):
         for stage in STAGES:
             then, here = ([getattr(row, stage) for row in one.seconds[side]] for one in (before, now))
-            found.append(Change(side, stage, median(then), median(here), *ratio(then, here)))
+            found.append(TimeChange(side, stage, median(then), median(here), *ratio(then, here)))
     return found
 
 
@@ -124,7 +124,7 @@ def ratio(before: Sequence[float], now: Sequence[float]) -> tuple[float, float, 
     return median(pairs), pairs[cut], pairs[-1 - cut]
 
 
-def slower(before: Measured, now: Measured, found: Sequence[Change]) -> list[Change]:
+def slower(before: Measurement, now: Measurement, found: Sequence[TimeChange]) -> list[TimeChange]:
     """The stages of ours that are slower beyond noise, and beyond what another side with the same packages lost.
 
     Such a side does the same as before, so that it is the machine that has become slower.

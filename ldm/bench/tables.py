@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ldm.bench.cold import Cold
-from ldm.bench.comparison import Change
+from ldm.bench.comparison import TimeChange
 from ldm.bench.measuring import STAGES, Seconds
 from ldm.bench.options import OURS
 
@@ -48,7 +48,7 @@ def cold_table(found: dict[str, list[Cold]]) -> Table:
     return table
 
 
-def change_table(changes: Sequence[Change]) -> Table:
+def change_table(changes: Sequence[TimeChange]) -> Table:
     """A table of the seconds of each side and stage, earlier and now."""
     table = Table("seconds", "stage", "then", "now", "times then", box=SIMPLE)
     for one in changes:

@@ -47,8 +47,7 @@ class Evaluation:
     def __init__(self, sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> None:
         """Check the plan and open the networks; arguments and errors are those of `evaluate`."""
         check_plan([isinstance(side, Model) for side in sides], plan)
-        if plan.device == "cpu":
-            watch(torch.get_num_threads())
+        watch(plan.device, torch.get_num_threads())
         self.sides, self.plan, self.work = dict(zip(SIDES, sides, strict=False)), plan, work
         self.metrics = {name: one for name, one in METRICS.items() if name in plan.metrics}
         self.of_sets = [name for name, one in self.metrics.items() if not one.reconstruction]

@@ -157,9 +157,11 @@ def times(thread: str) -> tuple[int, int]:
 RUNNING: dict[int, Watcher] = {}  # by process, because a forked one has none of its parent's threads
 
 
-def watch(threads: int) -> None:
-    """Let waits follow the load from now on, if so many threads compute on the CPU, and if it can be done here."""
-    if threads < 2 or os.getpid() in RUNNING or own_policy() or (runtime := spinning_runtime()) is None:
+def watch(device: str, threads: int) -> None:
+    """Let waits follow the load from now on, if the device is the CPU, threads are several, and it can be done here."""
+    if device != "cpu" or threads < 2 or os.getpid() in RUNNING or own_policy():
+        return
+    if (runtime := spinning_runtime()) is None:
         return
     team = runtime.omp_get_num_procs() + 1
     if 4 * team > free_threads():  # libgomp ends the process if it cannot start a thread

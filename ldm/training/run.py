@@ -307,9 +307,9 @@ class TrainingRun:
 
 def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
     """Add gradient checkpointing and compilation as the section says, and lay weights out for the device."""
+    watch(accelerator.device.type, torch.get_num_threads())
     if accelerator.device.type == "cpu":
         keep_freed()
-        watch(torch.get_num_threads())
     for player in stage.players.values():
         if stage.section.checkpointing:
             checkpointed(player.network)

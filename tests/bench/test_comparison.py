@@ -12,7 +12,7 @@ import tiny
 from commands import run
 
 from ldm.bench import command, measuring
-from ldm.bench.comparison import Measured, changes, other_conditions, ratio, slower
+from ldm.bench.comparison import Measurement, changes, other_conditions, ratio, slower
 from ldm.bench.measuring import Seconds
 
 
@@ -21,9 +21,9 @@ def times(factor: float, rounds: int = 5) -> list[Seconds]:
     return [Seconds(*(factor * base * (1 + number / 100) for base in (0.1, 0.2, 0.3, 1.0))) for number in range(rounds)]
 
 
-def of(versions: dict[str, str] | None = None, **factors: float) -> Measured:
+def of(versions: dict[str, str] | None = None, **factors: float) -> Measurement:
     """A measurement with such times of the sides that are named."""
-    return Measured({}, "a processor", versions or {"torch": "2"}, {side: times(by) for side, by in factors.items()})
+    return Measurement({}, "a processor", versions or {"torch": "2"}, {side: times(by) for side, by in factors.items()})
 
 
 def test_the_ratio_and_its_interval() -> None:
@@ -47,7 +47,7 @@ def test_the_ratio_and_its_interval() -> None:
         (of(ldm=1, openvino=1), of(ldm=1.2, diffusers=1.2), 4),
     ],
 )
-def test_slower_beyond_noise(before: Measured, now: Measured, stages: int) -> None:
+def test_slower_beyond_noise(before: Measurement, now: Measurement, stages: int) -> None:
     assert len(slower(before, now, changes(before, now))) == stages
 
 
@@ -80,6 +80,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     tiny.model("sd15").save_pretrained(tmp_path / "model")
     monkeypatch.setitem(measuring.SIZES, "cpu", 64)
     monkeypatch.setattr(command, "others_busy", lambda: 0.0)
+    monkeypatch.setattr(command, "products", lambda *_: 1)
     monkeypatch.setattr(command, "SideProcess", Side)
     old = tmp_path / "old.json"
     arguments = ["bench", tmp_path / "model", "--against", "", "--dtype", "fp32"]

@@ -115,9 +115,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @linux
 @pytest.mark.usefixtures("free")
 def test_a_watcher_ends() -> None:
-    waiting.watch(2)
+    waiting.watch("cpu", 2)
     (watcher,) = waiting.RUNNING.values()
-    waiting.watch(2)
+    waiting.watch("cpu", 2)
     assert [thread.name for thread in threading.enumerate()].count("ldm watcher") == 1
     watcher.follow(Policy(short=True))
     waiting.stop()
@@ -127,7 +127,9 @@ def test_a_watcher_ends() -> None:
 
 @linux
 @pytest.mark.usefixtures("free")
-@pytest.mark.parametrize("case", ["policy", "spins", "one thread", "few threads left", "preloaded", "no libgomp"])
+@pytest.mark.parametrize(
+    "case", ["GPU", "policy", "spins", "one thread", "few threads left", "preloaded", "no libgomp"]
+)
 def test_what_is_left_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "spinning_runtime", waiting.spinning_runtime.__wrapped__)
     if case in ("policy", "spins"):
@@ -140,7 +142,7 @@ def test_what_is_left_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             waiting, "MAPS", SimpleNamespace(read_text=lambda encoding: "0-1 r-xp 0 0:0 1 /libomp.so\n")
         )
-    waiting.watch(1 if case == "one thread" else 2)
+    waiting.watch("cuda" if case == "GPU" else "cpu", 1 if case == "one thread" else 2)
     assert not waiting.RUNNING
 
 
@@ -155,9 +157,9 @@ def test_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_call_of_a_pipeline_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr("pipelines.pipeline.watch", seen.append)
+    seen: list[str] = []
+    monkeypatch.setattr("pipelines.run.watch", lambda device, threads: seen.append(device))
     pipeline = Pipeline(tiny.model("sd15"))
     assert not seen
     pipeline("a fox", steps=1)
-    assert len(seen) == 1
+    assert seen == ["cpu"]
