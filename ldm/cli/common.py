@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -24,12 +25,12 @@ from rich.progress import (
 )
 
 from ldm.errors import LdmError
-from ldm.families import FAMILIES
 from ldm.files import Progress as Report
 from ldm.files import silent
 from ldm.weights.builtin import builtin
-from ldm.weights.components import Opened
-from ldm.weights.sources import open_source
+
+if TYPE_CHECKING:
+    from ldm.weights.components import Opened
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class SourceOptions:
 
     def open(self, source: str, verify: bool, report: Report) -> Opened:
         """Open the source and recognise its family; weights are not read yet."""
+        from ldm.weights.sources import open_source  # PyTorch, only now that there is something to open
+
         return open_source(
             source,
             family=self.family,
@@ -58,6 +61,8 @@ class SourceOptions:
 
 def is_family(source: str) -> bool:
     """Whether a source is a family's name, and not a model that is there under the same name."""
+    from ldm.families import FAMILIES
+
     return source in FAMILIES and not Path(source).exists() and not builtin(source)
 
 
