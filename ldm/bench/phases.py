@@ -76,12 +76,12 @@ def main() -> None:
     """Run the command and print the phases."""
     clock = Clock(float(sys.argv.pop(1)))
     clock.turn("Python")
-    from ldm.cli.main import main as command
-
+    command, cli = (importlib.import_module(f"ldm.cli.{name}") for name in ("main", "importing"))  # by name: it is run
     clock.turn("command line")
-    importlib.import_module("torch")
-    clock.turn("importing PyTorch")
-    importlib.import_module("ldm.cli.making")
+    with cli.importing():
+        importlib.import_module("torch")
+        clock.turn("importing PyTorch")
+        importlib.import_module("ldm.cli.making")
     clock.turn("importing ldm")
     for name, module, path in CALLS:
         owner: Any = importlib.import_module(module)
@@ -93,7 +93,7 @@ def main() -> None:
     run.sample = clock.stepped(run.sample)
     code: Any = 0
     try:
-        command()
+        command.main()
     except SystemExit as stop:
         code = stop.code
     clock.turn(REST)

@@ -1,4 +1,4 @@
-"""Functions that commands share: parsing of options, and progress on stderr."""
+"""Functions that commands share: parsing of options, and progress on stderr if it is a terminal."""
 
 from __future__ import annotations
 
@@ -11,18 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from ldm.errors import LdmError
 from ldm.files import Progress as Report
@@ -120,12 +108,14 @@ def to_bytes(text: str) -> int:
 @contextmanager
 def progress() -> Iterator[Report]:
     """A progress bar on stderr for each kind of work, removed when all is done."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield silent
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -139,15 +129,17 @@ def progress() -> Iterator[Report]:
 @contextmanager
 def counter(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr that counts finished items, with their rate and the time left."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield lambda: None
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, rate="")
         start = time.monotonic()
 

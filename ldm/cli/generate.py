@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.common import to_png
+from ldm.cli.importing import importing
 from ldm.errors import LdmError
 from ldm.weights.builtin import check_named
 from pipelines.settings import LOADING, at, checked
@@ -79,7 +80,8 @@ def generate_images(options: Options) -> None:
     if not left and not options.dry_run:
         print(f"ldm: nothing to do: all {len(jobs)} images are there", file=sys.stderr)
         return
-    from ldm.cli.making import make_images  # PyTorch, only now that there is something to make
+    with importing():
+        from ldm.cli.making import make_images  # PyTorch, only now that there is something to make
 
     make_images(options, Work(jobs, targets, left))
 

@@ -17,13 +17,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import ldm
-from ldm.cli.options import with_options
+from ldm.cli.importing import importing
+from ldm.cli.options import FlagGroup, TextCommand, with_options
 from ldm.errors import LdmError
 from ldm.runtime.quiet import quiet
 from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
     name="ldm",
+    cls=FlagGroup,
     help="Latent text-to-image diffusion: Stable Diffusion 1.x, 2.x and SDXL.",
     no_args_is_help=True,
     add_completion=False,
@@ -247,7 +249,7 @@ def generate_command() -> Callable[..., None]:
     return with_options(generate, [*settings.values(), *loading.values()], _of_generate_itself)
 
 
-app.command()(generate_command())
+app.command(cls=TextCommand)(generate_command())
 
 
 @app.command()
@@ -492,7 +494,8 @@ def evaluate(
         cache=cache, device=device, as_json=json,
     )  # fmt: skip
     check_options(options)
-    from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
+    with importing():
+        from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
 
     evaluate_sources(options)
 

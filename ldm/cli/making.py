@@ -16,7 +16,6 @@ from PIL import Image
 import ldm
 from ldm.cli.common import counter, log_warnings
 from ldm.cli.generate import IMAGES, Job, Options, Work
-from ldm.cli.info import describe
 from ldm.cli.record import to_parameters
 from ldm.cli.saving import Saver
 from ldm.conditions.table import check_kind
@@ -203,6 +202,8 @@ def _absolute(source: str) -> str:
 
 def _describe(options: Options, work: Work) -> dict[str, Any]:
     """The plan that `--dry-run` prints. Everything is checked, but no weights are loaded."""
+    from ldm.cli.info import describe
+
     loading = options.loading
     reading = {name: loading[name] for name in READING if name in loading}
     opened = open_source(named(loading.get("source")), **reading, verify=False)
