@@ -10,14 +10,12 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.cli.common import to_png
-from ldm.cli.importing import importing
 from ldm.errors import LdmError
 from ldm.weights.builtin import check_named
 from pipelines.settings import LOADING, at, checked
@@ -71,19 +69,18 @@ class Work:
     left: set[int]
 
 
-def generate_images(options: Options) -> None:
-    """Make all images of the options; print a path (or JSON) for each on stdout."""
+def work_of(options: Options) -> Work:
+    """The images that are asked for.
+
+    Raises:
+        LdmError: a model, an image or the list of prompts is not there, a line of it is wrong, or the output cannot be
+            written.
+    """
     _check_paths(options)
     jobs = list(make_jobs(options))
     targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
-    if not left and not options.dry_run:
-        print(f"ldm: nothing to do: all {len(jobs)} images are there", file=sys.stderr)
-        return
-    with importing():
-        from ldm.cli.making import make_images  # PyTorch, only now that there is something to make
-
-    make_images(options, Work(jobs, targets, left))
+    return Work(jobs, targets, left)
 
 
 def _check_paths(options: Options) -> None:

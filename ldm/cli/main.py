@@ -236,7 +236,7 @@ def generate_command() -> Callable[..., None]:
 
     def generate(**given: Any) -> None:
         """Make images of prompts, as PNG files with a record of how they were made."""
-        from ldm.cli.generate import Options, generate_images
+        from ldm.cli.generate import Options, work_of
 
         options = Options(
             prompts=[*(given["prompts"] or ()), *(given["other_prompts"] or ())],
@@ -244,7 +244,14 @@ def generate_command() -> Callable[..., None]:
             prompts_file=given["prompts_file"], out=given["out"], sheet=given["sheet"], as_json=given["json"],
             dry_run=given["dry_run"],
         )  # fmt: skip
-        generate_images(options)
+        work = work_of(options)
+        if not work.left and not options.dry_run:
+            print(f"ldm: nothing to do: all {len(work.jobs)} images are there", file=sys.stderr)
+            return
+        with importing():
+            from ldm.cli.making import make_images  # PyTorch, only now that there is something to make
+
+        make_images(options, work)
 
     return with_options(generate, [*settings.values(), *loading.values()], _of_generate_itself)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from ldm.latent_diffusion import LatentDiffusion
 
+log = logging.getLogger(__name__)
+
 
 def train_models(config: str | None, overrides: Sequence[str]) -> None:
     """Train the stages of a configuration."""
@@ -33,6 +35,8 @@ def train_models(config: str | None, overrides: Sequence[str]) -> None:
     settings = load(config, overrides)
     check_bounds(settings)
     check_paths(settings)
+    stages = ", ".join(f"{name} ({getattr(settings, name).steps} steps)" for name in settings.stages)
+    log.info("%s: the configuration is right; training %s", settings.output, stages)
     with importing():
         from ldm.training.loop import Stopped  # PyTorch, only now that there is something to train
         from ldm.training.run import train
