@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ldm.bench.cold import Cold
+from ldm.bench.comparison import TimeChange
 from ldm.bench.measuring import STAGES, Seconds
 from ldm.bench.options import OURS
 
@@ -53,4 +54,13 @@ def phases_table(found: Sequence[Mapping[str, float]]) -> Table:
     for name in dict.fromkeys(name for one in found for name in one):
         table.add_row(name, f"{median(one.get(name, 0.0) for one in found):.3f}")
     table.add_row("together", f"{median(sum(one.values()) for one in found):.3f}")
+    return table
+
+
+def change_table(changes: Sequence[TimeChange]) -> Table:
+    """A table of the seconds of each side and stage, earlier and now."""
+    table = Table("seconds", "stage", "then", "now", "times then", box=SIMPLE)
+    for one in changes:
+        spread = f"{one.ratio:.2f} ({one.low:.2f}–{one.high:.2f})"
+        table.add_row(one.side, one.stage, f"{one.before:.3f}", f"{one.now:.3f}", spread)
     return table
