@@ -1,8 +1,9 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
-where gradients are wanted (`fused.py`). Weights of convolutions, and of products with few rows, are copied once into
-the order in which oneDNN multiplies; otherwise oneDNN reorders them at each call, which takes as long as a product.
+where gradients are wanted (`fused.py`). Weights of convolutions, and of products with few rows, are brought once into
+the order in which oneDNN multiplies, and are in memory in that order alone (`reordered.py`); otherwise oneDNN reorders
+them at each call, which takes as long as a product.
 
 B batch, C channels, H×W height and width
 """

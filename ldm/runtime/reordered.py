@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ldm.runtime.kernels.memory import drop_pages
+from ldm.runtime.kernels.memory import drop_pages, give_back
 
 LARGE = 2**16  # bytes of a weight that it pays to free
+PIECE = 2**27  # bytes of freed weights after which memory is given back to the system
 AT_A_TIME = 4  # weights made anew that are freed, if nobody holds them any longer, when another one is made
 Layer = nn.Conv2d | nn.Linear
 
@@ -128,6 +129,7 @@ class Reordered:
 _LOCK = threading.RLock()
 _KNOWN: Any = WeakTensorKeyDictionary()  # weight -> a weak reference to its `Reordered`
 _MADE_ANEW: deque[ref[Reordered]] = deque()
+_unreturned = 0  # bytes of weights freed since memory was last given back to the system
 
 
 def stored(layer: Layer) -> nn.Parameter | Reordered:
@@ -135,7 +137,7 @@ def stored(layer: Layer) -> nn.Parameter | Reordered:
     weight = dict.get(layer._parameters, "weight")
     if type(weight) is Reordered and weight.weight is None:
         return weight
-    return layer.weight
+    return cast("nn.Parameter", layer.weight)
 
 
 @torch.inference_mode(False)
@@ -156,9 +158,20 @@ def _reordered(layer: Layer, order: Order, shape: list[int]) -> Tensor:
             if not isinstance(layer._parameters, WeightsOnDemand):
                 layer._parameters = WeightsOnDemand(layer._parameters)
             dict.__setitem__(layer._parameters, "weight", known)
+        size = weight.nbytes
         del weight
-        known.free()
+        if known.free():
+            _give_back(size)
         return known.orders[order]
+
+
+def _give_back(freed: int) -> None:
+    """Give freed weights' memory back to the system, some at a time: other tensors seldom fit in its place."""
+    global _unreturned
+    _unreturned += freed
+    if _unreturned >= PIECE:
+        give_back()
+        _unreturned = 0
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:

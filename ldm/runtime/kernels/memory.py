@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -27,11 +28,15 @@ def keep_freed() -> bool:
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # another C library, or Windows
-        return False
-    return mallopt(TRIM, -1) == mallopt(MMAP_MAX, 0) == 1  # -1: all of them
+    mallopt = _c_library("mallopt")
+    return bool(mallopt) and mallopt(TRIM, -1) == mallopt(MMAP_MAX, 0) == 1  # -1: all of them
+
+
+def give_back() -> None:
+    """Give the pages of freed memory back to the system, with GNU's C library and despite `keep_freed`."""
+    trim = _c_library("malloc_trim")
+    if trim:
+        trim(0)
 
 
 def drop_pages(tensor: Tensor) -> bool:
@@ -48,11 +53,19 @@ def drop_pages(tensor: Tensor) -> bool:
         with PAGES.open("rb", buffering=0) as file:
             file.seek(8 * first)
             pages = np.frombuffer(file.read(8 * count), dtype=np.uint64)
-        madvise = ctypes.CDLL(None).madvise
-    except (OSError, TypeError, AttributeError):  # another system
+    except OSError:  # another system
         return False
+    madvise = _c_library("madvise")
     own = (pages & SWAPPED != 0) | ((pages & PRESENT != 0) & (pages & OF_FILE == 0))
-    if len(pages) < count or own.any():
+    if len(pages) < count or own.any() or not madvise:
         return False
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return madvise(first * mmap.PAGESIZE, count * mmap.PAGESIZE, DONT_NEED) == 0
+
+
+def _c_library(name: str) -> Any:
+    """A function of the C library, or None if it has no such function, as on Windows."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, TypeError, AttributeError):
+        return None
