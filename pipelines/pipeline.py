@@ -86,8 +86,7 @@ class Pipeline:
             attention: a name of `ldm.runtime.attention.KERNELS`; "auto" is the best for device and dtype.
             quick: fused layers in place of plain ones, on a CPU or a CUDA GPU, with the same weights; results differ by
                 rounding. On a CPU, weights must then not be changed through `.data`, which fused layers cannot notice,
-                the process keeps freed memory, and a large weight that nobody holds is made anew when it is read. On a
-                GPU, steps are recorded as CUDA graphs.
+                and the process keeps freed memory. On a GPU, steps are recorded as CUDA graphs.
             compile: networks compiled by `torch.compile` in place of fused layers; on a GPU, steps are recorded too.
                 It takes minutes for each new size of image, less in the next process.
             quantize: a name of `ldm.runtime.quantization.QUANTIZED`, for U-Nets with 8-bit weights.

@@ -174,8 +174,16 @@ class CPUResnetBlock(FusedResnetBlock):
 
 def _reorders(layer: nn.Linear, x: Tensor) -> bool:
     """Whether `x` (…, C) is multiplied by reordered weights: it has few rows, or no other weights are in memory."""
+    few = x.numel() <= FEW * x.shape[-1]
+    return (few or type(stored(layer)) is Reordered) and _fits(layer, x)
+
+
+def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
+    """Whether these and a layer's weight are plain bf16 tensors on the CPU, and no gradients are wanted."""
     weight = stored(layer)
-    return (x.numel() <= FEW * x.shape[-1] or type(weight) is Reordered) and fits(x, weight)
+    if type(weight) is not Reordered:
+        return fits(*tensors, weight)
+    return fits(*tensors) and weight.dtype == torch.bfloat16 and not learns(weight)
 
 
 class OneDNNLinear(nn.Linear):
@@ -204,7 +212,7 @@ class CPUGEGLU(FusedGEGLU):
         return OneDNNLinear.product(self.proj, x)  # type: ignore[arg-type]
 
     def fits(self, *tensors: Tensor) -> bool:
-        return fits(*tensors, stored(self.proj))
+        return _fits(self.proj, *tensors)
 
     def kernel(self, x: Tensor, bias: Tensor) -> Tensor:
         return kernels.geglu(x, bias)

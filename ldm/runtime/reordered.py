@@ -52,7 +52,7 @@ class Reordered:
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight: nn.Parameter | None = weight
-        self.dtype, self.device, self.requires_grad = weight.dtype, weight.device, weight.requires_grad
+        self.dtype, self.requires_grad = weight.dtype, weight.requires_grad
         self.state: tuple[Any, ...] = _state(weight)
         self.lent = False  # whether others have held the weight since its orders were made
         self.orders: dict[Order, Tensor] = {}
@@ -132,12 +132,12 @@ _MADE_ANEW: deque[ref[Reordered]] = deque()
 _unreturned = 0  # bytes of weights freed since memory was last given back to the system
 
 
-def stored(layer: Layer) -> nn.Parameter | Reordered:
-    """A layer's weight, or what is there in its place; dtype and requires_grad can be asked of both."""
+def stored(layer: Layer) -> Any:
+    """A layer's weight, or its `Reordered` if it is free; both have dtype and requires_grad."""
     weight = dict.get(layer._parameters, "weight")
     if type(weight) is Reordered and weight.weight is None:
         return weight
-    return cast("nn.Parameter", layer.weight)
+    return layer.weight
 
 
 @torch.inference_mode(False)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ldm.caches import cache_folder
 from ldm.errors import LdmError, first_line
 from ldm.runtime.kernels.processor import can
-from ldm.runtime.reordered import Reordered
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
@@ -68,17 +67,17 @@ def library() -> Any:
     return found
 
 
-def learns(*tensors: Tensor | Reordered) -> bool:
+def learns(*tensors: Tensor) -> bool:
     """Whether a result computed from these tensors needs gradients."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def fits(*tensors: Tensor | Reordered) -> bool:
+def fits(*tensors: Tensor) -> bool:
     """Whether these are plain bf16 tensors on the CPU, and no gradients are wanted.
 
     Other classes, such as quantised weights, report bf16 but hold other types in memory.
     """
-    plain = all(type(tensor) in (Tensor, nn.Parameter, Reordered) for tensor in tensors)
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
     right = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
     return plain and right and not learns(*tensors)
 
