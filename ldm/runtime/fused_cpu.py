@@ -183,7 +183,8 @@ def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
     weight = stored(layer)
     if type(weight) is not Reordered:
         return fits(*tensors, weight)
-    return fits(*tensors) and weight.dtype == torch.bfloat16 and not learns(weight)
+    same = all(tensor.dtype == weight.dtype for tensor in tensors)
+    return same and fits(*tensors) and not learns(weight)
 
 
 class OneDNNLinear(nn.Linear):
