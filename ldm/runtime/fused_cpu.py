@@ -1,8 +1,9 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
-where gradients are wanted (`fused.py`). Weights of convolutions, and of products with few rows, are copied once into
-the order in which oneDNN multiplies; otherwise oneDNN reorders them at each call, which takes as long as a product.
+where gradients are wanted (`fused.py`). Weights of convolutions, and of products with few rows, are brought once into
+the order in which oneDNN multiplies, and are in memory in that order alone (`reordered.py`); otherwise oneDNN reorders
+them at each call, which takes as long as a product.
 
 B batch, C channels, H×W height and width
 """
@@ -12,14 +13,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.errors import first_line
 from ldm.models.layers import GEGLU, ResnetBlock, TokenLinear, Upsample
@@ -28,6 +27,7 @@ from ldm.runtime.fused import LAST, FusedGEGLU, FusedGroupNorm, FusedResnetBlock
 from ldm.runtime.kernels import layers as kernels
 from ldm.runtime.kernels.compiled import fits, learns, usable
 from ldm.runtime.kernels.memory import keep_freed
+from ldm.runtime.reordered import Order, Reordered, stored
 
 log = logging.getLogger(__name__)
 onednn = torch.ops.mkldnn
@@ -76,23 +76,6 @@ def works(dtype: torch.dtype) -> bool:
         return torch.allclose(found, plain.conv(wanted) + wanted, atol=2e-2, rtol=2e-2)
 
 
-class ReorderedWeights:
-    """Copies of weights in oneDNN's order; they are made anew when the weights change, and freed with them."""
-
-    def __init__(self, make: Callable[[Tensor, Any, list[int]], Tensor]) -> None:
-        self.make = make  # makes a copy from weights, their layer, and the shape of its input
-        self.made: Any = WeakTensorKeyDictionary()
-
-    def of(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-        """The copy of a layer's weights, made for the shape of `x`; it serves inputs of other shapes too."""
-        weight = layer.weight
-        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
-        found = self.made.get(weight)
-        if found is None or found[0] != state:
-            self.made[weight] = found = (state, self.make(weight.detach(), layer, list(x.shape)))
-        return found[1]
-
-
 def _geometry(layer: nn.Conv2d) -> tuple[Any, ...]:
     """Padding, stride, dilation and groups, in the order of oneDNN's operators."""
     return layer.padding, layer.stride, layer.dilation, layer.groups
@@ -114,9 +97,11 @@ def doubling(weight: Tensor) -> Tensor:
 
 FEW = 384  # rows of an input, up to which a reordered copy of the weights pays
 DOUBLING = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, padding of the output, stride, dilation, groups
-convolutions = ReorderedWeights(_ordered)
-matrices = ReorderedWeights(lambda weight, layer, shape: onednn._reorder_linear_weight(weight, math.prod(shape[:-1])))
-doublings = ReorderedWeights(
+convolutions = Order(_ordered, Tensor.to_dense)
+matrices = Order(
+    lambda weight, layer, shape: onednn._reorder_linear_weight(weight, math.prod(shape[:-1])), Tensor.to_dense
+)
+doublings = Order(
     lambda weight, layer, shape: onednn._reorder_convolution_transpose_weight(doubling(weight), *DOUBLING, shape)
 )
 
@@ -128,10 +113,12 @@ def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
     """
     if not isinstance(layer, FusedConv2d) or layer.padding_mode != "zeros":
         return False
-    if hooked(layer) or learns(layer.weight, *tensors):
+    weight = stored(layer)
+    if hooked(layer) or learns(weight, *tensors):
         return False
     single = any(tensor.shape[2:].numel() == 1 for tensor in tensors)  # one pixel: older oneDNN versions fail
-    return not single and all(tensor.dtype == layer.weight.dtype for tensor in tensors)
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return known and not single and all(tensor.dtype == weight.dtype for tensor in tensors)
 
 
 class FusedConv2d(nn.Conv2d):
@@ -185,6 +172,21 @@ class CPUResnetBlock(FusedResnetBlock):
         return self.conv2.plus(h, x) if _fusible(self.conv2, h, x) else super().end(h, x)
 
 
+def _reorders(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether `x` (…, C) is multiplied by reordered weights: it has few rows, or no other weights are in memory."""
+    few = x.numel() <= FEW * x.shape[-1]
+    return (few or type(stored(layer)) is Reordered) and _fits(layer, x)
+
+
+def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
+    """Whether these and a layer's weight are plain bf16 tensors on the CPU, and no gradients are wanted."""
+    weight = stored(layer)
+    if type(weight) is not Reordered:
+        return fits(*tensors, weight)
+    same = all(tensor.dtype == weight.dtype for tensor in tensors)
+    return same and fits(*tensors) and not learns(weight)
+
+
 class OneDNNLinear(nn.Linear):
     """A linear layer that multiplies few rows by reordered weights; for many rows, reordering costs little."""
 
@@ -193,8 +195,7 @@ class OneDNNLinear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` (…, C) times the weights, plus a bias if there is one."""
-        rows = x.numel() // x.shape[-1]
-        if rows > FEW or not fits(x, self.weight):
+        if not _reorders(self, x):
             return F.linear(x, self.weight, bias)
         return onednn._linear_pointwise(x, matrices.of(self, x), bias, "none", [], "")
 
@@ -212,7 +213,7 @@ class CPUGEGLU(FusedGEGLU):
         return OneDNNLinear.product(self.proj, x)  # type: ignore[arg-type]
 
     def fits(self, *tensors: Tensor) -> bool:
-        return fits(*tensors, self.proj.weight)
+        return _fits(self.proj, *tensors)
 
     def kernel(self, x: Tensor, bias: Tensor) -> Tensor:
         return kernels.geglu(x, bias)
