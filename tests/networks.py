@@ -14,7 +14,7 @@ from ldm.runtime import fused_gpu
 from ldm.runtime.fused_gpu import works
 from ldm.runtime.kernels.compiled import usable
 
-runs = pytest.mark.skipif(not usable(), reason="needs AVX-512 BF16 and a C++ compiler")
+runs = pytest.mark.skipif(not usable(), reason="needs AVX2 or 64-bit Arm's vectors, and a C++ compiler")
 
 
 def distance(a: Tensor, b: Tensor) -> float:
