@@ -121,7 +121,8 @@ class Watch(TorchDispatchMode):
 
     def drop_unread(self) -> None:
         """Drop calls of PyTorch's whose results nothing reads."""
-        read, parts = {_place(self.out)}, []
+        read = {_place(self.out)}
+        parts: list[Calls | PyTorchCall] = []
         for part in reversed(self.parts):
             if isinstance(part, Calls):
                 read |= {_place(one) for one in part.kept}

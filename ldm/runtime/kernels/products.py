@@ -86,12 +86,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
 def convolution(x: Tensor, weight: Tensor, layer: nn.Conv2d, other: Tensor | None = None) -> Tensor:
     """A layer's convolution of `x` (B, C, H, W) by weights that are `taps`, plus another tensor."""
     batch, channels, height, width = x.shape
-    (down, across), stride, (top, left) = layer.kernel_size, layer.stride[0], layer.padding
-    high, wide = (height + 2 * int(top) - down) // stride + 1, (width + 2 * int(left) - across) // stride + 1
+    (down, across), stride = layer.kernel_size, layer.stride[0]
+    top, left = int(layer.padding[0]), int(layer.padding[1])
+    high, wide = (height + 2 * top - down) // stride + 1, (width + 2 * left - across) // stride + 1
     out = _empty(x, layer.out_channels, high, wide)
     call(
         "product", x.dtype, x, weight, layer.bias, other, out, batch, height, width, channels, high, wide, down, across,
-        stride, int(top), int(left), 1, 0, 0, layer.out_channels, threads(out.numel() * channels * down * across // 10),
+        stride, top, left, 1, 0, 0, layer.out_channels, threads(out.numel() * channels * down * across // 10),
     )  # fmt: skip
     return out
 
