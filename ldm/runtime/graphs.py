@@ -40,14 +40,16 @@ M = TypeVar("M", bound=nn.Module)
 Step = Callable[[], Tensor]
 LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
 MOST = 8  # recordings kept of one U-Net
-PIXELS = 4096  # of the latents of all images, up to which the CPU gains: a recording keeps all tensors of a step
+NUMBERS = 2**18  # of the first map of all images, up to which the CPU gains: a recording keeps all tensors of a step
 
 
 def record_steps(unet: UNet) -> None:
     """Make a U-Net record its steps, where no gradients are wanted and its conditioning is `precomputed`."""
     device = next(unet.parameters()).device
     gpu = device.type == "cuda"
-    recordings = Recordings(unet, CudaRecorder(device) if gpu else CallRecorder(), math.inf if gpu else PIXELS)
+    recordings = Recordings(
+        unet, CudaRecorder(device) if gpu else CallRecorder(), math.inf if gpu else NUMBERS // unet.config.channels[0]
+    )
     unet.recordings = recordings  # type: ignore[assignment]
     unet.__class__ = RecordedUNet
 

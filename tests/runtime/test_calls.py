@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 from networks import inputs, runs
+from rounding import NETWORK, RUN, near
 from torch import Tensor
 
 from ldm.models.unet import Conditioning
 from ldm.runtime.calls import CallRecorder, PyTorchCall, Watch
 from ldm.runtime.fused_cpu import fuse
-from ldm.runtime.graphs import PIXELS, RecordedUNet, record_steps
+from ldm.runtime.graphs import RecordedUNet, record_steps
 from ldm.runtime.kernels.compiled import recording
 from ldm.runtime.precomputing import TimeTable, precomputed
 from pipelines import Pipeline
@@ -41,10 +42,10 @@ def test_a_unet(name: str, dtype: torch.dtype) -> None:
             for table, x, cond in tables:
                 table.set(time)
                 found = table.unet(x, torch.tensor(time), cond)
-                assert torch.equal(found, plain(x, torch.tensor(time), cond))
+                near(found, plain(x, torch.tensor(time), cond), part)  # SiLU is rounded in another way
         return found
 
-    times = [900.0, 500.0, 3.0]
+    times, part = [900.0, 500.0, 3.0], NETWORK if dtype == torch.float32 else 1e-2
     with torch.inference_mode():
         kept = check()
         before = kept.clone()
@@ -93,10 +94,11 @@ def test_a_pipeline_records_small_images() -> None:
         made, wanted = (
             Pipeline(one)("a fox", n=n, seed=1, steps=3, output="latents").latents for one in (model, plain)
         )
-        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+        for a, b in zip(made, wanted, strict=True):
+            near(a, b, RUN)
     assert len(model.unet.recordings.found) == 2
-    side = int(PIXELS**0.5)
-    x, t, cond = inputs(model.unet, torch.float32, side, side)
+    model.unet.recordings.pixels = 100
+    x, t, cond = inputs(model.unet, torch.float32, 8, 7)  # of two images
     with torch.inference_mode():
         precomputed(model.unet, cond)(x, t, Conditioning(cond.text))
     assert len(model.unet.recordings.found) == 2
