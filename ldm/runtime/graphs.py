@@ -46,10 +46,10 @@ NUMBERS = 2**18  # of the first map of all images, up to which the CPU gains: a 
 def record_steps(unet: UNet) -> None:
     """Make a U-Net record its steps, where no gradients are wanted and its conditioning is `precomputed`."""
     device = next(unet.parameters()).device
-    gpu = device.type == "cuda"
-    recordings = Recordings(
-        unet, CudaRecorder(device) if gpu else CallRecorder(), math.inf if gpu else NUMBERS // unet.config.channels[0]
-    )
+    if device.type == "cuda":
+        recordings = Recordings(unet, CudaRecorder(device))
+    else:
+        recordings = Recordings(unet, CallRecorder(), NUMBERS // unet.config.channels[0])
     unet.recordings = recordings  # type: ignore[assignment]
     unet.__class__ = RecordedUNet
 
