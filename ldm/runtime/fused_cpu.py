@@ -1,7 +1,7 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
-where gradients are wanted (`fused.py`). Layers with few weights are computed by our own kernels, others by oneDNN.
+where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN.
 Weights of convolutions, and of products with few rows, are copied once into the order in which they are multiplied;
 otherwise oneDNN reorders them at each call, which takes as long as a product.
 
@@ -152,7 +152,8 @@ def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
 
 def _own(layer: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
     """Whether our own kernels compute a product with a layer's weights; they fit it otherwise."""
-    return products.suits(layer) and multiplies(x.dtype)
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return products.suits(layer, x.numel() // channels) and multiplies(x.dtype)
 
 
 def _own_convolved(layer: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ldm.runtime.kernels.compiled import call, library, threads
 
-MOST = 2**21  # weights of a layer up to which these kernels are the fastest
+MOST, ROWS = 2**20, 1152  # weights of a layer, and pixels or tokens of its input, up to which these kernels pay
 PER = {torch.float32: 1, torch.bfloat16: 2}  # channels that are one operand
 FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G of F(2×2, 3×3)
 
 
-def suits(layer: nn.Conv2d | nn.Linear) -> bool:
-    """Whether the kernels can compute a layer, and are fast at it."""
+def suits(layer: nn.Conv2d | nn.Linear, rows: int) -> bool:
+    """Whether the kernels can compute a layer, and are fast at it, for an input of so many pixels or tokens."""
     if isinstance(layer, nn.Linear):
         inputs, taps = layer.in_features, 1
         outputs = layer.out_features
@@ -27,7 +27,7 @@ def suits(layer: nn.Conv2d | nn.Linear) -> bool:
         even = layer.stride[0] == layer.stride[1] and not isinstance(layer.padding, str)
         if layer.groups > 1 or layer.dilation != (1, 1) or not even:
             return False
-    return inputs % 2 == 0 and inputs * outputs * taps <= MOST
+    return inputs % 2 == 0 and inputs * outputs * taps <= MOST and rows <= ROWS
 
 
 def filters(layer: nn.Conv2d) -> bool:
