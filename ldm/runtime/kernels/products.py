@@ -27,7 +27,7 @@ def suits(layer: nn.Conv2d | nn.Linear, rows: int) -> bool:
         even = layer.stride[0] == layer.stride[1] and not isinstance(layer.padding, str)
         if layer.groups > 1 or layer.dilation != (1, 1) or not even:
             return False
-    return inputs % 2 == 0 and inputs * outputs * taps <= MOST and rows <= ROWS
+    return inputs % 2 == 0 and inputs * outputs * taps <= MOST and 0 < rows <= ROWS
 
 
 def filters(layer: nn.Conv2d) -> bool:
