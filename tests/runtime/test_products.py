@@ -1,21 +1,22 @@
-"""Our own products beside PyTorch's in fp64: convolutions, linear layers, doubled pixels."""
+"""Our own kernels beside PyTorch's in fp64, with the widest vectors and with AVX2's: products, then all others."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import distance
+from networks import distance, vectors
 from torch import Tensor, nn
 
 from ldm.models.layers import Upsample
 from ldm.runtime.kernels import layers, products
+from ldm.runtime.kernels.attention import attend
 from ldm.runtime.kernels.compiled import multiplies
 
-DTYPES = [
-    pytest.param(dtype, marks=pytest.mark.skipif(not multiplies(dtype), reason="needs AVX-512 BF16 for bf16"))
-    for dtype in (torch.float32, torch.bfloat16)
-]
+__all__ = ["vectors"]  # a fixture
+DTYPES = [torch.float32, torch.bfloat16]
 LAST = torch.channels_last
 
 
@@ -26,10 +27,13 @@ def near(found: Tensor, exact: Tensor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def without_gradients() -> None:
-    torch.set_grad_enabled(False)
-    yield
-    torch.set_grad_enabled(True)
+def without_gradients(request: pytest.FixtureRequest, vectors: None) -> Iterator[None]:
+    """Each test for both kinds of vectors; products in bf16 where the processor has them."""
+    dtype = request.node.callspec.params["dtype"]
+    if "norms" not in request.node.name and not multiplies(dtype):
+        pytest.skip("needs AVX-512 BF16")
+    with torch.no_grad():
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +100,7 @@ def test_doubled_pixels(height: int, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_and_sums(dtype: torch.dtype) -> None:
+def test_norms_sums_and_attention(dtype: torch.dtype) -> None:
     for channels in (6, 64, 193):
         norm = nn.LayerNorm(channels).to(dtype)
         nn.init.normal_(norm.weight)
@@ -108,3 +112,13 @@ def test_norms_and_sums(dtype: torch.dtype) -> None:
         near(layers.silu(x), F.silu(x.double()))
     a, b = (torch.randn(2, channels, 5, 7).to(dtype, memory_format=LAST) for channels in (6, 11))
     assert torch.equal(layers.join(a, b), torch.cat([a, b], dim=1))
+    norm = nn.GroupNorm(6, 18).to(dtype)
+    x, offset = torch.randn(2, 18, 9, 7).to(dtype, memory_format=LAST), torch.randn(2, 18).to(dtype)
+    exact = F.group_norm(x.double() + offset.double()[:, :, None, None], 6, eps=norm.eps)
+    near(layers.group_norm(norm, x, offset, silu=True), F.silu(exact))
+    x, bias = 3 * torch.randn(5, 68).to(dtype), torch.randn(68).to(dtype)
+    value, gate = (x.double() + bias.double()).chunk(2, dim=-1)
+    near(layers.geglu(x, bias), value * F.gelu(gate))
+    q, k, v = (torch.randn(2, 3, tokens, 40).to(dtype) for tokens in (97, 300, 300))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert distance(attend(q, k, v), exact) < (2e-6 if dtype == torch.float32 else 1e-2)  # weights are rounded, too
