@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 
 from rich.box import SIMPLE
 from rich.table import Table
 
 from ldm.bench.cold import Cold
+from ldm.bench.comparison import TimeChange
 from ldm.bench.measuring import STAGES, Seconds
 from ldm.bench.options import OURS
 
@@ -44,4 +45,22 @@ def cold_table(found: dict[str, list[Cold]]) -> Table:
         columns = {name: [getattr(one, field) for one in rows] for name, rows in found.items()}
         medians = (f"{median(column):.2f}" for column in columns.values())
         table.add_row(label, *medians, ratios(columns["diffusers"], columns[OURS]))
+    return table
+
+
+def phases_table(found: Sequence[Mapping[str, float]]) -> Table:
+    """A table of the phases of a new process of ours, with their medians in order of time."""
+    table = Table("phase of a new process", "s", box=SIMPLE)
+    for name in dict.fromkeys(name for one in found for name in one):
+        table.add_row(name, f"{median(one.get(name, 0.0) for one in found):.3f}")
+    table.add_row("together", f"{median(sum(one.values()) for one in found):.3f}")
+    return table
+
+
+def change_table(changes: Sequence[TimeChange]) -> Table:
+    """A table of the seconds of each side and stage, earlier and now."""
+    table = Table("seconds", "stage", "then", "now", "times then", box=SIMPLE)
+    for one in changes:
+        spread = f"{one.ratio:.2f} ({one.low:.2f}–{one.high:.2f})"
+        table.add_row(one.side, one.stage, f"{one.before:.3f}", f"{one.now:.3f}", spread)
     return table

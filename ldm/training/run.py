@@ -33,6 +33,7 @@ from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime.compilation import check_compiling
 from ldm.runtime.kernels.memory import keep_freed
+from ldm.runtime.waiting import watch
 from ldm.training.batches import StageBatches, batch_plan, check_batch
 from ldm.training.caching import Caches, build_caches
 from ldm.training.checks import check_bounds, check_paths
@@ -307,6 +308,7 @@ class TrainingRun:
 
 def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
     """Add gradient checkpointing and compilation as the section says, and lay weights out for the device."""
+    watch(accelerator.device.type, torch.get_num_threads())
     if accelerator.device.type == "cpu":
         keep_freed()
     for player in stage.players.values():
