@@ -526,7 +526,7 @@ LOADING: tuple[Setting, ...] = (
     Setting("dtype", DTYPE, "Type of the weights: fp32, fp16 or bf16.", Elsewhere("what the device is good at"),
             names=("torch_dtype",), closed=ONE_MODEL),
     Setting("attention", NAME,
-            "Attention kernel: sdpa, math, avx512, flash, efficient, cudnn, xformers or flash-attn; auto is the best.",
+            "Attention kernel: sdpa, math, cpu, flash, efficient, cudnn, xformers or flash-attn; auto is the best.",
             "auto", closed=ONE_MODEL),
     Setting("quick", FLAG, "Fused layers in place of plain ones.", True,
             closed=dict.fromkeys(("shell", "list", "record", "eval"), "plain layers are for comparing: ldm bench")),

@@ -103,11 +103,11 @@ class Tuning:
         name = self._kernel(device, dtype)
         if name != "sdpa":
             set_attention(model.unet, name, device)
-        if name == "avx512":
+        if name == "cpu":
             set_attention(model.autoencoder, name, device)
         if self.quantize or room:
             model = TunedModel(model, self.quantize, room)
-        if (self.compile or self.fused) and device.type == "cuda" and not room:
+        if not room and self._records(device):
             record_steps(model.unet)
         return model
 
@@ -118,6 +118,12 @@ class Tuning:
         elif self.fused and not (room and room.layers):
             fused_cpu.fuse(network, device)
             fused_gpu.fuse(network, device)
+
+    def _records(self, device: torch.device) -> bool:
+        """Whether the U-Net records its steps."""
+        if device.type == "cuda":
+            return self.compile or self.fused
+        return device.type == "cpu" and self.fused and not self.compile and not self.quantize
 
     def _kernel(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the attention kernel."""

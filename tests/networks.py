@@ -12,9 +12,24 @@ from torch import Tensor, nn
 from ldm.models.unet import Conditioning, UNet
 from ldm.runtime import fused_gpu
 from ldm.runtime.fused_gpu import works
-from ldm.runtime.kernels.compiled import usable
+from ldm.runtime.kernels.compiled import library, usable
+from ldm.runtime.kernels.processor import can
 
-runs = pytest.mark.skipif(not usable(), reason="needs AVX-512 BF16 and a C++ compiler")
+runs = pytest.mark.skipif(not usable(), reason="needs AVX2 or 64-bit Arm's vectors, and a C++ compiler")
+
+
+@pytest.fixture(params=["widest", "avx2"])
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Our kernels, compiled for this processor, and for one with AVX2 alone."""
+    if not usable():
+        pytest.skip("needs AVX2 or 64-bit Arm's vectors, and a C++ compiler")
+    if request.param == "avx2":
+        if not can("avx512_bw"):
+            pytest.skip("this processor has no wider vectors")
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+        library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -39,7 +39,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def _avx512(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from ldm.runtime.kernels.attention import attend
 
     return attend(q, k, v)
@@ -48,7 +48,7 @@ def _avx512(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 KERNELS: dict[str, tuple[Kernel, str]] = {  # name -> the kernel, what it needs
     "sdpa": (sdpa, "nothing beyond PyTorch"),
     "math": (math, "nothing beyond PyTorch"),
-    "avx512": (_avx512, "bf16 on a processor with AVX-512 BF16, and a C++ compiler: g++ or clang++"),
+    "cpu": (_cpu, "fp32 or bf16 on a processor with AVX2 or 64-bit Arm's, and a C++ compiler: g++ or clang++"),
     "flash": (_only(SDPBackend.FLASH_ATTENTION), "PyTorch's flash kernel: a GPU in fp16/bf16 and heads of at most 256"),
     "efficient": (_only(SDPBackend.EFFICIENT_ATTENTION), "PyTorch's memory-efficient kernel: a CUDA GPU"),
     "cudnn": (_only(SDPBackend.CUDNN_ATTENTION), "PyTorch with cuDNN 9: a CUDA GPU in fp16/bf16"),
@@ -58,11 +58,11 @@ KERNELS: dict[str, tuple[Kernel, str]] = {  # name -> the kernel, what it needs
 
 
 def best_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest kernel's name: "avx512" in bf16 on a CPU where it runs, else "sdpa", PyTorch's own choice."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    """The fastest kernel's name: "cpu" in fp32 and bf16 on a CPU where it runs, else "sdpa", PyTorch's own choice."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from ldm.runtime.kernels.compiled import usable
 
-        return "avx512" if usable() else "sdpa"
+        return "cpu" if usable() else "sdpa"
     return "sdpa"
 
 

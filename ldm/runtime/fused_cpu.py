@@ -1,9 +1,10 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
-where gradients are wanted (`fused.py`). Weights of convolutions, and of products with few rows, are brought once into
-the order in which oneDNN multiplies, and are in memory in that order alone (`reordered.py`); otherwise oneDNN reorders
-them at each call, which takes as long as a product.
+where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN.
+Weights of convolutions, and of products with few rows, are brought once into the order in which they are multiplied, and
+large ones are in memory in that order alone (`reordered.py`); otherwise oneDNN reorders them at each call, which takes as
+long as a product.
 
 B batch, C channels, H×W height and width
 """
@@ -25,7 +26,8 @@ from ldm.models.layers import GEGLU, ResnetBlock, TokenLinear, Upsample
 from ldm.models.surgery import reclassed
 from ldm.runtime.fused import LAST, FusedGEGLU, FusedGroupNorm, FusedResnetBlock, hooked
 from ldm.runtime.kernels import layers as kernels
-from ldm.runtime.kernels.compiled import fits, learns, usable
+from ldm.runtime.kernels import products
+from ldm.runtime.kernels.compiled import fits, learns, multiplies, usable
 from ldm.runtime.kernels.memory import keep_freed
 from ldm.runtime.reordered import Order, Reordered, stored
 
@@ -46,8 +48,11 @@ def fuse(model: nn.Module, device: torch.device | None = None) -> None:
     own: dict[type[nn.Module], type[nn.Module]] = {
         nn.Conv2d: FusedConv2d, Upsample: FusedUpsample, ResnetBlock: CPUResnetBlock,
     }  # fmt: skip
-    if weight.dtype == torch.bfloat16 and usable():
-        own |= {nn.GroupNorm: CPUGroupNorm, GEGLU: CPUGEGLU, nn.Linear: OneDNNLinear, TokenLinear: OneDNNTokenLinear}
+    if usable():
+        own |= {
+            nn.GroupNorm: CPUGroupNorm, nn.LayerNorm: CPULayerNorm, GEGLU: CPUGEGLU, nn.Linear: CPULinear,
+            TokenLinear: CPUTokenLinear,
+        }  # fmt: skip
     reclassed(model, own)
     keep_freed()
 
@@ -65,8 +70,9 @@ def works(dtype: torch.dtype) -> bool:
         try:
             if dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
                 return False
-            found = fused(x, torch.Size((6, 6)))
-            found = cast("FusedConv2d", fused.conv).plus(found, found)
+            layer = cast("FusedConv2d", fused.conv)
+            found = _doubled(layer, x.contiguous(memory_format=LAST))
+            found = _convolved(layer, found, found)
             if dtype == torch.bfloat16:
                 onednn._linear_pointwise(x[0, 0], onednn._reorder_linear_weight(x[0, 1], 3), None, "none", [], "")
         except (AttributeError, RuntimeError, TypeError) as error:
@@ -104,6 +110,9 @@ matrices = Order(
 doublings = Order(
     lambda weight, layer, shape: onednn._reorder_convolution_transpose_weight(doubling(weight), *DOUBLING, shape)
 )
+own_taps = Order(lambda weight, layer, shape: products.taps(weight))
+own_filters = Order(lambda weight, layer, shape: products.filtered(weight))
+own_phases = Order(lambda weight, layer, shape: products.phases(weight))
 
 
 def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
@@ -121,6 +130,33 @@ def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
     return known and not single and all(tensor.dtype == weight.dtype for tensor in tensors)
 
 
+def _own(layer: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
+    """Whether our own kernels compute a product with a layer's weights; they fit it otherwise."""
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return products.suits(layer, x.numel() // channels) and multiplies(x.dtype)
+
+
+def _own_convolved(layer: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """A layer's convolution of `x` by our own kernels, plus another tensor."""
+    if x.dtype == torch.float32 and products.filters(layer):
+        return products.filtering(x, own_filters.of(layer, x), layer, other)
+    return products.convolution(x, own_taps.of(layer, x), layer, other)
+
+
+def _convolved(layer: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """A layer's convolution of `x` by oneDNN, plus another tensor."""
+    weight, bias, geometry = convolutions.of(layer, x), layer.bias, _geometry(layer)
+    if other is None:
+        return onednn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
+    return onednn._convolution_pointwise.binary(x, other, weight, bias, *geometry, "add", None, None, [], None)
+
+
+def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A layer's convolution of the doubled pixels of `x` by oneDNN."""
+    weight = doublings.of(layer, x)
+    return onednn._convolution_transpose_pointwise(x, weight, layer.bias, *DOUBLING, "none", [], "")
+
+
 class FusedConv2d(nn.Conv2d):
     """A convolution with reordered weights, which can add another tensor to its result in the same pass."""
 
@@ -128,20 +164,16 @@ class FusedConv2d(nn.Conv2d):
         if not _fusible(self, x):
             return super().forward(x)
         x = x.contiguous(memory_format=LAST)
-        weight = convolutions.of(self, x)
-        return onednn._convolution_pointwise(x, weight, self.bias, *_geometry(self), "none", [], "")
+        return _own_convolved(self, x) if _own(self, x) else _convolved(self, x)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """The convolution of `x` plus `other`, both (B, C, H, W), if `_fusible` says so."""
         x, other = x.contiguous(memory_format=LAST), other.contiguous(memory_format=LAST)
-        weight = convolutions.of(self, x)
-        return onednn._convolution_pointwise.binary(
-            x, other, weight, self.bias, *_geometry(self), "add", None, None, [], None
-        )
+        return _own_convolved(self, x, other) if _own(self, x) else _convolved(self, x, other)
 
 
 class FusedUpsample(Upsample):
-    """Doubling and convolution as one transposed convolution of 4×4.
+    """Doubling and convolution as one transposed convolution of 4×4, or as 4 convolutions of 2×2.
 
     Equal pixels are multiplied once: 16 products in place of 36.
     """
@@ -151,12 +183,13 @@ class FusedUpsample(Upsample):
         if not doubled or not _fusible(self.conv, x):
             return super().forward(x, size)
         x = x.contiguous(memory_format=LAST)
-        weight = doublings.of(self.conv, x)
-        return onednn._convolution_transpose_pointwise(x, weight, self.conv.bias, *DOUBLING, "none", [], "")
+        if _own(self.conv, x):
+            return products.doubled(x, own_phases.of(self.conv, x), self.conv)
+        return _doubled(self.conv, x)
 
 
 class CPUGroupNorm(FusedGroupNorm):
-    """A group norm by the C++ kernel, in bf16."""
+    """A group norm by the C++ kernel."""
 
     def fits(self, *tensors: Tensor) -> bool:
         return fits(*tensors, self.weight)
@@ -175,11 +208,11 @@ class CPUResnetBlock(FusedResnetBlock):
 def _reorders(layer: nn.Linear, x: Tensor) -> bool:
     """Whether `x` (…, C) is multiplied by reordered weights: it has few rows, or no other weights are in memory."""
     few = x.numel() <= FEW * x.shape[-1]
-    return (few or type(stored(layer)) is Reordered) and _fits(layer, x)
+    return x.dtype == torch.bfloat16 and (few or type(stored(layer)) is Reordered)
 
 
 def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
-    """Whether these and a layer's weight are plain bf16 tensors on the CPU, and no gradients are wanted."""
+    """Whether these and a layer's weight are plain tensors on the CPU as `fits` says, and no gradients are wanted."""
     weight = stored(layer)
     if type(weight) is not Reordered:
         return fits(*tensors, weight)
@@ -187,30 +220,47 @@ def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
     return same and fits(*tensors) and not learns(weight)
 
 
-class OneDNNLinear(nn.Linear):
-    """A linear layer that multiplies few rows by reordered weights; for many rows, reordering costs little."""
+class CPULayerNorm(nn.LayerNorm):
+    """A layer norm of the last dimension by the C++ kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = len(self.normalized_shape) > 1 or self.weight is None or self.bias is None
+        if plain or not fits(x, self.weight) or not x.is_contiguous():
+            return super().forward(x)
+        return kernels.layer_norm(self, x)
+
+
+class CPULinear(nn.Linear):
+    """A linear layer by our own kernel, or in bf16 with few rows by oneDNN with reordered weights.
+
+    For many rows, reordering costs little.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` (…, C) times the weights, plus a bias if there is one."""
+        if not _fits(self, x) or not x.numel():
+            return F.linear(x, self.weight, bias)
+        if _own(self, x):
+            return products.linear(x.contiguous(), own_taps.of(self, x), bias, self.out_features)
         if not _reorders(self, x):
             return F.linear(x, self.weight, bias)
         return onednn._linear_pointwise(x, matrices.of(self, x), bias, "none", [], "")
 
 
-class OneDNNTokenLinear(TokenLinear, OneDNNLinear):
-    """A `OneDNNLinear` over the channels of a map."""
+class CPUTokenLinear(TokenLinear, CPULinear):
+    """A `CPULinear` over the channels of a map."""
 
 
 class CPUGEGLU(FusedGEGLU):
-    """A GEGLU by the C++ kernel, in bf16."""
+    """A GEGLU by the C++ kernel."""
 
-    linear = (nn.Linear, OneDNNLinear)
+    linear = (nn.Linear, CPULinear)
 
     def product(self, x: Tensor) -> Tensor:
-        return OneDNNLinear.product(self.proj, x)  # type: ignore[arg-type]
+        return CPULinear.product(self.proj, x)  # type: ignore[arg-type]
 
     def fits(self, *tensors: Tensor) -> bool:
         return _fits(self.proj, *tensors)

@@ -1,4 +1,5 @@
-"""CUDA graphs: a U-Net's step is recorded once and then replayed, without the time that it takes to start its kernels.
+"""A U-Net's step is recorded once and then replayed, without the time that it takes to start its kernels: as a CUDA
+graph on a GPU, as calls of kernels on a CPU (`calls.py`).
 
 A graph reads and writes the same places in memory every time: the inputs and the outputs precomputed from text and time
 are copied there, and the result is copied out. One recording thus serves all prompts, and weights changed in place.
@@ -9,6 +10,7 @@ B batch, C channels, H×W height and width of the latents
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -23,6 +25,7 @@ from ldm.errors import first_line, out_of_memory
 from ldm.models.attention import attention_layers
 from ldm.models.surgery import twin
 from ldm.models.unet import Conditioning, UNet
+from ldm.runtime.calls import CallRecorder
 from ldm.runtime.fused import hooked
 from ldm.runtime.precomputing import (
     PrecomputedOutput,
@@ -37,12 +40,17 @@ M = TypeVar("M", bound=nn.Module)
 Step = Callable[[], Tensor]
 LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
 MOST = 8  # recordings kept of one U-Net
+NUMBERS = 2**18  # of the first map of all images, up to which the CPU gains: a recording keeps all tensors of a step
 
 
 def record_steps(unet: UNet) -> None:
-    """Make a U-Net on a GPU record its steps, where no gradients are wanted and its conditioning is `precomputed`."""
-    recorder = CudaRecorder(next(unet.parameters()).device)
-    unet.recordings = Recordings(unet, recorder)  # type: ignore[assignment]
+    """Make a U-Net record its steps, where no gradients are wanted and its conditioning is `precomputed`."""
+    device = next(unet.parameters()).device
+    if device.type == "cuda":
+        recordings = Recordings(unet, CudaRecorder(device))
+    else:
+        recordings = Recordings(unet, CallRecorder(), NUMBERS // unet.config.channels[0])
+    unet.recordings = recordings  # type: ignore[assignment]
     unet.__class__ = RecordedUNet
 
 
@@ -50,7 +58,7 @@ def record_anew(unet: M) -> M:
     """Let a copy of a U-Net with other layers record steps of its own, if the U-Net records; returns the copy."""
     if isinstance(unet, RecordedUNet):
         before = unet.recordings
-        unet.recordings = Recordings(unet, before.record)
+        unet.recordings = Recordings(unet, before.record, before.pixels)
         unet.recordings.admit_those_of(before)
     return unet
 
@@ -154,8 +162,9 @@ class Recording:
 class Recordings:
     """The recordings of one U-Net, shared by its copies that are `precomputed` for one conditioning or another."""
 
-    def __init__(self, unet: UNet, record: Callable[[Step], Step]) -> None:
-        self.record = record
+    def __init__(self, unet: UNet, record: Callable[[Step], Step], pixels: float = math.inf) -> None:
+        """`pixels` of the latents of all images, at most, are recorded."""
+        self.record, self.pixels = record, pixels
         self.works = True  # False once a recording has failed
         leaves = (module for module in unet.modules() if not any(module.children()))
         self.own = {id(module) for module in leaves if not isinstance(module, RunInput)}  # which are replaced
@@ -177,8 +186,11 @@ class Recordings:
         """The result of the recording for inputs of this shape, which is recorded first if there is none.
 
         Of more than `MOST` recordings, the least recently used one is dropped. The result is None for a copy of the
-        U-Net that runs other layers, or not the same ones at every step, or still reads the conditioning itself.
+        U-Net that runs other layers, or not the same ones at every step, or still reads the conditioning itself, and
+        for larger latents than are recorded.
         """
+        if x[:, 0].numel() > self.pixels:
+            return None
         if unet not in self.inputs:
             self.inputs[unet] = GraphInputs.of(unet) if self.works and self._recordable(unet) else None
         inputs = self.inputs[unet]

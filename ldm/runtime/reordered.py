@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from ldm.runtime.kernels.compiled import recording
 from ldm.runtime.kernels.memory import drop_pages, give_back
 
 LARGE = 2**16  # bytes of a weight that it pays to free
@@ -39,12 +40,17 @@ class Order:
 
     def of(self, layer: Layer, x: Tensor) -> Tensor:
         """A layer's weights in this order, made for the shape of `x`; they serve inputs of other shapes too."""
+        found = self.known(layer)
+        if found is None:
+            found = _reordered(layer, self, list(x.shape))
+        if recording.weights is not None:
+            recording.weights.append(lambda: self.known(layer) is found)
+        return found
+
+    def known(self, layer: Layer) -> Tensor | None:
+        """A layer's weights in this order, if they are there and have not changed since."""
         known = dict.get(layer._parameters, "weight")
-        found = known.current(self) if type(known) is Reordered else None
-        if found is not None:
-            return found
-        del known  # it may be the weight itself, which is not freed while it is held
-        return _reordered(layer, self, list(x.shape))
+        return known.current(self) if type(known) is Reordered else None
 
 
 class Reordered:

@@ -16,31 +16,31 @@ from networks import adapted, cast, circular, distance, hooked, inputs, runs
 from torch import Tensor, nn
 
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.layers import GEGLU
 from ldm.models.tiling import tiled_decode, tiled_encode
 from ldm.runtime import fused_cpu
-from ldm.runtime.fused import _activated
 from ldm.runtime.fused_cpu import (
     CPUGEGLU,
     FEW,
     CPUGroupNorm,
+    CPULayerNorm,
+    CPULinear,
     CPUResnetBlock,
+    CPUTokenLinear,
     FusedConv2d,
     FusedUpsample,
-    OneDNNLinear,
-    OneDNNTokenLinear,
     fuse,
     matrices,
     works,
 )
 from ldm.runtime.kernels import layers as kernels
+from ldm.runtime.kernels import products
 from ldm.runtime.kernels.compiled import usable
 from ldm.runtime.precomputing import precomputed
 from ldm.runtime.reordered import Reordered
 from pipelines import Pipeline
 
 DTYPES = [torch.float32, torch.bfloat16]  # on processors without bf16, nothing is fused in it
-KERNELS = [torch.float32, pytest.param(torch.bfloat16, marks=runs)]  # the plain layers' code, and the C++ kernels
+KERNELS = [pytest.param(dtype, marks=runs) for dtype in DTYPES]  # which do without the processor's bf16
 FAMILIES = ["sd15", "sdxl", "emoji"]
 
 
@@ -94,10 +94,10 @@ def test_which_layers(dtype: torch.dtype) -> None:
     kinds = {type(module) for module in unet.modules()}
     fused, kernels = (
         {FusedConv2d, FusedUpsample, CPUResnetBlock},
-        {CPUGroupNorm, CPUGEGLU, OneDNNLinear, OneDNNTokenLinear},
+        {CPUGroupNorm, CPULayerNorm, CPUGEGLU, CPULinear, CPUTokenLinear},
     )
     assert kinds & fused == (fused if works(dtype) else set())
-    assert kinds & kernels == (kernels if dtype == torch.bfloat16 and works(dtype) and usable() else set())
+    assert kinds & kernels == (kernels if works(dtype) and usable() else set())
     assert [name for name, _ in unet.named_parameters()] == names
 
 
@@ -167,15 +167,6 @@ def test_a_pipeline(tmp_path: Path, dtype: torch.dtype) -> None:
     assert tiny.same_weights(LatentDiffusion.from_pretrained(tmp_path / "again"), plain.model)
 
 
-def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None, silu: bool) -> Tensor:
-    """The C++ kernel's result in bf16, else that of the layers on other processors."""
-    if x.dtype == torch.bfloat16:
-        return kernels.group_norm(norm, x, offset, silu)
-    if silu:
-        return _activated(norm, x, offset)
-    return norm(x if offset is None else x + offset[:, :, None, None])
-
-
 @pytest.mark.parametrize("dtype", KERNELS)
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("offset", [False, True])
@@ -194,7 +185,7 @@ def test_group_norm(
         x = (torch.randn(batch, channels, height, width) + mean).to(dtype, memory_format=torch.channels_last)
         more = torch.randn(batch, channels).to(dtype) if offset else None
         with torch.no_grad():
-            found = group_norm(norm, x, more, silu)
+            found = kernels.group_norm(norm, x, more, silu)
             whole = x.double() if more is None else x.double() + more.double()[:, :, None, None]
             exact = F.group_norm(whole, groups, norm.weight.double(), norm.bias.double(), norm.eps)
             exact = F.silu(exact) if silu else exact
@@ -202,24 +193,15 @@ def test_group_norm(
         assert distance(found, exact) < (4e-3 if dtype == torch.bfloat16 else 1e-3)  # half the last bit of bf16
 
 
-def geglu(x: Tensor, bias: Tensor) -> Tensor:
-    """The C++ kernel's result in bf16, else that of the layer on other processors, with the identity for weights."""
-    if x.dtype == torch.bfloat16:
-        return kernels.geglu(x, bias)
-    layer = GEGLU(x.shape[-1], x.shape[-1] // 2)
-    layer.proj.weight.data, layer.proj.bias.data = torch.eye(x.shape[-1]), bias
-    return layer(x).detach()
-
-
 @pytest.mark.parametrize("dtype", KERNELS)
 def test_extreme_numbers(dtype: torch.dtype) -> None:
     norm = nn.GroupNorm(2, 8).to(dtype)
     x = torch.full((1, 8, 4, 4), 3.0).to(dtype, memory_format=torch.channels_last)
     with torch.no_grad():
-        assert (group_norm(norm, x, None, False).abs() < 1e-4).all()  # nothing varies
+        assert (kernels.group_norm(norm, x, None, False).abs() < 1e-4).all()  # nothing varies
         x[0, 0, 1, 1] = math.nan
-        assert torch.isnan(group_norm(norm, x, None, True)[:, :4]).all()
-        assert (group_norm(norm, x, None, False)[:, 4:].abs() < 1e-4).all()
+        assert torch.isnan(kernels.group_norm(norm, x, None, True)[:, :4]).all()
+        assert (kernels.group_norm(norm, x, None, False)[:, 4:].abs() < 1e-4).all()
 
 
 @runs
@@ -234,17 +216,18 @@ def test_extreme_numbers_through_the_gate() -> None:
 def test_geglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, bias = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
     value, gate = (x.double() + bias.double()).chunk(2, dim=-1)
-    found = geglu(x, bias)
+    found = kernels.geglu(x, bias)
     assert found.shape == value.shape
     assert distance(found, value * F.gelu(gate)) < (4e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
-@runs
-def test_products_of_few_rows() -> None:
+@pytest.mark.skipif(not works(torch.bfloat16), reason="needs a processor with bf16")
+def test_products_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """By ordered weights, of which no copy is made for many rows; in any layout, with or without a bias."""
+    monkeypatch.setattr(products, "MOST", 0)  # not by our own kernels
     plain = nn.Linear(24, 40).bfloat16()
     quick = copy.deepcopy(plain)
-    quick.__class__ = OneDNNLinear
+    quick.__class__ = CPULinear
     exact = copy.deepcopy(plain).double()
     with torch.inference_mode():
         many = torch.randn(FEW + 1, 24).bfloat16()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from networks import distance, runs
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -23,12 +23,9 @@ from ldm.runtime.kernels.attention import attend
 from ldm.runtime.kernels.compiled import library, usable
 from pipelines import Pipeline
 
-runs = pytest.mark.skipif(not usable(), reason="needs AVX-512 BF16 and a C++ compiler")
-compiles = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or compiled._compiler() is None, reason="needs a C++ compiler for x86"
-)
-KERNELS = [  # with their types: those of processors with AVX-512 BF16, and of others
-    pytest.param(attend, torch.bfloat16, marks=runs, id="avx512"),
+KERNELS = [  # with their types: ours, and those of processors on which ours cannot be compiled
+    pytest.param(attend, torch.bfloat16, marks=runs, id="bf16"),
+    pytest.param(attend, torch.float32, marks=runs, id="fp32"),
     pytest.param(sdpa, torch.float32, id="sdpa"),
     pytest.param(by_formula, torch.float32, id="math"),
 ]
@@ -53,10 +50,6 @@ def heads(batch: int, count: int, tokens: int, channels: int, dtype: torch.dtype
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.double(), k.double(), v.double()
     return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
@@ -116,25 +109,25 @@ def test_gradients_are_pytorchs() -> None:
     q, k, v = (heads(1, 2, 20, 8).float().requires_grad_() for _ in range(3))
     attend(q, k, v).sum().backward()
     assert q.grad is not None
-    with torch.no_grad(), pytest.raises(LdmError, match=r"for bf16 on the CPU, not for torch.float32 on cpu"):
-        attend(q, k, v)
+    with torch.no_grad(), pytest.raises(LdmError, match=r"for fp32 and bf16 on the CPU, not for torch.float64 on cpu"):
+        attend(q.double(), k.double(), v.double())
 
 
-@pytest.mark.parametrize("able", [pytest.param(True, marks=runs), False], ids=["avx512", "other"])
+@pytest.mark.parametrize("able", [pytest.param(True, marks=runs), False], ids=["ours", "other"])
 def test_a_pipeline_takes_it_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
     """Where it runs; on other processors it is PyTorch's own."""
     monkeypatch.setattr(compiled, "usable", lambda: able)
     tiny.model("sd15").save_pretrained(tmp_path / "model")
-    for dtype, name in ((torch.bfloat16, "avx512" if able else "sdpa"), (torch.float32, "sdpa")):
-        assert best_attention(torch.device("cpu"), dtype) == name
+    for dtype in (torch.bfloat16, torch.float32):
+        assert best_attention(torch.device("cpu"), dtype) == ("cpu" if able else "sdpa")
         model = Pipeline(tmp_path / "model", device="cpu", dtype=dtype).model
         kernels = {
             layer.kernel.__name__ for part in (model.unet, model.autoencoder) for layer in attention_layers(part)
         }
-        assert kernels == {"_avx512" if name == "avx512" else "sdpa"}
+        assert kernels == {"_cpu" if able else "sdpa"}
 
 
-@compiles
+@runs
 def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
@@ -143,11 +136,11 @@ def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> No
     library()
 
 
-@compiles
+@runs
 def test_a_cache_that_cannot_be_written(fresh: Path) -> None:
     fresh.parent.mkdir()
     fresh.write_text("a file in the way")
-    assert library().attend
+    assert library().attend_float32
 
 
 def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The C++ sources of this folder, for processors with AVX-512 BF16: compiled at first use, kept in the user's cache."""
+"""The C++ sources of this folder: compiled at first use for this processor, kept in the user's cache.
+
+A kernel is called with one pointer to its arguments, 8 bytes each: calls can be kept and made again (`Calls`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import subprocess
+import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,25 +25,69 @@ from torch import Tensor, nn
 
 from ldm.caches import cache_folder
 from ldm.errors import LdmError, first_line
-from ldm.runtime.kernels.processor import can
+from ldm.runtime.kernels.processor import can, vectors
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
-FLAGS = [f"-m{name}" for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")]
-FLAGS += ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]  # PyTorch's threads, if it is GCC's OpenMP
+FLAGS = ["-O3", "-std=gnu++17", "-shared", "-fPIC", "-fopenmp"]  # PyTorch's threads, if it is GCC's OpenMP
 SMALL = 10**5  # numbers up to which a second thread does not pay; of multiplications, 10 times as many
-INT, FLOAT, DOUBLE, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_void_p
-SIGNATURES = {
-    "attend": [POINTER] * 5 + [INT] * 5 + [FLOAT, INT],
-    "group_norm": [POINTER] * 5 + [INT] * 4 + [DOUBLE, INT, INT],
-    "geglu": [POINTER] * 3 + [INT] * 3,
-}
+DTYPES = (torch.float32, torch.bfloat16)
+ARGUMENTS = {  # kernel -> its arguments: q whole numbers and pointers, d fractions
+    name: struct.Struct(f"@{fields}")
+    for name, fields in {
+        "attend": "21qdq", "group_norm": "9qd2q", "geglu": "6q", "layer_norm": "6qdq", "add": "5q", "join": "6q",
+        "silu": "4q",
+        "product": "21q", "filter": "13q",
+    }.items()
+}  # fmt: skip
+
+
+class Calls:
+    """Calls of kernels in a row, which can be made again with the same places in memory."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[int, bytes]] = []  # the place of a kernel, its arguments
+        self.kept: list[Tensor] = []  # whose memory the kernels read and write
+        self.table: Any = None
+
+    def again(self) -> None:
+        """Make all calls."""
+        if self.table is None:
+            self.table = (ctypes.c_void_p * (2 * len(self.made)))()
+            for number, (kernel, arguments) in enumerate(self.made):
+                place = ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p).value
+                self.table[2 * number : 2 * number + 2] = [kernel, place]
+        library().replay(self.table, len(self.made))
+
+
+class _Recording(threading.local):
+    calls: Calls | None = None  # where this thread's calls are noted
+    weights: list[Callable[[], bool]] | None = None  # where it notes what says whether weights are as they were
+
+
+recording = _Recording()
+
+
+def call(kernel: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
+    """Call a kernel for tensors of a type; of the arguments, tensors are places in memory and None is no place."""
+    packed = ARGUMENTS[kernel].pack(*(_place(one) for one in arguments))
+    function = getattr(library(), f"{kernel}_{str(dtype).removeprefix('torch.')}")
+    function(packed)
+    if recording.calls is not None:
+        place = ctypes.cast(function, ctypes.c_void_p).value
+        assert place is not None
+        recording.calls.made.append((place, packed))
+        recording.calls.kept += [one for one in arguments if isinstance(one, Tensor)]
+
+
+def _place(argument: Tensor | float | None) -> float:
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
 
 
 @cache
 def usable() -> bool:
     """Whether this machine can compile and run the C++ kernels."""
-    if not can("avx512_bf16") or _compiler() is None:
+    if sys.platform == "darwin" or vectors() is None or _compiler() is None:  # Apple's compiler has no OpenMP
         return False
     try:
         library()
@@ -44,6 +95,11 @@ def usable() -> bool:
         log.warning("C++ kernels are not used: %s", error)
         return False
     return True
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the kernels of products can be used here for this type."""
+    return (dtype == torch.float32 or (dtype == torch.bfloat16 and can("avx512_bf16"))) and usable()
 
 
 @cache
@@ -57,14 +113,12 @@ def library() -> Any:
     if compiler is None:
         raise LdmError("no C++ compiler is found: install g++ or clang++, or name one in CXX")
     content = b"".join(path.read_bytes() for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]))
-    name = hashlib.sha256(content + repr((compiler, FLAGS)).encode()).hexdigest()[:16] + ".so"
+    flags = [*(vectors() or []), *FLAGS]
+    name = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16] + ".so"
     path = cache_folder("kernels") / name
     if not path.is_file():
-        path = _compiled(compiler, path)
-    found = ctypes.CDLL(str(path))
-    for function, arguments in SIGNATURES.items():
-        getattr(found, function).argtypes = arguments
-    return found
+        path = _compiled([compiler, *flags], path)
+    return ctypes.CDLL(str(path))
 
 
 def learns(*tensors: Tensor) -> bool:
@@ -73,12 +127,13 @@ def learns(*tensors: Tensor) -> bool:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether these are plain bf16 tensors on the CPU, and no gradients are wanted.
+    """Whether these are plain tensors on the CPU, all in fp32 or all in bf16, and no gradients are wanted.
 
-    Other classes, such as quantised weights, report bf16 but hold other types in memory.
+    Other classes, such as quantised weights, report a type but hold other types in memory.
     """
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-    right = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
+    dtype = tensors[0].dtype
+    right = dtype in DTYPES and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
     return plain and right and not learns(*tensors)
 
 
@@ -87,7 +142,7 @@ def threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers > SMALL else 1
 
 
-def _compiled(compiler: str, path: Path) -> Path:
+def _compiled(command: list[str], path: Path) -> Path:
     """Compile the kernels to `path`, or to a temporary folder if the cache cannot be written."""
     log.info("compiling %s once, for this machine: %s", FOLDER, path)
     try:
@@ -99,11 +154,9 @@ def _compiled(compiler: str, path: Path) -> Path:
     made = Path(folder) / "made.so"
     sources = map(str, sorted(FOLDER.glob("*.cpp")))
     try:
-        done = subprocess.run(
-            [compiler, *FLAGS, *sources, "-o", str(made)], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([*command, *sources, "-o", str(made)], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise LdmError(f"{compiler} cannot compile {FOLDER}: {first_line(RuntimeError(done.stderr))}")
+            raise LdmError(f"{command[0]} cannot compile {FOLDER}: {first_line(RuntimeError(done.stderr))}")
         made.replace(path)
     finally:
         if path.parent != Path(folder):

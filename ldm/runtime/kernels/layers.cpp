@@ -1,89 +1,80 @@
-// Layers of a U-Net in bf16 that read and write memory once, with sums in fp32, for processors with AVX-512; layers.py
-// beside it calls them.
+// Layers of a U-Net that read and write memory once, with sums in fp32; layers.py beside it calls them.
 //
-// Images lie channels last: C channels of a pixel side by side, P pixels of an image, B images.
-#include <immintrin.h>
-
+// Images lie channels last: C channels of a pixel side by side, P pixels of an image, B images. T: float or bf16.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "avx512.h"
+#include "vectors.h"
 
 static const int64_t BLOCK = 64;  // pixels summed in fp32 before the sum is added to that in fp64
 
-static inline __m512 load(const bf16* x, __mmask16 here) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, x)), 16));
-}
-
-static inline void store(bf16* x, __mmask16 here, __m512 value) {
-    _mm256_mask_storeu_epi16(x, here, (__m256i)_mm512_cvtneps_pbh(value));
-}
-
-static inline __mmask16 mask(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
-
 // e^-x, without overflow
-static inline __m512 decay(__m512 x) {
-    x = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-80.f)), _mm512_set1_ps(-1.4426950409f));
-    return power(x);
+static inline vec decay(vec x) {
+    x = x < all(-80.f) ? all(-80.f) : x;
+    return power(x * -1.4426950409f);
 }
 
-// 1 / x, to about 2^-24 of it, for x that are not extreme
-static inline __m512 inverse(__m512 x) {
-    __m512 y = _mm512_rcp14_ps(x);
-    return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, _mm512_set1_ps(2.f)));
+// 1 / x, to about 2^-23 of it, for x that are not extreme
+static inline vec inverse(vec x) {
+#ifdef __AVX512F__
+    vec y = (vec)_mm512_rcp14_ps((__m512)x);
+    return y * (2.f - x * y);
+#else
+    return 1.f / x;
+#endif
 }
 
-static inline __m512 silu(__m512 x) {
-    return _mm512_mul_ps(x, inverse(_mm512_add_ps(_mm512_set1_ps(1.f), decay(x))));
-}
+static inline vec silu(vec x) { return x * inverse(1.f + decay(x)); }
 
 // Φ(x), the normal distribution; Abramowitz and Stegun 1964, 7.1.26, to 1.5e-7
-static inline __m512 normal(__m512 x) {
-    __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
-    __m512 t = inverse(_mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), z, _mm512_set1_ps(1.f)));
-    __m512 y = _mm512_set1_ps(1.061405429f);
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-1.453152027f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.421413741f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-0.284496736f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(0.254829592f));
-    __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), _mm512_set1_ps(0.5f));  // times e^(-x²/2): the smaller tail
-    tail = _mm512_mul_ps(tail, decay(_mm512_mul_ps(z, z)));
-    __mmask16 below = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    return _mm512_mask_mov_ps(_mm512_sub_ps(_mm512_set1_ps(1.f), tail), below, tail);
+static inline vec normal(vec x) {
+    vec z = (x < (vec){} ? -x : x) * 0.70710678f;
+    vec t = inverse(1.f + 0.3275911f * z);
+    vec y = 1.061405429f * t - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = y * t + 0.254829592f;
+    vec tail = y * t * 0.5f * decay(z * z);  // the smaller tail
+    return x < (vec){} ? tail : 1.f - tail;
 }
 
 // For each channel, the sums of x - x0 and of its square over some pixels; x0 is the image's first pixel.
-static void moments(const bf16* first, const bf16* x, int64_t pixels, int64_t C, double* sums) {
+template <class T>
+static void moments(const T* first, const T* x, int64_t pixels, int64_t C, double* sums) {
     for (int64_t begin = 0; begin < pixels; begin += BLOCK) {
         int64_t end = std::min(pixels, begin + BLOCK);
-        for (int64_t c = 0; c < C; c += 32) {  // a line of the cache
-            __mmask16 here[2] = {mask(C - c), mask(std::max<int64_t>(C - c - 16, 0))};
-            __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, square[2] = {sum[0], sum[0]};
-            __m512 x0[2] = {load(first + c, here[0]), load(first + c + 16, here[1])};
-            for (int64_t p = begin; p < end; p++)
-                for (int j = 0; j < 2; j++) {
-                    __m512 d = _mm512_sub_ps(load(x + p * C + c + 16 * j, here[j]), x0[j]);
-                    sum[j] = _mm512_add_ps(sum[j], d);
-                    square[j] = _mm512_fmadd_ps(d, d, square[j]);
-                }
-            float part[64];
-            for (int j = 0; j < 2; j++) {
-                _mm512_storeu_ps(part + 16 * j, sum[j]);
-                _mm512_storeu_ps(part + 32 + 16 * j, square[j]);
-            }
-            for (int64_t i = 0; i < std::min<int64_t>(32, C - c); i++) {
-                sums[c + i] += part[i];
-                sums[C + c + i] += part[32 + i];
+        for (int64_t c = 0; c < C; c += 2 * LANES) {
+            int64_t left[2] = {C - c, C - c - LANES};
+            vec sum[2] = {}, square[2] = {}, x0[2];
+            for (int j = 0; j < 2; j++) x0[j] = load(first + c + LANES * j, left[j]);
+            if (left[1] >= LANES)
+                for (int64_t p = begin; p < end; p++)
+                    for (int j = 0; j < 2; j++) {
+                        vec d = load(x + p * C + c + LANES * j) - x0[j];
+                        sum[j] += d;
+                        square[j] += d * d;
+                    }
+            else
+                for (int64_t p = begin; p < end; p++)
+                    for (int j = 0; j < 2; j++) {
+                        vec d = load(x + p * C + c + LANES * j, left[j]) - x0[j];
+                        sum[j] += d;
+                        square[j] += d * d;
+                    }
+            for (int64_t i = 0; i < std::min<int64_t>(2 * LANES, C - c); i++) {
+                sums[c + i] += sum[i / LANES][i % LANES];
+                sums[C + c + i] += square[i / LANES][i % LANES];
             }
         }
     }
 }
 
 // What each channel is multiplied by, and what is added: scale[C], then shift[C]. `offset` is part of what is normalised.
-static void scales(const double* sums, const bf16* first, const bf16* offset, const bf16* weight, const bf16* bias,
-                   int64_t P, int64_t C, int64_t groups, double eps, float* out) {
+template <class T>
+static void scales(const double* sums, const T* first, const T* offset, const T* weight, const T* bias, int64_t P,
+                   int64_t C, int64_t groups, double eps, float* out) {
     int64_t per = C / groups;
     std::vector<double> means(C);
     for (int64_t c = 0; c < C; c++) means[c] = number(first[c]) + sums[c] / P + (offset ? number(offset[c]) : 0);
@@ -103,17 +94,34 @@ static void scales(const double* sums, const bf16* first, const bf16* offset, co
     }
 }
 
-// silu(group norm(x + offset)), x and out (B, P, C), offset (B, C) or null; without `activate`, the norm alone
-extern "C" void group_norm(const bf16* x, const bf16* offset, const bf16* weight, const bf16* bias, bf16* out,
-                           int64_t B, int64_t P, int64_t C, int64_t groups, double eps, int64_t activate,
-                           int64_t threads) {
-    std::vector<double> sums(threads * 2 * C);
+template <class T>
+static void scaled(const T* from, T* to, const float* factors, int64_t pixels, int64_t C, bool activate) {
+    for (int64_t p = 0; p < pixels; p++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            int64_t left = C - c;
+            vec y = load(from + p * C + c, left) * load(factors + c, left) + load(factors + C + c, left);
+            store(to + p * C + c, activate ? silu(y) : y, left);
+        }
+}
+
+struct GroupNorm {  // silu(group norm(x + offset)), x and out (B, P, C), offset (B, C) or null
+    const void *x, *offset, *weight, *bias;
+    void* out;
+    int64_t B, P, C, groups;
+    double eps;
+    int64_t activate, threads;  // without `activate`, the norm alone
+};
+
+template <class T>
+static void group_norm(const GroupNorm& a) {
+    int64_t P = a.P, C = a.C;
+    std::vector<double> sums(a.threads * 2 * C);
     std::vector<float> factors(2 * C);
-    for (int64_t b = 0; b < B; b++) {
-        const bf16* from = x + b * P * C;
-        bf16* to = out + b * P * C;
+    for (int64_t b = 0; b < a.B; b++) {
+        const T* from = (const T*)a.x + b * P * C;
+        T* to = (T*)a.out + b * P * C;
         std::fill(sums.begin(), sums.end(), 0.0);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(a.threads)
         {
             int64_t thread, count;
             share(thread, count);
@@ -124,30 +132,125 @@ extern "C" void group_norm(const bf16* x, const bf16* offset, const bf16* weight
             {
                 for (int64_t other = 1; other < count; other++)
                     for (int64_t i = 0; i < 2 * C; i++) sums[i] += sums[other * 2 * C + i];
-                scales(sums.data(), from, offset ? offset + b * C : nullptr, weight, bias, P, C, groups, eps,
+                const T* offset = a.offset ? (const T*)a.offset + b * C : nullptr;
+                scales(sums.data(), from, offset, (const T*)a.weight, (const T*)a.bias, P, C, a.groups, a.eps,
                        factors.data());
             }
-            for (int64_t p = begin; p < end; p++)
-                for (int64_t c = 0; c < C; c += 16) {
-                    __mmask16 here = mask(C - c);
-                    __m512 y = _mm512_fmadd_ps(load(from + p * C + c, here), _mm512_maskz_loadu_ps(here, &factors[c]),
-                                               _mm512_maskz_loadu_ps(here, &factors[C + c]));
-                    store(to + p * C + c, here, activate ? silu(y) : y);
-                }
+            scaled(from + begin * C, to + begin * C, factors.data(), end - begin, C, a.activate);
         }
     }
 }
 
-// y[:, :C] · gelu(y[:, C:]), where y is x and a bias, rows of 2 C numbers
-extern "C" void geglu(const bf16* x, const bf16* bias, bf16* out, int64_t rows, int64_t C, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t r = 0; r < rows; r++) {
-        const bf16 *value = x + r * 2 * C, *gate = value + C;
-        for (int64_t c = 0; c < C; c += 16) {
-            __mmask16 here = mask(C - c);
-            __m512 v = _mm512_add_ps(load(value + c, here), load(bias + c, here));
-            __m512 g = _mm512_add_ps(load(gate + c, here), load(bias + C + c, here));
-            store(out + r * C + c, here, _mm512_mul_ps(v, _mm512_mul_ps(g, normal(g))));
+extern "C" void group_norm_float32(const GroupNorm* a) { group_norm<float>(*a); }
+extern "C" void group_norm_bfloat16(const GroupNorm* a) { group_norm<bf16>(*a); }
+
+struct GEGLU {  // y[:, :C] · gelu(y[:, C:]), where y is x and a bias, rows of 2 C numbers
+    const void *x, *bias;
+    void* out;
+    int64_t rows, C, threads;
+};
+
+template <class T>
+static void geglu(const GEGLU& a) {
+    int64_t C = a.C;
+#pragma omp parallel for num_threads(a.threads)
+    for (int64_t r = 0; r < a.rows; r++) {
+        const T *value = (const T*)a.x + r * 2 * C, *gate = value + C, *bias = (const T*)a.bias;
+        T* out = (T*)a.out + r * C;
+        for (int64_t c = 0; c < C; c += LANES) {
+            int64_t left = C - c;
+            vec v = load(value + c, left) + load(bias + c, left);
+            vec g = load(gate + c, left) + load(bias + C + c, left);
+            store(out + c, v * (g * normal(g)), left);
         }
     }
 }
+
+extern "C" void geglu_float32(const GEGLU* a) { geglu<float>(*a); }
+extern "C" void geglu_bfloat16(const GEGLU* a) { geglu<bf16>(*a); }
+
+struct LayerNorm {  // each of the rows of C numbers
+    const void *x, *weight, *bias;
+    void* out;
+    int64_t rows, C;
+    double eps;
+    int64_t threads;
+};
+
+template <class T>
+static void layer_norm(const LayerNorm& a) {
+    int64_t C = a.C;
+#pragma omp parallel for num_threads(a.threads)
+    for (int64_t r = 0; r < a.rows; r++) {
+        const T *x = (const T*)a.x + r * C, *weight = (const T*)a.weight, *bias = (const T*)a.bias;
+        T* out = (T*)a.out + r * C;
+        vec total = {}, square = {};
+        for (int64_t c = 0; c < C; c += LANES) total += load(x + c, C - c);
+        float mean = sum(total) / C;
+        for (int64_t c = 0; c < C; c += LANES) {
+            vec d = load(x + c, C - c) - mean;
+            if (C - c < LANES)
+                for (int64_t i = C - c; i < LANES; i++) d[i] = 0;
+            square += d * d;
+        }
+        float gain = 1 / std::sqrt(sum(square) / C + (float)a.eps);
+        for (int64_t c = 0; c < C; c += LANES) {
+            int64_t left = C - c;
+            store(out + c, (load(x + c, left) - mean) * gain * load(weight + c, left) + load(bias + c, left), left);
+        }
+    }
+}
+
+extern "C" void layer_norm_float32(const LayerNorm* a) { layer_norm<float>(*a); }
+extern "C" void layer_norm_bfloat16(const LayerNorm* a) { layer_norm<bf16>(*a); }
+
+struct Sum {  // a + b
+    const void *a, *b;
+    void* out;
+    int64_t count, threads;
+};
+
+template <class T>
+static void add(const Sum& a) {
+#pragma omp parallel for num_threads(a.threads)
+    for (int64_t i = 0; i < a.count; i += LANES) {
+        int64_t left = a.count - i;
+        store((T*)a.out + i, load((const T*)a.a + i, left) + load((const T*)a.b + i, left), left);
+    }
+}
+
+extern "C" void add_float32(const Sum* a) { add<float>(*a); }
+extern "C" void add_bfloat16(const Sum* a) { add<bf16>(*a); }
+
+struct SiLU {
+    const void* x;
+    void* out;
+    int64_t count, threads;
+};
+
+template <class T>
+static void activate(const SiLU& a) {
+#pragma omp parallel for num_threads(a.threads)
+    for (int64_t i = 0; i < a.count; i += LANES)
+        store((T*)a.out + i, silu(load((const T*)a.x + i, a.count - i)), a.count - i);
+}
+
+extern "C" void silu_float32(const SiLU* a) { activate<float>(*a); }
+extern "C" void silu_bfloat16(const SiLU* a) { activate<bf16>(*a); }
+
+struct Joined {  // rows of a and of b side by side; lengths in bytes
+    const char *a, *b;
+    char* out;
+    int64_t rows, first, second;
+};
+
+static void join(const Joined& a) {
+    for (int64_t r = 0; r < a.rows; r++) {
+        char* out = a.out + r * (a.first + a.second);
+        std::memcpy(out, a.a + r * a.first, a.first);
+        std::memcpy(out + a.first, a.b + r * a.second, a.second);
+    }
+}
+
+extern "C" void join_float32(const Joined* a) { join(*a); }
+extern "C" void join_bfloat16(const Joined* a) { join(*a); }

@@ -1,6 +1,6 @@
-"""Group norm and GEGLU in bf16 on processors with AVX-512 BF16, in one pass over memory each: see `layers.cpp`.
+"""Norms, GEGLU and sums on the CPU, in fp32 or bf16, in one pass over memory each: see `layers.cpp`.
 
-B batch, C channels, H×W height and width
+All tensors are on the CPU and of one type (`compiled.fits`). B batch, C channels, H×W height and width
 """
 
 from __future__ import annotations
@@ -8,30 +8,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.runtime.kernels.compiled import library, threads
+from ldm.runtime.kernels.compiled import call, threads
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
     """`norm` of images (B, C, H, W) that lie channels last, plus an offset (B, C); with `silu`, SiLU of it.
 
-    Wu and He 2018 (arXiv 1803.08494). All in bf16 on the CPU (`compiled.fits`); means and variances are in fp64.
+    Wu and He 2018 (arXiv 1803.08494). Means and variances are in fp64.
     """
     out = torch.empty_like(x)
     batch, channels, height, width = x.shape
-    library().group_norm(
-        x.data_ptr(), None if offset is None else offset.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(),
-        out.data_ptr(), batch, height * width, channels, norm.num_groups, norm.eps, silu, threads(x.numel()),
+    call(
+        "group_norm", x.dtype, x, offset, norm.weight, norm.bias, out, batch, height * width, channels,
+        norm.num_groups, norm.eps, silu, threads(x.numel()),
     )  # fmt: skip
+    return out
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """`norm` of the last dimension of `x` (…, C), contiguous; Ba et al. 2016 (arXiv 1607.06450)."""
+    out, channels = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // channels
+    call("layer_norm", x.dtype, x, norm.weight, norm.bias, out, rows, channels, norm.eps, threads(x.numel()))
     return out
 
 
 def geglu(x: Tensor, bias: Tensor) -> Tensor:
     """The first half of the channels of `x` (…, 2 C), contiguous, plus a bias (2 C,), times GELU of the second: (…, C).
 
-    Shazeer 2020 (arXiv 2002.05202). All in bf16 on the CPU.
+    Shazeer 2020 (arXiv 2002.05202).
     """
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    library().geglu(
-        x.data_ptr(), bias.data_ptr(), out.data_ptr(), out.numel() // out.shape[-1], out.shape[-1], threads(x.numel())
-    )
+    call("geglu", x.dtype, x, bias, out, out.numel() // out.shape[-1], out.shape[-1], threads(x.numel()))
+    return out
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two tensors that lie in memory in the same order, without gaps."""
+    out = torch.empty_like(a)
+    call("add", a.dtype, a, b, out, a.numel(), threads(a.numel()))
+    return out
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that lies in memory without gaps."""
+    out = torch.empty_like(x)
+    call("silu", x.dtype, x, out, x.numel(), threads(x.numel()))
+    return out
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """The channels of images (B, C, H, W) that lie channels last, then those of others."""
+    (batch, first, height, width), second = a.shape, b.shape[1]
+    out = torch.empty(
+        batch, first + second, height, width, dtype=a.dtype, memory_format=torch.channels_last
+    )  # as its parts
+    rows, size = batch * height * width, a.element_size()
+    call("join", a.dtype, a, b, out, rows, first * size, second * size)
     return out
