@@ -2,9 +2,9 @@
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
 where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN.
-Weights of convolutions, and of products with few rows, are brought once into the order in which they are multiplied, and
-large ones are in memory in that order alone (`reordered.py`); otherwise oneDNN reorders them at each call, which takes as
-long as a product.
+Weights of convolutions, and of products with few rows, are brought once into the order in which they are multiplied,
+and large ones are in memory in that order alone (`reordered.py`); otherwise oneDNN reorders them at each call, which
+takes as long as a product.
 
 B batch, C channels, H×W height and width
 """
