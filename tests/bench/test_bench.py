@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,22 +16,22 @@ import pytest
 import tiny
 import torch
 from commands import run
-from launched import warm
+from launched import Program, warm
 
-from ldm.bench import cold, measuring, processes
+from ldm.bench import cold, measuring, phases, processes
 from ldm.bench.cold import TIMED, Cold, cold_starts, printed
 from ldm.bench.measuring import Seconds, timed
 from ldm.bench.options import BenchOptions, Call
 from ldm.bench.processes import SideProcess
 from ldm.bench.sides import ours, theirs
-from ldm.bench.tables import ratios
+from ldm.bench.tables import phases_table, ratios
 from ldm.errors import LdmError
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2-v", "sdxl"])
 def test_both_sides_do_the_same_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same latents come out, given the same noise, and each step is told of once."""
-    model, call = tiny.model(name), Call(64, 72, 2, 5.0)
+    model, call = tiny.model(name, shallow=True), Call(64, 72, 2, 5.0)
     decoded: list[torch.Tensor] = []
     for kind in (type(model.autoencoder), diffusers.AutoencoderKL):
         monkeypatch.setattr(kind, "decode", recording(kind.decode, decoded))
@@ -70,7 +71,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command(
     forked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "model")
     monkeypatch.setitem(measuring.SIZES, "cpu", 64)
     out = tmp_path / "bench.json"
     code, said, _ = run(
@@ -108,6 +109,27 @@ def test_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {name: [Cold(3.0, 1.024, 1.0, 0.5)] * 2 for name in ("ldm", "diffusers")}
 
 
+def test_the_phases_of_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is missing, and together they take the time that has passed."""
+
+    def forked(name: str, arguments: list[str]) -> str:
+        program = Program(*arguments)
+        out, err = program.communicate()
+        assert program.returncode == 0, err
+        return out.splitlines()[-1]
+
+    monkeypatch.setattr(cold, "last_line", forked)
+    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    began = time.monotonic()
+    (found,) = cold.phase_seconds(tmp_path / "model", 1, "cpu")
+    seconds = time.monotonic() - began
+    named = {name for name, _, _ in phases.CALLS}
+    assert named | {"Python", "importing PyTorch", "first step", "further steps", "exit"} <= found.keys()
+    assert all(found[name] > 0 for name in named)
+    assert 0 < sum(found.values()) < seconds
+    assert [*phases_table([found]).columns[0].cells] == [*found, "together"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -133,7 +155,7 @@ def test_a_side_that_cannot_be_had(
     forked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its process says comes out as one line; so does its death."""
-    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "model")
     code, _, err = run(capsys, monkeypatch, "bench", tmp_path / "model", "--quantize", "int9")
     assert code == 1
     assert err.startswith("ldm: quantize 'int9' is not known") and len(err.splitlines()) == 1
@@ -174,7 +196,7 @@ def test_a_rival_that_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "model")
     monkeypatch.setitem(measuring.SIZES, "cpu", 64)
     image = SideProcess.image
 

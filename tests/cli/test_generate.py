@@ -113,7 +113,7 @@ def test_images_from_images_and_refined_ones_can_be_made_again(ldm: Any, models:
 
 def test_an_image_with_a_component_from_elsewhere_can_be_made_again(ldm: Any, models: Path) -> None:
     """Of a file without an autoencoder, which the record names."""
-    tiny.model("sd15", seed=1).save_pretrained("whole.safetensors")
+    tiny.model("sd15", seed=1, shallow=True).save_pretrained("whole.safetensors")
     with safe_open("whole.safetensors", "pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key != DIGEST}
     kept = {name: t for name, t in load_file("whole.safetensors").items() if not name.startswith("first_stage_model.")}
@@ -230,6 +230,46 @@ def test_a_list_of_prompts_goes_on_where_it_stopped(ldm: Any, tmp_path: Path) ->
     assert "nothing to do: all 3 images are there" in ldm(*command)[2]
 
 
+def test_lines_that_differ_in_their_texts_are_made_together(ldm: Any, tmp_path: Path) -> None:
+    """Wherever they stand; each keeps its own texts and seed."""
+    lines = [
+        {"prompt": "a", "negative": "x"}, {"prompt": "b", "steps": 1, "negative": "y"}, {"prompt": "c", "seed": 9},
+        {"prompt": "d", "negative": "z"}, {"prompt": "e", "steps": 1, "negative": "v"},
+    ]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 2, "--guidance", 3)
+    assert code == 0, err
+    records = [read_settings(tmp_path / path)[0] or {} for path in sorted(out.split())]
+    found = [tuple(one.get(name) for name in ("prompt", "negative", "seed", "steps", "batch")) for one in records]
+    assert found == [("a", "x", 0, 2, 2), ("b", "y", 1, 1, 2), ("c", None, 9, 2, None), ("d", "z", 3, 2, 2),
+                     ("e", "v", 4, 1, 2)]  # fmt: skip
+    lines[-1]["negative"] = "(v:1e)(v:5000)"
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "p.jsonl, line 5: a weight of 5000" in ldm("generate", "--prompts", "p.jsonl", "--guidance", 3)[2]
+
+
+def test_a_list_that_fills_the_disk_goes_on_later(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says so, and what is there is whole."""
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
+    command = ["generate", "--prompts", "p.txt", "--steps", 1, "--out", "o", "--batch", 2]
+    room, fsync = iter([True]), os.fsync
+
+    def full(file: int) -> None:
+        if not next(room, False):
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.images.os.fsync", full)
+        code, out, err = ldm(*command)
+    assert code == 1
+    assert re.fullmatch(r"ldm: o/\d{6}-\w{8}\.png cannot be written: No space left on device\n", err)
+    assert out.split() == [f"o/{path.name}" for path in (tmp_path / "o").iterdir()]
+    assert len(out.split()) == 1
+    assert read_settings(tmp_path / out.strip())[0]
+    assert len(ldm(*command)[1].split()) == 3
+
+
 def test_processes_share_a_list(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\ne\n")
     made = []
@@ -246,8 +286,8 @@ def listed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     prompts = tmp_path_factory.mktemp("prompts") / "p.txt"
     prompts.write_text("\n".join(f"prompt {number}" for number in range(8)))
     return [
-        "generate", "--model", str(models / "sd15"), "--dtype", "fp32", "--device", "cpu", "--steps", "4",
-        "--scheduler", "euler-a", "--prompts", str(prompts), "--out",
+        "generate", "--model", str(models / "sd15"), "--dtype", "fp32", "--device", "cpu", "--steps", "12",
+        "--batch", "1", "--scheduler", "euler-a", "--prompts", str(prompts), "--out",
     ]  # fmt: skip
 
 
@@ -565,7 +605,7 @@ def test_an_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters `one` and `two` for the tiny SD 1.5 model."""
-    root, model = tmp_path_factory.mktemp("loras"), tiny.model("sd15")
+    root, model = tmp_path_factory.mktemp("loras"), tiny.model("sd15", shallow=True)
     for name in ("one", "two"):
         adapter_files.saved(adapter_files.adapter(model, "kohya"), root / f"{name}.safetensors")
     return root
