@@ -17,26 +17,25 @@ from typing import Any
 import torch
 from PIL import Image
 
-import ldm
 from ldm.cli.common import counter, log_warnings, to_png
 from ldm.cli.info import describe
-from ldm.cli.record import to_parameters
 from ldm.conditions.table import check_kind
 from ldm.errors import LdmError
 from ldm.files import file_digest
 from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.launch import processes, rank
-from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import build
 from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
+from pipelines.a1111 import to_parameters
 from pipelines.control_images import control_images
 from pipelines.pipeline import named
+from pipelines.provenance import provenance
 from pipelines.request import Request, records
 from pipelines.settings import LOADING, at, checked
-from pipelines.tuning import dtype_named, room_of
+from pipelines.tuning import dtype_named
 
 TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
 LARGEST_FILE = 256 * 2**20
@@ -120,11 +119,11 @@ def generate_images(options: Options) -> None:
     number, world = rank(), processes()
     pipeline = _pipeline(options, world)
     groups = list(checked_groups(pipeline, options.common, jobs))
-    provenance = _provenance(options, pipeline)
+    about = provenance(options.loading, pipeline)
     made = []
     with counter("images", -(-len(left) // world)) as advance:
         for job, image, record in _images(pipeline, groups, left, number, world):
-            full = {**record, **provenance}
+            full = {**record, **about}
             target = targets[job.index] if options.prompts_file else _free(targets[job.index], options.out)
             save_png(image, target, full, to_parameters(full))
             print(json.dumps({"path": str(target), **full}) if options.as_json else target, flush=True)
@@ -164,28 +163,6 @@ def _images(
             for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
                 if numbers[row] in left:
                     yield group.jobs[row], image, {**record, **files}
-
-
-def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
-    """The model's part of a record."""
-    loading, model, room = options.loading, pipeline.model, room_of(pipeline.model)
-    source = loading.get("source") or DEFAULT
-    own = {
-        "source": _absolute(source),
-        "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
-        "components": {name: _absolute(path) for name, path in loading.get("components", {}).items()} or None,
-        "control_models": [_absolute(one) for one in loading.get("control_models", ())] or None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
-    }
-    rows = at("record", LOADING).values()
-    values = {row.key: own[row.name] if row.name in own else loading.get(row.name, row.usual) for row in rows}
-    return {
-        "version": f"ldm {ldm.__version__}",
-        "model": Path(source).stem,
-        "model_hash": model.fingerprint(),
-        **{key: value for key, value in values.items() if value is not None},
-    }
 
 
 # --- jobs and groups --------------------------------------------------------------------------------------------------
@@ -314,11 +291,6 @@ def _free(target: Path, out: str) -> Path:
         number, _, rest = target.name.partition("-")
         target = target.with_name(f"{int(number) + 1:05d}-{rest}")
     return target
-
-
-def _absolute(source: str) -> str:
-    """The absolute path of a source, or the name of a model as it is."""
-    return source if builtin(source) or not Path(source).exists() else str(Path(source).absolute())
 
 
 def _describe(options: Options, jobs: list[Job], left: int) -> dict[str, Any]:
