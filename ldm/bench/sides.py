@@ -134,7 +134,7 @@ def run_by_openvino(pipeline: Any, model: LatentDiffusion, call: Call, dtype: to
         LdmError: OpenVINO is not installed.
     """
     try:
-        import openvino  # type: ignore[import-not-found]
+        import openvino
     except ImportError:
         raise LdmError("--against openvino needs the package openvino: pip install openvino") from None
     factor, channels = model.family.autoencoder.factor, model.family.autoencoder.latent_channels

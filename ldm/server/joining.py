@@ -73,7 +73,7 @@ def waiting(network: N) -> N:
     for kind in (WaitingUNet, WaitingAutoencoder, WaitingTextEncoders):
         if isinstance(network, kind.waits):
             other = copy.copy(network)
-            other.__class__ = _waiting(kind, type(network))
+            other.__class__ = _waiting(kind, cast("Any", type(network)))
             if isinstance(network, UNet):
                 admit(network, cast("UNet", other))  # those that record their steps know layers by their classes
             return other
@@ -144,7 +144,7 @@ class DecoderCall(Call):
         self.most = max(1, decodable(factor * z.shape[2], factor * z.shape[3]) // len(z))
 
     def alone(self) -> Tensor:
-        return super(WaitingAutoencoder, self.autoencoder).decode(self.z)  # type: ignore[misc,arg-type]
+        return super(WaitingAutoencoder, self.autoencoder).decode(self.z)  # type: ignore[misc]
 
     @classmethod
     def together(cls, calls: Sequence[DecoderCall], joints: Joints) -> list[Tensor]:
@@ -161,7 +161,7 @@ class TextCall(Call):
         self.key = (TextCall, id(encoders), clip_skip)
 
     def alone(self) -> Conditioning:
-        return super(WaitingTextEncoders, self.encoders).encode(self.tokens, self.clip_skip)  # type: ignore[misc,arg-type]
+        return super(WaitingTextEncoders, self.encoders).encode(self.tokens, self.clip_skip)  # type: ignore[misc]
 
     @classmethod
     def together(cls, calls: Sequence[TextCall], joints: Joints) -> list[Conditioning]:
@@ -257,7 +257,7 @@ def _comparable(value: Any) -> Hashable:
     if isinstance(value, PLAIN):
         return value
     if getattr(value, "of_one_call", False):
-        return type(value)
+        return type(value).__qualname__
     if isinstance(value, (tuple, list)):
         return tuple(map(_comparable, value))
     if isinstance(value, dict):

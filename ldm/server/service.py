@@ -83,7 +83,9 @@ class Service:
             LdmError: a setting is not allowed or above a limit.
         """
         values = settings_of(given, self.limits)
-        request = self.engine.request(values.pop("prompt", ""), **values)
+        if "prompt" not in values:
+            raise LdmError("no prompt: at least one text is needed")
+        request = self.engine.request(values.pop("prompt"), **values)
         largest = enlarged_request(request, self.engine.pipeline.model.family) if request.hires else request
         for name, value, most in (
             ("pixels", largest.width * largest.height, self.limits.pixels),
@@ -138,12 +140,8 @@ class Service:
     def adapters(self) -> list[str]:
         """The names of the adapters that requests can name."""
         own = self.engine.pipeline.adapters
-        found = (
-            {path.relative_to(own.folder).with_suffix("").as_posix() for path in files_in(own.folder)}
-            if own.folder
-            else set()
-        )
-        return sorted(found | own.names.keys())
+        files = [path.relative_to(own.folder) for path in files_in(own.folder)] if own.folder else []
+        return sorted({path.with_suffix("").as_posix() for path in files} | {one.name for one in own.usual})
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the body of a job, from the table of settings."""
