@@ -17,5 +17,6 @@ class Limits:
     characters: int = 4000  # of one prompt
     seconds: float = 600.0  # that a job may take, with its time in the queue
     queue: int = 256  # images that may wait
-    kept: int = 256  # images of jobs that are over, kept to be fetched
+    uploads: int = 2**27  # pixels of all uploaded images of jobs that are not over
+    kept: int = 2**27  # pixels of images of jobs that are over, kept to be fetched
     keep_seconds: float = 900.0  # how long they are kept

@@ -11,6 +11,7 @@ import binascii
 import io
 import json
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipelines.settings import CONTROL, IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, at, c
 log = logging.getLogger(__name__)
 FORMATS = ("PNG", "JPEG", "WEBP")
 UPLOADS = (IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, CONTROL)  # kinds of values that hold images
+DECODING = threading.Semaphore(4)  # images that are decoded at a time
 TEXTS = ("prompt", "negative", "prompt_2", "negative_2")
 
 
@@ -146,7 +148,8 @@ def uploaded(text: str, name: str, limits: Limits) -> Image.Image:
         raise LdmError(f"{name}: it is no image, or none of these: {', '.join(FORMATS)}") from None
     if width * height > limits.upload:
         raise LdmError(f"{name} has {width}×{height} pixels; this server reads at most {limits.upload:,}")
-    image, notes = load_noted(io.BytesIO(data), name, colours="mask" not in name)
+    with DECODING:
+        image, notes = load_noted(io.BytesIO(data), name, colours="mask" not in name)
     if ANIMATED in notes:
         log.warning("%s: %s", name, ANIMATED)
     return image

@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ldm.errors import LdmError, check_whole
 from ldm.images import png_bytes
-from ldm.server.engine import Engine
+from ldm.server.engine import Engine, NotTakenError
 from ldm.server.jobs import DONE, NOTES, Event, Job, Listener
 from ldm.server.limits import Limits
 from ldm.server.reading import settings_of
@@ -44,7 +45,7 @@ class Service:
         own = provenance(loading, pipeline)
         self.about = {key: value for key, value in own.items() if key not in PLACES}
         self.jobs: dict[str, Job] = {}  # in the order of their arrival
-        self.watchers: list[Watcher] = []  # of all jobs
+        self.watchers: list[Watcher] = [release]  # of all jobs
         self._changing = threading.Lock()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -68,6 +69,9 @@ class Service:
         job.listeners += [] if listener is None else [listener]
         with self._changing:
             self._forget()
+            uploads = sum(uploaded_pixels(other.request) for other in (job, *self.jobs.values()))
+            if uploads > self.limits.uploads:
+                raise NotTakenError(f"images uploaded for jobs have {uploads:,} pixels in all: try again later")
             self.jobs[job.id] = job
         try:
             return self.engine.submit(job)
@@ -125,7 +129,7 @@ class Service:
         now, kept = time.monotonic(), 0
         for name, job in reversed(self.jobs.copy().items()):
             if job.over.is_set():
-                kept += len(job.made)
+                kept += sum(one.image.width * one.image.height for one in job.made if one is not None)
                 old = now - (job.ended or now) > self.limits.keep_seconds
                 if old or kept > self.limits.kept:
                     del self.jobs[name]
@@ -160,6 +164,20 @@ class Service:
             "previews": {"type": "boolean", "default": False},
         }
         return {"type": "object", "required": ["prompt"], "properties": properties}
+
+
+def uploaded_pixels(request: Request) -> int:
+    """The pixels of all images that a request holds."""
+    found = [request.image, request.mask, *(one.given for one in request.control)]
+    for prompt in request.image_prompt:
+        found += [*prompt.images, prompt.mask]
+    return sum(image.width * image.height for image in found if image is not None)
+
+
+def release(job: Job, event: Event) -> None:
+    """Let a job that is over hold no uploaded images."""
+    if event.kind == "state" and job.over.is_set():
+        job.request = replace(job.request.changed(control=(), image_prompt=()), image=None, mask=None)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 from ldm.errors import LdmError
 from ldm.images import read_settings
 from ldm.server.api import make_app
+from ldm.server.engine import NotTakenError
 from ldm.server.guard import HEADERS
 from ldm.server.limits import Limits
 from ldm.server.reading import read_json, settings_of
@@ -326,20 +327,30 @@ def test_metadata_of_uploads_is_left_out(client: TestClient) -> None:
     assert b"a secret" not in client.get(found["images"][0]["url"]).content
 
 
-def test_jobs_are_forgotten(service: Service) -> None:
-    made = Service.__new__(Service)
-    made.limits, made._changing, made.jobs = Limits(kept=3, keep_seconds=1000), threading.Lock(), {}
-    request = service.request({**SMALL, "n": 2})
-    from ldm.server.jobs import Job
+def test_jobs_are_forgotten(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "jobs", {})
+    monkeypatch.setattr(service, "limits", replace(LIMITS, kept=3 * 64 * 64))
+    jobs = [service.accept({**SMALL, "n": 2}) for _ in range(2)]
+    running = service.accept({**SMALL, "steps": 400})
+    for job in jobs:
+        job.result(60)
+    assert service.job(jobs[0].id) is None and service.job(jobs[1].id) is jobs[1]
+    monkeypatch.setattr(service, "limits", replace(LIMITS, keep_seconds=0))
+    assert service.job(jobs[1].id) is None and service.job(running.id) is running
+    running.cancel()
 
-    for number in range(3):
-        job = Job(request)
-        made.jobs[str(number)] = job
-        if number != 1:
-            job.cancel()
-    assert made.job("0") is None and made.job("1") is not None and made.job("2") is not None
-    made.limits = Limits(keep_seconds=0)
-    assert made.job("2") is None and made.job("1") is not None
+
+def test_uploads_of_all_jobs_are_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "jobs", {})
+    monkeypatch.setattr(service, "limits", replace(LIMITS, uploads=2 * 64 * 64))
+    given = {**SMALL, "steps": 400, "image": encoded(Image.new("RGB", (64, 64)))}
+    jobs = [service.accept(given) for _ in range(2)]
+    with pytest.raises(NotTakenError, match="12,288 pixels in all"):
+        service.accept(given)
+    for job in jobs:
+        job.cancel()
+        assert job.request.image is None
+    service.accept(given).cancel()
 
 
 def test_settings_by_other_names() -> None:
