@@ -1,9 +1,10 @@
-"""What this process may use of the machine: cores and memory, within its control groups (cgroup)."""
+"""What this process may use of the machine: cores, memory and threads, within its control groups (cgroup)."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def free_memory(root: Path = ROOT, own: Path = OWN, machine: Path = Path("/proc/
     for folder in _groups("memory", root, own):
         texts = [_read(folder / name).strip() for name in ("memory.max", "memory.limit_in_bytes")]
         limits += [int(text) for text in texts if text.isdigit()]
+    return min(limits)
+
+
+def free_threads(root: Path = ROOT, own: Path = OWN) -> int:
+    """The threads that this process may still start, as far as its limits tell: those of the user, control groups."""
+    import resource  # not on Windows
+
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    limits = [sys.maxsize if most == resource.RLIM_INFINITY else most]
+    for folder in _groups("pids", root, own):
+        texts = [_read(folder / name).strip() for name in ("pids.max", "pids.current")]
+        limits += [int(texts[0]) - int(texts[1])] if all(text.isdigit() for text in texts) else []
     return min(limits)
 
 

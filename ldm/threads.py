@@ -1,8 +1,6 @@
-"""How many threads compute on the CPU, settled before PyTorch is loaded, and how they wait for each other.
+"""How many threads compute on the CPU, settled before PyTorch is loaded; what is set in the environment stays as it is.
 
-OpenMP's threads spin while they wait. Beside other busy processes, a spinning thread keeps from its core the very
-thread that it waits for, and `OMP_WAIT_POLICY=passive` is several times as fast. On a quiet machine it is slower, so
-the policy is left to the user. What is set in the environment stays as it is.
+How they wait for each other follows the load, later: `ldm.runtime.waiting`.
 """
 
 from __future__ import annotations
@@ -28,9 +26,3 @@ def settle(environment: MutableMapping[str, str] = os.environ) -> None:
     limit, siblings = quota(), int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if THREADS not in environment and (limit < cores() or siblings > 1):
         environment[THREADS] = str(max(min(cores(), limit) // siblings, 1))
-
-
-def waiting(environment: MutableMapping[str, str] = os.environ) -> str:
-    """The waiting policy in words, for reports."""
-    found = [f"{name}={environment[name]}" for name in (POLICY, *SPINS) if name in environment]
-    return ", ".join(found) or "OpenMP's own"

@@ -24,6 +24,7 @@ from ldm.models.tiling import sliced_decode, sliced_encode, tiled_decode, tiled_
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.patching import patched
 from ldm.process import NoiseSchedule
+from ldm.runtime.waiting import watch
 from ldm.sampling import schedulers
 from ldm.sampling.guidance import check_finite, guided
 from ldm.sampling.loop import Denoise, Step, Time, sample
@@ -122,6 +123,7 @@ class SamplingRun:
         config = model.family.autoencoder
         side = config.factor
         self.shape = (len(request.prompts), config.latent_channels, request.height // side, request.width // side)
+        watch(self.device.type, torch.get_num_threads())
 
     # --- conditioning -----------------------------------------------------------------------------------------------
 

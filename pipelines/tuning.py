@@ -26,17 +26,11 @@ from ldm.runtime.offload import Room, by_layers, room_for
 from ldm.runtime.quantization import check_quantize, quantize
 from ldm.weights.components import Opened
 from ldm.weights.sources import open_source
+from ldm.weights.tensors import FLOATS
 
 log = logging.getLogger(__name__)
 N = TypeVar("N", bound=nn.Module)
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = FLOATS | {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
 @dataclass(frozen=True)

@@ -55,3 +55,19 @@ def test_free_memory(groups: str, files: dict[str, str], expected: int, tmp_path
 
 def test_this_machine_has_memory() -> None:
     assert limits.free_memory() > 2**20
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {}, 1000),
+        ("0::/a", {"a/pids.max": "30", "a/pids.current": "20"}, 10),
+        ("0::/a", {"a/pids.max": "max", "a/pids.current": "20"}, 1000),
+        ("8:pids:/a", {"pids/a/pids.max": "30", "pids/a/pids.current": "30"}, 0),
+    ],
+)
+def test_free_threads(
+    groups: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1000, 2000))
+    assert limits.free_threads(*written(tmp_path, groups, files)) == expected

@@ -1,4 +1,4 @@
-"""The number of threads and their waiting policy."""
+"""The number of threads."""
 
 from __future__ import annotations
 
@@ -38,10 +38,3 @@ def test_nothing_is_set_once_torch_is_there() -> None:
     environment: dict[str, str] = {}
     threads.settle(environment)
     assert not environment
-
-
-@pytest.mark.parametrize(
-    ("given", "said"), [({}, "OpenMP's own"), ({"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY=passive")]
-)
-def test_the_policy_in_words(given: dict[str, str], said: str) -> None:
-    assert threads.waiting(given) == said

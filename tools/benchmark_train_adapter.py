@@ -19,10 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +32,10 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from diffusers.training_utils import cast_training_params
+from taking_turns import DEVICE, in_turn, parse, timed, write_found
 from torch import nn
 
-from ldm.bench.measuring import device_name, peak, reset_peak
+from ldm.bench.measuring import peak, reset_peak
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.families import FAMILIES, Family
@@ -222,16 +219,8 @@ def inputs(options: argparse.Namespace, family: Family, device: torch.device) ->
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each step but the first, and the peak memory of all, in this process."""
     step = (ours if options.side == "ours" else theirs)(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seconds = []
-    reset_peak(device)
-    for number in range(options.steps + 1):
-        start = time.perf_counter()
-        step(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:], "peak": peak(device)}
+    reset_peak(DEVICE)
+    return {"seconds": timed(step, options.steps), "peak": peak(DEVICE)}
 
 
 def main() -> None:
@@ -248,23 +237,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours")
     parser.add_argument("--int8", action="store_true", help="ours: frozen weights of transformer blocks in 8 bits")
     parser.add_argument("--tiny", action="store_true", help="small networks, to try the tool")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with all numbers")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser, SIDES)
     if options.side:
         print(json.dumps(measured(options)))
         return
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for side in SIDES:
-                command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if done.returncode and side == "ours":
-                    raise SystemExit("benchmark_train_adapter: ours failed")
-                if not done.returncode:  # diffusers may need more memory than there is
-                    found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    found = in_turn(SIDES, options.rounds)
     seconds = {
         side: median(second for one in rows for second in one["seconds"]) for side, rows in found.items() if rows
     }
@@ -274,16 +251,7 @@ def main() -> None:
             f"{side:24} {value:8.3f} s a step   {options.batch / value:7.3f} images/s   peak {highest:6.2f} GB   "
             f"ours is {value / seconds['ours']:.2f} times as fast"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {
-        "options": {name: value for name, value in vars(options).items() if name != "out"},
-        "found": found, "device": device_name(device),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__},
-    }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    else:
-        print(json.dumps(result))
+    write_found(options, {"found": found}, peft=peft.__version__)
 
 
 if __name__ == "__main__":

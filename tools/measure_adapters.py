@@ -15,7 +15,7 @@ model as a condition image, `drawing=image_prompt` to an IP-Adapter. Other KEY=V
   little (see the row "drawn"): so also whether, of all drawings of the prompts, that of the right concept is nearest by
   Inception, which compares within one style.
 - Edges: F1 of the edges (Canny) of drawing and image, within one pixel. Likeness: the cosine of their features by the
-  pair.
+  pair. Change: the mean absolute difference, of 255, of an image and that of the first `--with` with the same seed.
 
 Intervals are of 95 %: Wilson's for shares, Student's for means, and KID's as in `ldm eval`.
 """
@@ -175,8 +175,19 @@ def edges_agree(drawn: Image.Image, image: Image.Image) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def row(judge: Judge, some: Sequence[Drawing], drawn: Seen, images: Sequence[Image.Image] | None) -> list[str]:
-    """The figures of images of drawings' captions; None: of the drawings themselves."""
+def change(image: Image.Image, first: Image.Image) -> float:
+    """The mean absolute difference of two images, of 255."""
+    return float(np.abs(np.asarray(image, float) - np.asarray(first.resize(image.size), float)).mean())
+
+
+def row(
+    judge: Judge,
+    some: Sequence[Drawing],
+    drawn: Seen,
+    images: Sequence[Image.Image] | None,
+    first: Sequence[Image.Image] = (),
+) -> list[str]:
+    """The figures of images of drawings' captions, `first` those of the first row; None: of the drawings themselves."""
     seen = drawn if images is None else look(judge, images)
     nearest = (seen.inception @ judge.means.T).argmax(1)
     style = [judge.styles[int(place)] == d.style for place, d in zip(nearest, some, strict=True)]
@@ -185,10 +196,12 @@ def row(judge: Judge, some: Sequence[Drawing], drawn: Seen, images: Sequence[Ima
     figures = [_shown(share_interval(torch.as_tensor(one)), 100, 0) for one in (style, hits, found)]
     figures.append(_shown(mmd_interval(polynomial, seen.plain, judge.reference), 1, 4))
     if images is None:
-        return [*figures[:2], "", figures[3], "", ""]
+        return [*figures[:2], "", figures[3], "", "", ""]
     edges = [edges_agree(d.image, image) for d, image in zip(some, images, strict=True)]
     likeness = (seen.pair * drawn.pair).sum(1)
-    return [*figures, _shown(mean_interval(torch.tensor(edges)), 1, 2), _shown(mean_interval(likeness), 1, 2)]
+    changes = torch.tensor([change(image, other) for image, other in zip(images, first, strict=True)])
+    means = ((torch.tensor(edges), 2), (likeness, 2), (changes, 1))
+    return [*figures, *(_shown(mean_interval(values), 1, digits) for values, digits in means)]
 
 
 def concept_is_right(judge: Judge, image: Tensor, label: str) -> bool:
@@ -234,19 +247,22 @@ def main() -> None:
             "KID",
             "edges, F1",
             "likeness",
+            "change",
             title=f"{len(some)} images",
         )
         drawn = look(judged, [d.image for d in some])
         table.add_row("drawn", *row(judged, some, drawn, None))
+        first: list[Image.Image] = []
         for one in variants:
             images = made(one, some)
-            table.add_row(one.name, *row(judged, some, drawn, images))
+            first = first or images
+            table.add_row(one.name, *row(judged, some, drawn, images, first))
             if options.out:
                 folder = options.out / one.name.replace(" ", "-")
                 folder.mkdir(parents=True, exist_ok=True)
                 for number, image in enumerate(images):
                     image.save(folder / f"{number:04d}.png")
-        Console(width=160).print(table)
+        Console(width=180).print(table)
     except LdmError as error:
         raise SystemExit(f"measure_adapters: {error}") from None
 

@@ -1,16 +1,21 @@
 """Measure how much longer work takes while other processes want the cores, by the waiting policy of OpenMP.
 
-    python tools/measure_neighbours.py [--neighbours 0,1] [--policies none,passive] [--work generate,train]
+    python tools/measure_neighbours.py [--neighbours 0,1] [--policies load,spinning] [--work generate,train,eval]
 
-Each row is a new process that makes images of the built-in model, or trains its U-Net, for some seconds, beside so many
-busy processes for each core. Policies take turns. The last columns are ratios: to the same policy without neighbours,
-and to "none", which leaves OpenMP as it is, with the same neighbours.
+Each row is a new process that makes images of the built-in model, trains its U-Net, or computes the features of images
+with FID's network, for some seconds, beside so many busy processes for each core. Policies take turns. The last columns
+are ratios: to spinning, as OpenMP does it, without neighbours, and with the same neighbours.
+
+By default the neighbours are one program in a session of its own, to which Linux gives as much time as to the measured
+one. With `--apart` each has a session, and Linux gives each as much as the measured one: of two cores, it then has two
+thirds of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +30,8 @@ from ldm.limits import cores
 from ldm.threads import POLICY, SPINS, THREADS
 
 POLICIES: dict[str, dict[str, str]] = {  # environment of the measured process
-    "none": {},
+    "load": {},  # ours
+    "spinning": {"GOMP_SPINCOUNT": "300000"},  # GNU's default
     "passive": {POLICY: "passive"},
     "one thread": {THREADS: "1"},
 }
@@ -33,6 +39,9 @@ BEGIN = """
 import statistics, sys, time
 """
 END = """
+for _ in range(2):
+    work()
+time.sleep(0.5)
 times, end = [], time.perf_counter() + float(sys.argv[1])
 while time.perf_counter() < end or len(times) < 3:
     began = time.perf_counter()
@@ -46,12 +55,13 @@ from pipelines import Pipeline
 pipeline = Pipeline("emoji")
 def work():
     pipeline("a smiling cat", steps=10, seed=0)
-work()
 """,
     "train": """
 from pipelines import Pipeline
 import torch
 from ldm.models.unet import Conditioning
+from ldm.runtime.waiting import watch
+watch("cpu", torch.get_num_threads())
 unet = Pipeline("emoji", quick=False, dtype=torch.float32).model.unet.train().requires_grad_(True)
 optimizer, config = torch.optim.AdamW(unet.parameters(), 1e-9), unet.config
 latents = torch.randn(8, config.in_channels, config.sample_size, config.sample_size)
@@ -62,10 +72,26 @@ def work():
     optimizer.zero_grad()
     unet(latents, timestep, Conditioning(text, *pooled)).square().mean().backward()
     optimizer.step()
-work()
+""",
+    "eval": """
+import torch
+from ldm.evaluation.networks.inception import Network
+from ldm.runtime.waiting import watch
+watch("cpu", torch.get_num_threads())
+network, images = Network(False).eval(), torch.rand(8, 3, 299, 299)
+def work():
+    with torch.inference_mode():
+        network(images)
 """,
 }
-NEIGHBOUR = "while True: pass"
+NEIGHBOURS = """
+import os, sys
+for _ in range(int(sys.argv[1]) - 1):
+    if os.fork() == 0:
+        break
+while True:
+    pass
+"""
 
 
 def main() -> None:
@@ -76,6 +102,7 @@ def main() -> None:
     parser.add_argument("--neighbours", default="0,1", help="busy processes for each core, comma-separated")
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
     parser.add_argument("--work", default=",".join(WORK), help="comma-separated")
+    parser.add_argument("--apart", action="store_true", help="a session for each neighbour")
     options = parser.parse_args()
     policies, works = options.policies.split(","), options.work.split(",")
     counts = [int(number) for number in options.neighbours.split(",")]
@@ -83,12 +110,12 @@ def main() -> None:
     times: dict[tuple[str, int, str], list[float]] = {row: [] for row in rows}
     for row in track(rows * options.rounds, description="measuring"):
         work, count, policy = row
-        with neighbours(count * cores()):
+        with neighbours(count * cores(), options.apart):
             times[row].append(seconds(work, policy, options.seconds))
-    table = Table("work", "neighbours for each core", "policy", "ms", "times alone", 'times "none"')
+    table = Table("work", "neighbours for each core", "policy", "ms", "times spinning alone", "times spinning")
     for (work, count, policy), found in times.items():
         here = median(found)
-        others = [times.get((work, 0, policy)), times.get((work, count, "none"))]
+        others = [times.get((work, alone, "spinning")) for alone in (0, count)]
         table.add_row(
             work, str(count), policy, f"{1e3 * here:.1f}",
             *(f"{here / median(other):.2f}" if other else "" for other in others),
@@ -97,14 +124,15 @@ def main() -> None:
 
 
 @contextmanager
-def neighbours(count: int) -> Iterator[None]:
-    """A context in which so many other processes are busy, each in a session of its own."""
-    busy = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR], start_new_session=True) for _ in range(count)]
+def neighbours(count: int, apart: bool) -> Iterator[None]:
+    """A context in which so many other processes are busy, in a session for all, or in one for each."""
+    programs = [1] * count if apart else [count] * bool(count)
+    busy = [subprocess.Popen([sys.executable, "-c", NEIGHBOURS, str(one)], start_new_session=True) for one in programs]
     try:
         yield
     finally:
         for one in busy:
-            one.kill()
+            os.killpg(one.pid, signal.SIGKILL)
             one.wait()
 
 

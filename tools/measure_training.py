@@ -14,10 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -27,8 +23,9 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from taking_turns import DEVICE, in_turn, parse, timed, write_found
 
-from ldm.bench.measuring import device_name, products
+from ldm.bench.measuring import products
 from ldm.data.keyed import generator
 from ldm.data.loader import Batch
 from ldm.families import FAMILIES
@@ -141,51 +138,24 @@ def main() -> None:
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="ours")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for both sides")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with all numbers")
-    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser, ("ours", "theirs"))
     if options.side:
         step = (ours if options.side == "ours" else theirs)(options)
-        seconds = []
-        for number in range(options.steps + 1):
-            start = time.perf_counter()
-            step(number)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        print(json.dumps(seconds[1:]))
+        print(json.dumps(timed(step, options.steps)))
         return
-    found: dict[str, list[float]] = {"ours": [], "theirs": []}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for side in found:
-                command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
-                result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if result.returncode and side == "ours":
-                    raise SystemExit("measure_training: ours failed")
-                if not result.returncode:  # diffusers may need more memory than there is
-                    found[side] += json.loads(result.stdout.splitlines()[-1])
+    rows = in_turn(("ours", "theirs"), options.rounds)
+    found = {side: [second for one in own for second in one] for side, own in rows.items()}
     mine, other = median(found["ours"]), median(found["theirs"] or [float("nan")])
     family = FAMILIES[options.family]
     side = options.size // family.autoencoder.factor
     work = 3 * options.batch * products(family, side, side)  # forward and backward
-    tflops, peak = work / mine / 1e12, peak_tflops(device, options.precision)
+    tflops, peak = work / mine / 1e12, peak_tflops(DEVICE, options.precision)
     print(
         f"ours {mine:.3f} s   diffusers {other:.3f} s   ratio {other / mine:.2f}   images/s {options.batch / mine:.3f}"
         f"   TFLOP/s {tflops:.2f}" + (f"   use {tflops / peak:.0%}" if peak else "")
     )
-    result = {
-        "options": {name: value for name, value in vars(options).items() if name != "out"},
-        "seconds": {side: seconds for side, seconds in found.items() if seconds},
-        "tflops": tflops, "peak": peak, "device": device_name(device),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    else:
-        print(json.dumps(result))
+    seconds = {side: seconds for side, seconds in found.items() if seconds}
+    write_found(options, {"seconds": seconds, "tflops": tflops, "peak": peak})
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.families import Family
-from ldm.limits import cores
 from ldm.models.unet import UNet
 from ldm.runtime.bf16 import computes_bf16
-from ldm.threads import waiting
+from ldm.runtime.waiting import threads_in_words
 from ldm.training.stages.denoiser import blank
 
 STAGES = ("before", "step", "decode", "image")  # text encoding etc.; one step; decoding; the whole call
@@ -116,8 +115,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if computes_bf16(device) else "")
-    threads = f"{torch.get_num_threads()} threads ({waiting()}) on {cores()} cores"
-    return f"{processor() or platform.machine()}, {kind}, {threads}"
+    return f"{processor() or platform.machine()}, {kind}, {threads_in_words(torch.get_num_threads())}"
 
 
 def processor() -> str:

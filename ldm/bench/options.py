@@ -35,6 +35,7 @@ class BenchOptions:
     quantize: str | None = None  # only for our side
     cold: bool = False
     out: str | None = None
+    compare: str | None = None  # a file that `out` was
 
 
 @dataclass(frozen=True)

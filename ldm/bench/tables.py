@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ldm.bench.cold import Cold
+from ldm.bench.comparison import TimeChange
 from ldm.bench.measuring import STAGES, Seconds
 from ldm.bench.options import OURS
 
@@ -44,4 +45,13 @@ def cold_table(found: dict[str, list[Cold]]) -> Table:
         columns = {name: [getattr(one, field) for one in rows] for name, rows in found.items()}
         medians = (f"{median(column):.2f}" for column in columns.values())
         table.add_row(label, *medians, ratios(columns["diffusers"], columns[OURS]))
+    return table
+
+
+def change_table(changes: Sequence[TimeChange]) -> Table:
+    """A table of the seconds of each side and stage, earlier and now."""
+    table = Table("seconds", "stage", "then", "now", "times then", box=SIMPLE)
+    for one in changes:
+        spread = f"{one.ratio:.2f} ({one.low:.2f}–{one.high:.2f})"
+        table.add_row(one.side, one.stage, f"{one.before:.3f}", f"{one.now:.3f}", spread)
     return table

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ldm.cli.common import counter, is_family, log_warnings, progress
 from ldm.errors import LdmError
-from ldm.families import family_named
+from ldm.families import FAMILIES, family_named
 from ldm.files import check_destination
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.adapters import Adapter, layers, open_adapter, origin
@@ -66,11 +66,12 @@ def describe(path: Path, allow_pickle: bool) -> dict[str, Any]:
     if not parts and not foreign:
         what = origin.other_file(infos) or "it holds no tensors with an adapter's names"
         raise LdmError(f"{path} is not an adapter: {what}")
+    base, named = origin.base_family(infos, metadata), origin.own_model(infos, metadata)
     stated = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec."))}
     return {
         "file": str(path),
         "kind": _counted(kinds or foreign) + (" (not read by this program)" if not parts else ""),
-        "base": origin.base_family(infos, metadata) or "not known",
+        "base": (f"{named}, like {base}" if named and base else named or base) or "not known",
         "layers": len(parts),
         "rank": _counted(ranks) or "none",
         "alpha": _counted(alphas) or "the rank",
@@ -193,18 +194,19 @@ def _destination(dest: str, format: str, force: bool) -> Path:
 def _opened(file: str, model: str | None, partial: bool, allow_pickle: bool) -> tuple[Adapter, Components]:
     """An adapter, and the shapes of a model that it fits: the named one, or one of the family that it was made for."""
     log_warnings()
+    path = builtin_adapter(file) or Path(file)
     if model is None:
-        found = look_into(Path(file), allow_pickle)
-        base = origin.base_family(found.infos, found.metadata)
-        if base not in _FAMILIES:
+        found = look_into(path, allow_pickle)
+        base, own = (tell(found.infos, found.metadata) for tell in (origin.base_family, origin.own_model))
+        if own not in FAMILIES and base not in _FAMILIES:
             raise LdmError(f"{file} does not tell which model it is for; name a model or a family (--model sdxl)")
-        model = _FAMILIES[base]
+        model = own if own in FAMILIES else _FAMILIES[base]
     if is_family(model):
         with torch.device("meta"):
             components = build(family_named(model))
     else:
         components = open_source(model, allow_pickle=allow_pickle, verify=False).components
-    return open_adapter(file, components, partial=partial, allow_pickle=allow_pickle), components
+    return open_adapter(path, components, partial=partial, allow_pickle=allow_pickle), components
 
 
 def _say(kept: Kept) -> None:

@@ -471,6 +471,9 @@ def bench(
     quantize: Annotated[str | None, typer.Option(help="Quantisation of our side: int8, int8-weights or fp8.")] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also time new processes, from command to image.")] = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="File for all numbers, as JSON.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Such a file of before: fail if ours has become slower.")
+    ] = None,
 ) -> None:
     """Measure the speed of making images, beside diffusers with the same weights."""
     from ldm.bench.command import measure
@@ -480,6 +483,7 @@ def bench(
         BenchOptions(
             source, size=size, batch=batch, steps=steps, rounds=rounds, dtype=dtype, rival_dtype=rival_dtype,
             device=device, against=against, compile=compile, quantize=quantize, cold=cold, out=out,
+            compare=compare,
         )
     )  # fmt: skip
 

@@ -78,4 +78,6 @@ def _number(parameters: int) -> str:
 
 def _memory(row: Forecast) -> str:
     names = ("weights", "gradients", "optimizer", "averages", "activations")
-    return ", ".join(f"{name} {getattr(row, name) / 1e9:.1f}" for name in names)
+    told = ", ".join(f"{name} {getattr(row, name) / 1e9:.1f}" for name in names)
+    instead = f"; for previews {row.previews / 1e9:.1f} in place of gradients and activations" if row.previews else ""
+    return told + instead

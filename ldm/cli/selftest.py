@@ -21,12 +21,17 @@ def check_training(folder: str, precision: str) -> None:
         raise LdmError(f"--precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if first and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise LdmError(f"--folder {path} exists already; name one that does not")
-    from ldm.training.precision import precision_on, run_device  # PyTorch, only now
+    import torch  # only now
+
+    from ldm.runtime.waiting import threads_in_words
+    from ldm.training.precision import precision_on, run_device
     from ldm.training.selftest import selftest
 
     def say(check: str, problem: str | None) -> None:
         print(f"{'FAILED' if problem else 'ok':8}{check}{f': {problem}' if problem else ''}", flush=True)
 
+    if first:
+        print(f"{run_device().type}, {threads_in_words(torch.get_num_threads())}", flush=True)
     well = selftest(path, precision_on(run_device(), precision), say)
     if first and well:
         shutil.rmtree(path, ignore_errors=True)

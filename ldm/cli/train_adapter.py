@@ -153,7 +153,7 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
     """
     begun = Path(config.output) / "config.yaml"
     chosen = job.settings(tokens(config.model, job.initial) if job.initial else 0)
-    if begun.exists():
+    if begun.exists() and has_trained(begun.parent):
         given = together(chosen, overrides)
         check_begun(begun, given, job.stage)
         return str(begun), given
@@ -163,6 +163,11 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
     given = fitting(chosen, overrides, saving(config, job.stage))
     print(f"ldm: {count} images: ldm train", *map(shlex.quote, given), file=sys.stderr)
     return None, given
+
+
+def has_trained(output: Path) -> bool:
+    """Whether a run's folder holds anything trained: a run that ended before may be begun again in another way."""
+    return any(any(output.glob(f"*/{name}")) for name in ("checkpoints/step-*", "done.json"))
 
 
 def check_begun(begun: Path, given: Sequence[str], stage: str) -> None:

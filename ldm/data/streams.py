@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 REPEATED = "repeats are not read of a stream: each image comes once in an epoch"
 
-Arrival = tuple[str, bytes, Callable[[], Captions]]  # key, file, captions
+Arrival = tuple[str, bytes, Callable[[], Captions], list[str]]  # key, file, captions, what is not read of it
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Stream(Protocol):
     def unread(self) -> str:
         """What may hold captions in the stream and is not read, and the remedy; "" if nothing is known."""
 
+    def passed_over(self) -> list[str]:
+        """What the stream holds and is not read, a line for each kind, as far as it is known before it is read."""
+
 
 class TarStream:
     """WebDataset shards at addresses that the `webdataset` library opens (https:, pipe:, files)."""
@@ -76,12 +79,19 @@ class TarStream:
         order = torch.randperm(len(self.addresses), generator=generator(seed, "shards", epoch)).tolist()
         for sample in tarfile_samples({"url": self.addresses[index]} for index in order):
             texts = {suffix: sample[suffix] for suffix in ("txt", "json") if suffix in sample}
+            others = [suffix for suffix in sample.keys() - texts.keys() - IMAGE_SUFFIXES if suffix[:2] != "__"]
+            notes = [f".{suffix} beside it is not read of a stream" for suffix in sorted(others)]
             for suffix in sorted(sample.keys() & IMAGE_SUFFIXES):
-                yield f"{sample['__key__']}.{suffix}", sample[suffix], partial(captions_of, texts, self.caption_column)
+                captions = partial(captions_of, texts, self.caption_column)
+                yield f"{sample['__key__']}.{suffix}", sample[suffix], captions, notes
 
     def unread(self) -> str:
         """Nothing that is known before the shards are read."""
         return ""
+
+    def passed_over(self) -> list[str]:
+        """Nothing that is known before the shards are read."""
+        return []
 
 
 class DatasetStream:
@@ -102,11 +112,15 @@ class DatasetStream:
                 data = file.read()
             name = self.columns.key and row[self.columns.key]
             key = hashlib.blake2b(data, digest_size=8).hexdigest() if name is None else str(name)
-            yield key, data, partial(self.columns.captions, row)
+            yield key, data, partial(self.columns.captions, row), []
 
     def unread(self) -> str:
         """The columns, if none is known to hold captions."""
         return self.columns.unread()
+
+    def passed_over(self) -> list[str]:
+        """The columns of images but the one that is read."""
+        return self.columns.passed_over()
 
 
 class StreamPlan:
@@ -149,6 +163,8 @@ class StreamPlan:
         self.unread = stream.unread()
         if self.unread and captions == "optional":
             log.warning("%s: no image has a caption; %s", self.name, self.unread)
+        for line in stream.passed_over():
+            log.warning("%s: %s", self.name, line)
         self.list = made(folder) / f"skipped-stream-{rank}.txt"
 
     def items(self, start: int) -> Iterator[Item]:
@@ -215,7 +231,7 @@ class StreamPlan:
         arrivals = self.stream.arrivals(self.seed, epoch)
         while True:
             try:
-                key, data, captions = next(arrivals)
+                key, data, captions, notes = next(arrivals)
             except StopIteration:
                 return
             except Exception as error:  # the libraries pass on any error of their file systems
@@ -225,9 +241,8 @@ class StreamPlan:
                 header = image_header(io.BytesIO(data), "the file")
                 width, height = header.size
                 check_size(width, height)
-                self._note(key, header.notes)
                 said = captions()
-                self._note(key, [REPEATED] if said.repeats > 1 else [])
+                self._note(key, [*notes, *header.notes, *([REPEATED] if said.repeats > 1 else [])])
                 if not said.texts and self.captions == "required":
                     raise LdmError("it has no caption" + (f"; {self.unread}" if self.unread else ""))
             except LdmError as error:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ldm.errors import LdmError
 from ldm.evaluation.features import MeasuredImages, Networks, with_nearest
 from ldm.evaluation.images import Images
@@ -19,6 +21,7 @@ from ldm.evaluation.report import Report, Value
 from ldm.evaluation.results import Reconstructions, Results, report_of
 from ldm.evaluation.sides import Notes, made_images, opened, prompts_of, reconstructed_images
 from ldm.evaluation.workspace import Workspace
+from ldm.runtime.waiting import watch
 
 
 def evaluate(sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> Report | None:
@@ -44,6 +47,7 @@ class Evaluation:
     def __init__(self, sides: Sequence[Model | str | Path], plan: EvaluationPlan, work: Workspace) -> None:
         """Check the plan and open the networks; arguments and errors are those of `evaluate`."""
         check_plan([isinstance(side, Model) for side in sides], plan)
+        watch(plan.device, torch.get_num_threads())
         self.sides, self.plan, self.work = dict(zip(SIDES, sides, strict=False)), plan, work
         self.metrics = {name: one for name, one in METRICS.items() if name in plan.metrics}
         self.of_sets = [name for name, one in self.metrics.items() if not one.reconstruction]

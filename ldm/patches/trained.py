@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.models.layers import TokenLinear, laid_out_like
 from ldm.patches.low_rank import Change, Decomposed, Factors, Hadamard, Kronecker, LowRank
@@ -49,7 +50,14 @@ class TrainedChange(nn.Module, ABC):
         """The parameters whose product the change is."""
 
     def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """What the change adds to the layer's output for `x`."""
+        """What the change adds to the layer's output for `x`.
+
+        The whole matrix of the change is not kept for the backward pass, which computes it anew.
+        """
+        added: Tensor = checkpoint(self._added, x, layer, use_reentrant=False, preserve_rng_state=False)
+        return added
+
+    def _added(self, x: Tensor, layer: nn.Module) -> Tensor:
         with _exactly(x.device):
             delta = self.change().delta(layer.weight)  # type: ignore[arg-type]
         return product(layer, x, delta)

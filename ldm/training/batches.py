@@ -15,6 +15,7 @@ from ldm.data.loader import Batch, Loader, once
 from ldm.data.plan import BatchPlan
 from ldm.data.sources import open_stream
 from ldm.data.streams import StreamPlan
+from ldm.errors import LdmError
 from ldm.training.caching import Caches
 from ldm.training.images import TrainingImages
 from ldm.training.phases import Phase, phases
@@ -22,6 +23,7 @@ from ldm.training.prior import Prior, weighed
 from ldm.training.sections import StageSection
 
 log = logging.getLogger(__name__)
+MOST_TIMES = 1000  # of an image in one batch
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,23 @@ class StageBatches:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = phase.micro_batch or max(phase.batch // world, 1)
         return once(plan, rows, rank, world, self.accelerator.device)
+
+
+def check_batch(name: str, phase: Phase, plan: BatchPlan | StreamPlan) -> None:
+    """Tell of a batch that has more images than there are.
+
+    Raises:
+        LdmError: it has so many that nobody can mean it.
+    """
+    if not isinstance(plan, BatchPlan) or phase.batch <= plan.visits:
+        return
+    times = phase.batch // plan.visits
+    told = f"{name}: the batch at size {phase.size} is {phase.halves * phase.batch}"
+    repeated = f", {plan.visits} with repeats" if plan.visits > len(plan) else ""
+    each = f"{plan.name} has {len(plan)} images{repeated}: each comes {times} times or more in one update"
+    if times > MOST_TIMES:
+        raise LdmError(f"{told}, and {each}; set {name}.batch to {phase.halves * plan.visits}, or less")
+    log.warning("%s, and %s, each time with its own noise", told, each)
 
 
 def batch_plan(data: TrainingImages, phase: Phase, seed: int, rank: int) -> BatchPlan | StreamPlan:

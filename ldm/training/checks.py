@@ -30,7 +30,10 @@ def check_bounds(config: Config) -> None:
             raise LdmError(f"{name}.{error}") from None
         _check_sizes(name, sizes, config.data.bucket_step)
         for kind in set(section.beside) - config.data.beside.named().keys():
-            raise LdmError(f"data.beside.{kind}: the stage {name} reads it; name a folder, a column, or what makes it")
+            remedy = "name a folder, a column, or what makes it"
+            if config.data.stream:
+                remedy = "a stream has no images beside its own; copy it to a disk, and set data.stream=false"
+            raise LdmError(f"data.beside.{kind}: the stage {name} reads it; {remedy}")
         for key in section.needed:
             if getattr(section, key) is None:
                 raise LdmError(f"{name}.{key} is not set: {type(section).model_fields[key].description}")

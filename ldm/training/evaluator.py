@@ -54,7 +54,10 @@ def check_evaluation(kind: StageKind[Any], plan: EvaluationPlan) -> None:
     """Raise LdmError, before anything is opened, for an evaluation that cannot be made."""
     place = f"{kind.name}.evaluation"
     if not kind.makes_images:
-        raise LdmError(f"{place}.every: a {kind.name} makes no images alone; set it to 0, and try it with `ldm eval`")
+        raise LdmError(
+            f"{place}.every: the stage {kind.name} trains what makes no images alone; set it to 0, and try it with "
+            "`ldm eval`"
+        )
     with _at(place):
         if plan.data is None:
             raise LdmError("a stream holds no images out; name some to compare with (data)")

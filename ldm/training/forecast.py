@@ -6,6 +6,7 @@ kept for the backward pass are counted. Memory is still a prediction: allocators
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.training.config import Config
 from ldm.training.ema import profiles
-from ldm.training.frozen import matrices
+from ldm.training.frozen import matrices, whole
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.optimizers import STATE_BYTES
 from ldm.training.phases import Phase, phases
@@ -49,13 +52,15 @@ class Forecast:
     optimizer: int
     averages: int
     activations: int
+    previews: int  # copies of weights, and a decoded image; while they are made, there are no gradients and activations
     flops_per_image: int  # forward and backward, frozen networks included
     flops_per_step: int
 
     @property
     def memory(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.activations
+        """The most at one time."""
+        steps = self.gradients + self.activations
+        return self.weights + self.optimizer + self.averages + max(steps, self.previews)
 
 
 def forecast(config: Config, processes: int = 1) -> list[Forecast]:
@@ -79,7 +84,8 @@ def forecast(config: Config, processes: int = 1) -> list[Forecast]:
             own = phase.halved if kind.prior(section) else phase  # class images have micro-batches of their own
             micro = own.batch // (own.parts(processes) * processes)
             passes = kind.passes(section, parts, learners, phase.size, config.data.cache)
-            found.append(_forecast(config, kind, section, parameters, passes, phase, micro))
+            previews = _previews(kind, parts, learners, phase.size, config.precision)
+            found.append(_forecast(config, kind, section, parameters, passes, previews, phase, micro))
     return found
 
 
@@ -113,6 +119,7 @@ def _forecast(
     section: StageSection,
     parameters: Counted,
     passes: ForwardPasses,
+    previews: int,
     phase: Phase,
     micro: int,
 ) -> Forecast:
@@ -129,9 +136,68 @@ def _forecast(
         stage=kind.name, size=phase.size, steps=phase.end - phase.first, batch=phase.batch, micro_batch=micro,
         trained=learned, frozen=still, weights=parameters.nbytes, gradients=4 * learned,
         optimizer=STATE_BYTES[section.optimizer.name] * learned, averages=4 * parameters.averaged * averages,
-        activations=kept, flops_per_image=flops,
-        flops_per_step=flops * phase.batch,
+        activations=kept, previews=previews, flops_per_image=flops, flops_per_step=flops * phase.batch,
     )  # fmt: skip
+
+
+def _previews(
+    kind: StageKind[Any], parts: Components, learners: Mapping[str, Learner], size: int, precision: str
+) -> int:
+    """Bytes that previews need: copies of weights, and what decoding one image needs at a time, in fp32."""
+    if kind.copied is None:
+        return 0
+    copies, nbytes = kind.copied(learners), 4
+    if kind.frozen and precision != "no":  # previews are made in 16 bits
+        copies += sum(p.numel() for network in (parts.unet, parts.text_encoders) for p in whole(network))
+        nbytes = 2
+    side, channels = size // parts.family.autoencoder.factor, parts.family.autoencoder.channels_out
+    latents = torch.empty(1, channels, side, side, device="meta")
+    return nbytes * copies + _most(lambda: parts.autoencoder.decode(latents))
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and not yet freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.there: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages(args)}  # a view's is that of a tensor that was there
+        for storage in _storages(result):
+            if storage._cdata not in self.there | given:
+                self.add(storage)
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key, nbytes = storage._cdata, storage.nbytes()
+
+        def freed() -> None:
+            self.now -= nbytes
+            self.there.discard(key)
+
+        self.there.add(key)
+        self.now += nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, freed)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    """The memory of all tensors among values."""
+    return [one.untyped_storage() for one in tree_leaves(values) if isinstance(one, Tensor)]
+
+
+@torch.no_grad()
+def _most(run: Pass) -> int:
+    """The most bytes, in fp32, that a pass without gradients needs at a time besides weights."""
+    with _Live() as live, _Fused():
+        run()
+    return live.most
 
 
 class _Fused(TorchFunctionMode):

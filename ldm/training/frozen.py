@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from ldm.models.layers import TransformerBlock
 from ldm.models.surgery import exchanged, rebuilt
+from ldm.patches.low_rank import Change
+from ldm.runtime.merging import Branched, branch, merged
+from ldm.training.config import NUMBERS
+from ldm.weights.tensors import FLOATS
 
 M = TypeVar("M", bound=nn.Module)
 ROUNDED = (nn.Linear, nn.Conv2d)
@@ -26,26 +30,37 @@ ROUNDED = (nn.Linear, nn.Conv2d)
 
 def numbers(precision: str) -> torch.dtype:
     """The dtype that autocast rounds to, by the name of a precision."""
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return FLOATS[NUMBERS[precision]]
 
 
 def matrices(network: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights and biases of linear layers and convolutions."""
+    """Weights and biases of linear layers and convolutions; of those in 8 bits, the biases."""
     for layer in network.modules():
         if isinstance(layer, ROUNDED):
             yield from layer.parameters(recurse=False)
+        elif isinstance(layer, EightBitLinear) and layer.bias is not None:
+            yield layer.bias
+
+
+def whole(network: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that stay in fp32 where matrices are held in 16 bits: norms and embeddings."""
+    matrix = {id(parameter) for parameter in matrices(network)}
+    for layer in network.modules():
+        if not isinstance(layer, EightBitLinear):
+            yield from (one for one in layer.parameters(recurse=False) if id(one) not in matrix)
 
 
 def uniform(network: M, dtype: torch.dtype | None = None) -> M:
     """A copy of a network in one dtype, by default that of its matrices, so that it runs without autocast; what has the
-    dtype already is shared."""
+    dtype already is shared, and so are layers in 8 bits, which compute in the dtype that they had."""
     dtype = dtype or next(matrices(network)).dtype
 
     def cast(module: nn.Module) -> dict[str, nn.Module]:
         return {
             name: copy.deepcopy(part).to(dtype)
             for name, part in module.named_children()
-            if any(parameter.dtype != dtype for parameter in part.parameters(recurse=False))
+            if not isinstance(part, EightBitLinear)
+            and any(parameter.dtype != dtype for parameter in part.parameters(recurse=False))
         }
 
     return rebuilt(network, cast)
@@ -113,14 +128,11 @@ def hold_in_eight_bits(network: nn.Module) -> None:
                         setattr(part, name, EightBitLinear(layer))
 
 
-def dense(network: M, layer: str | None = None) -> M:
-    """A copy of a network with plain layers in place of those in 8 bits, or of the named one; all else is shared."""
-    if layer is not None:
-        part = network.get_submodule(layer)
-        return exchanged(network, {layer: part.plain()}) if isinstance(part, EightBitLinear) else network
-    return rebuilt(
-        network,
-        lambda module: {
-            name: part.plain() for name, part in module.named_children() if isinstance(part, EightBitLinear)
-        },
-    )
+def changed(network: M, parameter: str, change: Change) -> M:
+    """A copy of a network with a changed weight; all else is shared. A layer in 8 bits gets a product beside it."""
+    name = parameter.rpartition(".")[0]
+    layer = network.get_submodule(name)
+    if not isinstance(layer, EightBitLinear):
+        return merged(network, {parameter: [(1.0, change)]})
+    factors = branch(layer.plain().weight, [(1.0, change)])
+    return exchanged(network, {name: Branched(layer, [factor.to(layer.dtype) for factor in factors])})

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -62,15 +63,25 @@ class TrainingImages:
                 digest.update(ascii((kind, [keys[row] for row in beside.rows], sizes.tolist())).encode())
         return digest.hexdigest()[:16]
 
+    def files(self) -> dict[str, str]:
+        """A digest of the images' files, and one of those of each kind beside them: of their stamps, as in caches."""
+        assert self.images is not None
+        given = {kind: one for kind, one in self.images.beside.items() if isinstance(one, Given)}
+        stamps = {"image": self.images.all_stamps()}
+        for kind, beside in given.items():
+            own = beside.images.all_stamps()
+            stamps[kind] = [own[row] for row in beside.rows]
+        return {kind: hashlib.sha256(ascii(own).encode()).hexdigest()[:16] for kind, own in stamps.items()}
+
     def notice_changes(self) -> None:
-        """Log the number of images, and whether they have changed since the run began."""
+        """Log the number of images, and whether they, or files beside them, have changed since the run began."""
         assert self.images is not None
         name = self.images.source.name
         log.info("%s: %d images", name, len(self.images))
         path, old = self.folder / "images.json", self.folder / "pictures.json"
         if old.exists():  # of a run that an earlier version began
             old.replace(path)
-        now = {"digest": self.digest, "images": len(self.images)}
+        now: dict[str, Any] = {"digest": self.digest, "images": len(self.images), "files": self.files()}
         try:
             before = read_json(path) if path.exists() else now
         except LdmError:
@@ -80,6 +91,14 @@ class TrainingImages:
                 "%s has changed since this run began (%s images then, %d now): the run goes on with the new ones",
                 name, before.get("images"), len(self.images),
             )  # fmt: skip
+        else:
+            old_files = before.get("files", {})
+            for kind in [kind for kind, digest in now["files"].items() if old_files.get(kind, digest) != digest]:
+                log.warning(
+                    "%s: some %s files have been replaced since this run began, or written again: the run goes on "
+                    "with what they hold now",
+                    name, kind,
+                )  # fmt: skip
         with replacing(path, folder=False, overwrite=True, need=0) as temporary:
             write_json(temporary, now)
 

@@ -33,7 +33,6 @@ from ldm.training.sections import DataSection, PriorSection, StageSection
 from ldm.training.stages.stage import MakeImages
 
 log = logging.getLogger(__name__)
-FRAMING = {"buckets", "bucket_step", "aspect", "crop", "flip", "upscale", "workers", "cache", "crops"}
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,8 @@ class ClassImages:
         Raises:
             LdmError: they cannot be used.
         """
-        framing = data.model_dump(include=FRAMING)
-        own = DataSection(source=str(self.images), trigger=self.prior.prompt, holdout=0, **framing)
+        same = data.model_dump(include=set(data.loading))
+        own = DataSection(source=str(self.images), trigger=self.prior.prompt, holdout=0, **same)
         opened = open_training_images(own, made(self.folder), accelerator)
         most = None if self.prior.source else self.prior.images  # an earlier run may have made more
         return Prior(replace(opened, most=most), self.prior.weight)

@@ -86,9 +86,9 @@ class Checkpoints:
         path, manifest = found
         state: dict[str, Any] = manifest["state"]
         kind, before = self.weights.kind(), state["kind"]
-        if differ := [name for name in kind if kind[name] != before.get(name)]:
-            settings = [f"{name} is {kind[name]}, not {before.get(name)}" for name in differ if "." in name]
-            what = "; ".join(settings or [f"another {name}" for name in differ])
+        if differ := [name for name in kind if kind[name] != before.get(name, kind[name])]:
+            settings = [f"{name} is {kind[name]}, not {before[name]}" for name in differ if "." in name]
+            what = "; ".join(settings[:3] or [f"another {name}" for name in differ])
             raise LdmError(
                 f"{path} does not fit the configuration: {what}; set back what was changed since the run began, or "
                 "choose another output"

@@ -33,7 +33,8 @@ from ldm.families import Family
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.runtime.compilation import check_compiling
 from ldm.runtime.kernels.memory import keep_freed
-from ldm.training.batches import StageBatches, batch_plan
+from ldm.runtime.waiting import watch
+from ldm.training.batches import StageBatches, batch_plan, check_batch
 from ldm.training.caching import Caches, build_caches
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import NUMBERS, Config
@@ -195,7 +196,8 @@ class TrainingRun:
         log.info("%s: %.1f M parameters are trained, in %.1f GB by forecast", name, rows[0].trained / 1e6, memory)
         for data in given:
             for phase in phases(section) if data.images else ():
-                batch_plan(data, phase, self.config.seed, self.accelerator.process_index)
+                own = phase.halved if prior else phase
+                check_batch(name, own, batch_plan(data, own, self.config.seed, self.accelerator.process_index))
 
     # --- parts of a stage -------------------------------------------------------------------------------------------
 
@@ -306,6 +308,7 @@ class TrainingRun:
 
 def fit_to_device(stage: Stage, accelerator: Accelerator) -> None:
     """Add gradient checkpointing and compilation as the section says, and lay weights out for the device."""
+    watch(accelerator.device.type, torch.get_num_threads())
     if accelerator.device.type == "cpu":
         keep_freed()
     for player in stage.players.values():

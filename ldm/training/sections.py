@@ -173,6 +173,9 @@ class PriorSection(Section):
 class DataSection(Section):
     """The images and their captions."""
 
+    loading: ClassVar[frozenset[str]] = frozenset(  # how images are framed and loaded, class images too
+        ("buckets", "bucket_step", "aspect", "crop", "flip", "upscale", "workers", "cache", "crops")
+    )
     source: str | None = Field(
         None, description="a folder, WebDataset shards (*.tar, {000..012}), or a dataset of the Hub"
     )

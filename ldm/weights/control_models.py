@@ -188,9 +188,11 @@ def _holds(infos: Infos, config: ControlNetConfig | T2IAdapterConfig) -> bool:
 
 def _own_t2i_config(infos: Infos, family: Family) -> T2IAdapterConfig | None:
     """The configuration of a T2I-Adapter that was trained here for models of a family, if the tensors are its."""
+    blocks = sum(name.endswith("block1.weight") for name in infos)
     try:
-        candidates = [t2i_config(family, channels) for channels in (3, 1)]
-    except LdmError:  # the family has none
+        layers = blocks // len(t2i_config(family).channels)
+        candidates = [t2i_config(family, channels, layers) for channels in (3, 1)]
+    except LdmError:  # the family has none, or none with so few blocks
         return None
     return next((config for config in candidates if _holds(infos, config)), None)
 
@@ -239,7 +241,7 @@ def _t2i_config(path: Path, infos: Infos) -> T2IAdapterConfig:
     return T2IAdapterConfig(tuple(channels), halves, layers, in_channels, factor, light)
 
 
-def t2i_config(family: Family, in_channels: int = 3) -> T2IAdapterConfig:
+def t2i_config(family: Family, in_channels: int = 3, layers: int = 2) -> T2IAdapterConfig:
     """The configuration of a full T2I-Adapter for models of a family; for SDXL's with a map for the middle.
 
     Raises:
@@ -251,7 +253,7 @@ def t2i_config(family: Family, in_channels: int = 3) -> T2IAdapterConfig:
         halves = (False, *(after > before for before, after in pairwise(own)))
         if halves in (configs.t2i_halves(count, False), configs.t2i_halves(count, True)):
             channels = (*unet.channels, unet.channels[-1])[:count]
-            return T2IAdapterConfig(channels, halves, in_channels=in_channels, factor=own[0])
+            return T2IAdapterConfig(channels, halves, layers, in_channels, own[0])
     raise LdmError(f"no T2I-Adapter has maps for the levels of {_named(family)}; take a ControlNet")
 
 

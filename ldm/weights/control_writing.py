@@ -11,7 +11,7 @@ from ldm.files import replacing, write_json
 from ldm.models.t2i_adapter import T2IAdapterConfig
 from ldm.weights import configs, layouts
 from ldm.weights.control_models import PREFIX, ControlModel
-from ldm.weights.folder import check_float, link_outputs
+from ldm.weights.folder import check_float, link_outputs, write_weights
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import write_manifest
 from ldm.weights.tensors import LINEAGE, write_safetensors
@@ -51,17 +51,15 @@ def write_control_folder(
 def write_control_file(
     network: ControlModel, path: Path, dtype: torch.dtype | None = None, *, overwrite: bool = False, lineage: str = ""
 ) -> None:
-    """Write a control model atomically as one file with its authors' names; a ControlNet's begin with `control_model.`.
+    """Write a control model as one file with its authors' names; a ControlNet's begin with `control_model.`.
 
     Raises:
-        LdmError: the file exists and `overwrite` is not set, or writing fails.
+        LdmError: as `write_weights`.
     """
-    check_float(dtype)
     c = network.config
     if isinstance(c, T2IAdapterConfig):
         layout = layouts.original_t2i_adapter(c)
     else:
         layout = layouts.original_controlnet(c, PREFIX)
-    outputs = link_outputs(layout(dict(network.named_parameters())), network, dtype)
-    with replacing(path, False, overwrite, sum(output.info.nbytes for output in outputs)) as temporary:
-        write_safetensors(temporary, outputs, {LINEAGE: lineage} if lineage else {})
+    links = layout(dict(network.named_parameters()))
+    write_weights(path, links, network, dtype, overwrite=overwrite, lineage=lineage)

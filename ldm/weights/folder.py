@@ -393,6 +393,28 @@ def link_outputs(links: list[layouts.Link], module: nn.Module, dtype: torch.dtyp
     ]
 
 
+def write_weights(
+    path: Path,
+    links: list[layouts.Link],
+    module: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
+    lineage: str = "",
+) -> None:
+    """Write a module's parameters atomically as one file, in the layout of the links.
+
+    `dtype` converts the weights; `lineage`, if it is not empty, goes into the header.
+
+    Raises:
+        LdmError: the file exists and `overwrite` is not set, or writing fails; or as `link_outputs`.
+    """
+    check_float(dtype)
+    outputs = link_outputs(links, module, dtype)
+    with replacing(path, False, overwrite, sum(output.info.nbytes for output in outputs)) as temporary:
+        write_safetensors(temporary, outputs, {LINEAGE: lineage} if lineage else {})
+
+
 def _gather(link: layouts.Link, parameters: Mapping[str, nn.Parameter]) -> Tensor:
     return link.to_theirs([parameters[name].detach() for name in link.ours])
 

@@ -16,17 +16,17 @@ import torch
 
 from ldm.errors import LdmError, listing
 from ldm.families import Family
-from ldm.files import check_digest, file_digest, replacing
+from ldm.files import check_digest, file_digest
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
 from ldm.weights.adapters.origin import WIDTHS
 from ldm.weights.builtin import builtin_adapter
 from ldm.weights.components import ComponentSource, fill_alone, is_adapter
-from ldm.weights.folder import check_float, link_outputs
+from ldm.weights.folder import write_weights
 from ldm.weights.hub import fetch_file
 from ldm.weights.layouts import UNET_PREFIX, Link
 from ldm.weights.names import HUB_FILE
-from ldm.weights.tensors import LINEAGE, TensorInfo, open_store, write_safetensors
+from ldm.weights.tensors import TensorInfo, open_store
 
 Infos = Mapping[str, TensorInfo]
 PROJECTION, LAYERS = "image_proj.", "ip_adapter."
@@ -98,17 +98,13 @@ def write_image_prompt(
     overwrite: bool = False,
     lineage: str = "",
 ) -> None:
-    """Write an IP-Adapter atomically as a file with its authors' names, which diffusers reads too.
-
-    `dtype` converts the weights; `lineage`, if it is not empty, goes into the header.
+    """Write an IP-Adapter as a file with its authors' names, which diffusers reads too.
 
     Raises:
-        LdmError: the file exists and `overwrite` is not set, or writing fails.
+        LdmError: as `write_weights`.
     """
-    check_float(dtype)
-    outputs = link_outputs(original(dict(adapter.named_parameters())), adapter, dtype)
-    with replacing(path, False, overwrite, sum(output.info.nbytes for output in outputs)) as temporary:
-        write_safetensors(temporary, outputs, {LINEAGE: lineage} if lineage else {})
+    links = original(dict(adapter.named_parameters()))
+    write_weights(path, links, adapter, dtype, overwrite=overwrite, lineage=lineage)
 
 
 # --- what a file is ---------------------------------------------------------------------------------------------------

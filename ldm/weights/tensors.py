@@ -36,6 +36,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names that users give
 LINEAGE = "ldm.lineage"  # JSON in a header: how the weights were made
 PIECE = 512 * 2**20  # bytes that are mapped at a time when tensors are converted to another dtype
 

@@ -61,6 +61,17 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "trigger words" in out
 
 
+def test_an_adapter_of_a_model_of_its_own_shape_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The built-in model's text has fewer channels than any released one's."""
+    _, out, _ = run(capsys, monkeypatch, "adapter", "info", "streamline", "--json")
+    assert json.loads(out)["base"] == "emoji, like SDXL"
+    code, out, _ = run(capsys, monkeypatch, "adapter", "convert", "streamline", tmp_path / "peft", "--format", "peft")
+    assert code == 0
+    assert (tmp_path / "peft").is_dir()
+
+
 def test_a_merge_is_the_model_trained_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:

@@ -104,11 +104,23 @@ def test_another_run_in_the_output(
     for folder in ("cats", "dogs", "runs"):
         Path(folder).mkdir()
     job = AdapterJob("cats", str(models / "sd15"), "runs", trigger="cat")
+    Path("runs/adapter/checkpoints/step-00000001").mkdir(parents=True)
     Path("runs/config.yaml").write_text(dump(load(None, job.settings())))
     same = replace(job, images=str(tmp_path / "cats"), trigger="")
     assert choice(same, [], load(None, same.settings())) == ("runs/config.yaml", same.settings())
     with pytest.raises(LdmError, match=message):
         train_adapter(replace(job, **changed), [])
+
+
+def test_what_ended_before_it_trained_may_be_begun_again(models: Path, shapes: Path, tmp_path: Path) -> None:
+    """Without captions, which is found once the folder is made; then with a trigger word."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(next(shapes.glob("*.png")), tmp_path / "bare")
+    job = AdapterJob(str(tmp_path / "bare"), str(models / "sd15"), str(tmp_path / "r"))
+    with pytest.raises(LdmError, match="1 of 1 images have no caption"):
+        train_adapter(job, FEW)
+    again = replace(job, trigger="sks")
+    assert 'data.trigger="sks"' in choice(again, FEW, load(None, again.settings()))[1]
 
 
 def test_a_new_word_has_a_vector_for_each_token(models: Path) -> None:

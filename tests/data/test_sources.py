@@ -17,8 +17,10 @@ import pytest
 from images import BAD, make_folder, make_shards, make_tar, odd_files, place_image, png, samples, saved_dataset
 from PIL import Image
 
+from ldm.data.framing import Framing
 from ldm.data.image_set import ImageSet
 from ldm.data.sources import open_images, open_stream
+from ldm.data.streams import StreamPlan
 from ldm.errors import LdmError
 from ldm.images import load_image
 
@@ -317,6 +319,21 @@ def test_folders_and_settings_that_cannot_be_used(tmp_path: Path) -> None:
         open_images(str(root), root / "000.txt" / "cache")
     with pytest.raises(LdmError, match="captions: 'maybe' is not known; choose required or optional"):
         open_images(str(root), tmp_path / "cache", captions="maybe")
+
+
+def test_what_is_not_read_of_a_stream_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Repeats, and images beside an image."""
+    members: dict[str, bytes] = {}
+    for name, (image, text) in samples(4).items():
+        record = json.dumps({"text": text, "repeats": 3}).encode()
+        members |= {f"{name}.png": image, f"{name}.mask.png": image, f"{name}.json": record}
+    make_tar(tmp_path / "shard.tar", members)
+    plan = StreamPlan(open_stream(str(tmp_path / "shard.tar")), Framing(size=32, step=8), 2, 0, tmp_path)
+    next(iter(plan.items(0)))
+    assert [line.partition("true: ")[2] for line in caplog.messages] == [
+        ".mask.png beside it is not read of a stream",
+        "repeats are not read of a stream: each image comes once in an epoch",
+    ]
 
 
 def test_what_cannot_be_streamed(tmp_path: Path) -> None:

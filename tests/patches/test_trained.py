@@ -54,6 +54,32 @@ def test_a_change_begins_at_zero_and_merges_to_what_it_gives(name: str, form: Ch
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
+WHOLE = {name: form for name, form in FORMS.items() if name != "lora"}
+
+
+@pytest.mark.parametrize("form", WHOLE.values(), ids=WHOLE)
+def test_no_whole_matrix_is_kept_for_the_backward_pass(form: ChangeForm) -> None:
+    """The backward pass computes it anew, and finds the same gradients."""
+    layer, x = nn.Linear(96, 128).requires_grad_(False), torch.randn(2, 96, requires_grad=True)
+    changed = ChangedLayer(layer, stirred(new_change(layer.weight, form)))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    parameters = [x, *changed.change.parameters()]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = changed(x)
+    del kept[layer.weight.untyped_storage().data_ptr()]
+    assert sum(kept.values()) <= sum(parameter.nbytes for parameter in parameters)
+    direct = layer(x) + nn.functional.linear(x, changed.change.change().delta(layer.weight))
+    wanted = torch.autograd.grad(direct.square().sum(), parameters)
+    for mine, other in zip(torch.autograd.grad(found.square().sum(), parameters), wanted, strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_dropped_ranks_are_those_of_the_sample() -> None:
     layer = nn.Linear(6, 4)
     change = LoRA(layer.weight, ChangeForm("lora", 3, 3.0))

@@ -363,6 +363,22 @@ def test_8_bits_take_less_memory(shapes: Path, tmp_path: Path) -> None:
     assert 0 < whole - eight < sum(one.weight.nbytes for one in layers)
 
 
+def test_previews_copy_what_the_forecast_says(shapes: Path, tmp_path: Path) -> None:
+    """The changed weights in 16 bits; of LoRA beside 8 bits, its own matrices alone."""
+    left = {}
+    for name, extra in {"16": [], "8": ["adapter.quantize=int8-weights"]}.items():
+        chosen = settings(shapes, tmp_path / name, "precision=bf16", *extra)
+        stage = ready(chosen).stage
+        assert isinstance(stage, AdapterStage)
+        there = {p.data_ptr() for network in stage.model.modules().values() for p in network.parameters()}
+        shown = [p for network in stage.shown().modules().values() for p in network.parameters()]
+        copies = sum(p.nbytes for p in shown if p.data_ptr() not in there)
+        left[name] = forecast(chosen)[0].previews - copies
+        assert copies < (0.3 if extra else 1) * sum(p.nbytes for p in stage.model.unet.parameters())
+    factors = 2 * sum(parameter.numel() for parameter in stage.adapter.parameters())
+    assert 0 < left["16"] == left["8"] + factors  # what decoding an image needs
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -387,7 +403,7 @@ def test_bad_input(shapes: Path, tmp_path: Path, override: str, message: str) ->
     assert message in str(caught.value)
 
 
-def test_unusable_images(shapes: Path, tmp_path: Path) -> None:
+def test_unusable_images(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "one").mkdir()
     Image.open(next(shapes.glob("*.png"))).save(tmp_path / "one" / "a.png")
     own = [f"data.source={tmp_path / 'one'}", "data.holdout=0"]
@@ -398,6 +414,8 @@ def test_unusable_images(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="holding out 64 of 1 images leaves none to train with"):
         train(settings(shapes, tmp_path / "t", *own, "data.trigger=sks", "data.holdout=64"))
     train(settings(shapes, tmp_path / "u", *own, "data.trigger=sks", "adapter.steps=1"))  # one is enough
+    assert "adapter: the batch at size 32 is 8, and" in caplog.text
+    assert "has 1 images: each comes 8 times or more in one update, each time with its own noise" in caplog.text
 
 
 @pytest.mark.parametrize("override", ["adapter.rank_dropout=0.1", "adapter.up_rate=16"])

@@ -14,7 +14,7 @@ import tiny
 import torch
 from PIL import Image
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, losses, noting, on_top, ready, whole_and_parts
+from runs import check_golden, interrupted, losses, noting, on_top, ready, whole_and_parts
 from torch import Tensor
 
 from ldm.data.loader import Batch
@@ -25,6 +25,7 @@ from ldm.training.config import Config
 from ldm.training.loop import Training
 from ldm.training.run import TrainingRun, train
 from ldm.training.stages.control import ControlStage, write
+from ldm.training.stages.controlnet import config_for
 from ldm.weights.control_models import open_control_model
 from ldm.weights.tensors import LINEAGE, read_header
 from pipelines import Pipeline
@@ -224,6 +225,15 @@ def test_it_begins_with_a_source(shapes: Path, tmp_path: Path) -> None:
     train(settings(shapes, tmp_path / "t", f"controlnet.source={source}", "controlnet.steps=1"))
 
 
+def test_another_shape_is_named(shapes: Path, tmp_path: Path) -> None:
+    interrupted(settings(shapes, tmp_path / "r"), after=5)
+    family = TrainingRun(settings(shapes, tmp_path / "x"), None, lambda *_: None).start("controlnet", None).family
+    controls.folder(ControlNet(replace(config_for(family), image_channels=(16, 24, 96))), tmp_path / "other")
+    told = r"image_channels of the network \(controlnet.source, model.unet\) is \(16, 24, 96\), not \(16, 32, 96\); set"
+    with pytest.raises(LdmError, match=told):
+        train(settings(shapes, tmp_path / "r", f"controlnet.source={tmp_path / 'other'}"))
+
+
 # --- previews, bad input ----------------------------------------------------------------------------------------------
 
 
@@ -240,11 +250,18 @@ def test_previews_show_condition_control_and_none(shapes: Path, tmp_path: Path) 
     ("overrides", "message"),
     [
         (["data.beside.condition=null"], "data.beside.condition: the stage controlnet reads it; name a folder"),
+        (
+            ["data.beside.condition=null", "data.stream=true"],
+            "data.beside.condition: the stage controlnet reads it; a stream has no images beside its own; copy it",
+        ),
         (["controlnet.train_text=true"], "the text encoders stay as they are here; leave it out"),
         (["controlnet.source=nowhere"], "controlnet.source: nowhere does not exist"),
         (["controlnet.source=ADAPTER"], "ADAPTER is a T2I-Adapter, for the stage t2i-adapter"),
         (["controlnet.source=OTHER"], "controlnet.source: OTHER is a ControlNet for no family known here"),
-        (["controlnet.evaluation.every=5"], "controlnet.evaluation.every: a controlnet makes no images alone"),
+        (
+            ["controlnet.evaluation.every=5"],
+            "controlnet.evaluation.every: the stage controlnet trains what makes no",
+        ),
     ],
 )
 def test_bad_input(shapes: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.families import FAMILIES
 from ldm.models.unet import Conditioning, UNet
 from ldm.training.config import Config
-from ldm.training.forecast import _count, count, forecast
+from ldm.training.forecast import _count, _most, count, forecast
 from ldm.weights.components import build
 
 SMALL = replace(FAMILIES["sd15"].unet, channels=(32, 64), depth=(1, 1), heads=(2, 2), groups=8, text_dim=32, layers=1)
@@ -84,3 +84,18 @@ def test_weights_are_no_activations() -> None:
     layer, x = torch.nn.Linear(64, 32), torch.randn(3, 64, requires_grad=True)
     kept, work = _count(lambda: layer(x))
     assert (kept, work) == (3 * 64 * 4, 2 * 3 * 64 * 32)
+
+
+def test_a_pass_without_gradients_needs_few_tensors_at_a_time() -> None:
+    layers, x = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(5))), torch.randn(3, 64)
+    assert 2 * 3 * 64 * 4 <= _most(lambda: layers(x)) <= 3 * 3 * 64 * 4
+
+
+def test_the_memory_of_previews_takes_the_place_of_a_step_s() -> None:
+    content = {
+        "model": {"family": "sdxl"}, "data": {"cache": True}, "stages": ["adapter"], "precision": "bf16",
+        "adapter": {"sizes": [{"size": 1024}], "batch": 1, "checkpointing": True, "quantize": "int8-weights"},
+    }  # fmt: skip
+    (row,) = forecast(Config.model_validate(content))
+    assert 1e9 < row.previews < 8e9
+    assert row.memory - row.weights - row.optimizer - row.averages == max(row.previews, row.gradients + row.activations)

@@ -28,9 +28,10 @@ def settings(shapes: Path, output: Path, *overrides: str) -> Config:
     return on_top(shapes, output, T2I, *overrides)
 
 
-def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [[], ["t2i-adapter.gray=true", "t2i-adapter.layers=1"]])
+def test_the_loss_and_the_gradients_are_those_of_diffusers(shape: list[str], shapes: Path, tmp_path: Path) -> None:
     """One step as in diffusers' script, on the same latents, noise, text and condition images."""
-    training = ready(settings(shapes, tmp_path / "r", "t2i-adapter.drop_caption=[0]"))
+    training = ready(settings(shapes, tmp_path / "r", "t2i-adapter.drop_caption=[0]", *shape))
     stage = training.stage
     assert isinstance(stage, ControlStage)
     write(stage, tmp_path, "{}")
@@ -43,9 +44,10 @@ def test_the_loss_and_the_gradients_are_those_of_diffusers(shapes: Path, tmp_pat
     text = stage.model.encode_prompt(batch.captions).text
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet").requires_grad_(False)
     adapter = diffusers.T2IAdapter.from_pretrained(tmp_path / "t2i-adapter").train()
+    condition = batch.beside["condition"][:, : adapter.config.in_channels]  # all of its colours are gray
     made = unet(
         stage.loss.noisy(latents, draw), draw.timestep, encoder_hidden_states=text,
-        down_intrablock_additional_residuals=adapter(batch.beside["condition"]),
+        down_intrablock_additional_residuals=adapter(condition),
     ).sample  # fmt: skip
     theirs = torch.nn.functional.mse_loss(made, draw.noise)
     theirs.backward()
@@ -97,3 +99,8 @@ def test_sides_must_divide(shapes: Path, tmp_path: Path) -> None:
     autoencoder = "{channels: [8, 16, 16, 16], attention: [false, false, false, false], layers: 1, groups: 8}"
     with pytest.raises(LdmError, match="reads images whose sides are multiples of 16, not 16×56"):
         ready(settings(shapes, tmp_path / "r", "model.unet.depth=[0,1]", f"model.autoencoder={autoencoder}"))
+
+
+def test_the_shape_of_a_source_is_its_own(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(LdmError, match="t2i-adapter.layers is 1: .*source has its own layers"):
+        settings(shapes, tmp_path / "r", "t2i-adapter.source=mine", "t2i-adapter.layers=1")

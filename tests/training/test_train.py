@@ -288,6 +288,21 @@ def test_images_that_changed_are_noticed(shapes: Path, tmp_path: Path, caplog: p
     assert "mine has changed since this run began (50 images then, 50 now)" in caplog.text
 
 
+def test_a_mask_that_was_replaced_is_noticed(shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under the same name, with the same size."""
+    (masks := tmp_path / "masks").mkdir()
+    for image in shapes.glob("*.png"):
+        Image.new("L", Image.open(image).size, 255).save(masks / image.name)
+    settings = config(shapes, tmp_path / "r", f"data.beside.mask={masks}")
+    for _ in range(2):
+        TrainingRun(settings, None, lambda *_: None)
+    assert "replaced" not in caplog.text
+    Image.new("L", Image.open(masks / "007.png").size, 40).save(masks / "007.png")
+    TrainingRun(settings, None, lambda *_: None)
+    assert "some mask files have been replaced since this run began" in caplog.text
+    assert "some image files" not in caplog.text
+
+
 def test_none_held_out(shapes: Path, tmp_path: Path) -> None:
     """So small a part of the images that it is none."""
     train(config(shapes, tmp_path / "r", "data.holdout=0.0001", "base.steps=2", "base.validate_every=1"))
@@ -451,7 +466,7 @@ def test_two_processes_are_one(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_one_stage_after_the_other(shapes: Path, tmp_path: Path) -> None:
-    """By the launcher, as a user starts them."""
+    """By the launcher, as a user starts them; each makes its share of the class images."""
     few = ["perceptual_weight=0", "adversarial_weight=0", "steps=2", "batch=8", "sizes=[{size: 32}]"]
     extra = ["stages=[autoencoder,base]", "trackers=[tensorboard]", *(f"autoencoder.{key}" for key in few)]
     config(shapes, tmp_path / "r")  # writes r.yaml
@@ -461,8 +476,12 @@ def test_two_processes_train_one_stage_after_the_other(shapes: Path, tmp_path: P
         f"data.source={shapes}",
         f"output={tmp_path / 'r'}",
         "base.steps=2",
+        *(f"base.prior.{key}" for key in ("prompt=a drawing", "images=3", "batch=1", "steps=1")),
         *extra,
     )
+    (made,) = (tmp_path / "r" / "data").glob("class-*/images")
+    assert sorted(path.name for path in made.iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert "class images: 2 of 2 batches of this process" in result.stderr  # one for the other process
     assert result.stdout == f"{tmp_path / 'r'}/autoencoder/model\n{tmp_path / 'r'}/base/model\n"
 
 
@@ -590,6 +609,7 @@ def test_numbers_that_are_not_finite_stop_it(shapes: Path, tmp_path: Path, monke
         (["data.source=nowhere"], "nowhere does not exist"),
         (["data.source="], "data.source is not set"),
         (["data.holdout=50"], "leaves none to train with"),
+        (["base.batch=1000000"], "44 images: each comes 22727 times or more in one update; set base.batch to 44, or"),
         (["base.sizes=[{size: 500}]"], "base.sizes has 500, which is no multiple of it"),
         (["base.sizes=[{size: 512}]"], "too small for size 512"),
         (["base.ema.widths=[0.5]"], "width 0.5 of an average"),

@@ -28,7 +28,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.config import Config, load
 from ldm.training.evaluator import check_evaluation, weights_digest
 from ldm.training.run import train
-from ldm.training.stages.table import kind_named
+from ldm.training.stages.table import KINDS, kind_named
 from ldm.weights.tensors import LINEAGE, read_header
 
 BASE = {**TINY["base"], "optimizer": {"learning_rate": 2e-3}, "save_every": 3, "validate_every": 100}
@@ -153,6 +153,33 @@ def test_the_best_adapter_becomes_the_result(images: Path, tmp_path: Path) -> No
     assert downs[0] == downs[1] != []
 
 
+ADAPTED = {
+    "adapter": [],
+    "adapter in 8 bits": ["quantize=int8-weights"],
+    "textual-inversion": ["words={red: {vectors: 2}}"],
+    "textual-inversion, pivotal": ["words={red: {vectors: 2}}", "pivotal=true", "rank=2"],
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_each_stage_whose_model_makes_images_is_evaluated(images: Path, tmp_path: Path, name: str) -> None:
+    """With its weights at the time: the painter knows only as many colours as there are evaluations."""
+    stage = name.partition(",")[0].partition(" ")[0]
+    few = ["steps=2", "batch=8", "sizes=[{size: 32}]", "log_every=1", "optimizer.learning_rate=1e-2",
+           "evaluation.every=1", "evaluation.metrics=[fid]", *ADAPTED[name]]  # fmt: skip
+    painter = Painter(0.1, 0.5)
+    train(config(images, tmp_path / "r", f"stages=[{stage}]", *(f"{stage}.{one}" for one in few)), painter)
+    rows = [row["evaluation/fid"] for row in lines(tmp_path / "r", stage) if "evaluation/fid" in row]
+    assert len(rows) == len(painter.met) == 2
+    assert rows[0] < rows[1]
+
+
+@pytest.mark.parametrize("stage", [kind.name for kind in KINDS if not kind.makes_images])
+def test_what_makes_no_images_alone_is_not_evaluated(stage: str) -> None:
+    with pytest.raises(LdmError, match=rf"{stage}.evaluation.every: the stage {stage} trains what makes no images alo"):
+        check_evaluation(kind_named(stage), EvaluationPlan(("fid",)))
+
+
 def test_a_run_killed_anywhere_ends_in_the_same_result(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +274,7 @@ def test_another_way_to_choose_begins_anew(images: Path, tmp_path: Path, caplog:
         (["base.evaluation.choose=fid", "base.evaluation.every=0"], "no evaluation is made to choose by; set every"),
         (
             ["stages=[base,refiner]", "refiner.evaluation.every=2"],
-            "refiner.evaluation.every: a refiner makes no image",
+            "refiner.evaluation.every: the stage refiner trains what makes no images alone; set it to 0",
         ),
     ],
 )

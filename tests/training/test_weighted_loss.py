@@ -141,6 +141,10 @@ def test_held_out_captions_stay_as_they_are(shapes: Path, tmp_path: Path) -> Non
         (["data.folders={dog: {repeat: 2}}"], r"data.folders.dog.repeat is not known; did you mean repeats\?"),
         (["data.folders={dog: {repeats: 2}}"], r"has no images in the folder dog; it has no folders"),
         (["data.stream=true", "data.numbered_folders=true"], r"data.numbered_folders: a stream is not read by folders"),
+        (
+            ["data.stream=true", "data.beside.mask=boxes"],
+            r"data.beside.mask: a stream has no images beside its own; copy",
+        ),
         (["num_repeats=10"], r"num_repeats is not known; did you mean data.folders\?"),
         (["data.masked_loss=true"], r"did you mean data.beside.mask\?"),
     ],

@@ -14,6 +14,7 @@ import torch
 from ldm.errors import LdmError
 from ldm.families import FAMILIES
 from ldm.models.controlnet import ControlNet
+from ldm.models.t2i_adapter import T2IAdapter
 from ldm.weights import configs
 from ldm.weights.control_models import fits, open_control_model, t2i_config
 from ldm.weights.control_writing import write_control_file, write_control_folder
@@ -64,3 +65,11 @@ def test_a_new_t2i_adapter_has_the_shape_of_published_ones(name: str, channels: 
     assert (config.channels, config.factor, config.light) == (channels, factor, False)
     assert fits(config, FAMILIES[name])
     configs.write_t2i_adapter(config)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_small_new_t2i_adapter_is_known_by_its_tensors(name: str, tmp_path: Path) -> None:
+    family = tiny.family(name)
+    network = T2IAdapter(t2i_config(family, in_channels=1, layers=1))
+    write_control_file(network, tmp_path / "one.safetensors")
+    assert open_control_model(tmp_path / "one.safetensors", family).network.config == network.config

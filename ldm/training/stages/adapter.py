@@ -22,8 +22,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.surgery import exchanged, twin
 from ldm.patches.low_rank import Change
 from ldm.patches.trained import ChangedLayer, ChangeForm, DoRA, LoRA, TrainedChange, new_change, shrink
-from ldm.runtime.merging import merged
-from ldm.training.frozen import dense, hold_in_eight_bits, uniform
+from ldm.training.frozen import changed, hold_in_eight_bits, uniform
 from ldm.training.images import TrainingImages
 from ldm.training.optimizers import Group
 from ldm.training.stages import denoiser
@@ -78,6 +77,15 @@ class TrainedAdapter(nn.Module):
         """The frozen weight of the layer at a place."""
         network, name = parameter_of(self.parts, place.component, f"{place.layer}.layer.weight")
         return self.parts.networks[network].get_parameter(name)
+
+    def copied(self) -> int:
+        """The numbers of the weights that are copied when the changes are merged; of LoRA, none in 8 bits."""
+        weights = {place: self.weight(place) for place in self.places}
+        return sum(
+            weight.numel()
+            for place, weight in weights.items()
+            if weight.dtype != torch.int8 or not isinstance(self.places[place], LoRA)
+        )
 
     def stored(self) -> dict[str, dict[str, Change]]:
         """The changes as an adapter holds them: component -> parameter -> change."""
@@ -173,6 +181,16 @@ def passes(
     return denoiser.passes(section, adapter.parts, found, size, cached)
 
 
+def copied(found: Mapping[str, Learner]) -> int:
+    """The numbers that the copy of the model for previews has of its own: the changed weights.
+
+    Of those in 8 bits, LoRA needs no copies.
+    """
+    adapter = found["unet"].module
+    assert isinstance(adapter, TrainedAdapter)
+    return adapter.copied()
+
+
 # --- the stage --------------------------------------------------------------------------------------------------------
 
 
@@ -247,14 +265,13 @@ class AdapterStage(DenoiserStage):
         return {"norms/mean": float(norms.mean()), "norms/scaled": float((norms > most).sum())}
 
     def shown(self) -> LatentDiffusion:
-        """A copy of the model with the changes merged in."""
+        """A copy of the model with the changes merged in, or beside layers in 8 bits."""
         shown = dict(self.model.networks)
         for component, own in self.adapter.stored().items():
-            for name, change in own.items():  # one by one: a layer in 8 bits needs its plain copy here alone
+            for name, change in own.items():
                 network, parameter = parameter_of(self.model, component, name)
-                plain = dense(shown[network], parameter.rpartition(".")[0])
-                shown[network] = merged(plain, {parameter: [(1.0, change)]})
-        own_dtype = {name: uniform(dense(shown[name])) for name in ("unet", "text_encoders")}
+                shown[network] = changed(shown[network], parameter, change)
+        own_dtype = {name: uniform(shown[name]) for name in ("unet", "text_encoders")}
         return self.model.with_networks(own_dtype)
 
 

@@ -13,13 +13,12 @@ import torch
 from ldm.training.stages.adapter import AdapterStage
 from ldm.weights.adapters import Adapter
 from ldm.weights.adapters.writing import write_adapter
-from ldm.weights.tensors import LINEAGE
+from ldm.weights.tensors import FLOATS, LINEAGE
 
 log = logging.getLogger(__name__)
 RESULT = "adapter.safetensors"
 DIFFUSERS = "diffusers/pytorch_lora_weights.safetensors"
 TAGS = 1000  # most tags of the captions that the header lists
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WORDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
@@ -33,7 +32,7 @@ def write(stage: AdapterStage, folder: Path, lineage: str) -> None:
         kind = "DoRA" if kind == "LoRA" else f"{kind} (DoRA)"
     told = {LINEAGE: lineage}
     adapter = Adapter(stage.output, file, kind, "kohya", stage.adapter.stored(), metadata(stage) | told)
-    dtype = DTYPES[section.dtype]
+    dtype = FLOATS[section.dtype]
     write_adapter(adapter, stage.model, file, "kohya", dtype=dtype, overwrite=True)
     if section.kind != "lora":
         log.warning("no file with diffusers' names, which hold LoRA and DoRA alone; %s has kohya's", file)

@@ -87,6 +87,11 @@ def passes(
     return denoiser.passes(section, whole, found, size, cached, more)
 
 
+def copied(found: Mapping[str, Learner]) -> int:
+    """The numbers of the trained network, of which previews use a copy."""
+    return sum(parameter.numel() for parameter in found["unet"].module.parameters())
+
+
 class AttachedStage(DenoiserStage):
     """Training of a network beside a frozen U-Net."""
 
@@ -110,6 +115,11 @@ class AttachedStage(DenoiserStage):
         with given.accelerator.autocast():
             set_attention(self.attachment.around[0], given.section.attention)
         self.dropout = replace(self.dropout, image=drop_image)
+        place = f"of the network ({given.name}.source, model.unet)"
+        shape = vars(self.attachment.trained.config)
+        self.fixed = {
+            f"{field} {place}": str(value) for field, value in shape.items() if field not in given.section.fixed
+        }
 
     @property
     def attachment(self) -> TrainedAttachment:

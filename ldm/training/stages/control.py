@@ -19,13 +19,13 @@ from ldm.models.controlnet import ControlNet
 from ldm.models.t2i_adapter import T2IAdapter
 from ldm.training.conditioning import ConditioningDropout, Prompt
 from ldm.training.stages import attached
-from ldm.training.stages.adapter_file import DTYPES
 from ldm.training.stages.attached import AttachedStage, to_image
 from ldm.training.stages.sections import AttachedSection
 from ldm.training.stages.stage import ForwardPasses, Learner
 from ldm.weights.components import Components
 from ldm.weights.control_models import open_control_model
 from ldm.weights.control_writing import write_control_file, write_control_folder
+from ldm.weights.tensors import FLOATS
 
 CONDITION = "condition"  # name of the condition images in a batch and in a conditioning
 N = TypeVar("N", bound=ControlNet | T2IAdapter)
@@ -95,7 +95,7 @@ def plain_copy(network: Any, dtype: torch.dtype) -> Any:
 
 def write(stage: ControlStage, folder: Path, lineage: str) -> None:
     """Write the network as a folder that diffusers opens, and as a file with the original names."""
-    network, dtype = stage.attachment.trained, DTYPES[stage.section.dtype]
+    network, dtype = stage.attachment.trained, FLOATS[stage.section.dtype]
     assert isinstance(network, ControlNet | T2IAdapter)
     write_control_folder(network, folder / stage.name, dtype, overwrite=True, lineage=lineage)
     write_control_file(network, folder / f"{stage.name}.safetensors", dtype, overwrite=True, lineage=lineage)

@@ -29,13 +29,13 @@ from ldm.training.conditioning import ConditioningDropout, Prompt
 from ldm.training.frozen import numbers
 from ldm.training.parallel.agreement import check_agreement
 from ldm.training.stages import attached
-from ldm.training.stages.adapter_file import DTYPES
 from ldm.training.stages.attached import AttachedStage, TrainedAttachment, to_image
 from ldm.training.stages.sections import ImagePromptSection
 from ldm.training.stages.stage import Cached, ForwardPasses, Learner, StageInputs, freeze
 from ldm.weights.components import Components, fingerprint
 from ldm.weights.image_encoder import blank_encoder, load_image_encoder
 from ldm.weights.image_prompt import open_image_prompt, write_image_prompt
+from ldm.weights.tensors import FLOATS
 
 NAME = "ip-adapter"
 RESULT = "ip-adapter.safetensors"
@@ -167,7 +167,7 @@ class ImagePromptStage(AttachedStage):
         self.encoder.check(self.network.config)
         digest = fingerprint({"image_encoder": self.encoder.tower})
         check_agreement({"the weights of the image encoder": digest})
-        self.fixed = {f"{NAME}.encoder (digest of its weights)": digest}
+        self.fixed = {**self.fixed, f"{NAME}.encoder (digest of its weights)": digest}
         patches = self.network.config.reads_patches
         self.no_image = self.encoder.blank_patches() if patches else torch.zeros((), device=given.accelerator.device)
 
@@ -215,4 +215,4 @@ def build(given: StageInputs[ImagePromptSection]) -> ImagePromptStage:
 
 def write(stage: ImagePromptStage, folder: Path, lineage: str) -> None:
     """Write the IP-Adapter as a file with its authors' names."""
-    write_image_prompt(stage.network, folder / RESULT, DTYPES[stage.section.dtype], overwrite=True, lineage=lineage)
+    write_image_prompt(stage.network, folder / RESULT, FLOATS[stage.section.dtype], overwrite=True, lineage=lineage)

@@ -327,9 +327,20 @@ class ControlNetSection(ControlSection):
 class T2IAdapterSection(ControlSection):
     """A T2I-Adapter."""
 
+    fixed: ClassVar[tuple[str, ...]] = ("gray", "layers")
     timesteps: Literal["uniform", "logit-normal", "cubic"] = Field(
         "cubic", description="distribution of timesteps; cubic: mostly those with much noise (Mou et al. 2023)"
     )
+    gray: bool = Field(False, description="a new one reads shades of gray, as published ones for edges and lines do")
+    layers: int = Field(2, ge=1, le=16, description="residual blocks for each feature map of a new one")
+
+    @field_validator("gray", "layers")
+    @classmethod
+    def _of_a_new_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """The shape of a source is its own."""
+        if info.data.get("source") and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError(f"belongs to a new one, and source has its own {info.field_name}; leave one of them out")
+        return value
 
 
 class ImagePromptSection(AttachedSection):

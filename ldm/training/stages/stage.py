@@ -92,7 +92,7 @@ class Stage(Protocol):
     model: LatentDiffusion  # the model in training, with all of its components
     players: dict[str, Player]
     extra: dict[str, nn.Module]  # modules that no optimiser changes, but whose state belongs into a checkpoint
-    fixed: Mapping[str, str]  # digests, by key of the configuration, of what must stay while a run goes on
+    fixed: Mapping[str, str]  # what must stay while a run goes on, by the keys of the configuration that it comes from
     divisible: bool  # whether the losses of a batch can be computed part by part
 
     @property
@@ -186,6 +186,8 @@ class StageKind(Generic[S]):
     adopt: Callable[[S, LatentDiffusion, LatentDiffusion | None], LatentDiffusion] = lambda section, own, before: own
     frozen: bool = False  # whether U-Net and text encoders stay as they are, so that 16 bits can hold them
     shown: Callable[[Any], LatentDiffusion] = lambda stage: stage.model  # with the stage's weights, to make images
+    # learners -> the numbers of the trained weights that previews copy; None: previews need less than a step
+    copied: Callable[[Mapping[str, Learner]], int] | None = None
     result: str = "model"  # name of the result in the stage's folder
     write: Callable[[Any, Path, str], None] = write_model  # (stage, folder, lineage as JSON), on the main process
 

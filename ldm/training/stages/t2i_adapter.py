@@ -48,7 +48,8 @@ def learners(section: T2IAdapterSection, parts: Components) -> dict[str, Learner
     freeze(parts)
     network = begun(section, NAME, parts, T2IAdapter)
     if network is None:
-        network = T2IAdapter(t2i_config(parts.family)).to(next(parts.unet.parameters()).device)
+        config = t2i_config(parts.family, 1 if section.gray else 3, section.layers)
+        network = T2IAdapter(config).to(next(parts.unet.parameters()).device)
     return {"unet": TrainedT2IAdapter(network, parts.unet).learner(section)}
 
 

@@ -160,6 +160,13 @@ def passes(
     return denoiser.passes(trained, Components(parts.family, {**parts.networks, **own}), found, size, cached)
 
 
+def copied(found: Mapping[str, Learner]) -> int:
+    """The numbers of the weights that the adapter beside the words changes, as in the stage `adapter`."""
+    words = found["unet"].module
+    assert isinstance(words, TrainedWords)
+    return words.adapter.copied()
+
+
 def cached(section: TextualInversionSection) -> Cached:
     """Latents alone: captions are encoded with the vectors as they are."""
     return Cached(latents=True)

@@ -99,6 +99,11 @@ def base_family(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
     return next((f for start, f in _ARCHITECTURES.items() if any(s.lower().startswith(start) for s in stated)), "")
 
 
+def own_model(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> str:
+    """The stated name of the model, where its text has other channels than all released families'; else ""."""
+    return metadata.get("ss_sd_model_name", "") if text_width(infos) not in (None, *WIDTHS) else ""
+
+
 def family_word(family: Family) -> str:
     """A model's family in the words of `base_family`; "" for others."""
     if family.xl:
