@@ -273,14 +273,6 @@ class Pipeline:
                     done = result.rows.stop
                     yield result
 
-    def with_networks(self, changed: Callable[[Module], Module]) -> Pipeline:
-        """A copy of the pipeline with changed networks of its models, on the same weights; all else is shared."""
-        other = copy.copy(self)
-        other.model = _with_networks(self.model, changed)
-        other.refiner = None if self.refiner is None else _with_networks(self.refiner, changed)
-        other.adapters = self.adapters.of(other.model)
-        return other
-
     @torch.inference_mode()
     def _batch(
         self,
@@ -351,6 +343,15 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
         for name, tensor in ours.items()
     ):
         refiner.text_encoders.towers[0] = model.text_encoders.towers[-1]
+
+
+def with_networks(pipeline: Pipeline, changed: Callable[[Module], Module]) -> Pipeline:
+    """A copy of a pipeline with changed networks of its models, on the same weights; all else is shared."""
+    other = copy.copy(pipeline)
+    other.model = _with_networks(pipeline.model, changed)
+    other.refiner = None if pipeline.refiner is None else _with_networks(pipeline.refiner, changed)
+    other.adapters = pipeline.adapters.of(other.model)
+    return other
 
 
 def _with_networks(model: LatentDiffusion, changed: Callable[[Module], Module]) -> LatentDiffusion:

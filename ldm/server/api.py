@@ -21,7 +21,7 @@ from ldm.errors import LdmError
 from ldm.images import png_bytes
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import Guard, error_body
-from ldm.server.jobs import CANCELLED, FAILED, Event, Job
+from ldm.server.jobs import CANCELLED, FAILED, Event, ServerJob
 from ldm.server.metrics import Metrics
 from ldm.server.reading import read_json
 from ldm.server.service import Service
@@ -112,7 +112,7 @@ class JobsApi:
 
         With `text/event-stream` its events follow, with `image/png` its only image; both end it if the client is gone.
         """
-        reader, wanted = Reader(asyncio.get_running_loop()), request.headers.get("accept", "")
+        reader, wanted = EventReader(asyncio.get_running_loop()), request.headers.get("accept", "")
         self.service.engine.check_open()  # before anything is read
         large = int(request.headers.get("content-length", LARGE)) >= LARGE
         async with self.readers if large else contextlib.nullcontext():
@@ -138,7 +138,7 @@ class JobsApi:
 
     async def events(self, name: str) -> Response:
         """The events of a job, from now on."""
-        job, reader = self._job(name), Reader(asyncio.get_running_loop())
+        job, reader = self._job(name), EventReader(asyncio.get_running_loop())
         job.listeners.append(reader)
         return stream(job, reader, own=False)
 
@@ -152,7 +152,7 @@ class JobsApi:
             raise RefusedError(404, f"image {number} is not there, or not yet")
         return Response(data, media_type="image/png")
 
-    def _job(self, name: str) -> Job:
+    def _job(self, name: str) -> ServerJob:
         job = self.service.job(name)
         if job is None:
             raise RefusedError(404, "there is no such job, or no more")
@@ -198,7 +198,7 @@ async def read_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-async def until_over(job: Job, request: Request) -> None:
+async def until_over(job: ServerJob, request: Request) -> None:
     """Wait until a job is over; cancel it if the client is gone."""
     loop, over = asyncio.get_running_loop(), asyncio.Event()
 
@@ -217,7 +217,7 @@ async def until_over(job: Job, request: Request) -> None:
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-class Reader:
+class EventReader:
     """The events of a job for one stream: called by the engine's thread, read in the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -233,12 +233,12 @@ class Reader:
             self.queue.put_nowait(event)
 
 
-def stream(job: Job, reader: Reader, own: bool) -> Response:
+def stream(job: ServerJob, reader: EventReader, own: bool) -> Response:
     """A stream of a job's events; with `own`, the job is cancelled when the client is gone."""
     return StreamingResponse(_messages(job, reader, own), media_type="text/event-stream")
 
 
-async def _messages(job: Job, reader: Reader, own: bool) -> AsyncIterator[str]:
+async def _messages(job: ServerJob, reader: EventReader, own: bool) -> AsyncIterator[str]:
     try:
         over = job.over.is_set()
         yield _message("state", described(job))
@@ -273,7 +273,7 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
 
 
-def described(job: Job) -> dict[str, Any]:
+def described(job: ServerJob) -> dict[str, Any]:
     """A job as JSON."""
     waited, ran = job.seconds
     return {

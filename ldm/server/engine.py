@@ -21,14 +21,14 @@ from greenlet import GreenletExit, getcurrent
 
 from ldm.errors import LdmError, out_of_memory
 from ldm.sampling.loop import Step
-from ldm.server.jobs import FAILED, NOTES, Event, Job, MadeImage
-from ldm.server.joining import Call, Joints, Run, UNetCall, waiting
+from ldm.server.jobs import FAILED, NOTES, Event, MadeImage, ServerJob
+from ldm.server.joining import Joints, NetworkCall, Run, UNetCall, waiting
 from pipelines import Pipeline
 from pipelines.adapters import KEPT
 from pipelines.batching import BUSY
 from pipelines.mixes import Mix
 from pipelines.passes import enlarged_request
-from pipelines.pipeline import Result
+from pipelines.pipeline import Result, with_networks
 from pipelines.request import Request
 from pipelines.tuning import cpu_by_default, room_of
 
@@ -45,14 +45,14 @@ class NotTakenError(LdmError):
 class Piece:
     """Images of a job that one coroutine makes: a single one, unless the job says how many are made at a time."""
 
-    job: Job
+    job: ServerJob
     rows: range
     number: int  # in the order of arrival
     pixels: int  # of latents, in the largest pass
     mix: Mix  # its adapters
     overtaken: int = 0  # by later ones
     run: Run | None = None
-    call: Call | None = None  # that the run waits for
+    call: NetworkCall | None = None  # that the run waits for
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Engine:
             overtaken: later images that may begin before one that waits, because of their priority or size.
         """
         self.one_by_one = room_of(pipeline.model) is not None  # the networks of an offloaded model take turns
-        self.pipeline = pipeline if self.one_by_one else pipeline.with_networks(waiting)
+        self.pipeline = pipeline if self.one_by_one else with_networks(pipeline, waiting)
         self.most = most or BUSY.get(pipeline.model.device.type, 1)
         self.queue, self.overtaken = queue, overtaken
         self.waiting: list[Piece] = []
@@ -122,7 +122,7 @@ class Engine:
                 "again later"
             )
 
-    def submit(self, job: Job) -> Job:
+    def submit(self, job: ServerJob) -> ServerJob:
         """Take a job, and return it.
 
         Raises:
@@ -150,7 +150,7 @@ class Engine:
         self._thread.join()
         return in_time
 
-    def _pieces(self, job: Job) -> Iterator[Piece]:
+    def _pieces(self, job: ServerJob) -> Iterator[Piece]:
         """The parts of a job: batches if it says how many images are made together, else single images."""
         request, family = job.request, self.pipeline.model.family
         single = [range(row, row + 1) for row in range(len(request.prompts))]
@@ -257,7 +257,7 @@ class Engine:
         except Exception as error:
             log.exception("a job has failed")
             piece.job.end(FAILED, f"a defect of this program: {type(error).__name__}")
-        if isinstance(found, Call):
+        if isinstance(found, NetworkCall):
             piece.call = found
             return
         self.running.remove(piece)
@@ -288,7 +288,7 @@ class Engine:
         most = min(call.most, self._fitting.get(call.size, len(group)))
         yield from (group[start : start + most] for start in range(0, len(group), most))
 
-    def _outcomes(self, calls: list[Call]) -> list[Any]:
+    def _outcomes(self, calls: list[NetworkCall]) -> list[Any]:
         """The results of calls with the same key; in place of one that fails, its exception.
 
         If a joint call fails, its halves are made, until those at fault are alone.

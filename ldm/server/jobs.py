@@ -37,7 +37,7 @@ class Event:
 Listener = Callable[[Event], None]
 
 
-class Job:
+class ServerJob:
     """A request on its way. All methods may be called from any thread."""
 
     def __init__(

@@ -39,7 +39,7 @@ class Run(greenlet):
     """A coroutine whose calls of networks are made by its parent."""
 
 
-class Call(ABC):
+class NetworkCall(ABC):
     """A call of a network by a run."""
 
     key: Hashable  # equal for calls that can be made together
@@ -56,7 +56,7 @@ class Call(ABC):
         """The results of several calls of this class with the same key."""
 
 
-def result_of(call: Call) -> Any:
+def result_of(call: NetworkCall) -> Any:
     """The result of a call: within a run from its parent, otherwise at once."""
     here = getcurrent()
     return cast("greenlet", here.parent).switch(call) if isinstance(here, Run) else call.alone()
@@ -115,7 +115,7 @@ class WaitingTextEncoders(nn.Module):
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-class UNetCall(Call):
+class UNetCall(NetworkCall):
     """A call of a U-Net that is `precomputed` for its run."""
 
     def __init__(self, unet: UNet, x: Tensor, t: Tensor, cond: Conditioning) -> None:
@@ -133,7 +133,7 @@ class UNetCall(Call):
         return list(result.split([len(call.x) for call in calls]))
 
 
-class DecoderCall(Call):
+class DecoderCall(NetworkCall):
     """A call of an autoencoder's decoder."""
 
     def __init__(self, autoencoder: Autoencoder, z: Tensor) -> None:
@@ -152,7 +152,7 @@ class DecoderCall(Call):
         return list(images.split([len(call.z) for call in calls]))
 
 
-class TextCall(Call):
+class TextCall(NetworkCall):
     """A call of text encoders."""
 
     def __init__(self, encoders: nn.Module, tokens: Sequence[Tensor], clip_skip: int) -> None:

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ldm.server.jobs import DONE, Event, Job
+from ldm.server.jobs import DONE, Event, ServerJob
 from ldm.server.service import Service
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300, 600)
@@ -51,7 +51,7 @@ class Metrics:
                              registry=self.registry)  # fmt: skip
         service.watchers.append(self.note)
 
-    def note(self, job: Job, event: Event) -> None:
+    def note(self, job: ServerJob, event: Event) -> None:
         """Note that a job is over, and the times of one that is done."""
         if event.kind != "state" or not job.over.is_set():
             return

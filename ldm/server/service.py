@@ -14,7 +14,7 @@ from typing import Any
 from ldm.errors import LdmError, check_whole
 from ldm.images import png_bytes
 from ldm.server.engine import Engine, NotTakenError
-from ldm.server.jobs import DONE, NOTES, Event, Job, Listener
+from ldm.server.jobs import DONE, NOTES, Event, Listener, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.reading import settings_of
 from pipelines import Pipeline
@@ -28,7 +28,7 @@ from pipelines.settings import at
 log = logging.getLogger(__name__)
 OPTIONS = ("priority", "seconds", "previews")  # of a job, beside its settings
 PRIORITIES = (-9, 9)
-Watcher = Callable[[Job, Event], None]
+Watcher = Callable[[ServerJob, Event], None]
 PLACES = ("source", "refiner", "components", "control_models", "lora_dir")  # what records of served images leave out
 
 
@@ -44,13 +44,13 @@ class Service:
         self.engine = Engine(pipeline, most=most, queue=limits.queue)
         own = provenance(loading, pipeline)
         self.about = {key: value for key, value in own.items() if key not in PLACES}
-        self.jobs: dict[str, Job] = {}  # in the order of their arrival
+        self.jobs: dict[str, ServerJob] = {}  # in the order of their arrival
         self.watchers: list[Watcher] = [release]  # of all jobs
         self._changing = threading.Lock()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
-    def accept(self, given: Mapping[str, Any], listener: Listener | None = None) -> Job:
+    def accept(self, given: Mapping[str, Any], listener: Listener | None = None) -> ServerJob:
         """The job of a request: settings by name and options of the job.
 
         Raises:
@@ -64,7 +64,7 @@ class Service:
                 request = self.request({name: value for name, value in given.items() if name not in OPTIONS})
             except RecursionError:
                 raise LdmError("the request is nested too deeply") from None
-        job = Job(request, notes=notes, **self._checked(options))
+        job = ServerJob(request, notes=notes, **self._checked(options))
         job.listeners += [partial(watcher, job) for watcher in self.watchers]
         job.listeners += [] if listener is None else [listener]
         with self._changing:
@@ -99,13 +99,13 @@ class Service:
                 raise LdmError(f"{value:,} {name}: this server makes at most {most:,}")
         return request
 
-    def job(self, name: str) -> Job | None:
+    def job(self, name: str) -> ServerJob | None:
         """The job of that name; None if there is none any more."""
         with self._changing:
             self._forget()
             return self.jobs.get(name)
 
-    def png(self, job: Job, number: int) -> bytes | None:
+    def png(self, job: ServerJob, number: int) -> bytes | None:
         """A finished image of a job with its record, as PNG; None if it is not finished."""
         made = job.made[number] if 0 <= number < len(job.made) else None
         if made is None:
@@ -174,7 +174,7 @@ def uploaded_pixels(request: Request) -> int:
     return sum(image.width * image.height for image in found if image is not None)
 
 
-def release(job: Job, event: Event) -> None:
+def release(job: ServerJob, event: Event) -> None:
     """Let a job that is over hold no uploaded images."""
     if event.kind == "state" and job.over.is_set():
         job.request = replace(job.request.changed(control=(), image_prompt=()), image=None, mask=None)

@@ -14,7 +14,7 @@ import uvicorn
 
 from ldm.errors import LdmError
 from ldm.server.api import make_app
-from ldm.server.jobs import Event, Job
+from ldm.server.jobs import Event, ServerJob
 from ldm.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def listening(host: str, port: int) -> socket.socket:
     return opened
 
 
-def log_job(job: Job, event: Event, prompts: bool) -> None:
+def log_job(job: ServerJob, event: Event, prompts: bool) -> None:
     """Log a line of JSON about a job that is over; with its prompts only if they are asked for."""
     if event.kind != "state" or not job.over.is_set():
         return

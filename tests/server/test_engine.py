@@ -18,7 +18,7 @@ from ldm.errors import LdmError
 from ldm.models.unet import UNet
 from ldm.sampling.noise import Noise
 from ldm.server.engine import Engine, NotTakenError
-from ldm.server.jobs import CANCELLED, DONE, FAILED, Event, Job
+from ldm.server.jobs import CANCELLED, DONE, FAILED, Event, ServerJob
 from pipelines import Pipeline
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 3}
@@ -73,7 +73,7 @@ def test_random_jobs_have_the_images_of_the_pipeline(
     draw, pipeline = random.Random(seed), pipelines[name]
     engines.append(engine := Engine(pipeline))
     wanted = [settings(draw) for _ in range(10)]
-    jobs = [Job(engine.request(**one)) for one in wanted]
+    jobs = [ServerJob(engine.request(**one)) for one in wanted]
     follow(engine, jobs, [draw.randint(0, 3) for _ in jobs])
     dropped = draw.sample(range(len(jobs)), 2)
     for number in dropped:  # at a step of its own
@@ -91,7 +91,7 @@ def test_random_jobs_have_the_images_of_the_pipeline(
     assert engine.counts.steps > 1.2 * engine.counts.calls
 
 
-def follow(engine: Engine, jobs: list[Job], steps: list[int]) -> None:
+def follow(engine: Engine, jobs: list[ServerJob], steps: list[int]) -> None:
     """Submit the first job, and each further one when the one before it has made so many steps."""
 
     def after(number: int) -> Any:
@@ -110,7 +110,7 @@ def follow(engine: Engine, jobs: list[Job], steps: list[int]) -> None:
     engine.submit(jobs[0])
 
 
-def stopping(job: Job, step: int) -> Any:
+def stopping(job: ServerJob, step: int) -> Any:
     """A listener that cancels a job after a step."""
     return lambda event: job.cancel() if event.step == step else None
 
@@ -141,7 +141,7 @@ def fullest(engine: Engine, wanted: list[dict[str, Any]]) -> int:
         before = now
 
     with engine._changed:  # so that the first one waits for the others
-        jobs = [engine.submit(Job(engine.request("a fox", **one), listener=listen)) for one in wanted]
+        jobs = [engine.submit(ServerJob(engine.request("a fox", **one), listener=listen)) for one in wanted]
     for job in jobs:
         job.result(60)
     return most
@@ -154,7 +154,7 @@ def test_bf16_differs_as_much_as_between_batch_sizes(engines: list[Engine]) -> N
     pipeline = Pipeline(model)
     engines.append(engine := Engine(pipeline))
     with engine._changed:
-        jobs = [engine.submit(Job(engine.request("a fox", seed=seed, **SMALL))) for seed in range(5)]
+        jobs = [engine.submit(ServerJob(engine.request("a fox", seed=seed, **SMALL))) for seed in range(5)]
     made = torch.stack([job.result(60).latents[0].float() for job in jobs])
     one, four = (
         torch.stack(pipeline("a fox", n=5, seed=0, batch=batch, output="latents", **SMALL).latents).float()
@@ -171,7 +171,7 @@ def test_adapters_are_grouped(tmp_path: Any, engines: list[Engine]) -> None:
     engines.append(engine := Engine(pipeline))
     wanted = [SMALL | {"adapters": {str(files[number % 3]): 1.0}, "seed": number} for number in range(6)] + [SMALL]
     with engine._changed:
-        jobs = [engine.submit(Job(engine.request("a fox", **one))) for one in wanted]
+        jobs = [engine.submit(ServerJob(engine.request("a fox", **one))) for one in wanted]
     for job, one in zip(jobs[:-1], wanted, strict=False):
         near(job.result(60).latents[0], pipeline("a fox", output="latents", **one).latents[0], RUN)
     jobs[-1].result(60)
@@ -180,7 +180,7 @@ def test_adapters_are_grouped(tmp_path: Any, engines: list[Engine]) -> None:
 
 def test_cancelled_within_a_step(pipelines: dict[str, Pipeline], engines: list[Engine]) -> None:
     engines.append(engine := Engine(pipelines["sd15"]))
-    job = Job(engine.request("a fox", **SMALL | {"steps": 50}))
+    job = ServerJob(engine.request("a fox", **SMALL | {"steps": 50}))
     steps: list[int] = []
 
     def listen(event: Event) -> None:
@@ -194,7 +194,7 @@ def test_cancelled_within_a_step(pipelines: dict[str, Pipeline], engines: list[E
     engine.submit(job)
     with pytest.raises(LdmError, match="cancelled"):
         job.result(60)
-    engine.submit(Job(engine.request("a fox", **SMALL))).result(60)
+    engine.submit(ServerJob(engine.request("a fox", **SMALL))).result(60)
     assert steps == [1, 2, 3]
     assert not engine.running
 
@@ -221,7 +221,7 @@ def test_a_job_fails_alone(
     monkeypatch.setattr(UNet, "forward", faulty)
     engines.append(engine := Engine(pipeline))
     with engine._changed:
-        jobs = [engine.submit(Job(engine.request("a fox", **one))) for one in wanted]
+        jobs = [engine.submit(ServerJob(engine.request("a fox", **one))) for one in wanted]
     for number, job in enumerate(jobs):
         if number != 3:
             near(job.result(60).latents[0], plain[number], RUN)
@@ -243,7 +243,7 @@ def test_less_memory_makes_smaller_calls(
     monkeypatch.setattr(UNet, "forward", small)
     engines.append(engine := Engine(pipelines["sd15"]))
     with engine._changed:
-        jobs = [engine.submit(Job(engine.request("a fox", **SMALL, seed=seed))) for seed in range(4)]
+        jobs = [engine.submit(ServerJob(engine.request("a fox", **SMALL, seed=seed))) for seed in range(4)]
     for job in jobs:
         job.result(60)
     assert sum(rows > 4 for rows in tried) == 1
@@ -253,8 +253,8 @@ def test_nobody_is_overtaken_by_many(pipelines: dict[str, Pipeline], engines: li
     engines.append(engine := Engine(pipelines["sd15"], most=64, overtaken=3))  # one at a time
     with engine._changed:
         request = engine.request("a fox", width=64, height=64, steps=1)
-        first = [engine.submit(Job(request)) for _ in range(2)]
-        later = [engine.submit(Job(request, priority=1)) for _ in range(8)]
+        first = [engine.submit(ServerJob(request)) for _ in range(2)]
+        later = [engine.submit(ServerJob(request, priority=1)) for _ in range(8)]
     for job in (*first, *later):
         job.result(60)
     order = sorted([*first, *later], key=lambda job: job.started or 0)
@@ -265,12 +265,12 @@ def test_nobody_is_overtaken_by_many(pipelines: dict[str, Pipeline], engines: li
 def test_limits(pipelines: dict[str, Pipeline], engines: list[Engine]) -> None:
     engines.append(engine := Engine(pipelines["sd15"], most=64, queue=3))
     request = engine.request("a fox", **SMALL | {"steps": 40}, n=3)
-    job = Job(request)
+    job = ServerJob(request)
     with engine._changed:
         engine.submit(job)
         with pytest.raises(NotTakenError, match="3 images wait, and at most 3 may, with the 3 of this job"):
-            engine.submit(Job(request))
-    late = Job(engine.request("a fox", **SMALL), seconds=0.001)
+            engine.submit(ServerJob(request))
+    late = ServerJob(engine.request("a fox", **SMALL), seconds=0.001)
     job.listeners.append(lambda event: late.over.is_set() and job.cancel())
     while len(engine.waiting) > 2:
         job.over.wait(0.001)
@@ -278,15 +278,15 @@ def test_limits(pipelines: dict[str, Pipeline], engines: list[Engine]) -> None:
     with pytest.raises(LdmError, match="not done within 0.001 seconds"):
         late.result(60)
     assert job.over.wait(60)
-    last = engine.submit(Job(engine.request("a fox", **SMALL)))
+    last = engine.submit(ServerJob(engine.request("a fox", **SMALL)))
     assert engine.close(60) and last.state == DONE
     with pytest.raises(NotTakenError, match="closing"):
-        engine.submit(Job(request))
+        engine.submit(ServerJob(request))
 
 
 def test_a_closed_engine_leaves_nobody_waiting(pipelines: dict[str, Pipeline]) -> None:
     engine = Engine(pipelines["sd15"])
-    job = engine.submit(Job(engine.request("a fox", **SMALL | {"steps": 900})))
+    job = engine.submit(ServerJob(engine.request("a fox", **SMALL | {"steps": 900})))
     assert not engine.close(0)
     with pytest.raises(LdmError, match="closed"):
         job.result(0)
@@ -296,7 +296,7 @@ def test_a_closed_engine_leaves_nobody_waiting(pipelines: dict[str, Pipeline]) -
 def test_settings_that_say_what_is_made_together(pipelines: dict[str, Pipeline], engines: list[Engine]) -> None:
     engines.append(engine := Engine(pipelines["sd15"]))
     one: dict[str, Any] = SMALL | {"n": 3, "batch": 2, "rng": "diffusers", "seed": 5}
-    made = engine.submit(Job(engine.request("a fox", **one))).result(60)
+    made = engine.submit(ServerJob(engine.request("a fox", **one))).result(60)
     alone = pipelines["sd15"]("a fox", output="latents", **one)
     assert [(row.get("batch"), row.get("place")) for row in made.settings] == [(2, 0), (2, 1), (None, None)]
     for a, b in zip(made.latents, alone.latents, strict=True):
@@ -306,7 +306,7 @@ def test_settings_that_say_what_is_made_together(pipelines: dict[str, Pipeline],
 def test_steps_have_previews(pipelines: dict[str, Pipeline], engines: list[Engine]) -> None:
     engines.append(engine := Engine(pipelines["sd15"]))
     events: list[Event] = []
-    job = Job(engine.request("a fox", scheduler="euler", **SMALL), previews=True, listener=events.append)
+    job = ServerJob(engine.request("a fox", scheduler="euler", **SMALL), previews=True, listener=events.append)
     engine.submit(job).result(60)
     assert [event.kind for event in events] == ["state", "step", "step", "step", "images", "state"]
     assert all(event.previews[0].size == (8, 8) for event in events if event.kind == "step")
@@ -315,7 +315,7 @@ def test_steps_have_previews(pipelines: dict[str, Pipeline], engines: list[Engin
 
 def test_a_listener_with_a_defect(pipelines: dict[str, Pipeline], engines: list[Engine]) -> None:
     engines.append(engine := Engine(pipelines["sd15"]))
-    job = Job(engine.request("a fox", **SMALL), listener=lambda event: 1 / 0)  # type: ignore[arg-type,return-value]
+    job = ServerJob(engine.request("a fox", **SMALL), listener=lambda event: 1 / 0)  # type: ignore[arg-type,return-value]
     engine.submit(job).result(60)
     assert job.state == DONE
     with pytest.raises(LdmError, match="name it"):
