@@ -28,7 +28,7 @@ PATIENCE = 1200  # seconds for any process that a test starts: against hanging a
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 FIRST = os.environ | ONE_THREAD  # the environment of the process that others are forked from
 IMPORTED = [
-    "ldm.bench.processes", "ldm.cli.convert", "ldm.cli.evaluate", "ldm.cli.generate", "ldm.cli.main",
+    "ldm.bench.processes", "ldm.cli.convert", "ldm.cli.evaluate", "ldm.cli.main", "ldm.cli.making",
     "ldm.cli.selftest", "ldm.cli.train", "diffusers",
 ]  # fmt: skip
 

@@ -74,10 +74,14 @@ def test_every_package_is_installed() -> None:
     [
         "import ldm",
         "import sys; sys.argv = ['ldm', '--help']; from ldm.cli.main import app; app(standalone_mode=False)",
+        "import sys; sys.argv = ['ldm', 'generate', '-h']; from ldm.cli.main import app; app(standalone_mode=False)",
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
-    check = "import sys; heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys(); assert not heavy"
+    check = (
+        "import sys; heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'pydantic', 'rich', 'yaml', 'PIL'}; "
+        "assert not heavy & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True, capture_output=True, timeout=PATIENCE)
 
 
@@ -92,7 +96,8 @@ from ldm.cli.main import app
 app(standalone_mode=False)
 heavy = (
     "transformers", "diffusers", "accelerate", "scipy", "sympy", "torchvision", "open_clip", "huggingface_hub",
-    "datasets", "torchao", "torch._dynamo", "torch._inductor", "torch.distributed",
+    "datasets", "torchao", "torch._dynamo", "torch._inductor", "torch.distributed", "pydantic", "rich", "yaml",
+    "pyarrow", "jinja2", "cv2", "onnxruntime", "torchmetrics", "PIL.TiffImagePlugin",
 )
 found = [name for name in sys.modules.keys() - there for part in heavy if (name + ".").startswith(part + ".")]
 assert not found, found
@@ -107,6 +112,26 @@ def test_an_image_needs_little_beside_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert image.is_file()
+
+
+TRAINING = """
+import sys
+import torch
+
+there = set(sys.modules)
+import ldm.training.run
+import ldm.cli.evaluate
+heavy = ("torchmetrics", "open_clip", "diffusers")
+found = [name for name in sys.modules.keys() - there for part in heavy if (name + ".").startswith(part + ".")]
+assert not found, found
+"""
+
+
+def test_training_and_evaluation_begin_without_what_few_runs_need() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_of_the_package() -> None:

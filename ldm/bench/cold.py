@@ -1,10 +1,12 @@
-"""Cold starts: time and memory of a new process that makes an image, with the times of importing and loading."""
+"""Cold starts: time and memory of a new process that makes an image, and its phases."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +74,42 @@ def cold_starts(path: Path, rounds: int, device: str, quantize: str | None = Non
     return found
 
 
+def phase_seconds(path: Path, rounds: int, device: str, quantize: str | None = None) -> list[dict[str, float]]:
+    """The seconds of each phase of `ldm generate` in new processes (`ldm.bench.phases`), after one that is not counted.
+
+    Raises:
+        LdmError: a process fails.
+    """
+    found = []
+    more = ["--device", device, *([] if quantize is None else ["--quantize", quantize])]
+    with tempfile.TemporaryDirectory() as folder:
+        image = str(Path(folder, "image.png"))
+        command = ["generate", PROMPT, "--model", str(path), "--steps", "20", "--out", image, *more]
+        for _ in range(rounds + 1):
+            said = last_line(OURS, ["-m", "ldm.bench.phases", str(time.monotonic()), *command])
+            end = time.monotonic()
+            told = json.loads(said)
+            found.append({**told["phases"], "exit": end - told["ended"]})
+    return found[1:]
+
+
 def printed(name: str, command: Sequence[str]) -> list[float]:
     """Run a Python program in a new process; returns the numbers in its last line of output.
 
     Raises:
         LdmError: the process fails.
     """
-    done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True, check=False)
+    return [float(number) for number in last_line(name, ["-c", *command]).split()]
+
+
+def last_line(name: str, arguments: Sequence[str]) -> str:
+    """Run Python with these arguments in a new process; returns its last line of output.
+
+    Raises:
+        LdmError: the process fails.
+    """
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         last = first_line(RuntimeError("\n".join(done.stderr.strip().splitlines()[-1:])))
         raise LdmError(f"a new process of {name} failed: {last}")
-    return [float(number) for number in done.stdout.split("\n")[-2].split()]
+    return done.stdout.split("\n")[-2]

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldm.bench.cold import cold_starts
+from ldm.bench.cold import cold_starts, phase_seconds
 from ldm.bench.comparison import (
     Measurement,
     changes,
@@ -30,7 +30,7 @@ from ldm.bench.measuring import Seconds, device_name, others_busy, products, spe
 from ldm.bench.options import OURS, RIVALS, BenchOptions, Call
 from ldm.bench.processes import SideProcess
 from ldm.bench.sides import named_family
-from ldm.bench.tables import change_table, cold_table, speed_tables
+from ldm.bench.tables import change_table, cold_table, phases_table, speed_tables
 from ldm.errors import LdmError
 from ldm.files import replacing, write_json
 from ldm.weights.builtin import builtin
@@ -77,7 +77,8 @@ def measure(options: BenchOptions) -> None:
     if options.cold:
         cold = cold_starts(path, options.rounds, str(device), options.quantize)
         result["cold"] = {name: [asdict(one) for one in rows] for name, rows in cold.items()}
-        console.print(cold_table(cold))
+        result["phases"] = phase_seconds(path, options.rounds, str(device), options.quantize)
+        console.print(cold_table(cold), phases_table(result["phases"]))
         _write(options.out, result)
     if before:
         _compare(before, measured(result), console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 
 from rich.box import SIMPLE
@@ -45,6 +45,15 @@ def cold_table(found: dict[str, list[Cold]]) -> Table:
         columns = {name: [getattr(one, field) for one in rows] for name, rows in found.items()}
         medians = (f"{median(column):.2f}" for column in columns.values())
         table.add_row(label, *medians, ratios(columns["diffusers"], columns[OURS]))
+    return table
+
+
+def phases_table(found: Sequence[Mapping[str, float]]) -> Table:
+    """A table of the phases of a new process of ours, with their medians in order of time."""
+    table = Table("phase of a new process", "s", box=SIMPLE)
+    for name in dict.fromkeys(name for one in found for name in one):
+        table.add_row(name, f"{median(one.get(name, 0.0) for one in found):.3f}")
+    table.add_row("together", f"{median(sum(one.values()) for one in found):.3f}")
     return table
 
 

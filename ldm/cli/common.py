@@ -1,4 +1,4 @@
-"""Functions that commands share: parsing of options, and progress on stderr."""
+"""Functions that commands share: parsing of options, and progress on stderr if it is a terminal."""
 
 from __future__ import annotations
 
@@ -10,26 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from typing import TYPE_CHECKING
 
 from ldm.errors import LdmError
-from ldm.families import FAMILIES
 from ldm.files import Progress as Report
 from ldm.files import silent
 from ldm.weights.builtin import builtin
-from ldm.weights.components import Opened
-from ldm.weights.sources import open_source
+
+if TYPE_CHECKING:
+    from ldm.weights.components import Opened
 
 
 @dataclass(frozen=True)
@@ -44,6 +33,8 @@ class SourceOptions:
 
     def open(self, source: str, verify: bool, report: Report) -> Opened:
         """Open the source and recognise its family; weights are not read yet."""
+        from ldm.weights.sources import open_source  # PyTorch, only now that there is something to open
+
         return open_source(
             source,
             family=self.family,
@@ -58,6 +49,8 @@ class SourceOptions:
 
 def is_family(source: str) -> bool:
     """Whether a source is a family's name, and not a model that is there under the same name."""
+    from ldm.families import FAMILIES
+
     return source in FAMILIES and not Path(source).exists() and not builtin(source)
 
 
@@ -115,12 +108,14 @@ def to_bytes(text: str) -> int:
 @contextmanager
 def progress() -> Iterator[Report]:
     """A progress bar on stderr for each kind of work, removed when all is done."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield silent
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -134,15 +129,17 @@ def progress() -> Iterator[Report]:
 @contextmanager
 def counter(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr that counts finished items, with their rate and the time left."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield lambda: None
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, rate="")
         start = time.monotonic()
 

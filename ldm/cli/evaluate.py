@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ldm.caches import cache_folder
-from ldm.cli.evaluate_options import EvaluateOptions, is_model, settings_of, sweeps_of
+from ldm.cli.evaluate_options import EvaluateOptions, checked_settings, is_model, settings_of, sweeps_of
 from ldm.cli.generate import read_prompts
 from ldm.data.image_set import made
 from ldm.errors import LdmError
@@ -29,7 +29,6 @@ from ldm.files import silent
 from ldm.launch import processes
 from pipelines import Pipeline
 from pipelines.run import reconstruct
-from pipelines.settings import LOADING, at, checked
 from pipelines.tuning import default_device, dtype_named
 
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
@@ -47,16 +46,10 @@ def evaluate_sources(options: EvaluateOptions) -> None:
         device=device,
     )  # fmt: skip
     given = {side: settings_of(texts) for side, texts in options.settings.items()}
-    if given.get("B") and len(options.sources) < 2:
-        raise LdmError("--with-b is for a second model, and only one is given")
     check_plan([is_model(source) for source in options.sources], plan)
     sides: list[Model | str] = []
     for source, name in zip(options.sources, "AB", strict=False):
         own = given.get("both", {}) | given.get(name, {})
-        if own and not is_model(source):
-            raise LdmError(
-                f"{source} is a folder of images, which are not made here; leave out --with {next(iter(own))}"
-            )
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
     in_use = f"{folder} is in use by another evaluation; wait for its end, or choose another folder (--out)"
@@ -94,9 +87,7 @@ def _prompts(file: str | None) -> list[str] | None:
 
 def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationPlan) -> Model:
     """A model with its checked settings, as the functions that evaluation calls."""
-    rows = at("eval", LOADING)
-    loading = {name: row.check(settings[name]) for name, row in rows.items() if settings.get(name) is not None}
-    making = checked({name: value for name, value in settings.items() if name not in rows}, "eval")
+    loading, making = checked_settings(settings)
     pipeline = Pipeline(source, device=device, **{**loading, "dtype": dtype_named(loading.get("dtype"))})
     family = pipeline.model.family
     if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ldm.cli.generate import read_prompts
 from ldm.data.places import check_place
 from ldm.errors import LdmError, first_line
 from ldm.weights.builtin import builtin
 from ldm.weights.names import HUB_ID
-from pipelines.settings import ADAPTERS, Setting, every_row, find, renamed
+from pipelines.settings import ADAPTERS, LOADING, Setting, at, checked, every_row, find, renamed
 from pipelines.translation import TRANSLATED
 
 if TYPE_CHECKING:
@@ -112,20 +113,41 @@ def _swept(row: Setting, text: str) -> Value:
     return int(value) if isinstance(value, float) and not set(text) & set(".eEn") else value
 
 
+def checked_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of loading a model, and those of making images with it, each within its bounds.
+
+    Raises:
+        LdmError: one of them is not.
+    """
+    rows = at("eval", LOADING)
+    loading = {name: row.check(settings[name]) for name, row in rows.items() if settings.get(name) is not None}
+    return loading, checked({name: value for name, value in settings.items() if name not in rows}, "eval")
+
+
 def check_options(options: EvaluateOptions) -> None:
-    """Check paths, settings and sweeps.
+    """Check paths, prompts, settings and sweeps.
 
     Raises:
         LdmError: one of them is wrong.
     """
     for source in options.sources:
         is_model(source)
+    given = {side: settings_of(texts) for side, texts in options.settings.items()}
+    if given.get("B") and len(options.sources) < 2:
+        raise LdmError("--with-b is for a second model, and only one is given")
+    for source, name in zip(options.sources, "AB", strict=False):
+        own = given.get("both", {}) | given.get(name, {})
+        if own and not is_model(source):
+            raise LdmError(
+                f"{source} is a folder of images, which are not made here; leave out --with {next(iter(own))}"
+            )
+        checked_settings(own)
     for name, place in (("data", options.data), ("training", options.training)):
         if place is not None:
             try:
                 check_place(place, stream=False)
             except LdmError as error:
                 raise LdmError(f"--{name}: {error}") from None
-    for texts in options.settings.values():
-        settings_of(texts)
+    if options.prompts is not None:
+        list(read_prompts(options.prompts))
     sweeps_of(options.sweeps)

@@ -17,13 +17,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import ldm
-from ldm.cli.options import with_options
+from ldm.cli.importing import importing
+from ldm.cli.options import FlagGroup, TextCommand, with_options
 from ldm.errors import LdmError
 from ldm.runtime.quiet import quiet
 from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
     name="ldm",
+    cls=FlagGroup,
     help="Latent text-to-image diffusion: Stable Diffusion 1.x, 2.x and SDXL.",
     no_args_is_help=True,
     add_completion=False,
@@ -234,7 +236,7 @@ def generate_command() -> Callable[..., None]:
 
     def generate(**given: Any) -> None:
         """Make images of prompts, as PNG files with a record of how they were made."""
-        from ldm.cli.generate import Options, generate_images
+        from ldm.cli.generate import Options, work_of
 
         options = Options(
             prompts=[*(given["prompts"] or ()), *(given["other_prompts"] or ())],
@@ -242,12 +244,19 @@ def generate_command() -> Callable[..., None]:
             prompts_file=given["prompts_file"], out=given["out"], sheet=given["sheet"], as_json=given["json"],
             dry_run=given["dry_run"],
         )  # fmt: skip
-        generate_images(options)
+        work = work_of(options)
+        if not work.left and not options.dry_run:
+            print(f"ldm: nothing to do: all {len(work.jobs)} images are there", file=sys.stderr)
+            return
+        with importing():
+            from ldm.cli.making import make_images  # PyTorch, only now that there is something to make
+
+        make_images(options, work)
 
     return with_options(generate, [*settings.values(), *loading.values()], _of_generate_itself)
 
 
-app.command()(generate_command())
+app.command(cls=TextCommand)(generate_command())
 
 
 def _of_serve_itself(
@@ -545,7 +554,8 @@ def evaluate(
         cache=cache, device=device, as_json=json,
     )  # fmt: skip
     check_options(options)
-    from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
+    with importing():
+        from ldm.cli.evaluate import evaluate_sources  # PyTorch, only now that there is something to evaluate
 
     evaluate_sources(options)
 

@@ -7,8 +7,43 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from pipelines.settings import FLAG, Setting
+
+
+class AsGiven:
+    """The conversion of an option to its type, for texts, lists of texts and flags: none."""
+
+    @staticmethod
+    def coerce(value: Any, **_: Any) -> Any:
+        """The value; several as a list."""
+        return list(value) if isinstance(value, tuple) else value
+
+
+def as_given(parameters: list[Any]) -> list[Any]:
+    """Parameters of typer that stay as the command line has them.
+
+    To convert them, typer 0.29 would import pydantic and make a schema for each, which takes longer than all else
+    before PyTorch; other versions do not ask.
+    """
+    for parameter in parameters:
+        parameter.get_runtime_param = AsGiven
+    return parameters
+
+
+class TextCommand(TyperCommand):
+    """A command whose options are texts, lists of texts and flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return as_given(super().get_params(ctx))
+
+
+class FlagGroup(TyperGroup):
+    """A group of commands whose own options are flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return as_given(super().get_params(ctx))
 
 
 def option(row: Setting) -> Parameter:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ldm.cli.importing import importing
 from ldm.launch import rank
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import describe, load
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.latent_diffusion import LatentDiffusion
+
+log = logging.getLogger(__name__)
 
 
 def train_models(config: str | None, overrides: Sequence[str]) -> None:
@@ -32,9 +35,12 @@ def train_models(config: str | None, overrides: Sequence[str]) -> None:
     settings = load(config, overrides)
     check_bounds(settings)
     check_paths(settings)
-    from ldm.training.loop import Stopped  # PyTorch, only now that there is something to train
-    from ldm.training.run import train
-    from ldm.training.stages.table import kind_named
+    stages = ", ".join(f"{name} ({getattr(settings, name).steps} steps)" for name in settings.stages)
+    log.info("%s: the configuration is right; training %s", settings.output, stages)
+    with importing():
+        from ldm.training.loop import Stopped  # PyTorch, only now that there is something to train
+        from ldm.training.run import train
+        from ldm.training.stages.table import kind_named
 
     display = Display(Console(stderr=True))
     try:

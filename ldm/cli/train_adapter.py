@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.cli.train import train_models
+from ldm.data.places import IMAGE_SUFFIXES
 from ldm.errors import LdmError, suggestion
 from ldm.launch import processes, processes_here, rank
 from ldm.limits import free_memory
@@ -152,12 +153,13 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
         LdmError: the folder holds no images, or the output another run.
     """
     begun = Path(config.output) / "config.yaml"
+    goes_on = begun.exists() and has_trained(begun.parent)
+    count = 0 if goes_on else count_images(Path(config.data.source or ""))
     chosen = job.settings(tokens(config.model, job.initial) if job.initial else 0)
-    if begun.exists() and has_trained(begun.parent):
+    if goes_on:
         given = together(chosen, overrides)
         check_begun(begun, given, job.stage)
         return str(begun), given
-    count = count_images(Path(config.data.source or ""))
     chosen += defaults(count, config, job.stage)
     check_bounds(load(None, together(chosen, overrides)))
     given = fitting(chosen, overrides, saving(config, job.stage))
@@ -190,8 +192,6 @@ def count_images(folder: Path) -> int:
     Raises:
         LdmError: there are none.
     """
-    from ldm.data.image_set import IMAGE_SUFFIXES
-
     count = sum(path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES for path in folder.rglob("*"))
     if not count:
         raise LdmError(f"{folder} holds no images; name a folder of some 10 to 100")

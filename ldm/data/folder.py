@@ -27,7 +27,6 @@ from typing import Any, BinaryIO, TextIO
 
 from ldm.data.image_set import (
     CAPTION_COLUMNS,
-    IMAGE_SUFFIXES,
     NUMBER_COLUMNS,
     Captions,
     Entry,
@@ -36,6 +35,7 @@ from ldm.data.image_set import (
     first_of,
     to_captions,
 )  # fmt: skip
+from ldm.data.places import IMAGE_SUFFIXES
 from ldm.errors import LdmError, listing
 
 log = logging.getLogger(__name__)

@@ -34,11 +34,6 @@ from ldm.images import TRANSPARENT, image_header, load_image, load_noted
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({
-    "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",
-    "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
-})  # fmt: skip
-# Formats that PIL cannot read without a plugin are included: their files are listed as unreadable, not ignored.
 SHORTEST = 8  # least length of a side in pixels
 LONGEST = 16  # greatest ratio of the longer to the shorter side
 NO_RULES = FolderRules()

@@ -8,6 +8,11 @@ from pathlib import Path
 from ldm.errors import LdmError
 from ldm.weights.names import HUB_ID
 
+IMAGE_SUFFIXES = frozenset({
+    "apng", "avif", "bmp", "gif", "heic", "heif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "jxl", "pbm",
+    "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
+})  # fmt: skip
+# Formats that PIL cannot read without a plugin are included: their files are listed as unreadable, not ignored.
 MADE = {  # images beside others that are made when they are loaded
     "condition": ("canny", "lineart", "gray", "blur", "tile"),
     "mask": ("alpha", "boxes", "strokes", "random"),

@@ -25,8 +25,9 @@ from PIL import Image
 from ldm.data import hugging_face
 from ldm.data.beside import Beside
 from ldm.data.framing import Framing, choose_buckets
-from ldm.data.image_set import IMAGE_SUFFIXES, Captions, Example, check_captions, check_size, made, read_image
+from ldm.data.image_set import Captions, Example, check_captions, check_size, made, read_image
 from ldm.data.keyed import generator, uniform
+from ldm.data.places import IMAGE_SUFFIXES
 from ldm.data.plan import SPARES, Item, Visit
 from ldm.data.skipped import Skipped
 from ldm.data.tags import NO_TAGS, Tags

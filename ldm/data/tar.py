@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 from ldm.data.image_set import (
     CAPTION_COLUMNS,
-    IMAGE_SUFFIXES,
     Captions,
     Entry,
     SourcePart,
@@ -27,6 +26,7 @@ from ldm.data.image_set import (
     first_of,
     to_captions,
 )  # fmt: skip
+from ldm.data.places import IMAGE_SUFFIXES
 from ldm.errors import LdmError, listing
 
 _BLOCK = 512

@@ -16,7 +16,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ldm.errors import LdmError, check_whole
 from ldm.models.clip_text import TextEncoderConfig, TextTower
@@ -93,6 +92,8 @@ class ContrastivePair(nn.Module):
         """Raises:
         LdmError: a text encoder projects to another number of channels than `embed_dim`.
         """
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # takes seconds
+
         super().__init__()
         self.config = config
         self.text_encoders = text_encoders

@@ -12,7 +12,7 @@ from ldm.errors import LdmError
 from ldm.training.config import Config
 from ldm.training.phases import phases
 from ldm.training.sections import DataSection, EvaluationSection, ModelSection, PriorSection, StageSection
-from ldm.weights.builtin import DEFAULT, builtin, builtin_adapter
+from ldm.weights.builtin import builtin_adapter, check_named
 from ldm.weights.names import HUB_ID
 
 
@@ -160,12 +160,11 @@ def _check_beside(kind: str, place: str) -> None:
 
 def _check_model(place: str, section: ModelSection) -> None:
     """Check the paths of a model and of components from elsewhere."""
-    source = section.source
-    if source and not builtin(source) and not HUB_ID.fullmatch(source) and not Path(source).exists():
-        raise LdmError(
-            f"{place}.source: {source} does not exist; give a model folder, a checkpoint file, a Hub name (owner/name) "
-            f"or {DEFAULT}"
-        )
+    if section.source:
+        try:
+            check_named(section.source)
+        except LdmError as error:
+            raise LdmError(f"{place}.source: {error}") from None
     for name, path in section.components.items():
         if not HUB_ID.fullmatch(path) and not Path(path).exists():
             raise LdmError(f"{place}.components.{name}: {path} does not exist; give a folder or a file")

@@ -10,13 +10,15 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from ldm.weights.names import INDEX
+from ldm.errors import LdmError
+from ldm.weights.names import HUB_ID, INDEX
 
 FOLDER = Path(__file__).parent.parent / "builtin"
 DEFAULT = "emoji"  # the model that is used if none is named
 REFINER = "emoji-refiner"  # its refiner: has its own U-Net and takes the other components from DEFAULT
 ADAPTERS = FOLDER / "adapters"  # of DEFAULT: a file for each, which has its name
 WORDS = "words.txt"
+GIVE = f"give a model folder, a checkpoint file, a Hub name (owner/name) or {DEFAULT}"
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -25,6 +27,24 @@ def builtin(name: object) -> Path | None:
     if not isinstance(name, str) or name not in (DEFAULT, REFINER):
         return None
     return None if Path(name).is_file() or Path(name, INDEX).is_file() else FOLDER / name
+
+
+def check_named(source: str) -> None:
+    """Check that a model is there, as far as its name tells: a path, a built-in model, or a name that the Hub may know.
+
+    Raises:
+        LdmError: it is not; the message says what to give.
+    """
+    if builtin(source) or HUB_ID.fullmatch(source):
+        return
+    if "://" in source:
+        raise LdmError(f"{source} is an address: name a model of the Hub as owner/name, or fetch the file")
+    try:
+        Path(source).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise LdmError(f"{source} does not exist; {GIVE}") from None
+    except (OSError, ValueError):  # which is told when the model is opened
+        return
 
 
 @cache

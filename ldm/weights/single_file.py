@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ldm.errors import LdmError, first_line, listing
 from ldm.families import FAMILIES, Family, family_named, recognised
@@ -270,6 +269,8 @@ def _prediction(where: str, stated: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Prediction type, betas and latent scale of an original configuration. Its `target` classes are not imported."""
+    import yaml
+
     try:
         if path.stat().st_size > 2**20:
             raise LdmError(f"{path} has {path.stat().st_size} bytes; that is no model configuration")

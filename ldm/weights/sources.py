@@ -11,7 +11,7 @@ from ldm.errors import LdmError
 from ldm.families import Family, differences
 from ldm.files import Progress, check_digest, file_digest, silent, stated_digest
 from ldm.models.tokenizer import Tokenizer, clip_tokenizer
-from ldm.weights.builtin import DEFAULT, builtin, lender
+from ldm.weights.builtin import GIVE, builtin, check_named, lender
 from ldm.weights.components import Opened
 from ldm.weights.downloads import check_download, check_texts
 from ldm.weights.few_step import few_step_family, made_for
@@ -61,8 +61,8 @@ def open_source(
     Raises:
         LdmError: the source cannot be opened; the message says why, and the remedy.
     """
-    if isinstance(source, str) and "://" in source:
-        raise LdmError(f"{source} is an address: name a model of the Hub as owner/name, or fetch the file")
+    if isinstance(source, str):
+        check_named(source)
     path = builtin(source) or Path(source)
     try:
         if not os.path.lexists(path) and HUB_ID.fullmatch(str(source)):
@@ -79,9 +79,7 @@ def open_source(
             opened = open_single_file(path, family, allow_pickle, verify, progress, elsewhere=components or ())
         else:
             what = "is not a regular file" if path.exists() else "does not exist"
-            raise LdmError(
-                f"{path} {what}; give a model folder, a checkpoint file, a Hub name (owner/name) or {DEFAULT}"
-            )
+            raise LdmError(f"{path} {what}; {GIVE}")
         opened = _replaced(opened, components or {}, variant, allow_pickle, verify, progress)
         denoiser = (components or {}).get("unet", source)
         few = made_for(denoiser, opened.parts["unet"].store.metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ import pytest
 import tiny
 import torch
 from commands import run
-from launched import warm
+from launched import Program, warm
 
-from ldm.bench import cold, measuring
+from ldm.bench import cold, measuring, phases
 from ldm.bench.cold import TIMED, Cold, cold_starts, printed
 from ldm.bench.measuring import Seconds, timed
 from ldm.bench.options import BenchOptions, Call
 from ldm.bench.processes import SideProcess
 from ldm.bench.sides import ours, theirs
-from ldm.bench.tables import ratios
+from ldm.bench.tables import phases_table, ratios
 from ldm.errors import LdmError
 
 
@@ -103,6 +104,27 @@ def test_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = cold_starts(tmp_path, 2, "cpu")
     assert asked == (["ldm"] * 2 + ["diffusers"] * 2) * 3
     assert found == {name: [Cold(3.0, 1.024, 1.0, 0.5)] * 2 for name in ("ldm", "diffusers")}
+
+
+def test_the_phases_of_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is missing, and together they take the time that has passed."""
+
+    def forked(name: str, arguments: list[str]) -> str:
+        program = Program(*arguments)
+        out, err = program.communicate()
+        assert program.returncode == 0, err
+        return out.splitlines()[-1]
+
+    monkeypatch.setattr(cold, "last_line", forked)
+    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    began = time.monotonic()
+    (found,) = cold.phase_seconds(tmp_path / "model", 1, "cpu")
+    seconds = time.monotonic() - began
+    named = {name for name, _, _ in phases.CALLS}
+    assert named | {"Python", "importing PyTorch", "first step", "further steps", "exit"} <= found.keys()
+    assert all(found[name] > 0 for name in named)
+    assert 0 < sum(found.values()) < seconds
+    assert [*phases_table([found]).columns[0].cells] == [*found, "together"]
 
 
 @pytest.mark.parametrize(

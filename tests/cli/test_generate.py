@@ -230,6 +230,46 @@ def test_a_list_of_prompts_goes_on_where_it_stopped(ldm: Any, tmp_path: Path) ->
     assert "nothing to do: all 3 images are there" in ldm(*command)[2]
 
 
+def test_lines_that_differ_in_their_texts_are_made_together(ldm: Any, tmp_path: Path) -> None:
+    """Wherever they stand; each keeps its own texts and seed."""
+    lines = [
+        {"prompt": "a", "negative": "x"}, {"prompt": "b", "steps": 1, "negative": "y"}, {"prompt": "c", "seed": 9},
+        {"prompt": "d", "negative": "z"}, {"prompt": "e", "steps": 1, "negative": "v"},
+    ]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 2, "--guidance", 3)
+    assert code == 0, err
+    records = [read_settings(tmp_path / path)[0] or {} for path in sorted(out.split())]
+    found = [tuple(one.get(name) for name in ("prompt", "negative", "seed", "steps", "batch")) for one in records]
+    assert found == [("a", "x", 0, 2, 2), ("b", "y", 1, 1, 2), ("c", None, 9, 2, None), ("d", "z", 3, 2, 2),
+                     ("e", "v", 4, 1, 2)]  # fmt: skip
+    lines[-1]["negative"] = "(v:1e)(v:5000)"
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "p.jsonl, line 5: a weight of 5000" in ldm("generate", "--prompts", "p.jsonl", "--guidance", 3)[2]
+
+
+def test_a_list_that_fills_the_disk_goes_on_later(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says so, and what is there is whole."""
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
+    command = ["generate", "--prompts", "p.txt", "--steps", 1, "--out", "o", "--batch", 2]
+    room, fsync = iter([True]), os.fsync
+
+    def full(file: int) -> None:
+        if not next(room, False):
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.images.os.fsync", full)
+        code, out, err = ldm(*command)
+    assert code == 1
+    assert re.fullmatch(r"ldm: o/\d{6}-\w{8}\.png cannot be written: No space left on device\n", err)
+    assert out.split() == [f"o/{path.name}" for path in (tmp_path / "o").iterdir()]
+    assert len(out.split()) == 1
+    assert read_settings(tmp_path / out.strip())[0]
+    assert len(ldm(*command)[1].split()) == 3
+
+
 def test_processes_share_a_list(ldm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\ne\n")
     made = []

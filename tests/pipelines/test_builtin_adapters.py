@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from ldm.errors import LdmError
 from ldm.weights.builtin import ADAPTERS, builtin_adapter, builtin_adapters
@@ -54,3 +55,13 @@ def test_an_embedding_by_name(pipeline: Pipeline) -> None:
     learned = Pipeline(dtype=torch.float32, device="cpu", embeddings="blob")
     found = [drawn(one, "tired face, blob style") for one in (learned, pipeline)]
     assert np.abs(found[0] - found[1]).mean() > 2
+
+
+def test_a_control_model_by_name(pipeline: Pipeline) -> None:
+    """It acts by its scale, and the condition image is made of an image in the call."""
+    ring = Image.new("RGB", (96, 96), "white")
+    ImageDraw.Draw(ring).ellipse((16, 16, 80, 80), fill="red")
+    controlled = Pipeline(dtype=torch.float32, device="cpu", control_models="edges")
+    made = [drawn(controlled, control={"canny": ring}, control_scale=scale) for scale in (0, 1)]
+    assert np.array_equal(made[0], drawn(pipeline, size=(96, 96)))
+    assert np.abs(made[1] - made[0]).mean() > 2

@@ -18,7 +18,8 @@ from rounding import RUN, near
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.cli.generate import Options, checked_groups, make_jobs
+from ldm.cli.generate import Options, make_jobs
+from ldm.cli.making import checked_groups
 from ldm.conditions.table import condition
 from ldm.errors import LdmError
 from ldm.images import read_settings

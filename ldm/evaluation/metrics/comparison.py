@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
-from scipy.stats import norm
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -33,6 +33,9 @@ from ldm.evaluation.metrics.distances import (
 )
 from ldm.evaluation.metrics.intervals import LEVEL, Z, optimal_map
 from ldm.evaluation.metrics.moments import NUMBERS, Moments, blocks, check_features, measure, merge
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 POWER = 0.8  # chance to find a difference, with the number of pairs in `Comparison.needed`
 FEWEST = math.ceil(1 - math.log2(1 - LEVEL))  # pairs: with fewer, the 2^N exchanges cannot give so small a p
@@ -73,7 +76,9 @@ def _compared(difference: float, error: float, others: np.ndarray, count: int) -
     reach = Z * error
     needed = None
     if p > 1 - LEVEL and abs(difference) > 1e-9 * scale:
-        needed = max(count + 1, FEWEST, math.ceil(count * ((Z + float(norm.ppf(POWER))) * error / difference) ** 2))
+        needed = max(
+            count + 1, FEWEST, math.ceil(count * ((Z + NormalDist().inv_cdf(POWER)) * error / difference) ** 2)
+        )
     return Comparison(difference, error, difference - reach, difference + reach, p, count, needed)
 
 
@@ -243,5 +248,7 @@ def _within(reference: Tensor, images: Tensor, reach: Tensor) -> csr_array:
         rows.append(found[:, 0] + start)
         columns.append(found[:, 1])
         start += len(block)
+    from scipy.sparse import csr_array
+
     at = np.concatenate(rows), np.concatenate(columns)
     return csr_array((np.ones(len(at[0])), at), shape=(len(reference), len(images)))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import hypergeom
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -303,6 +302,8 @@ def r_precision(images: Tensor, texts: Tensor, captions: Sequence[str], distract
         true = own[start : start + len(rows), None]
         closer.append((scores >= scores.gather(1, true)).sum(dim=1) - 1)  # the true one is as close as itself
         start += len(rows)
+    from scipy.stats import hypergeom  # takes a second
+
     return torch.from_numpy(hypergeom.pmf(0, others, torch.cat(closer).cpu().numpy(), distractors))
 
 
@@ -337,6 +338,8 @@ def memorisation(samples: Tensor, held_out: Tensor, quantile: float = 0.05) -> M
     threshold = held_out.double().kthvalue(rank).values
     close = samples.double() < threshold
     n, m, found = len(samples), len(held_out), int(close.sum())
+    from scipy.stats import hypergeom
+
     # found samples precede the rank-th held-out image if fewer than rank of the closest found + rank - 1 are held out
     p = float(hypergeom.cdf(rank - 1, n + m, m, found + rank - 1))
     return Memorisation(found / n, rank / (m + 1), float(threshold), p, close)

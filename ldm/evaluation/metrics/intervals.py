@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import torch
-from scipy.stats import norm, t
 from torch import Tensor
 
 from ldm.evaluation.metrics.distances import (
@@ -36,7 +36,14 @@ LEVEL = 0.95  # of every interval
 GROUPS = 20  # G of the jackknife
 PER_DIMENSION = 2.5  # images for each dimension that the features span: with fewer, the bias of FID is unknown
 
-Z = float(norm.ppf(0.5 + LEVEL / 2))
+Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+
+
+def t_quantile(degrees: int) -> float:
+    """The reach of an interval in standard errors, by Student's distribution with so many degrees of freedom."""
+    from scipy.stats import t  # takes a second
+
+    return float(t.ppf(0.5 + LEVEL / 2, degrees))
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def mean_interval(values: Tensor, least: float = -math.inf, most: float = math.i
     check_features("mean", values[:, None])
     count, mean = len(values), float(values.double().mean())
     error = float(values.double().std()) / math.sqrt(count)
-    reach = float(t.ppf(0.5 + LEVEL / 2, count - 1)) * error
+    reach = t_quantile(count - 1) * error
     return Estimate(mean, mean, error, max(mean - reach, least), min(mean + reach, most), count)
 
 
@@ -297,7 +304,7 @@ def _jackknifed(values: Tensor, own: Tensor, other: Tensor, count: int, most: fl
     """
     value = float(values.mean())
     error = math.sqrt((GROUPS - 1) * float(own.var(correction=0) + other.var(correction=0)))
-    reach = float(t.ppf(0.5 + LEVEL / 2, GROUPS - 1)) * error
+    reach = t_quantile(GROUPS - 1) * error
     low, high = max(value - reach, 0.0), min(value + reach, most)
     if most == 1:
         least_low, least_high = _wilson(value, value * (1 - value), len(values))

@@ -6,7 +6,6 @@ B batch, H×W height and width
 from __future__ import annotations
 
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from ldm.errors import LdmError
 
@@ -19,6 +18,8 @@ def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
 
     It is infinite for equal images.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # takes seconds
+
     return peak_signal_noise_ratio(
         reconstruction.float().clamp(*RANGE), target.float(), data_range=2.0, reduction="none", dim=(1, 2, 3)
     )
@@ -36,6 +37,8 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
         raise LdmError(
             f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels; these have {target.shape[2]}×{target.shape[3]}"
         )
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _, everywhere = structural_similarity_index_measure(
         reconstruction.float().clamp(*RANGE), target.float(), sigma=1.5, data_range=2.0, return_full_image=True
     )

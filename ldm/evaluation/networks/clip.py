@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -43,6 +42,8 @@ class OpenClip:
         Raises:
             LdmError: model or weights are not known, or the weights are of another model.
         """
+        import open_clip  # takes seconds
+
         if model not in open_clip.list_models():
             raise LdmError(f"open_clip has no model {model!r}; {suggestion(model, open_clip.list_models())}")
         tag = open_clip.get_pretrained_cfg(model, weights)
@@ -99,6 +100,8 @@ def _published(model: str, weights: str) -> Path:
     Raises:
         LdmError: it cannot be fetched.
     """
+    import open_clip
+
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, weights)))
     except Exception as error:  # errors of the network, the Hub, the disk
