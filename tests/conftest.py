@@ -24,9 +24,13 @@ import transformers
 from PIL import Image, ImageDraw
 
 LONG = [  # the files that take longest: begun first, so that several test processes end together
-    "test_train", "test_compilation", "test_pipelines", "test_selftest", "test_scale", "test_autoencoder_stage",
-    "test_saving", "test_eval_command", "test_training_evaluation", "test_text_stage", "test_training", "test_generate",
+    "test_train", "test_selftest", "test_adapter_stage", "test_pipelines", "test_generate", "test_stage_table",
+    "test_compilation", "test_saving", "test_single_file", "test_scale", "test_autoencoder_stage", "test_readme",
+    "test_text_stage", "test_controlnet_stage", "test_eval_command", "test_training_evaluation", "test_folder",
+    "test_textual_inversion_stage", "test_ip_adapter_stage", "test_fused_gpu", "test_train_adapter", "test_editing",
 ]  # fmt: skip
+
+os.fsync = lambda handle: None  # no test cuts the power: files need not be on the disk, which takes milliseconds each
 
 logging.getLogger("xformers").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
@@ -58,19 +62,27 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
 
 
-FORECASTS: dict[tuple[str, int], list[Any]] = {}
+FORECASTS: dict[str, list[Any]] = {}
+IN_NO_FORECAST = {  # keys of a stage: when something is done, how fast it learns, and what is drawn
+    "steps", "log_every", "save_every", "validate_every", "preview_every", "keep", "prompts", "min_snr", "noise_offset",
+    "drop_caption", "drop_together", "drop_size", "drop_before", "drop_both", "text_learning_rate", "up_rate", "alpha",
+    "max_norm", "dtype", "timestep_range", "timesteps", "logit_mean", "logit_std", "outside_mask", "evaluation",
+}  # fmt: skip
+NOR_OF_OPTIMIZERS = {"learning_rate", "warmup", "schedule", "cooldown", "weight_decay", "epsilon", "betas"}
 
 
 @pytest.fixture(autouse=True)
 def forecasts_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of the same configuration share a forecast, which takes them as long as a few steps."""
+    """Runs that train the same networks share a forecast, which takes them as long as a few steps."""
     run = sys.modules.get("ldm.training.run")
     if run is None:
         return
     forecast = run.forecast
+    without = dict.fromkeys(IN_NO_FORECAST, True) | {"optimizer": NOR_OF_OPTIMIZERS}
 
     def kept(config: Any, processes: int = 1) -> list[Any]:
-        key = config.model_dump_json(exclude={"output": True, "seed": True, "data": {"source"}}), processes
+        sections = [getattr(config, name).model_dump_json(exclude=without) for name in config.stages]
+        key = str((config.stages, sections, config.model, config.data.cache, config.precision, processes))
         if key not in FORECASTS:
             FORECASTS[key] = forecast(config, processes)
         return FORECASTS[key]
@@ -89,7 +101,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models, by the names of their families."""
     root = tmp_path_factory.mktemp("models")
     for name in ("sd15", "sd15-edit", "sdxl", "sdxl-refiner"):
-        tiny.model(name).save_pretrained(root / name)
+        tiny.model(name, shallow=True).save_pretrained(root / name)
     return root
 
 

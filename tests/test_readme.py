@@ -20,6 +20,7 @@ from images import make_folder
 from modules import ROOT
 from PIL import Image
 
+from ldm.cli import train_adapter
 from ldm.cli.main import app
 from ldm.evaluation import features
 
@@ -61,14 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the reader stands: models, images, and what the commands leave behind."""
     root = tmp_path_factory.mktemp("reader")
     for name in ("sd15", "sd15-edit", "sdxl", "sdxl-refiner"):
-        tiny.model(name).save_pretrained(root / name)
-    tiny.model("sdxl").save_pretrained(root / "sd_xl_base_1.0.safetensors")
+        tiny.model(name, shallow=True).save_pretrained(root / name)
+    tiny.model("sdxl", shallow=True).save_pretrained(root / "sd_xl_base_1.0.safetensors")
     for number, name in enumerate(("held-out", "images", "others", "reference", "train")):
         drawings(root / name, 44, number)
     make_folder(root / "FOLDER", 24)
     Image.new("RGB", (64, 64), "red").save(root / "photo.png")
     Image.linear_gradient("L").resize((64, 64)).save(root / "white-is-new.png")
-    xl = tiny.model("sdxl")
+    xl = tiny.model("sdxl", shallow=True)
     adapter_files.saved(adapter_files.adapter(xl, "kohya-sgm"), root / "loras" / "style.safetensors")
     (root / "style.safetensors").symlink_to(root / "loras" / "style.safetensors")
     controls.folder(controls.controlnet(xl.family), root / "control")
@@ -84,6 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In the reader's folder, with a toy network in place of those that evaluation fetches."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(train_adapter, "WEIGHTS", (0.0, 1.2))  # columns of its sheet
     for name in ("open_extractor", "open_text_extractor"):
         monkeypatch.setattr(features, name, lambda spec, device: Toy())
     yield

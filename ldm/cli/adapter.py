@@ -19,6 +19,7 @@ from ldm.errors import LdmError
 from ldm.families import FAMILIES, family_named
 from ldm.files import check_destination
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.unfilled import unfilled
 from ldm.weights.adapters import Adapter, layers, open_adapter, origin
 from ldm.weights.adapters.factoring import Kept, check_reduction, extracted, resized
 from ldm.weights.adapters.reading import look_into
@@ -202,7 +203,7 @@ def _opened(file: str, model: str | None, partial: bool, allow_pickle: bool) -> 
             raise LdmError(f"{file} does not tell which model it is for; name a model or a family (--model sdxl)")
         model = own if own in FAMILIES else _FAMILIES[base]
     if is_family(model):
-        with torch.device("meta"):
+        with unfilled():
             components = build(family_named(model))
     else:
         components = open_source(model, allow_pickle=allow_pickle, verify=False).components

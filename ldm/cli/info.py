@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from rich.text import Text
 from ldm.cli.common import SourceOptions, is_family, progress
 from ldm.errors import LdmError
 from ldm.families import FAMILIES, Family
+from ldm.models.unfilled import unfilled
 from ldm.weights.components import Opened, build
 from ldm.weights.sources import verify_source
 
@@ -60,7 +60,7 @@ def describe(opened: Opened) -> dict[str, Any]:
 
 def describe_family(family: Family) -> dict[str, Any]:
     """The description of the released models of a family, as far as it is known without weights."""
-    with torch.device("meta"):
+    with unfilled():
         modules = build(family).modules()
     components = {
         name: {"class": type(module).__name__, "parameters": sum(p.numel() for p in module.parameters())}

@@ -22,6 +22,7 @@ from ldm.files import file_digest
 from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.launch import processes, rank
+from ldm.models.unfilled import unfilled
 from ldm.weights.components import build
 from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
@@ -181,7 +182,7 @@ def _describe(options: Options, work: Work) -> dict[str, Any]:
     beside = {"allow_pickle": loading.get("allow_pickle", False), "verify": False}
     refiner = open_source(loading["refiner"], **beside) if "refiner" in loading else None
     controls = [open_control_model(one, opened.family, **beside) for one in loading.get("control_models", ())]
-    with torch.device("meta"):
+    with unfilled():
         pipeline = Pipeline(
             LatentDiffusion.of(build(opened.family)),
             refiner=refiner and LatentDiffusion.of(build(refiner.family)),

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.models.unfilled import unfilled
 from ldm.training.config import Config
 from ldm.training.ema import profiles
 from ldm.training.frozen import matrices, whole
@@ -73,7 +74,7 @@ def forecast(config: Config, processes: int = 1) -> list[Forecast]:
     for name in config.stages:
         kind, section = kind_named(name), getattr(config, name)
         model, place = (kind.own_model(section), f"{name}.model") if kind.own_model else (config.model, "model")
-        with torch.device("meta"):
+        with unfilled():
             parts = build(starting_family(model, place))
             learners = kind.learners(section, parts)
             parameters = count(parts, learners, kind.helpers(section), kind.frozen and config.precision != "no")

@@ -24,6 +24,7 @@ from ldm.models.autoencoder import Autoencoder, build_autoencoder
 from ldm.models.text import TextEncoders
 from ldm.models.tokenizer import Tokenizer, clip_tokenizer
 from ldm.models.unet import UNet
+from ldm.models.unfilled import unfilled
 from ldm.weights.layouts import Layout, Link
 from ldm.weights.numbers import check_sample
 from ldm.weights.tensors import Store, TensorInfo
@@ -175,7 +176,7 @@ class Opened:
     beside: list[str] = field(default_factory=list)  # components or groups of tensors that are present and unused
 
     def __post_init__(self) -> None:
-        with torch.device("meta"):
+        with unfilled():
             self.components = build(self.family, self.tokenizers)
         modules = self.components.modules()
         self.links = {name: part.links(modules[name], _elsewhere(name)) for name, part in self.parts.items()}

@@ -16,6 +16,7 @@ from torch import nn
 from ldm.errors import LdmError
 from ldm.files import read_json, replacing, write_json
 from ldm.models.contrastive import ContrastivePair, ImageEncoderConfig
+from ldm.models.unfilled import unfilled
 from ldm.weights import layouts
 from ldm.weights.components import Components, ComponentSource, fingerprint
 from ldm.weights.configs import Reader
@@ -80,7 +81,7 @@ def load_clip(folder: Path, model: Components) -> ContrastivePair:
             f"{folder} was trained with other text encoders ({stated}); take the model of the same stage, "
             "with dtype=torch.float32"
         )
-    with torch.device("meta"):
+    with unfilled():
         pair = ContrastivePair(config, model.text_encoders)
     some = next(model.text_encoders.parameters())
     for file, module in _modules(pair).items():

@@ -23,6 +23,7 @@ from ldm.files import Progress, check_digest, read_json, silent
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet import UNetConfig
+from ldm.models.unfilled import unfilled
 from ldm.weights import configs, layouts
 from ldm.weights.builtin import builtin_adapter
 from ldm.weights.components import ComponentSource, fill_alone, is_adapter
@@ -112,7 +113,7 @@ def _opened(path: Path, family: Family, allow_pickle: bool, verify: bool, progre
     if verify and not (path.is_dir() and check_manifest(path, store.files, progress)):
         for one in store.files:
             check_digest(one, progress=progress)
-    with torch.device("meta"):
+    with unfilled():
         network = T2IAdapter(config) if isinstance(config, T2IAdapterConfig) else ControlNet(config)
     part = ComponentSource(store, names_of(config))
     links = part.links(network)

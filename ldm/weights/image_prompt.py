@@ -19,6 +19,7 @@ from ldm.families import Family
 from ldm.files import check_digest, file_digest
 from ldm.models.image_prompt import HEAD, ImagePromptAdapter, ImagePromptConfig, attentions
 from ldm.models.unet import UNet
+from ldm.models.unfilled import unfilled
 from ldm.weights.adapters.origin import WIDTHS
 from ldm.weights.builtin import builtin_adapter
 from ldm.weights.components import ComponentSource, fill_alone, is_adapter
@@ -83,7 +84,7 @@ def open_image_prompt(source: str | PathLike[str], family: Family, *, allow_pick
         raise LdmError(f"{path} cannot be read: {error.strerror or error}") from None
     config = _config(path, store.infos)
     _check_fits(path, config, family)
-    with torch.device("meta"):
+    with unfilled():
         widths = [layer.to_q.in_features for layer, _ in attentions(UNet(family.unet))]
         adapter = ImagePromptAdapter(config, widths)
     part = ComponentSource(store, [("", original), ("", diffusers)])

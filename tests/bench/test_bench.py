@@ -28,7 +28,7 @@ from ldm.errors import LdmError
 @pytest.mark.parametrize("name", ["sd15", "sd2-v", "sdxl"])
 def test_both_sides_do_the_same_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same latents come out, given the same noise, and each step is told of once."""
-    model, call = tiny.model(name), Call(64, 72, 2, 5.0)
+    model, call = tiny.model(name, shallow=True), Call(64, 72, 2, 5.0)
     decoded: list[torch.Tensor] = []
     for kind in (type(model.autoencoder), diffusers.AutoencoderKL):
         monkeypatch.setattr(kind, "decode", recording(kind.decode, decoded))
@@ -68,7 +68,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command(
     forked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "model")
     monkeypatch.setitem(measuring.SIZES, "cpu", 64)
     out = tmp_path / "bench.json"
     code, said, _ = run(
@@ -152,7 +152,7 @@ def test_a_side_that_cannot_be_had(
     forked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its process says comes out as one line; so does its death."""
-    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "model")
     code, _, err = run(capsys, monkeypatch, "bench", tmp_path / "model", "--quantize", "int9")
     assert code == 1
     assert err.startswith("ldm: quantize 'int9' is not known") and len(err.splitlines()) == 1
@@ -173,7 +173,7 @@ def test_a_rival_that_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tiny.model("sd15").save_pretrained(tmp_path / "model")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "model")
     monkeypatch.setitem(measuring.SIZES, "cpu", 64)
     image = SideProcess.image
 

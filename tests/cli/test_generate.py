@@ -113,7 +113,7 @@ def test_images_from_images_and_refined_ones_can_be_made_again(ldm: Any, models:
 
 def test_an_image_with_a_component_from_elsewhere_can_be_made_again(ldm: Any, models: Path) -> None:
     """Of a file without an autoencoder, which the record names."""
-    tiny.model("sd15", seed=1).save_pretrained("whole.safetensors")
+    tiny.model("sd15", seed=1, shallow=True).save_pretrained("whole.safetensors")
     with safe_open("whole.safetensors", "pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key != DIGEST}
     kept = {name: t for name, t in load_file("whole.safetensors").items() if not name.startswith("first_stage_model.")}
@@ -286,8 +286,8 @@ def listed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     prompts = tmp_path_factory.mktemp("prompts") / "p.txt"
     prompts.write_text("\n".join(f"prompt {number}" for number in range(8)))
     return [
-        "generate", "--model", str(models / "sd15"), "--dtype", "fp32", "--device", "cpu", "--steps", "4",
-        "--scheduler", "euler-a", "--prompts", str(prompts), "--out",
+        "generate", "--model", str(models / "sd15"), "--dtype", "fp32", "--device", "cpu", "--steps", "12",
+        "--batch", "1", "--scheduler", "euler-a", "--prompts", str(prompts), "--out",
     ]  # fmt: skip
 
 
@@ -605,7 +605,7 @@ def test_an_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters `one` and `two` for the tiny SD 1.5 model."""
-    root, model = tmp_path_factory.mktemp("loras"), tiny.model("sd15")
+    root, model = tmp_path_factory.mktemp("loras"), tiny.model("sd15", shallow=True)
     for name in ("one", "two"):
         adapter_files.saved(adapter_files.adapter(model, "kohya"), root / f"{name}.safetensors")
     return root

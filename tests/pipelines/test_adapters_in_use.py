@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {"steps": 2, "seed": 1, "output": "latents"}
 
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
-    return tiny.model("sd15")
+    return tiny.model("sd15", shallow=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def made(pipeline: Pipeline, prompt: Any = "a cat", **settings: Any) -> Tensor:
 
 def by_hand(file: Path, unet: float, text: float, family: str = "sd15", naming: str = "kohya") -> Pipeline:
     """A pipeline with products of a file's matrices added to the weights, parameter by parameter."""
-    other, tensors = tiny.model(family), load_file(file)
+    other, tensors = tiny.model(family, shallow=True), load_file(file)
     for place, name in adapter_files.written(other, naming).items():
         up, down = (tensors.get(f"{name}.lora_{part}.weight") for part in ("up", "down"))
         if up is not None and down is not None:
@@ -69,7 +69,7 @@ def by_hand(file: Path, unet: float, text: float, family: str = "sd15", naming: 
 
 
 def test_a_call_with_an_adapter(model: LatentDiffusion, folder: Path) -> None:
-    pipeline, before = Pipeline(model), tiny.model("sd15")
+    pipeline, before = Pipeline(model), tiny.model("sd15", shallow=True)
     plain = made(pipeline)
     for unet, text in ((0.8, 0.8), (0.8, 0.0), (-0.5, 1.5)):
         mix = {folder / "one.safetensors": {"unet": unet, "text": text}}
@@ -81,7 +81,7 @@ def test_a_call_with_an_adapter(model: LatentDiffusion, folder: Path) -> None:
 
 
 def test_both_text_encoders(tmp_path: Path) -> None:
-    model = tiny.model("sdxl")
+    model = tiny.model("sdxl", shallow=True)
     file = adapter_files.saved(adapter_files.adapter(model, "kohya-sgm"), tmp_path / "xl.safetensors")
     for unet, text in ((0.0, 0.7), (0.5, 0.5)):
         wanted = made(by_hand(file, unet, text, "sdxl", "kohya-sgm"))
@@ -91,7 +91,7 @@ def test_both_text_encoders(tmp_path: Path) -> None:
 
 
 def test_twenty_mixes_leave_the_model_as_it_was(model: LatentDiffusion, folder: Path) -> None:
-    pipeline, before, draw = Pipeline(model, lora_dir=folder), tiny.model("sd15"), random.Random(0)
+    pipeline, before, draw = Pipeline(model, lora_dir=folder), tiny.model("sd15", shallow=True), random.Random(0)
     plain = made(pipeline)
     for _ in range(20):
         names = draw.sample(["one", "two", "third"], draw.randint(0, 3))
@@ -358,7 +358,7 @@ def test_an_evaluation_makes_images_again_when_a_file_has_changed(models: Path, 
     plan = EvaluationPlan(metrics=(), prompts=["a cat <lora:mine>", "a dog"], batch=2)
     learned, mine = tmp_path / "bad.safetensors", tmp_path / "loras" / "mine.safetensors"
     mine.parent.mkdir()
-    width = tiny.model("sd15").text_encoders.configs[0].width
+    width = tiny.model("sd15", shallow=True).text_encoders.configs[0].width
 
     def folders(seed: int, file: str) -> int:
         save_file({"emb_params": torch.randn(1, width, generator=torch.Generator().manual_seed(seed))}, learned)

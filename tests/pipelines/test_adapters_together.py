@@ -24,7 +24,7 @@ diffusers.utils.logging.disable_progress_bar()
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_control_image_an_adapter_and_an_image_prompt(name: str, tmp_path: Path) -> None:
-    model, family = tiny.model(name), tiny.family(name)
+    model, family = tiny.model(name, shallow=True), tiny.family(name, shallow=True)
     model.save_pretrained(tmp_path / "model")
     controls.folder(controls.controlnet(family), tmp_path / "control")
     state = image_prompts.saved(tmp_path / "ip.safetensors", family, "plus")

@@ -31,12 +31,13 @@ from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
 from pipelines.control import controls_of
 
+SD15, SDXL = (tiny.family(name, shallow=True) for name in ("sd15", "sdxl"))
 SMALL: dict[str, Any] = {"seed": 1, "steps": 4, "width": 64, "height": 64, "output": "latents", "guidance": 4.0}
 
 
 def controlled(name: str, count: int = 1, **options: Any) -> Pipeline:
-    networks = [controls.controlnet(tiny.family(name), seed) for seed in range(count)]
-    return Pipeline(tiny.model(name), control_models=networks, **{"quick": False, **options})
+    networks = [controls.controlnet(tiny.family(name, shallow=True), seed) for seed in range(count)]
+    return Pipeline(tiny.model(name, shallow=True), control_models=networks, **{"quick": False, **options})
 
 
 def made(pipeline: Pipeline, **settings: Any) -> Tensor:
@@ -56,8 +57,10 @@ def test_the_base_stays_as_it_is_and_a_scale_of_zero_changes_nothing() -> None:
 
 def test_condition_images_are_made_of_an_image() -> None:
     """At the size of the result; by the model with the kind's name, wherever it stands."""
-    networks = [controls.controlnet(tiny.family("sd15"), seed) for seed in range(2)]
-    pipeline = Pipeline(tiny.model("sd15"), control_models={"gray": networks[0], "canny": networks[1]}, quick=False)
+    networks = [controls.controlnet(SD15, seed) for seed in range(2)]
+    pipeline = Pipeline(
+        tiny.model("sd15", shallow=True), control_models={"gray": networks[0], "canny": networks[1]}, quick=False
+    )
     photo = image(0, 96, 96)
     found = made(pipeline, control={"canny": photo, "gray": photo})
     small = photo.resize((64, 64), Image.Resampling.LANCZOS)
@@ -67,10 +70,10 @@ def test_condition_images_are_made_of_an_image() -> None:
 
 def test_which_model_an_image_goes_to(caplog: pytest.LogCaptureFixture) -> None:
     """By kind where models have names, by number where they have none."""
-    family = tiny.family("sd15")
+    family = SD15
     first, second = (controls.controlnet(family, seed) for seed in range(2))
     named, listed, alone = (
-        Pipeline(tiny.model("sd15"), control_models=models, quick=False)
+        Pipeline(tiny.model("sd15", shallow=True), control_models=models, quick=False)
         for models in ({"canny": first, "depth": second}, [first, second], first)
     )
 
@@ -128,7 +131,7 @@ def test_with_other_patches(name: str, more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_fused_layers_give_the_same(name: str) -> None:
-    fast = Pipeline(tiny.model(name), control_models=controls.controlnet(tiny.family(name)))
+    fast = Pipeline(tiny.model(name, shallow=True), control_models=controls.controlnet(tiny.family(name, shallow=True)))
     assert type(fast.control_models["0"].conv_in) is not torch.nn.Conv2d
     near(made(fast, control=image()), made(controlled(name), control=image()), 2 * RUN)
 
@@ -166,10 +169,10 @@ def recorded(model: LatentDiffusion, recorder: Recorder) -> LatentDiffusion:
 
 def test_recorded_steps_give_the_same() -> None:
     """One recording serves all prompts, images and scales; other control models have others."""
-    recorder, family = Recorder(), tiny.family("sd15")
+    recorder, family = Recorder(), SD15
     networks = [controls.controlnet(family), controls.t2i_adapter("full_adapter", family)]
-    ours = Pipeline(recorded(tiny.model("sd15"), recorder), control_models=networks, quick=False)
-    plain = Pipeline(tiny.model("sd15"), control_models=networks, quick=False)
+    ours = Pipeline(recorded(tiny.model("sd15", shallow=True), recorder), control_models=networks, quick=False)
+    plain = Pipeline(tiny.model("sd15", shallow=True), control_models=networks, quick=False)
     for settings, count in (
         ({"control": [image(0), image(1)]}, 1),
         ({"control": [image(2), image(3)], "control_scale": 0.3, "guess": True, "seed": 9}, 0),
@@ -187,7 +190,7 @@ def test_recorded_steps_give_the_same() -> None:
 @pytest.mark.parametrize("offload", ["components", "layers"])
 def test_offloaded_models_give_the_same(offload: str, models: Path) -> None:
     def networks() -> list[Any]:
-        family = tiny.family("sd15")
+        family = SD15
         return [controls.controlnet(family), controls.t2i_adapter("full_adapter", family)]
 
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "quick": False}
@@ -206,7 +209,7 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    one, two, none = controlled("sd15"), controlled("sd15", 2), Pipeline(tiny.model("sd15"))
+    one, two, none = controlled("sd15"), controlled("sd15", 2), Pipeline(tiny.model("sd15", shallow=True))
     assert "no control models for 1 condition images" in problem(none, control=image())
     assert "2 control models for 3 condition images" in problem(two, control=[image()] * 3)
     assert "the kind 'imge' of condition images does not exist; did you mean image?" in problem(
@@ -223,12 +226,16 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     assert "give a mask" in problem(one, control={"inpaint": image()})
     for part in ({"control_begin": 0.6, "control_end": 0.5}, {"control_begin": 0.9}, {"control_end": (0.2, 1.0)}):
         assert "no whole step of 4 lies between them" in problem(two, control=[image()] * 2, **part)
-    edit = Pipeline(tiny.model("sd15-edit"), control_models=controls.controlnet(tiny.family("sd15-edit")), quick=False)
+    edit = Pipeline(
+        tiny.model("sd15-edit", shallow=True),
+        control_models=controls.controlnet(tiny.family("sd15-edit", shallow=True)),
+        quick=False,
+    )
     assert "leave control out" in problem(edit, control=image(), image=image())
     with pytest.raises(LdmError, match="is a ControlNet for .*; the model is"):
-        Pipeline(tiny.model("sd15"), control_models=controls.controlnet(tiny.family("sdxl")))
-    xl = controls.t2i_adapter("full_adapter_xl", tiny.family("sdxl"))
-    large = Pipeline(tiny.model("sdxl"), control_models=xl, quick=False)
+        Pipeline(tiny.model("sd15", shallow=True), control_models=controls.controlnet(SDXL))
+    xl = controls.t2i_adapter("full_adapter_xl", SDXL)
+    large = Pipeline(tiny.model("sdxl", shallow=True), control_models=xl, quick=False)
     assert "needs sides that are multiples of 16, not 72×64" in problem(large, control=image(), width=72)
     assert "needs sides that are multiples of 16, not 72×72" in problem(large, control=image(), hires=1.125)
     theirs = torch.nn.Conv2d(1, 1, 1)
@@ -238,7 +245,7 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
         ({"canny": 5}, "control model canny: a int is neither a path"),
     ):
         with pytest.raises(LdmError, match=message):
-            Pipeline(tiny.model("sd15"), controlnet=models)
+            Pipeline(tiny.model("sd15", shallow=True), controlnet=models)
 
 
 def test_condition_images_of_a_list_are_in_memory_only_while_they_are_used(tmp_path: Path) -> None:
@@ -273,7 +280,7 @@ def test_pickles_beside_a_model_are_read_where_they_are_allowed(
     """The control models' and the refiner's, in a run and in its plan."""
     monkeypatch.chdir(tmp_path)
     image().save("a.png")
-    net = as_pickles(controls.folder(controls.controlnet(tiny.family("sdxl")), tmp_path / "net"))
+    net = as_pickles(controls.folder(controls.controlnet(SDXL), tmp_path / "net"))
     refiner = as_pickles(shutil.copytree(models / "sdxl-refiner", tmp_path / "refiner"))
     options = ["a cat", "--model", models / "sdxl", "--device", "cpu", "--dtype", "fp32", "--steps", "4", "--seed", "1"]
     for beside in (["--control-model", net, "--control", "image=a.png"], ["--refiner", refiner, "--size", "64x64"]):
@@ -287,7 +294,10 @@ def test_from_the_shell_into_records_and_back(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    net, adapter = controls.controlnet(tiny.family("sd15")), controls.t2i_adapter("full_adapter", tiny.family("sd15"))
+    net, adapter = (
+        controls.controlnet(SD15),
+        controls.t2i_adapter("full_adapter", SD15),
+    )
     controls.folder(net, tmp_path / "net")
     controls.original(adapter, tmp_path / "adapter.safetensors")
     image(0).save("a.png")

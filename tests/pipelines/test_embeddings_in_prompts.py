@@ -83,7 +83,7 @@ def test_the_numbers_of_diffusers_on_sdxl(models: Path, files: Path) -> None:
 
 
 def test_a_model_that_is_loaded_stays_as_it_is(files: Path) -> None:
-    model, refiner = tiny.model("sdxl"), tiny.model("sdxl-refiner")
+    model, refiner = tiny.model("sdxl", shallow=True), tiny.model("sdxl-refiner", shallow=True)
     pipeline = Pipeline(model, refiner=refiner, embeddings=[files / "xl.safetensors"])
     assert pipeline.model.unet is model.unet and pipeline.model.fingerprint() == model.fingerprint()
     given = {"refiner_at": 0.5, "output": "latents", **STEPS}
@@ -105,7 +105,7 @@ def test_on_an_offloaded_model(models: Path, files: Path) -> None:
 
 
 def test_beside_a_lora_of_the_text_encoders(tmp_path: Path) -> None:
-    model = tiny.model("sdxl")
+    model = tiny.model("sdxl", shallow=True)
     file = adapter_files.saved(adapter_files.adapter(model, "kohya-sgm"), tmp_path / "lora.safetensors")
     tables = (model.text_encoders.towers[0], model.text_encoders.towers[1].text_model)
     (token,) = model.text_encoders.tokenizers[0].encode(["love"])[0]
@@ -126,7 +126,7 @@ def test_an_embedding_is_no_model(files: Path) -> None:
 
 def test_a_folder_without_what_does_not_fit(files: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        pipeline = Pipeline(tiny.model("sd15"), embeddings=files)
+        pipeline = Pipeline(tiny.model("sd15", shallow=True), embeddings=files)
     assert [one.names for one in pipeline.embeddings] == [("Bad-Hands",), ("<cat-toy>",)]
     assert "2 embeddings are left out" in caplog.text and "style.pt is a pickle" in caplog.text
     assert "xl.safetensors is for text encoders with 32 and 48 channels" in caplog.text
@@ -146,14 +146,14 @@ def test_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         torch.save({"string_to_param": {"*": content[:, :32]}, "name": word}, tmp_path / f"{name}.pt")
     with caplog.at_level(logging.WARNING):
-        pipeline = Pipeline(tiny.model("sd15"), embeddings=tmp_path, allow_pickle=True)
+        pipeline = Pipeline(tiny.model("sd15", shallow=True), embeddings=tmp_path, allow_pickle=True)
     assert [one.names for one in pipeline.embeddings] == [("a",), ("b",), ("c", "x")]
     assert "both called A; rename one" in caplog.text and "use the names of their files: word" in caplog.text
     with pytest.raises(LdmError, match="are both called b; rename one of them"):
         (tmp_path / "more").mkdir()
         save_file({"emb_params": L}, tmp_path / "more" / "b.safetensors")
         paths = [tmp_path / "b.pt", tmp_path / "more" / "b.safetensors"]
-        Pipeline(tiny.model("sd15"), embeddings=paths, allow_pickle=True)
+        Pipeline(tiny.model("sd15", shallow=True), embeddings=paths, allow_pickle=True)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 )
 def test_wrong_input(given: Any, message: str) -> None:
     with pytest.raises(LdmError) as error:
-        Pipeline(tiny.model("sd15"), embeddings=given)
+        Pipeline(tiny.model("sd15", shallow=True), embeddings=given)
     assert message in str(error.value)
 
 

@@ -39,9 +39,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, IP-Adapters for each, an image encoder and images."""
     root = tmp_path_factory.mktemp("files")
     for name in KINDS:
-        tiny.model(name).save_pretrained(root / name)
+        tiny.model(name, shallow=True).save_pretrained(root / name)
         for seed, kind in enumerate(("base", "plus", "full")):
-            image_prompts.saved(root / f"{name}-{kind}.safetensors", tiny.family(name), kind, seed)
+            image_prompts.saved(root / f"{name}-{kind}.safetensors", tiny.family(name, shallow=True), kind, seed)
     image_prompts.encoder().save_pretrained(root / "image_encoder")
     for number, size in enumerate(((50, 40), (33, 64))):
         noise_image(number, size).save(root / f"{number}.png")
@@ -88,7 +88,7 @@ def theirs(files: Path, name: str, kinds: tuple[str, ...], images: Any, scale: A
 
 
 def _adapter(name: str, kind: str) -> Any:
-    return image_prompts.adapter(tiny.family(name), kind, ("base", "plus", "full").index(kind))
+    return image_prompts.adapter(tiny.family(name, shallow=True), kind, ("base", "plus", "full").index(kind))
 
 
 def opened(files: Path) -> list[Image.Image]:
@@ -148,7 +148,7 @@ def test_a_part_of_the_steps(files: Path) -> None:
 
 def test_tasks_and_batches(files: Path) -> None:
     """Image to image, inpainting and a second pass read the image; batches do not change it."""
-    pipeline = Pipeline(tiny.model("sd15"), ip_adapter=files / "sd15-base.safetensors")
+    pipeline = Pipeline(tiny.model("sd15", shallow=True), ip_adapter=files / "sd15-base.safetensors")
     start = noise_image(7, (64, 64))
     common = {"steps": 4, "seed": 1, "output": "latents"}
     read = {"image_prompt": files / "0.png", "image_prompt_mask": mask(True)}
@@ -204,7 +204,9 @@ def test_files_that_move_while_images_are_made(files: Path, tmp_path: Path) -> N
     for name, file in names.items():
         file.write_bytes((files / name).read_bytes())
     pipeline = Pipeline(
-        tiny.model("sd15"), ip_adapter=names["sd15-base.safetensors"], image_encoder=files / "image_encoder"
+        tiny.model("sd15", shallow=True),
+        ip_adapter=names["sd15-base.safetensors"],
+        image_encoder=files / "image_encoder",
     )
     request = pipeline.request("a cat", steps=1, seed=1, image_prompt=names["0.png"], image_prompt_mask=names["0.png"])
 
@@ -241,7 +243,7 @@ def test_the_encoder_of_the_authors_files(tmp_path: Path, name: str, kind: str, 
 
 
 def test_what_does_not_fit(files: Path, tmp_path: Path) -> None:
-    model = tiny.model("sd15")
+    model = tiny.model("sd15", shallow=True)
     adapter = files / "sd15-base.safetensors"
     with pytest.raises(LdmError, match="image_prompt without an IP-Adapter"):
         Pipeline(model).request("a cat", image_prompt=files / "0.png")
@@ -276,7 +278,7 @@ def test_what_does_not_fit(files: Path, tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="3 image prompts for 2 IP-Adapters"):
         Pipeline(model, ip_adapter=[adapter, adapter]).request("a cat", image_prompt=[files / "0.png"] * 3)
     with pytest.raises(LdmError, match="takes no image prompts"):
-        edit = tiny.model("sd15-edit")
+        edit = tiny.model("sd15-edit", shallow=True)
         Pipeline(edit, ip_adapter=adapter).request("x", image=noise_image(0, (64, 64)), image_prompt=files / "0.png")
 
 
@@ -293,9 +295,11 @@ def test_files_of_the_hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     with pytest.raises(LdmError, match="image encoder someone/ip/models/image_encoder: "):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors")
+        Pipeline(tiny.model("sd15", shallow=True), ip_adapter="someone/ip/models/sd15-base.safetensors")
     encoder = files / "image_encoder"
-    Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/models/sd15-base.safetensors", image_encoder=encoder)
+    Pipeline(
+        tiny.model("sd15", shallow=True), ip_adapter="someone/ip/models/sd15-base.safetensors", image_encoder=encoder
+    )
     assert asked == [("someone/ip", "models/sd15-base.safetensors")] * 2
     with pytest.raises(LdmError, match="'someone/ip/x.bin' is neither a path here nor a file of the Hub: 404"):
-        Pipeline(tiny.model("sd15"), ip_adapter="someone/ip/x.bin")
+        Pipeline(tiny.model("sd15", shallow=True), ip_adapter="someone/ip/x.bin")

@@ -64,7 +64,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    return Pipeline(tiny.model("sdxl"))
+    return Pipeline(tiny.model("sdxl", shallow=True))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,11 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
         given["hires"] = 2
     if row.name.startswith("image_prompt_"):
         given["image_prompt"] = Image.new("RGB", (64, 64))
-    refined = Pipeline(pipeline.model, refiner=tiny.model("sdxl-refiner")) if "refiner" in row.name else pipeline
+    refined = (
+        Pipeline(pipeline.model, refiner=tiny.model("sdxl-refiner", shallow=True))
+        if "refiner" in row.name
+        else pipeline
+    )
     refined = prompted if row.name.startswith("image_prompt") else refined
     steps = {"steps": 10} if "refiner" in row.name else {}
     request = refined.request(**{"scheduler": "ddim", **given, **steps})
@@ -258,7 +262,7 @@ def test_the_mask_and_the_refiner_of_diffusers(pipeline: Pipeline) -> None:
     white = Image.new("L", (64, 64), 255)
     request = pipeline.request("a cat", image=white.convert("RGB"), mask_image=white)
     assert request.task == "inpaint" and request.mask is not None
-    refined = Pipeline(pipeline.model, refiner=tiny.model("sdxl-refiner"))
+    refined = Pipeline(pipeline.model, refiner=tiny.model("sdxl-refiner", shallow=True))
     assert refined.request("a cat", denoising_end=0.8, steps=10).end == 0.8
 
 

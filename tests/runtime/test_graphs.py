@@ -50,7 +50,7 @@ def recorded(model: LatentDiffusion) -> LatentDiffusion:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl-refiner"])
 def test_one_recording_serves_all_prompts(name: str, count: Callable[[], int]) -> None:
-    unet, plain = recorded(tiny.model(name)).unet, tiny.model(name).unet
+    unet, plain = recorded(tiny.model(name, shallow=True)).unet, tiny.model(name, shallow=True).unet
     c = unet.config
 
     def cond(tokens: int) -> Conditioning:
@@ -91,7 +91,7 @@ def test_one_recording_serves_all_prompts(name: str, count: Callable[[], int]) -
 
 
 def test_steps_that_are_not_all_the_same_are_not_recorded(count: Callable[[], int]) -> None:
-    ours, plain = Pipeline(recorded(tiny.model("sd15"))), Pipeline(tiny.model("sd15"))
+    ours, plain = Pipeline(recorded(tiny.model("sd15", shallow=True))), Pipeline(tiny.model("sd15", shallow=True))
     for settings, recordings in (
         ({}, 1),
         ({"reuse": 2}, 0),
@@ -107,8 +107,8 @@ def test_steps_that_are_not_all_the_same_are_not_recorded(count: Callable[[], in
 
 
 def test_threads_and_how_many_are_kept(count: Callable[[], int]) -> None:
-    pipeline = Pipeline(recorded(tiny.model("sd15")))
-    wanted = Pipeline(tiny.model("sd15"))("a fox", seed=1, steps=3, output="latents").latents[0]
+    pipeline = Pipeline(recorded(tiny.model("sd15", shallow=True)))
+    wanted = Pipeline(tiny.model("sd15", shallow=True))("a fox", seed=1, steps=3, output="latents").latents[0]
     found: list[Tensor] = []
 
     def make() -> None:
@@ -138,7 +138,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture)
         attempts += 1
         raise RuntimeError(problem)
 
-    model, plain = recorded(tiny.model("sd15")), Pipeline(tiny.model("sd15"))
+    model, plain = recorded(tiny.model("sd15", shallow=True)), Pipeline(tiny.model("sd15", shallow=True))
     model.unet.recordings = Recordings(model.unet, fails)  # type: ignore[assignment]
     settings: dict[str, Any] = {"n": 2, "width": 64, "height": 64, "seed": 1, "steps": 3, "output": "latents"}
     problem = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -155,7 +155,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture)
 
 
 def test_hooks_and_other_modes_are_seen(count: Callable[[], int]) -> None:
-    unet = recorded(tiny.model("sd15")).unet
+    unet = recorded(tiny.model("sd15", shallow=True)).unet
     cond = Conditioning(torch.randn(2, 9, unet.config.text_dim))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor(5.0)
     with torch.inference_mode():
@@ -174,11 +174,11 @@ def test_hooks_and_other_modes_are_seen(count: Callable[[], int]) -> None:
 
 def test_image_prompts_are_recorded(count: Callable[[], int], tmp_path: Path) -> None:
     """One recording serves other images, weights and masks of the same kind; without guidance, there is another."""
-    image_prompts.saved(tmp_path / "ip.safetensors", tiny.family("sd15"))
+    image_prompts.saved(tmp_path / "ip.safetensors", tiny.family("sd15", shallow=True))
     image_prompts.encoder().save_pretrained(tmp_path / "image_encoder")
     ours, plain = (
         Pipeline(model, ip_adapter=tmp_path / "ip.safetensors")
-        for model in (recorded(tiny.model("sd15")), tiny.model("sd15"))
+        for model in (recorded(tiny.model("sd15", shallow=True)), tiny.model("sd15", shallow=True))
     )
     red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
     mask = Image.new("L", (64, 64), 255)

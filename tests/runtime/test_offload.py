@@ -60,13 +60,19 @@ def test_the_same_images(models: Path, name: str, settings: dict[str, Any], offl
 
 
 def test_each_network_goes_when_another_comes() -> None:
-    model, moves = tiny.model("sd15"), []
+    model, moves = tiny.model("sd15", shallow=True), []
     names = {id(model.unet): "unet", id(model.autoencoder): "autoencoder", id(model.text_encoders): "text"}
     for network in (model.unet, model.autoencoder, model.text_encoders):
         network.to = lambda device, network=network: moves.append((names[id(network)], str(device)))  # type: ignore
     room = Room(torch.device("cuda:1"), layers=False)
     room.add(model)
-    for network in (model.text_encoders, model.unet, model.unet, model.autoencoder, tiny.model("sd15").unet):
+    for network in (
+        model.text_encoders,
+        model.unet,
+        model.unet,
+        model.autoencoder,
+        tiny.model("sd15", shallow=True).unet,
+    ):
         room.bring(network)
     assert moves == [
         ("text", "cuda:1"), ("text", "cpu"), ("unet", "cuda:1"), ("unet", "cpu"), ("autoencoder", "cuda:1"),
@@ -118,7 +124,7 @@ def test_quantised_networks_take_turns(models: Path) -> None:
 
 
 def test_a_network_that_does_not_fit_leaves_all_as_it_was() -> None:
-    model = tiny.model("sd15")
+    model = tiny.model("sd15", shallow=True)
     room = Room(CPU, layers=False)
     room.add(model)
     room.bring(model.unet)
@@ -140,4 +146,4 @@ def test_a_network_that_does_not_fit_leaves_all_as_it_was() -> None:
 def test_a_loaded_model_stays_as_it_is() -> None:
     for settings in ({"offload": "layers"}, {"compile": True}):
         with pytest.raises(LdmError, match="a model that is loaded already stays as it is; name its source"):
-            Pipeline(tiny.model("sd15"), **settings)
+            Pipeline(tiny.model("sd15", shallow=True), **settings)

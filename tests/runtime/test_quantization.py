@@ -43,7 +43,7 @@ def quantised(unet: UNet) -> set[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "emoji"])
 def test_a_unet_gives_nearly_the_same(family: str, dtype: torch.dtype, name: str) -> None:
-    unet = tiny.model(family).unet.to(dtype)
+    unet = tiny.model(family, shallow=True).unet.to(dtype)
     x, t, cond = inputs(unet, dtype)
     cond.text[1] = 0  # as SDXL's empty negative prompt
     with torch.inference_mode():
@@ -65,7 +65,7 @@ def test_fp8_gives_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("older versions of PyTorch have them with one scale alone")
     assert problem == ""
     monkeypatch.setattr(quantization, "check_quantize", lambda *arguments: config)
-    unet = tiny.model("sdxl").unet.to(BF16)
+    unet = tiny.model("sdxl", shallow=True).unet.to(BF16)
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q.weight.data[5] = 0
     x, t, cond = inputs(unet, BF16)
     cond.text[1] = 0
@@ -79,7 +79,7 @@ def test_fp8_gives_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_layers() -> None:
     """All linear layers in transformer blocks, and nothing else."""
-    unet = tiny.model("sdxl").unet
+    unet = tiny.model("sdxl", shallow=True).unet
     plain = {name for name, weight in unet.named_parameters() if weight.ndim == 2 and ".transformer_blocks." in name}
     assert any(".attn1.to_q." in name for name in plain) and any(".ff.net.0.proj." in name for name in plain)
     quantize(unet, "int8-weights")
@@ -90,7 +90,7 @@ def test_which_layers() -> None:
 @pytest.mark.parametrize("name", INT8)
 def test_half_the_memory(name: str) -> None:
     """Of bf16: a byte a number, and a scale of four for each row."""
-    unet = tiny.model("sd15").unet.to(BF16)
+    unet = tiny.model("sd15", shallow=True).unet.to(BF16)
     before = {name: weight.nbytes for name, weight in unet.named_parameters()}
     quantize(unet, name)
     for key, weight in unet.named_parameters():
@@ -114,7 +114,7 @@ def test_widths_that_do_not_fit_are_passed_over() -> None:
 @pytest.mark.parametrize("name", INT8)
 def test_kernels_of_our_own_leave_them_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantised weights call themselves bf16 on the CPU, but there is nothing where they are said to be."""
-    unet = tiny.model("sd15").unet.to(BF16)
+    unet = tiny.model("sd15", shallow=True).unet.to(BF16)
     fuse(unet)
     x, t, cond = inputs(unet, BF16)
     calls: list[object] = []
@@ -174,7 +174,7 @@ def test_a_loaded_model_stays_as_it_is(models: Path) -> None:
     with pytest.raises(LdmError, match="quantize 'int8': a model that is loaded already stays as it is"):
         Pipeline(model, quantize="int8")
     with pytest.raises(LdmError, match="loaded already"):
-        Pipeline(models / "sdxl", refiner=tiny.model("sdxl-refiner"), device="cpu", quantize="int8")
+        Pipeline(models / "sdxl", refiner=tiny.model("sdxl-refiner", shallow=True), device="cpu", quantize="int8")
     assert not quantised(model.unet)
     assert quantised(Pipeline(Pipeline(models / "sdxl", device="cpu", quantize="int8").model).model.unet)
 
@@ -198,7 +198,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     for name in INT8:
         with pytest.raises(LdmError, match="needs the package torchao .*: pip install -U torchao"):
-            quantize(tiny.model("sd15").unet, name)
+            quantize(tiny.model("sd15", shallow=True).unet, name)
 
 
 def test_an_image_says_so_and_is_made_again(

@@ -15,10 +15,13 @@ from pathlib import Path
 import controls
 import pytest
 import tiny
+from commands import run
+from huggingface_hub import constants
 from launched import PATIENCE
 from safetensors.torch import load_file, save_file
 
 from ldm.errors import LdmError
+from ldm.weights.control_models import open_control_model
 from ldm.weights.downloads import check_download
 from ldm.weights.hub import wanted
 from ldm.weights.sources import open_source, verify_source
@@ -87,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
-    tiny.model("sd15").save_pretrained(tmp_path / "remote")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "remote")
     (tmp_path / "remote" / "one_big_file.safetensors").write_bytes(bytes(1000))
     (tmp_path / "remote" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(1000))
     (tmp_path / "remote" / "unet" / "diffusion_pytorch_model.bin").write_bytes(bytes(1000))
@@ -98,27 +101,30 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
     server.shutdown()
 
 
-CONTROL = """
-import tiny
-from ldm.weights.control_models import open_control_model
-open_control_model("someone/tiny", tiny.family("sd15")).load()
-"""
+def at(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, offline: bool = False) -> None:
+    """What the environment tells huggingface_hub as it is imported: the Hub's address, its cache, and no network."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
 
-def test_a_control_model_by_its_name(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+def test_a_control_model_by_its_name(
+    hub: tuple[type[Hub], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its repository holds the folder of one component, perhaps in several variants."""
     handler, url = hub
-    handler.root = controls.folder(controls.controlnet(tiny.family("sd15")), tmp_path / "control")
+    handler.root = controls.folder(controls.controlnet(tiny.family("sd15", shallow=True)), tmp_path / "control")
     (handler.root / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(1000))
     (handler.root / "README.md").write_text("")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    clean |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url, "PYTHONPATH": os.pathsep.join(sys.path)}
-    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
-        subprocess.run([sys.executable, "-c", CONTROL], env=clean | more, check=True, timeout=PATIENCE)
+    for offline in (False, True):
+        at(monkeypatch, url, tmp_path / "home", offline)
+        open_control_model("someone/tiny", tiny.family("sd15", shallow=True)).load()
     assert sorted(handler.fetched) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def info(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run(
         [sys.executable, "-m", "ldm", "info", name, "--json"],
@@ -129,7 +135,9 @@ def info(name: str, home: Path, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_a_model_is_fetched_once_and_only_what_is_read(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+def test_a_model_is_fetched_once_and_only_what_is_read(
+    hub: tuple[type[Hub], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     handler, url = hub
     first = info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url)
     assert first.returncode == 0, first.stderr
@@ -143,14 +151,17 @@ def test_a_model_is_fetched_once_and_only_what_is_read(hub: tuple[type[Hub], str
     ):
         assert name not in handler.fetched
     count = len(handler.fetched)
-    assert info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url).returncode == 0
+    for offline in (False, True):
+        at(monkeypatch, url, tmp_path / "home", offline)
+        assert run(capsys, monkeypatch, "info", "someone/tiny", "--json") == (0, first.stdout, "")
     assert len(handler.fetched) == count
-    offline = info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0, offline.stderr
 
 
-def test_a_download_is_compared_with_the_digests_of_the_hub(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+def test_a_download_is_compared_with_the_digests_of_the_hub(
+    hub: tuple[type[Hub], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     handler, url = hub
+    at(monkeypatch, url, tmp_path / "home")
     (handler.root / "ldm_manifest.json").unlink()  # as of a model that others wrote
     for file in handler.root.glob("*/*.safetensors"):
         if "fp16" not in file.name:
@@ -159,13 +170,13 @@ def test_a_download_is_compared_with_the_digests_of_the_hub(hub: tuple[type[Hub]
     content = bytearray((handler.root / name).read_bytes())
     content[-100] ^= 1
     handler.damaged[name] = bytes(content)
-    first = info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url)
-    assert (first.returncode, first.stdout) == (1, "")
-    assert f"{name} is not what the Hub has (its digest there is " in first.stderr
+    code, out, err = run(capsys, monkeypatch, "info", "someone/tiny")
+    assert (code, out) == (1, "")
+    assert f"{name} is not what the Hub has (its digest there is " in err
     handler.damaged.clear()
     for blob in (tmp_path / "home").rglob("blobs/*"):
         blob.unlink()
-    assert info("someone/tiny", tmp_path / "home", HF_ENDPOINT=url).returncode == 0
+    assert run(capsys, monkeypatch, "info", "someone/tiny")[0] == 0
 
     (file,) = (tmp_path / "home").rglob("snapshots/*/scheduler/scheduler_config.json")
     opened = open_source(file.parents[1], verify=False)
@@ -176,7 +187,7 @@ def test_a_download_is_compared_with_the_digests_of_the_hub(hub: tuple[type[Hub]
 
 
 def test_a_download_to_a_folder_is_compared_as_well(tmp_path: Path) -> None:
-    tiny.model("sd15").save_pretrained(tmp_path / "m")
+    tiny.model("sd15", shallow=True).save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "ldm_manifest.json").unlink()
     file = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file), file)  # without a digest of its own
@@ -197,17 +208,20 @@ def test_a_download_to_a_folder_is_compared_as_well(tmp_path: Path) -> None:
     assert not check_download(file)
 
 
-def test_models_that_are_not_there(hub: tuple[type[Hub], str], tmp_path: Path) -> None:
+def test_models_that_are_not_there(
+    hub: tuple[type[Hub], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, url = hub
-    missing = info("someone/else", tmp_path / "home", HF_ENDPOINT=url)
-    assert missing.returncode == 1
-    assert "neither a path here nor a model on the Hub" in missing.stderr
-    offline = info("someone/tiny", tmp_path / "home", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 1
-    assert "the Hub cannot be reached" in offline.stderr
-    for result in (missing, offline):
-        assert result.stderr.startswith("ldm: ")
-        assert result.stderr.count("\n") == 1
+    for name, offline, message in (
+        ("someone/else", False, "neither a path here nor a model on the Hub"),
+        ("someone/tiny", True, "the Hub cannot be reached"),
+    ):
+        at(monkeypatch, url, tmp_path / "home", offline)
+        code, _, err = run(capsys, monkeypatch, "info", name)
+        assert code == 1
+        assert message in err
+        assert err.startswith("ldm: ")
+        assert err.count("\n") == 1
 
 
 def test_an_address_is_no_name() -> None:

@@ -33,6 +33,7 @@ from ldm.errors import LdmError, listing
 from ldm.evaluation.metrics.distances import spatial_features
 from ldm.evaluation.networks.exact import exact
 from ldm.files import check_digest, file_digest, stated_digest
+from ldm.models.unfilled import unfilled
 from ldm.weights.published import published
 from ldm.weights.tensors import open_store
 
@@ -118,7 +119,7 @@ class Inception:
             )
         store = open_store(path, allow_pickle=True)
         found = {name: info.shape for name, info in store.infos.items() if not name.endswith((COUNTERS, "fc.bias"))}
-        with torch.device("meta"):
+        with unfilled():
             self.network = Network(classifier="fc.weight" in found)
         wanted = {n: tuple(t.shape) for n, t in self.network.state_dict().items() if not n.endswith(COUNTERS)}
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, listing
 from ldm.files import check_digest, replacing
+from ldm.models.unfilled import unfilled
 from ldm.weights.published import published
 from ldm.weights.tensors import Output, Store, TensorInfo, write_safetensors
 
@@ -139,7 +140,7 @@ def save_lpips(model: LPIPS, path: Path, metadata: Mapping[str, str], overwrite:
 
 def _differences(backbone: str, found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Names of the backbone's tensors that `found` lacks or has in another shape, and of unknown ones in it."""
-    with torch.device("meta"):
+    with unfilled():
         wanted = {name: tuple(tensor.shape) for name, tensor in LPIPS(backbone).state_dict().items()}
     return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
 

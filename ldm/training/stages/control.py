@@ -17,6 +17,7 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.models.controlnet import ControlNet
 from ldm.models.t2i_adapter import T2IAdapter
+from ldm.models.unfilled import unfilled
 from ldm.training.conditioning import ConditioningDropout, Prompt
 from ldm.training.stages import attached
 from ldm.training.stages.attached import AttachedStage, to_image
@@ -86,7 +87,7 @@ class ControlStage(AttachedStage):
 
 def plain_copy(network: Any, dtype: torch.dtype) -> Any:
     """A copy of a control model in a dtype, without what training added to its layers."""
-    with torch.device("meta"):
+    with unfilled():
         copy = type(network)(network.config)
     weights = {name: weight.detach().to(dtype, copy=True) for name, weight in network.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
