@@ -317,21 +317,29 @@ def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None, parameters: str = "") -> None:
-    """Write a PNG atomically, with our settings as JSON and AUTOMATIC1111's parameters in its metadata.
-
-    Raises:
-        LdmError: the file cannot be written.
-    """
+def png_bytes(image: Image.Image, settings: Mapping[str, Any] | None = None, parameters: str = "") -> bytes:
+    """A PNG, with our settings as JSON and AUTOMATIC1111's parameters in its metadata."""
     info = PngImagePlugin.PngInfo()
     texts = {"parameters": parameters, KEY: json.dumps(settings, ensure_ascii=False) if settings else ""}
     for key, text in texts.items():
         if text:  # bytes of file names that are not UTF-8 become JSON escapes, which can be read back
             info.add_itxt(key, text.encode("utf-8", "backslashreplace").decode())
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None, parameters: str = "") -> None:
+    """Write a PNG atomically, as `png_bytes` gives it.
+
+    Raises:
+        LdmError: the file cannot be written.
+    """
+    data = png_bytes(image, settings, parameters)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("wb") as file:
-            image.save(file, "PNG", pnginfo=info)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -195,6 +196,12 @@ class Adapters:
         return found
 
     # --- from mixes to models -----------------------------------------------------------------------------------------
+
+    def of(self, model: LatentDiffusion) -> Adapters:
+        """The same adapters for a copy of the model with the same weights."""
+        other = copy.copy(self)
+        other.model, other.models, other.merging = model, OrderedDict(), threading.Lock()
+        return other
 
     def merged(self, mix: Mix) -> LatentDiffusion:
         """The model with a mix merged in; the model itself without one. The last ones are kept.

@@ -6,8 +6,9 @@ pipeline("a red fox in the snow", seed=1).images[0].save("fox.png")
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import Module
 
 from ldm.errors import LdmError, listing
 from ldm.images import to_images
@@ -341,6 +343,19 @@ def _share(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
         for name, tensor in ours.items()
     ):
         refiner.text_encoders.towers[0] = model.text_encoders.towers[-1]
+
+
+def with_networks(pipeline: Pipeline, changed: Callable[[Module], Module]) -> Pipeline:
+    """A copy of a pipeline with changed networks of its models, on the same weights; all else is shared."""
+    other = copy.copy(pipeline)
+    other.model = _with_networks(pipeline.model, changed)
+    other.refiner = None if pipeline.refiner is None else _with_networks(pipeline.refiner, changed)
+    other.adapters = pipeline.adapters.of(other.model)
+    return other
+
+
+def _with_networks(model: LatentDiffusion, changed: Callable[[Module], Module]) -> LatentDiffusion:
+    return model.with_networks({name: changed(network) for name, network in model.networks.items()})
 
 
 def named(source: Any) -> Any:

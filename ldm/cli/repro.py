@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ldm.cli.common import log_warnings, to_components, to_png
-from ldm.cli.record import embeddings_of, from_parameters, listed
 from ldm.errors import LdmError, listing
 from ldm.files import file_digest
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
+from pipelines.a1111 import embeddings_of, from_parameters, listed
 from pipelines.image_prompts import from_record
 from pipelines.settings import LOADING, at
 from pipelines.tuning import dtype_named

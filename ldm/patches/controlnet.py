@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ def add_controlnets(unet: UNet, controls: Sequence[NamedControlNet]) -> UNet:
 
 class Residuals:
     """The sums of the ControlNets' residuals in the present call: for each skip of the U-Net, then for its middle."""
+
+    of_one_call: ClassVar = True  # each call fills it anew: calls of several runs can be made together
 
     def __init__(self) -> None:
         self.sums: list[Tensor] = []

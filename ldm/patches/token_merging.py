@@ -9,7 +9,7 @@ of which R are merged, C channels
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,8 @@ def _merging_level(block: DownBlock | UpBlock, ratio: float) -> nn.Module:
 
 class MergeTargets:
     """The tokens of a map into which others are merged, for the self-attentions of one transformer."""
+
+    of_one_call: ClassVar = True  # each call fills it anew: calls of several runs can be made together
 
     def __init__(self) -> None:
         self.count = 0  # D

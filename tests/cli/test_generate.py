@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sd_parsers import ParserManager
 
-from ldm.cli.record import from_parameters, to_parameters
 from ldm.errors import LdmError
 from ldm.files import DIGEST
 from ldm.images import load_image, read_settings, save_png
+from pipelines.a1111 import from_parameters, to_parameters
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from torch import Tensor
 import pipelines.adapters
 from ldm.cli import evaluate
 from ldm.cli.evaluate_options import settings_of, sweep_of
-from ldm.cli.record import from_parameters
 from ldm.errors import LdmError
 from ldm.evaluation.plan import EvaluationPlan
 from ldm.evaluation.sides import made_images
@@ -30,6 +29,7 @@ from ldm.runtime.merging import merged
 from ldm.weights.adapters import open_adapter
 from ldm.weights.adapters.writing import write_adapter
 from pipelines import Pipeline
+from pipelines.a1111 import from_parameters
 from pipelines.adapters import KEPT, autov3, files_in
 from pipelines.request import records
 

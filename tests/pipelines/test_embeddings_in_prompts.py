@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from ldm.cli import evaluate
 from ldm.cli.evaluate_options import settings_of
-from ldm.cli.record import embeddings_of
 from ldm.errors import LdmError
 from ldm.evaluation.plan import EvaluationPlan
 from ldm.images import read_settings, save_png
 from pipelines import Pipeline
+from pipelines.a1111 import embeddings_of
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()

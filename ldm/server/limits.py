@@ -1,0 +1,22 @@
+"""The limits of a server: everything is bounded before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds of requests."""
+
+    body: int = 32 * 2**20  # bytes of a request
+    upload: int = 16 * 2**20  # pixels of an uploaded image
+    pixels: int = 2**22  # of an image to make, in its largest pass
+    steps: int = 150  # of one pass
+    images: int = 16  # of one job
+    characters: int = 4000  # of one prompt
+    seconds: float = 600.0  # that a job may take, with its time in the queue
+    queue: int = 256  # images that may wait
+    uploads: int = 2**27  # pixels of all uploaded images of jobs that are not over
+    kept: int = 2**27  # pixels of images of jobs that are over, kept to be fetched
+    keep_seconds: float = 900.0  # how long they are kept

@@ -1,0 +1,215 @@
+"""A service: an engine with the limits of its requests, the records of its images, and the jobs that it knows."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ldm.errors import LdmError, check_whole
+from ldm.images import png_bytes
+from ldm.server.engine import Engine, NotTakenError
+from ldm.server.jobs import DONE, NOTES, Event, Listener, ServerJob
+from ldm.server.limits import Limits
+from ldm.server.reading import settings_of
+from pipelines import Pipeline
+from pipelines.a1111 import to_parameters
+from pipelines.adapters import files_in
+from pipelines.passes import enlarged_request
+from pipelines.provenance import provenance
+from pipelines.request import Request
+from pipelines.settings import at
+
+log = logging.getLogger(__name__)
+OPTIONS = ("priority", "seconds", "previews")  # of a job, beside its settings
+PRIORITIES = (-9, 9)
+Watcher = Callable[[ServerJob, Event], None]
+PLACES = ("source", "refiner", "components", "control_models", "lora_dir")  # what records of served images leave out
+
+
+class Service:
+    """Makes jobs of requests. All methods may be called from any thread."""
+
+    def __init__(self, pipeline: Pipeline, loading: Mapping[str, Any], limits: Limits, most: int | None = None) -> None:
+        """Start an engine for a pipeline; `loading` are the settings that the pipeline was loaded with, for records.
+
+        `most` is as for `Engine`.
+        """
+        self.limits = limits
+        self.engine = Engine(pipeline, most=most, queue=limits.queue)
+        own = provenance(loading, pipeline)
+        self.about = {key: value for key, value in own.items() if key not in PLACES}
+        self.jobs: dict[str, ServerJob] = {}  # in the order of their arrival
+        self.watchers: list[Watcher] = [release]  # of all jobs
+        self._changing = threading.Lock()
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def accept(self, given: Mapping[str, Any], listener: Listener | None = None) -> ServerJob:
+        """The job of a request: settings by name and options of the job.
+
+        Raises:
+            LdmError: a setting is not allowed or above a limit.
+            NotTakenError: too many images wait, or the engine is closing.
+        """
+        self.engine.check_open()
+        options = {name: given[name] for name in OPTIONS if given.get(name) is not None}
+        with noted() as notes:
+            try:
+                request = self.request({name: value for name, value in given.items() if name not in OPTIONS})
+            except RecursionError:
+                raise LdmError("the request is nested too deeply") from None
+        job = ServerJob(request, notes=notes, **self._checked(options))
+        job.listeners += [partial(watcher, job) for watcher in self.watchers]
+        job.listeners += [] if listener is None else [listener]
+        with self._changing:
+            self._forget()
+            uploads = sum(uploaded_pixels(other.request) for other in (job, *self.jobs.values()))
+            if uploads > self.limits.uploads:
+                raise NotTakenError(f"images uploaded for jobs have {uploads:,} pixels in all: try again later")
+            self.jobs[job.id] = job
+        try:
+            return self.engine.submit(job)
+        except LdmError:
+            with self._changing:
+                del self.jobs[job.id]
+            raise
+
+    def request(self, given: Mapping[str, Any]) -> Request:
+        """The checked request for settings.
+
+        Raises:
+            LdmError: a setting is not allowed or above a limit.
+        """
+        values = settings_of(given, self.limits)
+        if "prompt" not in values:
+            raise LdmError("no prompt: at least one text is needed")
+        request = self.engine.request(values.pop("prompt"), **values)
+        largest = enlarged_request(request, self.engine.pipeline.model.family) if request.hires else request
+        for name, value, most in (
+            ("pixels", largest.width * largest.height, self.limits.pixels),
+            ("images", len(request.prompts), self.limits.images),
+        ):
+            if value > most:
+                raise LdmError(f"{value:,} {name}: this server makes at most {most:,}")
+        return request
+
+    def job(self, name: str) -> ServerJob | None:
+        """The job of that name; None if there is none any more."""
+        with self._changing:
+            self._forget()
+            return self.jobs.get(name)
+
+    def png(self, job: ServerJob, number: int) -> bytes | None:
+        """A finished image of a job with its record, as PNG; None if it is not finished."""
+        made = job.made[number] if 0 <= number < len(job.made) else None
+        if made is None:
+            return None
+        job.fetched.add(number)
+        record = without_paths({**made.record, **self.about})
+        return png_bytes(made.image, record, to_parameters(record))
+
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a job within their bounds."""
+        check_whole("request", "priority", options.setdefault("priority", 0), *PRIORITIES)
+        seconds = options.setdefault("seconds", self.limits.seconds)
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= self.limits.seconds:
+            raise LdmError(f"seconds {seconds!r}: a number above 0, at most {self.limits.seconds:g}, is needed")
+        if not isinstance(options.setdefault("previews", False), bool):
+            raise LdmError(f"previews {options['previews']!r}: true or false is needed")
+        return options
+
+    def _forget(self) -> None:
+        """Forget jobs that are over: those that ended long ago, and the oldest ones if too many images are kept."""
+        now, kept = time.monotonic(), 0
+        for name, job in reversed(self.jobs.copy().items()):
+            if job.over.is_set():
+                kept += sum(one.image.width * one.image.height for one in job.made if one is not None)
+                old = now - (job.ended or now) > self.limits.keep_seconds
+                if old or kept > self.limits.kept:
+                    del self.jobs[name]
+
+    def fetched(self) -> bool:
+        """Whether all images have been fetched."""
+        with self._changing:
+            return all(len(job.fetched) == len(job.made) for job in self.jobs.values() if job.state == DONE)
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters that requests can name."""
+        own = self.engine.pipeline.adapters
+        files = [path.relative_to(own.folder) for path in files_in(own.folder)] if own.folder else []
+        return sorted({path.with_suffix("").as_posix() for path in files} | {one.name for one in own.usual})
+
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema of the body of a job, from the table of settings."""
+        properties: dict[str, Any] = {}
+        for name, row in at("http").items():
+            properties[name] = {**row.kind.schema, "description": row.help}
+            if row.usual is not None:
+                properties[name]["default"] = row.usual
+        bounds = {"steps": self.limits.steps, "n": self.limits.images, "batch": self.limits.images}
+        for name, most in bounds.items():
+            properties[name]["maximum"] = most
+        low, high = PRIORITIES
+        properties |= {
+            "priority": {"type": "integer", "minimum": low, "maximum": high, "default": 0},
+            "seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": self.limits.seconds},
+            "previews": {"type": "boolean", "default": False},
+        }
+        return {"type": "object", "required": ["prompt"], "properties": properties}
+
+
+def uploaded_pixels(request: Request) -> int:
+    """The pixels of all images that a request holds."""
+    found = [request.image, request.mask, *(one.given for one in request.control)]
+    for prompt in request.image_prompt:
+        found += [*prompt.images, prompt.mask]
+    return sum(image.width * image.height for image in found if image is not None)
+
+
+def release(job: ServerJob, event: Event) -> None:
+    """Let a job that is over hold no uploaded images."""
+    if event.kind == "state" and job.over.is_set():
+        job.request = replace(job.request.changed(control=(), image_prompt=()), image=None, mask=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """A context whose warnings are kept in the list, if a `NoteHandler` is installed."""
+    notes: list[str] = []
+    token = NOTES.set(notes)
+    try:
+        yield notes
+    finally:
+        NOTES.reset(token)
+
+
+class NoteHandler(logging.Handler):
+    """A handler that gives warnings to the job that they are about, not to the log, which has no prompts."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notes, text = NOTES.get(), record.getMessage()
+        if notes is not None and len(notes) < 32 and text not in notes:
+            notes.append(text)
+
+
+def about_no_job(record: logging.LogRecord) -> bool:
+    """A filter for the log: what is told about jobs is not for it, unless it is an error."""
+    return NOTES.get() is None or record.levelno >= logging.ERROR
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the places of the server's files."""
+    found = dict(record)
+    if "adapters" in found:
+        found["adapters"] = {name: {**own, "path": ""} for name, own in found["adapters"].items()}
+    if "embeddings" in found:
+        found["embeddings"] = [{**own, "path": ""} for own in found["embeddings"]]
+    return found

@@ -1,0 +1,40 @@
+"""The part of an image's record that says with which model it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ldm
+from ldm.weights.builtin import DEFAULT, builtin
+from pipelines.pipeline import Pipeline
+from pipelines.settings import LOADING, at
+from pipelines.tuning import room_of
+
+
+def provenance(loading: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Any]:
+    """The model's part of a record; `loading` are the settings that a pipeline was loaded with."""
+    model, room = pipeline.model, room_of(pipeline.model)
+    source = loading.get("source") or DEFAULT
+    own = {
+        "source": _absolute(source),
+        "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
+        "components": {name: _absolute(path) for name, path in loading.get("components", {}).items()} or None,
+        "control_models": [_absolute(one) for one in loading.get("control_models", ())] or None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "offload": "layers" if room and room.layers else None,  # without fused layers, so rounded otherwise
+    }
+    rows = at("record", LOADING).values()
+    values = {row.key: own[row.name] if row.name in own else loading.get(row.name, row.usual) for row in rows}
+    return {
+        "version": f"ldm {ldm.__version__}",
+        "model": Path(source).stem,
+        "model_hash": model.fingerprint(),
+        **{key: value for key, value in values.items() if value is not None},
+    }
+
+
+def _absolute(source: str) -> str:
+    """The absolute path of a source, or the name of a model as it is."""
+    return source if builtin(source) or not Path(source).exists() else str(Path(source).absolute())
