@@ -1,10 +1,9 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
-where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN.
-Weights of convolutions, and of products with few rows, are brought once into the order in which they are multiplied,
-and large ones are in memory in that order alone (`reordered.py`); otherwise oneDNN reorders them at each call, which
-takes as long as a product.
+where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN. Weights of
+convolutions, and of products with few rows, are brought once into the order in which they are multiplied
+(`reordered.py`); otherwise oneDNN reorders them at each call, which takes as long as a product.
 
 B batch, C channels, H×W height and width
 """
@@ -205,21 +204,6 @@ class CPUResnetBlock(FusedResnetBlock):
         return self.conv2.plus(h, x) if _fusible(self.conv2, h, x) else super().end(h, x)
 
 
-def _reorders(layer: nn.Linear, x: Tensor) -> bool:
-    """Whether `x` (…, C) is multiplied by reordered weights: it has few rows, or no other weights are in memory."""
-    few = x.numel() <= FEW * x.shape[-1]
-    return x.dtype == torch.bfloat16 and (few or type(stored(layer)) is Reordered)
-
-
-def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
-    """Whether these and a layer's weight are plain tensors on the CPU as `fits` says, and no gradients are wanted."""
-    weight = stored(layer)
-    if type(weight) is not Reordered:
-        return fits(*tensors, weight)
-    same = all(tensor.dtype == weight.dtype for tensor in tensors)
-    return same and fits(*tensors) and not learns(weight)
-
-
 class CPULayerNorm(nn.LayerNorm):
     """A layer norm of the last dimension by the C++ kernel."""
 
@@ -228,6 +212,24 @@ class CPULayerNorm(nn.LayerNorm):
         if plain or not fits(x, self.weight) or not x.is_contiguous():
             return super().forward(x)
         return kernels.layer_norm(self, x)
+
+
+def _reorders(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether `x` (…, C) is multiplied by oneDNN with reordered weights.
+
+    In bf16 it is, if it has few rows, or no other weights are in memory.
+    """
+    few = x.numel() <= FEW * x.shape[-1]
+    return x.dtype == torch.bfloat16 and (few or type(stored(layer)) is Reordered) and _fits(layer, x)
+
+
+def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
+    """Whether these and a layer's weight are plain tensors on the CPU, of one type, and no gradients are wanted."""
+    weight = stored(layer)
+    if type(weight) is not Reordered:
+        return fits(*tensors, weight)
+    same = all(tensor.dtype == weight.dtype for tensor in tensors)
+    return same and fits(*tensors) and not learns(cast("Tensor", weight))
 
 
 class CPULinear(nn.Linear):
@@ -241,7 +243,7 @@ class CPULinear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` (…, C) times the weights, plus a bias if there is one."""
-        if not _fits(self, x) or not x.numel():
+        if not x.numel() or not _fits(self, x):
             return F.linear(x, self.weight, bias)
         if _own(self, x):
             return products.linear(x.contiguous(), own_taps.of(self, x), bias, self.out_features)

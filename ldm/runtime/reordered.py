@@ -40,17 +40,14 @@ class Order:
 
     def of(self, layer: Layer, x: Tensor) -> Tensor:
         """A layer's weights in this order, made for the shape of `x`; they serve inputs of other shapes too."""
-        found = self.known(layer)
+        known = dict.get(layer._parameters, "weight")
+        found = known.current(self) if type(known) is Reordered else None
+        del known  # it may be the weight itself, which is not freed while it is held
         if found is None:
             found = _reordered(layer, self, list(x.shape))
         if recording.weights is not None:
-            recording.weights.append(lambda: self.known(layer) is found)
+            recording.weights.append(_unchanged(layer))
         return found
-
-    def known(self, layer: Layer) -> Tensor | None:
-        """A layer's weights in this order, if they are there and have not changed since."""
-        known = dict.get(layer._parameters, "weight")
-        return known.current(self) if type(known) is Reordered else None
 
 
 class Reordered:
@@ -144,6 +141,14 @@ def stored(layer: Layer) -> Any:
     if type(weight) is Reordered and weight.weight is None:
         return weight
     return layer.weight
+
+
+def _unchanged(layer: Layer) -> Callable[[], bool]:
+    """A function that says whether a layer's weight, which has just been reordered, is still the same."""
+    known = dict.get(layer._parameters, "weight")
+    if type(known) is not Reordered:
+        return lambda: False
+    return lambda: dict.get(layer._parameters, "weight") is known and not known.changed()
 
 
 @torch.inference_mode(False)

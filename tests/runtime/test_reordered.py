@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from networks import distance, inputs, runs
+from networks import distance, inputs
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -21,7 +21,7 @@ from ldm.runtime import reordered
 from ldm.runtime.fused_cpu import CPULinear, FusedConv2d, fuse, works
 from ldm.runtime.kernels import products
 from ldm.runtime.kernels.memory import drop_pages
-from ldm.runtime.reordered import LARGE, Reordered
+from ldm.runtime.reordered import LARGE, Reordered, stored
 from pipelines import Pipeline
 
 KINDS = [
@@ -29,14 +29,8 @@ KINDS = [
     pytest.param(
         ("convolution", torch.bfloat16), marks=pytest.mark.skipif(not works(torch.bfloat16), reason="no bf16")
     ),
-    pytest.param(("linear", torch.bfloat16), marks=runs),
+    pytest.param(("linear", torch.bfloat16), marks=pytest.mark.skipif(not works(torch.bfloat16), reason="no bf16")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers are computed by oneDNN too: the orders of our own kernels cannot be turned back."""
-    monkeypatch.setattr(products, "MOST", 0)
 
 
 @pytest.fixture(params=KINDS, ids=str)
@@ -46,6 +40,12 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
     made: nn.Module = FusedConv2d(64, 64, 3, padding=1) if kind == "convolution" else CPULinear(320, 160)
     assert sum(p.nbytes for p in made.to(dtype).parameters()) > LARGE
     return made
+
+
+@pytest.fixture(autouse=True)
+def no_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers are computed by oneDNN too."""
+    monkeypatch.setattr(products, "MOST", 0)
 
 
 def used(layer: Any) -> Tensor:
@@ -240,8 +240,10 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers of a network in fp32 whose weights are brought into an order."""
-    return ((name, one) for name, one in network.named_modules() if isinstance(one, FusedConv2d))
+    """Those whose weights oneDNN's order takes the place of: all convolutions, and linear layers in bf16."""
+    for name, one in network.named_modules():
+        if isinstance(one, FusedConv2d) or (isinstance(one, CPULinear) and stored(one).dtype == torch.bfloat16):
+            yield name, one
 
 
 @pytest.mark.usefixtures("all_are_large")
