@@ -55,7 +55,8 @@ def exchanged(module: M, layers: Mapping[str, nn.Module]) -> M:
 def reweighted(layer: M, parameters: Mapping[str, nn.Parameter]) -> M:
     """A shallow copy of a module with the named parameters of its own replaced; all else is shared."""
     other = copy.copy(layer)
-    other._parameters = {**layer._parameters, **parameters}
+    other._parameters = layer._parameters.copy()
+    other._parameters.update(parameters)
     return other
 
 

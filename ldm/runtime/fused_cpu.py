@@ -1,9 +1,9 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
-where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN.
-Weights of convolutions, and of products with few rows, are copied once into the order in which they are multiplied;
-otherwise oneDNN reorders them at each call, which takes as long as a product.
+where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN. Weights of
+convolutions, and of products with few rows, are brought once into the order in which they are multiplied
+(`reordered.py`); otherwise oneDNN reorders them at each call, which takes as long as a product.
 
 B batch, C channels, H×W height and width
 """
@@ -13,14 +13,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.errors import first_line
 from ldm.models.layers import GEGLU, ResnetBlock, TokenLinear, Upsample
@@ -28,8 +26,9 @@ from ldm.models.surgery import reclassed
 from ldm.runtime.fused import LAST, FusedGEGLU, FusedGroupNorm, FusedResnetBlock, hooked
 from ldm.runtime.kernels import layers as kernels
 from ldm.runtime.kernels import products
-from ldm.runtime.kernels.compiled import fits, learns, multiplies, recording, usable
+from ldm.runtime.kernels.compiled import fits, learns, multiplies, usable
 from ldm.runtime.kernels.memory import keep_freed
+from ldm.runtime.reordered import Order, Reordered, stored
 
 log = logging.getLogger(__name__)
 onednn = torch.ops.mkldnn
@@ -82,30 +81,6 @@ def works(dtype: torch.dtype) -> bool:
         return torch.allclose(found, plain.conv(wanted) + wanted, atol=2e-2, rtol=2e-2)
 
 
-class ReorderedWeights:
-    """Copies of weights in oneDNN's order; they are made anew when the weights change, and freed with them."""
-
-    def __init__(self, make: Callable[[Tensor, Any, list[int]], Tensor]) -> None:
-        self.make = make  # makes a copy from weights, their layer, and the shape of its input
-        self.made: Any = WeakTensorKeyDictionary()
-
-    def of(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-        """The copy of a layer's weights, made for the shape of `x`; it serves inputs of other shapes too."""
-        weight = layer.weight
-        state = _state(weight)
-        found = self.made.get(weight)
-        if found is None or found[0] != state:
-            self.made[weight] = found = (state, self.make(weight.detach(), layer, list(x.shape)))
-        if recording.weights is not None:
-            recording.weights.append(lambda: _state(weight) == state)
-        return found[1]
-
-
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    """What changes when a weight changes."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype
-
-
 def _geometry(layer: nn.Conv2d) -> tuple[Any, ...]:
     """Padding, stride, dilation and groups, in the order of oneDNN's operators."""
     return layer.padding, layer.stride, layer.dilation, layer.groups
@@ -127,14 +102,16 @@ def doubling(weight: Tensor) -> Tensor:
 
 FEW = 384  # rows of an input, up to which a reordered copy of the weights pays
 DOUBLING = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, padding of the output, stride, dilation, groups
-convolutions = ReorderedWeights(_ordered)
-matrices = ReorderedWeights(lambda weight, layer, shape: onednn._reorder_linear_weight(weight, math.prod(shape[:-1])))
-doublings = ReorderedWeights(
+convolutions = Order(_ordered, Tensor.to_dense)
+matrices = Order(
+    lambda weight, layer, shape: onednn._reorder_linear_weight(weight, math.prod(shape[:-1])), Tensor.to_dense
+)
+doublings = Order(
     lambda weight, layer, shape: onednn._reorder_convolution_transpose_weight(doubling(weight), *DOUBLING, shape)
 )
-own_taps = ReorderedWeights(lambda weight, layer, shape: products.taps(weight))
-own_filters = ReorderedWeights(lambda weight, layer, shape: products.filtered(weight))
-own_phases = ReorderedWeights(lambda weight, layer, shape: products.phases(weight))
+own_taps = Order(lambda weight, layer, shape: products.taps(weight))
+own_filters = Order(lambda weight, layer, shape: products.filtered(weight))
+own_phases = Order(lambda weight, layer, shape: products.phases(weight))
 
 
 def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
@@ -144,10 +121,12 @@ def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
     """
     if not isinstance(layer, FusedConv2d) or layer.padding_mode != "zeros":
         return False
-    if hooked(layer) or learns(layer.weight, *tensors):
+    weight = stored(layer)
+    if hooked(layer) or learns(weight, *tensors):
         return False
     single = any(tensor.shape[2:].numel() == 1 for tensor in tensors)  # one pixel: older oneDNN versions fail
-    return not single and all(tensor.dtype == layer.weight.dtype for tensor in tensors)
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return known and not single and all(tensor.dtype == weight.dtype for tensor in tensors)
 
 
 def _own(layer: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
@@ -235,6 +214,24 @@ class CPULayerNorm(nn.LayerNorm):
         return kernels.layer_norm(self, x)
 
 
+def _reorders(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether `x` (…, C) is multiplied by oneDNN with reordered weights.
+
+    In bf16 it is, if it has few rows, or no other weights are in memory.
+    """
+    few = x.numel() <= FEW * x.shape[-1]
+    return x.dtype == torch.bfloat16 and (few or type(stored(layer)) is Reordered) and _fits(layer, x)
+
+
+def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
+    """Whether these and a layer's weight are plain tensors on the CPU, of one type, and no gradients are wanted."""
+    weight = stored(layer)
+    if type(weight) is not Reordered:
+        return fits(*tensors, weight)
+    same = all(tensor.dtype == weight.dtype for tensor in tensors)
+    return same and fits(*tensors) and not learns(weight)
+
+
 class CPULinear(nn.Linear):
     """A linear layer by our own kernel, or in bf16 with few rows by oneDNN with reordered weights.
 
@@ -246,11 +243,11 @@ class CPULinear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` (…, C) times the weights, plus a bias if there is one."""
-        if not fits(x, self.weight) or not x.numel():
+        if not x.numel() or not _fits(self, x):
             return F.linear(x, self.weight, bias)
         if _own(self, x):
             return products.linear(x.contiguous(), own_taps.of(self, x), bias, self.out_features)
-        if x.dtype == torch.float32 or x.numel() // x.shape[-1] > FEW:
+        if not _reorders(self, x):
             return F.linear(x, self.weight, bias)
         return onednn._linear_pointwise(x, matrices.of(self, x), bias, "none", [], "")
 
@@ -268,7 +265,7 @@ class CPUGEGLU(FusedGEGLU):
         return CPULinear.product(self.proj, x)  # type: ignore[arg-type]
 
     def fits(self, *tensors: Tensor) -> bool:
-        return fits(*tensors, self.proj.weight)
+        return _fits(self.proj, *tensors)
 
     def kernel(self, x: Tensor, bias: Tensor) -> Tensor:
         return kernels.geglu(x, bias)

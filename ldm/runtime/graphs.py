@@ -132,7 +132,8 @@ class GraphInputs:
     def of(cls, unet: UNet) -> GraphInputs:
         """The inputs of a `precomputed` U-Net."""
         outputs = precomputed_outputs(unet)
-        key = (*(_place(parameter) for parameter in unet.parameters()), *(layer.output.shape for layer in outputs))
+        weights = [value for module in unet.modules() for value in dict.values(module._parameters) if value is not None]
+        key = (*(_place(weight) for weight in weights), *(layer.output.shape for layer in outputs))
         timestep = [layer for layer in outputs if isinstance(layer, TimestepOutput)]
         return cls(key, [layer for layer in outputs if not isinstance(layer, TimestepOutput)], timestep)
 
@@ -232,6 +233,9 @@ def _copy(places: Iterable[PrecomputedOutput], layers: Iterable[PrecomputedOutpu
         torch._foreach_copy_([place.output for place, _ in pairs], [layer.output for _, layer in pairs])
 
 
-def _place(weight: nn.Parameter) -> int:
-    """A number that changes when a weight moves in memory; a quantised one consists of several tensors."""
+def _place(weight: Any) -> int:
+    """A number that changes when a weight moves in memory.
+
+    A quantised one consists of several tensors; a `Reordered` one may not be in memory itself, and is not made anew.
+    """
     return weight.data_ptr() if type(weight) is nn.Parameter else id(weight)

@@ -1,4 +1,4 @@
-"""Keeping the memory of freed tensors in the process, for the next ones.
+"""Memory of this process, by calls of the system: freed tensors' is kept, unchanged pages of files are given back.
 
 GNU's C library asks the system for every block of more than 32 MB, and returns it as soon as it is free. The system
 hands it out page by page, filled with zeros, when it is first touched: a quarter of the time of decoding an image.
@@ -7,9 +7,18 @@ hands it out page by page, filled with zeros, when it is first touched: a quarte
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 TRIM, MMAP_MAX = -1, -4  # names of `mallopt` in malloc.h: how much is kept at the end of the heap, blocks outside it
+PAGES = Path("/proc/self/pagemap")  # of Linux: 8 bytes for each page, with these bits
+PRESENT, SWAPPED, OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+DONT_NEED = 4  # name of `madvise` on Linux
 
 
 def keep_freed() -> bool:
@@ -19,8 +28,44 @@ def keep_freed() -> bool:
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # another C library, or Windows
+    mallopt = _c_library("mallopt")
+    return bool(mallopt) and mallopt(TRIM, -1) == mallopt(MMAP_MAX, 0) == 1  # -1: all of them
+
+
+def give_back() -> None:
+    """Give the pages of freed memory back to the system, with GNU's C library and despite `keep_freed`."""
+    trim = _c_library("malloc_trim")
+    if trim:
+        trim(0)
+
+
+def drop_pages(tensor: Tensor) -> bool:
+    """Give back the pages of a tensor that is mapped from a file; the system reads them again when they are used.
+
+    Only on Linux, and only if all of its whole pages are as in the file: pages that were written to since, and other
+    memory, would be lost. Returns whether it was done.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE)
+    count = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE - first
+    if count <= 0 or not tensor.is_contiguous() or tensor.device.type != "cpu":
         return False
-    return mallopt(TRIM, -1) == mallopt(MMAP_MAX, 0) == 1  # -1: all of them
+    try:
+        with PAGES.open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            pages = np.frombuffer(file.read(8 * count), dtype=np.uint64)
+    except OSError:  # another system
+        return False
+    madvise = _c_library("madvise")
+    own = (pages & SWAPPED != 0) | ((pages & PRESENT != 0) & (pages & OF_FILE == 0))
+    if len(pages) < count or own.any() or not madvise:
+        return False
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise(first * mmap.PAGESIZE, count * mmap.PAGESIZE, DONT_NEED) == 0
+
+
+def _c_library(name: str) -> Any:
+    """A function of the C library, or None if it has no such function, as on Windows."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, TypeError, AttributeError):
+        return None
