@@ -229,7 +229,7 @@ def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
     if type(weight) is not Reordered:
         return fits(*tensors, weight)
     same = all(tensor.dtype == weight.dtype for tensor in tensors)
-    return same and fits(*tensors) and not learns(weight)
+    return same and fits(*tensors) and not learns(cast("Tensor", weight))
 
 
 class CPULinear(nn.Linear):
