@@ -261,8 +261,6 @@ def test_each_weight_of_a_network_is_in_memory_once() -> None:
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     found.clear()
     next(unet.parameters())
-    reading = {name for name, layer in layers(unet) if not is_free(layer)} - kept
-    assert len(reading) <= reordered.AT_A_TIME or reading  # they are freed when they are used again
     with torch.inference_mode():
         unet(*inputs(unet, torch.float32))
     assert {name for name, layer in layers(unet) if not is_free(layer)} == kept
