@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import warnings
 from typing import Any
 
 import torch
 
 from ldm.bench.measuring import Seconds, peak, reset_peak, timed
-from ldm.bench.options import BenchOptions, Call
+from ldm.bench.options import RIVALS, BenchOptions, Call
 from ldm.bench.sides import make_side
 from ldm.errors import LdmError, first_line
 from ldm.runtime.quiet import quiet
@@ -55,8 +57,11 @@ class SideProcess:
 
 
 def _serve(pipe: Any, name: str, options: BenchOptions, call: Call, device: torch.device, dtype: torch.dtype) -> None:
-    """Make images for each request on the pipe, until the pipe is closed."""
+    """Make images for each request on the pipe, until the pipe is closed; what packages warn of is not shown."""
     quiet()
+    warnings.simplefilter("ignore")
+    if name in RIVALS:
+        logging.disable(logging.WARNING)
     try:
         side = make_side(name, options, call, device, dtype)
         reset_peak(device)

@@ -33,7 +33,7 @@ from ldm.threads import POLICY, SPINS
 TASKS, MAPS = "/proc/self/task", Path("/proc/self/maps")
 OTHERS = re.compile(r"lib(iomp5|omp)\b")  # Intel's and LLVM's runtimes; preloaded, they serve PyTorch in place of GNU's
 INTERVAL, IDLE_INTERVAL = 0.1, 0.5  # seconds between two readings, and while the process does nothing
-BUSY, QUIET = 0.2, 0.05  # threads waiting for a core, on average: above, below it the machine is taken as such
+BUSY, QUIET = 0.2, 0.1  # threads waiting for a core, on average: above, below it the machine is taken as such
 BUSY_READINGS, QUIET_READINGS = 2, 10  # in a row, to change the policy
 IDLE = 0.1  # threads that run or wait for a core, on average, below which a reading says nothing
 
@@ -196,4 +196,4 @@ def spinning_runtime() -> ctypes.CDLL | None:
 def threads_in_words(threads: int) -> str:
     """The threads that compute on the CPU, how they wait and on how many cores, for reports."""
     how = ", ".join(own_policy()) or ("waiting by the machine's load" if spinning_runtime() else "OpenMP's own waits")
-    return f"{threads} threads ({how}) on {cores()} cores"
+    return f"{threads} {'thread' if threads == 1 else 'threads'} ({how}) on {cores()} cores"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,7 +18,7 @@ import torch
 from commands import run
 from launched import Program, warm
 
-from ldm.bench import cold, measuring, phases
+from ldm.bench import cold, measuring, phases, processes
 from ldm.bench.cold import TIMED, Cold, cold_starts, printed
 from ldm.bench.measuring import Seconds, timed
 from ldm.bench.options import BenchOptions, Call
@@ -164,6 +167,26 @@ def test_a_side_that_cannot_be_had(
     side.process.kill()
     with pytest.raises(LdmError, match="the process of plain has died; does memory suffice"):
         side.image(2)
+
+
+def test_packages_of_a_rival_are_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers: list[Any] = []
+
+    def noisy(*_: Any) -> None:
+        warnings.warn("this will be removed", FutureWarning, stacklevel=1)
+        logging.getLogger("diffusers").warning("that will be removed")
+        raise LdmError("it cannot be had")
+
+    monkeypatch.setattr(processes, "make_side", noisy)
+    pipe = SimpleNamespace(send=answers.append)
+    options, call = BenchOptions("emoji"), Call(64, 64, 1, 5.0)
+    with warnings.catch_warnings():
+        try:
+            processes._serve(pipe, "diffusers", options, call, torch.device("cpu"), torch.float32)
+        finally:
+            logging.disable(logging.NOTSET)
+    assert answers == [("it cannot be had", None)]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_rival_that_fails_is_left_out(
