@@ -145,10 +145,8 @@ def on_several(
 
 def by_launcher(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """As `on_two`, by PyTorch's launcher, as `accelerate launch` does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | ONE_THREAD | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+    launcher = Program(*command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    out, err = launcher.communicate()
+    assert launcher.returncode == 0, err[-3000:]
+    return subprocess.CompletedProcess(command, 0, out, err)

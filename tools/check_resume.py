@@ -50,10 +50,10 @@ MORE: tuple[Kind, ...] = (  # with changes of the stage's section alone
     (
         "adapter, class images",
         "adapter",
-        {"steps": STEPS, "prior": {"prompt": "an image", "images": 6, "steps": 2, "batch": 4}},
+        {"prior": {"prompt": "an image", "images": 6, "steps": 2, "batch": 4}},
     ),
-    ("base, text encoders too", "base", {"steps": STEPS, "train_text": True}),
-    ("pivotal tuning", "textual-inversion", {"steps": STEPS, "pivotal": True, "train_text": True, "rank_dropout": 0.2}),
+    ("base, text encoders too", "base", {"train_text": True}),
+    ("pivotal tuning", "textual-inversion", {"pivotal": True, "train_text": True, "rank_dropout": 0.2}),
 )
 
 
@@ -78,12 +78,14 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="check only every Nth kind of run")
     parser.add_argument("--brief", action="store_true", help="check one kind of run of every stage")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of each run")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="updates of each run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     table = Table("run", "kills", "stops", "while writing", "runs", "slowest stop, s", "problems")
     with tempfile.TemporaryDirectory() as folder:
         ends = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.stops
-        chosen, draw = list(one_each() if options.brief else kinds())[:: options.every], random.Random(options.seed)
+        found = one_each(options.steps) if options.brief else kinds(options.steps)
+        chosen, draw = list(found)[:: options.every], random.Random(options.seed)
         outcomes = list(check(Path(folder), chosen, ends, draw, options.processes))
     for row in outcomes:
         numbers = (row.kills, row.stops, row.writing, row.runs, f"{row.slowest:.2f}")
@@ -105,7 +107,7 @@ def check(
         yield check_kind(ground, kind, ends[number :: len(kinds)], draw, processes)
 
 
-def kinds() -> Iterator[Kind]:
+def kinds(steps: int) -> Iterator[Kind]:
     """All kinds of runs: every stage, with and without loader processes and caches; and those of `MORE`."""
     for kind in KINDS:
         stage = kind.name
@@ -113,17 +115,18 @@ def kinds() -> Iterator[Kind]:
             for workers in (0, 2):
                 changes = {
                     "stages": [stage], "data__cache": cached, "data__workers": workers, "data__holdout": 8,
-                    f"{stage}__steps": STEPS, f"{stage}__validate_every": 5,
+                    f"{stage}__steps": steps, f"{stage}__validate_every": 5,
                 }  # fmt: skip
                 yield f"{stage}{', cached' * cached}{', 2 workers' * bool(workers)}", stage, changes
         for name, own, more in MORE:
             if own == stage:
-                yield name, stage, {"stages": [stage], **{f"{stage}__{key}": value for key, value in more.items()}}
+                changes = {f"{stage}__{key}": value for key, value in more.items()}
+                yield name, stage, {"stages": [stage], f"{stage}__steps": steps, **changes}
 
 
-def one_each() -> Iterator[Kind]:
+def one_each(steps: int) -> Iterator[Kind]:
     """One kind of run of every stage, each with caches and loader processes of its own."""
-    for number, (_, same) in enumerate(groupby(kinds(), lambda kind: kind[1])):
+    for number, (_, same) in enumerate(groupby(kinds(steps), lambda kind: kind[1])):
         yield (rows := list(same))[number % len(rows)]
 
 

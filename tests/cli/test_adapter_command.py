@@ -31,7 +31,7 @@ def with_alpha(value: Tensor) -> dict[str, Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder, one of a model trained from it, and a LoRA."""
     folder = tmp_path_factory.mktemp("adapters")
-    model = tiny.model("sdxl")
+    model = tiny.model("sdxl", shallow=True)
     model.save_pretrained(folder / "model")
     saved(adapter(model, "kohya-sgm", with_alpha), folder / "style.safetensors", METADATA)
     found = open_adapter(folder / "style.safetensors", model)

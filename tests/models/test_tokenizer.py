@@ -58,8 +58,9 @@ def same(ours: Tokenizer, theirs: Any) -> None:
     for token in (",</w>", "cat</w>", "nonsense", END):
         assert ours.id_of(token) == theirs.convert_tokens_to_ids(token)
     texts = TEXTS + random_texts()
-    for text, ids in zip(texts, ours.encode(texts), strict=True):
-        assert ids == theirs(text, add_special_tokens=False, verbose=False).input_ids, repr(text)
+    wanted = theirs(texts, add_special_tokens=False, verbose=False).input_ids
+    for text, ids, other in zip(texts, ours.encode(texts), wanted, strict=True):
+        assert ids == other, repr(text)
         assert ours.decode(ids) == theirs.decode(ids), repr(text)
 
 

@@ -30,7 +30,7 @@ def in_the_unet(place: Place) -> bool:
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A family, and a folder with a tiny model and two LoRAs, `one` in diffusers' names, `two` in kohya's."""
-    root, model = tmp_path_factory.mktemp("beside"), tiny.model(request.param)
+    root, model = tmp_path_factory.mktemp("beside"), tiny.model(request.param, shallow=True)
     model.save_pretrained(root / "model")
     ours = ("lora_A.weight", "lora_B.weight")
     torch.manual_seed(3)

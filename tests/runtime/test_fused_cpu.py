@@ -69,7 +69,7 @@ def test_a_unet(name: str, height: int, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["sdxl", "emoji"])
 def test_an_autoencoder(name: str, dtype: torch.dtype) -> None:
     autoencoder = tiny.model(name).autoencoder
     exact = copy.deepcopy(autoencoder).double()

@@ -184,7 +184,8 @@ def test_in_the_interpreter() -> None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         pytest.skip("older interpreters may not go with numpy 2.4: 3.6 cannot loop up to a number in a tensor")
     tests = str(HERE / "interpreted_kernels.py")
-    alone("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    options = ["-q", "-p", "no:cacheprovider", "--noconftest"]  # whose imports take seconds
+    alone("-m", "pytest", *options, tests, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 def test_they_compile(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def result(unet: UNet, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_copy_is_changed_and_the_network_is_not(family: str) -> None:
-    unet = tiny.model(family).unet
+    unet = tiny.model(family, shallow=True).unet
     before, plain = copy.deepcopy(unet.state_dict()), result(unet)
     changes = random_changes(unet, 1, biases=True)
     del changes["conv_in.weight"]
@@ -77,7 +77,7 @@ def test_a_copy_is_changed_and_the_network_is_not(family: str) -> None:
 
 def test_twenty_mixes_in_random_order(tmp_path: Path) -> None:
     """Merged, changed and taken out, of files of all components."""
-    model = tiny.model("sdxl")
+    model = tiny.model("sdxl", shallow=True)
     whole = copy.deepcopy({name: network.state_dict() for name, network in model.modules().items()})
     torch.manual_seed(0)
     files = [saved(adapter(model, "kohya-sgm", chosen=everything), tmp_path / f"{n}.safetensors") for n in range(3)]
@@ -102,7 +102,7 @@ def test_twenty_mixes_in_random_order(tmp_path: Path) -> None:
 
 
 def test_two_threads_do_not_see_each_others_adapters() -> None:
-    unet = tiny.model("sd15").unet
+    unet = tiny.model("sd15", shallow=True).unet
     wanted = [result(by_hand(unet, random_changes(unet, seed))) for seed in (1, 2)]
     changes = [random_changes(unet, seed) for seed in (1, 2)]
     wrong: list[int] = []
@@ -124,7 +124,7 @@ def test_two_threads_do_not_see_each_others_adapters() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_fused_layers_and_packed_copies(dtype: torch.dtype) -> None:
-    unet = tiny.model("sdxl").unet.to(dtype)
+    unet = tiny.model("sdxl", shallow=True).unet.to(dtype)
     fuse(unet)
     changes = random_changes(unet, 1, biases=True)
     plain = result(unet, dtype)
@@ -137,7 +137,7 @@ def test_with_fused_layers_and_packed_copies(dtype: torch.dtype) -> None:
 
 
 def test_with_layers_offloaded_one_at_a_time() -> None:
-    unet = tiny.model("sdxl").unet
+    unet = tiny.model("sdxl", shallow=True).unet
     changes = random_changes(unet, 1, biases=True)
     del changes["mid_block.resnets.0.conv1.bias"]  # a layer of which one parameter is changed
     wanted, plain = result(by_hand(unet, changes)), result(unet)
@@ -165,7 +165,7 @@ def decomposed(unet: UNet, changes: Changes) -> Changes:
 
 @pytest.mark.parametrize("kind", ["int8", "int8-weights"])
 def test_beside_quantised_weights(kind: str) -> None:
-    plain = tiny.model("sdxl").unet
+    plain = tiny.model("sdxl", shallow=True).unet
     unet = copy.deepcopy(plain)
     quantize(unet, kind)
     before = result(unet)
@@ -195,7 +195,7 @@ def test_recorded_steps_are_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> No
         recorded.append(step)
         return step
 
-    unet = tiny.model("sdxl").unet
+    unet = tiny.model("sdxl", shallow=True).unet
     changes = random_changes(unet, 1)
     wanted, plain = result(by_hand(unet, changes)), result(unet)
     unet.recordings = Recordings(unet, record)  # type: ignore[assignment]
@@ -214,7 +214,7 @@ def test_with_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("ldm.runtime.compilation.check_compiling", lambda device: None)
     monkeypatch.setattr("ldm.runtime.compilation._blocks", _blocks.__wrapped__)  # neither what others compiled nor kept
-    unet = tiny.model("sdxl").unet
+    unet = tiny.model("sdxl", shallow=True).unet
     changes = random_changes(unet, 1)
     wanted = result(by_hand(unet, changes))
     compile_blocks(unet)

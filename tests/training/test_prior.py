@@ -116,7 +116,7 @@ def test_class_images_are_made_once(shapes: Path, tmp_path: Path) -> None:
 def test_processes_share_the_work(tmp_path: Path) -> None:
     section = settings(tmp_path, tmp_path / "r", "base").base
     found, painters = class_images(section.prior, section, 0, "model", tmp_path), [Painter(), Painter()]
-    model = tiny.model("sd15")
+    model = tiny.model("sd15", shallow=True)
     for rank, painter in enumerate(painters):
         ranks: Any = SimpleNamespace(
             process_index=rank, num_processes=2, wait_for_everyone=lambda: None, mixed_precision="bf16"

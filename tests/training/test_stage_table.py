@@ -29,18 +29,19 @@ from ldm.training.stages.table import KINDS
 ROOT = Path(__file__).parents[2]
 CASES: dict[str, list[dict[str, Any]]] = {  # options of each kind that change what is trained, or what runs beside it
     "autoencoder": [
-        {}, {"adversarial_weight": 0}, {"decoder_only": True}, {"discriminator": {"channels": 16}},
-        {"perceptual": "LPIPS"}, {"codebook": 8}, {"codebook": 8, "codebook_decay": 0}, {"ema": {"widths": [0.1]}},
+        {}, {"adversarial_weight": 0, "perceptual": "LPIPS"}, {"decoder_only": True},
+        {"discriminator": {"channels": 16}, "ema": {"widths": [0.1]}}, {"codebook": 8},
+        {"codebook": 8, "codebook_decay": 0},
     ],
     "text": [{}, {"image_only": True}],
-    "base": [{}, {"train_text": True}, {"ema": {"decay": 0, "widths": [0.1, 0.2]}}],
-    "refiner": [{}, {"train_text": True}],
+    "base": [{}, {"train_text": True, "ema": {"decay": 0, "widths": [0.1, 0.2]}}],
+    "refiner": [{"train_text": True}],
     "adapter": [
-        {}, {"train_text": True}, {"kind": "loha", "rank_dropout": 0}, {"dora": True, "rank_dropout": 0},
-        {"ema": {"decay": 0.9}},
+        {}, {"train_text": True, "ema": {"decay": 0.9}}, {"kind": "loha", "rank_dropout": 0},
+        {"dora": True, "rank_dropout": 0},
     ],
     "textual-inversion": [{}, {"pivotal": True, "train_text": True, "ema": {"decay": 0.9}}],
-    "controlnet": [{}, {"ema": {"decay": 0.9}}],
+    "controlnet": [{"ema": {"decay": 0.9}}],
     "t2i-adapter": [{}],
     "ip-adapter": [{}, {"kind": "base"}],
 }  # fmt: skip

@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def of(family: str) -> Path:
         if not (folder / family).exists():
-            tiny.model(family).save_pretrained(folder / family)
+            tiny.model(family, shallow=True).save_pretrained(folder / family)
         return folder / family
 
     return of

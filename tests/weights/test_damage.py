@@ -16,7 +16,7 @@ from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.sources import open_source, verify_source
 
-ROUNDS = 100
+ROUNDS = 60
 UNET = "diffusion_pytorch_model.fp16.safetensors"
 
 

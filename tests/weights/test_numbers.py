@@ -144,7 +144,7 @@ def test_damage_that_loads_is_of_kinds_that_cannot_be_known(tmp_path: Path, fore
         save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
     reference = LatentDiffusion.from_pretrained(foreign)
     wrong = []
-    for seed in range(60):
+    for seed in range(40):
         copy = tmp_path / str(seed)
         shutil.copytree(foreign, copy)
         what = damage(copy, tmp_path / "other", random.Random(seed))
@@ -153,7 +153,7 @@ def test_damage_that_loads_is_of_kinds_that_cannot_be_known(tmp_path: Path, fore
         shutil.rmtree(copy)
     kinds = ("flip data", "swap", "zero", "foreign file", "dtype", "edit json", "flip text", "nan")
     assert all(what.startswith(kinds) for what in wrong), wrong
-    assert len(wrong) < 20, wrong
+    assert len(wrong) < 14, wrong
 
 
 def test_a_sample_reads_a_small_part_of_a_file(foreign: Path) -> None:

@@ -233,7 +233,7 @@ def test_the_newest_checkpoint_is_damaged(
 
 def test_killed_and_asked_to_stop_at_random_moments() -> None:
     """Real processes, at random moments of runs of every stage; what comes of them is compared byte for byte."""
-    check = Program(ROOT / "tools/check_resume.py", "--kills=4", "--stops=4", "--brief")
+    check = Program(ROOT / "tools/check_resume.py", "--kills=4", "--stops=4", "--brief", "--steps=6")
     out, err = check.communicate()
     assert check.returncode == 0, out + err[-2000:]
     assert "4 kills, 4 stops" in out
