@@ -46,7 +46,7 @@ def test_commands(address: str, tmp_path: Path) -> None:
     found: dict[str, str] = {"id": ""}
     for block in BLOCKS:
         for command in block.replace("\\\n", " ").strip().splitlines():
-            command = re.sub('"seed": 1|"steps": 20', '"steps": 2, "size": 64', command)
+            command = re.sub('"seed": 1|"steps": 20', '"steps": 2, "size": "64"', command)
             command = command.replace("http://127.0.0.1:7860", address).replace("ID", found["id"])
             said = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=True, timeout=60).stdout
             if said.startswith(b"{"):
