@@ -65,11 +65,10 @@ def test_a_refiner_learns(shapes: Path, tmp_path: Path) -> None:
     unet = TINY["model"]["unet"] | {"text_dim": 32, "pooled_dim": 24, "size_dim": 8, "mid_depth": 1}
     model = TINY["model"] | {"family": "sdxl-refiner", "unet": unet, "text": [tower]}
     save_start(ModelSection(**model), tmp_path / "start")
-    refiner = TINY["base"] | {"model": {"source": str(tmp_path / "start")}, "steps": 150, "log_every": 10}
+    refiner = TINY["base"] | {"model": {"source": str(tmp_path / "start")}, "steps": 90, "log_every": 10}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**TINY, "stages": ["refiner"], "refiner": refiner}))
-    train(
-        load(tmp_path / "c.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", "refiner.validate_every=150"])
-    )
+    more = ["refiner.validate_every=90", "refiner.optimizer.learning_rate=4e-3"]
+    train(load(tmp_path / "c.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", *more]))
     curve = losses(tmp_path / "r", "refiner")
     assert curve[0] > 0.95
     assert curve[-1] < 0.75
@@ -79,8 +78,9 @@ def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
     """The loss falls below 0.4, and samples come nearer to the data: their mean and spread, place by place."""
     save_start(config(shapes, tmp_path / "r").model, tmp_path / "start")
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**TINY, "model": {"source": str(tmp_path / "start")}}))
-    settings = load(tmp_path / "s.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", "base.steps=150",
-                                          "base.log_every=10", "base.validate_every=150"])  # fmt: skip
+    settings = load(tmp_path / "s.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", "base.steps=70",
+                                          "base.optimizer.learning_rate=4e-3", "base.log_every=10",
+                                          "base.validate_every=70"])  # fmt: skip
     train(settings)
     curve = losses(tmp_path / "r")
     assert curve[0] > 0.8
