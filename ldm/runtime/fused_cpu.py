@@ -115,24 +115,23 @@ own_phases = Order(lambda weight, layer, shape: products.phases(weight))
 
 
 def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
-    """Whether a layer is a `FusedConv2d`, unchanged, of the tensors' type, and no gradients are wanted.
+    """Whether a layer is a `FusedConv2d`, unchanged, that fits the tensors, its input first: see `_fits`.
 
     The layer may have been replaced by an adapter since, or been given hooks or another padding.
     """
-    if not isinstance(layer, FusedConv2d) or layer.padding_mode != "zeros":
-        return False
-    weight = stored(layer)
-    if hooked(layer) or learns(weight, *tensors):
+    if not isinstance(layer, FusedConv2d) or layer.padding_mode != "zeros" or hooked(layer):
         return False
     single = any(tensor.shape[2:].numel() == 1 for tensor in tensors)  # one pixel: older oneDNN versions fail
-    known = weight.dtype in (torch.float32, torch.bfloat16)
-    return known and not single and all(tensor.dtype == weight.dtype for tensor in tensors)
+    images = tensors[0].dim() == 4 and tensors[0].shape[1] == layer.in_channels
+    return images and not single and _fits(layer, *tensors)
 
 
-def _own(layer: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
-    """Whether our own kernels compute a product with a layer's weights; they fit it otherwise."""
+def _own(layer: nn.Conv2d | nn.Linear, x: Tensor, other: Tensor | None = None) -> bool:
+    """Whether our own kernels compute a product of `x` with a layer's weights, plus another tensor; all of them fit."""
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    return products.suits(layer, x.numel() // channels) and multiplies(x.dtype)
+    if not products.suits(layer, x.numel() // channels) or not multiplies(x.dtype):
+        return False
+    return other is None or other.shape == products.shape(cast("nn.Conv2d", layer), x)
 
 
 def _own_convolved(layer: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -168,7 +167,7 @@ class FusedConv2d(nn.Conv2d):
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """The convolution of `x` plus `other`, both (B, C, H, W), if `_fusible` says so."""
         x, other = x.contiguous(memory_format=LAST), other.contiguous(memory_format=LAST)
-        return _own_convolved(self, x, other) if _own(self, x) else _convolved(self, x, other)
+        return _own_convolved(self, x, other) if _own(self, x, other) else _convolved(self, x, other)
 
 
 class FusedUpsample(Upsample):
@@ -191,7 +190,10 @@ class CPUGroupNorm(FusedGroupNorm):
     """A group norm by the C++ kernel."""
 
     def fits(self, *tensors: Tensor) -> bool:
-        return fits(*tensors, self.weight)
+        x, *offsets = tensors
+        shapes = x.dim() == 4 and x.shape[1] == self.num_channels and all(one.shape == x.shape[:2] for one in offsets)
+        dense = all(one.is_contiguous() for one in offsets)
+        return shapes and dense and self.affine and fits(*tensors, self.weight, self.bias)
 
     def kernel(self, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
         return kernels.group_norm(self, x, offset, silu)
@@ -208,8 +210,8 @@ class CPULayerNorm(nn.LayerNorm):
     """A layer norm of the last dimension by the C++ kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = len(self.normalized_shape) > 1 or self.weight is None or self.bias is None
-        if plain or not fits(x, self.weight) or not x.is_contiguous():
+        plain = x.shape[-1:] != self.normalized_shape or self.weight is None or self.bias is None
+        if plain or not fits(x, self.weight, self.bias) or not x.is_contiguous():
             return super().forward(x)
         return kernels.layer_norm(self, x)
 
@@ -220,16 +222,20 @@ def _reorders(layer: nn.Linear, x: Tensor) -> bool:
     In bf16 it is, if it has few rows, or no other weights are in memory.
     """
     few = x.numel() <= FEW * x.shape[-1]
-    return x.dtype == torch.bfloat16 and (few or type(stored(layer)) is Reordered) and _fits(layer, x)
+    return x.dtype == torch.bfloat16 and (few or type(stored(layer)) is Reordered)
 
 
-def _fits(layer: nn.Linear, *tensors: Tensor) -> bool:
-    """Whether these and a layer's weight are plain tensors on the CPU, of one type, and no gradients are wanted."""
+def _fits(layer: nn.Linear | nn.Conv2d, *tensors: Tensor) -> bool:
+    """Whether these and a layer's weights are plain tensors on the CPU, of one type, and no gradients are wanted.
+
+    Kernels get places in memory, and check nothing: what does not fit is left to PyTorch's operators, which say so.
+    """
     weight = stored(layer)
+    given = tensors if layer.bias is None else (*tensors, layer.bias)
     if type(weight) is not Reordered:
-        return fits(*tensors, weight)
-    same = all(tensor.dtype == weight.dtype for tensor in tensors)
-    return same and fits(*tensors) and not learns(cast("Tensor", weight))
+        return fits(*given, weight)
+    same = all(tensor.dtype == weight.dtype for tensor in given)
+    return same and fits(*given) and not learns(cast("Tensor", weight))
 
 
 class CPULinear(nn.Linear):
@@ -243,7 +249,7 @@ class CPULinear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` (…, C) times the weights, plus a bias if there is one."""
-        if not x.numel() or not _fits(self, x):
+        if not x.numel() or x.shape[-1:] != (self.in_features,) or not _fits(self, x):
             return F.linear(x, self.weight, bias)
         if _own(self, x):
             return products.linear(x.contiguous(), own_taps.of(self, x), bias, self.out_features)
@@ -265,7 +271,7 @@ class CPUGEGLU(FusedGEGLU):
         return CPULinear.product(self.proj, x)  # type: ignore[arg-type]
 
     def fits(self, *tensors: Tensor) -> bool:
-        return _fits(self.proj, *tensors)
+        return self.proj.bias is not None and _fits(self.proj, *tensors)
 
     def kernel(self, x: Tensor, bias: Tensor) -> Tensor:
         return kernels.geglu(x, bias)

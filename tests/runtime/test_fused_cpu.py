@@ -124,6 +124,51 @@ def test_gradients_and_changed_weights(dtype: torch.dtype) -> None:
         assert distance(after, plain(x, t, cond)) < (1e-5 if dtype == torch.float32 else 0.05)
 
 
+@runs
+def test_biases_alone_can_learn() -> None:
+    """And the layers before which nothing learns are no exception."""
+    plain = tiny.model("sd15", shallow=True).unet
+    quick = copy.deepcopy(plain)
+    fuse(quick)
+    x, t, cond = inputs(plain, torch.float32)
+    for unet in (plain, quick):
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        unet(x, t, cond).square().mean().backward()
+    for (name, one), other in zip(plain.named_parameters(), quick.parameters(), strict=True):
+        assert one.grad is None or (other.grad is not None and distance(other.grad, one.grad) < 1e-4), name
+
+
+@runs
+@pytest.mark.parametrize("change", [-2, 2])
+@pytest.mark.parametrize("kind", ["few channels", "convolution", "linear", "group norm", "layer norm"])
+def test_other_channels_are_an_error(kind: str, change: int) -> None:
+    """As they are to plain layers: no kernel reads beyond the weights."""
+    layer: nn.Module = {
+        "few channels": nn.Conv2d(8, 8, 3), "convolution": nn.Conv2d(16, 16, 3, padding=1), "linear": nn.Linear(8, 16),
+        "group norm": nn.GroupNorm(2, 8), "layer norm": nn.LayerNorm(8),
+    }[kind]  # fmt: skip
+    fuse(layer)
+    channels = (16 if kind == "convolution" else 8) + change
+    maps = torch.randn(2, channels, 5, 5).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        layer(torch.randn(3, channels) if kind in ("linear", "layer norm") else maps)
+
+
+@runs
+def test_what_kernels_do_not_read() -> None:
+    """Tensors elsewhere, and an offset that is one row for all images."""
+    layer, norm = nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(2, 8)
+    for one in (layer, norm):
+        fuse(one)
+    with torch.inference_mode():
+        layer(torch.randn(1, 16, 5, 5))
+        assert layer.to("meta")(torch.empty(1, 16, 5, 5, device="meta")).is_meta
+        x = torch.randn(2, 8, 5, 5)
+        assert isinstance(norm, CPUGroupNorm) and norm.fits(x, torch.zeros(2, 8))
+        assert not norm.fits(x, torch.zeros(1, 8)) and not norm.fits(x, torch.zeros(8, 2).t())
+
+
 def test_where_the_operators_are_not_as_they_were(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """PyTorch keeps them to itself and may change them: then layers stay plain, which is said."""
     unet = tiny.model("sd15").unet

@@ -83,12 +83,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
     return out
 
 
+def shape(layer: nn.Conv2d, x: Tensor) -> torch.Size:
+    """The shape of a layer's result for `x` (B, C, H, W); the layer `suits`."""
+    (down, across), stride, (height, width) = layer.kernel_size, layer.stride[0], x.shape[2:]
+    top, left = int(layer.padding[0]), int(layer.padding[1])
+    high, wide = (height + 2 * top - down) // stride + 1, (width + 2 * left - across) // stride + 1
+    return torch.Size((len(x), layer.out_channels, high, wide))
+
+
 def convolution(x: Tensor, weight: Tensor, layer: nn.Conv2d, other: Tensor | None = None) -> Tensor:
     """A layer's convolution of `x` (B, C, H, W) by weights that are `taps`, plus another tensor."""
     batch, channels, height, width = x.shape
     (down, across), stride = layer.kernel_size, layer.stride[0]
     top, left = int(layer.padding[0]), int(layer.padding[1])
-    high, wide = (height + 2 * top - down) // stride + 1, (width + 2 * left - across) // stride + 1
+    high, wide = shape(layer, x)[2:]
     out = _empty(x, layer.out_channels, high, wide)
     call(
         "product", x.dtype, x, weight, layer.bias, other, out, batch, height, width, channels, high, wide, down, across,
