@@ -151,6 +151,35 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         library()
 
 
+@runs
+def test_a_file_that_cannot_be_loaded(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one of another machine, in a folder that both share."""
+
+    def of_another_machine(command: list[str], path: Path) -> Path:
+        path.parent.mkdir(parents=True)
+        path.write_text("of another machine")
+        return path
+
+    monkeypatch.setattr(compiled, "_compiled", of_another_machine)
+    assert not usable()
+    (path,) = fresh.iterdir()
+    assert f"{path} cannot be loaded" in caplog.text and "XDG_CACHE_HOME" in caplog.text
+
+
+def test_other_systems(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.sys, "platform", "win32")
+    assert not usable()
+
+
+@runs
+def test_shapes_that_do_not_belong_together() -> None:
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 6)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        attend(q, k, k)
+
+
 def test_a_compiler_that_fails(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'error: no such flag' >&2\nexit 1\n")

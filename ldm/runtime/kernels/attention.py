@@ -27,7 +27,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise LdmError(f"the kernel is for fp32 and bf16 on the CPU, not for {q.dtype} on {q.device.type}")
     batch, heads, queries, channels = q.shape
     keys = k.shape[2]
-    if channels % 2 or not keys:
+    right = k.shape == v.shape == (batch, heads, keys, channels)
+    if channels % 2 or not keys or not right:
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     out = torch.empty(batch, queries, heads, channels, dtype=q.dtype).transpose(1, 2)  # as the next layer reads it

@@ -87,7 +87,8 @@ def _place(argument: Tensor | float | None) -> float:
 @cache
 def usable() -> bool:
     """Whether this machine can compile and run the C++ kernels."""
-    if sys.platform == "darwin" or vectors() is None or _compiler() is None:  # Apple's compiler has no OpenMP
+    # Apple's compiler has no OpenMP; on Windows, GCC does not align the stack to vectors (its bug 54412)
+    if sys.platform in ("darwin", "win32") or vectors() is None or _compiler() is None:
         return False
     try:
         library()
@@ -107,7 +108,7 @@ def library() -> Any:
     """The compiled sources, from the user's folder for caches if they are there.
 
     Raises:
-        LdmError: there is no compiler, or it fails.
+        LdmError: there is no compiler, or it fails, or what it made cannot be loaded here.
     """
     compiler = _compiler()
     if compiler is None:
@@ -118,7 +119,12 @@ def library() -> Any:
     path = cache_folder("kernels") / name
     if not path.is_file():
         path = _compiled([compiler, *flags], path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # such as one that another machine made in a folder that both share
+        raise LdmError(
+            f"{path} cannot be loaded ({first_line(error)}); delete it, or name another folder in XDG_CACHE_HOME"
+        ) from None
 
 
 def learns(*tensors: Tensor) -> bool:
