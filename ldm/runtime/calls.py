@@ -31,7 +31,6 @@ class CallRecorder:
 
         It is recorded anew when weights have changed that it reads reordered copies of.
         """
-        step()  # the first call may reorder weights
         watch = Watch.over(step)
 
         def again() -> Tensor:
@@ -72,11 +71,12 @@ class Watch(TorchDispatchMode):
 
     @classmethod
     def over(cls, step: Step) -> Watch:
-        """What a step calls.
+        """What a step calls once it has brought weights into their orders, which its first call does.
 
         Raises:
             RuntimeError: its calls depend on numbers that it computes.
         """
+        step()
         watch = cls()
         watch.begin()
         recording.weights = watch.weights
@@ -112,8 +112,8 @@ class Watch(TorchDispatchMode):
         results = tree_leaves(result)
         if not all(isinstance(one, Tensor) for one in results):
             raise RuntimeError(f"the step reads a number that it computes ({function})")
-        places = {one.untyped_storage().data_ptr() for one in tree_leaves(given) if isinstance(one, Tensor)}
-        views = all(one.untyped_storage().data_ptr() in places for one in results)
+        places = {_place(one) for one in tree_leaves(given) if isinstance(one, Tensor)}
+        views = all(_place(one) in places for one in results)
         if function.overloadpacket in MAKERS or (views and not function._schema.is_mutable):
             return
         self.parts.append(PyTorchCall(function, given, results))
@@ -135,7 +135,8 @@ class Watch(TorchDispatchMode):
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Where a tensor's memory begins; one in an order of oneDNN's, which does not tell, is a place of its own."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 # --- what PyTorch would compute, by our own kernels -------------------------------------------------------------------

@@ -18,6 +18,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ldm.runtime.kernels.compiled import recording
@@ -46,7 +47,7 @@ class Order:
         if found is None:
             found = _reordered(layer, self, list(x.shape))
         if recording.weights is not None:
-            recording.weights.append(_unchanged(layer))
+            recording.weights.append(_unchanged(layer, self))
         return found
 
 
@@ -56,7 +57,7 @@ class Reordered:
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight: nn.Parameter | None = weight
         self.dtype, self.requires_grad = weight.dtype, weight.requires_grad
-        self.state: tuple[Any, ...] = _state(weight)
+        self._note(weight)
         self.lent = False  # whether others have held the weight since its orders were made
         self.orders: dict[Order, Tensor] = {}
         self.back: Callable[[], Tensor] | None = None  # makes the weight anew; None: it cannot be
@@ -71,6 +72,11 @@ class Reordered:
         """Whether the weight has changed since its orders were made."""
         weight = self.weight
         return weight is not None and self.state != _state(weight)
+
+    def _note(self, weight: Tensor) -> None:
+        """Note the state that orders are made from."""
+        self.state: tuple[Any, ...] = _state(weight)
+        self.memory = StorageWeakRef(weight.untyped_storage())  # whose identity is not another's meanwhile
 
     def read(self) -> nn.Parameter:
         """The weight, made anew if it is free."""
@@ -99,7 +105,7 @@ class Reordered:
 
     def _keep(self, weight: Tensor) -> None:
         self.weight = nn.Parameter(weight, requires_grad=self.requires_grad)
-        self.state = _state(self.weight)
+        self._note(self.weight)
         self.lent = True
         _KNOWN[self.weight] = ref(self)
 
@@ -143,12 +149,15 @@ def stored(layer: Layer) -> Any:
     return layer.weight
 
 
-def _unchanged(layer: Layer) -> Callable[[], bool]:
-    """A function that says whether a layer's weight, which has just been reordered, is still the same."""
+def _unchanged(layer: Layer, order: Order) -> Callable[[], bool]:
+    """A function that says whether a layer's weight, which has just been reordered, is still the same.
+
+    Like a call of the layer, it frees a weight that has been read meanwhile.
+    """
     known = dict.get(layer._parameters, "weight")
     if type(known) is not Reordered:
         return lambda: False
-    return lambda: dict.get(layer._parameters, "weight") is known and not known.changed()
+    return lambda: dict.get(layer._parameters, "weight") is known and known.current(order) is not None
 
 
 @torch.inference_mode(False)
@@ -187,12 +196,14 @@ def _give_back(freed: int) -> None:
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
     """What differs once a weight has changed, in place or by `.data`."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype
+    memory = weight.untyped_storage()._cdata  # its address alone may be that of memory freed before
+    return memory, weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype
 
 
 def _marked(weight: nn.Parameter) -> bool:
     """Whether a weight has what one made anew would not: gradients, hooks, attributes."""
-    return weight.grad is not None or bool(weight._backward_hooks) or bool(weight.__dict__)
+    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    return weight.grad is not None or bool(hooks) or bool(weight.__dict__)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

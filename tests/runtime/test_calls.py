@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from networks import inputs, runs
 from rounding import NETWORK, RUN, near
 from torch import Tensor
 
 from ldm.models.unet import Conditioning
 from ldm.runtime.calls import CallRecorder, PyTorchCall, Watch
-from ldm.runtime.fused_cpu import fuse
+from ldm.runtime.fused_cpu import FusedConv2d, fuse
 from ldm.runtime.graphs import RecordedUNet, record_steps
+from ldm.runtime.kernels import products
 from ldm.runtime.kernels.compiled import recording
 from ldm.runtime.precomputing import TimeTable, precomputed
 from pipelines import Pipeline
@@ -75,6 +78,43 @@ def test_pytorchs_calls_are_made_again() -> None:
             assert torch.equal(again().clone(), step())
         parts = Watch.over(step).parts
     assert len(parts) == 3 and all(isinstance(part, PyTorchCall) for part in parts)
+
+
+@runs
+def test_weights_are_brought_into_order_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at each step, after they have changed either."""
+    for most in (products.MOST, 0):  # by our own kernels, then by oneDNN
+        monkeypatch.setattr(products, "MOST", most)
+        layer = FusedConv2d(64, 64, 3, padding=1)
+        x = torch.zeros(1, 64, 5, 5).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            again = CallRecorder()(lambda layer=layer, x=x: layer(x))
+            for _ in range(2):
+                x.copy_(torch.randn(1, 64, 5, 5))
+                near(again().clone(), F.conv2d(x, layer.weight, layer.bias, padding=1), NETWORK)
+                layer.weight.mul_(2)
+                assert len(Watch.over(lambda layer=layer, x=x: layer(x)).parts) == 1
+    with torch.no_grad():  # the last one's weight, which can be made anew
+        again()
+        layer.weight.data.mul_(2)
+        near(again().clone(), F.conv2d(x, layer.weight, layer.bias, padding=1), NETWORK)
+        again()
+        assert cast("Any", dict.get(layer._parameters, "weight")).weight is None  # which was read, and is free again
+
+
+@runs
+def test_layers_by_onednn(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(products, "MOST", 0)
+    unet = tiny.model("sd15", shallow=True).unet
+    fuse(unet)
+    plain = copy.deepcopy(unet)
+    record_steps(unet)
+    x, t, cond = inputs(unet, torch.float32, 8, 6)
+    with torch.inference_mode():
+        ready = precomputed(unet, cond)
+        for _ in range(2):
+            near(ready(x, t, cond), plain(x, t, cond), NETWORK)
+    assert isinstance(unet, RecordedUNet) and len(unet.recordings.found) == 1 and not caplog.records
 
 
 def test_what_depends_on_numbers_is_not_recorded() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from networks import distance, inputs
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -167,6 +168,17 @@ def test_changes_count(layer: Any, change: Callable[[Any], None]) -> None:
     assert distance(after, before) > 0.01
     assert is_free(layer)
     assert distance(after, expected(layer)) < 1e-2
+
+
+def test_new_data_in_memory_of_old_data() -> None:
+    """Also where weights cannot be made anew to be compared."""
+    layer = FusedConv2d(4, 4, 3)
+    x = torch.randn(1, 4, 5, 5)
+    with torch.inference_mode(False), torch.no_grad():
+        for _ in range(20):
+            assert distance(layer(x), F.conv2d(x, layer.weight, layer.bias)) < 1e-5
+            for _ in range(2):  # the second is likely to be where the weight was before the first
+                layer.weight.data = layer.weight.data * 1.5
 
 
 def test_changes_by_who_holds_it_count(layer: Any) -> None:
