@@ -198,7 +198,8 @@ class Recordings:
         if inputs is None:
             return None
         # tensors made in inference mode cannot be written outside of it
-        key = (inputs.key, x.shape, x.dtype, t.shape, t.dtype, torch.is_inference_mode_enabled())
+        modes = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type), torch.get_num_threads())
+        key = (inputs.key, x.shape, x.dtype, t.shape, t.dtype, modes)
         if key not in self.found:
             try:
                 self.found[key] = Recording(unet, x, t, cond, self.record)

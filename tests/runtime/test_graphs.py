@@ -127,6 +127,12 @@ def test_threads_and_how_many_are_kept(count: Callable[[], int]) -> None:
     assert count() == before
     pipeline("a fox", width=64, height=64, steps=1)  # the oldest is gone
     assert count() == before + 1
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    try:
+        pipeline("a fox", width=64, height=64, steps=1)
+    finally:
+        torch.set_num_threads(torch.get_num_threads() - 1)
+    assert count() == before + 2
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
