@@ -17,6 +17,7 @@ Theirs follow `KMP_BLOCKTIME` and `OMP_WAIT_POLICY`, which are the user's.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import re
@@ -107,13 +108,17 @@ class Watcher:
         self.thread.join()
 
     def _watch(self) -> None:
+        with contextlib.suppress(OSError):  # where nothing can be read any longer, waits are OpenMP's own again
+            self._follow_readings()
+        self.follow(Policy())
+
+    def _follow_readings(self) -> None:
         before, interval = Reading(), INTERVAL
         while not self.ended.wait(interval):
             now = Reading()
             load = now.since(before)
             self.follow(decide(self.policy, load))
             before, interval = now, INTERVAL if load.ran + load.waited >= IDLE * load.elapsed else IDLE_INTERVAL
-        self.follow(Policy())
 
     def follow(self, policy: Policy) -> None:
         """Make waits what the policy says."""

@@ -127,6 +127,18 @@ def test_a_watcher_ends() -> None:
 
 @linux
 @pytest.mark.usefixtures("free")
+def test_a_watcher_that_can_read_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, and waits are as they were."""
+    waiting.watch("cpu", 2)
+    (watcher,) = waiting.RUNNING.values()
+    watcher.follow(Policy(short=True))
+    monkeypatch.setattr(waiting, "TASKS", "/nothing")
+    watcher.thread.join(PATIENCE)
+    assert not watcher.thread.is_alive() and watcher.waits is None
+
+
+@linux
+@pytest.mark.usefixtures("free")
 @pytest.mark.parametrize(
     "case", ["GPU", "policy", "spins", "one thread", "few threads left", "preloaded", "no libgomp"]
 )
