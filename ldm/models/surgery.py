@@ -18,7 +18,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def twin(module: M) -> M:
     """A copy of a module with the same parameters; changes to the copy's modules do not affect the original."""
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+    kept = [dict.values(part._parameters) for part in module.modules()]  # and of freed weights, what makes them anew
+    return copy.deepcopy(module, {id(parameter): parameter for own in kept for parameter in own})
 
 
 def replaced(module: M, **parts: nn.Module) -> M:

@@ -262,8 +262,7 @@ class WeightsOnDemand(dict[str, Any]):
         """A copy of all weights but those that `memo` says are shared."""
         other = self.copy()
         for name, value in dict.items(self):
-            weight = value.weight if type(value) is Reordered else None
-            if weight is None or memo.get(id(weight)) is not weight:
+            if memo.get(id(value)) is not value:
                 other[name] = copy.deepcopy(self[name], memo)
         return other
 

@@ -229,6 +229,7 @@ def test_copies(layer: Any) -> None:
     assert torch.equal(used(same), wanted) and distance(used(biased), wanted + 1) < 1e-2
     assert same.weight is layer.weight is biased.weight
     used(layer)
+    assert is_free(twin(layer)) and is_free(layer)  # and a twin makes none anew
     assert is_free(same) and is_free(layer) and is_free(biased)
     with torch.no_grad():
         layer.weight.zero_()
