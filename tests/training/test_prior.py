@@ -135,7 +135,8 @@ def test_a_full_disk_leaves_whole_images(shapes: Path, tmp_path: Path, monkeypat
     chosen = settings(shapes, tmp_path / "r", "adapter")
 
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if ".png." in Path(f"/proc/self/fd/{descriptor}").readlink().name:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("ldm.images.os.fsync", full)
