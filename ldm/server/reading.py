@@ -21,7 +21,7 @@ from ldm.conditions.table import KINDS, MASKED
 from ldm.errors import LdmError, suggestion
 from ldm.images import ANIMATED, load_noted
 from ldm.server.limits import Limits
-from ldm.server.uploads import Share
+from ldm.server.uploads import RequestUploads
 from pipelines.settings import CONTROL, IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, at, checked, find, renamed
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     if parts > PARTS:
         raise LdmError(f"the request has {parts:,} brackets and commas; this server reads at most {PARTS:,}")
     try:
-        found = json.loads(
-            body.decode("utf-8"), parse_constant=_no_number, parse_int=_whole, object_pairs_hook=_object
-        )
+        found = json.loads(body.decode("utf-8"), parse_constant=_no_number, parse_int=_whole, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise LdmError(f"the request is not valid JSON: {reason}") from None
@@ -71,12 +69,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def settings_of(given: Mapping[str, Any], share: Share) -> dict[str, Any]:
+def settings_of(given: Mapping[str, Any], share: RequestUploads) -> dict[str, Any]:
     """Settings of a call, by our names, within the limits of a request's `share`, which counts its images.
 
     Raises:
         LdmError: a setting is not known or not taken over HTTP, or its value is not allowed or above a limit.
-        NotTakenError: as `Share.take`.
+        NotTakenError: as `RequestUploads.take`.
     """
     _check_names(given)
     found = renamed(given, "http")
@@ -160,7 +158,7 @@ def _adapters(value: Any) -> dict[str, dict[str, Any]]:
 # --- uploaded images --------------------------------------------------------------------------------------------------
 
 
-def _uploads(controls: bool, value: Any, name: str, share: Share) -> Any:
+def _uploads(controls: bool, value: Any, name: str, share: RequestUploads) -> Any:
     """A value in which base64 texts are replaced by images; of control, the kinds that need no network."""
     if isinstance(value, str):
         return uploaded(value, name, share)
@@ -184,12 +182,12 @@ def _check_control(kind: str, image: Any) -> None:
         raise LdmError(f"control {kind}: an image in base64 is needed")
 
 
-def uploaded(text: str, name: str, share: Share) -> Image.Image:
+def uploaded(text: str, name: str, share: RequestUploads) -> Image.Image:
     """An uploaded image, upright and without its metadata.
 
     Raises:
         LdmError: it is no image of an allowed format, is too large, or is damaged.
-        NotTakenError: as `Share.take`.
+        NotTakenError: as `RequestUploads.take`.
     """
     head, comma, rest = text.partition(",")
     encoded = rest if comma and head.startswith("data:image/") and head.endswith(";base64") else text

@@ -20,7 +20,7 @@ from ldm.server.engine import Engine
 from ldm.server.jobs import DONE, NOTES, Event, Listener, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.reading import settings_of
-from ldm.server.uploads import Share, Uploads
+from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 from pipelines.a1111 import to_parameters
 from pipelines.adapters import files_in
@@ -65,7 +65,7 @@ class Service:
             NotTakenError: too many images wait, or the engine is closing.
         """
         self.engine.check_open()
-        share = Share(self.uploads, self.limits)
+        share = RequestUploads(self.uploads, self.limits)
         try:
             job = self._job_of(given, share)
             job.listeners += [] if listener is None else [listener]
@@ -78,7 +78,7 @@ class Service:
             self.jobs[job.id] = job
         return job
 
-    def _job_of(self, given: Mapping[str, Any], share: Share) -> ServerJob:
+    def _job_of(self, given: Mapping[str, Any], share: RequestUploads) -> ServerJob:
         """The job of a request, whose listeners are the service's own."""
         with noted() as notes:
             try:
@@ -90,12 +90,12 @@ class Service:
         job.listeners += [partial(release, job, share), *(partial(watcher, job) for watcher in self.watchers)]
         return job
 
-    def request(self, given: Mapping[str, Any], share: Share) -> Request:
+    def request(self, given: Mapping[str, Any], share: RequestUploads) -> Request:
         """The checked request for settings, whose images are counted in a share.
 
         Raises:
             LdmError: a setting is not allowed or above a limit.
-            NotTakenError: as `Share.take`.
+            NotTakenError: as `RequestUploads.take`.
         """
         values = settings_of(given, share)
         if "prompt" not in values:
@@ -202,7 +202,7 @@ class Service:
         return {"type": "object", "required": ["prompt"], "properties": properties}
 
 
-def release(job: ServerJob, share: Share, event: Event) -> None:
+def release(job: ServerJob, share: RequestUploads, event: Event) -> None:
     """Let a job that is over hold no uploaded images, and no tokens of its prompts."""
     if event.kind == "state" and job.over.is_set():
         plain = job.request.changed(control=(), image_prompt=())

@@ -19,8 +19,8 @@ class Uploads:
         self.changing = threading.Lock()
 
 
-class Share:
-    """What one request adds to them."""
+class RequestUploads:
+    """What one request adds to them, within its limits."""
 
     def __init__(self, uploads: Uploads, limits: Limits) -> None:
         self.uploads, self.limits = uploads, limits

@@ -39,7 +39,7 @@ from ldm.server.limits import Limits
 from ldm.server.reading import read_json, settings_of
 from ldm.server.service import NoteHandler, Service, without_paths
 from ldm.server.serving import listening
-from ldm.server.uploads import Share, Uploads
+from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 from pipelines.settings import SETTINGS, at
 
@@ -393,7 +393,7 @@ def test_uploads_of_all_jobs_are_bounded(service: Service, monkeypatch: pytest.M
 
 def test_settings_by_other_names() -> None:
     given = {"prompt": "x", "num_inference_steps": 4, "cfg_scale": 3, "size": "64x96"}
-    found = settings_of(given, Share(Uploads(), LIMITS))
+    found = settings_of(given, RequestUploads(Uploads(), LIMITS))
     assert found == {"prompt": "x", "steps": 4, "guidance": 3, "width": 64, "height": 96}
     with pytest.raises(LdmError, match="not valid JSON"):
         read_json(b'{"a": Infinity}')
