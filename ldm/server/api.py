@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 from starlette.exceptions import HTTPException
@@ -51,7 +52,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     jobs = JobsApi(service)
     app.include_router(jobs.routes())
     app.include_router(about(service, Metrics(service)))
-    for kind in (LdmError, RefusedError, HTTPException, Exception):
+    for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, jobs.failed)
     return Guard(app, key, names)
 
@@ -175,7 +176,11 @@ class JobsApi:
         if isinstance(error, RefusedError):
             return JSONResponse(error_body(str(error), "invalid_request_error"), error.status)
         if isinstance(error, HTTPException):
-            return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code)
+            return JSONResponse(
+                error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers
+            )
+        if isinstance(error, RequestValidationError):
+            return JSONResponse(error_body("the path needs a whole number", "invalid_request_error"), 404)
         return JSONResponse(error_body("a defect of this program; its log says more", "server_error"), 500)
 
     def _wait(self) -> int:

@@ -110,6 +110,8 @@ def test_from_request_to_image(client: TestClient, folder: Path, tmp_path: Path)
         assert str(folder) not in answer.content.decode("latin-1")
     assert client.get(f"/v1/jobs/{found['id']}/images/2").status_code == 404
     assert client.get(f"/v1/jobs/{found['id']}/images/-1").status_code == 404
+    odd = client.get(f"/v1/jobs/{found['id']}/images/first")
+    assert odd.status_code == 404 and "whole number" in odd.json()["error"]["message"]
 
 
 def test_an_uploaded_image_and_mask(client: TestClient) -> None:
@@ -345,7 +347,7 @@ def test_adapters_health_and_metrics(client: TestClient) -> None:
     assert float(figures["ldm_steps_total"]) >= float(figures["ldm_unet_calls_total"]) > 0
     assert float(figures["ldm_waiting_images"]) == float(figures["ldm_running_images"]) == 0
     assert float(figures['ldm_jobs_total{state="done"}']) > 0
-    assert client.get("/v1/jobs").status_code == 405 and client.get("/docs").status_code == 404
+    assert client.get("/v1/jobs").headers["allow"] == "POST" and client.get("/docs").status_code == 404
 
 
 def test_metadata_of_uploads_is_left_out(client: TestClient) -> None:
