@@ -97,9 +97,15 @@ def flattened(image: Image.Image, colour: str) -> Image.Image:
 
 
 def load_noted(
-    source: ImageFile, name: str | None = None, least: int = 0, colours: bool = True
+    source: ImageFile,
+    name: str | None = None,
+    least: int = 0,
+    colours: bool = True,
+    formats: tuple[str, ...] | None = None,
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """An image with its transparency, and what of its file is left out or guessed; without `colours` as they are.
+
+    `formats` are the only ones that a file may have, by PIL's names.
 
     Raises:
         LdmError: as `load_image`.
@@ -112,7 +118,7 @@ def load_noted(
         _decode(image, least)
 
     with _reading(source, name):
-        image = _upright(_opened(source, name, prepare))
+        image = _upright(_opened(source, name, prepare, formats))
         profile, notes = found[-1]
         for key in ("icc_profile", *_COLOURS_IN_PNG):
             image.info.pop(key, None)
@@ -170,10 +176,15 @@ def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray((numbers >> 8).astype(np.uint8))
 
 
-def _opened(source: ImageFile, name: str | None, prepare: Callable[[Image.Image], object]) -> Image.Image:
+def _opened(
+    source: ImageFile,
+    name: str | None,
+    prepare: Callable[[Image.Image], object],
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """An image, opened and prepared; a PNG whose metadata are at fault, without them."""
     try:
-        image = _open(source, name)
+        image = _open(source, name, formats)
         prepare(image)
         return image
     except (LdmError, MemoryError):
@@ -182,13 +193,13 @@ def _opened(source: ImageFile, name: str | None, prepare: Callable[[Image.Image]
         plain = _plain_png(source)
         if plain is None:
             raise
-    image = _open(plain, name or str(source))
+    image = _open(plain, name or str(source), formats)
     prepare(image)
     return image
 
 
-def _open(source: ImageFile, name: str | None) -> Image.Image:
-    image = source if isinstance(source, Image.Image) else Image.open(source)
+def _open(source: ImageFile, name: str | None, formats: tuple[str, ...] | None) -> Image.Image:
+    image = source if isinstance(source, Image.Image) else Image.open(source, formats=formats)
     if image.width * image.height > MOST_PIXELS:
         raise LdmError(f"{name or source} has {image.width}×{image.height} pixels; at most {MOST_PIXELS:,} are read")
     if image.format == "EPS":

@@ -21,6 +21,7 @@ from ldm.images import (
     TRANSPARENT,
     image_header,
     load_image,
+    load_noted,
     read_settings,
     save_png,
 )
@@ -238,3 +239,11 @@ def test_pixels_that_are_damaged_are_still_refused() -> None:
     data = png(place_image(240, 160))
     with pytest.raises(LdmError, match="it is no image, or damaged"):
         load_image(io.BytesIO(data[: len(data) // 2]), name="x")
+
+
+def test_only_the_formats_that_are_allowed() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "PPM")
+    with pytest.raises(LdmError, match="cannot be read as an image"):
+        load_noted(file, "upload", formats=("PNG", "JPEG"))
+    assert load_noted(file, "upload", formats=("PPM",))[0].size == (8, 8)

@@ -22,7 +22,7 @@ KINDS = {"all": "VmRSS", "anonymous": "RssAnon", "files": "RssFile"}
 PERIOD = 0.01  # seconds
 
 
-class Watch:
+class MemoryWatch:
     """The peak of each kind of memory since the last look, in GB."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ def serve(pipe: Any, name: str, given: argparse.Namespace) -> None:
     from pipelines.tuning import dtype_named
 
     quiet()
-    watch, found = Watch(), {}
+    watch, found = MemoryWatch(), {}
     options = BenchOptions(given.source, dtype=given.dtype, quantize=given.quantize if name == "ldm" else None)
     dtype = dtype_named(given.dtype) or torch.float32
     side = make_side(name, options, Call(given.size, given.size, 1, 7.5), torch.device("cpu"), dtype)

@@ -64,6 +64,11 @@ class Watch(TorchDispatchMode):
 
     out: Tensor
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: otherwise PyTorch imports its compiler at the first call, which takes a second."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.parts: list[Calls | PyTorchCall] = []

@@ -12,9 +12,12 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 import ldm
 from ldm.errors import LdmError
@@ -32,6 +35,7 @@ READ_SECONDS = 30.0  # in which a request must have arrived
 EVENTS = 64  # of a reader that does not keep up, until steps are left out
 ALIVE_SECONDS = 15.0  # between signs of life of a stream
 LOOK_SECONDS = 0.25  # between looks whether a client that waits is still there
+SEND_SECONDS = 60.0  # in which a reader must take an event
 
 
 class RefusedError(Exception):
@@ -48,7 +52,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     jobs = JobsApi(service)
     app.include_router(jobs.routes())
     app.include_router(about(service, Metrics(service)))
-    for kind in (LdmError, RefusedError, HTTPException, Exception):
+    for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, jobs.failed)
     return Guard(app, key, names)
 
@@ -110,7 +114,7 @@ class JobsApi:
     async def submit(self, request: Request) -> Response:
         """Take a job. The header Accept chooses the answer: by default the job's state, at once.
 
-        With `text/event-stream` its events follow, with `image/png` its only image; both end it if the client is gone.
+        With `text/event-stream` its events follow, with `image/png` its first image; both end it if the client is gone.
         """
         reader, wanted = EventReader(asyncio.get_running_loop()), request.headers.get("accept", "")
         self.service.engine.check_open()  # before anything is read
@@ -119,11 +123,14 @@ class JobsApi:
             body = await read_body(request, self.service.limits.body)
             job = await run_in_threadpool(lambda: self.service.accept(read_json(body), reader))
         if "text/event-stream" in wanted:
-            return stream(job, reader, own=True)
+            return EventStream(job, reader, own=True)
         job.listeners.remove(reader)
         if wanted == "image/png":
             await until_over(job, request)
-            return await self.image(job.id, 0)
+            try:
+                return await self._image(job, 0)
+            finally:
+                self.service.forget(job)  # the client does not know its name
         return JSONResponse(described(job), 202, {"location": f"/v1/jobs/{job.id}"})
 
     async def state(self, name: str) -> Response:
@@ -140,11 +147,13 @@ class JobsApi:
         """The events of a job, from now on."""
         job, reader = self._job(name), EventReader(asyncio.get_running_loop())
         job.listeners.append(reader)
-        return stream(job, reader, own=False)
+        return EventStream(job, reader, own=False)
 
     async def image(self, name: str, number: int) -> Response:
         """A finished image, with its record."""
-        job = self._job(name)
+        return await self._image(self._job(name), number)
+
+    async def _image(self, job: ServerJob, number: int) -> Response:
         data = await run_in_threadpool(self.service.png, job, number)
         if data is None and job.state in (FAILED, CANCELLED):
             raise RefusedError(job.status, job.error or "the job was cancelled")
@@ -167,7 +176,11 @@ class JobsApi:
         if isinstance(error, RefusedError):
             return JSONResponse(error_body(str(error), "invalid_request_error"), error.status)
         if isinstance(error, HTTPException):
-            return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code)
+            return JSONResponse(
+                error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers
+            )
+        if isinstance(error, RequestValidationError):
+            return JSONResponse(error_body("the path needs a whole number", "invalid_request_error"), 404)
         return JSONResponse(error_body("a defect of this program; its log says more", "server_error"), 500)
 
     def _wait(self) -> int:
@@ -181,7 +194,7 @@ async def read_body(request: Request, most: int) -> bytes:
     """The body of a request.
 
     Raises:
-        RefusedError: it is larger than `most` bytes, or does not arrive in time.
+        RefusedError: it is larger than `most` bytes, or does not arrive as a whole or in time.
     """
     too_large = RefusedError(413, f"the request has more than {most:,} bytes")
     if int(request.headers.get("content-length", 0)) > most:
@@ -193,6 +206,8 @@ async def read_body(request: Request, most: int) -> bytes:
                 body += part
                 if len(body) > most:
                     raise too_large
+    except ClientDisconnect:
+        raise RefusedError(400, "the client was gone before the request had arrived") from None
     except TimeoutError:
         raise RefusedError(408, f"the request did not arrive within {READ_SECONDS:g} seconds") from None
     return bytes(body)
@@ -233,28 +248,44 @@ class EventReader:
             self.queue.put_nowait(event)
 
 
-def stream(job: ServerJob, reader: EventReader, own: bool) -> Response:
-    """A stream of a job's events; with `own`, the job is cancelled when the client is gone."""
-    return StreamingResponse(_messages(job, reader, own), media_type="text/event-stream")
+class EventStream(StreamingResponse):
+    """A job's events as Server-Sent Events; with `own`, the job is cancelled when the client is gone.
+
+    A client that is gone at once never starts the generator of messages, so it is the response that cleans up. One that
+    takes an event too slowly counts as gone.
+    """
+
+    def __init__(self, job: ServerJob, reader: EventReader, own: bool) -> None:
+        super().__init__(_messages(job, reader), media_type="text/event-stream")
+        self.job, self.reader, self.own = job, reader, own
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
+        try:
+            with contextlib.suppress(TimeoutError):
+                await super().__call__(scope, receive, send_in_time)
+        finally:
+            with contextlib.suppress(ValueError):
+                self.job.listeners.remove(self.reader)
+            if self.own:
+                self.job.cancel()
 
 
-async def _messages(job: ServerJob, reader: EventReader, own: bool) -> AsyncIterator[str]:
-    try:
-        over = job.over.is_set()
-        yield _message("state", described(job))
-        while not over:
-            try:
-                event = await asyncio.wait_for(reader.queue.get(), ALIVE_SECONDS)
-            except TimeoutError:
-                yield ": still at it\n\n"
-                continue
-            over = event.kind == "state" and job.over.is_set()
-            yield _message(event.kind, _step(event) if event.kind == "step" else described(job))
-    finally:
-        with contextlib.suppress(ValueError):
-            job.listeners.remove(reader)
-        if own:
-            job.cancel()
+async def _messages(job: ServerJob, reader: EventReader) -> AsyncIterator[str]:
+    over = job.over.is_set()
+    yield _message("state", described(job))
+    while not over:
+        try:
+            event = await asyncio.wait_for(reader.queue.get(), ALIVE_SECONDS)
+        except TimeoutError:
+            yield ": still at it\n\n"
+            continue
+        over = event.kind == "state" and job.over.is_set()
+        data = described(job) if event.kind != "step" else await run_in_threadpool(_step, event)  # encodes previews
+        yield _message(event.kind, data)
 
 
 def _message(kind: str, data: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from pipelines.mixes import Mix
 from pipelines.passes import enlarged_request
 from pipelines.pipeline import Result, with_networks
 from pipelines.request import Request
+from pipelines.run import TooManyError
 from pipelines.tuning import cpu_by_default, room_of
 
 log = logging.getLogger(__name__)
@@ -173,9 +174,10 @@ class Engine:
                     self.counts.busy += time.monotonic() - begun
         except BaseException as error:
             log.exception("the engine has stopped")
-            self.failure = f"the engine has stopped: {type(error).__name__}"
-            for piece in [*self.waiting, *self.running]:
-                piece.job.end(FAILED, self.failure)
+            with self._changed:  # so that nobody submits a job after the last look
+                self.failure = f"the engine has stopped: {type(error).__name__}"
+                for piece in [*self.waiting, *self.running]:
+                    piece.job.end(FAILED, self.failure)
 
     def _something_to_do(self) -> bool:
         """Wait until there are jobs; False if there are none and there will be none."""
@@ -212,7 +214,7 @@ class Engine:
             self._advance(piece, piece.run.switch)
 
     def _next(self) -> Piece | None:
-        """The piece that begins next: of those that fit the most important one, of these the first.
+        """The piece that begins next: of those that fit and are not over the most important one, of these the first.
 
         If one has been overtaken by as many later ones as may, nothing begins before it.
         """
@@ -221,7 +223,8 @@ class Engine:
 
         def fits(piece: Piece) -> bool:
             small = taken + piece.pixels <= self.most and len({piece.mix, *mixes} - {()}) <= KEPT
-            return not self.running or (small and not self.one_by_one)
+            room = not self.running or (small and not self.one_by_one)
+            return room and not piece.job.over.is_set()
 
         overdue = next((piece for piece in self.waiting if piece.overtaken >= self.overtaken), None)
         order = [overdue] if overdue else sorted(self.waiting, key=lambda piece: (-piece.job.priority, piece.number))
@@ -253,9 +256,10 @@ class Engine:
         try:
             found = switch(*arguments)
         except LdmError as error:
-            piece.job.end(FAILED, str(error))
+            piece.job.end(FAILED, str(error), 503 if isinstance(error, TooManyError) else 422)
         except Exception as error:
-            log.exception("a job has failed")
+            if not piece.job.over.is_set():  # one that is over may have lost its images before it began
+                log.exception("a job has failed")
             piece.job.end(FAILED, f"a defect of this program: {type(error).__name__}")
         if isinstance(found, NetworkCall):
             piece.call = found
@@ -299,13 +303,15 @@ class Engine:
         except Exception as error:
             if len(calls) == 1:
                 return [error]
-            if out_of_memory(error):
-                self._fitting[first.size] = len(calls) // 2
-            halves = len(calls) // 2
+            too_many = out_of_memory(error)
         else:
             if isinstance(first, UNetCall):
                 self.counts.calls += 1
                 self.counts.steps += len(calls)
             return made
         # outside of the handler, which would keep the tensors of the failed attempt alive
-        return self._outcomes(calls[:halves]) + self._outcomes(calls[halves:])
+        fewer = len(calls) // 2
+        made = self._outcomes(calls[:fewer]) + self._outcomes(calls[fewer:])
+        if too_many and not any(isinstance(outcome, Exception) for outcome in made):
+            self._fitting[first.size] = min(fewer, self._fitting.get(first.size, fewer))
+        return made

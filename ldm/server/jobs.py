@@ -19,7 +19,7 @@ from pipelines.pipeline import Result
 from pipelines.request import Request
 
 log = logging.getLogger(__name__)
-WAITING, RUNNING, DONE, FAILED, CANCELLED = STATES = ("waiting", "running", "done", "failed", "cancelled")
+WAITING, RUNNING, DONE, FAILED, CANCELLED = ("waiting", "running", "done", "failed", "cancelled")
 NOTES: ContextVar[list[str] | None] = ContextVar("notes", default=None)  # what is told about the present job
 
 

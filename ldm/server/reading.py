@@ -12,32 +12,38 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from PIL import Image
 
-from ldm.conditions.table import KINDS
-from ldm.errors import LdmError
+from ldm.conditions.table import KINDS, MASKED
+from ldm.errors import LdmError, suggestion
 from ldm.images import ANIMATED, load_noted
 from ldm.server.limits import Limits
+from ldm.server.uploads import RequestUploads
 from pipelines.settings import CONTROL, IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, at, checked, find, renamed
 
 log = logging.getLogger(__name__)
+PARTS = 100_000  # brackets and commas of a request: more than any needs, fewer than fill the memory
+DIGITS = 20  # of a whole number
+NAME = 100  # characters of a setting's name
 FORMATS = ("PNG", "JPEG", "WEBP")
 UPLOADS = (IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, CONTROL)  # kinds of values that hold images
 DECODING = threading.Semaphore(4)  # images that are decoded at a time
-TEXTS = ("prompt", "negative", "prompt_2", "negative_2")
 
 
 def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a request.
 
     Raises:
-        LdmError: it is none.
+        LdmError: it is none, has too many parts, or an object has a name twice.
     """
+    parts = sum(map(body.count, (b"[", b"{", b",")))
+    if parts > PARTS:
+        raise LdmError(f"the request has {parts:,} brackets and commas; this server reads at most {PARTS:,}")
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+        found = json.loads(body.decode("utf-8"), parse_constant=_no_number, parse_int=_whole, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise LdmError(f"the request is not valid JSON: {reason}") from None
@@ -50,30 +56,47 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def settings_of(given: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Settings of a call, by our names, within the limits.
+def _whole(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"a whole number has {len(text)} digits")
+    return int(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a name twice")
+    return found
+
+
+def settings_of(given: Mapping[str, Any], share: RequestUploads) -> dict[str, Any]:
+    """Settings of a call, by our names, within the limits of a request's `share`, which counts its images.
 
     Raises:
         LdmError: a setting is not known or not taken over HTTP, or its value is not allowed or above a limit.
+        NotTakenError: as `RequestUploads.take`.
     """
+    _check_names(given)
     found = renamed(given, "http")
     for name, value in found.items():
         row = find(name, "http")
         if value is None:
             continue
         if row.kind in UPLOADS:
-            found[name] = _uploads(row.kind is CONTROL, value, name, limits)
-        elif name == "adapters":
+            found[name] = _uploads(row.kind is CONTROL, value, name, share)
+            continue
+        _check_texts(name, value, share.limits)
+        if name == "adapters":
             found[name] = _adapters(value)
         elif isinstance(value, Mapping):
             raise LdmError(f"{name}: {row.kind.needed} is needed, not a JSON object")
     values = checked(found, "http")
-    check_limits(values, limits)
+    check_limits(values, share.limits)
     return values
 
 
 def check_limits(values: Mapping[str, Any], limits: Limits) -> None:
-    """Raise unless settings that were given are within the limits.
+    """Raise unless numbers that were given are within the limits.
 
     Raises:
         LdmError: one is not.
@@ -88,11 +111,35 @@ def check_limits(values: Mapping[str, Any], limits: Limits) -> None:
     ):
         if value > most:
             raise LdmError(f"{value:,} {name}: this server makes at most {most:,}")
-    for name in TEXTS:
-        texts = values.get(name) or ""
-        for text in (texts,) if isinstance(texts, str) else texts:
-            if text is not None and len(text) > limits.characters:
-                raise LdmError(f"{name} has {len(text):,} characters; this server reads at most {limits.characters:,}")
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Raise if a name is far too long, or if one that the command line takes several times comes under two names."""
+    for name in given:
+        if len(name) > NAME:
+            raise LdmError(f"setting {name[:NAME]}… is not known")
+    for row in at("http").values():
+        names = [name for name in given if name.replace("-", "_") in (row.name, *row.names)]
+        if row.kind.joined and len(names) > 1:
+            raise LdmError(f"{names[0]} and {names[1]} are one setting; give one of them")
+
+
+def _check_texts(name: str, value: Any, limits: Limits) -> None:
+    """Raise unless all texts of a setting's value are within the limit."""
+    for text in _texts(value):
+        if len(text) > limits.characters:
+            raise LdmError(f"{name} has {len(text):,} characters; this server reads at most {limits.characters:,}")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of JSON, with the names in its objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
 
 
 def _adapters(value: Any) -> dict[str, dict[str, Any]]:
@@ -111,29 +158,36 @@ def _adapters(value: Any) -> dict[str, dict[str, Any]]:
 # --- uploaded images --------------------------------------------------------------------------------------------------
 
 
-def _uploads(controls: bool, value: Any, name: str, limits: Limits) -> Any:
+def _uploads(controls: bool, value: Any, name: str, share: RequestUploads) -> Any:
     """A value in which base64 texts are replaced by images; of control, the kinds that need no network."""
     if isinstance(value, str):
-        return uploaded(value, name, limits)
+        return uploaded(value, name, share)
     if isinstance(value, Mapping) and controls:
-        for kind in value:
-            if kind in KINDS and KINDS[kind].model:
-                raise LdmError(f"control {kind}: a network makes it, which is not run here; give the condition image")
-            if not isinstance(value[kind], str):
-                raise LdmError(f"control {kind}: an image in base64 is needed")
-        return {kind: uploaded(image, f"control {kind}", limits) for kind, image in value.items()}
+        for kind, image in value.items():
+            _check_control(kind, image)
+        return {kind: uploaded(image, f"control {kind}", share) for kind, image in value.items()}
     if isinstance(value, (list, tuple)):
-        if len(value) > limits.images:
-            raise LdmError(f"{name}: {len(value)} images; this server takes at most {limits.images}")
-        return [one if isinstance(one, (int, float)) else _uploads(controls, one, name, limits) for one in value]
+        return [one if isinstance(one, (int, float)) else _uploads(controls, one, name, share) for one in value]
     raise LdmError(f"{name}: an image in base64 is needed, not a JSON {type(value).__name__}")
 
 
-def uploaded(text: str, name: str, limits: Limits) -> Image.Image:
+def _check_control(kind: str, image: Any) -> None:
+    """Raise unless condition images of a kind can be made here, and there is a text for the image."""
+    if kind not in (*KINDS, MASKED):
+        known = suggestion(kind[:NAME], [*KINDS, MASKED])
+        raise LdmError(f"control: the kind {kind[:NAME]!r} of condition images does not exist; {known}")
+    if kind in KINDS and KINDS[kind].model:
+        raise LdmError(f"control {kind}: a network makes it, which is not run here; give the condition image")
+    if not isinstance(image, str):
+        raise LdmError(f"control {kind}: an image in base64 is needed")
+
+
+def uploaded(text: str, name: str, share: RequestUploads) -> Image.Image:
     """An uploaded image, upright and without its metadata.
 
     Raises:
         LdmError: it is no image of an allowed format, is too large, or is damaged.
+        NotTakenError: as `RequestUploads.take`.
     """
     head, comma, rest = text.partition(",")
     encoded = rest if comma and head.startswith("data:image/") and head.endswith(";base64") else text
@@ -146,10 +200,11 @@ def uploaded(text: str, name: str, limits: Limits) -> Image.Image:
             width, height = opened.size
     except Exception:  # decoders of damaged files raise anything
         raise LdmError(f"{name}: it is no image, or none of these: {', '.join(FORMATS)}") from None
-    if width * height > limits.upload:
-        raise LdmError(f"{name} has {width}×{height} pixels; this server reads at most {limits.upload:,}")
+    if width * height > share.limits.upload:
+        raise LdmError(f"{name} has {width}×{height} pixels; this server reads at most {share.limits.upload:,}")
+    share.take(name, width * height)
     with DECODING:
-        image, notes = load_noted(io.BytesIO(data), name, colours="mask" not in name)
+        image, notes = load_noted(io.BytesIO(data), name, colours="mask" not in name, formats=FORMATS)
     if ANIMATED in notes:
         log.warning("%s: %s", name, ANIMATED)
     return image

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError, check_whole
 from ldm.images import png_bytes
-from ldm.server.engine import Engine, NotTakenError
+from ldm.models.prompts import PromptReader, count_chunks
+from ldm.server.engine import Engine
 from ldm.server.jobs import DONE, NOTES, Event, Listener, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.reading import settings_of
+from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 from pipelines.a1111 import to_parameters
 from pipelines.adapters import files_in
@@ -44,8 +48,11 @@ class Service:
         self.engine = Engine(pipeline, most=most, queue=limits.queue)
         own = provenance(loading, pipeline)
         self.about = {key: value for key, value in own.items() if key not in PLACES}
-        self.jobs: dict[str, ServerJob] = {}  # in the order of their arrival
-        self.watchers: list[Watcher] = [release]  # of all jobs
+        self.jobs: dict[str, ServerJob] = {}
+        self.uploads = Uploads()
+        folder = pipeline.adapters.folder
+        self.folder = None if folder is None else folder.absolute()  # of the adapters
+        self.watchers: list[Watcher] = []  # of all jobs
         self._changing = threading.Lock()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -58,46 +65,63 @@ class Service:
             NotTakenError: too many images wait, or the engine is closing.
         """
         self.engine.check_open()
-        options = {name: given[name] for name in OPTIONS if given.get(name) is not None}
-        with noted() as notes:
-            try:
-                request = self.request({name: value for name, value in given.items() if name not in OPTIONS})
-            except RecursionError:
-                raise LdmError("the request is nested too deeply") from None
-        job = ServerJob(request, notes=notes, **self._checked(options))
-        job.listeners += [partial(watcher, job) for watcher in self.watchers]
-        job.listeners += [] if listener is None else [listener]
+        share = RequestUploads(self.uploads, self.limits)
+        try:
+            job = self._job_of(given, share)
+            job.listeners += [] if listener is None else [listener]
+            self.engine.submit(job)
+        except BaseException:
+            share.give_back()
+            raise
         with self._changing:
             self._forget()
-            uploads = sum(uploaded_pixels(other.request) for other in (job, *self.jobs.values()))
-            if uploads > self.limits.uploads:
-                raise NotTakenError(f"images uploaded for jobs have {uploads:,} pixels in all: try again later")
             self.jobs[job.id] = job
-        try:
-            return self.engine.submit(job)
-        except LdmError:
-            with self._changing:
-                del self.jobs[job.id]
-            raise
+        return job
 
-    def request(self, given: Mapping[str, Any]) -> Request:
-        """The checked request for settings.
+    def _job_of(self, given: Mapping[str, Any], share: RequestUploads) -> ServerJob:
+        """The job of a request, whose listeners are the service's own."""
+        with noted() as notes:
+            try:
+                options = self._checked({name: given[name] for name in OPTIONS if given.get(name) is not None})
+                request = self.request({name: value for name, value in given.items() if name not in OPTIONS}, share)
+            except RecursionError:
+                raise LdmError("the request is nested too deeply") from None
+        job = ServerJob(request, notes=[self._without_folder(note) for note in notes], **options)
+        job.listeners += [partial(release, job, share), *(partial(watcher, job) for watcher in self.watchers)]
+        return job
+
+    def request(self, given: Mapping[str, Any], share: RequestUploads) -> Request:
+        """The checked request for settings, whose images are counted in a share.
 
         Raises:
             LdmError: a setting is not allowed or above a limit.
+            NotTakenError: as `RequestUploads.take`.
         """
-        values = settings_of(given, self.limits)
+        values = settings_of(given, share)
         if "prompt" not in values:
             raise LdmError("no prompt: at least one text is needed")
-        request = self.engine.request(values.pop("prompt"), **values)
+        try:
+            request = self.engine.request(values.pop("prompt"), **values)
+        except LdmError as error:
+            raise LdmError(self._without_folder(str(error))) from None
         largest = enlarged_request(request, self.engine.pipeline.model.family) if request.hires else request
+        pixels = largest.width * largest.height
         for name, value, most in (
-            ("pixels", largest.width * largest.height, self.limits.pixels),
             ("images", len(request.prompts), self.limits.images),
+            ("pixels", pixels, self.limits.pixels),
+            ("pixels in a batch", pixels * min(request.batch or 1, len(request.prompts)), self.limits.pixels),
+            ("chunks of a prompt", self._chunks(request), self.limits.chunks),
         ):
             if value > most:
                 raise LdmError(f"{value:,} {name}: this server makes at most {most:,}")
         return request
+
+    def _chunks(self, request: Request) -> int:
+        """The number of chunks of the longest text of a request."""
+        encoders = self.engine.pipeline.model.text_encoders
+        both = [texts for texts in request.texts(len(encoders.configs)) if texts[0]]
+        counts = [count_chunks(encoders, texts, request.reader) for texts in both] if request.chunks else []
+        return max((count for row in counts for count in row), default=1)
 
     def job(self, name: str) -> ServerJob | None:
         """The job of that name; None if there is none any more."""
@@ -105,13 +129,18 @@ class Service:
             self._forget()
             return self.jobs.get(name)
 
+    def forget(self, job: ServerJob) -> None:
+        """Forget a job that nobody can ask for any more."""
+        with self._changing:
+            self.jobs.pop(job.id, None)
+
     def png(self, job: ServerJob, number: int) -> bytes | None:
         """A finished image of a job with its record, as PNG; None if it is not finished."""
         made = job.made[number] if 0 <= number < len(job.made) else None
         if made is None:
             return None
         job.fetched.add(number)
-        record = without_paths({**made.record, **self.about})
+        record = without_paths({**made.record, **self.about}, self.folder)
         return png_bytes(made.image, record, to_parameters(record))
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -125,14 +154,21 @@ class Service:
         return options
 
     def _forget(self) -> None:
-        """Forget jobs that are over: those that ended long ago, and the oldest ones if too many images are kept."""
+        """Forget jobs that are over: those that ended long ago, and the first that ended if too many are kept."""
         now, kept = time.monotonic(), 0
-        for name, job in reversed(self.jobs.copy().items()):
-            if job.over.is_set():
-                kept += sum(one.image.width * one.image.height for one in job.made if one is not None)
-                old = now - (job.ended or now) > self.limits.keep_seconds
-                if old or kept > self.limits.kept:
-                    del self.jobs[name]
+        over = sorted(
+            (job for job in self.jobs.values() if job.over.is_set()), key=lambda job: job.ended or now, reverse=True
+        )
+        for number, job in enumerate(over):
+            kept += sum(one.image.width * one.image.height for one in job.made if one is not None)
+            old = now - (job.ended or now) > self.limits.keep_seconds
+            if old or kept > self.limits.kept or number >= self.limits.kept_jobs:
+                del self.jobs[job.id]
+
+    def _without_folder(self, text: str) -> str:
+        """A message without the place of the folder of adapters."""
+        place = str(self.folder)
+        return text.replace(f"{place}{os.sep}", "").replace(place, "the folder") if self.folder else text
 
     def fetched(self) -> bool:
         """Whether all images have been fetched."""
@@ -166,18 +202,12 @@ class Service:
         return {"type": "object", "required": ["prompt"], "properties": properties}
 
 
-def uploaded_pixels(request: Request) -> int:
-    """The pixels of all images that a request holds."""
-    found = [request.image, request.mask, *(one.given for one in request.control)]
-    for prompt in request.image_prompt:
-        found += [*prompt.images, prompt.mask]
-    return sum(image.width * image.height for image in found if image is not None)
-
-
-def release(job: ServerJob, event: Event) -> None:
-    """Let a job that is over hold no uploaded images."""
+def release(job: ServerJob, share: RequestUploads, event: Event) -> None:
+    """Let a job that is over hold no uploaded images, and no tokens of its prompts."""
     if event.kind == "state" and job.over.is_set():
-        job.request = replace(job.request.changed(control=(), image_prompt=()), image=None, mask=None)
+        plain = job.request.changed(control=(), image_prompt=())
+        job.request = replace(plain, image=None, mask=None, reader=PromptReader())
+        share.give_back()
 
 
 @contextmanager
@@ -205,11 +235,19 @@ def about_no_job(record: logging.LogRecord) -> bool:
     return NOTES.get() is None or record.levelno >= logging.ERROR
 
 
-def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without the places of the server's files."""
+def without_paths(record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """A record without the places of the server's files; `folder` is that of the adapters."""
     found = dict(record)
     if "adapters" in found:
-        found["adapters"] = {name: {**own, "path": ""} for name, own in found["adapters"].items()}
+        found["adapters"] = {_name(name, folder): {**own, "path": ""} for name, own in found["adapters"].items()}
     if "embeddings" in found:
         found["embeddings"] = [{**own, "path": ""} for own in found["embeddings"]]
     return found
+
+
+def _name(name: str, folder: Path | None) -> str:
+    """The name of an adapter in a record; its place in the folder, if two have one name and so stand with theirs."""
+    place = Path(name)
+    if not place.is_absolute():
+        return name
+    return place.relative_to(folder).as_posix() if folder and place.is_relative_to(folder) else place.stem

@@ -53,7 +53,7 @@ def serve(service: Service, options: Listening) -> None:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound.
+    """A socket that listens: connections wait until the server takes them.
 
     Raises:
         LdmError: as `serve`.
@@ -63,6 +63,7 @@ def listening(host: str, port: int) -> socket.socket:
         opened = socket.socket(family, kind, protocol)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
+        opened.listen()
     except OSError as error:
         raise LdmError(
             f"cannot listen on {host}, port {port}: {error.strerror or error}; choose another (--host, --port)"

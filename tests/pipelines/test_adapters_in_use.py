@@ -13,6 +13,7 @@ import adapter_files
 import pytest
 import tiny
 import torch
+from networks import distance
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -316,7 +317,7 @@ def test_offloaded_networks_take_turns(models: Path, folder: Path, offload: str)
     plain = Pipeline(models / "sd15", quick=offload == "components", **loading)
     ours = Pipeline(models / "sd15", offload=offload, **loading)
     for mix in ({"one": 1}, {}, {"two": 0.5}, {"one": 1}):
-        assert torch.equal(made(ours, adapters=mix), made(plain, adapters=mix))
+        assert distance(made(ours, adapters=mix), made(plain, adapters=mix)) < 1e-5
     own = ours.adapters.merged(ours.request("a", adapters={"one": 1}).mixes[0])
     guests = ours.model.room.guests  # type: ignore[attr-defined]
     assert (own.unet in guests) == (offload == "components") and own.text_encoders in guests

@@ -59,5 +59,5 @@ def test_what_makes_them_is_looked_for_before_the_run(
     ):
         with pytest.raises(LdmError, match=message):
             pipeline.request("a cat", control={kind: photo})
-        code, _, err = run(capsys, monkeypatch, "generate", "a cat", "--model", "gone", "--control", f"{kind}={photo}")
+        code, _, err = run(capsys, monkeypatch, "generate", "a cat", "--control", f"{kind}={photo}")
         assert code == 1 and message in err

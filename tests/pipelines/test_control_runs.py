@@ -235,7 +235,7 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="is a ControlNet for .*; the model is"):
         Pipeline(tiny.model("sd15", shallow=True), control_models=controls.controlnet(SDXL))
     xl = controls.t2i_adapter("full_adapter_xl", SDXL)
-    large = Pipeline(tiny.model("sdxl", shallow=True), control_models=xl, quick=False)
+    large = Pipeline(tiny.model("sdxl"), control_models=xl, quick=False)
     assert "needs sides that are multiples of 16, not 72×64" in problem(large, control=image(), width=72)
     assert "needs sides that are multiples of 16, not 72×72" in problem(large, control=image(), hires=1.125)
     theirs = torch.nn.Conv2d(1, 1, 1)

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from commands import run
+from networks import distance
 from PIL import Image
 from rounding import RUN, near
 from safetensors.torch import save_file
@@ -100,7 +101,7 @@ def test_on_an_offloaded_model(models: Path, files: Path) -> None:
         )("an xl", refiner_at=0.5, output="latents", **STEPS)
         for offload in ("none", "components")
     ]  # fmt: skip
-    assert torch.equal(made[0].latents[0], made[1].latents[0])
+    assert distance(made[0].latents[0], made[1].latents[0]) < 1e-5
     assert made[0].settings == made[1].settings and made[0].settings[0]["embeddings"]
 
 

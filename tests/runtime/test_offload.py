@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from networks import distance
 
 from ldm.errors import LdmError
 from ldm.runtime.offload import OFFLOAD, WORK, Room, choice, nbytes, room_for
@@ -35,7 +36,7 @@ def pipeline(models: Path, name: str, offload: str, **more: Any) -> Pipeline:
     ],
 )
 def test_the_same_images(models: Path, name: str, settings: dict[str, Any], offload: str) -> None:
-    from PIL import Image
+    from PIL import Image, ImageChops
 
     images = {"image": Image.new("RGB", (64, 64), "red"), "mask": Image.new("L", (64, 64), 255)}
     settings = {"seed": 1, "steps": 4, **settings} | {key: images[key] for key in images if key in settings}
@@ -49,8 +50,9 @@ def test_the_same_images(models: Path, name: str, settings: dict[str, Any], offl
         part.register_forward_pre_hook(lambda *_: present.append(room.present))
     made, wanted = ours("a fox", **settings), plain("a fox", **settings)
     for a, b in zip(made.latents, wanted.latents, strict=True):
-        assert torch.equal(a, b)
-    assert [a.tobytes() for a in made.images] == [b.tobytes() for b in wanted.images]
+        assert distance(a, b) < 1e-5  # steps of a model that stays where it is are recorded, with kernels of their own
+    for one, other in zip(made.images, wanted.images, strict=True):
+        assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
     others = {ours.model.autoencoder, ours.model.text_encoders}
     unets = {ours.model.unet} if offload == "components" else set()
     assert others | unets <= set(present) and None not in present

@@ -17,7 +17,7 @@ from rounding import RUN, near
 from ldm.errors import LdmError
 from ldm.models.unet import UNet
 from ldm.sampling.noise import Noise
-from ldm.server.engine import Engine, NotTakenError
+from ldm.server.engine import Engine, NotTakenError, Piece
 from ldm.server.jobs import CANCELLED, DONE, FAILED, Event, ServerJob
 from pipelines import Pipeline
 
@@ -199,6 +199,26 @@ def test_cancelled_within_a_step(pipelines: dict[str, Pipeline], engines: list[E
     assert not engine.running
 
 
+def test_a_job_that_is_over_does_not_begin(
+    pipelines: dict[str, Pipeline], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines.append(engine := Engine(pipelines["sd15"]))
+    second = ServerJob(engine.request("a fox", **SMALL))
+    first = ServerJob(engine.request("a fox", **SMALL), listener=lambda event: second.cancel())
+    making, begun = engine._making, []
+
+    def begin(piece: Piece) -> Any:
+        begun.append(piece.job)
+        return making(piece)
+
+    monkeypatch.setattr(engine, "_making", begin)
+    with engine._changed:
+        engine.submit(first)
+        engine.submit(second)
+    first.result(60)
+    assert begun == [first] and second.state == CANCELLED
+
+
 def noise_of(seed: int) -> torch.Tensor:
     return Noise([seed]).draw((1, 4, 8, 8), torch.float32, "cpu")
 
@@ -227,6 +247,8 @@ def test_a_job_fails_alone(
             near(job.result(60).latents[0], plain[number], RUN)
     assert jobs[3].over.wait(60) and jobs[3].state == FAILED
     assert {"nan": "not finite", "memory": "out of memory", "error": "RuntimeError"}[fault] in jobs[3].error
+    assert jobs[3].status == {"nan": 422, "memory": 503, "error": 500}[fault]
+    assert not engine._fitting  # the others are made together as before
 
 
 def test_less_memory_makes_smaller_calls(

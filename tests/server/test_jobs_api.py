@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,16 +25,21 @@ import tiny
 import torch
 from launched import PATIENCE
 from PIL import Image, PngImagePlugin
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from ldm.errors import LdmError
 from ldm.images import read_settings
-from ldm.server.api import make_app
+from ldm.server import api
+from ldm.server.api import EventReader, EventStream, RefusedError, make_app, read_body
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import HEADERS
+from ldm.server.jobs import CANCELLED, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.reading import read_json, settings_of
-from ldm.server.service import NoteHandler, Service
+from ldm.server.service import NoteHandler, Service, without_paths
+from ldm.server.serving import listening
+from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 from pipelines.settings import SETTINGS, at
 
@@ -103,6 +110,8 @@ def test_from_request_to_image(client: TestClient, folder: Path, tmp_path: Path)
         assert str(folder) not in answer.content.decode("latin-1")
     assert client.get(f"/v1/jobs/{found['id']}/images/2").status_code == 404
     assert client.get(f"/v1/jobs/{found['id']}/images/-1").status_code == 404
+    odd = client.get(f"/v1/jobs/{found['id']}/images/first")
+    assert odd.status_code == 404 and "whole number" in odd.json()["error"]["message"]
 
 
 def test_an_uploaded_image_and_mask(client: TestClient) -> None:
@@ -148,13 +157,16 @@ def test_events(client: TestClient) -> None:
     assert again.count("event: ") == 1 and '"done"' in again
 
 
-def test_an_image_at_once(client: TestClient) -> None:
-    """The answer is the image of the job, or why there is none."""
-    wanted = {"accept": "image/png"}
+def test_an_image_at_once(client: TestClient, service: Service) -> None:
+    """The answer is the image of the job, or why there is none; nobody can ask for it again, so it is not kept."""
+    wanted, before = {"accept": "image/png"}, set(service.jobs)
     answer = client.post("/v1/jobs", json=SMALL, headers=wanted)
     assert answer.headers["content-type"] == "image/png" and Image.open(io.BytesIO(answer.content)).size == (64, 64)
     late = client.post("/v1/jobs", json={**SMALL, "steps": 500, "seconds": 0.05}, headers=wanted)
     assert late.status_code == 503 and "not done within 0.05 seconds" in late.json()["error"]["message"]
+    none = client.post("/v1/jobs", json={**SMALL, "clip_skip": 50}, headers=wanted)  # found as late as by the encoder
+    assert none.status_code == 422 and "clip_skip 50" in none.json()["error"]["message"]
+    assert set(service.jobs) <= before
 
 
 def test_cancel(client: TestClient, service: Service) -> None:
@@ -166,6 +178,7 @@ def test_cancel(client: TestClient, service: Service) -> None:
     assert client.delete("/v1/jobs/nonsense").status_code == 404
 
 
+PIXELS = encoded(Image.new("L", (8, 8)))
 WRONG: list[tuple[Any, int, str]] = [
     ({**SMALL, "stepps": 3}, 400, "did you mean steps"),
     ({**SMALL, "steps": "3"}, 400, "a whole number"),
@@ -187,8 +200,19 @@ WRONG: list[tuple[Any, int, str]] = [
     ({**SMALL, "image": encoded(Image.new("L", (101, 100)))}, 400, "at most 10,000"),
     ({**SMALL, "control": "canny=/etc/passwd"}, 400, "not in base64"),
     ({**SMALL, "control": [{"canny": "photo.png"}]}, 400, "not in base64"),
-    ({**SMALL, "control": {"kind": "canny", "path": "/etc/passwd"}}, 400, "control kind: the image is not in base64"),
-    ({**SMALL, "control": {"depth": encoded(Image.new("L", (8, 8)))}}, 400, "a network makes it"),
+    ({**SMALL, "control": {"kind": "canny", "path": "/etc/passwd"}}, 400, "the kind 'kind' of condition images"),
+    ({**SMALL, "control": {"kind": PIXELS, "path": PIXELS}}, 400, "the kind 'kind' of condition images"),
+    ({**SMALL, "control": {"x" * 301: PIXELS}}, 400, "does not exist"),
+    ({**SMALL, "control": 5, "control_image": 6}, 400, "control and control_image are one setting"),
+    ({**SMALL, "adapters": 5, "loras": 6}, 400, "adapters and loras are one setting"),
+    ({**SMALL, "adapters": 5}, 400, "an object of names"),
+    ({**SMALL, "adapters": {"x" * 301: 1}}, 400, "at most 300"),
+    ({**SMALL, "x" * 301: 1}, 400, "is not known"),
+    ({**SMALL, "scheduler": "x" * 301}, 400, "at most 300"),
+    ({**SMALL, "n": 3, "batch": 3}, 400, "12,288 pixels in a batch"),
+    ({**SMALL, "prompt": "a BREAK " * 20}, 400, "chunks of a prompt"),
+    ({**SMALL, "image_prompt": [[PIXELS] * 65]}, 400, "at most 64 images"),
+    ({**SMALL, "control": {"depth": PIXELS}}, 400, "a network makes it"),
     ({**SMALL, "image_prompt": "photo.png:0.5"}, 400, "not in base64"),
     ({**SMALL, "adapters": "secret.safetensors"}, 400, "an object of names"),
     ({**SMALL, "adapters": {"secret": 1}}, 400, "no adapter is called 'secret'"),
@@ -214,10 +238,17 @@ def test_wrong_requests(body: Any, status: int, message: str, client: TestClient
     said = answer.json()["error"]["message"]
     assert answer.status_code == status, said
     assert any(part in said for part in message.split("|")), said
-    assert not service.engine.running
+    assert str(service.folder) not in said
+    assert not service.engine.running and service.uploads.pixels == 0
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"steps": NaN}', b'{"seed": 1' + b"0" * 5000 + b"}"])
+NOT_JSON = [
+    b"", b"{", b"\xff", b'{"steps": NaN}', b'{"seed": 1' + b"0" * 5000 + b"}", b'{"steps": 1, "steps": 2}',
+    b'{"stop_at_clip_layer": ' + b"9" * 4300 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", NOT_JSON, ids=range(len(NOT_JSON)))
 def test_what_is_no_json(body: bytes, client: TestClient) -> None:
     answer = client.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "not valid JSON" in answer.json()["error"]["message"]
@@ -227,6 +258,8 @@ def test_large_requests(client: TestClient) -> None:
     headers = {"content-type": "application/json"}
     assert client.post("/v1/jobs", content=b" " * 200_001, headers=headers).status_code == 413
     assert client.post("/v1/jobs", content=iter([b" " * 150_000] * 2), headers=headers).status_code == 413
+    answer = client.post("/v1/jobs", content=b'{"prompt": [' + b"[]," * 60_000, headers=headers)
+    assert answer.status_code == 400 and "120,002 brackets and commas" in answer.json()["error"]["message"]
 
 
 def test_a_full_queue(client: TestClient, service: Service) -> None:
@@ -314,7 +347,7 @@ def test_adapters_health_and_metrics(client: TestClient) -> None:
     assert float(figures["ldm_steps_total"]) >= float(figures["ldm_unet_calls_total"]) > 0
     assert float(figures["ldm_waiting_images"]) == float(figures["ldm_running_images"]) == 0
     assert float(figures['ldm_jobs_total{state="done"}']) > 0
-    assert client.get("/v1/jobs").status_code == 405 and client.get("/docs").status_code == 404
+    assert client.get("/v1/jobs").headers["allow"] == "POST" and client.get("/docs").status_code == 404
 
 
 def test_metadata_of_uploads_is_left_out(client: TestClient) -> None:
@@ -337,7 +370,11 @@ def test_jobs_are_forgotten(service: Service, monkeypatch: pytest.MonkeyPatch) -
     assert service.job(jobs[0].id) is None and service.job(jobs[1].id) is jobs[1]
     monkeypatch.setattr(service, "limits", replace(LIMITS, keep_seconds=0))
     assert service.job(jobs[1].id) is None and service.job(running.id) is running
-    running.cancel()
+    monkeypatch.setattr(service, "limits", replace(LIMITS, kept_jobs=1))
+    last = service.accept({**SMALL, "steps": 400})
+    last.cancel()
+    running.cancel()  # which came first and ends last
+    assert service.job(running.id) is running and service.job(last.id) is None
 
 
 def test_uploads_of_all_jobs_are_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,17 +387,62 @@ def test_uploads_of_all_jobs_are_bounded(service: Service, monkeypatch: pytest.M
     for job in jobs:
         job.cancel()
         assert job.request.image is None
+    with pytest.raises(LdmError, match="the request's images have 12,288 pixels"):
+        service.accept({**SMALL, "image_prompt": [[given["image"]] * 3]})
     service.accept(given).cancel()
+    assert service.uploads.pixels == 0
 
 
 def test_settings_by_other_names() -> None:
-    found = settings_of({"prompt": "x", "num_inference_steps": 4, "cfg_scale": 3, "size": "64x96"}, LIMITS)
+    given = {"prompt": "x", "num_inference_steps": 4, "cfg_scale": 3, "size": "64x96"}
+    found = settings_of(given, RequestUploads(Uploads(), LIMITS))
     assert found == {"prompt": "x", "steps": 4, "guidance": 3, "width": 64, "height": 96}
     with pytest.raises(LdmError, match="not valid JSON"):
         read_json(b'{"a": Infinity}')
 
 
+def test_a_client_that_is_gone_before_its_events(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or that takes none of them: its job is cancelled, and nobody listens any more."""
+    monkeypatch.setattr(api, "SEND_SECONDS", 0.01)
+
+    async def stream(gone: bool) -> tuple[ServerJob, EventReader]:
+        reader = EventReader(asyncio.get_running_loop())
+        job = service.accept({**SMALL, "steps": 400}, reader)
+
+        async def receive() -> Any:
+            return {"type": "http.disconnect"} if gone else await asyncio.Event().wait()
+
+        async def send(_: Any) -> None:
+            await asyncio.Event().wait()
+
+        await EventStream(job, reader, own=True)({"type": "http"}, receive, send)
+        return job, reader
+
+    for gone in (True, False):
+        job, reader = asyncio.run(stream(gone))
+        assert job.state == CANCELLED and reader not in job.listeners
+
+
+def test_a_client_that_leaves_during_its_request() -> None:
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(RefusedError, match="the client was gone"):
+        asyncio.run(read_body(Request({"type": "http", "headers": []}, receive), 10))
+
+
+def test_places_of_adapters_are_left_out() -> None:
+    own = {"path": "/loras/a/style.safetensors", "unet": 1.0}
+    record = without_paths({"adapters": {"/loras/a/style.safetensors": own, "other": own}}, Path("/loras"))
+    assert record["adapters"] == {name: {"path": "", "unet": 1.0} for name in ("a/style.safetensors", "other")}
+
+
 # --- a process --------------------------------------------------------------------------------------------------------
+
+
+def test_connections_wait_for_the_server() -> None:
+    with listening("127.0.0.1", 0) as opened:
+        socket.create_connection(opened.getsockname(), timeout=5).close()
 
 
 def test_a_process_starts_serves_and_drains(folder: Path) -> None:

@@ -134,12 +134,12 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_whole_images(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = settings(shapes, tmp_path / "r", "adapter")
 
-    def full(self: Image.Image, file: Any, *rest: Any, **more: Any) -> None:
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(descriptor: int) -> None:
+        if ".png." in Path(f"/proc/self/fd/{descriptor}").readlink().name:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", full)
+        patch.setattr("ldm.images.os.fsync", full)
         with pytest.raises(LdmError, match=r"00000.png.*No space left on device"):
             train(chosen, Painter())
     assert made(tmp_path / "r") == []
