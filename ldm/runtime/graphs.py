@@ -69,6 +69,13 @@ def admit(unet: UNet, other: UNet) -> None:
         unet.recordings.admit_those_of(Recordings(other, unet.recordings.record))
 
 
+def unrecorded(unet: UNet) -> UNet:
+    """The same U-Net, whose steps are no longer recorded."""
+    if isinstance(unet, RecordedUNet):
+        unet.records = False
+    return unet
+
+
 class CudaRecorder:
     """Records steps as CUDA graphs in one pool of memory, since they never run at the same time."""
 
@@ -107,9 +114,10 @@ class RecordedUNet(UNet):
     """A U-Net that replays recordings of its steps; a step that cannot be recorded runs as it is."""
 
     recordings: Recordings
+    records = True  # whether its steps are recorded; False for copies that few steps are made of
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self.records:
             return super().forward(x, t, cond)
         with LOCK:
             found = self.recordings.replayed(self, x, t, cond)

@@ -26,7 +26,7 @@ from ldm.models.autoencoder import Autoencoder, AutoencoderKL, VQModel
 from ldm.models.surgery import rebuilt
 from ldm.models.text import TextEncoders
 from ldm.models.unet import Conditioning, UNet
-from ldm.runtime.graphs import admit
+from ldm.runtime.graphs import admit, unrecorded
 from ldm.runtime.precomputing import PrecomputedOutput, TimestepOutput, precomputed_outputs, reads_conditioning
 from pipelines.batching import decodable
 
@@ -190,10 +190,11 @@ class JointUNet:
         columns = list(zip(*(precomputed_outputs(unet) for unet in unets), strict=True))  # the same layer of each
         joint = {id(column[0]): type(column[0])(torch.cat([layer.output for layer in column])) for column in columns}
         self.timed = [(joint[id(column[0])], column) for column in columns if isinstance(column[0], TimestepOutput)]
-        self.unet = rebuilt(
+        joined = rebuilt(
             unets[0],
             lambda module: {name: joint[id(part)] for name, part in module.named_children() if id(part) in joint},
         )
+        self.unet = unrecorded(joined)  # the number of rows changes often, and each needs a recording
 
     def set_times(self) -> None:
         """Take over the timestep of each U-Net."""
