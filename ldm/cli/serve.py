@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -86,7 +87,9 @@ def serve_images(options: ServeOptions) -> None:
     logging.getLogger("ldm.server").setLevel(logging.INFO)
     given = {name: getattr(options, name) for name in ("queue", "steps", "pixels", "images", "seconds")}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
-    pipeline = Pipeline(**{**options.loading, "dtype": dtype_named(options.loading.get("dtype"))})
+    loading = {**options.loading, "dtype": dtype_named(options.loading.get("dtype"))}
+    with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
+        pipeline = thread.submit(Pipeline, **loading).result()
     if not is_local(options.host):
         print(
             f"ldm: everybody who reaches {options.host}, port {options.port}, and has the key can make images; traffic "
