@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
 from operator import is_not
 from typing import Any, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -185,57 +185,73 @@ def called(unet: UNet, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
 class JointUNet:
     """A U-Net for the rows of several, which have the same `structure`."""
 
-    def __init__(self, unets: Sequence[UNet]) -> None:
-        self.unets = list(unets)
-        columns = list(zip(*(precomputed_outputs(unet) for unet in unets), strict=True))  # the same layer of each
-        joint = {id(column[0]): type(column[0])(torch.cat([layer.output for layer in column])) for column in columns}
-        self.timed = [(joint[id(column[0])], column) for column in columns if isinstance(column[0], TimestepOutput)]
+    def __init__(self, unet: UNet) -> None:
+        """Make it like one of them, without rows."""
+        joint = {id(layer): type(layer)(layer.output) for layer in precomputed_outputs(unet)}
         joined = rebuilt(
-            unets[0],
-            lambda module: {name: joint[id(part)] for name, part in module.named_children() if id(part) in joint},
+            unet, lambda module: {name: joint[id(part)] for name, part in module.named_children() if id(part) in joint}
         )
         self.unet = unrecorded(joined)  # the number of rows changes often, and each needs a recording
+        self.layers = list(joint.values())
+        self.unets: list[UNet] = []
 
-    def set_times(self) -> None:
-        """Take over the timestep of each U-Net."""
-        for layer, column in self.timed:
-            layer.output = torch.cat([one.output for one in column])
+    def take(self, unets: Sequence[UNet]) -> UNet:
+        """The joint U-Net with the outputs of several at their present timesteps."""
+        others = len(self.unets) != len(unets) or any(map(is_not, self.unets, unets))
+        self.unets = list(unets)
+        for layer, *column in zip(self.layers, *map(_outputs, unets), strict=True):
+            if others or isinstance(layer, TimestepOutput):
+                layer.output = torch.cat([one.output for one in column])
+        return self.unet
 
 
 class Joints:
-    """The joint U-Nets of the present step and of the last one: most runs go on together."""
+    """The joint U-Nets of the present step and of the last one, by what is the same in their parts."""
 
     def __init__(self) -> None:
-        self.last: dict[int, JointUNet] = {}  # by the identity of the first U-Net
-        self.present: dict[int, JointUNet] = {}
+        self.last: dict[Hashable, JointUNet] = {}
+        self.present: dict[Hashable, JointUNet] = {}
 
     def of(self, unets: Sequence[UNet]) -> UNet:
         """The joint U-Net of several at their present timesteps."""
-        joint = self.last.get(id(unets[0]))
-        if joint is None or len(joint.unets) != len(unets) or any(map(is_not, joint.unets, unets)):
-            joint = JointUNet(unets)
-        else:
-            joint.set_times()
-        self.present[id(unets[0])] = joint
-        return joint.unet
+        key = structure(unets[0])
+        joint = self.present.get(key) or self.last.get(key) or JointUNet(unets[0])
+        self.present[key] = joint
+        return joint.take(unets)
 
     def next_step(self) -> None:
         """Forget those that the present step has not used."""
         self.last, self.present = self.present, {}
 
 
-_STRUCTURES: WeakKeyDictionary[UNet, Hashable] = WeakKeyDictionary()
+_OUTPUTS: WeakKeyDictionary[UNet, list[PrecomputedOutput]] = WeakKeyDictionary()
+
+
+def _outputs(unet: UNet) -> list[PrecomputedOutput]:
+    """The precomputed outputs of a U-Net."""
+    if unet not in _OUTPUTS:
+        _OUTPUTS[unet] = precomputed_outputs(unet)
+    return _OUTPUTS[unet]
+
+
+class Structure:
+    """What is the same in U-Nets whose calls can be made together: one object for all of them."""
+
+
+_STRUCTURES: WeakKeyDictionary[UNet, Structure | None] = WeakKeyDictionary()  # None: calls are made alone
+_KNOWN: WeakValueDictionary[Hashable, Structure] = WeakValueDictionary()  # by all that is the same
 
 
 def structure(unet: UNet) -> Hashable:
-    """What is the same in U-Nets whose calls can be made together: layers, and shapes of the precomputed outputs.
+    """The same object for U-Nets with the same layers, and precomputed outputs of the same shapes.
 
     Modules that hold layers may be copies, if all their values are equal plain ones or the same objects. So a patch
     with a state of its own (DeepCache), or one that depends on a row's place in the batch (perturbed attention), leaves
     a run's calls alone.
     """
     if unet not in _STRUCTURES:
-        _STRUCTURES[unet] = None if reads_conditioning(unet) else tuple(_parts(unet))
+        joins = not reads_conditioning(unet)
+        _STRUCTURES[unet] = _KNOWN.setdefault(tuple(_parts(unet)), Structure()) if joins else None
     return _STRUCTURES[unet] or id(unet)
 
 
