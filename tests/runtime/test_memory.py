@@ -41,6 +41,6 @@ def test_freed_memory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.delenv(name)
     script = tmp_path / "script.py"
     arranged, pages = run(script, "keep")
-    assert arranged == "True" and pages < 10_000
+    assert arranged == "True" and pages < 50_000  # the heap may grow by one block of 16,384
     assert run(script, "return")[1] > 100_000
     assert run(script, "keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever says so has reasons
