@@ -15,17 +15,18 @@ import torch
 from ldm.runtime.kernels.memory import keep_freed
 arranged = keep_freed() if sys.argv[1] == "keep" else None
 block = torch.ones(2**24)  # 64 MB
+pages = []
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for number in range(8):
         block = block + number
-    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(arranged, pages)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(arranged, min(pages))
 """
 
 
 def run(script: Path, how: str, **environment: str) -> tuple[str, int]:
-    """What it said, and how many pages the system gave for the last eight tensors."""
+    """What it said, and how many pages the system gave for eight tensors; the heap may grow by a block once or twice."""
     script.write_text(SCRIPT)
     program = Program(script, how, **environment)
     out, err = program.communicate()
@@ -41,6 +42,6 @@ def test_freed_memory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.delenv(name)
     script = tmp_path / "script.py"
     arranged, pages = run(script, "keep")
-    assert arranged == "True" and pages < 50_000  # the heap may grow by one block of 16,384
+    assert arranged == "True" and pages < 10_000
     assert run(script, "return")[1] > 100_000
     assert run(script, "keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever says so has reasons
