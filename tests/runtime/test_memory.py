@@ -26,7 +26,7 @@ print(arranged, min(pages))
 
 
 def run(script: Path, how: str, **environment: str) -> tuple[str, int]:
-    """What it said, and how many pages the system gave for eight tensors; the heap may grow by a block once or twice."""
+    """What it said, and the fewest pages that a round of eight tensors got from the system."""
     script.write_text(SCRIPT)
     program = Program(script, how, **environment)
     out, err = program.communicate()
