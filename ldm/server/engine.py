@@ -27,7 +27,7 @@ from pipelines import Pipeline
 from pipelines.adapters import KEPT
 from pipelines.batching import BUSY
 from pipelines.mixes import Mix
-from pipelines.passes import enlarged_request
+from pipelines.passes import largest_request
 from pipelines.pipeline import Result, with_networks
 from pipelines.request import Request
 from pipelines.run import TooManyError
@@ -155,7 +155,7 @@ class Engine:
         """The parts of a job: batches if it says how many images are made together, else single images."""
         request, family = job.request, self.pipeline.model.family
         single = [range(row, row + 1) for row in range(len(request.prompts))]
-        largest = enlarged_request(request, family) if request.hires else request
+        largest = largest_request(request, family)
         pixels = (largest.height // family.autoencoder.factor) * (largest.width // family.autoencoder.factor)
         for rows in self.pipeline.batches(request) if request.batch else single:
             mix = request.mixes[rows.start] if request.mixes else ()
