@@ -23,6 +23,7 @@ from ldm.errors import LdmError, out_of_memory
 from ldm.sampling.loop import Step
 from ldm.server.jobs import FAILED, NOTES, Event, MadeImage, ServerJob
 from ldm.server.joining import Joints, NetworkCall, Run, UNetCall, waiting
+from ldm.server.limits import Limits
 from pipelines import Pipeline
 from pipelines.adapters import KEPT
 from pipelines.batching import BUSY
@@ -34,7 +35,6 @@ from pipelines.run import TooManyError
 from pipelines.tuning import cpu_by_default, room_of
 
 log = logging.getLogger(__name__)
-QUEUE = 256  # images that may wait
 OVERTAKEN = 16  # later images that may begin before an image that waits
 
 
@@ -70,7 +70,7 @@ class Engine:
     """Owns a pipeline's networks, and makes images of jobs. All public methods may be called from any thread."""
 
     def __init__(
-        self, pipeline: Pipeline, *, most: int | None = None, queue: int = QUEUE, overtaken: int = OVERTAKEN
+        self, pipeline: Pipeline, *, most: int | None = None, queue: int = Limits.queue, overtaken: int = OVERTAKEN
     ) -> None:
         """Start the thread of an engine; the pipeline stays as it is.
 
