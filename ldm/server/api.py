@@ -283,7 +283,7 @@ async def _messages(job: ServerJob, reader: EventReader) -> AsyncIterator[str]:
         except TimeoutError:
             yield ": still at it\n\n"
             continue
-        over = event.kind == "state" and job.over.is_set()
+        over = event.last
         data = described(job) if event.kind != "step" else await run_in_threadpool(_step, event)  # encodes previews
         yield _message(event.kind, data)
 

@@ -204,7 +204,7 @@ class Service:
 
 def release(job: ServerJob, share: RequestUploads, event: Event) -> None:
     """Let a job that is over hold no uploaded images, and no tokens of its prompts."""
-    if event.kind == "state" and job.over.is_set():
+    if event.last:
         plain = job.request.changed(control=(), image_prompt=())
         job.request = replace(plain, image=None, mask=None, reader=PromptReader())
         share.give_back()

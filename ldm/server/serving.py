@@ -73,7 +73,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 def log_job(job: ServerJob, event: Event, prompts: bool) -> None:
     """Log a line of JSON about a job that is over; with its prompts only if they are asked for."""
-    if event.kind != "state" or not job.over.is_set():
+    if not event.last:
         return
     waited, ran = job.seconds
     line = {
