@@ -75,15 +75,14 @@ def serve_images(options: ServeOptions) -> None:
     from ldm.server.service import NoteHandler, Service, about_no_job
     from ldm.server.serving import Listening, serve
     from pipelines import Pipeline
-    from pipelines.tuning import dtype_named
+    from pipelines.tuning import typed
 
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
     logging.getLogger("ldm.server").setLevel(logging.INFO)
-    loading = {**options.loading, "dtype": dtype_named(options.loading.get("dtype"))}
     with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
-        pipeline = thread.submit(Pipeline, **loading).result()
+        pipeline = thread.submit(Pipeline, **typed(options.loading)).result()
     if not is_local(options.host):
         print(
             f"ldm: everybody who reaches {options.host}, port {options.port}, and has the key can make images; traffic "
