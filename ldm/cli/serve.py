@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.errors import LdmError
 
-NEEDED = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
+NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
 KEY = "LDM_API_KEY"  # environment variable
 
 
