@@ -21,7 +21,7 @@ NAME = re.compile(r"([^\[\]]{1,100})(?:\[([^\[\]]{0,300})\])?")  # name, name[] 
 
 
 @dataclass
-class Form:
+class UploadedForm:
     """The parts of a form, in their order."""
 
     texts: list[tuple[str, str]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class _Part:
     data: bytearray = field(default_factory=bytearray)
 
 
-def read_form(body: bytes, content_type: str) -> Form:
+def read_form(body: bytes, content_type: str) -> UploadedForm:
     """The form of a request with that header Content-Type.
 
     Raises:
@@ -65,7 +65,7 @@ class _Reader:
     """What the parser tells about a form."""
 
     def __init__(self) -> None:
-        self.form, self.part, self.count, self.whole = Form(), _Part(), 0, False
+        self.form, self.part, self.count, self.whole = UploadedForm(), _Part(), 0, False
 
     def callbacks(self) -> dict[str, Any]:
         """The functions that the parser calls."""
@@ -123,7 +123,7 @@ def _decoded(data: bytes, called: str) -> str:
 # --- texts as values --------------------------------------------------------------------------------------------------
 
 
-def values_of(form: Form, texts: Collection[str]) -> dict[str, Any]:
+def values_of(form: UploadedForm, texts: Collection[str]) -> dict[str, Any]:
     """The texts of a form as the values that JSON would have; those named in `texts` stay as they are.
 
     `name[key]` is a value of an object, `name[]` a part of a list. The schema of a setting says whether its values are

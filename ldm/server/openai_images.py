@@ -86,7 +86,7 @@ def error_of(error: ParameterError) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Output:
+class ImageOutput:
     """How a request wants its images."""
 
     format: str = "png"
@@ -108,7 +108,7 @@ class Output:
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def output_of(given: dict[str, Any], stream: str) -> Output:
+def output_of(given: dict[str, Any], stream: str) -> ImageOutput:
     """How a request wants its images: takes these parameters out of what is given.
 
     `stream` is what the names of events begin with, "" if there are no streams.
@@ -140,7 +140,7 @@ def output_of(given: dict[str, Any], stream: str) -> Output:
         raise ParameterError("partial_images: they need stream true", "partial_images")
     if streams and given.get("n") not in (None, 1):
         raise ParameterError("n: a stream is of one image, because its events do not say of which they are", "n")
-    return Output(kind, quality, stream if streams else "", partial, _ignored(given))
+    return ImageOutput(kind, quality, stream if streams else "", partial, _ignored(given))
 
 
 def _ignored(given: dict[str, Any]) -> tuple[str, ...]:
@@ -263,7 +263,7 @@ class ImagesApi:
     async def generate(self, request: Request) -> Response:
         """Images of a prompt."""
 
-        def read(body: bytes) -> tuple[dict[str, Any], Output]:
+        def read(body: bytes) -> tuple[dict[str, Any], ImageOutput]:
             given = read_json(body)
             self._check_model(given.pop("model", None))
             output = output_of(given, "image_generation")
@@ -279,7 +279,7 @@ class ImagesApi:
         """Images like an image."""
         return await self._answer(request, lambda body: self._read_form(request, body, ""))
 
-    def _read_form(self, request: Request, body: bytes, stream: str) -> tuple[dict[str, Any], Output]:
+    def _read_form(self, request: Request, body: bytes, stream: str) -> tuple[dict[str, Any], ImageOutput]:
         """Settings and output of a form; one without streams is of variations."""
         form = read_form(body, request.headers.get("content-type", ""))
         given, files = values_of(form, TEXTS), read_files(form.files)
@@ -314,7 +314,7 @@ class ImagesApi:
         reader = EventReader(asyncio.get_running_loop())
         self.service.engine.check_open()  # before anything is read
 
-        def accept(body: bytes) -> tuple[ServerJob, Output]:
+        def accept(body: bytes) -> tuple[ServerJob, ImageOutput]:
             settings, output = read(body)
             if output.partial:
                 settings |= {"previews": True}
@@ -338,7 +338,7 @@ class ImagesApi:
             self.service.forget(job)  # the client does not know its name
         return JSONResponse(found, headers=headers)
 
-    def _response(self, job: ServerJob, output: Output) -> dict[str, Any]:
+    def _response(self, job: ServerJob, output: ImageOutput) -> dict[str, Any]:
         """The JSON of a job's images."""
         _check_done(job)
         return {
@@ -352,12 +352,12 @@ class ImagesApi:
             "notes": notes_of(job, output),
         }
 
-    def _data(self, job: ServerJob, number: int, output: Output) -> str:
+    def _data(self, job: ServerJob, number: int, output: ImageOutput) -> str:
         made = self.service.finished(job, number)
         assert made is not None
         return output.data(*made)
 
-    async def _messages(self, job: ServerJob, reader: EventReader, output: Output) -> AsyncIterator[str]:
+    async def _messages(self, job: ServerJob, reader: EventReader, output: ImageOutput) -> AsyncIterator[str]:
         """The events of a stream."""
         sent = 0
         about = {**_about(job, output), "quality": "auto", "created_at": int(time.time())}
@@ -382,13 +382,13 @@ class ImagesApi:
         self.service.forget(job)
 
 
-def notes_of(job: ServerJob, output: Output) -> list[str]:
+def notes_of(job: ServerJob, output: ImageOutput) -> list[str]:
     """What is told about a job, with the parameters that had no effect."""
     ignored = [f"without effect here: {', '.join(output.ignored)}"] if output.ignored else []
     return [*ignored, *job.notes]
 
 
-def _about(job: ServerJob, output: Output) -> dict[str, Any]:
+def _about(job: ServerJob, output: ImageOutput) -> dict[str, Any]:
     """What OpenAI's answers and events say about an image."""
     image = next((made.image for made in job.made if made is not None), None)
     width, height = (job.request.width, job.request.height) if image is None else image.size
@@ -400,7 +400,7 @@ def _is_due(event: Event, sent: int, count: int) -> bool:
     return event.step * (count + 1) >= event.steps * (sent + 1)
 
 
-def _partial(job: ServerJob, event: Event, output: Output) -> str:
+def _partial(job: ServerJob, event: Event, output: ImageOutput) -> str:
     """A partial image: the preview of a step, enlarged to the image's size."""
     size = (job.request.width, job.request.height)
     return output.data(event.previews[0].resize(size, Image.Resampling.BICUBIC))
