@@ -85,6 +85,7 @@ def serve_images(options: ServeOptions) -> None:
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
     logging.getLogger("ldm.server").setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what is wrong with its form
     given = {name: getattr(options, name) for name in ("queue", "steps", "pixels", "images", "seconds")}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
     loading = {**options.loading, "dtype": dtype_named(options.loading.get("dtype"))}

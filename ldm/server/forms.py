@@ -126,8 +126,8 @@ def _decoded(data: bytes, called: str) -> str:
 def values_of(form: UploadedForm, texts: Collection[str]) -> dict[str, Any]:
     """The texts of a form as the values that JSON would have; those named in `texts` stay as they are.
 
-    `name[key]` is a value of an object, `name[]` a part of a list. The schema of a setting says whether its values are
-    texts; others are numbers, true or false if they look like it.
+    `name[key]` is a value of an object, `name[]` a part of a list. The schema of a setting says whether its values
+    may be texts; others are numbers, true or false if they look like it.
 
     Raises:
         LdmError: a name has another form, or comes twice.
@@ -138,7 +138,7 @@ def values_of(form: UploadedForm, texts: Collection[str]) -> dict[str, Any]:
         if match is None:
             raise LdmError(f"{called[:100]!r}: the name of a value is name, name[] or name[key]")
         name, key = match[1], match[2]
-        value = text if name in texts or _is_text(name) else _plain(text)
+        value = text if name in texts or _is_text(name, key is not None) else _plain(text)
         inner: Any = [] if key == "" else {}
         if key is not None and not isinstance(held := found.setdefault(name, inner), type(inner)):
             raise LdmError(f"{name}: the form has it as a {type(held).__name__} and as {called!r}")
@@ -153,11 +153,12 @@ def values_of(form: UploadedForm, texts: Collection[str]) -> dict[str, Any]:
     return found
 
 
-def _is_text(name: str) -> bool:
-    """Whether the values of a setting of that name are texts alone."""
+def _is_text(name: str, part: bool) -> bool:
+    """Whether values of a setting of that name may be texts; of parts of lists and objects, whether they must be."""
     plain = name.replace("-", "_")
     row = next((row for row in at("http").values() if plain in (row.name, *row.names)), None)
-    return row is not None and set(_types(row.kind.schema)) == {"string"}
+    types = set() if row is None else set(_types(row.kind.schema))
+    return types == {"string"} if part else "string" in types
 
 
 def _types(schema: Mapping[str, Any]) -> Iterator[str]:

@@ -17,11 +17,11 @@ import tiny
 import torch
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image
-from served import running
 
 from ldm.images import read_settings
 from ldm.server.limits import Limits
 from ldm.server.service import Service
+from ldm.server.serving import in_thread
 from pipelines import Pipeline
 
 KEY = "hunter-22"
@@ -41,7 +41,7 @@ def service(pipeline: Pipeline) -> Service:
 
 @pytest.fixture(scope="module")
 def address(service: Service) -> Iterator[str]:
-    with running(service, KEY) as found:
+    with in_thread(service, KEY) as found:
         yield found
 
 
@@ -137,7 +137,14 @@ def test_variations(client: OpenAI, pipeline: Pipeline) -> None:
 
 def test_values_of_forms(client: OpenAI, pipeline: Pipeline) -> None:
     """Numbers, lists and texts that look like numbers mean the same in a form as in JSON."""
-    more = {"interval": [0.0, 0.6], "guidance": 2.5, "weights": False, "negative_prompt": "7", "seed": [4]}
+    more = {
+        "interval": [0.0, 0.6],
+        "guidance": 2.5,
+        "weights": False,
+        "negative_prompt": "7",
+        "seed": [4],
+        "size": "64",
+    }
     answer = client.images.edit(image=file(NOISE), prompt="12", extra_body={**EXTRA, **more})
     same(image_of(answer.data[0].b64_json), pipeline("12", image=NOISE, **{**EXTRA, **more}).images[0])  # type: ignore[index]
 

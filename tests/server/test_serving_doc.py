@@ -14,10 +14,10 @@ import tiny
 import torch
 from modules import ROOT
 from PIL import Image
-from served import running
 
 from ldm.server.limits import Limits
 from ldm.server.service import Service
+from ldm.server.serving import in_thread
 from pipelines import Pipeline
 
 DOC = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", DOC, flags=re.S)
 @pytest.fixture
 def address() -> Iterator[str]:
     service = Service(Pipeline(tiny.model("sdxl", shallow=True), dtype=torch.float32), {}, Limits())
-    with running(service) as found:
+    with in_thread(service) as found:
         yield found
 
 
