@@ -30,6 +30,7 @@ from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
+from ldm.images import png_bytes
 from ldm.server.guard import FORMS
 from ldm.server.jobs import FAILED, Event, ServerJob
 from ldm.server.limits import Limits
@@ -112,12 +113,12 @@ def damaged(draw: random.Random, data: bytes) -> bytes:
     return bytes(byte ^ (draw.random() < 0.02) * draw.randrange(256) for byte in data)
 
 
-def value_of(draw: random.Random, schema: Mapping[str, Any], depth: int = 0) -> Any:
-    """A value for a JSON Schema; one in six is odd."""
-    if draw.random() < 0.16:
+def value_of(draw: random.Random, schema: Mapping[str, Any], odd: float) -> Any:
+    """A value for a JSON Schema; that part of values, or of their parts, is odd."""
+    if draw.random() < odd:
         return draw.choice((draw.choice(ODD), draw.choice(TEXTS), draw.choice(PATHS)))
     if "anyOf" in schema:
-        return value_of(draw, draw.choice(schema["anyOf"]), depth)
+        return value_of(draw, draw.choice(schema["anyOf"]), odd)
     if "enum" in schema:
         return draw.choice(schema["enum"])
     if "contentEncoding" in schema:
@@ -126,17 +127,17 @@ def value_of(draw: random.Random, schema: Mapping[str, Any], depth: int = 0) -> 
     kind = schema.get("type")
     if kind in ("integer", "number"):
         low, high = schema.get("minimum", 0), schema.get("maximum", 100)
-        near = [low, high, low - 1, high + 1, draw.randint(int(low), min(int(high), int(low) + 4))]
+        near = [low, high, *([low - 1, high + 1] if odd else []), draw.randint(int(low), min(int(high), int(low) + 4))]
         return draw.choice(near) if kind == "integer" else draw.choice([*near, draw.uniform(low, min(high, 5))])
     if kind == "boolean":
         return draw.random() < 0.5
     if kind == "array":
         parts = schema.get("prefixItems") or [schema.get("items", {})] * draw.randrange(4)
-        return [value_of(draw, part, depth + 1) for part in parts]
+        return [value_of(draw, part, odd) for part in parts]
     if kind == "object":
         names = ("canny", "image", "style", "depth", draw.choice(PATHS))
         inner = schema.get("additionalProperties", {})
-        return {draw.choice(names): value_of(draw, inner, depth + 1) for _ in range(draw.randrange(3))}
+        return {draw.choice(names): value_of(draw, inner, odd) for _ in range(draw.randrange(3))}
     return draw.choice((*TEXTS, *PATHS))
 
 
@@ -145,9 +146,9 @@ def settings(draw: random.Random, schema: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": draw.choice(TEXTS)}
     if draw.random() < 0.9:
         found |= {"steps": draw.randint(1, 3), "size": draw.choice(("64", "64x64", "64x96"))}
-    rows = at("http")
+    rows, odd = at("http"), draw.choice((0.0, 0.2))
     for name in draw.sample(sorted(schema["properties"]), draw.choice((0, 0, 1, 2, 4))):
-        value = value_of(draw, schema["properties"][name])
+        value = value_of(draw, schema["properties"][name], odd)
         others = rows[name].names if name in rows else ()
         found[draw.choice(others) if others and draw.random() < 0.3 else name] = value
     if draw.random() < 0.1:
@@ -209,7 +210,7 @@ def request(
 
 
 @dataclass
-class Watch:
+class ServerWatch:
     """What the threads of the server do, but those whose names begin with `fuzz`."""
 
     folders: tuple[str, ...]  # whose files may be read
@@ -230,7 +231,7 @@ class Watch:
 
 
 @dataclass
-class Findings:
+class FuzzFindings:
     """What a run has found."""
 
     statuses: Counter[str] = field(default_factory=Counter)
@@ -248,7 +249,7 @@ class Fuzzer:
 
     def __init__(self, service: Service, address: str, seed: int) -> None:
         self.service, self.seed, self.netloc = service, seed, urlsplit(address).netloc
-        self.findings, self.jobs = Findings(), [""]
+        self.findings, self.jobs = FuzzFindings(), [""]
         self.schema = service.schema()
         status, body = self.send(RandomRequest("GET", "/openapi.json", {}, b""))
         assert status == 200, status
@@ -321,7 +322,7 @@ class Fuzzer:
                 self.findings.problems.append(text)
 
 
-def fuzz(service: Service, folders: tuple[Path, ...], numbers: range, seed: int = 0, threads: int = 4) -> Findings:
+def fuzz(service: Service, folders: tuple[Path, ...], numbers: range, seed: int = 0, threads: int = 4) -> FuzzFindings:
     """Send requests to a new server of a service, which reads files of these folders; it is closed at the end."""
     own = (
         ROOT / "ldm",
@@ -332,8 +333,11 @@ def fuzz(service: Service, folders: tuple[Path, ...], numbers: range, seed: int 
         Path("/sys"),
         Path("/dev/null"),
     )
-    service.accept({"prompt": "a fox", "steps": 2, "size": "64"}).result(SECONDS)  # what is imported late is there
-    watch = Watch(tuple(os.path.realpath(path) for path in (*folders, *own)))
+    first: dict[str, Any] = {"prompt": "a fox", "steps": 2, "size": "64"}
+    for name in {"inpaint": ("image", "mask"), "edit": ("image",)}.get(service.engine.pipeline.model.family.task, ()):
+        first[name] = base64.b64encode(png_bytes(Image.new("L", (64, 64), "white"))).decode()
+    service.accept(first).result(SECONDS)  # so that what is imported late is there
+    watch = ServerWatch(tuple(os.path.realpath(path) for path in (*folders, *own)))
     sys.addaudithook(watch)
     with in_thread(service) as address:
         fuzzer = Fuzzer(service, address, seed)
