@@ -50,6 +50,8 @@ def read_form(body: bytes, content_type: str) -> UploadedForm:
     boundary = options.get(b"boundary", b"")
     if kind.lower() != b"multipart/form-data" or not boundary:
         raise LdmError("a form is needed: Content-Type: multipart/form-data, with a boundary")
+    if body.count(b"--" + boundary) > MOST + 1:  # before the parser, which looks at each for long
+        raise LdmError(f"the form has more than {MOST} parts, or its boundary within them")
     reader = _Reader()
     try:
         parser = MultipartParser(boundary, reader.callbacks(), max_header_count=HEADERS)  # type: ignore[arg-type]
@@ -65,7 +67,7 @@ class _Reader:
     """What the parser tells about a form."""
 
     def __init__(self) -> None:
-        self.form, self.part, self.count, self.whole = UploadedForm(), _Part(), 0, False
+        self.form, self.part, self.whole = UploadedForm(), _Part(), False
 
     def callbacks(self) -> dict[str, Any]:
         """The functions that the parser calls."""
@@ -74,9 +76,7 @@ class _Reader:
         return {f"on_{name}": getattr(self, f"_{name}") for name in names}
 
     def _part_begin(self) -> None:
-        self.part, self.count = _Part(), self.count + 1
-        if self.count > MOST:
-            raise LdmError(f"the form has more than {MOST} parts")
+        self.part = _Part()
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self.part.header += data[start:end]

@@ -244,6 +244,7 @@ BODIES: list[tuple[bytes, str, int, str]] = [
     (HEAD + b"\r\n\r\n" + b"a" * 70_000 + b"\r\n--x--\r\n", FORM, 400, "at most 65,536 bytes"),
     (b"--x\r\n\r\na\r\n--x--\r\n", FORM, 400, "no name"),
     ((HEAD + b"\r\n\r\na\r\n") * 300 + b"--x--\r\n", FORM, 400, "more than 256 parts"),
+    (HEAD + b"\r\n\r\n" + b"\r\n--xq" * 9_000 + b"\r\n--x--\r\n", FORM, 400, "more than 256 parts"),
     ((HEAD + b"\r\n\r\na\r\n") * 2 + b"--x--\r\n", FORM, 400, "has it twice"),
     (HEAD.replace(b"prompt", b"a]b") + b"\r\n\r\na\r\n--x--\r\n", FORM, 400, "name, name[] or name[key]"),
     (HEAD + b"\r\n\r\na fox\r\n--x--\r\n", FORM, 400, "one file of that name"),
