@@ -14,7 +14,7 @@ from typing import Any
 from ldm.errors import LdmError
 from ldm.server.limits import Limits
 
-NEEDED = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
+NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
 KEY = "LDM_API_KEY"  # environment variable
 
 
@@ -81,6 +81,7 @@ def serve_images(options: ServeOptions) -> None:
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
     logging.getLogger("ldm.server").setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what is wrong with its form
     with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
         pipeline = thread.submit(Pipeline, **typed(options.loading)).result()
     if not is_local(options.host):

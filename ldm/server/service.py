@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ldm.errors import LdmError, check_whole
 from ldm.images import png_bytes
 from ldm.models.prompts import PromptReader, count_chunks
@@ -136,12 +138,16 @@ class Service:
 
     def png(self, job: ServerJob, number: int) -> bytes | None:
         """A finished image of a job with its record, as PNG; None if it is not finished."""
+        made = self.finished(job, number)
+        return None if made is None else png_bytes(*made, to_parameters(made[1]))
+
+    def finished(self, job: ServerJob, number: int) -> tuple[Image.Image, dict[str, Any]] | None:
+        """A finished image of a job, which counts as fetched, and its record; None if it is not finished."""
         made = job.made[number] if 0 <= number < len(job.made) else None
         if made is None:
             return None
         job.fetched.add(number)
-        record = without_paths({**made.record, **self.about}, self.folder)
-        return png_bytes(made.image, record, to_parameters(record))
+        return made.image, without_paths({**made.record, **self.about}, self.folder)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a job within their bounds."""

@@ -7,6 +7,8 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -50,6 +52,22 @@ def serve(service: Service, options: Listening) -> None:
     host, port = opened.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     DrainingServer(config, service, options.drain_seconds).run(sockets=[opened])
+
+
+@contextmanager
+def in_thread(service: Service, key: str = "") -> Iterator[str]:
+    """A server in a thread of this process: its address. Server and engine end with the context."""
+    opened = listening("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(service, key), log_config=None, access_log=False, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, name="ldm-server", daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{opened.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        service.engine.close(0)
 
 
 def listening(host: str, port: int) -> socket.socket:
