@@ -280,6 +280,9 @@ def _of_serve_itself(
     together: Annotated[
         int | None, typer.Option(min=1, help="Pixels of latents worked on at a time; 1: one image after the other.")
     ] = None,
+    history: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Keep images of jobs that ask for it, and list them.")
+    ] = None,
 ) -> None:
     """The options of `ldm serve` that are no settings of models."""
 
@@ -299,6 +302,7 @@ def serve_command() -> Callable[..., None]:
             hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"], queue=given["queue"],
             steps=given["max_steps"], pixels=given["max_pixels"], images=given["max_images"],
             seconds=given["max_seconds"], drain_seconds=given["drain_seconds"], most=given["together"],
+            history=given["history"],
         )  # fmt: skip
         serve_images(options)
 

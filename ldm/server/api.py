@@ -7,7 +7,7 @@ import base64
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -24,8 +24,11 @@ from ldm.errors import LdmError
 from ldm.images import png_bytes
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import Guard, error_body
+from ldm.server.history_api import HistoryApi
+from ldm.server.info import info_routes
 from ldm.server.jobs import CANCELLED, FAILED, Event, ServerJob
 from ldm.server.metrics import Metrics
+from ldm.server.page_files import page_files, page_routes
 from ldm.server.reading import read_json
 from ldm.server.service import Service
 
@@ -52,9 +55,11 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     jobs = JobsApi(service)
     app.include_router(jobs.routes())
     app.include_router(about(service, Metrics(service)))
+    for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
+        app.include_router(routes)
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, jobs.failed)
-    return Guard(app, key, names)
+    return Guard(app, key, names, page_files())
 
 
 def about(service: Service, metrics: Metrics) -> APIRouter:
@@ -118,10 +123,7 @@ class JobsApi:
         """
         reader, wanted = EventReader(asyncio.get_running_loop()), request.headers.get("accept", "")
         self.service.engine.check_open()  # before anything is read
-        large = int(request.headers.get("content-length", LARGE)) >= LARGE
-        async with self.readers if large else contextlib.nullcontext():
-            body = await read_body(request, self.service.limits.body)
-            job = await run_in_threadpool(lambda: self.service.accept(read_json(body), reader))
+        job = await self.answering(request, lambda given: self.service.accept(given, reader))
         if "text/event-stream" in wanted:
             return EventStream(job, reader, own=True)
         job.listeners.remove(reader)
@@ -132,6 +134,13 @@ class JobsApi:
             finally:
                 self.service.forget(job)  # the client does not know its name
         return JSONResponse(described(job), 202, {"location": f"/v1/jobs/{job.id}"})
+
+    async def answering(self, request: Request, answer: Callable[[dict[str, Any]], Any]) -> Any:
+        """What a function gives for the JSON object of a request; a large one is read beside few others."""
+        large = int(request.headers.get("content-length", LARGE)) >= LARGE
+        async with self.readers if large else contextlib.nullcontext():
+            body = await read_body(request, self.service.limits.body)
+            return await run_in_threadpool(lambda: answer(read_json(body)))
 
     async def state(self, name: str) -> Response:
         """The state of a job."""
