@@ -4,7 +4,8 @@ import { blob, json } from "./api.js";
 import { Problem, button, dataUrl, h } from "./dom.js";
 
 export const VARIED = 0.4; // strength of "vary"
-const HIDDEN = ["prompt", "negative"]; // settings that the large view shows as texts
+const TEXTS = ["prompt", "negative"]; // settings that the large view shows as texts
+const FIRST = ["seed", "width", "height", "steps", "scheduler", "guidance"]; // that it always shows
 
 // A finished image: its address at the server, and its settings once they are asked for.
 export class GalleryImage {
@@ -35,8 +36,8 @@ export class GalleryImage {
   }
 }
 
-// The buttons of an image; `acts` has the functions of the page, `more` further buttons.
-export function actions(image, acts, problem, more = []) {
+// The buttons of an image; `acts` has the functions of the page, `more` further buttons. Narrow screens show the first.
+function actions(image, acts, problem, more = []) {
   const guarded = (act) => async () => {
     problem.show("");
     try {
@@ -58,7 +59,7 @@ export function actions(image, acts, problem, more = []) {
       ["Use settings", "Put all settings into the form", () => acts.use(image)],
       ["Download", "Save the file", download],
       ...more,
-    ].map(([text, title, act]) => button(text, guarded(act), { title })));
+    ].map(([text, title, act], place) => button(text, guarded(act), { title, class: place > 2 ? "further" : "" })));
 }
 
 // A card of a finished image. A problem with it is shown on it.
@@ -93,17 +94,23 @@ function written(value) {
   return Array.isArray(value) ? value.join(", ") : String(value);
 }
 
+const isUsual = (name, value, { schema }) => written(value) === written(schema[name]?.default ?? null);
+
 async function show(image, acts, more = []) {
   const problem = new Problem();
   const settings = await image.settings();
-  const rows = Object.entries(settings).filter(([name]) => !HIDDEN.includes(name));
+  const changed = Object.keys(settings).filter((name) => ![...TEXTS, ...FIRST].includes(name) && !isUsual(name, settings[name], acts));
+  const rows = [...FIRST, ...changed].filter((name) => name in settings).map((name) => [name, settings[name]]);
   const dialog = h("dialog", { class: "large", "aria-label": "Image", onclose: () => dialog.remove(), onclick: (event) => {
     if (event.target === dialog) dialog.close();
   } });
-  const closing = Object.fromEntries(Object.entries(acts).map(([name, act]) => [name, async (one) => {
-    await act(one);
-    dialog.close();
-  }]));
+  const closing = { ...acts };
+  for (const name of ["again", "vary", "asStart", "fixSeed", "use"]) {
+    closing[name] = async (one) => {
+      await acts[name](one);
+      dialog.close();
+    };
+  }
   dialog.append(h("div", { class: "split" },
     h("img", { src: await image.load(), alt: settings.prompt }),
     h("div", { class: "about" },

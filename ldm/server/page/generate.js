@@ -6,6 +6,8 @@ import { Form } from "./form.js";
 import { GalleryImage, VARIED, card } from "./gallery.js";
 import { Jobs, isOver } from "./jobs.js";
 
+const NARROW = "(max-width: 820px)"; // where images stand below the form
+
 class Generate {
   constructor(panel, app) {
     this.app = app;
@@ -15,6 +17,7 @@ class Generate {
     this.cards = new Map(); // job -> the places of its images
     this.jobs = new Jobs((job) => this.showJob(job), (job) => this.changed(job));
     this.acts = {
+      schema: app.settings,
       again: (image) => this.again(image),
       vary: (image) => this.vary(image),
       asStart: (image) => this.asStart(image),
@@ -53,7 +56,7 @@ class Generate {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       this.submit(this.form.values());
-    } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+    } else if (event.key === "Escape" && event.target.type !== "search" && !document.querySelector("dialog[open]")) {
       this.cancel(this.jobs.current);
     }
   }
@@ -84,6 +87,7 @@ class Generate {
     const places = job.state.images.map((_, number) => new Place(job, number, () => this.cancel(job)));
     this.cards.set(job, places);
     this.results.prepend(...places.map((place) => place.element));
+    if (!job.restored && matchMedia(NARROW).matches) this.results.scrollIntoView();
     this.changed(job);
   }
 

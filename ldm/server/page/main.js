@@ -41,7 +41,7 @@ async function start() {
   try {
     const [about, schema, adapters] = await Promise.all(["/v1/about", "/v1/settings", "/v1/adapters"].map((path) => json(path)));
     const app = { about, settings: schema.properties, adapters, announce, open: (name) => open(name, app) };
-    document.getElementById("model").textContent = `${about.model} · ${about.family}`;
+    document.getElementById("model").textContent = [...new Set([about.model, about.family])].join(" · ");
     for (const tab of TABS) {
       heads.append(button(tab.title, () => open(tab.name, app), {
         id: `tab-${tab.name}`, role: "tab", "aria-controls": `panel-${tab.name}`,

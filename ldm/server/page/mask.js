@@ -2,8 +2,14 @@
 
 import { button, h, newId } from "./dom.js";
 
-const SIZES = [4, 400];
 const GROWTH = 1.25;
+
+// An image and what lies on it, as large as the form allows.
+export function surfaceOf(image, ...above) {
+  const found = h("div", { class: "surface" }, image, above);
+  found.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+  return found;
+}
 
 export class MaskPainter {
   // `image` is an <img> that is shown; the mask has its pixels.
@@ -17,15 +23,16 @@ export class MaskPainter {
       "aria-label": "Mask: paint what is made anew. [ and ] change the brush, E erases, Ctrl+Z undoes, Delete clears.",
     });
     this.cursor = h("div", { class: "brush", hidden: true });
-    this.surface = h("div", { class: "surface" }, image, this.canvas, this.cursor);
+    this.surface = surfaceOf(image, this.canvas, this.cursor);
     this.tools = this.makeTools();
     this.listen();
   }
 
   makeTools() {
     const id = newId("brush");
-    const usual = Math.round(Math.min(this.canvas.width, this.canvas.height) / 8);
-    this.size = h("input", { id, type: "range", min: SIZES[0], max: SIZES[1], value: usual, oninput: () => this.showSize() });
+    const side = Math.min(this.canvas.width, this.canvas.height);
+    const [min, max, value] = [side / 50, side / 2, side / 8].map(Math.ceil);
+    this.size = h("input", { id, type: "range", min, max, value, oninput: () => this.showSize() });
     this.paints = button("Brush", () => this.erase(false), { "aria-pressed": "true" });
     this.erases = button("Eraser", () => this.erase(true), { "aria-pressed": "false", title: "E" });
     return h("div", { class: "tools", role: "toolbar", "aria-label": "Mask" },

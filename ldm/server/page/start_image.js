@@ -1,7 +1,7 @@
 // The image to start from, how much of it changes, and a mask painted on it.
 
 import { Problem, button, dataUrl, fileButton, h, newId, takesDrops } from "./dom.js";
-import { MaskPainter } from "./mask.js";
+import { MaskPainter, surfaceOf } from "./mask.js";
 
 const USUAL = 0.8;
 const USUAL_MASKED = 1;
@@ -55,7 +55,7 @@ export class StartImage {
     this.image = image;
     this.painter = undefined;
     this.toggle.setAttribute("aria-pressed", "false");
-    this.area.replaceChildren(image);
+    this.area.replaceChildren(surfaceOf(image));
     this.rest.hidden = false;
     this.element.open = true;
     this.showStrength();
@@ -70,7 +70,7 @@ export class StartImage {
 
   mask(wanted) {
     this.painter = wanted ? new MaskPainter(this.image, this.changed) : undefined;
-    this.area.replaceChildren(...(wanted ? [this.painter.surface, this.painter.tools] : [this.image]));
+    this.area.replaceChildren(...(wanted ? [this.painter.surface, this.painter.tools] : [surfaceOf(this.image)]));
     this.toggle.setAttribute("aria-pressed", wanted);
     this.showStrength();
     if (wanted) this.painter.canvas.focus({ preventScroll: true });
