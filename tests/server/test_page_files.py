@@ -134,8 +134,8 @@ def test_settings_of_our_own_image(client: TestClient, service: Service) -> None
 
 def test_settings_of_an_image_of_other_programs(client: TestClient) -> None:
     text = (
-        "a fox <lora:style:0.7> <lora:other:1>\nNegative prompt: red\nSteps: 5, Sampler: DPM++ 2M Karras, CFG scale: 4, "
-        "Seed: 7, Size: 64x96, Model hash: abc, Face restoration: GFPGAN"
+        "a fox <lora:style:0.7> <lora:other:1>\nNegative prompt: red\nSteps: 5, Sampler: DPM++ 2M Karras, "
+        "CFG scale: 4, Seed: 7, Size: 64x96, Model hash: abc, Face restoration: GFPGAN"
     )
     found = read_back(client, f"data:image/png;base64,{png(Image.new('RGB', (8, 8)), parameters=text)}")
     settings = found["settings"]

@@ -65,21 +65,21 @@ function actions(image, acts, problem, more = []) {
 // A card of a finished image. A problem with it is shown on it.
 export function card(image, acts, more) {
   const problem = new Problem();
-  const picture = h("img", { alt: "", draggable: true, decoding: "async" });
-  const view = h("button", { type: "button", class: "view", "aria-label": "Show large", onclick: () => show(image, acts, more) }, picture);
+  const thumbnail = h("img", { alt: "", draggable: true, decoding: "async" });
+  const view = h("button", { type: "button", class: "view", "aria-label": "Show large", onclick: () => show(image, acts, more) }, thumbnail);
   const caption = h("figcaption", {}, h("span", { class: "seed" }));
   const found = h("figure", { class: "card" }, view, caption, problem.element, actions(image, acts, problem, more));
-  fillCard(image, picture, view, caption).catch((error) => {
+  fillCard(image, thumbnail, view, caption).catch((error) => {
     view.disabled = true;
     problem.show(error.message);
   });
   return found;
 }
 
-async function fillCard(image, picture, view, caption) {
-  picture.src = await image.load();
+async function fillCard(image, thumbnail, view, caption) {
+  thumbnail.src = await image.load();
   const settings = await image.settings();
-  picture.alt = settings.prompt;
+  thumbnail.alt = settings.prompt;
   view.setAttribute("aria-label", `Show large: ${settings.prompt}`);
   caption.replaceChildren(h("span", { class: "prompt", title: settings.prompt }, settings.prompt),
     h("span", { class: "seed" }, `seed ${settings.seed}`));
