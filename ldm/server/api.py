@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -18,9 +18,12 @@ from ldm.errors import LdmError
 from ldm.server.engine import NotTakenError
 from ldm.server.events import EventReader, EventStream, described
 from ldm.server.guard import Guard, error_body
+from ldm.server.history_api import HistoryApi
+from ldm.server.info import info_routes
 from ldm.server.jobs import CANCELLED, FAILED, ServerJob
 from ldm.server.metrics import Metrics
 from ldm.server.openai_images import ImagesApi, ParameterError, wrong_parameter
+from ldm.server.page_files import page_files, page_routes
 from ldm.server.reading import read_json
 from ldm.server.receiving import Readers, RefusedError, read_body, until_over
 from ldm.server.service import Service
@@ -33,10 +36,12 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     app.include_router(jobs.routes())
     app.include_router(ImagesApi(service, jobs.readers).routes())
     app.include_router(about(service, Metrics(service)))
+    for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
+        app.include_router(routes)
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, jobs.failed)
     app.add_exception_handler(ParameterError, wrong_parameter)
-    return Guard(app, key, names)
+    return Guard(app, key, names, page_files())
 
 
 def about(service: Service, metrics: Metrics) -> APIRouter:
@@ -100,9 +105,7 @@ class JobsApi:
         """
         reader, wanted = EventReader(asyncio.get_running_loop()), request.headers.get("accept", "")
         self.service.engine.check_open()  # before anything is read
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            job = await run_in_threadpool(lambda: self.service.accept(read_json(body), reader))
+        job = await self.answering(request, lambda given: self.service.accept(given, reader))
         if "text/event-stream" in wanted:
             return EventStream(job, reader, own=True)
         job.listeners.remove(reader)
@@ -113,6 +116,12 @@ class JobsApi:
             finally:
                 self.service.forget(job)  # the client does not know its name
         return JSONResponse(described(job), 202, {"location": f"/v1/jobs/{job.id}"})
+
+    async def answering(self, request: Request, answer: Callable[[dict[str, Any]], Any]) -> Any:
+        """What a function gives for the JSON object of a request; a large one is read beside few others."""
+        async with self.readers.place(request):
+            body = await read_body(request, self.service.limits.body)
+            return await run_in_threadpool(lambda: answer(read_json(body)))
 
     async def state(self, name: str) -> Response:
         """The state of a job."""

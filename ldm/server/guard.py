@@ -31,10 +31,14 @@ HEADERS = {
 class Guard:
     """An ASGI application around another one, which sees only requests that pass."""
 
-    def __init__(self, app: App, key: str = "", names: Iterable[str] = ()) -> None:
-        """`key` is the API key, "" for none; `names` are the host's names beside addresses and localhost."""
+    def __init__(self, app: App, key: str = "", names: Iterable[str] = (), files: Iterable[str] = ()) -> None:
+        """`key` is the API key, "" for none; `names` are the host's names beside addresses and localhost.
+
+        `files` are paths of the page, which need no key.
+        """
         self.app = app
         self.key = key.encode()
+        self.open = {*OPEN, *files}
         self.names = {name.lower() for name in (*names, *LOCAL)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +69,7 @@ class Guard:
         visit = scope["method"] == "GET" and headers.get("sec-fetch-mode") == ["navigate"]
         if headers.get("sec-fetch-site", ["none"])[0] not in ("none", "same-origin") and not visit:
             return 403, "requests from pages of other sites are not taken"
-        if self.key and scope["path"] not in OPEN and not self.opens(headers):
+        if self.key and scope["path"] not in self.open and not self.opens(headers):
             return 401, "a key is needed: Authorization: Bearer KEY"
         if scope["method"] in ("POST", "PUT", "PATCH"):
             kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
@@ -94,12 +98,14 @@ class Guard:
 
 
 def _with_headers(send: Send) -> Send:
-    """`send`, with `HEADERS` added to each response."""
+    """`send`, with those of `HEADERS` added to each response that it lacks."""
     own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def sending(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), *own]
+            given = list(message.get("headers", ()))
+            names = {name.lower() for name, _ in given}
+            message["headers"] = given + [pair for pair in own if pair[0] not in names]
         await send(message)
 
     return sending
