@@ -321,8 +321,8 @@ def _start(
     )  # fmt: skip
     size = _size(found, service) if sized or asked.padding is not None else None
     part, hidden, area = inpainting(image, mask, asked, size)
-    own = {"image": encoded(part), "mask": encoded(hidden), "width": part.width, "height": part.height}
-    return settings | own, area
+    settings |= {"image": encoded(part), "mask": encoded(hidden)}
+    return settings | (dict(zip(("width", "height"), size, strict=True)) if size else {}), area
 
 
 def encoded(image: Image.Image) -> str:

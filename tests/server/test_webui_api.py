@@ -156,7 +156,7 @@ def test_image_to_image(api: webuiapi.WebUIApi, pipeline: Pipeline) -> None:
     assert api.img2img([wide], **SMALL, resize_mode=2).image.size == (64, 64)
 
 
-def test_inpainting(api: webuiapi.WebUIApi, pipeline: Pipeline) -> None:
+def test_inpainting(api: webuiapi.WebUIApi, pipeline: Pipeline, plain: httpx2.Client) -> None:
     """Without a soft edge it is the pipeline's; with one, what is far from the mask stays and the edge is blended."""
     hard = {"mask_image": UPPER, "inpaint_full_res": False, "denoising_strength": 0.7}
     made = api.img2img([NOISE], **SMALL, **hard, mask_blur=0, inpainting_fill=1)
@@ -166,6 +166,9 @@ def test_inpainting(api: webuiapi.WebUIApi, pipeline: Pipeline) -> None:
     soft = api.img2img([NOISE], **SMALL, **hard, mask_blur=2)
     assert soft.image.crop((0, 48, 64, 64)).tobytes() == NOISE.crop((0, 48, 64, 64)).tobytes()
     assert soft.image.crop((0, 32, 64, 34)).tobytes() != NOISE.crop((0, 32, 64, 34)).tobytes()
+    odd = {"prompt": "a fox", "steps": 2, "init_images": [encoded(NOISE.resize((65, 64)))], "inpaint_full_res": False}
+    answer = plain.post("/img2img", json={**odd, "mask": encoded(UPPER.resize((65, 64)))}).json()
+    assert Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).size == (65, 64)
     turned = api.img2img([NOISE], **SMALL, **hard, mask_blur=0, inpainting_mask_invert=1)
     assert turned.image.crop((0, 0, 64, 32)).tobytes() == NOISE.crop((0, 0, 64, 32)).tobytes()
 
