@@ -83,7 +83,7 @@ async def _messages(job: ServerJob, reader: EventReader) -> AsyncIterator[str]:
         if event is None:
             yield ALIVE
             continue
-        over = event.kind == "state" and job.over.is_set()
+        over = event.last
         data = described(job) if event.kind != "step" else await run_in_threadpool(_step, event)  # encodes previews
         yield message(event.kind, data)
 

@@ -26,7 +26,7 @@ from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 from pipelines.a1111 import to_parameters
 from pipelines.adapters import files_in
-from pipelines.passes import enlarged_request
+from pipelines.passes import largest_request
 from pipelines.provenance import provenance
 from pipelines.request import Request
 from pipelines.settings import at
@@ -108,7 +108,7 @@ class Service:
             request = self.engine.request(values.pop("prompt"), **values)
         except LdmError as error:
             raise LdmError(self._without_folder(str(error))) from None
-        largest = enlarged_request(request, self.engine.pipeline.model.family) if request.hires else request
+        largest = largest_request(request, self.engine.pipeline.model.family)
         pixels = largest.width * largest.height
         for name, value, most in (
             ("images", len(request.prompts), self.limits.images),
@@ -212,7 +212,7 @@ class Service:
 
 def release(job: ServerJob, share: RequestUploads, event: Event) -> None:
     """Let a job that is over hold no uploaded images, and no tokens of its prompts."""
-    if event.kind == "state" and job.over.is_set():
+    if event.last:
         plain = job.request.changed(control=(), image_prompt=())
         job.request = replace(plain, image=None, mask=None, reader=PromptReader())
         share.give_back()

@@ -28,12 +28,12 @@ FETCH_SECONDS = 5.0  # in which the last images must be fetched after the end of
 class Listening:
     """Where a server listens, and who may use it."""
 
-    host: str = "127.0.0.1"
-    port: int = 7860
-    key: str = ""
-    names: tuple[str, ...] = ()  # of the host, beside addresses and localhost
-    drain_seconds: float = 60.0  # in which jobs are finished when the server is told to stop
-    prompts: bool = False  # whether the log has prompts
+    host: str
+    port: int
+    key: str
+    names: tuple[str, ...]  # of the host, beside addresses and localhost
+    drain_seconds: float  # in which jobs are finished when the server is told to stop
+    prompts: bool  # whether the log has prompts
 
 
 def serve(service: Service, options: Listening) -> None:
@@ -91,7 +91,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 def log_job(job: ServerJob, event: Event, prompts: bool) -> None:
     """Log a line of JSON about a job that is over; with its prompts only if they are asked for."""
-    if event.kind != "state" or not job.over.is_set():
+    if not event.last:
         return
     waited, ran = job.seconds
     line = {
