@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 import ldm
 from ldm.errors import LdmError
+from ldm.server.a1111 import WebuiApi
 from ldm.server.engine import NotTakenError
 from ldm.server.events import EventReader, EventStream, described
 from ldm.server.guard import Guard, error_body
@@ -35,6 +37,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     jobs = JobsApi(service)
     app.include_router(jobs.routes())
     app.include_router(ImagesApi(service, jobs.readers).routes())
+    app.include_router(WebuiApi(service, jobs.readers).routes())
     app.include_router(about(service, Metrics(service)))
     for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
         app.include_router(routes)
@@ -157,21 +160,20 @@ class JobsApi:
             raise RefusedError(404, "there is no such job, or no more")
         return job
 
-    async def failed(self, _: Request, error: Exception) -> Response:
+    async def failed(self, request: Request, error: Exception) -> Response:
         """The answer to a request that failed."""
+        said = partial(error_body, path=request.url.path)
         if isinstance(error, NotTakenError):
-            return JSONResponse(error_body(str(error), "busy"), 503, {"retry-after": str(self._wait())})
+            return JSONResponse(said(str(error), "busy"), 503, {"retry-after": str(self._wait())})
         if isinstance(error, LdmError):
-            return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
+            return JSONResponse(said(str(error), "invalid_request_error"), 400)
         if isinstance(error, RefusedError):
-            return JSONResponse(error_body(str(error), "invalid_request_error"), error.status)
+            return JSONResponse(said(str(error), "invalid_request_error"), error.status)
         if isinstance(error, HTTPException):
-            return JSONResponse(
-                error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers
-            )
+            return JSONResponse(said(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
         if isinstance(error, RequestValidationError):
-            return JSONResponse(error_body("the path needs a whole number", "invalid_request_error"), 404)
-        return JSONResponse(error_body("a defect of this program; its log says more", "server_error"), 500)
+            return JSONResponse(said("the path needs a whole number", "invalid_request_error"), 404)
+        return JSONResponse(said("a defect of this program; its log says more", "server_error"), 500)
 
     def _wait(self) -> int:
         """Seconds in which about half of the queue will have begun, 1 to 60."""

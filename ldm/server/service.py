@@ -58,6 +58,8 @@ class Service:
         self.engine = Engine(pipeline, most=most, queue=limits.queue)
         own = provenance(loading, pipeline)
         self.about = {key: value for key, value in own.items() if key not in PLACES}
+        self.refiner = Path(own.get("refiner", "")).stem  # its name; "" for none
+        self.control_models = [Path(one).stem for one in own.get("control_models", ())]  # their names, in order
         self.jobs: dict[str, ServerJob] = {}
         self.uploads = Uploads()
         folder = pipeline.adapters.folder
