@@ -129,7 +129,7 @@ def test_a_visitor_makes_images_and_finds_them_again(page: Page, site: Site) -> 
     page.keyboard.press("Control+Enter")
     finished(page, 2)
     assert page.locator(".card .seed").all_inner_texts() == ["seed 41", "seed 42"]
-    expect(page.get_by_role("status").first).to_have_text("The image is done.")
+    expect(page.locator("#said")).to_have_text("The image is done.")
     page.reload()
     finished(page, 2)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a fox (red:1.2)")
@@ -197,7 +197,7 @@ def test_mask_and_variation(page: Page, site: Site) -> None:
     page.locator(".card").last.get_by_role("button", name="Vary").click()
     finished(page, 3)
     job = list(site.service.jobs.values())[-1]
-    assert job.made[0] is not None and job.made[0].record["strength"] == 0.4
+    assert job.made[0] is not None and job.made[0].record["strength"] == 0.5  # a step of two
     page.locator(".card").last.get_by_role("button", name="Again").click()
     finished(page, 4)
     assert list(site.service.jobs.values())[-1].request.seeds != (3,)

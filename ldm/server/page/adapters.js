@@ -40,7 +40,7 @@ export class AdapterSliders {
   row(name, weight) {
     const id = newId("weight");
     const value = typeof weight === "object" ? weight.unet : weight;
-    const output = h("output", { htmlFor: id }, value.toFixed(2));
+    const output = h("output", { htmlFor: id, "aria-live": "off" }, value.toFixed(2));
     const range = h("input", {
       id, type: "range", min: Math.min(-1, value), max: Math.max(2, value), step: 0.05, value,
       oninput: () => {

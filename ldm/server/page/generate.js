@@ -142,7 +142,7 @@ class Generate {
   async vary(image) {
     const { seed, n, width, height, hires, hires_strength, hires_latents, ...settings } = await image.settings();
     this.app.open("generate");
-    await this.submit({ ...settings, image: await image.dataUrl(), strength: VARIED });
+    await this.submit({ ...settings, image: await image.dataUrl(), strength: Math.max(VARIED, 1 / settings.steps) });
   }
 
   async asStart(image) {

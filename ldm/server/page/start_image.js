@@ -18,7 +18,7 @@ export class StartImage {
         this.showStrength();
       },
     });
-    this.output = h("output", { htmlFor: id });
+    this.output = h("output", { htmlFor: id, "aria-live": "off" });
     this.strength = h("div", { class: "slider", title: "How much the image changes" },
       h("label", { htmlFor: id }, "Strength"), this.range, this.output);
     this.area = h("div", { class: "drop" });
