@@ -17,7 +17,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/healthz", "/readyz")  # paths that need no key
-FORMS = ("/v1/images/edits", "/v1/images/variations")  # paths that take forms with files, too
+EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
+FORMS = (EDITS, VARIATIONS)  # paths that take forms with files, too
 LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "x-content-type-options": "nosniff",
