@@ -117,7 +117,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
         if len(name) > NAME:
             raise LdmError(f"setting {name[:NAME]}… is not known")
     for row in at("http").values():
-        names = [name for name in given if name.replace("-", "_") in (row.name, *row.names)]
+        names = [name for name in given if row.goes_by(name)]
         if row.kind.joined and len(names) > 1:
             raise LdmError(f"{names[0]} and {names[1]} are one setting; give one of them")
 
