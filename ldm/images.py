@@ -47,7 +47,8 @@ _UPRIGHT = {
 _WITH_ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's keys
 _COLOURS_IN_PNG = ("gamma", "chromaticity", "srgb", "cicp")  # PIL's keys, and ours
 _BITS = 258  # TIFF's tag BitsPerSample
-_CHARACTERS = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}  # of EXIF's comment, by its first 8 bytes
+_UNICODE = b"UNICODE\0"
+_CHARACTERS = {_UNICODE: "utf-16-be", b"ASCII\0\0\0": "ascii"}  # of EXIF's comment, by its first 8 bytes
 _RECORDS = {  # PNG text keys of programs whose records are not read
     "workflow": "ComfyUI", "prompt": "ComfyUI", "invokeai_metadata": "InvokeAI", "sd-metadata": "InvokeAI",
     "Dream": "InvokeAI", "fooocus_scheme": "Fooocus", "Comment": "NovelAI",
@@ -342,7 +343,7 @@ def png_bytes(image: Image.Image, settings: Mapping[str, Any] | None = None, par
 
 def lossy_bytes(image: Image.Image, kind: str, quality: int, parameters: str) -> bytes:
     """A JPEG or WebP with AUTOMATIC1111's parameters in its EXIF comment; `quality` is from 1 to 100."""
-    comment = b"UNICODE\0" + parameters.encode("utf-16-be", "replace")
+    comment = _UNICODE + parameters.encode(_CHARACTERS[_UNICODE], "replace")
     exif = Image.Exif()
     exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
     file = io.BytesIO()

@@ -68,6 +68,10 @@ class Setting:
     closed: Mapping[str, str] = field(default_factory=dict)  # doors that do not accept it, with the reason
     used: Callable[[Any], bool] = lambda request: True  # whether a request uses it; if not, it is not recorded
 
+    def goes_by(self, name: str) -> bool:
+        """Whether a name, with hyphens or underscores, is its name or another of its names."""
+        return name.replace("-", "_") in (self.name, *self.names)
+
     @property
     def option(self) -> str:
         """The name of its option on the command line."""
@@ -616,7 +620,7 @@ def find(name: str, door: str, called: str = "", rows: Iterable[Setting] | None 
     called, plain = called or f"setting {name}", name.replace("-", "_")
     rows = SETTINGS if rows is None else tuple(rows)
     for row in rows:
-        if plain in (row.name, *row.names):
+        if row.goes_by(name):
             if door in row.closed:
                 raise LdmError(f"{called} is not taken here: {row.closed[door]}")
             return row

@@ -259,7 +259,7 @@ class Fuzzer:
 
     def job_is_over(self, job: ServerJob, event: Event) -> None:
         """Note a job that failed by a defect."""
-        if event.kind == "state" and job.over.is_set() and job.state == FAILED and job.status == 500:
+        if event.last and job.state == FAILED and job.status == 500:
             self.findings.problems.append(f"job {job.request.prompts} {dict(job.request.values)}: {job.error}")
 
     def send(self, sent: RandomRequest) -> tuple[int, bytes]:

@@ -13,6 +13,7 @@ B rows, C latent channels, H×W and h×w sides of images and latents, T tokens, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -277,8 +278,9 @@ class _Writer:
         self._names: list[bytes] = []
         self._pieces: list[dict[str, Tensor]] = []
         for file in folder.glob(".*.part"):  # left by a build that was killed
-            if time.time() - file.stat().st_mtime > _STALE:
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - file.stat().st_mtime > _STALE:
+                    file.unlink()
 
     def add(self, names: list[bytes], tensors: dict[str, Tensor]) -> None:
         """Add rows (B, ...); writes a shard when enough rows have gathered, or the shape changes."""

@@ -155,8 +155,7 @@ def values_of(form: UploadedForm, texts: Collection[str]) -> dict[str, Any]:
 
 def _is_text(name: str, part: bool) -> bool:
     """Whether values of a setting of that name may be texts; of parts of lists and objects, whether they must be."""
-    plain = name.replace("-", "_")
-    row = next((row for row in at("http").values() if plain in (row.name, *row.names)), None)
+    row = next((row for row in at("http").values() if row.goes_by(name)), None)
     types = set() if row is None else set(_types(row.kind.schema))
     return types == {"string"} if part else "string" in types
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldm.errors import LdmError
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,3 +24,14 @@ class Limits:
     kept: int = 2**27  # pixels of images of jobs that are over, kept to be fetched
     kept_jobs: int = 1000  # that are over
     keep_seconds: float = 900.0  # how long they are kept
+
+
+def check_most(*rows: tuple[str, int, int]) -> None:
+    """Raise unless each value of the rows (name, value, limit) is within its limit.
+
+    Raises:
+        LdmError: one is not.
+    """
+    for name, value, most in rows:
+        if value > most:
+            raise LdmError(f"{value:,} {name}: this server makes at most {most:,}")

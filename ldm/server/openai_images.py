@@ -10,7 +10,7 @@ import base64
 import io
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ldm.errors import LdmError
 from ldm.images import WHITE, lossy_bytes, png_bytes
 from ldm.server.events import ALIVE, EventReader, EventStream, message
 from ldm.server.forms import read_form, values_of
-from ldm.server.guard import FORMS, error_body
+from ldm.server.guard import EDITS, VARIATIONS, error_body
 from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
 from ldm.server.reading import read_json, uploaded
 from ldm.server.receiving import Readers, read_body, until_over
@@ -245,7 +245,7 @@ class ImagesApi:
     def routes(self) -> APIRouter:
         """All routes of images and models."""
         routes = APIRouter()
-        for path, answer in (("/v1/images/generations", self.generate), (FORMS[0], self.edit), (FORMS[1], self.vary)):
+        for path, answer in (("/v1/images/generations", self.generate), (EDITS, self.edit), (VARIATIONS, self.vary)):
             routes.add_api_route(path, answer, methods=["POST"], response_model=None)
         routes.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
         routes.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"], response_model=None)
@@ -309,8 +309,8 @@ class ImagesApi:
                 "model", 404, "model_not_found",
             )  # fmt: skip
 
-    async def _answer(self, request: Request, read: Any) -> Response:
-        """The answer to a request, whose body is read by `read`."""
+    async def _answer(self, request: Request, read: Callable[[bytes], tuple[dict[str, Any], ImageOutput]]) -> Response:
+        """The answer to a request, of whose body `read` gives settings and output."""
         reader = EventReader(asyncio.get_running_loop())
         self.service.engine.check_open()  # before anything is read
 

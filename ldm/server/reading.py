@@ -20,7 +20,7 @@ from PIL import Image
 from ldm.conditions.table import KINDS, MASKED
 from ldm.errors import LdmError, suggestion
 from ldm.images import ANIMATED, load_noted
-from ldm.server.limits import Limits
+from ldm.server.limits import Limits, check_most
 from ldm.server.uploads import RequestUploads
 from pipelines.settings import CONTROL, IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, at, checked, find, renamed
 
@@ -104,13 +104,11 @@ def check_limits(values: Mapping[str, Any], limits: Limits) -> None:
     prompts = values.get("prompt", "")
     count = values.get("n", 1) * (1 if isinstance(prompts, str) else len(prompts))
     sides = [values.get(name, 1) for name in ("width", "height")]
-    for name, value, most in (
+    check_most(
         ("steps", values.get("steps", 1), limits.steps),
         ("images", max(count, values.get("batch", 1)), limits.images),
         ("pixels", round(sides[0] * sides[1] * values.get("hires", 1) ** 2), limits.pixels),
-    ):
-        if value > most:
-            raise LdmError(f"{value:,} {name}: this server makes at most {most:,}")
+    )
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
@@ -119,7 +117,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
         if len(name) > NAME:
             raise LdmError(f"setting {name[:NAME]}… is not known")
     for row in at("http").values():
-        names = [name for name in given if name.replace("-", "_") in (row.name, *row.names)]
+        names = [name for name in given if row.goes_by(name)]
         if row.kind.joined and len(names) > 1:
             raise LdmError(f"{names[0]} and {names[1]} are one setting; give one of them")
 

@@ -62,8 +62,8 @@ async def until_over(job: ServerJob, request: Request) -> None:
     """Wait until a job is over; cancel it if the client is gone."""
     loop, over = asyncio.get_running_loop(), asyncio.Event()
 
-    def listen(_: Event) -> None:
-        if job.over.is_set():
+    def listen(event: Event) -> None:
+        if event.last:
             loop.call_soon_threadsafe(over.set)
 
     job.listeners.append(listen)

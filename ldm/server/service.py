@@ -21,7 +21,7 @@ from ldm.models.prompts import PromptReader, count_chunks
 from ldm.server.engine import Engine
 from ldm.server.history import History
 from ldm.server.jobs import DONE, NOTES, Event, Listener, MadeImage, ServerJob
-from ldm.server.limits import Limits
+from ldm.server.limits import Limits, check_most
 from ldm.server.reading import settings_of
 from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
@@ -120,14 +120,12 @@ class Service:
             raise LdmError(self._without_folder(str(error))) from None
         largest = largest_request(request, self.engine.pipeline.model.family)
         pixels = largest.width * largest.height
-        for name, value, most in (
+        check_most(
             ("images", len(request.prompts), self.limits.images),
             ("pixels", pixels, self.limits.pixels),
             ("pixels in a batch", pixels * min(request.batch or 1, len(request.prompts)), self.limits.pixels),
             ("chunks of a prompt", self._chunks(request), self.limits.chunks),
-        ):
-            if value > most:
-                raise LdmError(f"{value:,} {name}: this server makes at most {most:,}")
+        )
         return request
 
     def _chunks(self, request: Request) -> int:

@@ -44,24 +44,27 @@ def serve(service: Service, options: Listening) -> None:
     """
     opened = listening(options.host, options.port)
     service.watchers.append(lambda job, event: log_job(job, event, options.prompts))
-    config = uvicorn.Config(
-        make_app(service, options.key, options.names), log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=10, timeout_graceful_shutdown=5,
-        lifespan="off", ws="none",
-    )  # fmt: skip
+    server = DrainingServer(config_of(service, options.key, options.names), service, options.drain_seconds)
     host, port = opened.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    DrainingServer(config, service, options.drain_seconds).run(sockets=[opened])
+    server.run(sockets=[opened])
     if service.history is not None:
         service.history.close()
+
+
+def config_of(service: Service, key: str, names: tuple[str, ...] = ()) -> uvicorn.Config:
+    """How uvicorn serves a service; `key` and `names` are as for `Guard`."""
+    return uvicorn.Config(
+        make_app(service, key, names), log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=CONNECTIONS, timeout_keep_alive=10, timeout_graceful_shutdown=5, lifespan="off", ws="none",
+    )  # fmt: skip
 
 
 @contextmanager
 def in_thread(service: Service, key: str = "") -> Iterator[str]:
     """A server in a thread of this process: its address. Server and engine end with the context."""
     opened = listening("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(service, key), log_config=None, access_log=False, lifespan="off", ws="none")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config_of(service, key))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, name="ldm-server", daemon=True)
     thread.start()
     try:

@@ -185,6 +185,13 @@ def test_processes_build_disjoint_parts(tmp_path: Path) -> None:
     Latents(tmp_path / "cache", plan(tmp_path), "vae")
 
 
+def test_a_part_that_another_process_has_just_finished(tmp_path: Path) -> None:
+    """It was listed, and is gone when its age is looked at, as what a dangling link names."""
+    build_latents(tmp_path / "cache", plan(tmp_path), "vae", identity)
+    (shards(tmp_path)[0].parent / ".gone.part").symlink_to("finished")
+    assert build_latents(tmp_path / "cache", plan(tmp_path), "vae", identity) == 0
+
+
 def test_a_damaged_image_is_replaced_as_without_a_cache(tmp_path: Path) -> None:
     make_folder(tmp_path / "images", 30)
     bad = tmp_path / "images" / "002.png"
