@@ -32,7 +32,7 @@ from pipelines.control_images import control_images
 from pipelines.pipeline import named
 from pipelines.provenance import provenance
 from pipelines.request import TEXTS, Request, records
-from pipelines.tuning import dtype_named
+from pipelines.tuning import typed
 
 # settings of loading that open what is beside a model
 BESIDE = ("lora_dir", "partial_adapters", "embeddings", "ip_adapter", "image_encoder", "allow_pickle")
@@ -95,7 +95,7 @@ def _pipeline(options: Options, world: int) -> Pipeline:
     loading = dict(options.loading)
     if world > 1 and torch.cuda.is_available():
         loading.setdefault("device", f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
+    return Pipeline(**typed(loading))
 
 
 def _images(

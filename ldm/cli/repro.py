@@ -17,7 +17,7 @@ from pipelines.a1111 import embeddings_of, from_parameters, listed
 from pipelines.image_prompts import from_record
 from pipelines.provenance import settings_of
 from pipelines.settings import LOADING, at
-from pipelines.tuning import dtype_named
+from pipelines.tuning import typed
 
 
 def reproduce_image(
@@ -67,7 +67,7 @@ def reproduce_image(
             record["image_prompt"], image_prompts, ip_adapters
         )
         loading["image_encoder"] = image_encoder or record.get("image_encoder")
-    pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
+    pipeline = Pipeline(**typed(loading))
     _check_files(path, loading["source"], record, parameters, pipeline)
     batch, place = record.get("batch", 1), record.get("place", 0)
     if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:

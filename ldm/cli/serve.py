@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
+from ldm.server.limits import Limits
 
-NEEDED = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
+NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
 KEY = "LDM_API_KEY"  # environment variable
 
 
@@ -23,19 +24,15 @@ class ServeOptions:
     """The options of `ldm serve`."""
 
     loading: dict[str, Any]  # settings of loading that were given
-    host: str = "127.0.0.1"
-    port: int = 7860
-    api_key: str | None = None
-    hostnames: tuple[str, ...] = ()
-    log_prompts: bool = False
-    queue: int | None = None
-    steps: int | None = None
-    pixels: int | None = None
-    images: int | None = None
-    seconds: float | None = None
-    drain_seconds: float = 60.0
-    most: int | None = None
-    history: str | None = None
+    host: str
+    port: int
+    api_key: str | None
+    hostnames: tuple[str, ...]
+    log_prompts: bool
+    drain_seconds: float
+    most: int | None  # as for `Engine`
+    limits: Limits
+    history: str | None  # the folder; None: there is none
 
 
 def check_packages() -> None:
@@ -78,29 +75,26 @@ def serve_images(options: ServeOptions) -> None:
     check_packages()
     key = key_of(options)
     from ldm.server.history import History
-    from ldm.server.limits import Limits
     from ldm.server.service import NoteHandler, Service, about_no_job
     from ldm.server.serving import Listening, serve
     from pipelines import Pipeline
-    from pipelines.tuning import dtype_named
+    from pipelines.tuning import typed
 
     history = None if options.history is None else History(Path(options.history))  # before a model is loaded
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
     logging.getLogger("ldm.server").setLevel(logging.INFO)
-    given = {name: getattr(options, name) for name in ("queue", "steps", "pixels", "images", "seconds")}
-    limits = Limits(**{name: value for name, value in given.items() if value is not None})
-    loading = {**options.loading, "dtype": dtype_named(options.loading.get("dtype"))}
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what is wrong with its form
     with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
-        pipeline = thread.submit(Pipeline, **loading).result()
+        pipeline = thread.submit(Pipeline, **typed(options.loading)).result()
     if not is_local(options.host):
         print(
             f"ldm: everybody who reaches {options.host}, port {options.port}, and has the key can make images; traffic "
             "is not encrypted: let a proxy with TLS stand before it",
             file=sys.stderr,
         )
-    service = Service(pipeline, options.loading, limits, options.most, history)
+    service = Service(pipeline, options.loading, options.limits, options.most, history)
     serve(
         service,
         Listening(options.host, options.port, key, options.hostnames, options.drain_seconds, options.log_prompts),
