@@ -32,7 +32,7 @@ class ServeOptions:
     drain_seconds: float
     most: int | None  # as for `Engine`
     limits: Limits
-    history: str | None  # the folder of the history
+    history: str | None  # the folder; None: there is none
 
 
 def check_packages() -> None:

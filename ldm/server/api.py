@@ -172,7 +172,7 @@ class JobsApi:
         if isinstance(error, HTTPException):
             return JSONResponse(said(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
         if isinstance(error, RequestValidationError):
-            return JSONResponse(said("the path needs a whole number", "invalid_request_error"), 404)
+            return JSONResponse(said("the address needs a whole number", "invalid_request_error"), 404)
         return JSONResponse(said("a defect of this program; its log says more", "server_error"), 500)
 
     def _wait(self) -> int:

@@ -14,14 +14,18 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ldm.errors import LdmError
 from ldm.files import replacing
+from ldm.images import png_bytes
+from pipelines.a1111 import to_parameters
 
 log = logging.getLogger(__name__)
 TABLE = "history.sqlite"
@@ -30,17 +34,17 @@ VERSION = 1  # of the table
 WAIT_SECONDS = 10.0  # for another process that writes
 MOST = 100  # images of a page
 WORDS = 16  # of a search
+LARGEST = 2**63 - 1  # number that SQLite holds
 CREATE = """
 CREATE TABLE IF NOT EXISTS images (
     id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL UNIQUE, made REAL NOT NULL, seed TEXT NOT NULL,
     text TEXT NOT NULL, record TEXT NOT NULL
 )
 """  # text is what is searched: prompts and adapters, folded to lower case; a seed may exceed SQLite's numbers
-Making = Callable[[], tuple[bytes, dict[str, Any]]]  # gives an image's file, and its record
 
 
 @dataclass(frozen=True)
-class Kept:
+class HistoryImage:
     """An image in a history."""
 
     id: int
@@ -73,15 +77,15 @@ class History:
             if version == 0:
                 table.execute(CREATE)
                 table.execute(f"PRAGMA user_version = {VERSION}")
-        self.coming: queue.SimpleQueue[Making | None] = queue.SimpleQueue()
+        self.coming: queue.SimpleQueue[tuple[Image.Image, dict[str, Any]] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="ldm-history", daemon=True)
         self._writer.start()
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def keep(self, making: Making) -> None:
-        """Keep an image, soon; one that cannot be kept is told in the log."""
-        self.coming.put(making)
+    def keep(self, image: Image.Image, record: dict[str, Any]) -> None:
+        """Keep an image with its record, soon; one that cannot be kept is told in the log."""
+        self.coming.put((image, record))
 
     def close(self) -> None:
         """Write what is to be kept, and end."""
@@ -89,9 +93,10 @@ class History:
         self._writer.join()
 
     def _write(self) -> None:
-        while (making := self.coming.get()) is not None:
+        while (coming := self.coming.get()) is not None:
+            image, record = coming
             try:
-                self.add(*making())
+                self.add(png_bytes(image, record, to_parameters(record)), record)
             except LdmError as error:
                 log.error("%s", error)
             except Exception:
@@ -126,6 +131,8 @@ class History:
         Raises:
             LdmError: as `add`.
         """
+        if not 0 < number <= LARGEST:
+            return False
         with self._table() as table:
             found = table.execute("DELETE FROM images WHERE id = ? RETURNING file", (number,)).fetchone()
         if found is not None:
@@ -134,7 +141,7 @@ class History:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def find(self, words: str = "", before: int | None = None, count: int = 24) -> tuple[list[Kept], int]:
+    def find(self, words: str = "", before: int | None = None, count: int = 24) -> tuple[list[HistoryImage], int]:
         """The latest images whose prompts and adapters have all words, or have them as seed; and how many there are.
 
         Args:
@@ -152,9 +159,9 @@ class History:
             (total,) = table.execute(f"SELECT count(*) FROM images WHERE {where}", given).fetchone()
             rows = table.execute(
                 f"SELECT id, made, record FROM images WHERE {where} AND id < ? ORDER BY id DESC LIMIT ?",
-                [*given, 2**62 if before is None else before, min(max(count, 1), MOST)],
+                [*given, LARGEST if before is None else min(max(before, 0), LARGEST), min(max(count, 1), MOST)],
             ).fetchall()
-        return [Kept(number, made, json.loads(record)) for number, made, record in rows], total
+        return [HistoryImage(number, made, json.loads(record)) for number, made, record in rows], total
 
     def image(self, number: int) -> bytes | None:
         """The file of an image; None if there is no such image.
@@ -162,6 +169,8 @@ class History:
         Raises:
             LdmError: its file is gone, or the table is damaged.
         """
+        if not 0 < number <= LARGEST:
+            return None
         with self._table() as table:
             found = table.execute("SELECT file FROM images WHERE id = ?", (number,)).fetchone()
         if found is None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ldm.errors import LdmError
-from ldm.server.history import History, Kept
-from ldm.server.info import Info
+from ldm.server.history import History, HistoryImage
+from ldm.server.info import Info, as_json
 from ldm.server.service import Service
 
 
@@ -32,13 +32,13 @@ class HistoryApi:
     async def find(self, text: str = "", before: int | None = None, count: int = 24) -> Response:
         """The latest images, with all words of a text in their prompts or adapters, or as seed."""
         history = self._history()
-        return JSONResponse(await run_in_threadpool(self._found, history, text, before, count))
+        return as_json(await run_in_threadpool(self._found, history, text, before, count))
 
     def _found(self, history: History, text: str, before: int | None, count: int) -> dict[str, Any]:
         images, total = history.find(text[: self.service.limits.characters], before, count)
         return {"total": total, "images": [self._described(kept) for kept in images]}
 
-    def _described(self, kept: Kept) -> dict[str, Any]:
+    def _described(self, kept: HistoryImage) -> dict[str, Any]:
         """An image of the history as JSON."""
         try:
             found = self.info.of_record(kept.record)

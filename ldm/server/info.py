@@ -7,6 +7,7 @@ cannot be used here is said in notes.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -92,20 +93,24 @@ class Info:
         rows = at("http")
         given = expanded(settings_of(dict(record)) if settings is None else settings)
         for name, value in given.items():
-            if name == "adapters":
-                found |= self._adapters(value, notes)
-            elif name in rows and name not in ABSENT and value is not None:
-                try:
+            if name in ABSENT or value is None:
+                continue
+            try:
+                if name == "adapters":
+                    found |= self._adapters(value, notes)
+                elif name in rows:
                     rows[name].check(value)
                     found[name] = value
-                except LdmError as error:
-                    notes.append(f"left out: {error}")
+                elif name.startswith("guidance."):
+                    raise LdmError(f"{name}, which this version of ldm does not know")
+            except LdmError as error:
+                notes.append(f"left out: {error}")
         notes += self._unused({**record, **given})
-        return {"settings": found, "notes": notes, "model": record.get("model", "")}
+        return {"settings": found, "notes": notes, "model": str(record.get("model", ""))}
 
     def _adapters(self, value: Any, notes: list[str]) -> dict[str, Any]:
         """The setting `adapters`, without those that are not here."""
-        (mix,) = wanted(value, 1)
+        (mix,) = wanted(at("http")["adapters"].check(value), 1)
         here = self.service.adapters()
         known = {name for place in here for name in (place, PurePath(place).name)}
         notes += [f"left out: the adapter {one.name!r} is not here" for one in mix if one.name not in known]
@@ -125,9 +130,11 @@ class Info:
         if stated and stated != own:
             yield f"made with another model: {record.get('model', stated)}"
         here = {name for one in self.service.engine.pipeline.embeddings for name in one.names}
-        for one in record.get("embeddings", ()):
-            if isinstance(one, Mapping) and one.get("name") not in here:
-                yield f"made with the embedding {one.get('name')!r}, which is not here"
+        embeddings = record.get("embeddings")
+        named = (
+            [one.get("name") for one in embeddings if isinstance(one, Mapping)] if isinstance(embeddings, list) else ()
+        )
+        yield from (f"made with the embedding {name!r}, which is not here" for name in named if str(name) not in here)
 
     def condition(self, given: Mapping[str, Any]) -> bytes:
         """The condition image of an uploaded one (`image`), of a `kind`, as PNG.
@@ -154,6 +161,11 @@ def _image_of(given: Mapping[str, Any], name: str) -> str:
     return str(given[name])
 
 
+def as_json(found: dict[str, Any]) -> Response:
+    """An answer with texts of images, which may hold halves of characters."""
+    return Response(json.dumps(found), media_type="application/json")
+
+
 def info_routes(service: Service, answering: Answering) -> APIRouter:
     """The routes; `answering` reads the body of a request."""
     info = Info(service)
@@ -164,7 +176,7 @@ def info_routes(service: Service, answering: Answering) -> APIRouter:
 
     async def read_back(request: Request) -> Response:
         """The settings of an uploaded image."""
-        return JSONResponse(await answering(request, info.read_back))
+        return as_json(await answering(request, info.read_back))
 
     async def conditions(request: Request) -> Response:
         """The condition image of an uploaded image."""
@@ -176,7 +188,7 @@ def info_routes(service: Service, answering: Answering) -> APIRouter:
         record = None if job is None else service.record(job, number)
         if record is None:
             raise HTTPException(404, f"image {number} is not there, or not yet")
-        return JSONResponse(info.of_record(record))
+        return as_json(info.of_record(record))
 
     routes = APIRouter()
     for path, answer, method in (

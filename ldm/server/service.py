@@ -167,17 +167,12 @@ class Service:
     def _record(self, made: MadeImage) -> dict[str, Any]:
         return without_paths({**made.record, **self.about}, self.folder)
 
-    def _file(self, made: MadeImage) -> tuple[bytes, dict[str, Any]]:
-        """An image as PNG with its record, and the record."""
-        record = self._record(made)
-        return png_bytes(made.image, record, to_parameters(record)), record
-
     def _keep(self, job: ServerJob, event: Event) -> None:
         """Keep the finished images of an event in the history."""
         if event.kind == "images" and self.history is not None:
             for made in job.made[event.rows.start : event.rows.stop]:
                 if made is not None:
-                    self.history.keep(partial(self._file, made))
+                    self.history.keep(made.image, self._record(made))
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a job within their bounds."""

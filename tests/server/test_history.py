@@ -56,6 +56,8 @@ def test_pages(history: History) -> None:
     first, total = history.find(count=2)
     assert total == 5 and [kept.id for kept in first] == numbers[:2:-1]
     second, _ = history.find(before=first[-1].id, count=2)
+    assert history.find(before=10**30, count=-1)[0][0].id == numbers[-1] and history.find(before=-(10**30))[0] == []
+    assert history.image(10**30) is None and not history.delete(10**30)
     assert [kept.id for kept in second] == numbers[2:0:-1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -171,6 +172,25 @@ def test_images_without_settings(image: Any, message: str, client: TestClient, s
     found = read_back(client, image)
     assert found["status"] == 400 and message in found["error"]["message"], found
     assert service.uploads.pixels == 0
+
+
+ODD: list[dict[str, Any]] = [
+    {"adapters": 5}, {"adapters": {"a": 5}}, {"adapters": {"a": {}}}, {"adapters": {"a": {"unet": "x", "text": 1}}},
+    {"adapters": [1]}, {"adapters": {"a": {"unet": 1, "text": 1, "path": 5, "sha256": []}}}, {"embeddings": 5},
+    {"embeddings": [5, {"name": []}, {"name": "none"}]}, {"guidance": {"x": 1}}, {"guidance": {"scale": []}},
+    {"seed": "x"}, {"seed": [1, 2]}, {"model": 5, "model_hash": 6}, {"task": []}, {"width": -1}, {"steps": 1e9},
+    {"control": 5}, {"image": 5}, {"negative": {}}, {"crop": "x"}, {"interval": [5]}, {"prompt_2": 5},
+    {"scheduler": {}}, {"model": float("nan"), "model_hash": "x"}, {"eta": float("nan")}, {"prompt": "\ud800"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_odd_records_do_no_harm(odd: dict[str, Any], client: TestClient) -> None:
+    """They are refused, or what is odd in them is left out."""
+    record = {"prompt": "a fox", "guidance": {"scale": 3}, **odd}
+    found = read_back(client, png(Image.new("L", (8, 8)), ldm=json.dumps(record)))
+    assert found["status"] in (200, 400), found
+    assert found["status"] == 400 or odd.keys() & found["settings"].keys() <= {"seed", "prompt"}
 
 
 def test_condition_images(client: TestClient, service: Service) -> None:
