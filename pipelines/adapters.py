@@ -103,6 +103,14 @@ class Adapters:
         found = [tuple(one for one in mix if one.unet or one.text) for mix in added]
         return [prompt for prompt, _ in read], found
 
+    def opened_here(self, mix: Sequence[Wanted]) -> Mix:
+        """A mix that another process has asked for, by the paths or names of its adapters and their digests.
+
+        Raises:
+            LdmError: an adapter is not here, or another one is in its place.
+        """
+        return self._added(mix, ())
+
     def _added(self, entries: Sequence[Wanted], usual: Mix) -> Mix:
         """These adapters and those of another mix together: weights of the same file add."""
         parts = {part.file: part for part in usual}

@@ -284,6 +284,16 @@ def _of_serve_itself(
     history: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep images of jobs that ask for it, and list them.")
     ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="Engines in processes of their own, by Ray Serve, on a GPU each."),
+    ] = None,
+    replica_jobs: Annotated[
+        int, typer.Option(min=1, help="Jobs of each replica above which another one is started, up to MAX.")
+    ] = 8,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster for the replicas (HOST:PORT or auto); by default this machine.")
+    ] = None,
 ) -> None:
     """The options of `ldm serve` that are no settings of models."""
 
@@ -306,6 +316,7 @@ def serve_command() -> Callable[..., None]:
             loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],
             hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"],
             drain_seconds=given["drain_seconds"], most=given["together"], limits=limits, history=given["history"],
+            replicas=given["replicas"], replica_jobs=given["replica_jobs"], ray_address=given["ray_address"],
         )  # fmt: skip
         serve_images(options)
 

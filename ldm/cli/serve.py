@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import LdmError
 from ldm.server.limits import Limits
+
+if TYPE_CHECKING:
+    from ldm.server.history import History
+    from ldm.server.service import Service
 
 NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
 KEY = "LDM_API_KEY"  # environment variable
@@ -33,6 +37,9 @@ class ServeOptions:
     most: int | None  # as for `Engine`
     limits: Limits
     history: str | None  # the folder; None: there is none
+    replicas: str | None = None  # their number, or the least and the largest; None: one engine, in this process
+    replica_jobs: int = 8  # of each, above which another one is started
+    ray_address: str | None = None  # of a cluster; None: one on this machine
 
 
 def check_packages() -> None:
@@ -70,32 +77,62 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def replicas_of(options: ServeOptions) -> tuple[int, int] | None:
+    """The least and the largest number of replicas ("4", or "1-8"); None: there are none.
+
+    Raises:
+        LdmError: the option stands for no number, is needed and not given, or Ray is missing.
+    """
+    text = options.replicas
+    if text is None:
+        if options.ray_address is not None:
+            raise LdmError("--ray-address needs --replicas, the number of engines there")
+        return None
+    low, dash, high = text.partition("-")
+    least, most = (int(one) if one.isascii() and one.isdecimal() else 0 for one in (low, high if dash else low))
+    if not 1 <= least <= most:
+        raise LdmError(f"--replicas {text!r}: a number is needed, such as 4, or the least and the largest, such as 1-8")
+    if find_spec("ray") is None:
+        raise LdmError("--replicas needs ray: pip install 'ldm[cluster]'")
+    return least, most
+
+
 def serve_images(options: ServeOptions) -> None:
     """Load the model, and serve until a signal comes."""
     check_packages()
-    key = key_of(options)
+    key, replicas = key_of(options), replicas_of(options)
     from ldm.server.history import History
-    from ldm.server.service import NoteHandler, Service, about_no_job
+    from ldm.server.service import log_to_stderr
     from ldm.server.serving import Listening, serve
+
+    history = None if options.history is None else History(Path(options.history))  # before a model is loaded
+    log_to_stderr()
+    with _service(options, history, replicas) as service:
+        if not is_local(options.host):
+            print(
+                f"ldm: everybody who reaches {options.host}, port {options.port}, and has the key can make images; "
+                "traffic is not encrypted: let a proxy with TLS stand before it",
+                file=sys.stderr,
+            )
+        serve(
+            service,
+            Listening(options.host, options.port, key, options.hostnames, options.drain_seconds, options.log_prompts),
+        )
+
+
+def _service(
+    options: ServeOptions, history: History | None, replicas: tuple[int, int] | None
+) -> AbstractContextManager[Service]:
+    """The service that is asked for, within this process or with replicas."""
+    if replicas is not None:
+        from ldm.server.cluster import ClusterOptions, clustered
+
+        cluster = ClusterOptions(*replicas, options.replica_jobs, options.ray_address)
+        return clustered(options.loading, options.limits, options.most, history, cluster)
+    from ldm.server.service import Service
     from pipelines import Pipeline
     from pipelines.tuning import typed
 
-    history = None if options.history is None else History(Path(options.history))  # before a model is loaded
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(about_no_job)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
-    logging.getLogger("ldm.server").setLevel(logging.INFO)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what is wrong with its form
     with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
         pipeline = thread.submit(Pipeline, **typed(options.loading)).result()
-    if not is_local(options.host):
-        print(
-            f"ldm: everybody who reaches {options.host}, port {options.port}, and has the key can make images; traffic "
-            "is not encrypted: let a proxy with TLS stand before it",
-            file=sys.stderr,
-        )
-    service = Service(pipeline, options.loading, options.limits, options.most, history)
-    serve(
-        service,
-        Listening(options.host, options.port, key, options.hostnames, options.drain_seconds, options.log_prompts),
-    )
+    return nullcontext(Service(pipeline, options.loading, options.limits, options.most, history))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -66,37 +67,19 @@ class Counts:
     busy: float = 0.0  # seconds
 
 
-class Engine:
-    """Owns a pipeline's networks, and makes images of jobs. All public methods may be called from any thread."""
+class JobTaker(ABC):
+    """What makes the images of a service's jobs, here or elsewhere. All methods may be called from any thread."""
 
-    def __init__(
-        self, pipeline: Pipeline, *, most: int | None = None, queue: int = Limits.queue, overtaken: int = OVERTAKEN
-    ) -> None:
-        """Start the thread of an engine; the pipeline stays as it is.
-
-        Args:
-            pipeline: whose models are used.
-            most: pixels of latents that are worked on at a time; by default what keeps the device busy.
-            queue: images that may wait; of more, jobs are not taken.
-            overtaken: later images that may begin before one that waits, because of their priority or size.
-        """
-        self.one_by_one = room_of(pipeline.model) is not None  # the networks of an offloaded model take turns
-        self.pipeline = pipeline if self.one_by_one else with_networks(pipeline, waiting)
-        self.most = most or BUSY.get(pipeline.model.device.type, 1)
-        self.queue, self.overtaken = queue, overtaken
+    def __init__(self, pipeline: Pipeline, most: int, queue: int) -> None:
+        """A job's settings are checked by a pipeline; `most` and `queue` are as for `Engine`."""
+        self.pipeline, self.most, self.queue = pipeline, most, queue
         self.waiting: list[Piece] = []
         self.running: list[Piece] = []
         self.counts = Counts()
-        self.failure = ""  # why the thread has ended, if it should not have
+        self.replicas = 1  # engines that work
+        self.failure = ""  # why it has ended, if it should not have
         self._numbers = count()
-        self._joints = Joints()
-        self._fitting: dict[Hashable, int] = {}  # most calls of a size that memory sufficed for, if it once did not
-        self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="ldm-engine", daemon=True)
-        self._thread.start()
-
-    # --- for other threads --------------------------------------------------------------------------------------------
 
     def request(self, prompt: Any, **settings: Any) -> Request:
         """The checked request of a call, as `Pipeline.request` gives it.
@@ -122,6 +105,60 @@ class Engine:
                 f"{len(self.waiting)} images wait, and at most {self.queue} may, with the {more} of this job: try "
                 "again later"
             )
+
+    @abstractmethod
+    def submit(self, job: ServerJob) -> ServerJob:
+        """Take a job, and return it.
+
+        Raises:
+            NotTakenError: too many images wait, or the engine is closing.
+        """
+
+    @abstractmethod
+    def close(self, timeout: float | None = None) -> bool:
+        """Take no more jobs, and wait until all are over; whether they are within `timeout` seconds.
+
+        Those that are not fail.
+        """
+
+    def _pieces(self, job: ServerJob) -> Iterator[Piece]:
+        """The parts of a job: batches if it says how many images are made together, else single images."""
+        request, family = job.request, self.pipeline.model.family
+        single = [range(row, row + 1) for row in range(len(request.prompts))]
+        largest = largest_request(request, family)
+        pixels = (largest.height // family.autoencoder.factor) * (largest.width // family.autoencoder.factor)
+        for rows in self.pipeline.batches(request) if request.batch else single:
+            if rows.start not in job.rows:
+                continue
+            mix = request.mixes[rows.start] if request.mixes else ()
+            yield Piece(job, rows, next(self._numbers), pixels * len(rows), mix)
+
+
+class Engine(JobTaker):
+    """Owns a pipeline's networks, and makes images of jobs. All public methods may be called from any thread."""
+
+    def __init__(
+        self, pipeline: Pipeline, *, most: int | None = None, queue: int = Limits.queue, overtaken: int = OVERTAKEN
+    ) -> None:
+        """Start the thread of an engine; the pipeline stays as it is.
+
+        Args:
+            pipeline: whose models are used.
+            most: pixels of latents that are worked on at a time; by default what keeps the device busy.
+            queue: images that may wait; of more, jobs are not taken.
+            overtaken: later images that may begin before one that waits, because of their priority or size.
+        """
+        self.one_by_one = room_of(pipeline.model) is not None  # the networks of an offloaded model take turns
+        own = pipeline if self.one_by_one else with_networks(pipeline, waiting)
+        super().__init__(own, most or BUSY.get(pipeline.model.device.type, 1), queue)
+        self.overtaken = overtaken
+        self._joints = Joints()
+        self._fitting: dict[Hashable, int] = {}  # most calls of a size that memory sufficed for, if it once did not
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="ldm-engine", daemon=True)
+        self._thread.start()
+
+    # --- for other threads --------------------------------------------------------------------------------------------
 
     def submit(self, job: ServerJob) -> ServerJob:
         """Take a job, and return it.
@@ -150,16 +187,6 @@ class Engine:
             piece.job.end(FAILED, "the engine was closed", 503)
         self._thread.join()
         return in_time
-
-    def _pieces(self, job: ServerJob) -> Iterator[Piece]:
-        """The parts of a job: batches if it says how many images are made together, else single images."""
-        request, family = job.request, self.pipeline.model.family
-        single = [range(row, row + 1) for row in range(len(request.prompts))]
-        largest = largest_request(request, family)
-        pixels = (largest.height // family.autoencoder.factor) * (largest.width // family.autoencoder.factor)
-        for rows in self.pipeline.batches(request) if request.batch else single:
-            mix = request.mixes[rows.start] if request.mixes else ()
-            yield Piece(job, rows, next(self._numbers), pixels * len(rows), mix)
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 

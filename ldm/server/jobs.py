@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,7 @@ class ServerJob:
         seconds: float | None = None,
         previews: bool = False,
         notes: list[str] | None = None,
+        rows: Collection[int] | None = None,
         listener: Listener | None = None,
     ) -> None:
         """A job that waits.
@@ -59,11 +60,13 @@ class ServerJob:
             seconds: the time after which it fails if it is not done.
             previews: whether its steps have previews.
             notes: what is known to tell about it; warnings while it runs are added.
+            rows: numbers of the images to make, with those that share a batch with them; by default all.
             listener: is called after each change, by the thread of the engine, which waits for it meanwhile.
         """
         count = len(request.prompts)
         self.id = secrets.token_urlsafe(12)
         self.request, self.priority, self.previews = request, priority, previews
+        self.rows = range(count) if rows is None else rows
         self.listeners = [listener] if listener else []
         self.notes: list[str] = [] if notes is None else notes
         self.state, self.error = WAITING, ""
@@ -131,7 +134,7 @@ class ServerJob:
                 return
             self.made[rows.start : rows.stop] = made
         self.tell(Event("images", rows))
-        if all(one is not None for one in self.made):
+        if all(self.made[row] is not None for row in self.rows):
             self.end(DONE)
 
     def tell(self, event: Event) -> None:

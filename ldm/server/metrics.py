@@ -24,6 +24,7 @@ class EngineCollector(Collector):
         """The figures, each with its meaning."""
         engine, counts = self.service.engine, self.service.engine.counts
         for name, text, value in (
+            ("ldm_replicas", "Engines that work.", engine.replicas),
             ("ldm_waiting_images", "Images that wait.", len(engine.waiting)),
             ("ldm_running_images", "Images that are worked on.", sum(len(piece.rows) for piece in engine.running)),
             ("ldm_capacity_pixels", "Pixels of latents that are worked on at most.", engine.most),

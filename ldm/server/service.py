@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from PIL import Image
 from ldm.errors import LdmError, check_whole
 from ldm.images import png_bytes
 from ldm.models.prompts import PromptReader, count_chunks
-from ldm.server.engine import Engine
+from ldm.server.engine import Engine, JobTaker
 from ldm.server.history import History
 from ldm.server.jobs import DONE, NOTES, Event, Listener, MadeImage, ServerJob
 from ldm.server.limits import Limits, check_most
@@ -49,15 +50,17 @@ class Service:
         limits: Limits,
         most: int | None = None,
         history: History | None = None,
+        engine: JobTaker | None = None,
     ) -> None:
         """Start an engine for a pipeline; `loading` are the settings that the pipeline was loaded with, for records.
 
-        `most` is as for `Engine`; `history` has the images of jobs that ask for it.
+        `most` is as for `Engine`; `history` has the images of jobs that ask for it; `engine` makes the images in place
+        of one that is started here.
         """
         self.limits, self.history = limits, history
-        self.engine = Engine(pipeline, most=most, queue=limits.queue)
+        self.engine = engine or Engine(pipeline, most=most, queue=limits.queue)
         own = provenance(loading, pipeline)
-        self.about = {key: value for key, value in own.items() if key not in PLACES}
+        self.about = without_places(own)
         self.refiner = Path(own.get("refiner", "")).stem  # its name; "" for none
         self.control_models = [Path(one).stem for one in own.get("control_models", ())]  # their names, in order
         self.jobs: dict[str, ServerJob] = {}
@@ -237,6 +240,11 @@ class Service:
         return {"type": "object", "required": ["prompt"], "properties": properties}
 
 
+def without_places(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What records of served images say about their model, of all its `provenance`."""
+    return {key: value for key, value in own.items() if key not in PLACES}
+
+
 def release(job: ServerJob, share: RequestUploads, event: Event) -> None:
     """Let a job that is over hold no uploaded images, and no tokens of its prompts."""
     if event.last:
@@ -263,6 +271,15 @@ class NoteHandler(logging.Handler):
         notes, text = NOTES.get(), record.getMessage()
         if notes is not None and len(notes) < 32 and text not in notes:
             notes.append(text)
+
+
+def log_to_stderr() -> None:
+    """Let the log of this process, which serves, go to stderr, without what is told about jobs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(about_no_job)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
+    logging.getLogger("ldm.server").setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what is wrong with its form
 
 
 def about_no_job(record: logging.LogRecord) -> bool:
