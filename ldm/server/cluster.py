@@ -13,9 +13,10 @@ import contextlib
 import logging
 import os
 import secrets
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -220,8 +221,7 @@ def clustered(
     """
     loading = absolute(loading)
     pipeline = checking(loading)
-    try:
-        join(options)
+    with tempfile.TemporaryDirectory(prefix="ldm-ray-", ignore_cleanup_errors=True) as folder, joined(options, folder):
         handle = deployed(loading, most, limits, options)
         about: AboutReplica = handle.about.remote().result()
         engine = ClusterEngine(pipeline, handle, about.most, limits.queue)
@@ -238,8 +238,6 @@ def clustered(
             stop.set()
             engine.close(0)
             watcher.join()
-    finally:
-        leave(options)
 
 
 def absolute(loading: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,51 +262,50 @@ def checking(loading: Mapping[str, Any]) -> Pipeline:
 
 def let_go(pipeline: Pipeline) -> None:
     """Free the weights of a pipeline that checks requests."""
-    networks = [*pipeline.model.networks.values(), *(pipeline.refiner.networks.values() if pipeline.refiner else ())]
+    networks = [*pipeline.model.networks.values(), *pipeline.control_models.values()]
+    networks += pipeline.refiner.networks.values() if pipeline.refiner else ()
+    networks += [pipeline.image_prompts.encoder.tower] if pipeline.image_prompts.encoder else ()
     for network in networks:
         network.to("meta")
 
 
-def join(options: ClusterOptions) -> None:
-    """Join a Ray cluster, or start one for this server alone, which only this machine and its token reach.
+@contextlib.contextmanager
+def joined(options: ClusterOptions, folder: str) -> Iterator[None]:
+    """A Ray cluster, or one for this server alone, which only this machine and its token reach, with files in a folder.
 
     Raises:
         LdmError: the cluster does not answer, or Ray does not start.
     """
-    for name, value in (EVERYWHERE if options.address else EVERYWHERE | HERE).items():
+    here = options.address is None
+    for name, value in (EVERYWHERE | HERE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if here else EVERYWHERE).items():
         os.environ.setdefault(name, value)
-    if options.address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
+    from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own = {
-        "num_cpus": max(min(cores(), quota()), options.most), "include_dashboard": False,
+        "num_cpus": max(min(cores(), quota()), options.most), "include_dashboard": False, "_temp_dir": folder,
         "object_store_memory": min(max(free_memory() // 10, STORE[0]), STORE[1]),
     }  # fmt: skip
     for number in range(STARTS):
         try:
-            ray.init(options.address, logging_level="WARNING", **({} if options.address else own))
-            return
+            ray.init(options.address, logging_level="WARNING", **(own if here else {}))
+            break
         except Exception as error:  # Ray's own, of many kinds
             ray.shutdown()
             said = str(error).strip().partition("\n")[0]
-            if options.address:
+            if here and number + 1 == STARTS:
+                raise LdmError(f"Ray does not start on this machine: {said}") from None
+            if not here:
                 raise LdmError(
                     f"--ray-address {options.address!r}: no Ray cluster answers there ({said}); start one (ray start "
                     "--head), or leave it out"
                 ) from None
-            if number + 1 == STARTS:
-                raise LdmError(f"Ray does not start on this machine: {said}") from None
-
-
-def leave(options: ClusterOptions) -> None:
-    """End the replicas, and Ray if it is for this server alone."""
-    import ray
-    from ray import serve
-
-    if ray.is_initialized():
-        if options.address is not None:
+    try:
+        yield
+        if not here:
             serve.delete(NAME)
+    finally:
         ray.shutdown()
 
 
@@ -321,11 +318,10 @@ def deployed(loading: Mapping[str, Any], most: int | None, limits: Limits, optio
     import ray
     from ray import serve
 
-    there = ray.cluster_resources()
-    gpus = 0 if loading.get("device") == "cpu" else int(there.get("GPU", 0))
+    gpus = 0 if loading.get("device") == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     if options.address is None and 0 < gpus < options.least:
         raise LdmError(f"{options.least} replicas need a GPU each, and there are {gpus}; lower --replicas")
-    threads = None if gpus else max(int(there.get("CPU", 1)) // options.most, 1)
+    threads = None if gpus else share([int(node["Resources"].get("CPU", 0)) for node in ray.nodes()], options.most)
     scaling: dict[str, Any] = {"num_replicas": options.least}
     if options.most > options.least:
         scaling = {
@@ -344,6 +340,11 @@ def deployed(loading: Mapping[str, Any], most: int | None, limits: Limits, optio
     except RuntimeError as error:
         last = str(error).strip().rpartition("\n")[2]
         raise LdmError(f"the replicas do not start: {last}; Ray's logs say more") from None
+
+
+def share(cpus: Sequence[int], replicas: int) -> int:
+    """The most CPUs that each of some replicas can have on machines with so many CPUs each; at least 1."""
+    return next((one for one in range(max(cpus), 1, -1) if sum(have // one for have in cpus) >= replicas), 1)
 
 
 def running_replicas() -> int:

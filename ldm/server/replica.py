@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import secrets
 import socket
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -102,7 +102,7 @@ class EngineReplica:
             pipeline = thread.submit(Pipeline, **typed(loading)).result()
         self.engine = Engine(pipeline, most=most, queue=2**31)  # those who send orders bound them
         self.model = without_places(provenance(loading, pipeline))
-        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
 
     def check_health(self) -> None:
         """Raise if the engine has stopped, so that the replica is replaced."""
