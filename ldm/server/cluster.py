@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ NAME = "ldm"  # of the application in Ray Serve
 TRIES = 3  # replicas that may end while they work on a job
 PAUSE_SECONDS = 0.2  # before a job is sent again
 LOOK_SECONDS = 2.0  # between looks at the replicas
+STOP_SECONDS = 10.0  # in which replicas are told that jobs are over when the engine is closed
 MISSED = 5  # looks that fail until Ray counts as gone
 STORE = (80 * 2**20, 2**30)  # bytes of Ray's store, through which images come: at least, at most
 EVERYWHERE = {  # of Ray's environment, which it reads when it is imported
@@ -83,6 +84,7 @@ class ClusterEngine(JobTaker):
         self.by_replica: dict[str, Counts] = {}  # what each has done so far, those that have ended, too
         self._changing = threading.Lock()
         self._idle = threading.Condition(self._changing)
+        self._followed: set[Future[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ldm-cluster", daemon=True)
         self._thread.start()
@@ -95,7 +97,9 @@ class ClusterEngine(JobTaker):
             self.check_open(len(pieces))
             self.waiting += pieces
         job.listeners.append(self._sort)
-        asyncio.run_coroutine_threadsafe(self._follow(job), self._loop)
+        following = asyncio.run_coroutine_threadsafe(self._follow(job), self._loop)
+        self._followed.add(following)
+        following.add_done_callback(self._followed.discard)
         return job
 
     def close(self, timeout: float | None = None) -> bool:
@@ -105,6 +109,7 @@ class ClusterEngine(JobTaker):
             left = [*self.waiting, *self.running]
         for piece in left:
             piece.job.end(FAILED, "the engine was closed", 503)
+        wait(list(self._followed), STOP_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         return in_time

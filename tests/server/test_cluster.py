@@ -27,6 +27,7 @@ import torch
 from launched import PATIENCE
 from PIL import Image
 
+from ldm.cli import serve
 from ldm.cli.serve import ServeOptions, replicas_of
 from ldm.errors import LdmError
 from ldm.server.cluster import ClusterEngine, absolute, let_go, share
@@ -162,7 +163,7 @@ def test_images_of_replicas_are_those_of_the_pipeline(clusters: Any, pipeline: P
 def test_a_replica_that_ends(clusters: Any, pipeline: Pipeline) -> None:
     """Another one makes the images that are missing, with the same seeds, also random ones."""
     engine, handle = clusters(0, 7)
-    job = engine.submit(ServerJob(engine.request("a fox", **{**SMALL, "prompt": None} | {"n": 3, "seed": None})))
+    job = engine.submit(ServerJob(engine.request(**{**SMALL, "n": 3, "seed": None})))
     made = job.result(PATIENCE)
     first, second, third = handle.orders
     assert first.rows == second.rows == (0, 1, 2) and 0 < len(third.rows) < 3
@@ -246,16 +247,22 @@ def test_paths_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytest.M
         ("1-", None, "'1-': a number"),
     ],
 )  # fmt: skip
-def test_numbers_of_replicas(replicas: str | None, address: str | None, found: Any) -> None:
-    pytest.importorskip("ray")
+def test_numbers_of_replicas(
+    replicas: str | None, address: str | None, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", {"ray": True}.get)
     options = ServeOptions(
         {}, "127.0.0.1", 0, None, (), False, 1.0, None, Limits(), None, replicas=replicas, ray_address=address
     )
     if isinstance(found, str):
         with pytest.raises(LdmError, match=found):
             replicas_of(options)
-    else:
-        assert replicas_of(options) == found
+        return
+    assert replicas_of(options) == found
+    monkeypatch.setattr(serve, "find_spec", {}.get)
+    if found is not None:
+        with pytest.raises(LdmError, match=r"--replicas needs ray: pip install 'ldm\[cluster\]'"):
+            replicas_of(options)
 
 
 # --- with Ray ---------------------------------------------------------------------------------------------------------
