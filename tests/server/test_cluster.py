@@ -162,7 +162,7 @@ def test_images_of_replicas_are_those_of_the_pipeline(clusters: Any, pipeline: P
 
 def test_a_replica_that_ends(clusters: Any, pipeline: Pipeline) -> None:
     """Another one makes the images that are missing, with the same seeds, also random ones."""
-    engine, handle = clusters(0, 7)
+    engine, handle = clusters(0, 8)
     job = engine.submit(ServerJob(engine.request(**{**SMALL, "n": 3, "seed": None})))
     made = job.result(PATIENCE)
     first, second, third = handle.orders
