@@ -57,6 +57,7 @@ def config_of(service: Service, key: str, names: tuple[str, ...] = ()) -> uvicor
     return uvicorn.Config(
         make_app(service, key, names), log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, timeout_keep_alive=10, timeout_graceful_shutdown=5, lifespan="off", ws="none",
+        loop="asyncio", http="h11",  # whatever else is installed
     )  # fmt: skip
 
 
