@@ -51,7 +51,7 @@ HERE = {  # for one that is for this server alone
     "RAY_AUTH_MODE": "token",  # and those who do not know the token cannot use them
     "RAY_agent_register_timeout_ms": "300000",  # for a busy machine
 }
-STARTS = 2  # of Ray here, which on a busy machine may not be ready in the time that it gives itself
+STARTS = 3  # of Ray here, which on a busy machine may not be ready in the time that it gives itself
 UNTUNED: dict[str, Any] = {  # settings of loading for a pipeline that checks requests and makes no images
     "device": "cpu", "attention": "sdpa", "quick": False, "compile": False, "quantize": None, "offload": "none",
 }  # fmt: skip
