@@ -45,6 +45,7 @@ STORE = (80 * 2**20, 2**30)  # bytes of Ray's store, through which images come: 
 EVERYWHERE = {  # of Ray's environment, which it reads when it is imported
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "GRPC_VERBOSITY": "ERROR",
 }
 HERE = {  # for one that is for this server alone
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all of its ports are on 127.0.0.1
@@ -52,6 +53,7 @@ HERE = {  # for one that is for this server alone
     "RAY_agent_register_timeout_ms": "300000",  # for a busy machine
 }
 STARTS = 3  # of Ray here, which on a busy machine may not be ready in the time that it gives itself
+QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Ray Serve
 UNTUNED: dict[str, Any] = {  # settings of loading for a pipeline that checks requests and makes no images
     "device": "cpu", "attention": "sdpa", "quick": False, "compile": False, "quantize": None, "offload": "none",
 }  # fmt: skip
@@ -337,9 +339,10 @@ def deployed(loading: Mapping[str, Any], most: int | None, limits: Limits, optio
         }  # fmt: skip
     deployment = serve.deployment(EngineReplica).options(
         **scaling, max_ongoing_requests=4 * options.jobs, graceful_shutdown_timeout_s=limits.seconds,
-        health_check_period_s=5.0, ray_actor_options={"num_gpus": min(gpus, 1), "num_cpus": threads or 1},
+        health_check_period_s=5.0, logging_config=QUIET,
+        ray_actor_options={"num_gpus": min(gpus, 1), "num_cpus": threads or 1},
     )  # fmt: skip
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+    serve.start(proxy_location="Disabled", logging_config=QUIET)
     try:
         return serve.run(deployment.bind(dict(loading), most, threads), name=NAME, route_prefix=None)
     except RuntimeError as error:
