@@ -297,6 +297,10 @@ def command(loading: dict[str, Any]) -> Iterator[RunningCommand]:
     reading.start()
     running = RunningCommand(process, process.stdout.readline().strip(), log)
     try:
+        if not running.url:
+            reading.join()
+            if "Ray does not start on this machine" in "".join(log):
+                pytest.skip(f"this machine is too busy: {log[-1].strip()}")
         assert running.url.startswith("http://127.0.0.1:"), "".join(log)
         yield running
     finally:
@@ -350,7 +354,8 @@ def test_jobs_by_name(client: httpx2.Client) -> None:
     events = client.get(f"{job.headers['location']}/events").text
     assert '"state": "done"' in events.strip().rpartition("\n\n")[2]
     state = client.get(job.headers["location"]).json()
-    assert [one["seed"] for one in state["images"]] == [1, 2] and client.get(state["images"][1]["url"]).is_success
+    assert [one["seed"] for one in state["images"]] == [1, 2]
+    assert all(client.get(one["url"]).is_success for one in state["images"])
     assert [client.delete(one.headers["location"]).json()["state"] for one in long] == ["cancelled"] * 2
     figures = client.get("/metrics").text
     assert "\nldm_replicas 2.0\n" in figures and "\nldm_running_images 0.0\n" in figures
@@ -360,7 +365,7 @@ def test_a_replica_is_killed_under_load(client: httpx2.Client, command: RunningC
     """No request is lost, whether its client waits for the image, reads events, or asks for the state."""
 
     def image(seed: int) -> Image.Image:
-        settings = {**SMALL, "seed": seed, "steps": 100}
+        settings = {**SMALL, "seed": seed, "steps": 40}
         if seed % 3 == 0:
             return opened(client.post("/v1/jobs", json=settings, headers={"accept": "image/png"}).content)
         place = client.post("/v1/jobs", json=settings).headers["location"]
@@ -377,7 +382,7 @@ def test_a_replica_is_killed_under_load(client: httpx2.Client, command: RunningC
         command.replicas()[0].kill()
         made = [one.result(PATIENCE) for one in coming]
     assert any("it is sent again" in line for line in command.log)
-    alone = pipeline(**{**SMALL, "seed": 0, "n": 18, "steps": 100, "batch": 1}).images
+    alone = pipeline(**{**SMALL, "seed": 0, "n": 18, "steps": 40, "batch": 1}).images
     assert max(map(difference, made, alone)) <= 2
 
 
