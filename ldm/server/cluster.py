@@ -296,7 +296,7 @@ def joined(options: ClusterOptions, folder: str) -> Iterator[None]:
     }  # fmt: skip
     for number in range(STARTS):
         try:
-            ray.init(options.address, logging_level="WARNING", **(own if here else {}))
+            ray.init(options.address or "local", logging_level="WARNING", **(own if here else {}))
             break
         except Exception as error:  # Ray's own, of many kinds
             ray.shutdown()
@@ -310,9 +310,10 @@ def joined(options: ClusterOptions, folder: str) -> Iterator[None]:
                 ) from None
     try:
         yield
-        if not here:
-            serve.delete(NAME)
     finally:
+        if not here:
+            with contextlib.suppress(Exception):  # a cluster that is gone
+                serve.delete(NAME)
         ray.shutdown()
 
 
@@ -326,6 +327,8 @@ def deployed(loading: Mapping[str, Any], most: int | None, limits: Limits, optio
     from ray import serve
 
     gpus = 0 if loading.get("device") == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    if not gpus and str(loading.get("device")).startswith("cuda"):
+        raise LdmError("--device cuda: Ray finds no GPU; leave it out")
     if options.address is None and 0 < gpus < options.least:
         raise LdmError(f"{options.least} replicas need a GPU each, and there are {gpus}; lower --replicas")
     threads = None if gpus else share([int(node["Resources"].get("CPU", 0)) for node in ray.nodes()], options.most)
@@ -347,7 +350,7 @@ def deployed(loading: Mapping[str, Any], most: int | None, limits: Limits, optio
         return serve.run(deployment.bind(dict(loading), most, threads), name=NAME, route_prefix=None)
     except RuntimeError as error:
         last = str(error).strip().rpartition("\n")[2]
-        raise LdmError(f"the replicas do not start: {last}; Ray's logs say more") from None
+        raise LdmError(f"the replicas do not start: {last}") from None
 
 
 def share(cpus: Sequence[int], replicas: int) -> int:
