@@ -28,7 +28,7 @@ from ldm.server.engine import Counts, JobTaker, Piece
 from ldm.server.history import History
 from ldm.server.jobs import DONE, FAILED, RUNNING, WAITING, Event, ServerJob
 from ldm.server.limits import Limits
-from ldm.server.replica import AboutReplica, EngineReplica, Report, order_of
+from ldm.server.replica import AboutReplica, EngineReplica, ReplicaReport, order_of
 from ldm.server.service import Service
 from ldm.weights.builtin import builtin
 from pipelines import Pipeline
@@ -189,7 +189,7 @@ class ClusterEngine(JobTaker):
         async for report in stream:
             self._take(report, job)
 
-    def _take(self, report: Report, job: ServerJob) -> None:
+    def _take(self, report: ReplicaReport, job: ServerJob) -> None:
         event = report.event
         job.notes += [note for note in report.notes if note not in job.notes]
         if event.kind == "step":
@@ -203,7 +203,7 @@ class ClusterEngine(JobTaker):
         elif report.state != DONE:  # which the last images have told
             job.end(report.state, report.error, report.status)
 
-    def _count(self, report: Report) -> None:
+    def _count(self, report: ReplicaReport) -> None:
         """Note what a replica has done so far."""
         self.by_replica[report.replica] = report.counts
         every = list(self.by_replica.values())

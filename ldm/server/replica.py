@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Order:
+class ReplicaOrder:
     """What a replica is to make: images of a job."""
 
     request: Request  # without opened adapters
@@ -44,7 +44,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReplicaReport:
     """A change of a job in a replica, and what is known then."""
 
     event: Event
@@ -65,13 +65,13 @@ class AboutReplica:
     most: int  # pixels of latents that it works on at a time
 
 
-def order_of(job: ServerJob) -> Order:
+def order_of(job: ServerJob) -> ReplicaOrder:
     """The order of a job's images that are not made yet."""
     request = job.request
     adapters = tuple(tuple(map(_wanted, mix)) for mix in request.mixes)
     plain = replace(request, mixes=(), reader=PromptReader(request.reader.weights))  # which holds tokenizers
     rows = tuple(row for row in job.rows if job.made[row] is None)
-    return Order(plain, adapters, rows, job.priority, job.previews)
+    return ReplicaOrder(plain, adapters, rows, job.priority, job.previews)
 
 
 def _wanted(one: MixedAdapter) -> Wanted:
@@ -113,7 +113,7 @@ class EngineReplica:
         """The model and the size of the replica."""
         return AboutReplica(self.model, self.engine.most)
 
-    async def make(self, order: Order) -> AsyncIterator[Report]:
+    async def make(self, order: ReplicaOrder) -> AsyncIterator[ReplicaReport]:
         """Make images, and report until they are there or cannot be made; whoever stops reading stops them.
 
         Raises:
@@ -139,7 +139,7 @@ class EngineReplica:
         finally:
             job.cancel()
 
-    def _begun(self, order: Order, reader: EventReader) -> ServerJob:
+    def _begun(self, order: ReplicaOrder, reader: EventReader) -> ServerJob:
         """The job of an order, which is on its way; it has failed if its adapters are not here."""
         missing = ""
         mixes: tuple[Mix, ...] = ()
@@ -158,11 +158,11 @@ class EngineReplica:
         self.engine.submit(job)
         return job
 
-    def _report(self, job: ServerJob, event: Event) -> Report:
+    def _report(self, job: ServerJob, event: Event) -> ReplicaReport:
         rows = event.rows if event.kind == "images" else range(0)
         made = tuple(one for row in rows if (one := job.made[row]) is not None)
         counts = replace(self.engine.counts)  # as they are now
-        return Report(event, job.state, job.error, job.status, tuple(job.notes), made, self.name, counts)
+        return ReplicaReport(event, job.state, job.error, job.status, tuple(job.notes), made, self.name, counts)
 
 
 def _cancel(beginning: asyncio.Future[ServerJob]) -> None:

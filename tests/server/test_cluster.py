@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -24,19 +25,24 @@ import psutil
 import pytest
 import tiny
 import torch
+import yaml
+from commands import run
 from launched import PATIENCE
+from modules import ROOT
 from PIL import Image
 
 from ldm.cli import serve
 from ldm.cli.serve import ServeOptions, replicas_of
 from ldm.errors import LdmError
+from ldm.server import replica
 from ldm.server.cluster import ClusterEngine, absolute, let_go, share
 from ldm.server.engine import NotTakenError
+from ldm.server.guard import OPEN
 from ldm.server.jobs import CANCELLED, DONE, FAILED, Event, ServerJob
 from ldm.server.limits import Limits
-from ldm.server.replica import EngineReplica, Order
+from ldm.server.replica import EngineReplica, ReplicaOrder
 from ldm.server.service import Service
-from ldm.server.serving import in_thread
+from ldm.server.serving import FETCH_SECONDS, in_thread
 from pipelines import Pipeline
 
 SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 2, "seed": 1, "scheduler": "euler"}
@@ -76,14 +82,14 @@ class LocalReplicas:
     def __init__(self, replicas: list[EngineReplica], ends: list[int]) -> None:
         """`ends` are numbers of reports after which the replica of a call ends, one for each of the first calls."""
         self.replicas, self.ends = replicas, ends
-        self.orders: list[Order] = []
+        self.orders: list[ReplicaOrder] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self.make = self
 
     def options(self, **_: Any) -> LocalReplicas:
         return self
 
-    def remote(self, order: Order) -> LocalStream:
+    def remote(self, order: ReplicaOrder) -> LocalStream:
         self.orders.append(order)
         end = self.ends.pop(0) if self.ends else 10**9
         return LocalStream(self.replicas[len(self.orders) % len(self.replicas)], order, end)
@@ -92,7 +98,7 @@ class LocalReplicas:
 class LocalStream:
     """A call of a replica, what it gives and takes pickled."""
 
-    def __init__(self, replica: EngineReplica, order: Order, end: int) -> None:
+    def __init__(self, replica: EngineReplica, order: ReplicaOrder, end: int) -> None:
         self.replica, self.order, self.end = replica, order, end
         self.reading: asyncio.Task[Any] | None = None
 
@@ -115,7 +121,9 @@ class LocalStream:
 
 @pytest.fixture(scope="module")
 def replicas(loading: dict[str, Any]) -> Iterator[list[EngineReplica]]:
-    made = [EngineReplica(loading, None, None) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replica, "log_to_stderr", lambda: None)  # the log is that of the tests
+        made = [EngineReplica(loading, None, None) for _ in range(2)]
     yield made
     for one in made:
         one.engine.close(0)
@@ -263,6 +271,23 @@ def test_numbers_of_replicas(
     if found is not None:
         with pytest.raises(LdmError, match=r"--replicas needs ray: pip install 'ldm\[cluster\]'"):
             replicas_of(options)
+
+
+def test_the_deployment_in_the_documentation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options and probes are there, and it waits longer than the server takes to finish."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), flags=re.S)
+    deployment, service = yaml.safe_load_all(block)
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    code, told, _ = run(capsys, monkeypatch, "serve", "--help")
+    assert code == 0 and all(word in told for word in container["args"] if word.startswith("--"))
+    probes = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")}
+    assert probes == set(OPEN)
+    seconds = float(container["args"][container["args"].index("--drain-seconds") + 1])
+    assert pod["terminationGracePeriodSeconds"] >= seconds + FETCH_SECONDS + 5
+    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["containerPort"]
 
 
 # --- with Ray ---------------------------------------------------------------------------------------------------------
