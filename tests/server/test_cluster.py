@@ -34,7 +34,7 @@ from PIL import Image
 from ldm.cli import serve
 from ldm.cli.serve import ServeOptions, replicas_of
 from ldm.errors import LdmError
-from ldm.server import replica
+from ldm.server import cluster, replica
 from ldm.server.cluster import ClusterEngine, absolute, let_go, share
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import OPEN
@@ -231,6 +231,23 @@ def test_the_queue_is_bounded_and_closes(clusters: Any) -> None:
     assert not engine.close(0)
     assert {job.state for job in jobs} == {FAILED}
     with pytest.raises(NotTakenError, match="the engine is closing"):
+        engine.check_open()
+
+
+def test_replicas_are_watched(clusters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number is known; if Ray does not know them any more, the engine says so and takes no jobs."""
+    engine, _ = clusters()
+    counts = iter([3, 2])
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(cluster, "running_replicas", lambda: next(counts))
+    watching = threading.Thread(target=engine.watch, args=[stop := threading.Event()])
+    watching.start()
+    while not engine.failure:
+        time.sleep(0.01)
+    stop.set()
+    watching.join()
+    assert (engine.replicas, engine.most) == (2, 2)
+    with pytest.raises(NotTakenError, match="the Ray cluster does not answer"):
         engine.check_open()
 
 
