@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ldm.caches import cache_folder
-from ldm.cli.evaluate_options import EvaluateOptions, checked_settings, is_model, settings_of, sweeps_of
+from ldm.cli.evaluate_options import EvaluateOptions, checked_settings, is_model, settings_of_sources, sweeps_of
 from ldm.cli.generate import read_prompts
 from ldm.data.image_set import made
 from ldm.errors import LdmError
@@ -45,11 +45,9 @@ def evaluate_sources(options: EvaluateOptions) -> None:
         lpips=options.lpips, sweeps=sweeps_of(options.sweeps), seed=options.seed, batch=options.batch,
         device=device,
     )  # fmt: skip
-    given = {side: settings_of(texts) for side, texts in options.settings.items()}
     check_plan([is_model(source) for source in options.sources], plan)
     sides: list[Model | str] = []
-    for source, name in zip(options.sources, "AB", strict=False):
-        own = given.get("both", {}) | given.get(name, {})
+    for source, own in zip(options.sources, settings_of_sources(options), strict=False):
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
     in_use = f"{folder} is in use by another evaluation; wait for its end, or choose another folder (--out)"

@@ -63,6 +63,18 @@ def is_model(source: str) -> bool:
     return True
 
 
+def settings_of_sources(options: EvaluateOptions) -> list[dict[str, Any]]:
+    """The settings of each source: those of both, and its own.
+
+    Raises:
+        LdmError: one is not written as KEY=VALUE or not known, or is of a source that is not there.
+    """
+    given = {side: settings_of(texts) for side, texts in options.settings.items()}
+    if given.get("B") and len(options.sources) < 2:
+        raise LdmError("--with-b is for a second model, and only one is given")
+    return [given.get("both", {}) | given.get(name, {}) for _, name in zip(options.sources, "AB", strict=False)]
+
+
 def settings_of(texts: Sequence[str]) -> dict[str, Any]:
     """The settings of several KEY=VALUE, by our names."""
     pairs = [setting_of(text) for text in texts]
@@ -132,11 +144,7 @@ def check_options(options: EvaluateOptions) -> None:
     """
     for source in options.sources:
         is_model(source)
-    given = {side: settings_of(texts) for side, texts in options.settings.items()}
-    if given.get("B") and len(options.sources) < 2:
-        raise LdmError("--with-b is for a second model, and only one is given")
-    for source, name in zip(options.sources, "AB", strict=False):
-        own = given.get("both", {}) | given.get(name, {})
+    for source, own in zip(options.sources, settings_of_sources(options), strict=False):
         if own and not is_model(source):
             raise LdmError(
                 f"{source} is a folder of images, which are not made here; leave out --with {next(iter(own))}"
