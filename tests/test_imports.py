@@ -26,7 +26,7 @@ ALLOWED = {
     "ldm.files": set(),
     "ldm.launch": set(),
     "ldm.limits": set(),
-    "ldm.threads": {"ldm.limits"},
+    "ldm.threads": {"ldm.launch", "ldm.limits"},
     "ldm.models": MODELS,
     "ldm.process": set(),
     "ldm.families": LOW,
