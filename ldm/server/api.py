@@ -18,7 +18,7 @@ import ldm
 from ldm.errors import LdmError
 from ldm.server.a1111 import WebuiApi
 from ldm.server.engine import NotTakenError
-from ldm.server.events import EventReader, EventStream, described
+from ldm.server.events import EventReader, EventStream, described, messages
 from ldm.server.guard import Guard, error_body
 from ldm.server.history_api import HistoryApi
 from ldm.server.info import info_routes
@@ -110,7 +110,7 @@ class JobsApi:
         self.service.engine.check_open()  # before anything is read
         job = await self.answering(request, lambda given: self.service.accept(given, reader))
         if "text/event-stream" in wanted:
-            return EventStream(job, reader, own=True)
+            return EventStream(job, reader, messages(job, reader), own=True)
         job.listeners.remove(reader)
         if wanted == "image/png":
             await until_over(job, request)
@@ -140,7 +140,7 @@ class JobsApi:
         """The events of a job, from now on."""
         job, reader = self._job(name), EventReader(asyncio.get_running_loop())
         job.listeners.append(reader)
-        return EventStream(job, reader, own=False)
+        return EventStream(job, reader, messages(job, reader), own=False)
 
     async def image(self, name: str, number: int) -> Response:
         """A finished image, with its record."""

@@ -327,7 +327,7 @@ class ImagesApi:
             log.info("job %s: without effect: %s", job.id, ", ".join(output.ignored))
         headers = {"x-ignored": ", ".join(output.ignored)} if output.ignored else {}
         if output.stream:
-            stream = EventStream(job, reader, own=True, messages=self._messages(job, reader, output))
+            stream = EventStream(job, reader, self._messages(job, reader, output), own=True)
             stream.headers.update(headers)
             return stream
         job.listeners.remove(reader)

@@ -34,7 +34,7 @@ from ldm.images import read_settings
 from ldm.server import events
 from ldm.server.api import make_app
 from ldm.server.engine import NotTakenError
-from ldm.server.events import EventReader, EventStream
+from ldm.server.events import EventReader, EventStream, messages
 from ldm.server.guard import HEADERS
 from ldm.server.jobs import CANCELLED, ServerJob
 from ldm.server.reading import read_json, settings_of
@@ -417,7 +417,7 @@ def test_a_client_that_is_gone_before_its_events(service: Service, monkeypatch: 
         async def send(_: Any) -> None:
             await asyncio.Event().wait()
 
-        await EventStream(job, reader, own=True)({"type": "http"}, receive, send)
+        await EventStream(job, reader, messages(job, reader), own=True)({"type": "http"}, receive, send)
         return job, reader
 
     for gone in (True, False):
