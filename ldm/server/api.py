@@ -27,7 +27,7 @@ from ldm.server.metrics import Metrics
 from ldm.server.openai_images import ImagesApi, ParameterError, wrong_parameter
 from ldm.server.page_files import page_files, page_routes
 from ldm.server.reading import read_json
-from ldm.server.receiving import Readers, RefusedError, read_body, until_over
+from ldm.server.receiving import Readers, RefusedError, until_over
 from ldm.server.service import Service
 
 
@@ -86,7 +86,7 @@ class JobsApi:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.readers = Readers()
+        self.readers = Readers(service.limits.body)
 
     def routes(self) -> APIRouter:
         """All routes of jobs."""
@@ -121,10 +121,8 @@ class JobsApi:
         return JSONResponse(described(job), 202, {"location": f"/v1/jobs/{job.id}"})
 
     async def answering(self, request: Request, answer: Callable[[dict[str, Any]], Any]) -> Any:
-        """What a function gives for the JSON object of a request; a large one is read beside few others."""
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            return await run_in_threadpool(lambda: answer(read_json(body)))
+        """What a function gives for the JSON object of a request."""
+        return await self.readers.read(request, lambda body: answer(read_json(body)))
 
     async def state(self, name: str) -> Response:
         """The state of a job."""
