@@ -208,7 +208,7 @@ def read_files(files: list[tuple[str, bytes]]) -> dict[str, str]:
 
 
 def images_of(files: Mapping[str, str], share: RequestUploads, edits: bool) -> dict[str, Any]:
-    """The `image` of a job, and its `mask`, white where transparent parts of the form's `mask` are, or else of its image.
+    """The `image` of a job, and its `mask`, white where transparent parts of the form's `mask` or else `image` are.
 
     With `edits` the model changes images as a whole, and an image's transparent parts are no mask.
 
