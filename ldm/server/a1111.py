@@ -280,11 +280,12 @@ def echo_of(given: dict[str, Any], share: RequestUploads) -> dict[str, Any]:
     """
     most = share.limits.characters
     found = {name: _short(value, most) for name, value in given.items()}
-    if given.get("include_init_images"):
-        for name in ("init_images", "mask"):
-            if given.get(name):
-                share.take(name, len("".join(given[name])) // BYTES)
-                found[name] = given[name]
+    for name in ("init_images", "mask"):
+        images = given.get(name) if given.get("include_init_images") else None
+        if images:
+            share.take(name, len("".join(images)) // BYTES)
+        if name in given:
+            found[name] = images
     return found
 
 
