@@ -405,7 +405,7 @@ def read_texts(path: ImageFile, name: str, formats: tuple[str, ...] | None = Non
     """
     load_noted(path, name, formats=formats)
     image = _opened(path, name, Image.Image.load, formats)
-    found = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    found = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
     if not found.get(PARAMETERS) and (comment := _user_comment(image)):
         found[PARAMETERS] = comment
     return found

@@ -85,9 +85,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
 
 def shape(layer: nn.Conv2d, x: Tensor) -> torch.Size:
     """The shape of a layer's result for `x` (B, C, H, W); the layer `suits`."""
-    sides = zip(x.shape[2:], layer.kernel_size, layer.padding, layer.stride, strict=True)
+    sides = zip(x.shape[2:], layer.kernel_size, map(int, layer.padding), layer.stride, strict=True)
     return torch.Size(
-        (len(x), layer.out_channels, *((side + 2 * int(pad) - size) // stride + 1 for side, size, pad, stride in sides))
+        (len(x), layer.out_channels, *((side + 2 * pad - size) // stride + 1 for side, size, pad, stride in sides))
     )
 
 
