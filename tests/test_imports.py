@@ -122,8 +122,8 @@ there = set(sys.modules)
 import ldm.training.run
 import ldm.cli.evaluate
 heavy = (
-    "torchmetrics", "open_clip", "diffusers", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch._dynamo",
-    "triton", "sympy",
+    "torchmetrics", "open_clip", "diffusers", "torch.distributed.tensor", "torch.distributed.checkpoint",
+    "torch._dynamo", "triton", "sympy",
 )
 found = [name for name in sys.modules.keys() - there for part in heavy if (name + ".").startswith(part + ".")]
 assert not found, found
