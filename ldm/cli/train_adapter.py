@@ -160,12 +160,12 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
         given = together(chosen, overrides)
         check_begun(begun, given, job.stage)
         return str(begun), given
-    told = f"ldm: {count} images; choosing settings for the model {config.model.source}"
+    told = f"ldm: choosing settings for the model {config.model.source}"
     print(told, file=sys.stderr)  # before PyTorch is imported and the model looked at, which takes seconds
     chosen += defaults(count, config, job.stage)
     check_bounds(load(None, together(chosen, overrides)))
     given = fitting(chosen, overrides, saving(config, job.stage))
-    print("ldm: chosen: ldm train", *map(shlex.quote, given), file=sys.stderr)
+    print(f"ldm: {count} images: ldm train", *map(shlex.quote, given), file=sys.stderr)
     return None, given
 
 
