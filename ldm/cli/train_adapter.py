@@ -160,8 +160,7 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
         given = together(chosen, overrides)
         check_begun(begun, given, job.stage)
         return str(begun), given
-    told = f"ldm: choosing settings for the model {config.model.source}"
-    print(told, file=sys.stderr)  # before PyTorch is imported and the model looked at, which takes seconds
+    print("ldm: choosing settings", file=sys.stderr)  # for which PyTorch is imported and the model looked at
     chosen += defaults(count, config, job.stage)
     check_bounds(load(None, together(chosen, overrides)))
     given = fitting(chosen, overrides, saving(config, job.stage))
