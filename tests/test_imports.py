@@ -26,7 +26,7 @@ ALLOWED = {
     "ldm.files": set(),
     "ldm.launch": set(),
     "ldm.limits": set(),
-    "ldm.threads": {"ldm.limits"},
+    "ldm.threads": {"ldm.launch", "ldm.limits"},
     "ldm.models": MODELS,
     "ldm.process": set(),
     "ldm.families": LOW,
@@ -121,7 +121,10 @@ import torch
 there = set(sys.modules)
 import ldm.training.run
 import ldm.cli.evaluate
-heavy = ("torchmetrics", "open_clip", "diffusers")
+heavy = (
+    "torchmetrics", "open_clip", "diffusers", "torch.distributed.tensor", "torch.distributed.checkpoint",
+    "torch._dynamo", "triton", "sympy",
+)
 found = [name for name in sys.modules.keys() - there for part in heavy if (name + ".").startswith(part + ".")]
 assert not found, found
 """

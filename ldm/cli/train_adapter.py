@@ -160,6 +160,7 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
         given = together(chosen, overrides)
         check_begun(begun, given, job.stage)
         return str(begun), given
+    print("ldm: choosing settings", file=sys.stderr)  # for which PyTorch is imported and the model looked at
     chosen += defaults(count, config, job.stage)
     check_bounds(load(None, together(chosen, overrides)))
     given = fitting(chosen, overrides, saving(config, job.stage))

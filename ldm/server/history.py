@@ -1,7 +1,7 @@
 """The history of a server: images that were asked to be kept, as files in a folder, with a table of them in SQLite.
 
 An image is one file and one row, written in one transaction by a thread of the history's own, so that the engine does
-not wait for disks. Names of files are random and never come from requests.
+not wait for disks unless many images do. Names of files are random and never come from requests.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ TABLE = "history.sqlite"
 IMAGES = "images"  # the folder of the files
 VERSION = 1  # of the table
 WAIT_SECONDS = 10.0  # for another process that writes
+BEHIND = 32  # images that wait to be written, of which the next one makes its engine wait
 MOST = 100  # images of a page
 WORDS = 16  # of a search
 LARGEST = 2**63 - 1  # number that SQLite holds
@@ -77,7 +78,7 @@ class History:
             if version == 0:
                 table.execute(CREATE)
                 table.execute(f"PRAGMA user_version = {VERSION}")
-        self.coming: queue.SimpleQueue[tuple[Image.Image, dict[str, Any]] | None] = queue.SimpleQueue()
+        self.coming: queue.Queue[tuple[Image.Image, dict[str, Any]] | None] = queue.Queue(BEHIND)
         self._writer = threading.Thread(target=self._write, name="ldm-history", daemon=True)
         self._writer.start()
 
@@ -206,4 +207,5 @@ class History:
 def _searched(record: Mapping[str, Any]) -> str:
     """The text in which an image is searched."""
     parts = [record.get("prompt"), record.get("negative"), *(record.get("adapters") or {})]
-    return "\n".join(str(part) for part in parts if part).casefold()
+    text = "\n".join(str(part) for part in parts if part).casefold()
+    return text.encode("utf-8", "backslashreplace").decode()  # bytes of file names that are not UTF-8

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -27,7 +26,7 @@ from ldm.server.forms import read_form, values_of
 from ldm.server.guard import EDITS, VARIATIONS, error_body
 from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
 from ldm.server.reading import read_json, uploaded
-from ldm.server.receiving import Readers, read_body, until_over
+from ldm.server.receiving import Readers, until_over
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import to_parameters
@@ -208,8 +207,8 @@ def read_files(files: list[tuple[str, bytes]]) -> dict[str, str]:
     return found
 
 
-def mask_of(files: Mapping[str, str], share: RequestUploads, edits: bool) -> str | None:
-    """The mask of a job, white where transparent parts of the form's `mask` are, or else of its `image`; None without.
+def images_of(files: Mapping[str, str], share: RequestUploads, edits: bool) -> dict[str, Any]:
+    """The `image` of a job, and its `mask`, white where transparent parts of the form's `mask` or else `image` are.
 
     With `edits` the model changes images as a whole, and an image's transparent parts are no mask.
 
@@ -218,16 +217,14 @@ def mask_of(files: Mapping[str, str], share: RequestUploads, edits: bool) -> str
     """
     given = "mask" if "mask" in files else "image"
     if given == "image" and edits:
-        return None
+        return {"image": files["image"]}
     image = uploaded(files[given], given, share)
     alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else np.full((1, 1), 255)
     if (alpha > 255 - WHITE).all():
         if given == "image":
-            return None
+            return {"image": image}
         raise ParameterError("mask: nothing in it is transparent; what is transparent in it is made anew", "mask")
-    file = io.BytesIO()
-    Image.fromarray(255 - alpha).save(file, "PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode()
+    return {"image": image if given == "image" else files["image"], "mask": Image.fromarray(255 - alpha)}
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------
@@ -296,10 +293,11 @@ class ImagesApi:
         if stream:
             share = RequestUploads(self.service.uploads, self.service.limits)
             try:
-                mask = mask_of(files, share, self.service.engine.pipeline.model.family.task == "edit")
+                return settings | images_of(
+                    files, share, self.service.engine.pipeline.model.family.task == "edit"
+                ), output
             finally:
                 share.give_back()
-            files = {"image": files["image"]} if mask is None else {"image": files["image"], "mask": mask}
         return settings | files, output
 
     def _check_model(self, name: Any) -> None:
@@ -320,14 +318,12 @@ class ImagesApi:
                 settings |= {"previews": True}
             return self.service.accept(settings, reader), output
 
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            job, output = await run_in_threadpool(accept, body)
+        job, output = await self.readers.read(request, accept)
         if output.ignored:
             log.info("job %s: without effect: %s", job.id, ", ".join(output.ignored))
         headers = {"x-ignored": ", ".join(output.ignored)} if output.ignored else {}
         if output.stream:
-            stream = EventStream(job, reader, own=True, messages=self._messages(job, reader, output))
+            stream = EventStream(job, reader, self._messages(job, reader, output), own=True)
             stream.headers.update(headers)
             return stream
         job.listeners.remove(reader)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from ldm.models.unfilled import unfilled
 from ldm.training.config import Config
@@ -177,7 +176,10 @@ class _Flops(TorchDispatchMode):
     """Counts the operations of matrix products, convolutions and attention."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton
+
         super().__init__()
+        self.formulas = flop_registry
         self.total = 0
 
     def __torch_dispatch__(
@@ -185,8 +187,8 @@ class _Flops(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = NORMS.get(func, func)(*args, **kwargs)
-        if (flops := flop_registry.get(func.overloadpacket)) is not None:
-            self.total += flops(*args, **kwargs, out_val=result)
+        if (formula := self.formulas.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
         return result
 
 

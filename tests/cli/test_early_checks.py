@@ -77,6 +77,18 @@ def test_wrong_input_is_answered_before_pytorch_is_imported(tmp_path: Path, argu
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "file"), [(["--metrics", "is"], "inception-2015-12-05"), (["--metrics", "memorisation"], "sscd")]
+)
+def test_published_weights_are_looked_for_early(
+    arguments: list[str], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path))
+    code, out, err = answer("eval", "emoji", *arguments, folder=tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"ldm: {tmp_path / file}") and "is missing; fetch it with" in err
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "eval", "selftest", "bench", "generate"])
 def test_help_needs_no_pytorch(tmp_path: Path, command: str) -> None:
     code, out, err = answer(command, "--help", folder=tmp_path)
