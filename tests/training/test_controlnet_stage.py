@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import DEEP, check_golden, interrupted, losses, noting, on_top, ready, whole_and_parts
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, interrupted, losses, noting, on_top, ready, whole_and_parts
 from torch import Tensor
 
 from ldm.data.loader import Batch
@@ -169,7 +169,7 @@ def test_it_learns(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    train(settings(shapes, tmp_path / "r", *ALL))
+    train(settings(shapes, tmp_path / "r", *ALL, DEEP))
     check_golden("controlnet", losses(tmp_path / "r", "controlnet"))
 
 

@@ -14,8 +14,8 @@ import runs
 import torch
 from PIL import Image
 from rounding import RUN, near
+from runs import DEEP, check_golden, interrupted, lines, losses, on_top, whole_and_parts
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, interrupted, lines, losses, on_top, whole_and_parts
 from safetensors.torch import load_file
 
 from ldm.cli.train import make_images
@@ -234,7 +234,7 @@ def test_it_starts_from_the_model_as_it_was_before_an_adapter(shapes: Path, tmp_
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    train(settings(shapes, tmp_path / "r", *PIVOTAL, f"{NAME}.rank_dropout=0.3", f"{NAME}.min_snr=5"))
+    train(settings(shapes, tmp_path / "r", *PIVOTAL, DEEP, f"{NAME}.rank_dropout=0.3", f"{NAME}.min_snr=5"))
     check_golden(NAME, losses(tmp_path / "r", NAME))
 
 
