@@ -106,8 +106,8 @@ def test_the_model_stays_and_the_files_hold_what_is_learned(shapes: Path, tmp_pa
 def test_it_learns(shapes: Path, tmp_path: Path) -> None:
     """The random model's loss on held-out images falls with four vectors alone."""
     chosen = settings(
-        shapes, tmp_path / "r", f"{NAME}.words={{<sks>: {{vectors: 4}}}}", f"{NAME}.steps=15", f"{NAME}.log_every=60",
-        f"{NAME}.validate_every=5", f"{NAME}.optimizer.learning_rate=0.1",
+        shapes, tmp_path / "r", DEEP, f"{NAME}.words={{<sks>: {{vectors: 4}}}}", f"{NAME}.steps=15",
+        f"{NAME}.log_every=60", f"{NAME}.validate_every=5", f"{NAME}.optimizer.learning_rate=0.1",
     )  # fmt: skip
     train(chosen)
     curve = [row["validation/loss"] for row in lines(tmp_path / "r", NAME) if "validation/loss" in row]
