@@ -258,19 +258,19 @@ def _attention(
 
 def _count(run: Pass) -> tuple[int, int]:
     """Bytes, in fp32, that the backward pass of a forward pass needs besides weights; and its FLOPs."""
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held until all are counted: the next would get a freed one's address
 
     def pack(tensor: Tensor) -> Tensor:
         weight = tensor if tensor._base is None else tensor._base  # a product keeps a view of a weight
         if not isinstance(weight, nn.Parameter):
             storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with _Flops() as flops, hooks, _Fused():
         run()
-    return sum(kept.values()), flops.total
+    return sum(storage.nbytes() for storage in kept.values()), flops.total
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:

@@ -279,7 +279,7 @@ class TrainingRun:
         """The forecasts of all stages; a stage that cannot be built is an error."""
         return forecast(self.config, self.accelerator.num_processes)
 
-    def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost]:
+    def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost | None]:
         """A function that gives the cost of an image at a step of a stage."""
         rows = [row for row in self.forecasts if row.stage == name]
         peak = peak_tflops(accelerator.device, self.config.precision)
