@@ -33,6 +33,7 @@ class ServeOptions:
     most: int | None  # as for `Engine`
     limits: Limits
     history: str | None  # the folder; None: there is none
+    runs: str | None  # the folder of runs that are shown; None: there are none
 
 
 def check_packages() -> None:
@@ -75,12 +76,14 @@ def serve_images(options: ServeOptions) -> None:
     check_packages()
     key = key_of(options)
     from ldm.server.history import History
+    from ldm.server.runs import Runs
     from ldm.server.service import NoteHandler, Service, about_no_job
     from ldm.server.serving import Listening, serve
     from pipelines import Pipeline
     from pipelines.tuning import typed
 
     history = None if options.history is None else History(Path(options.history))  # before a model is loaded
+    runs = None if options.runs is None else Runs.at(Path(options.runs))
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
@@ -94,7 +97,7 @@ def serve_images(options: ServeOptions) -> None:
             "is not encrypted: let a proxy with TLS stand before it",
             file=sys.stderr,
         )
-    service = Service(pipeline, options.loading, options.limits, options.most, history)
+    service = Service(pipeline, options.loading, options.limits, options.most, history, runs)
     serve(
         service,
         Listening(options.host, options.port, key, options.hostnames, options.drain_seconds, options.log_prompts),

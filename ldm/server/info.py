@@ -59,6 +59,7 @@ class Info:
             "image_prompts": bool(pipeline.image_prompts.files),
             "refiner": pipeline.refiner is not None,
             "history": self.service.history is not None,
+            "runs": self.service.runs is not None,
         }
 
     def read_back(self, given: Mapping[str, Any]) -> dict[str, Any]:
