@@ -40,12 +40,8 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     app.include_router(ImagesApi(service, jobs.readers).routes())
     app.include_router(WebuiApi(service, jobs.readers).routes())
     app.include_router(about(service, Metrics(service)))
-    for routes in (
-        info_routes(service, jobs.answering),
-        HistoryApi(service).routes(),
-        RunsApi(service).routes(),
-        page_routes(),
-    ):
+    app.include_router(RunsApi(service).routes())
+    for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
         app.include_router(routes)
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, jobs.failed)

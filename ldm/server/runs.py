@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -17,20 +18,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
 from PIL import Image
 
 from ldm.errors import LdmError
 from ldm.evaluation.report import REPORT
 from ldm.server.reading import DECODING
 from ldm.server.run_log import Curves, LogLine, curves, last_lines, mean
-from ldm.training.config import Config, load
 from ldm.training.layout import CHECKPOINTS, CONFIG, DONE, EVALUATION, METRICS, PREVIEWS, SHEET, step_of, steps_done
 from ldm.training.phases import phases
+from ldm.training.sections import StageSection
 
 LISTED = 1000  # entries of a folder that are looked at
 SHOWN = 100  # runs of the list
 PREVIEWED = 400  # previews of a stage
 CONFIG_BYTES = 2**20
+STAGE = re.compile("[a-z][a-z0-9-]{0,39}")  # name of a stage
+STAGES = 32  # of a run; sizes of a stage
+PACE = ("steps", "batch", "log_every")  # settings of a stage that tell how far it is
+SIZE = ("size", "steps", "batch")  # the same of its resolutions
 IMAGE_BYTES = 2**26  # of a preview's file
 LOOKED = 300  # folders of a run whose times are read
 DEPTH = 5
@@ -61,8 +67,7 @@ class Runs:
     def all(self) -> list[RunFolder]:
         """All runs, in no order."""
         entries = [self.folder, *(Path(entry.path) for entry in listed(self.folder) if not entry.name.startswith("."))]
-        found = [RunFolder(self.folder, path) for path in entries if self._is_run(path)]
-        return found
+        return [RunFolder(self.folder, path) for path in entries if self._is_run(path)]
 
     def _is_run(self, path: Path) -> bool:
         return any(opens(self.folder, path / name) for name in (CONFIG, REPORT))
@@ -89,21 +94,22 @@ class RunFolder:
         """The folder's name, for readers."""
         return self.path.name.encode("utf-8", "replace").decode()
 
-    def config(self) -> Config | None:
-        """The run's configuration; None if this version cannot read it."""
-        place = inside(self.root, self.path / CONFIG)
-        if place is None or not opens(self.root, place):
+    def sections(self) -> dict[str, StageSection | None] | None:
+        """What the configuration says of each stage, as `read_sections`; None if it cannot be read."""
+        file = opened(self.root, self.path / CONFIG)
+        if file is None:
             return None
-        status = place.stat()
-        return read_config(place, status.st_mtime_ns, status.st_size)
+        with file:
+            data = file.read(CONFIG_BYTES + 1)
+        return read_sections(data) if len(data) <= CONFIG_BYTES else None
 
     def stages(self) -> list[StageFolder]:
         """The stages: those of the configuration, or without one those that have a log."""
-        config = self.config()
-        if config is None:
+        sections = self.sections()
+        if sections is None:
             names = sorted(entry.name for entry in listed(self.path) if opens(self.root, Path(entry.path) / METRICS))
-            return [StageFolder(self.root, self.path / name, None) for name in names]
-        return [StageFolder(self.root, self.path / name, getattr(config, name)) for name in config.stages]
+            sections = dict.fromkeys(names)
+        return [StageFolder(self.root, self.path / name, section) for name, section in sections.items()]
 
     def stage(self, name: str) -> StageFolder | None:
         """The stage of that name; None if there is none."""
@@ -119,7 +125,7 @@ class RunFolder:
         for _ in range(DEPTH):
             below: list[str] = []
             for folder in level[:left]:
-                times += [_changed(folder), _changed(os.path.join(folder, METRICS))]
+                times += [_changed(folder), _changed(Path(folder, METRICS))]
                 below += sorted((one.path for one in listed(folder) if one.is_dir(follow_symlinks=False)), reverse=True)
             left -= len(level)
             level = below
@@ -145,7 +151,6 @@ class RunFolder:
             "written": written,
             "quiet": quiet,
             "patience": patience,
-            "readable": self.config() is not None or not opens(self.root, self.path / CONFIG),
             "stages": shown,
         }
 
@@ -156,7 +161,7 @@ class StageFolder:
 
     root: Path
     path: Path
-    section: Any  # of the configuration; None: it is not known
+    section: StageSection | None  # what is known of its configuration
 
     def log(self) -> BinaryIO | None:
         """The log, open; None if there is none."""
@@ -203,6 +208,8 @@ class StageFolder:
 
     def images(self, first: int, end: int) -> int:
         """The number of images of some steps; those after the last one are like it."""
+        if self.section is None:
+            return 0
         try:
             parts = phases(self.section)
         except LdmError:
@@ -329,13 +336,26 @@ def _changed(path: str | Path) -> float:
 
 
 @lru_cache(maxsize=2 * SHOWN)
-def read_config(path: Path, changed: int, size: int) -> Config | None:
-    """A configuration; None if this version cannot read it. A changed file (in nanoseconds, bytes) is read anew."""
-    if size > CONFIG_BYTES:
-        return None
+def read_sections(data: bytes) -> dict[str, StageSection | None] | None:
+    """The stages of a configuration in their order, with those of their settings that tell how far they are.
+
+    Nothing else is looked at, so that configurations of other versions can be read. A stage whose settings are not as
+    expected has None; a configuration without stages is None.
+    """
     try:
-        return load(path)
-    except LdmError:
+        content = yaml.safe_load(data)
+        names = [name for name in content["stages"] if STAGE.fullmatch(name)][:STAGES]
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
+        return None
+    return {name: _section(content.get(name)) for name in names}
+
+
+def _section(content: Any) -> StageSection | None:
+    try:
+        given = {key: content[key] for key in PACE if key in content}
+        sizes = [{key: one[key] for key in SIZE if key in one} for one in content.get("sizes", ())[:STAGES]]
+        return StageSection.model_validate(given | ({"sizes": sizes} if sizes else {}))
+    except (AttributeError, KeyError, TypeError, ValueError):  # pydantic's errors are the last
         return None
 
 
