@@ -40,7 +40,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     app.include_router(ImagesApi(service, jobs.readers).routes())
     app.include_router(WebuiApi(service, jobs.readers).routes())
     app.include_router(about(service, Metrics(service)))
-    app.include_router(RunsApi(service).routes())
+    app.include_router(RunsApi(service, jobs.answering).routes())
     for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
         app.include_router(routes)
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):

@@ -17,6 +17,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+KEY = "LDM_API_KEY"  # environment variable that may hold the key
 OPEN = ("/healthz", "/readyz")  # paths that need no key
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 FORMS = (EDITS, VARIATIONS)  # paths that take forms with files, too

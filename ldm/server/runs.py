@@ -25,10 +25,25 @@ from ldm.errors import LdmError
 from ldm.evaluation.report import REPORT
 from ldm.server.reading import DECODING
 from ldm.server.run_log import Curves, LogLine, curves, last_lines, mean
-from ldm.training.layout import CHECKPOINTS, CONFIG, DONE, EVALUATION, METRICS, PREVIEWS, SHEET, step_of, steps_done
+from ldm.training.layout import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    DONE,
+    EVALUATION,
+    METRICS,
+    PREVIEWS,
+    SHEET,
+    step_of,
+    steps_done,
+)
 from ldm.training.phases import phases
 from ldm.training.sections import StageSection
 
+LOG = "train.log"  # what the program of a training says, if a server started it
+LOG_BYTES = 2**14  # of its end that are shown
+LOG_LINES = 25
+PLACE = re.compile(r"""(?<![\w.…-])/(?:[^\s/'"]+/)+""")  # of a file, up to its name
 LISTED = 1000  # entries of a folder that are looked at
 SHOWN = 100  # runs of the list
 PREVIEWED = 400  # previews of a stage
@@ -70,7 +85,7 @@ class Runs:
         return [RunFolder(self.folder, path) for path in entries if self._is_run(path)]
 
     def _is_run(self, path: Path) -> bool:
-        return any(opens(self.folder, path / name) for name in (CONFIG, REPORT))
+        return any(opens(self.folder, path / name) for name in (CONFIG, REPORT, LOG))
 
     def run(self, name: str) -> RunFolder | None:
         """The run of that name (`RunFolder.id`); None if there is none."""
@@ -133,21 +148,38 @@ class RunFolder:
                 break
         return max(times)
 
-    def described(self) -> dict[str, Any]:
-        """The state of the run and of its stages as JSON."""
+    def said(self) -> list[str]:
+        """The last lines that the program of a training said, without the place of the server's files."""
+        file = opened(self.root, self.path / LOG)
+        if file is None:
+            return []
+        with file:
+            start = max(os.fstat(file.fileno()).st_size - LOG_BYTES, 0)
+            file.seek(start)
+            text = PLACE.sub("…/", file.read(LOG_BYTES).decode("utf-8", "replace"))
+        lines = ["".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines()]
+        return [line for line in lines[bool(start) :] if line][-LOG_LINES:]
+
+    def adapter(self) -> Path | None:
+        """The finished adapter; None if there is none."""
+        places = (stage.path / ADAPTER for stage in self.stages() if stage.is_done())
+        return next((place for place in places if opens(self.root, place)), None)
+
+    def described(self, state: str | None = None) -> dict[str, Any]:
+        """The state of the run and of its stages as JSON; `state` is that of the run's process, if it is known."""
         written, stages = self.written(), self.stages()
         quiet = max(0.0, time.time() - written)
         patience = max([QUIET_SECONDS, *(QUIET_LINES * (stage.line_seconds() or 0) for stage in stages)])
-        alive = quiet < patience
+        alive = quiet < patience if state is None else state == RUNNING
         shown = [stage.described(alive) for stage in stages]
-        over = all(one["state"] == DONE_STATE for one in shown)
+        over = all(one["state"] == DONE_STATE for one in shown) if shown else opens(self.root, self.path / REPORT)
         for one in shown[next((n for n, one in enumerate(shown) if one["state"] != DONE_STATE), 0) + 1 :]:
             if one["state"] != DONE_STATE:
                 one["state"] = WAITING
         return {
             "id": self.id,
             "name": self.name,
-            "state": DONE_STATE if over else RUNNING if alive else QUIET,
+            "state": RUNNING if state == RUNNING else DONE_STATE if over else RUNNING if alive else state or QUIET,
             "written": written,
             "quiet": quiet,
             "patience": patience,

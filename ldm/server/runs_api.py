@@ -1,23 +1,28 @@
-"""The routes that show runs of training, which exist only if a folder of them was named at start."""
+"""The routes that show runs of training, and begin some, which exist only if they were asked for at start."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 from starlette.exceptions import HTTPException
 
 from ldm.errors import LdmError
 from ldm.images import png_bytes
+from ldm.server.info import Answering
 from ldm.server.run_reports import RunReport, reports
-from ldm.server.runs import SHOWN, RunFolder, Runs, StageFolder
+from ldm.server.runs import RUNNING, SHOWN, RunFolder, Runs, StageFolder, opened
 from ldm.server.service import Service
+from ldm.server.trainings import Trainer
+from ldm.server.uploads import RequestUploads
 
 T = TypeVar("T")
+PIECE = 2**20  # bytes of a file that are sent at a time
 # A report is a file that somebody else may have written: its page has no script, no origin, and loads nothing.
 PAGE_HEADERS = {
     "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
@@ -28,19 +33,21 @@ PAGE_HEADERS = {
 class RunsApi:
     """The routes of runs."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, answering: Answering) -> None:
+        self.service, self.answering = service, answering
 
     def routes(self) -> APIRouter:
         """All routes."""
         routes = APIRouter()
         run, stage, report = "/v1/runs/{name}", "/v1/runs/{name}/stages/{stage}", "/v1/runs/{name}/reports/{report}"
         for path, answer in (
-            ("/v1/runs", self.list), (run, self.state), (f"{stage}/curves", self.curves),
-            (f"{stage}/previews/{{step}}", self.preview), (f"{stage}/sheet", self.sheet),
-            (report, self.report), (f"{report}/page", self.page),
+            ("/v1/runs", self.list), (run, self.state), (f"{run}/adapter", self.adapter),
+            (f"{stage}/curves", self.curves), (f"{stage}/previews/{{step}}", self.preview),
+            (f"{stage}/sheet", self.sheet), (report, self.report), (f"{report}/page", self.page),
         ):  # fmt: skip
             routes.add_api_route(path, answer, methods=["GET"], response_model=None)
+        for path, answer in (("/v1/runs", self.begin), (f"{run}/stop", self.stop), (f"{run}/keep", self.keep)):
+            routes.add_api_route(path, answer, methods=["POST"], response_model=None)
         return routes
 
     async def list(self) -> Response:
@@ -49,13 +56,24 @@ class RunsApi:
 
     def _list(self, runs: Runs) -> dict[str, Any]:
         found = sorted(runs.all(), key=RunFolder.written, reverse=True)
-        return {"total": len(found), "runs": [run.described() for run in found[:SHOWN]]}
+        return {"total": len(found), "runs": [run.described(self._process(run)) for run in found[:SHOWN]]}
+
+    def _process(self, run: RunFolder) -> str | None:
+        """The state of the process of a run, if this server started it."""
+        return None if self.service.trainer is None else self.service.trainer.state(run)
 
     async def state(self, name: str) -> Response:
-        """The state of a run, its stages and its reports."""
+        """The state of a run, its stages and reports, and what its program said if a server started it."""
 
         def found(run: RunFolder) -> dict[str, Any]:
-            return {**run.described(), "reports": [one.described() for one in reports(run)]}
+            process = self._process(run)
+            return {
+                **run.described(process),
+                "reports": [one.described() for one in reports(run)],
+                "said": run.said(),
+                "stops": process == RUNNING,
+                "adapter": run.adapter() is not None,
+            }
 
         return JSONResponse(await self._of(name, found))
 
@@ -91,6 +109,54 @@ class RunsApi:
         data = await self._of(name, lambda run: _report(run, report).page())
         return Response(data, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    async def begin(self, request: Request) -> Response:
+        """Train an adapter on uploaded images."""
+        trainer = self._trainer()
+
+        def begun(given: dict[str, Any]) -> dict[str, Any]:
+            share = RequestUploads(self.service.uploads, self.service.limits)
+            try:
+                return {"id": trainer.begin(given, share).id}
+            finally:
+                share.give_back()
+
+        return JSONResponse(await self.answering(request, begun), 202)
+
+    async def stop(self, name: str) -> Response:
+        """Let a training save a checkpoint and end; asked again, let it end at once."""
+        trainer = self._trainer()
+        if not await self._of(name, trainer.stop):
+            raise HTTPException(409, "this server trains no such run now")
+        return Response(status_code=204)
+
+    async def keep(self, request: Request, name: str) -> Response:
+        """Copy a finished adapter to those that jobs can name."""
+        trainer = self._trainer()
+
+        wanted = (await self.answering(request, dict)).get("name")
+        return JSONResponse({"name": await self._of(name, lambda run: trainer.keep(run, wanted))})
+
+    async def adapter(self, name: str) -> Response:
+        """The file of a finished adapter."""
+
+        def found(run: RunFolder) -> tuple[BinaryIO, int]:
+            place = run.adapter()
+            file = None if place is None else opened(run.root, place)
+            if file is None:
+                raise HTTPException(404, "the run has no finished adapter")
+            return file, os.fstat(file.fileno()).st_size
+
+        file, size = await self._of(name, found)
+        headers = {"content-length": str(size)}
+        return StreamingResponse(_pieces(file), media_type="application/octet-stream", headers=headers)
+
+    def _trainer(self) -> Trainer:
+        if self.service.trainer is None:
+            raise HTTPException(404, "this server trains nothing; start it with --runs FOLDER --train")
+        return self.service.trainer
+
     async def _of(self, name: str, ask: Callable[[RunFolder], T]) -> T:
         """What a function says of the run of a name."""
         runs = self._runs()
@@ -110,6 +176,12 @@ class RunsApi:
         if self.service.runs is None:
             raise HTTPException(404, "this server shows no runs; start it with --runs FOLDER")
         return self.service.runs
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(PIECE):
+            yield piece
 
 
 def _stage(run: RunFolder, name: str) -> StageFolder:

@@ -17,6 +17,7 @@ CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
 EVALUATION = "evaluation"
 DONE = "done.json"
+ADAPTER = "adapter.safetensors"  # the result of the stage `adapter`
 SHEET = "sheet.png"  # of `ldm train-adapter`
 STEP = re.compile(r"step-(\d{8,})")
 

@@ -3,9 +3,10 @@
 import { json } from "./api.js";
 import { short } from "./chart.js";
 import { CurveCharts } from "./curves.js";
-import { Problem, h } from "./dom.js";
+import { Problem, button, h } from "./dom.js";
 import { Previews } from "./previews.js";
 import { Reports } from "./reports.js";
+import { TrainForm, Training } from "./train_form.js";
 
 const LIST_MS = 10_000; // between looks at all runs
 const RUN_MS = 4_000; // between looks at the run that is open
@@ -24,7 +25,7 @@ export function duration(seconds) {
 // How far a run is, in a few words.
 function summary(run) {
   const stage = run.stages.find(({ state }) => state !== "done") ?? run.stages.at(-1);
-  if (!stage) return "evaluation";
+  if (!stage) return run.state === "done" ? "evaluation" : run.state === "running" ? "begins" : run.state;
   if (run.state === "done") return `done, ${stage.step.toLocaleString("en")} steps`;
   const left = run.state === "running" && stage.seconds_left !== null ? `, ${duration(stage.seconds_left)} left` : "";
   const of = stage.steps === null ? "" : ` of ${stage.steps.toLocaleString("en")}`;
@@ -86,16 +87,17 @@ class StageView {
 }
 
 class RunView {
-  constructor(id) {
+  constructor(id, app) {
     this.address = `/v1/runs/${id}`;
     this.id = id;
+    this.training = new Training(this.address, app.about.keeps, () => this.look());
     this.title = h("h2", {});
     this.state = h("p", { class: "quiet" });
     this.problem = new Problem();
     this.reports = new Reports(this.address);
     this.stages = new Map();
     this.parts = h("div", { class: "stages" });
-    this.element = h("article", { class: "run" }, this.title, this.state, this.problem.element, this.parts, this.reports.element);
+    this.element = h("article", { class: "run" }, this.title, this.state, this.problem.element, this.training.element, this.parts, this.reports.element);
   }
 
   // Ask for the state, and show it.
@@ -121,12 +123,14 @@ class RunView {
       }
       this.stages.get(stage.name).set(stage, run.stages.length === 1);
     }
+    this.training.set(run);
     this.reports.set(run.reports);
   }
 
   told(run) {
     if (run.state === "running") return `Running: files changed ${duration(run.quiet)} ago.`;
-    if (run.state === "done" || !run.stages.length) return "";
+    if (run.state === "done") return "";
+    if (run.state === "failed") return "The program ended with an error.";
     return `Stopped, or not heard of: no file has changed for ${duration(run.quiet)}. A run counts as running while `
       + `something changes every ${duration(run.patience)}.`;
   }
@@ -148,7 +152,8 @@ class Train {
     this.list = h("ul", { class: "run-list", "aria-label": "Runs" });
     this.none = h("p", { class: "quiet", hidden: true }, "There are no runs in the folder yet.");
     this.more = h("p", { class: "quiet", hidden: true });
-    this.aside = h("div", { class: "run-side" }, this.problem.element, this.list, this.none, this.more);
+    this.fresh = button("New adapter …", () => this.openForm(), { hidden: !app.about.trains });
+    this.aside = h("div", { class: "run-side" }, this.problem.element, this.fresh, this.list, this.none, this.more);
     this.main = h("div", { class: "run-main" });
     panel.append(this.aside, this.main);
   }
@@ -197,6 +202,7 @@ class Train {
     this.more.hidden = total === runs.length;
     this.more.textContent = `${(total - runs.length).toLocaleString("en")} runs that changed earlier are not shown.`;
     const wanted = this.view?.id ?? sessionStorage.getItem(CHOSEN);
+    if (this.form?.element.isConnected) return;
     if (!this.view && runs.length) this.choose(there.has(wanted) ? wanted : runs[0].id);
     else if (this.view && this.view.run?.state !== "running") this.view.look();
   }
@@ -212,13 +218,26 @@ class Train {
     return item;
   }
 
+  openForm() {
+    this.form ??= new TrainForm(async (id) => {
+      this.form = undefined;
+      await this.look();
+      this.choose(id);
+      this.app.announce("The training has begun.");
+    });
+    this.view?.forget();
+    this.view = undefined;
+    for (const { button: own } of this.items.values()) own.setAttribute("aria-pressed", false);
+    this.main.replaceChildren(this.form.element);
+  }
+
   choose(id) {
     if (this.view?.id === id) return;
     this.view?.forget();
-    this.view = new RunView(id);
+    this.view = new RunView(id, this.app);
     this.main.replaceChildren(this.view.element);
     sessionStorage.setItem(CHOSEN, id);
-    for (const [own, { button }] of this.items) button.setAttribute("aria-pressed", own === id);
+    for (const [own, item] of this.items) item.button.setAttribute("aria-pressed", own === id);
     this.view.look();
   }
 }
