@@ -132,7 +132,7 @@ def _value(point: tuple[int, float]) -> float:
     return point[1]
 
 
-def mean(values: Iterable[float]) -> float | None:
-    """The mean of some numbers; None of none."""
-    found = list(values)
-    return sum(found) / len(found) if found else None
+def mean_speed(speeds: Iterable[float]) -> float | None:
+    """The speed over equal amounts of work, each at its own speed above 0; None of none."""
+    found = list(speeds)
+    return len(found) / sum(1 / speed for speed in found) if found else None

@@ -153,7 +153,7 @@ def _row(content: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
 
 def _numbers(kind: type[T], content: Mapping[str, Any]) -> T:
     """A dataclass of numbers, and of notes, from JSON; what this version does not know is left out."""
-    given = {}
+    given: dict[str, Any] = {}
     for one in dataclasses.fields(kind):  # type: ignore[arg-type]
         if one.name == "note":
             given[one.name] = str(content.get("note", ""))[:TEXT]

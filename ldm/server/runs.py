@@ -24,7 +24,7 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.evaluation.report import REPORT
 from ldm.server.reading import DECODING
-from ldm.server.run_log import Curves, LogLine, curves, last_lines, mean
+from ldm.server.run_log import Curves, LogLine, curves, last_lines, mean_speed
 from ldm.training.layout import (
     ADAPTER,
     CHECKPOINTS,
@@ -227,8 +227,8 @@ class StageFolder:
 
     def speed(self, lines: list[LogLine]) -> float | None:
         """Images a second, by the last lines of training."""
-        speeds = [line.figures["images_per_s"] for line in lines if line.figures.get("images_per_s", 0) > 0]
-        return mean(speeds[-RECENT:])
+        speeds = [line.figures["images_per_s"] for line in lines if line.figures.get("images_per_s", 0) > 1e-6]
+        return mean_speed(speeds[-RECENT:])
 
     def line_seconds(self) -> float | None:
         """Seconds between two lines of the log, by its last ones; None if that is not known."""

@@ -40,13 +40,17 @@ class RunsApi:
         """All routes."""
         routes = APIRouter()
         run, stage, report = "/v1/runs/{name}", "/v1/runs/{name}/stages/{stage}", "/v1/runs/{name}/reports/{report}"
-        for path, answer in (
+        shown: tuple[tuple[str, Callable[..., Any]], ...] = (
             ("/v1/runs", self.list), (run, self.state), (f"{run}/adapter", self.adapter),
             (f"{stage}/curves", self.curves), (f"{stage}/previews/{{step}}", self.preview),
             (f"{stage}/sheet", self.sheet), (report, self.report), (f"{report}/page", self.page),
-        ):  # fmt: skip
+        )  # fmt: skip
+        done: tuple[tuple[str, Callable[..., Any]], ...] = (
+            ("/v1/runs", self.begin), (f"{run}/stop", self.stop), (f"{run}/keep", self.keep),
+        )  # fmt: skip
+        for path, answer in shown:
             routes.add_api_route(path, answer, methods=["GET"], response_model=None)
-        for path, answer in (("/v1/runs", self.begin), (f"{run}/stop", self.stop), (f"{run}/keep", self.keep)):
+        for path, answer in done:
             routes.add_api_route(path, answer, methods=["POST"], response_model=None)
         return routes
 

@@ -18,7 +18,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from runs import config, interrupted
+from runs import config, interrupted, noting
 from starlette.testclient import TestClient
 
 from ldm.errors import LdmError
@@ -63,7 +63,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(config(shapes, folder / "done", *FEW))
+    train(config(shapes, folder / "done", *FEW), noting([]))
     AcceleratorState._reset_state(reset_partial_state=True)
     interrupted(config(shapes, folder / "half", *FEW), after=4)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -187,25 +187,15 @@ def test_names_of_requests_are_no_paths(client: TestClient, folder: Path) -> Non
     place = address(client, "done")
     report = client.get(place).json()["reports"][0]["id"]
     (folder.parent / "config.yaml").write_text("stages: [base]")
-    for odd in (
-        "..",
-        ".",
-        "done",
-        str(folder),
-        "../shown/done",
-        "%00",
-        "\0",
-        "x" * 5000,
-    ):
-        name = quote(odd, safe="")
+    for odd in ("%2e%2e", "done", str(folder), "../shown/done", "%00", "\0", "x" * 5000):
+        name = odd if odd.startswith("%") else quote(odd, safe="")
         paths = (
             f"/v1/runs/{name}", f"/v1/runs/{name}/stages/base/curves", f"{place}/stages/{name}/curves",
             f"{place}/stages/{name}/previews/3", f"{place}/stages/base/previews/{name}", f"{place}/reports/{name}",
             f"{place}/reports/{name}/page", f"/v1/runs/{name}/reports/{report}/page",
         )  # fmt: skip
         for path in paths:
-            answer = client.get(path)
-            assert answer.status_code == 404 or (odd in (".", "..") and answer.json()["id"]), (path, answer.text)
+            assert client.get(path).status_code == 404, path
     for step in ("-3", "4", "3.0", str(10**40)):
         assert client.get(f"{place}/stages/base/previews/{step}").status_code == 404
     assert "no such image" in message(client, f"{place}/stages/base/sheet", 404)
@@ -220,9 +210,9 @@ def test_links_out_of_the_folder_are_not_followed(client: TestClient, folder: Pa
     place = address(client, "done")
     (report,) = client.get(place).json()["reports"]
     for name in ("metrics.jsonl", "previews", "evaluation", "done.json", "checkpoints"):
-        path = inner / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        path.symlink_to(secret / "base" / name)
+        place_of = inner / name
+        shutil.rmtree(place_of) if place_of.is_dir() else place_of.unlink()
+        place_of.symlink_to(secret / "base" / name)
     (inner / "sheet.png").symlink_to(secret / "base" / "previews" / "step-00000003.png")
     state = client.get(place).json()
     (stage,) = state["stages"]
@@ -280,7 +270,7 @@ class Counted(io.BytesIO):
 
 
 def test_a_huge_log_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = b'{"step": %09d, "loss/unet": 0.%05d}\n'
+    line = b'{"step": %d, "loss/unet": 0.%05d, "more": "                "}\n'
     data = b"".join(line % (step, step % 99_999) for step in range(100_000))
     monkeypatch.setattr(run_log, "WHOLE", 2**20)
     monkeypatch.setattr(run_log, "PIECE", 2**10)
