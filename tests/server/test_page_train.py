@@ -112,7 +112,7 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
 
 
 def item(page: Page, name: str) -> Locator:
-    return page.locator(".run-list button").filter(has=page.locator(".name").get_by_text(name, exact=True))
+    return page.locator(".run-list button").filter(has=page.locator(".name", has_text=re.compile(f"^{name}$")))
 
 
 def choose(page: Page, name: str) -> None:
