@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 WHOLE = 16 * 2**20  # bytes of a log that is read as a whole
 PIECES, PIECE = 500, 2**14  # of a longer one so many pieces are read, of so many bytes
-TAIL = 2**18  # bytes at the end from which the last lines are taken
+TAIL = 2**16  # bytes at the end from which the last lines are taken
 LONGEST = 2**16  # bytes of a line
 CURVES = 100  # of a log
 POINTS = 500  # of a curve

@@ -168,10 +168,12 @@ class RunFolder:
     def described(self, state: str | None = None) -> dict[str, Any]:
         """The state of the run and of its stages as JSON; `state` is that of the run's process, if it is known."""
         written, stages = self.written(), self.stages()
+        logs = [stage.last() for stage in stages]
+        pairs = list(zip(stages, logs, strict=True))
         quiet = max(0.0, time.time() - written)
-        patience = max([QUIET_SECONDS, *(QUIET_LINES * (stage.line_seconds() or 0) for stage in stages)])
+        patience = max([QUIET_SECONDS, *(QUIET_LINES * (stage.line_seconds(lines) or 0) for stage, lines in pairs)])
         alive = quiet < patience if state is None else state == RUNNING
-        shown = [stage.described(alive) for stage in stages]
+        shown = [stage.described(lines, alive) for stage, lines in pairs]
         over = all(one["state"] == DONE_STATE for one in shown) if shown else opens(self.root, self.path / REPORT)
         for one in shown[next((n for n, one in enumerate(shown) if one["state"] != DONE_STATE), 0) + 1 :]:
             if one["state"] != DONE_STATE:
@@ -182,7 +184,7 @@ class RunFolder:
             "state": RUNNING if state == RUNNING else DONE_STATE if over else RUNNING if alive else state or QUIET,
             "written": written,
             "quiet": quiet,
-            "patience": patience,
+            "patience": patience if state is None else None,  # the process tells
             "stages": shown,
         }
 
@@ -230,9 +232,8 @@ class StageFolder:
         speeds = [line.figures["images_per_s"] for line in lines if line.figures.get("images_per_s", 0) > 1e-6]
         return mean_speed(speeds[-RECENT:])
 
-    def line_seconds(self) -> float | None:
+    def line_seconds(self, lines: list[LogLine]) -> float | None:
         """Seconds between two lines of the log, by its last ones; None if that is not known."""
-        lines = self.last()
         speed = self.speed(lines)
         if speed is None or self.section is None:
             return None
@@ -249,9 +250,9 @@ class StageFolder:
         count = sum(part.batch * max(min(end, part.end) - max(first, part.first), 0) for part in parts)
         return count + parts[-1].batch * max(end - max(first, parts[-1].end), 0)
 
-    def described(self, alive: bool) -> dict[str, Any]:
-        """The state of the stage as JSON; `alive` is whether its run goes on."""
-        lines, done = self.last(), self.is_done()
+    def described(self, lines: list[LogLine], alive: bool) -> dict[str, Any]:
+        """The state of the stage as JSON, by the last lines of its log; `alive` is whether its run goes on."""
+        done = self.is_done()
         steps = None if self.section is None else self.section.steps
         step = lines[-1].step if lines else 0
         speed = self.speed(lines)

@@ -131,6 +131,7 @@ class RunView {
     if (run.state === "running") return `Running: files changed ${duration(run.quiet)} ago.`;
     if (run.state === "done") return "";
     if (run.state === "failed") return "The program ended with an error.";
+    if (run.patience === null) return "Stopped.";
     return `Stopped, or not heard of: no file has changed for ${duration(run.quiet)}. A run counts as running while `
       + `something changes every ${duration(run.patience)}.`;
   }
