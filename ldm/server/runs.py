@@ -52,6 +52,7 @@ STAGE = re.compile("[a-z][a-z0-9-]{0,39}")  # name of a stage
 STAGES = 32  # of a run; sizes of a stage
 PACE = ("steps", "batch", "log_every")  # settings of a stage that tell how far it is
 SIZE = ("size", "steps", "batch")  # the same of its resolutions
+LARGER = 4  # times the pixels that are shown, an image may have
 IMAGE_BYTES = 2**26  # of a preview's file
 LOOKED = 300  # folders of a run whose times are read
 DEPTH = 5
@@ -393,10 +394,10 @@ def _section(content: Any) -> StageSection | None:
 
 
 def read_image(root: Path, path: Path, pixels: int) -> Image.Image | None:
-    """An image of a run, without its metadata; None if there is none.
+    """An image of a run, without its metadata, made smaller if it has more than so many pixels; None if there is none.
 
     Raises:
-        LdmError: it is damaged, no PNG, or has more than so many pixels.
+        LdmError: it is damaged, no PNG, or has far more pixels.
     """
     file = opened(root, path)
     if file is None:
@@ -406,10 +407,14 @@ def read_image(root: Path, path: Path, pixels: int) -> Image.Image | None:
             raise LdmError(f"{path.name} is too large to be shown")
         try:
             with DECODING, Image.open(file, formats=("PNG",)) as image:
-                if image.width * image.height > pixels:
+                if image.width * image.height > LARGER * pixels:
                     raise LdmError(f"{path.name} has {image.width}×{image.height} pixels: too many to be shown")
-                return image.convert("RGB")
+                found = image.convert("RGB")
         except LdmError:
             raise
         except Exception:  # decoders of damaged files raise anything
             raise LdmError(f"{path.name} is damaged, or still being written") from None
+    part = (pixels / (found.width * found.height)) ** 0.5
+    if part < 1:
+        found.thumbnail((max(int(part * found.width), 1), max(int(part * found.height), 1)))
+    return found

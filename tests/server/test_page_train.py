@@ -241,9 +241,9 @@ def test_an_adapter_of_own_images(page: Page, service: Service, folder: Path, tm
             assert written.size == (1536, 512)
         assert (place / "images" / "001.txt").read_text() == "a gray noise"
         expect(page.locator(".said")).to_contain_text("begins with 7")
-        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Stop", exact=True).click()
         expect(page.locator(".run > .quiet")).to_contain_text("Stopped")
-        expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+        expect(page.get_by_title("It saves a checkpoint first")).to_be_hidden()
     finally:
         service.trainer.close()
         service.trainer = None

@@ -196,7 +196,7 @@ def test_names_of_requests_are_no_paths(client: TestClient, folder: Path) -> Non
         )  # fmt: skip
         for path in paths:
             assert client.get(path).status_code == 404, path
-    for step in ("-3", "4", "3.0", str(10**40)):
+    for step in ("-3", "4", "x", str(10**40)):
         assert client.get(f"{place}/stages/base/previews/{step}").status_code == 404
     assert "no such image" in message(client, f"{place}/stages/base/sheet", 404)
 
@@ -300,12 +300,14 @@ def test_images_that_cannot_be_shown(client: TestClient, folder: Path) -> None:
     previews.mkdir(exist_ok=True)
     whole = (folder / "done" / "base" / "previews" / "step-00000003.png").read_bytes()
     (previews / "step-00000007.png").write_bytes(whole[:100])
-    Image.new("RGB", (400, 300)).save(previews / "step-00000008.png")
+    Image.new("RGB", (1000, 500)).save(previews / "step-00000008.png")
+    Image.new("RGB", (400, 300)).save(previews / "step-00000010.png")
     Image.new("RGB", (8, 8)).save(previews / "step-00000009.png", "GIF")
     (previews / "other.png").write_bytes(whole)
     place = f"{address(client, 'half')}/stages/base/previews"
     assert "damaged" in message(client, f"{place}/7", 422)
-    assert "400×300 pixels" in message(client, f"{place}/8", 422)
+    assert "1000×500 pixels" in message(client, f"{place}/8", 422)
+    assert Image.open(io.BytesIO(client.get(f"{place}/10").content)).size == (365, 273)
     assert "damaged" in message(client, f"{place}/9", 422)
 
 

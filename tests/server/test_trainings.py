@@ -60,7 +60,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def service(pipeline: Pipeline) -> Iterator[Service]:
-    made = Service(pipeline, {}, Limits(upload=10_000))
+    made = Service(pipeline, {}, Limits(upload=30_000))
     yield made
     made.engine.close(0)
 
@@ -69,9 +69,9 @@ def service(pipeline: Pipeline) -> Iterator[Service]:
 def trainer(service: Service, tmp_path: Path) -> Iterator[Trainer]:
     (tmp_path / "runs").mkdir()
     service.runs = Runs.at(tmp_path / "runs")
-    service.trainer = Trainer(service.runs, Program("print('nothing')"), service.folder)
-    yield service.trainer
-    service.trainer.close()
+    service.trainer = made = Trainer(service.runs, Program("print('nothing')"), service.folder)
+    yield made
+    made.close()
     service.runs = service.trainer = None
 
 
@@ -187,7 +187,7 @@ def test_a_server_that_ends_ends_its_training(client: TestClient, trainer: Train
         ({"images": [{"image": "x"}] * 65}, "1 to 64 is needed"),
         ({"images": ["x"]}, "image 1: an object"),
         ({"images": [{"image": "no image"}]}, "not in base64"),
-        ({"images": [{"image": image((200, 100))}]}, "at most 10,000"),
+        ({"images": [{"image": image((300, 200))}]}, "at most 30,000"),
         ({"images": [{"image": image(kind="GIF")}]}, "none of these"),
         ({"images": [{"image": image(), "caption": "a\nb"}]}, "caption: a text of one line"),
         ({"trigger": ""}, "a word for what is learned"),
