@@ -238,7 +238,7 @@ def test_an_adapter_of_own_images(page: Page, service: Service, folder: Path, tm
         expect(page.locator(".run h2")).to_have_text(re.compile(r"\d{8}-\d{6}-"))
         (place,) = folder.glob("2*")
         with Image.open(place / "images" / "001.png") as written:
-            assert written.size == (1536, 512)
+            assert written.size == (1897, 632)
         assert (place / "images" / "001.txt").read_text() == "a gray noise"
         expect(page.locator(".said")).to_contain_text("begins with 7")
         page.get_by_role("button", name="Stop", exact=True).click()

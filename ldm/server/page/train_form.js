@@ -4,15 +4,15 @@ import { ask, blob, json } from "./api.js";
 import { Problem, button, dataUrl, droppedImages, h, newId } from "./dom.js";
 
 const MOST = 64; // images, as the server takes them
-const LARGEST = 1536; // pixels of a side: more than any model is trained at
+const LARGEST = 1_200_000; // pixels: more than any model is trained at, and so few that many images fit into a request
 const AS_IT_IS = 400_000; // bytes of a file that is sent as it is
-const QUALITY = 0.92;
+const QUALITY = 0.9;
 const KINDS = { lora: "LoRA", "textual-inversion": "New word (textual inversion)" };
 
 // An image file, made smaller if it is large, so that many fit into a request; as a data URL.
 async function reduced(file) {
   const bitmap = await createImageBitmap(file);
-  const scale = Math.min(LARGEST / Math.max(bitmap.width, bitmap.height), 1);
+  const scale = Math.min(Math.sqrt(LARGEST / (bitmap.width * bitmap.height)), 1);
   if (scale === 1 && file.size <= AS_IT_IS) return dataUrl(file);
   const canvas = h("canvas", { width: Math.round(bitmap.width * scale), height: Math.round(bitmap.height * scale) });
   const context = canvas.getContext("2d");
