@@ -32,6 +32,7 @@ from pipelines import Pipeline
 
 CHROMIUM = shutil.which("chromium")
 PATIENCE_MS = 60_000
+USUAL_MS = 5_000  # playwright's own patience
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
 ODD = "<b>odd</b>"  # must be shown as text
 
@@ -90,7 +91,9 @@ def address(service: Service) -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        expect.set_options(timeout=PATIENCE_MS)
         yield found
+        expect.set_options(timeout=USUAL_MS)
         found.close()
 
 
