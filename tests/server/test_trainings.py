@@ -26,7 +26,7 @@ from ldm.server.service import Service
 from ldm.server.trainings import Trainer, TrainingOrder
 from pipelines import Pipeline
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 QUICK = """
 import ldm.cli.train_adapter as door
 from ldm.cli.main import main
