@@ -43,7 +43,7 @@ ALLOWED = {
     "ldm.evaluation": BUNDLE | {"ldm.data", "ldm.evaluation"},
     "pipelines": BUNDLE | {"pipelines"},
     "ldm.bench": BESIDE | {"pipelines", "ldm.bench"},
-    "ldm.server": BUNDLE | {"pipelines", "ldm.server"},
+    "ldm.server": BESIDE | {"pipelines", "ldm.server"},
     "ldm.cli": BESIDE | {"pipelines", "ldm.bench", "ldm.server", "ldm.cli"},
     "ldm.__main__": {"ldm.cli"},
     "ldm": {"ldm.latent_diffusion", "ldm.threads"},

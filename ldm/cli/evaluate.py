@@ -29,7 +29,7 @@ from ldm.evaluation.evaluation import evaluate
 from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.pages.tables import tables
 from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
-from ldm.evaluation.report import Value, save_report
+from ldm.evaluation.report import REPORT, Value, save_report
 from ldm.evaluation.workspace import Ranks, Workspace, file_lock
 from ldm.files import Progress as Tell
 from ldm.files import silent
@@ -60,10 +60,10 @@ def evaluate_sources(options: EvaluateOptions) -> None:
             report = evaluate(sides, plan, Workspace(folder, ranks, tell, cache))
         if report is None:
             return
-        save_report(report, folder / "report.json")
+        save_report(report, folder / REPORT)
         page = write_page(report, folder)
     if options.as_json:
-        print((folder / "report.json").read_text(encoding="utf-8"), end="")
+        print((folder / REPORT).read_text(encoding="utf-8"), end="")
         return
     console = Console()
     for part in tables(report):

@@ -284,6 +284,12 @@ def _of_serve_itself(
     history: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep images of jobs that ask for it, and list them.")
     ] = None,
+    runs: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Show the runs of training in it, and their evaluations.")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Let visitors train adapters; their runs go into --runs.")] = (
+        False
+    ),
 ) -> None:
     """The options of `ldm serve` that are no settings of models."""
 
@@ -306,6 +312,7 @@ def serve_command() -> Callable[..., None]:
             loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],
             hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"],
             drain_seconds=given["drain_seconds"], most=given["together"], limits=limits, history=given["history"],
+            runs=given["runs"], train=given["train"],
         )  # fmt: skip
         serve_images(options)
 

@@ -6,17 +6,24 @@ import ipaddress
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import LdmError
+from ldm.server.guard import KEY
 from ldm.server.limits import Limits
 
+if TYPE_CHECKING:
+    from ldm.server.runs import Runs
+    from ldm.server.trainings import Trainer, TrainingOrder
+
 NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
-KEY = "LDM_API_KEY"  # environment variable
+NOT_TRAINED = ("components", "variant", "allow_pickle")  # settings of loading that `ldm train-adapter` does not take
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class ServeOptions:
     most: int | None  # as for `Engine`
     limits: Limits
     history: str | None  # the folder; None: there is none
+    runs: str | None  # the folder of runs that are shown; None: there are none
+    train: bool  # whether visitors can train adapters
 
 
 def check_packages() -> None:
@@ -70,17 +79,61 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def trainer_of(options: ServeOptions, runs: Runs | None) -> Trainer | None:
+    """What trains adapters of the served model for visitors, if that is wanted.
+
+    Raises:
+        LdmError: there is no folder for their runs, or the model is not one that `ldm train-adapter` takes.
+    """
+    from ldm.server.trainings import Trainer
+
+    if not options.train:
+        return None
+    if runs is None:
+        raise LdmError("--train writes runs: name the folder for them, too (--runs)")
+    own = {name: value for name, value in options.loading.items() if value}
+    if other := [name for name in own if name in NOT_TRAINED]:
+        raise LdmError(f"--train adapts a model as it is; serve it without {other[0]}")
+    folder = own.get("lora_dir")
+    return Trainer(runs, partial(training_command, own), None if folder is None else Path(folder))
+
+
+def training_command(loading: Mapping[str, Any], order: TrainingOrder, images: Path, output: Path) -> list[str]:
+    """The program that trains an adapter of a model, by the settings that the model was loaded with.
+
+    Raises:
+        LdmError: the order is none that `ldm train-adapter` takes.
+    """
+    from ldm.cli.train_adapter import AdapterJob
+    from ldm.weights.builtin import DEFAULT
+
+    model = str(loading.get("source", DEFAULT))
+    job = AdapterJob(str(images), model, str(output), order.kind, order.trigger, order.class_prompt)
+    job.check(())
+    if order.rank is not None and order.kind != "lora":
+        raise LdmError("rank is for a LoRA; leave it out")
+    given = {f"{job.stage}.steps": order.steps, f"{job.stage}.rank": order.rank, "model.family": loading.get("family")}
+    settings = ["trackers=[]", *(f"{name}={value}" for name, value in given.items() if value is not None)]
+    options = {"model": model, "output": output, "kind": order.kind, "trigger": order.trigger,
+               "class-prompt": order.class_prompt}  # fmt: skip
+    named = [f"--{name}={value}" for name, value in options.items() if value]
+    return [sys.executable, "-m", "ldm", "train-adapter", *named, "--", str(images), *settings]
+
+
 def serve_images(options: ServeOptions) -> None:
     """Load the model, and serve until a signal comes."""
     check_packages()
     key = key_of(options)
     from ldm.server.history import History
+    from ldm.server.runs import Runs
     from ldm.server.service import NoteHandler, Service, about_no_job
     from ldm.server.serving import Listening, serve
     from pipelines import Pipeline
     from pipelines.tuning import typed
 
     history = None if options.history is None else History(Path(options.history))  # before a model is loaded
+    runs = None if options.runs is None else Runs.at(Path(options.runs))
+    trainer = trainer_of(options, runs)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
@@ -94,7 +147,7 @@ def serve_images(options: ServeOptions) -> None:
             "is not encrypted: let a proxy with TLS stand before it",
             file=sys.stderr,
         )
-    service = Service(pipeline, options.loading, options.limits, options.most, history)
+    service = Service(pipeline, options.loading, options.limits, options.most, history, runs, trainer)
     serve(
         service,
         Listening(options.host, options.port, key, options.hostnames, options.drain_seconds, options.log_prompts),

@@ -28,6 +28,7 @@ from ldm.server.openai_images import ImagesApi, ParameterError, wrong_parameter
 from ldm.server.page_files import page_files, page_routes
 from ldm.server.reading import read_json
 from ldm.server.receiving import Readers, RefusedError, until_over
+from ldm.server.runs_api import RunsApi
 from ldm.server.service import Service
 
 
@@ -39,6 +40,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     app.include_router(ImagesApi(service, jobs.readers).routes())
     app.include_router(WebuiApi(service, jobs.readers).routes())
     app.include_router(about(service, Metrics(service)))
+    app.include_router(RunsApi(service, jobs.answering).routes())
     for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
         app.include_router(routes)
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):

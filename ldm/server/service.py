@@ -23,6 +23,8 @@ from ldm.server.history import History
 from ldm.server.jobs import DONE, NOTES, Event, Listener, MadeImage, ServerJob
 from ldm.server.limits import Limits, check_most
 from ldm.server.reading import settings_of
+from ldm.server.runs import Runs
+from ldm.server.trainings import Trainer
 from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 from pipelines.a1111 import to_parameters
@@ -49,12 +51,15 @@ class Service:
         limits: Limits,
         most: int | None = None,
         history: History | None = None,
+        runs: Runs | None = None,
+        trainer: Trainer | None = None,
     ) -> None:
         """Start an engine for a pipeline; `loading` are the settings that the pipeline was loaded with, for records.
 
-        `most` is as for `Engine`; `history` has the images of jobs that ask for it.
+        `most` is as for `Engine`; `history` has the images of jobs that ask for it; `runs` are shown, and `trainer`
+        makes new ones.
         """
-        self.limits, self.history = limits, history
+        self.limits, self.history, self.runs, self.trainer = limits, history, runs, trainer
         self.engine = Engine(pipeline, most=most, queue=limits.queue)
         own = provenance(loading, pipeline)
         self.about = {key: value for key, value in own.items() if key not in PLACES}
