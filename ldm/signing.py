@@ -63,10 +63,13 @@ class ManifestSigner:
         self.key, self.algorithm = _key_for(self.chain, certificates, key)
         file = io.BytesIO()
         Image.new("RGB", (8, 8)).save(file, "PNG")
-        report = read_manifest(self.signed(file.getvalue(), "PNG"))
+        needed = f"c2pa {certificates}: a certificate for signing (C2PA or e-mail) with its chain is needed"
+        try:
+            report = read_manifest(self.signed(file.getvalue(), "PNG"))
+        except LdmError as error:
+            raise LdmError(f"{needed}: {str(error).removeprefix('c2pa: ')}") from None
         if report is None or not report.valid:
-            problem = report.problems[0] if report and report.problems else "it gives no valid signature"
-            raise LdmError(f"c2pa {certificates}: {problem}; a certificate for signing (C2PA or e-mail) is needed")
+            raise LdmError(f"{needed}: {', '.join(report.problems) if report else 'the signature is not found again'}")
 
     def signed(self, data: bytes, kind: str) -> bytes:
         """The file of an image, PNG, JPEG or WEBP, with a manifest.
@@ -112,9 +115,9 @@ def read_manifest(data: bytes) -> ManifestReport | None:
             found = json.loads(reader.json())
     except c2pa.C2paError.ManifestNotFound:
         return None
-    except c2pa.C2paError.RemoteManifest:
-        raise LdmError("c2pa: the manifest is at an address in the network, where it is not read") from None
     except c2pa.C2paError as error:
+        if "must fetch remote" in str(error):
+            raise LdmError("c2pa: the manifest is at an address in the network, where it is not read") from None
         raise LdmError(f"c2pa: the manifest is damaged: {first_line(error)}") from None
     return _report(found)
 

@@ -25,7 +25,7 @@ from pipelines.settings import LOADING, find
 log = logging.getLogger(__name__)
 OPTIONS = ("watermark", "safety", "safety_action", "c2pa")  # of loading, which are those of `Finishing`
 PASSED, BLURRED, REFUSED = "passed", "blurred", "refused"  # what a record says, and what becomes of a flagged image
-_BLUR = 12  # longer sides of an image in the radius of the blur
+_BLUR = 12  # the longer side of an image, in radii of the blur
 
 
 class RefusedError(LdmError):
@@ -159,4 +159,4 @@ def is_refused(record: dict[str, Any]) -> bool:
 
 def blurred(image: Image.Image) -> Image.Image:
     """An image of which nothing but a few colours can be seen."""
-    return image.filter(ImageFilter.GaussianBlur(max(image.size) / _BLUR))
+    return image.filter(ImageFilter.GaussianBlur(max(max(image.size) / _BLUR, 2)))

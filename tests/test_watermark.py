@@ -23,6 +23,7 @@ def on_white(side: int = 256) -> Image.Image:
 def read_by_opencv(image: Image.Image) -> int:
     """The matching bits as the library invisible-watermark finds them: by OpenCV's colours and Haar's wavelet."""
     u = cv2.cvtColor(np.asarray(image)[:, :, ::-1].copy(), cv2.COLOR_BGR2YUV)[:, :, 1].astype(float)
+    u = u[: len(u) // 4 * 4, : u.shape[1] // 4 * 4]
     low = (u[0::2, 0::2] + u[0::2, 1::2] + u[1::2, 0::2] + u[1::2, 1::2]) / 2
     said: list[list[bool]] = [[] for _ in BITS]
     blocks = [(top, left) for top in range(0, len(low) - 3, 4) for left in range(0, low.shape[1] - 3, 4)]
