@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.common import SourceOptions
 from ldm.errors import LdmError
 from ldm.signing import INSTALL, has_packages, read_manifest
 
@@ -17,12 +18,14 @@ def is_image(source: str) -> bool:
     return Path(source).suffix.lower() in SUFFIXES
 
 
-def print_image(file: str, as_json: bool) -> None:
-    """Print what is found in an image.
+def print_image(file: str, as_json: bool, verify: bool, options: SourceOptions) -> None:
+    """Print what is found in an image; `verify` and `options` are those of models.
 
     Raises:
-        LdmError: it cannot be read.
+        LdmError: it cannot be read, or such options are given.
     """
+    if verify or options != SourceOptions():
+        raise LdmError(f"{file} is an image, not a model: leave the other options out")
     report = describe_image(Path(file))
     if as_json:
         print(json.dumps(report, indent=2))

@@ -91,12 +91,12 @@ def info(
     from ldm.cli.common import SourceOptions
     from ldm.cli.image_info import is_image, print_image
 
+    options = SourceOptions(family, variant, revision, tuple(component or ()), allow_pickle)
     if is_image(source):
-        print_image(source, json)
+        print_image(source, json, verify, options)
         return
     from ldm.cli.info import print_description
 
-    options = SourceOptions(family, variant, revision, tuple(component or ()), allow_pickle)
     print_description(source, json, verify, options)
 
 

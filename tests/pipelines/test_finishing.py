@@ -116,6 +116,8 @@ def test_the_command(
     code, _, _ = run(capsys, monkeypatch, "generate", "a fox", "--model", folder / "model", *OPTIONS, "--out", plain)
     said = json.loads(run(capsys, monkeypatch, "info", plain, "--json")[1])
     assert code == 0 and said["watermark"].startswith("none found (") and said["c2pa"] == "none"
+    err = run(capsys, monkeypatch, "info", plain, "--verify")[2]
+    assert err == f"ldm: {plain} is an image, not a model: leave the other options out\n"
 
 
 def test_a_list_goes_on_after_a_refused_image(
