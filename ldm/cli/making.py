@@ -102,7 +102,8 @@ def _images(
     pipeline: Pipeline, groups: list[Group], left: set[int], rank: int, world: int
 ) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
     """Make this process's missing images, each with its record."""
-    before, refused = 0, []  # batches of the groups before; seeds
+    before = 0  # batches of the groups before
+    refused: list[int] = []  # seeds
     for group in groups:
         files = {name: _file(group.settings[name]) for name, _ in IMAGES if name in group.settings}
         numbers = [job.index for job in group.jobs]
