@@ -28,7 +28,7 @@ PASSED, BLURRED, REFUSED = "passed", "blurred", "refused"  # what a record says,
 _BLUR = 12  # the longer side of an image, in radii of the blur
 
 
-class RefusedError(LdmError):
+class FlaggedError(LdmError):
     """Raised if images were refused, after the others of their call are made."""
 
     def __init__(self, seeds: Sequence[int]) -> None:

@@ -33,7 +33,7 @@ from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
 from pipelines.control import check_control, controls_of, load_control_models
 from pipelines.embeddings import EmbeddingFiles, fitting, read_embeddings, used, with_embeddings
-from pipelines.finishing import RefusedError, finishing_of, is_refused
+from pipelines.finishing import FlaggedError, finishing_of, is_refused
 from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, largest_request, refined
 from pipelines.request import Request, check_request, note_idle, records, request_for
@@ -234,7 +234,7 @@ class Pipeline:
 
         Raises:
             LdmError: the output is not known or, later, memory does not suffice or a number is not finite.
-            RefusedError: images were refused, after all others are made.
+            FlaggedError: images were refused, after all others are made.
         """
         self.finishing.check_output(output)
         if output not in ("images", "latents"):
@@ -290,7 +290,7 @@ class Pipeline:
                     refused += [record["seed"] for record in result.settings if is_refused(record)]
                     yield from result.allowed()
         if refused:
-            raise RefusedError(refused)
+            raise FlaggedError(refused)
 
     @torch.inference_mode()
     def _batch(

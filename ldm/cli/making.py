@@ -28,7 +28,7 @@ from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
 from pipelines.control_images import control_images
-from pipelines.finishing import RefusedError
+from pipelines.finishing import FlaggedError
 from pipelines.pipeline import named
 from pipelines.provenance import provenance
 from pipelines.request import TEXTS, Request, records
@@ -119,10 +119,10 @@ def _images(
                 for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
                     if numbers[row] in left:
                         yield group.jobs[row], image, {**record, **files}
-        except RefusedError as error:
+        except FlaggedError as error:
             refused += error.seeds
     if refused:
-        raise RefusedError(refused)
+        raise FlaggedError(refused)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

@@ -50,19 +50,12 @@ def reproduce_image(
     settings = from_parameters(parameters) if record is None else settings_of(record)
     record = record or {}
     loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
-    others = (
-        ("source", model), ("refiner", refiner), ("dtype", dtype), ("lora_dir", lora_dir), ("safety", safety),
-    )  # fmt: skip
-    loading |= {name: given for name, given in others if given}
+    others = {"source": model, "refiner": refiner, "dtype": dtype, "lora_dir": lora_dir, "safety": safety}
+    loading |= {name: given for name, given in others.items() if given}
     if components:
         loading["components"] = {**loading.get("components", {}), **to_components(components)}
     loading["embeddings"] = tuple(embeddings) or tuple(_found("embedding", one) for one in _embeddings(record))
-    if record.get("safety") != BLURRED:
-        loading.pop("safety", None)  # which has not changed the image
-    elif "safety" not in loading:
-        raise LdmError(f"{path} was blurred by a safety checker that its record does not name; name it (--safety)")
-    if "source" not in loading:
-        raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
+    _check_models(path, record, loading)
     for name, given in (("image", image), ("mask", mask)):
         if given or name in record:
             settings[name] = given or _found(name, record[name])
@@ -88,6 +81,20 @@ def reproduce_image(
     if target:
         save_png(made, target, record, parameters)
     _print_difference(np.asarray(made).astype(int), np.asarray(original).astype(int))
+
+
+def _check_models(path: Path, record: dict[str, Any], loading: dict[str, Any]) -> None:
+    """Raise unless the models that made an image are named; a safety checker that has not changed it is left out.
+
+    Raises:
+        LdmError: one is not named.
+    """
+    if "source" not in loading:
+        raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
+    if record.get("safety") != BLURRED:
+        loading.pop("safety", None)
+    elif "safety" not in loading:
+        raise LdmError(f"{path} was blurred by a safety checker that its record does not name; name it (--safety)")
 
 
 def _print_difference(made: np.ndarray, original: np.ndarray) -> None:

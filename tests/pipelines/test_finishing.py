@@ -30,7 +30,7 @@ from ldm.signing import read_manifest
 from ldm.watermark import LEAST, matching_bits
 from ldm.weights.safety_checker import SafetyChecker
 from pipelines import Pipeline
-from pipelines.finishing import RefusedError
+from pipelines.finishing import FlaggedError
 
 CALL: dict[str, Any] = {"steps": 2, "seed": 1, "size": "64", "scheduler": "euler"}
 OPTIONS = ["--device", "cpu", "--dtype", "fp32", "--steps", "2", "--size", "64", "--seed", "1", "--scheduler", "euler"]
@@ -90,7 +90,7 @@ def test_refused_images_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPat
     pipeline = loaded(folder, safety=folder / "passes", safety_action="refuse")
     monkeypatch.setattr(SafetyChecker, "flagged", lambda _, images: [place == 1 for place in range(len(images))])
     made = []
-    with pytest.raises(RefusedError, match=r"flagged the image of seed 2: refused"):
+    with pytest.raises(FlaggedError, match=r"flagged the image of seed 2: refused"):
         made.extend(pipeline.stream("a fox", n=3, batch=3, **CALL))
     assert [one.rows for one in made] == [range(1), range(2, 3)]
     assert [one.settings[0]["seed"] for one in made] == [1, 3] and all(len(one.images) == 1 for one in made)
