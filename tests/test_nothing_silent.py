@@ -216,7 +216,7 @@ CALLS: dict[tuple[str, str, str], Callable[[Path], object]] = {
     ("a watermark that other programs do not read", "pipelines/finishing.py", "reads it in images of 64×64 pixels"):
         lambda path: Pipeline(tiny.model("sd15"), watermark=True).request("a cat", size="64"),
     ("what a safety checker has blurred", "pipelines/finishing.py", "flagged the image of seed 7: blurred"):
-        lambda path: Pipeline(tiny.model("sd15", shallow=True), safety=safety.saved(path, -2.0))("cat", seed=7, steps=1),
+        lambda path: Pipeline(tiny.model("sd15"), safety=safety.saved(path, -2.0))("cat", seed=7, steps=1),
 }  # fmt: skip
 
 
