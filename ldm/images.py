@@ -358,7 +358,15 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
     Raises:
         LdmError: the file cannot be written.
     """
-    data = png_bytes(image, settings, parameters)
+    save_file(png_bytes(image, settings, parameters), path)
+
+
+def save_file(data: bytes, path: Path) -> None:
+    """Write the file of an image atomically.
+
+    Raises:
+        LdmError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("wb") as file:

@@ -16,7 +16,7 @@ MODELS = {"ldm.models"}
 LOW = MODELS | {
     "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
     "ldm.images", "ldm.files", "ldm.caches", "ldm.conditions", "ldm.threads",
-    "ldm.launch", "ldm.limits",
+    "ldm.launch", "ldm.limits", "ldm.signing", "ldm.watermark",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
@@ -36,6 +36,8 @@ ALLOWED = {
     "ldm.runtime": LOW,
     "ldm.runtime.kernels": {"ldm.caches"},
     "ldm.images": LOW,
+    "ldm.signing": set(),
+    "ldm.watermark": set(),
     "ldm.conditions": {"ldm.conditions", "ldm.images"},
     "ldm.latent_diffusion": BUNDLE,
     "ldm.data": BUNDLE | {"ldm.data"},

@@ -192,8 +192,9 @@ class WebuiApi:
         made = [found for number in range(len(job.made)) if (found := self.service.finished(job, number))]
         images = []
         for image, record in made if asked.send else ():
-            whole = asked.inpainting.finished(image) if asked.inpainting else image
-            images.append(base64.b64encode(png_bytes(whole, record, to_parameters(record))).decode())
+            if asked.inpainting:
+                image = self.service.finishing.marked(asked.inpainting.finished(image))
+            images.append(base64.b64encode(self.service.finishing.encoded(image, record)).decode())
         about = described(task, asked, [record for _, record in made])
         return JSONResponse({"images": images, "parameters": echo, "info": json.dumps(about)})
 

@@ -14,18 +14,14 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ldm.errors import LdmError
 from ldm.files import replacing
-from ldm.images import png_bytes
-from pipelines.a1111 import to_parameters
 
 log = logging.getLogger(__name__)
 TABLE = "history.sqlite"
@@ -78,15 +74,15 @@ class History:
             if version == 0:
                 table.execute(CREATE)
                 table.execute(f"PRAGMA user_version = {VERSION}")
-        self.coming: queue.Queue[tuple[Image.Image, dict[str, Any]] | None] = queue.Queue(BEHIND)
+        self.coming: queue.Queue[tuple[Callable[[], bytes], dict[str, Any]] | None] = queue.Queue(BEHIND)
         self._writer = threading.Thread(target=self._write, name="ldm-history", daemon=True)
         self._writer.start()
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def keep(self, image: Image.Image, record: dict[str, Any]) -> None:
-        """Keep an image with its record, soon; one that cannot be kept is told in the log."""
-        self.coming.put((image, record))
+    def keep(self, encode: Callable[[], bytes], record: dict[str, Any]) -> None:
+        """Keep an image, whose file `encode` gives, with its record, soon; one that cannot be is told in the log."""
+        self.coming.put((encode, record))
 
     def close(self) -> None:
         """Write what is to be kept, and end."""
@@ -95,9 +91,9 @@ class History:
 
     def _write(self) -> None:
         while (coming := self.coming.get()) is not None:
-            image, record = coming
+            encode, record = coming
             try:
-                self.add(png_bytes(image, record, to_parameters(record)), record)
+                self.add(encode(), record)
             except LdmError as error:
                 log.error("%s", error)
             except Exception:

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.images import WHITE, lossy_bytes, png_bytes
+from ldm.images import WHITE
 from ldm.server.events import ALIVE, EventReader, EventStream, message
 from ldm.server.forms import read_form, values_of
 from ldm.server.guard import EDITS, VARIATIONS, error_body
@@ -29,7 +29,7 @@ from ldm.server.reading import read_json, uploaded
 from ldm.server.receiving import Readers, until_over
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
-from pipelines.a1111 import to_parameters
+from pipelines.finishing import Finishing
 from pipelines.settings import is_whole
 
 log = logging.getLogger(__name__)
@@ -94,13 +94,9 @@ class ImageOutput:
     partial: int = 0  # partial images of a stream
     ignored: tuple[str, ...] = ()  # parameters without effect
 
-    def data(self, image: Image.Image, record: dict[str, Any] | None = None) -> str:
+    def data(self, finishing: Finishing, image: Image.Image, record: dict[str, Any] | None = None) -> str:
         """An image with its record, in base64."""
-        parameters = "" if record is None else to_parameters(record)
-        if self.format == "png":
-            data = png_bytes(image, record, parameters)
-        else:
-            data = lossy_bytes(image, self.format, max(self.quality, 1), parameters)
+        data = finishing.encoded(image, record, self.format.upper(), max(self.quality, 1))
         return base64.b64encode(data).decode()
 
 
@@ -351,7 +347,12 @@ class ImagesApi:
     def _data(self, job: ServerJob, number: int, output: ImageOutput) -> str:
         made = self.service.finished(job, number)
         assert made is not None
-        return output.data(*made)
+        return output.data(self.service.finishing, *made)
+
+    def _partial(self, job: ServerJob, event: Event, output: ImageOutput) -> str:
+        """A partial image: the preview of a step, enlarged to the image's size."""
+        size, finishing = (job.request.width, job.request.height), self.service.finishing
+        return output.data(finishing, finishing.marked(event.previews[0].resize(size, Image.Resampling.BICUBIC)))
 
     async def _messages(self, job: ServerJob, reader: EventReader, output: ImageOutput) -> AsyncIterator[str]:
         """The events of a stream."""
@@ -363,7 +364,7 @@ class ImagesApi:
                 yield ALIVE
             elif event.previews and sent < output.partial and _is_due(event, sent, output.partial):
                 name = f"{output.stream}.partial_image"
-                data = await run_in_threadpool(_partial, job, event, output)
+                data = await run_in_threadpool(self._partial, job, event, output)
                 yield message(name, {"type": name, "b64_json": data, "partial_image_index": sent, **about})
                 sent += 1
         try:
@@ -394,12 +395,6 @@ def _about(job: ServerJob, output: ImageOutput) -> dict[str, Any]:
 def _is_due(event: Event, sent: int, count: int) -> bool:
     """Whether a step is the one of the next of `count` partial images, which are spread over the steps."""
     return event.step * (count + 1) >= event.steps * (sent + 1)
-
-
-def _partial(job: ServerJob, event: Event, output: ImageOutput) -> str:
-    """A partial image: the preview of a step, enlarged to the image's size."""
-    size = (job.request.width, job.request.height)
-    return output.data(event.previews[0].resize(size, Image.Resampling.BICUBIC))
 
 
 def _check_done(job: ServerJob) -> None:

@@ -62,6 +62,8 @@ def answer(*arguments: str, folder: Path) -> tuple[int, str, str]:
         (["generate", "a fox", "--model", "nowhere"], "nowhere does not exist; give a model folder"),
         (["generate", "a fox", "--model", "hf://owner/name"], "hf://owner/name is an address"),
         (["generate", "a fox", "--refiner", "nowhere"], "nowhere does not exist; give a model folder"),
+        (["generate", "a fox", "--safety", "nowhere"], "nowhere does not exist; give a safety checker's folder"),
+        (["generate", "a fox", "--c2pa", "a.pem,b.pem"], "c2pa a.pem cannot be read: No such file"),
         (["generate", "a fox", "--image", "missing.png"], "missing.png does not exist"),
         (["generate", "a fox", "--out", "one.jpg"], "name a folder, or a file that ends in .png"),
         (["generate", "a fox", "-n", "2", "--out", "one.png"], "2 images need a folder"),
