@@ -31,7 +31,8 @@ from ldm.colours import differs, in_srgb, is_hdr, profile_of, read_cicp, usable
 from ldm.errors import LdmError
 
 MOST_PIXELS = 100_000_000  # largest number of pixels of an image that is read: larger images are mistakes or attacks
-KEY = "ldm"  # PNG text key of our JSON; AUTOMATIC1111's programs read the key "parameters"
+KEY = "ldm"  # PNG text key of our JSON
+PARAMETERS = "parameters"  # that of AUTOMATIC1111's text
 WHITE = 128  # smallest value of a mask's white pixels
 ImageFile = str | os.PathLike[str] | BinaryIO | Image.Image
 
@@ -332,7 +333,7 @@ def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:
 def png_bytes(image: Image.Image, settings: Mapping[str, Any] | None = None, parameters: str = "") -> bytes:
     """A PNG, with our settings as JSON and AUTOMATIC1111's parameters in its metadata."""
     info = PngImagePlugin.PngInfo()
-    texts = {"parameters": parameters, KEY: json.dumps(settings, ensure_ascii=False) if settings else ""}
+    texts = {PARAMETERS: parameters, KEY: json.dumps(settings, ensure_ascii=False) if settings else ""}
     for key, text in texts.items():
         if text:  # bytes of file names that are not UTF-8 become JSON escapes, which can be read back
             info.add_itxt(key, text.encode("utf-8", "backslashreplace").decode())
@@ -357,7 +358,15 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
     Raises:
         LdmError: the file cannot be written.
     """
-    data = png_bytes(image, settings, parameters)
+    save_file(png_bytes(image, settings, parameters), path)
+
+
+def save_file(data: bytes, path: Path) -> None:
+    """Write the file of an image atomically.
+
+    Raises:
+        LdmError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("wb") as file:
@@ -382,19 +391,32 @@ def read_settings(
         LdmError: the file is not an image, our JSON is damaged, or the image has the record of another program alone.
     """
     name = name or str(path)
-    load_noted(path, name, formats=formats)
-    image = _opened(path, name, Image.Image.load, formats)
-    info = image.info
-    text = {key: value for key, value in info.items() if isinstance(value, str)}
+    text = read_texts(path, name, formats)
     try:
         settings = json.loads(text.get(KEY, "null"))
     except (ValueError, RecursionError):
         raise LdmError(f"{name}: its settings are damaged") from None
-    parameters = text.get("parameters", "") or _user_comment(image)
+    parameters = text.get(PARAMETERS, "")
     others = [program for key, program in _RECORDS.items() if key in text]
     if others and not settings and not parameters:
         raise LdmError(f"{name} has a record of {others[0]} alone, which ldm does not read")
     return settings if isinstance(settings, dict) else None, parameters
+
+
+def read_texts(path: ImageFile, name: str, formats: tuple[str, ...] | None = None) -> dict[str, str]:
+    """The texts in an image by their keys in PNG; EXIF's comment as `parameters`, if there are no others.
+
+    `name` and `formats` are as for `read_settings`.
+
+    Raises:
+        LdmError: the file is not an image, or damaged.
+    """
+    load_noted(path, name, formats=formats)
+    image = _opened(path, name, Image.Image.load, formats)
+    found = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
+    if not found.get(PARAMETERS) and (comment := _user_comment(image)):
+        found[PARAMETERS] = comment
+    return found
 
 
 def _user_comment(image: Image.Image) -> str:

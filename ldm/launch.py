@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 
 def rank() -> int:
@@ -15,6 +16,6 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_here() -> int:
+def processes_here(environment: Mapping[str, str] = os.environ) -> int:
     """The number of the run's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(environment.get("LOCAL_WORLD_SIZE", "1"))

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import MutableMapping
 
+from ldm.launch import processes_here
 from ldm.limits import cores, quota
 
 THREADS = "OMP_NUM_THREADS"
@@ -23,6 +24,6 @@ def settle(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if "torch" in sys.modules:
         return
-    limit, siblings = quota(), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    limit, siblings = quota(), processes_here(environment)
     if THREADS not in environment and (limit < cores() or siblings > 1):
         environment[THREADS] = str(max(min(cores(), limit) // siblings, 1))

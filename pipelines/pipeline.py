@@ -33,6 +33,7 @@ from pipelines.adapters import Adapters
 from pipelines.batching import batch_ranges, together
 from pipelines.control import check_control, controls_of, load_control_models
 from pipelines.embeddings import EmbeddingFiles, fitting, read_embeddings, used, with_embeddings
+from pipelines.finishing import FlaggedError, finishing_of, is_refused
 from pipelines.image_prompts import ImagePrompts
 from pipelines.passes import check_passes, enlarged, largest_request, refined
 from pipelines.request import Request, check_request, note_idle, records, request_for
@@ -57,6 +58,17 @@ class Result:
     latents: list[Tensor] = field(default_factory=list)  # (C, h, w) each, scaled
     reports: list[TokenReport] = field(default_factory=list)  # tokens of every prompt, by text encoder
     rows: range = range(0)  # the images' numbers within the call
+
+    def allowed(self) -> Iterator[Result]:
+        """It, or the parts of it between its refused images."""
+        places = [place for place, record in enumerate(self.settings) if is_refused(record)]
+        if not places:
+            yield self
+            return
+        for start, end in zip([0, *(place + 1 for place in places)], [*places, len(self.settings)], strict=True):
+            part = slice(start, end)
+            if start < end:
+                yield Result(self.images[part], self.settings[part], self.latents[part], self.reports, self.rows[part])
 
 
 class Pipeline:
@@ -98,7 +110,7 @@ class Pipeline:
             **options: `lora_dir`, a folder in which prompts and calls find adapters by name; `partial_adapters`, to use
                 what fits of one that does not fit as a whole; `ip_adapter`, files of IP-Adapters, one or a list;
                 `image_encoder`, loaded, or its folder or Hub name; `control_models`, ControlNets and T2I-Adapters, one,
-                a list or by names; more of `LatentDiffusion.from_pretrained`; diffusers' names, such as `torch_dtype`.
+                a list or by names; those of `Finishing`; more of `LatentDiffusion.from_pretrained`; diffusers' names.
 
         Raises:
             LdmError: an argument does not fit or the model cannot be loaded; the message is one line with a remedy.
@@ -111,8 +123,8 @@ class Pipeline:
         folder, partial = found.pop("lora_dir", None), found.pop("partial_adapters", False)
         beside = {name: found.pop(name, None) for name in ("ip_adapter", "image_encoder", "control_models")}
         device = device_named(device or default_device())
-        tuning = Tuning(attention, quick, compile, quantize, offload)
-        self.compiled = compile
+        self.finishing = finishing_of(found, device)  # before a model is loaded: its errors come at once
+        tuning, self.compiled = Tuning(attention, quick, compile, quantize, offload), compile
         with cpu_by_default():
             self.model, self.refiner = tuning.load(source, refiner, device, dtype, found)
         _check_refiner(self.refiner)
@@ -199,6 +211,8 @@ class Pipeline:
             check_passes(request, family, refiner)
             request = self.image_prompts.checked(request)
             check_control(request, family, self.control_models)
+            largest = largest_request(request, family)
+            self.finishing.check(largest.width, largest.height)
             note_idle(given, request, family)
         return request
 
@@ -220,7 +234,9 @@ class Pipeline:
 
         Raises:
             LdmError: the output is not known or, later, memory does not suffice or a number is not finite.
+            FlaggedError: images were refused, after all others are made.
         """
+        self.finishing.check_output(output)
         if output not in ("images", "latents"):
             raise LdmError(f"output {output!r} is not known; choose images or latents")
         return self._made(request, output, on_step, self.batches(request) if only is None else only)
@@ -238,7 +254,7 @@ class Pipeline:
         """Small previews of a batch after a step (`on_step`), with a pixel for each latent."""
         with cpu_by_default():
             latents = clean(step, self.model.family.schedule)
-            return to_images(to_pixels(latents, self._preview_factors))
+            return [self.finishing.preview(one) for one in to_images(to_pixels(latents, self._preview_factors))]
 
     @cached_property
     def _preview_factors(self) -> Factors:
@@ -253,7 +269,7 @@ class Pipeline:
             *self.image_prompts.attachments(request),
             *controls_of(request, self.control_models),
         ]
-        fits = len(request.prompts)
+        fits, refused = len(request.prompts), []
         for rows in batches:
             done = rows.start
             while done < rows.stop:
@@ -271,7 +287,10 @@ class Pipeline:
                     result.latents = [latents.clone() for latents in result.latents]  # ordinary, not of inference mode
                     result.rows = range(done, done + len(part.prompts))
                     done = result.rows.stop
-                    yield result
+                    refused += [record["seed"] for record in result.settings if is_refused(record)]
+                    yield from result.allowed()
+        if refused:
+            raise FlaggedError(refused)
 
     @torch.inference_mode()
     def _batch(
@@ -290,25 +309,26 @@ class Pipeline:
         if self.refiner is not None:
             latents = refined(run, self.refiner, latents)
         _, _, reports = run.conditioning
-        for report in reports:
-            if report.cut:
-                log.warning(
-                    "the prompt has %d tokens, of which %s reads %d; cut: %s",
-                    report.tokens,
-                    report.encoder,
-                    report.room,
-                    report.cut,
-                )
+        note_cut(reports)
         read = self.image_prompts.recorded(request)
         settings = [record | read for record in records(request, self.model.family)]
         if self.embeddings:
             settings = [record | used(self.embeddings, self.model, request, row) for row, record in enumerate(settings)]
         result = Result(latents=list(latents), settings=settings, reports=reports)
         if output == "images":
-            result.images = to_images(decode(model, latents))
+            made = to_images(decode(model, latents))
             if request.mask is not None and request.image is not None and not request.hires:
-                result.images = [pasted(made, request.image, request.mask) for made in result.images]
+                made = [pasted(one, request.image, request.mask) for one in made]
+            result.images, result.settings = self.finishing.finished(made, settings)
         return result
+
+
+def note_cut(reports: Iterable[TokenReport]) -> None:
+    """Log what of the prompts text encoders do not read."""
+    said = "the prompt has %d tokens, of which %s reads %d; cut: %s"
+    for report in reports:
+        if report.cut:
+            log.warning(said, report.tokens, report.encoder, report.room, report.cut)
 
 
 def note_unknown(prompts: Sequence[str], known: Collection[str] | None) -> None:

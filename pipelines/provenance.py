@@ -25,6 +25,7 @@ ABOUT = {
     "image_prompt",
     "image_encoder",
     "image_encoder_hash",
+    "safety",
 }  # keys of a record that are no settings
 
 
@@ -35,6 +36,7 @@ def provenance(loading: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Any]
     own = {
         "source": _absolute(source),
         "refiner": _absolute(loading["refiner"]) if "refiner" in loading else None,
+        "safety": _absolute(loading["safety"]) if "safety" in loading else None,
         "components": {name: _absolute(path) for name, path in loading.get("components", {}).items()} or None,
         "control_models": [_absolute(one) for one in loading.get("control_models", ())] or None,
         "dtype": str(model.dtype).removeprefix("torch."),

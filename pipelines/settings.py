@@ -252,6 +252,10 @@ def _are_paths(value: Any) -> bool:
     return all(isinstance(path, PathLike) or (isinstance(path, str) and path != "") for path in paths)
 
 
+def _are_two_paths(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and _are_paths(value)
+
+
 def _joined_paths(values: list[Any]) -> tuple[Any, ...]:
     return tuple(path for value in values for path in (value if isinstance(value, (list, tuple)) else (value,)))
 
@@ -416,6 +420,8 @@ CONTROL_MODELS = Kind(
     lambda value: bool(value) and not isinstance(value, (bool, int, float)), lambda text: (text,), structured=True,
     joined=_joined_paths,
 )  # fmt: skip
+SIGNING = Kind("CERT,KEY", "two files, a certificate chain and its private key,", _are_two_paths,
+               lambda text: tuple(text.split(",")), structured=True)  # fmt: skip
 DTYPE = choice("fp32", "fp16", "bf16", "float32", "float16", "bfloat16")
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -595,6 +601,14 @@ LOADING: tuple[Setting, ...] = (
             flag="--embedding", names=("embedding_dir", "embeddings_dir", "textual_inversion"),
             closed=ONE_MODEL | {"record": "it lists the embeddings that the image's prompts use"}),
     Setting("variant", NAME, "Which of a folder's weights to read, such as fp16.", closed=ONE_MODEL),
+    Setting("watermark", FLAG, "Invisible watermark in every image: SDXL's; `ldm info IMAGE` finds it.",
+            names=("add_watermarker",), closed=ONE_MODEL),
+    Setting("safety", SOURCE, "A safety checker's folder or Hub name: it looks at each image, and those that it flags "
+            "are blurred.", names=("safety_checker",), record="safety_model", closed=ONE_MODEL),
+    Setting("safety_action", choice("blur", "refuse"), "What becomes of an image that the safety checker flags.",
+            Elsewhere("blur"), closed=ONE_MODEL | {"record": "safety there says what became of the image"}),
+    Setting("c2pa", SIGNING, "Sign images as made by a model: C2PA manifests, with a certificate chain and its key.",
+            closed=ONE_MODEL | {"record": "the manifest says who signed it", "eval": "its images are not given away"}),
     Setting("allow_pickle", FLAG, "Read tensors, and nothing else, from .ckpt and .bin.", False,
             closed=ONE_MODEL | {"record": "it must be allowed each time"}),
 )  # fmt: skip

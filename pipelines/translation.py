@@ -109,7 +109,6 @@ _ANSWERS = {
     "ip_adapter_image_embeds": "images are encoded here; give them as image_prompt",
     **dict.fromkeys(("vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), _PARTS),
     "device_map": "give device= and offload=",
-    "safety_checker": "there is none here; leave it out",
     "subfolder": "name the model's own folder as source",
 }
 TRANSLATED: dict[str, Callable[[Any], Values]] = {  # name in other programs -> our settings for its value
@@ -125,8 +124,7 @@ TRANSLATED: dict[str, Callable[[Any], Values]] = {  # name in other programs -> 
     "return_dict": _flag("return_dict", True, "a Result is returned; its images are result.images"),
     "use_safetensors": _flag("use_safetensors", True, "give allow_pickle=True to read .ckpt and .bin"),
     "low_cpu_mem_usage": _flag("low_cpu_mem_usage", True, "files are mapped into memory; leave it out"),
-    "requires_safety_checker": _flag("requires_safety_checker", False, "there is no safety checker here"),
-    "add_watermarker": _flag("add_watermarker", False, "images get no watermark here; leave it out"),
+    "requires_safety_checker": _flag("requires_safety_checker", False, "name a safety checker: safety="),
 }
 
 

@@ -24,10 +24,11 @@ import transformers
 from PIL import Image, ImageDraw
 
 LONG = [  # the files that take longest: begun first, so that several test processes end together
-    "test_train", "test_selftest", "test_adapter_stage", "test_pipelines", "test_generate", "test_stage_table",
-    "test_compilation", "test_saving", "test_single_file", "test_scale", "test_autoencoder_stage", "test_readme",
-    "test_text_stage", "test_controlnet_stage", "test_eval_command", "test_training_evaluation", "test_folder",
-    "test_textual_inversion_stage", "test_ip_adapter_stage", "test_fused_gpu", "test_train_adapter", "test_editing",
+    "test_train", "test_selftest", "test_pipelines", "test_generate", "test_autoencoder_stage", "test_saving",
+    "test_single_file", "test_scale", "test_adapter_stage", "test_compilation", "test_page", "test_readme",
+    "test_eval_command", "test_text_stage", "test_training_evaluation", "test_stage_table", "test_controlnet_stage",
+    "test_folder", "test_textual_inversion_stage", "test_ip_adapter_stage", "test_fused_gpu", "test_train_adapter",
+    "test_editing",
 ]  # fmt: skip
 
 os.fsync = lambda handle: None  # no test cuts the power: files need not be on the disk, which takes milliseconds each

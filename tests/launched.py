@@ -29,7 +29,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 FIRST = os.environ | ONE_THREAD  # the environment of the process that others are forked from
 IMPORTED = [
     "ldm.bench.processes", "ldm.cli.convert", "ldm.cli.evaluate", "ldm.cli.main", "ldm.cli.making",
-    "ldm.cli.selftest", "ldm.cli.train", "diffusers",
+    "ldm.cli.selftest", "ldm.cli.train", "ldm.training.loop", "ldm.sampling.solvers", "diffusers",
+    "pandas", "transformers.models.clip.modeling_clip",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ MODELS = {"ldm.models"}
 LOW = MODELS | {
     "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
     "ldm.images", "ldm.files", "ldm.caches", "ldm.conditions", "ldm.threads",
-    "ldm.launch", "ldm.limits",
+    "ldm.launch", "ldm.limits", "ldm.signing", "ldm.watermark",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
 BESIDE = BUNDLE | {"ldm.data", "ldm.evaluation", "ldm.training"}
@@ -26,7 +26,7 @@ ALLOWED = {
     "ldm.files": set(),
     "ldm.launch": set(),
     "ldm.limits": set(),
-    "ldm.threads": {"ldm.limits"},
+    "ldm.threads": {"ldm.launch", "ldm.limits"},
     "ldm.models": MODELS,
     "ldm.process": set(),
     "ldm.families": LOW,
@@ -36,6 +36,8 @@ ALLOWED = {
     "ldm.runtime": LOW,
     "ldm.runtime.kernels": {"ldm.caches"},
     "ldm.images": LOW,
+    "ldm.signing": set(),
+    "ldm.watermark": set(),
     "ldm.conditions": {"ldm.conditions", "ldm.images"},
     "ldm.latent_diffusion": BUNDLE,
     "ldm.data": BUNDLE | {"ldm.data"},
@@ -43,7 +45,7 @@ ALLOWED = {
     "ldm.evaluation": BUNDLE | {"ldm.data", "ldm.evaluation"},
     "pipelines": BUNDLE | {"pipelines"},
     "ldm.bench": BESIDE | {"pipelines", "ldm.bench"},
-    "ldm.server": BUNDLE | {"pipelines", "ldm.server"},
+    "ldm.server": BESIDE | {"pipelines", "ldm.server"},
     "ldm.cli": BESIDE | {"pipelines", "ldm.bench", "ldm.server", "ldm.cli"},
     "ldm.__main__": {"ldm.cli"},
     "ldm": {"ldm.latent_diffusion", "ldm.threads"},
@@ -121,7 +123,10 @@ import torch
 there = set(sys.modules)
 import ldm.training.run
 import ldm.cli.evaluate
-heavy = ("torchmetrics", "open_clip", "diffusers")
+heavy = (
+    "torchmetrics", "open_clip", "diffusers", "torch.distributed.tensor", "torch.distributed.checkpoint",
+    "torch._dynamo", "triton", "sympy",
+)
 found = [name for name in sys.modules.keys() - there for part in heavy if (name + ".").startswith(part + ".")]
 assert not found, found
 """

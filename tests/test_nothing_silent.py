@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safety
 import tiny
 import torch
 from commands import run
@@ -212,6 +213,10 @@ CALLS: dict[tuple[str, str, str], Callable[[Path], object]] = {
         lambda path: from_parameters(TEXT),
     ("lines after them", "pipelines/a1111.py", "goes on after its settings, which ldm does not read: Template: x"):
         lambda path: from_parameters(f"{TEXT}\nTemplate: x"),
+    ("a watermark that other programs do not read", "pipelines/finishing.py", "reads it in images of 64×64 pixels"):
+        lambda path: Pipeline(tiny.model("sd15"), watermark=True).request("a cat", size="64"),
+    ("what a safety checker has blurred", "pipelines/finishing.py", "flagged the image of seed 7: blurred"):
+        lambda path: Pipeline(tiny.model("sd15"), safety=safety.saved(path, -2.0))("cat", seed=7, steps=1),
 }  # fmt: skip
 
 

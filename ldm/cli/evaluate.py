@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ldm.caches import cache_folder
-from ldm.cli.evaluate_options import EvaluateOptions, checked_settings, is_model, settings_of, sweeps_of
+from ldm.cli.evaluate_options import (
+    EvaluateOptions,
+    checked_settings,
+    is_model,
+    metrics_of,
+    settings_of_sources,
+    sweeps_of,
+)
 from ldm.cli.generate import read_prompts
 from ldm.data.image_set import made
 from ldm.errors import LdmError
@@ -22,7 +29,7 @@ from ldm.evaluation.evaluation import evaluate
 from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.pages.tables import tables
 from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
-from ldm.evaluation.report import Value, save_report
+from ldm.evaluation.report import REPORT, Value, save_report
 from ldm.evaluation.workspace import Ranks, Workspace, file_lock
 from ldm.files import Progress as Tell
 from ldm.files import silent
@@ -31,25 +38,20 @@ from pipelines import Pipeline
 from pipelines.run import reconstruct
 from pipelines.tuning import default_device, typed
 
-IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
-PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
-
 
 def evaluate_sources(options: EvaluateOptions) -> None:
     """Evaluate, print the tables, and print where the report is."""
     logging.basicConfig(format="ldm: %(message)s", level=logging.WARNING, stream=sys.stderr)
     ranks, device = _ranks(options.device)
     plan = EvaluationPlan(
-        metrics=_metrics(options), data=options.data, n=options.n, prompts=_prompts(options.prompts),
+        metrics=metrics_of(options), data=options.data, n=options.n, prompts=_prompts(options.prompts),
         training=options.training, features=options.features, clip=options.clip, copies=options.copies,
         lpips=options.lpips, sweeps=sweeps_of(options.sweeps), seed=options.seed, batch=options.batch,
         device=device,
     )  # fmt: skip
-    given = {side: settings_of(texts) for side, texts in options.settings.items()}
     check_plan([is_model(source) for source in options.sources], plan)
     sides: list[Model | str] = []
-    for source, name in zip(options.sources, "AB", strict=False):
-        own = given.get("both", {}) | given.get(name, {})
+    for source, own in zip(options.sources, settings_of_sources(options), strict=False):
         sides.append(_model(source, own, device, plan) if is_model(source) else source)
     folder, cache = Path(options.out), Path(options.cache) if options.cache else _cache()
     in_use = f"{folder} is in use by another evaluation; wait for its end, or choose another folder (--out)"
@@ -58,10 +60,10 @@ def evaluate_sources(options: EvaluateOptions) -> None:
             report = evaluate(sides, plan, Workspace(folder, ranks, tell, cache))
         if report is None:
             return
-        save_report(report, folder / "report.json")
+        save_report(report, folder / REPORT)
         page = write_page(report, folder)
     if options.as_json:
-        print((folder / "report.json").read_text(encoding="utf-8"), end="")
+        print((folder / REPORT).read_text(encoding="utf-8"), end="")
         return
     console = Console()
     for part in tables(report):
@@ -70,15 +72,6 @@ def evaluate_sources(options: EvaluateOptions) -> None:
 
 
 # --- values of the options --------------------------------------------------------------------------------------------
-
-
-def _metrics(options: EvaluateOptions) -> tuple[str, ...]:
-    """The metrics of `--metrics`, or all for which there are weights and images."""
-    if options.metrics is not None:
-        return tuple(name.strip().lower() for name in options.metrics.split(",") if name.strip())
-    about_images = IMAGE_METRICS if options.data else ()
-    about_prompts = PROMPT_METRICS if options.data else PROMPT_METRICS[1:]
-    return (*about_images, *(about_prompts if options.clip else ()), *(("memorisation",) if options.training else ()))
 
 
 def _prompts(file: str | None) -> list[str] | None:

@@ -12,6 +12,7 @@ import yaml
 from ldm.cli.generate import read_prompts
 from ldm.data.places import check_place
 from ldm.errors import LdmError, first_line
+from ldm.evaluation.checks import check_numbers, check_published
 from ldm.weights.builtin import builtin
 from ldm.weights.names import HUB_ID
 from pipelines.settings import ADAPTERS, LOADING, Setting, at, checked, every_row, find, renamed
@@ -20,6 +21,8 @@ from pipelines.translation import TRANSLATED
 if TYPE_CHECKING:
     from ldm.evaluation.report import Value
 
+IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
+PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
 IMAGES = (".tar", ".tgz", ".gz", ".parquet")  # endings of shards of images
 
 
@@ -61,6 +64,27 @@ def is_model(source: str) -> bool:
     if not path.exists() and not HUB_ID.fullmatch(source):
         raise LdmError(f"{source} does not exist; name a model (folder, file, Hub name) or images (folder, shards)")
     return True
+
+
+def metrics_of(options: EvaluateOptions) -> tuple[str, ...]:
+    """The metrics of `--metrics`, or all for which there are weights and images."""
+    if options.metrics is not None:
+        return tuple(name.strip().lower() for name in options.metrics.split(",") if name.strip())
+    about_images = IMAGE_METRICS if options.data else ()
+    about_prompts = PROMPT_METRICS if options.data else PROMPT_METRICS[1:]
+    return (*about_images, *(about_prompts if options.clip else ()), *(("memorisation",) if options.training else ()))
+
+
+def settings_of_sources(options: EvaluateOptions) -> list[dict[str, Any]]:
+    """The settings of each source: those of both, and its own.
+
+    Raises:
+        LdmError: one is not written as KEY=VALUE or not known, or is of a source that is not there.
+    """
+    given = {side: settings_of(texts) for side, texts in options.settings.items()}
+    if given.get("B") and len(options.sources) < 2:
+        raise LdmError("--with-b is for a second model, and only one is given")
+    return [given.get("both", {}) | given.get(name, {}) for _, name in zip(options.sources, "AB", strict=False)]
 
 
 def settings_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -125,18 +149,14 @@ def checked_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def check_options(options: EvaluateOptions) -> None:
-    """Check paths, prompts, settings and sweeps.
+    """Check paths, prompts, settings, sweeps and numbers, and whether published weights are there.
 
     Raises:
         LdmError: one of them is wrong.
     """
     for source in options.sources:
         is_model(source)
-    given = {side: settings_of(texts) for side, texts in options.settings.items()}
-    if given.get("B") and len(options.sources) < 2:
-        raise LdmError("--with-b is for a second model, and only one is given")
-    for source, name in zip(options.sources, "AB", strict=False):
-        own = given.get("both", {}) | given.get(name, {})
+    for source, own in zip(options.sources, settings_of_sources(options), strict=False):
         if own and not is_model(source):
             raise LdmError(
                 f"{source} is a folder of images, which are not made here; leave out --with {next(iter(own))}"
@@ -151,3 +171,5 @@ def check_options(options: EvaluateOptions) -> None:
     if options.prompts is not None:
         list(read_prompts(options.prompts))
     sweeps_of(options.sweeps)
+    check_numbers(len(options.sources), options.n, options.batch, options.seed)
+    check_published(metrics_of(options), options.features, options.copies)

@@ -17,7 +17,8 @@ from typing import Any
 
 from ldm.cli.common import to_png
 from ldm.errors import LdmError
-from ldm.weights.builtin import check_named
+from ldm.signing import ManifestSigner
+from ldm.weights.builtin import GIVE_SAFETY_CHECKER, check_named
 from pipelines.settings import LOADING, at, checked
 
 TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
@@ -84,14 +85,18 @@ def work_of(options: Options) -> Work:
 
 
 def _check_paths(options: Options) -> None:
-    """Check that models and images are there, as far as their names tell.
+    """Check that models and images are there, as far as their names tell, and that images can be signed.
 
     Raises:
-        LdmError: one is not.
+        LdmError: one is not, or they cannot.
     """
     for name in ("source", "refiner"):
         if name in options.loading:
             check_named(options.loading[name])
+    if "safety" in options.loading:
+        check_named(options.loading["safety"], GIVE_SAFETY_CHECKER)
+    if "c2pa" in options.loading:
+        ManifestSigner(*options.loading["c2pa"])
     for name, _ in IMAGES:
         if name in options.settings and not os.path.lexists(options.settings[name]):
             raise LdmError(f"{options.settings[name]} does not exist")

@@ -70,7 +70,9 @@ def _options(
 
 @app.command()
 def info(
-    source: Source,
+    source: Annotated[
+        str, typer.Argument(help="A model folder, a checkpoint file, a Hub name (owner/name), or an image.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all weights: check digests, those of the Hub too, and all numbers.")
@@ -83,12 +85,18 @@ def info(
 ) -> None:
     """Describe a model: family, components, types, parameters, prediction type.
 
-    A family's name (sd15, sdxl ...) in place of a source describes the released models of that family.
+    A family's name (sd15, sdxl ...) in place of a source describes the released models of that family; of an image
+    (PNG, JPEG, WebP) it is told by what it was made, its watermark, and whether its C2PA manifest is right.
     """
     from ldm.cli.common import SourceOptions
-    from ldm.cli.info import print_description
+    from ldm.cli.image_info import is_image, print_image
 
     options = SourceOptions(family, variant, revision, tuple(component or ()), allow_pickle)
+    if is_image(source):
+        print_image(source, json, verify, options)
+        return
+    from ldm.cli.info import print_description
+
     print_description(source, json, verify, options)
 
 
@@ -284,6 +292,12 @@ def _of_serve_itself(
     history: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep images of jobs that ask for it, and list them.")
     ] = None,
+    runs: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Show the runs of training in it, and their evaluations.")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Let visitors train adapters; their runs go into --runs.")] = (
+        False
+    ),
     replicas: Annotated[
         str | None,
         typer.Option(metavar="N|MIN-MAX", help="Engines in processes of their own, by Ray Serve, on a GPU each."),
@@ -316,6 +330,7 @@ def serve_command() -> Callable[..., None]:
             loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],
             hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"],
             drain_seconds=given["drain_seconds"], most=given["together"], limits=limits, history=given["history"],
+            runs=given["runs"], train=given["train"],
             replicas=given["replicas"], replica_jobs=given["replica_jobs"], ray_address=given["ray_address"],
         )  # fmt: skip
         serve_images(options)
@@ -353,6 +368,7 @@ def repro(
     ] = None,
     ip_adapter: Annotated[list[str] | None, typer.Option(help="The IP-Adapters, if their paths have changed.")] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Their image encoder, if its path has changed.")] = None,
+    safety: Annotated[str | None, typer.Option(help="The safety checker, likewise.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make an image again from the record in it, and print how the pixels differ."""
@@ -361,6 +377,7 @@ def repro(
     reproduce_image(
         file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (),
         image_prompt or (), ip_adapter or (), image_encoder, allow_pickle, control or (), control_model or (),
+        safety,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from ldm.cli.saving import Saver
 from ldm.conditions.table import check_kind
 from ldm.errors import LdmError
 from ldm.files import file_digest
-from ldm.images import grid, load_image, save_png
+from ldm.images import grid, load_image, save_file
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.launch import processes, rank
 from ldm.models.unfilled import unfilled
@@ -27,8 +27,8 @@ from ldm.weights.components import build
 from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines import Pipeline
-from pipelines.a1111 import to_parameters
 from pipelines.control_images import control_images
+from pipelines.finishing import FlaggedError
 from pipelines.pipeline import named
 from pipelines.provenance import provenance
 from pipelines.request import TEXTS, Request, records
@@ -68,10 +68,10 @@ def make_images(options: Options, work: Work) -> None:
     pipeline = _pipeline(options, world)
     groups = list(checked_groups(pipeline, options.common, work.jobs))
     about = provenance(options.loading, pipeline)
-    made = []
+    made, finishing = [], pipeline.finishing
 
     def write(image: Image.Image, target: Path, record: dict[str, Any]) -> None:
-        save_png(image, target, record, to_parameters(record))
+        save_file(finishing.encoded(image, record), target)
 
     def tell(target: Path, record: dict[str, Any]) -> None:
         print(json.dumps({"path": str(target), **record}) if options.as_json else target, flush=True)
@@ -86,7 +86,7 @@ def make_images(options: Options, work: Work) -> None:
                 made.append(image)
     if made:
         sheet = work.targets[work.jobs[0].index].with_name("grid.png")
-        save_png(grid(made), sheet)
+        save_file(finishing.encoded(finishing.marked(grid(made))), sheet)
         print(sheet)
 
 
@@ -103,6 +103,7 @@ def _images(
 ) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
     """Make this process's missing images, each with its record."""
     before = 0  # batches of the groups before
+    refused: list[int] = []  # seeds
     for group in groups:
         files = {name: _file(group.settings[name]) for name, _ in IMAGES if name in group.settings}
         numbers = [job.index for job in group.jobs]
@@ -113,10 +114,15 @@ def _images(
         missing = [rows for rows in ours if not left.isdisjoint(numbers[rows.start : rows.stop])]
         if not missing:
             continue
-        for result in pipeline.make(group.whole(), only=missing):
-            for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
-                if numbers[row] in left:
-                    yield group.jobs[row], image, {**record, **files}
+        try:
+            for result in pipeline.make(group.whole(), only=missing):
+                for row, image, record in zip(result.rows, result.images, result.settings, strict=True):
+                    if numbers[row] in left:
+                        yield group.jobs[row], image, {**record, **files}
+        except FlaggedError as error:
+            refused += error.seeds
+    if refused:
+        raise FlaggedError(refused)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ldm.files import file_digest
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
 from pipelines.a1111 import embeddings_of, from_parameters, listed
+from pipelines.finishing import BLURRED
 from pipelines.image_prompts import from_record
 from pipelines.provenance import settings_of
 from pipelines.settings import LOADING, at
@@ -38,6 +39,7 @@ def reproduce_image(
     allow_pickle: bool,
     control: Sequence[str] = (),
     control_models: Sequence[str] = (),
+    safety: str | None = None,
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
     log_warnings()
@@ -48,13 +50,12 @@ def reproduce_image(
     settings = from_parameters(parameters) if record is None else settings_of(record)
     record = record or {}
     loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
-    others = (("source", model), ("refiner", refiner), ("dtype", dtype), ("lora_dir", lora_dir))
-    loading |= {name: given for name, given in others if given}
+    others = {"source": model, "refiner": refiner, "dtype": dtype, "lora_dir": lora_dir, "safety": safety}
+    loading |= {name: given for name, given in others.items() if given}
     if components:
         loading["components"] = {**loading.get("components", {}), **to_components(components)}
     loading["embeddings"] = tuple(embeddings) or tuple(_found("embedding", one) for one in _embeddings(record))
-    if "source" not in loading:
-        raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
+    _check_models(path, record, loading)
     for name, given in (("image", image), ("mask", mask)):
         if given or name in record:
             settings[name] = given or _found(name, record[name])
@@ -80,6 +81,20 @@ def reproduce_image(
     if target:
         save_png(made, target, record, parameters)
     _print_difference(np.asarray(made).astype(int), np.asarray(original).astype(int))
+
+
+def _check_models(path: Path, record: dict[str, Any], loading: dict[str, Any]) -> None:
+    """Raise unless the models that made an image are named; a safety checker that has not changed it is left out.
+
+    Raises:
+        LdmError: one is not named.
+    """
+    if "source" not in loading:
+        raise LdmError(f"{path} does not say with which model it was made; name it (--model)")
+    if record.get("safety") != BLURRED:
+        loading.pop("safety", None)
+    elif "safety" not in loading:
+        raise LdmError(f"{path} was blurred by a safety checker that its record does not name; name it (--safety)")
 
 
 def _print_difference(made: np.ndarray, original: np.ndarray) -> None:

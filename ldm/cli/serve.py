@@ -5,22 +5,26 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import LdmError
+from ldm.server.guard import KEY
 from ldm.server.limits import Limits
 
 if TYPE_CHECKING:
-    from ldm.server.history import History
+    from ldm.server.runs import Runs
     from ldm.server.service import Service
+    from ldm.server.trainings import Trainer, TrainingOrder
 
 NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
-KEY = "LDM_API_KEY"  # environment variable
+NOT_TRAINED = ("components", "variant", "allow_pickle")  # settings of loading that `ldm train-adapter` does not take
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class ServeOptions:
     most: int | None  # as for `Engine`
     limits: Limits
     history: str | None  # the folder; None: there is none
+    runs: str | None  # the folder of runs that are shown; None: there are none
+    train: bool  # whether visitors can train adapters
     replicas: str | None = None  # their number, or the least and the largest; None: one engine, in this process
     replica_jobs: int = 8  # of each, above which another one is started
     ray_address: str | None = None  # of a cluster; None: one on this machine
@@ -97,17 +103,61 @@ def replicas_of(options: ServeOptions) -> tuple[int, int] | None:
     return least, most
 
 
+def trainer_of(options: ServeOptions, runs: Runs | None) -> Trainer | None:
+    """What trains adapters of the served model for visitors, if that is wanted.
+
+    Raises:
+        LdmError: there is no folder for their runs, or the model is not one that `ldm train-adapter` takes.
+    """
+    from ldm.server.trainings import Trainer
+
+    if not options.train:
+        return None
+    if runs is None:
+        raise LdmError("--train writes runs: name the folder for them, too (--runs)")
+    own = {name: value for name, value in options.loading.items() if value}
+    if other := [name for name in own if name in NOT_TRAINED]:
+        raise LdmError(f"--train adapts a model as it is; serve it without {other[0]}")
+    folder = own.get("lora_dir")
+    return Trainer(runs, partial(training_command, own), None if folder is None else Path(folder))
+
+
+def training_command(loading: Mapping[str, Any], order: TrainingOrder, images: Path, output: Path) -> list[str]:
+    """The program that trains an adapter of a model, by the settings that the model was loaded with.
+
+    Raises:
+        LdmError: the order is none that `ldm train-adapter` takes.
+    """
+    from ldm.cli.train_adapter import AdapterJob
+    from ldm.weights.builtin import DEFAULT
+
+    model = str(loading.get("source", DEFAULT))
+    job = AdapterJob(str(images), model, str(output), order.kind, order.trigger, order.class_prompt)
+    job.check(())
+    if order.rank is not None and order.kind != "lora":
+        raise LdmError("rank is for a LoRA; leave it out")
+    given = {f"{job.stage}.steps": order.steps, f"{job.stage}.rank": order.rank, "model.family": loading.get("family")}
+    settings = ["trackers=[]", *(f"{name}={value}" for name, value in given.items() if value is not None)]
+    options = {"model": model, "output": output, "kind": order.kind, "trigger": order.trigger,
+               "class-prompt": order.class_prompt}  # fmt: skip
+    named = [f"--{name}={value}" for name, value in options.items() if value]
+    return [sys.executable, "-m", "ldm", "train-adapter", *named, "--", str(images), *settings]
+
+
 def serve_images(options: ServeOptions) -> None:
     """Load the model, and serve until a signal comes."""
     check_packages()
     key, replicas = key_of(options), replicas_of(options)
     from ldm.server.history import History
+    from ldm.server.runs import Runs
     from ldm.server.service import log_to_stderr
     from ldm.server.serving import Listening, serve
 
     history = None if options.history is None else History(Path(options.history))  # before a model is loaded
+    runs = None if options.runs is None else Runs.at(Path(options.runs))
+    trainer = trainer_of(options, runs)
     log_to_stderr()
-    with _service(options, history, replicas) as service:
+    with _service(options, replicas, history=history, runs=runs, trainer=trainer) as service:
         if not is_local(options.host):
             print(
                 f"ldm: everybody who reaches {options.host}, port {options.port}, and has the key can make images; "
@@ -121,18 +171,20 @@ def serve_images(options: ServeOptions) -> None:
 
 
 def _service(
-    options: ServeOptions, history: History | None, replicas: tuple[int, int] | None
+    options: ServeOptions,
+    replicas: tuple[int, int] | None,
+    **beside: Any,
 ) -> AbstractContextManager[Service]:
-    """The service that is asked for, within this process or with replicas."""
+    """The service that is asked for, within this process or with replicas; `beside` is what it has beside its model."""
     if replicas is not None:
         from ldm.server.cluster import ClusterOptions, clustered
 
         cluster = ClusterOptions(*replicas, options.replica_jobs, options.ray_address)
-        return clustered(options.loading, options.limits, options.most, history, cluster)
+        return clustered(options.loading, options.limits, options.most, cluster, **beside)
     from ldm.server.service import Service
     from pipelines import Pipeline
     from pipelines.tuning import typed
 
     with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
         pipeline = thread.submit(Pipeline, **typed(options.loading)).result()
-    return nullcontext(Service(pipeline, options.loading, options.limits, options.most, history))
+    return nullcontext(Service(pipeline, options.loading, options.limits, options.most, **beside))

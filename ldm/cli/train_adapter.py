@@ -22,6 +22,7 @@ from ldm.launch import processes, processes_here, rank
 from ldm.limits import free_memory
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import Config, load
+from ldm.training.layout import CHECKPOINTS, CONFIG, DONE, SHEET
 from ldm.training.sections import ModelSection
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def train_adapter(job: AdapterJob, overrides: Sequence[str]) -> None:
     file, given = handed_out(lambda: choice(job, overrides, config))
     train_models(file, given)
     if rank() == 0:
-        print(sheet(load(Path(config.output) / "config.yaml"), job))
+        print(sheet(load(Path(config.output) / CONFIG), job))
 
 
 def together(chosen: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -152,7 +153,7 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
     Raises:
         LdmError: the folder holds no images, or the output another run.
     """
-    begun = Path(config.output) / "config.yaml"
+    begun = Path(config.output) / CONFIG
     goes_on = begun.exists() and has_trained(begun.parent)
     count = 0 if goes_on else count_images(Path(config.data.source or ""))
     chosen = job.settings(tokens(config.model, job.initial) if job.initial else 0)
@@ -160,6 +161,7 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
         given = together(chosen, overrides)
         check_begun(begun, given, job.stage)
         return str(begun), given
+    print("ldm: choosing settings", file=sys.stderr)  # for which PyTorch is imported and the model looked at
     chosen += defaults(count, config, job.stage)
     check_bounds(load(None, together(chosen, overrides)))
     given = fitting(chosen, overrides, saving(config, job.stage))
@@ -169,7 +171,7 @@ def choice(job: AdapterJob, overrides: Sequence[str], config: Config) -> tuple[s
 
 def has_trained(output: Path) -> bool:
     """Whether a run's folder holds anything trained: a run that ended before may be begun again in another way."""
-    return any(any(output.glob(f"*/{name}")) for name in ("checkpoints/step-*", "done.json"))
+    return any(any(output.glob(f"*/{name}")) for name in (f"{CHECKPOINTS}/step-*", DONE))
 
 
 def check_begun(begun: Path, given: Sequence[str], stage: str) -> None:
@@ -291,6 +293,6 @@ def sheet(config: Config, job: AdapterJob) -> Path:
         rows = [(Pipeline(**model), {}), (Pipeline(**model, embeddings=folder / "embeddings"), beside)]
         calls = [(pipeline, {**call, "seed": SEED + n}) for pipeline, call in rows for n in range(columns)]
     images = [pipeline(prompt, **call).images[0] for prompt in prompts for pipeline, call in calls]
-    path = folder / "sheet.png"
+    path = folder / SHEET
     save_png(grid(images, columns=columns), path)
     return path

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from ldm.errors import LdmError
+from ldm.evaluation.checks import SIDES
 from ldm.evaluation.features import MeasuredImages, Networks, with_nearest
 from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.table import METRICS
-from ldm.evaluation.plan import SIDES, EvaluationPlan, Model, check_counts, check_plan
+from ldm.evaluation.plan import EvaluationPlan, Model, check_counts, check_plan
 from ldm.evaluation.report import Report, Value
 from ldm.evaluation.results import Reconstructions, Results, report_of
 from ldm.evaluation.sides import Notes, made_images, opened, prompts_of, reconstructed_images

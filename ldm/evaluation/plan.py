@@ -8,12 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.errors import LdmError, check_whole
+from ldm.errors import LdmError
+from ldm.evaluation.checks import check_numbers
 from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.table import METRICS, metric
 from ldm.evaluation.report import Value
-
-SIDES = ("A", "B")  # names of the sides
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,7 @@ def check_plan(models: Sequence[bool], plan: EvaluationPlan) -> None:
     """
     if not plan.metrics:
         raise LdmError(f"no metric is asked for; known are {', '.join(METRICS)}")
-    if not 1 <= len(models) <= len(SIDES):
-        raise LdmError(f"{len(models)} models or folders; evaluate one, or two to compare them")
-    if plan.n is not None:
-        check_whole("evaluation", "n", plan.n, 2, 10**7)
-    check_whole("evaluation", "batch", plan.batch, 1, 10**5)
-    check_whole("evaluation", "seed", plan.seed, 0, 2**32)
+    check_numbers(len(models), plan.n, plan.batch, plan.seed)
     for name in plan.metrics:
         _check_metric(name, models, plan)
     if plan.sweeps and not all(models):

@@ -15,6 +15,9 @@ from ldm.evaluation.metrics.comparison import Comparison
 from ldm.evaluation.metrics.intervals import Estimate
 from ldm.files import replacing, write_json
 
+REPORT = "report.json"
+PAGE = "report.html"  # beside it
+
 
 @dataclass(frozen=True)
 class Side:

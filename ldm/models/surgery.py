@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -18,8 +18,12 @@ M = TypeVar("M", bound=nn.Module)
 
 def twin(module: M) -> M:
     """A copy of a module with the same parameters; changes to the copy's modules do not affect the original."""
-    kept = [dict.values(part._parameters) for part in module.modules()]  # and of freed weights, what makes them anew
-    return copy.deepcopy(module, {id(parameter): parameter for own in kept for parameter in own})
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in held_parameters(module)})
+
+
+def held_parameters(module: nn.Module) -> list[Any]:
+    """The parameters that a module and its sub-modules hold; in place of a freed weight, what makes it anew."""
+    return [held for part in module.modules() for held in dict.values(part._parameters) if held is not None]
 
 
 def replaced(module: M, **parts: nn.Module) -> M:

@@ -205,10 +205,10 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
 
 
 def _normal(shape: tuple[int, ...], std: float, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(std * torch.randn(shape, device="cpu").to(device))
+    return nn.Parameter((std * torch.randn(shape, device="cpu")).to(device))
 
 
 def _drawn(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
     """Uniform values with PyTorch's bound for a linear layer, 1 / √(number of inputs)."""
     bound = math.prod(shape[1:]) ** -0.5
-    return nn.Parameter(bound * (2 * torch.rand(shape, device="cpu") - 1).to(device))
+    return nn.Parameter((bound * (2 * torch.rand(shape, device="cpu") - 1)).to(device))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ldm.errors import first_line, out_of_memory
 from ldm.models.attention import attention_layers
-from ldm.models.surgery import twin
+from ldm.models.surgery import held_parameters, twin
 from ldm.models.unet import Conditioning, UNet
 from ldm.runtime.calls import CallRecorder
 from ldm.runtime.fused import hooked
@@ -140,8 +140,7 @@ class GraphInputs:
     def of(cls, unet: UNet) -> GraphInputs:
         """The inputs of a `precomputed` U-Net."""
         outputs = precomputed_outputs(unet)
-        weights = [value for module in unet.modules() for value in dict.values(module._parameters) if value is not None]
-        key = (*(_place(weight) for weight in weights), *(layer.output.shape for layer in outputs))
+        key = (*map(_place, held_parameters(unet)), *(layer.output.shape for layer in outputs))
         timestep = [layer for layer in outputs if isinstance(layer, TimestepOutput)]
         return cls(key, [layer for layer in outputs if not isinstance(layer, TimestepOutput)], timestep)
 

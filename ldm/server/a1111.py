@@ -12,17 +12,16 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
-from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.images import png_bytes
+from ldm.images import png_bytes, read_texts
 from ldm.sampling.scheduler_names import OTHER_NAMES, SAMPLERS, other_names
 from ldm.server.a1111_fields import (
     LARGER,
@@ -36,14 +35,16 @@ from ldm.server.a1111_fields import (
 )  # fmt: skip
 from ldm.server.guard import A1111
 from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
-from ldm.server.reading import FORMATS, read_json, uploaded
-from ldm.server.receiving import Readers, RefusedError, read_body, until_over
+from ldm.server.reading import DECODING, FORMATS, read_json, uploaded_bytes
+from ldm.server.receiving import Readers, RefusedError, until_over
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import SPACING_NAMES, USUAL, fields_of, to_parameters
 
 ROOT = f"{A1111}v1"
 NONE_HERE = ("sd-vae", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles", "extensions")
+TEXTS = 2**20  # characters in an image that are read
+BYTES = 4  # of what is held, that count as a pixel
 NOTHING_TO_DO = ("refresh-checkpoints", "refresh-vae", "refresh-loras")  # lists are always new
 
 
@@ -138,49 +139,52 @@ class WebuiApi:
 
     async def _made(self, request: Request, images: bool) -> Response:
         self.service.engine.check_open()
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            given, asked = await run_in_threadpool(self._read, body, images)
-            task = await self._begin(request, asked)
-        self.tasks.append(task)
+        owner, share = client_of(request), RequestUploads(self.service.uploads, self.service.limits)
         try:
-            await until_over(task.job, request)
-            return await run_in_threadpool(self._answer, given, asked, task)
-        finally:
-            self.tasks.remove(task)
-            self.service.forget(task.job)  # the client does not know its name
-
-    def _read(self, body: bytes, images: bool) -> tuple[dict[str, Any], ImageRequest]:
-        given, share = read_json(body), RequestUploads(self.service.uploads, self.service.limits)
-        try:
-            return given, image_request(given, self.service, share, images)
-        except RecursionError:
-            raise LdmError("the request is nested too deeply") from None
+            echo, asked, task = await self.readers.read(request, lambda body: self._begun(owner, body, images, share))
+            self.tasks.append(task)
+            try:
+                await until_over(task.job, request)
+                return await run_in_threadpool(self._answer, echo, asked, task)
+            finally:
+                self.tasks.remove(task)
+                self.service.forget(task.job)  # the client does not know its name
         finally:
             share.give_back()
 
-    async def _begin(self, request: Request, asked: ImageRequest) -> ApiTask:
-        """The task of a request, whose job has begun.
+    def _begun(
+        self, owner: ApiClient, body: bytes, images: bool, share: RequestUploads
+    ) -> tuple[dict[str, Any], ImageRequest, ApiTask]:
+        """What the answer to a request repeats of it, the request without its images, and its task, which has begun.
+
+        The share goes on counting what is held until the answer, beside the images of the job: those of a masked part.
 
         Raises:
+            LdmError, NotTakenError: as `image_request`.
             RefusedError: the client has a task of that name already.
         """
-        owner = client_of(request)
+        try:
+            given = read_json(body)
+            asked = image_request(given, self.service, share, images)
+            if asked.inpainting is None:
+                share.give_back()
+            echo = echo_of(given, share)
+        except RecursionError:
+            raise LdmError("the request is nested too deeply") from None
         if asked.task and self._task(owner, asked.task):
             raise RefusedError(409, f"force_task_id {asked.task!r}: a request has this name; choose another")
-        settings = {**asked.settings, "previews": True}
         task: ApiTask | None = None
 
         def note(event: Event) -> None:
             if task is not None:
                 task.note(event)
 
-        job = await run_in_threadpool(self.service.accept, settings, note)
-        refines = job.request.refined
-        task = ApiTask(owner, asked.task, job, 1 + bool(job.request.hires) + refines)
-        return task
+        job = self.service.accept({**asked.settings, "previews": True}, note)
+        task = ApiTask(owner, asked.task, job, 1 + bool(job.request.hires) + job.request.refined)
+        kept = {name: value for name, value in asked.settings.items() if name not in ("image", "mask", "control")}
+        return echo, replace(asked, settings=kept), task
 
-    def _answer(self, given: dict[str, Any], asked: ImageRequest, task: ApiTask) -> Response:
+    def _answer(self, echo: dict[str, Any], asked: ImageRequest, task: ApiTask) -> Response:
         """The finished images, with their settings; of an interrupted task those that were finished before."""
         job = task.job
         if job.state != DONE and not (job.state == CANCELLED and task.interrupted):
@@ -188,18 +192,17 @@ class WebuiApi:
         made = [found for number in range(len(job.made)) if (found := self.service.finished(job, number))]
         images = []
         for image, record in made if asked.send else ():
-            whole = asked.inpainting.finished(image) if asked.inpainting else image
-            images.append(base64.b64encode(png_bytes(whole, record, to_parameters(record))).decode())
-        hidden = () if given.get("include_init_images") else ("init_images", "mask")
-        echoed = {name: None if name in hidden else value for name, value in given.items()}
+            if asked.inpainting:
+                image = self.service.finishing.marked(asked.inpainting.finished(image))
+            images.append(base64.b64encode(self.service.finishing.encoded(image, record)).decode())
         about = described(task, asked, [record for _, record in made])
-        return JSONResponse({"images": images, "parameters": echoed, "info": json.dumps(about)})
+        return JSONResponse({"images": images, "parameters": echo, "info": json.dumps(about)})
 
     # --- what runs ----------------------------------------------------------------------------------------------------
 
     def _task(self, owner: ApiClient, name: str = "") -> ApiTask | None:
         """The first task of that name and with the same credentials; without a name, of the same client."""
-        for task in self.tasks:
+        for task in tuple(self.tasks):
             if task.job.over.is_set():
                 continue
             if task.owner == owner if not name else (task.name == name and task.owner.credentials == owner.credentials):
@@ -240,30 +243,62 @@ class WebuiApi:
 
     async def set_options(self, request: Request) -> Response:
         """Take options that have the values that they have here; others are refused."""
-        for name, value in read_json(await read_body(request, self.service.limits.body)).items():
-            check_option(name, value, self.service)
+
+        def check(body: bytes) -> None:
+            for name, value in read_json(body).items():
+                check_option(name, value, self.service)
+
+        await self.readers.read(request, check)
         return JSONResponse(None)
 
     async def png_info(self, request: Request) -> Response:
         """The texts in an image, and the settings in that of AUTOMATIC1111."""
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            return JSONResponse(await run_in_threadpool(self._png_info, read_json(body)))
+        return JSONResponse(await self.readers.read(request, lambda body: self._png_info(read_json(body))))
 
     def _png_info(self, given: dict[str, Any]) -> dict[str, Any]:
         text, share = given.get("image"), RequestUploads(self.service.uploads, self.service.limits)
         if not isinstance(text, str):
             raise LdmError("image: an image in base64 is needed")
         try:
-            uploaded(text, "image", share)  # within the limits, and whole
-            data = base64.b64decode(text.rpartition(",")[2])
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                opened.load()
-                items = {name: value for name, value in opened.info.items() if isinstance(value, str)}
+            data = uploaded_bytes(text, "image", share)
+            with DECODING:
+                items = read_texts(io.BytesIO(data), "image", FORMATS)
         finally:
             share.give_back()
+        if (count := sum(map(len, items.values()))) > TEXTS:
+            raise LdmError(f"image: its texts have {count:,} characters; this server reads at most {TEXTS:,}")
         info = items.pop("parameters", "")
         return {"info": info, "items": items, "parameters": fields_of(info) if info else {}}
+
+
+def echo_of(given: dict[str, Any], share: RequestUploads) -> dict[str, Any]:
+    """A request as its answer repeats it: without long texts, such as images; with `include_init_images`, with these.
+
+    What is repeated is held until then, so images are counted in a share.
+
+    Raises:
+        LdmError, NotTakenError: as `RequestUploads.take`.
+    """
+    most = share.limits.characters
+    found = {name: _short(value, most) for name, value in given.items()}
+    for name in ("init_images", "mask"):
+        images = given.get(name) if given.get("include_init_images") else None
+        if images:
+            share.take(name, len("".join(images)) // BYTES)
+        if name in given:
+            found[name] = images
+    return found
+
+
+def _short(value: Any, most: int) -> Any:
+    """A value of JSON without its texts and names that have more than `most` characters."""
+    if isinstance(value, str):
+        return value if len(value) <= most else None
+    if isinstance(value, list):
+        return [_short(one, most) for one in value]
+    if isinstance(value, dict):
+        return {name: _short(one, most) for name, one in value.items() if len(name) <= most}
+    return value
 
 
 def state_of(task: ApiTask | None) -> dict[str, Any]:

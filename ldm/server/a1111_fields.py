@@ -5,7 +5,6 @@ What a request leaves out has the defaults of `ldm generate`, but for the schedu
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import LdmError, suggestion
-from ldm.images import load_image, png_bytes
+from ldm.images import load_image
 from ldm.sampling.scheduler_names import SAMPLERS, plain, scheduler_named
 from ldm.server.a1111_masks import MaskedPart, MaskSettings, inpainting, resized
 from ldm.server.reading import uploaded
@@ -307,7 +306,7 @@ def _start(
         settings["image_guidance"] = found["image_cfg_scale"]
     sized = "width" in found or "height" in found
     if not found.get("mask"):
-        return settings | {"image": encoded(resized(image, _size(found, service), mode) if sized else image)}, None
+        return settings | {"image": resized(image, _size(found, service), mode) if sized else image}, None
     mask = load_image(uploaded(_base64(found), "mask", share), "L")
     blurs = [_number(found, name, _number(found, "mask_blur", 4)) for name in ("mask_blur_x", "mask_blur_y")]
     fill = _whole(found, "inpainting_fill", 0, 0, 3)
@@ -321,13 +320,8 @@ def _start(
     )  # fmt: skip
     size = _size(found, service) if sized or asked.padding is not None else None
     part, hidden, area = inpainting(image, mask, asked, size)
-    settings |= {"image": encoded(part), "mask": encoded(hidden)}
+    settings |= {"image": part, "mask": hidden}
     return settings | (dict(zip(("width", "height"), size, strict=True)) if size else {}), area
-
-
-def encoded(image: Image.Image) -> str:
-    """An image as jobs have it: a PNG in base64."""
-    return base64.b64encode(png_bytes(image)).decode()
 
 
 def _base64(found: Mapping[str, Any]) -> str:
@@ -371,7 +365,7 @@ def _control(
         raise LdmError(f"controlnet: one unit for each model, from the first: {', '.join(service.control_models)}")
     size = settings.get("width"), settings.get("height")
     return {
-        "control": [{"image": encoded(_condition(unit, size, share))} for unit in ordered],
+        "control": [{"image": _condition(unit, size, share)} for unit in ordered],
         "control_scale": [unit.get("weight", 1.0) for unit in ordered],
         "control_begin": [unit.get("guidance_start", 0.0) for unit in ordered],
         "control_end": [unit.get("guidance_end", 1.0) for unit in ordered],

@@ -105,6 +105,8 @@ def resized(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image
     if mode == 1:
         return ImageOps.fit(image, size, LANCZOS)
     inner = ImageOps.contain(image, size, LANCZOS)
+    if not all(inner.size):  # a narrow one: Pillow rounds its shorter side to 0
+        inner = image.resize((max(inner.width, 1), max(inner.height, 1)), LANCZOS)
     (wide, high), array = (size[0] - inner.width, size[1] - inner.height), np.asarray(inner)
     around = [(high // 2, high - high // 2), (wide // 2, wide - wide // 2), (0, 0)]
     return Image.fromarray(np.pad(array, around[: array.ndim], mode="edge"))

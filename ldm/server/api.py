@@ -18,7 +18,7 @@ import ldm
 from ldm.errors import LdmError
 from ldm.server.a1111 import WebuiApi
 from ldm.server.engine import NotTakenError
-from ldm.server.events import EventReader, EventStream, described
+from ldm.server.events import EventReader, EventStream, described, messages
 from ldm.server.guard import Guard, error_body
 from ldm.server.history_api import HistoryApi
 from ldm.server.info import info_routes
@@ -27,7 +27,8 @@ from ldm.server.metrics import Metrics
 from ldm.server.openai_images import ImagesApi, ParameterError, wrong_parameter
 from ldm.server.page_files import page_files, page_routes
 from ldm.server.reading import read_json
-from ldm.server.receiving import Readers, RefusedError, read_body, until_over
+from ldm.server.receiving import Readers, RefusedError, until_over
+from ldm.server.runs_api import RunsApi
 from ldm.server.service import Service
 
 
@@ -39,6 +40,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     app.include_router(ImagesApi(service, jobs.readers).routes())
     app.include_router(WebuiApi(service, jobs.readers).routes())
     app.include_router(about(service, Metrics(service)))
+    app.include_router(RunsApi(service, jobs.answering).routes())
     for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
         app.include_router(routes)
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
@@ -86,7 +88,7 @@ class JobsApi:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.readers = Readers()
+        self.readers = Readers(service.limits.body)
 
     def routes(self) -> APIRouter:
         """All routes of jobs."""
@@ -110,7 +112,7 @@ class JobsApi:
         self.service.engine.check_open()  # before anything is read
         job = await self.answering(request, lambda given: self.service.accept(given, reader))
         if "text/event-stream" in wanted:
-            return EventStream(job, reader, own=True)
+            return EventStream(job, reader, messages(job, reader), own=True)
         job.listeners.remove(reader)
         if wanted == "image/png":
             await until_over(job, request)
@@ -121,10 +123,8 @@ class JobsApi:
         return JSONResponse(described(job), 202, {"location": f"/v1/jobs/{job.id}"})
 
     async def answering(self, request: Request, answer: Callable[[dict[str, Any]], Any]) -> Any:
-        """What a function gives for the JSON object of a request; a large one is read beside few others."""
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            return await run_in_threadpool(lambda: answer(read_json(body)))
+        """What a function gives for the JSON object of a request."""
+        return await self.readers.read(request, lambda body: answer(read_json(body)))
 
     async def state(self, name: str) -> Response:
         """The state of a job."""
@@ -140,7 +140,7 @@ class JobsApi:
         """The events of a job, from now on."""
         job, reader = self._job(name), EventReader(asyncio.get_running_loop())
         job.listeners.append(reader)
-        return EventStream(job, reader, own=False)
+        return EventStream(job, reader, messages(job, reader), own=False)
 
     async def image(self, name: str, number: int) -> Response:
         """A finished image, with its record."""

@@ -25,7 +25,6 @@ from typing import Any
 from ldm.errors import LdmError
 from ldm.limits import cores, free_memory, quota
 from ldm.server.engine import Counts, JobTaker, Piece
-from ldm.server.history import History
 from ldm.server.jobs import DONE, FAILED, RUNNING, WAITING, Event, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.replica import AboutReplica, EngineReplica, ReplicaReport, order_of
@@ -218,10 +217,10 @@ def clustered(
     loading: Mapping[str, Any],
     limits: Limits,
     most: int | None,
-    history: History | None,
     options: ClusterOptions,
+    **beside: Any,
 ) -> Iterator[Service]:
-    """A service with replicas, which end with the context; arguments are as for `Service`.
+    """A service with replicas, which end with the context; the other arguments are as for `Service`.
 
     Raises:
         LdmError: the model cannot be loaded, or the replicas do not start.
@@ -232,7 +231,7 @@ def clustered(
         handle = deployed(loading, most, limits, options)
         about: AboutReplica = handle.about.remote().result()
         engine = ClusterEngine(pipeline, handle, about.most, limits.queue)
-        service = Service(pipeline, loading, limits, most, history, engine)
+        service = Service(pipeline, loading, limits, most, engine=engine, **beside)
         service.about = about.model
         let_go(pipeline)
         stop = threading.Event()

@@ -47,17 +47,14 @@ class EventReader:
 
 
 class EventStream(StreamingResponse):
-    """A job's events as Server-Sent Events; with `own`, the job is cancelled when the client is gone.
+    """Messages about a job as Server-Sent Events; with `own`, the job is cancelled when the client is gone.
 
     A client that is gone at once never starts the generator of messages, so it is the response that cleans up. One that
     takes an event too slowly counts as gone.
     """
 
-    def __init__(
-        self, job: ServerJob, reader: EventReader, own: bool, messages: AsyncIterator[str] | None = None
-    ) -> None:
-        """`messages` take the place of those of `/v1/jobs`."""
-        super().__init__(messages or _messages(job, reader), media_type="text/event-stream")
+    def __init__(self, job: ServerJob, reader: EventReader, messages: AsyncIterator[str], own: bool) -> None:
+        super().__init__(messages, media_type="text/event-stream")
         self.job, self.reader, self.own = job, reader, own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +72,8 @@ class EventStream(StreamingResponse):
                 self.job.cancel()
 
 
-async def _messages(job: ServerJob, reader: EventReader) -> AsyncIterator[str]:
+async def messages(job: ServerJob, reader: EventReader) -> AsyncIterator[str]:
+    """A job's state and then its events, as `/v1/jobs` has them."""
     over = job.over.is_set()
     yield message("state", described(job))
     while not over:

@@ -10,13 +10,12 @@ import base64
 import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+KEY = "LDM_API_KEY"  # environment variable that may hold the key
 OPEN = ("/healthz", "/readyz")  # paths that need no key
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 FORMS = (EDITS, VARIATIONS)  # paths that take forms with files, too
@@ -34,7 +33,7 @@ HEADERS = {
 class Guard:
     """An ASGI application around another one, which sees only requests that pass."""
 
-    def __init__(self, app: App, key: str = "", names: Iterable[str] = (), files: Iterable[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, key: str = "", names: Iterable[str] = (), files: Iterable[str] = ()) -> None:
         """`key` is the API key, "" for none; `names` are the host's names beside addresses and localhost.
 
         `files` are paths of the page, which need no key.
@@ -114,7 +113,7 @@ def _with_headers(send: Send) -> Send:
     """`send`, with those of `HEADERS` added to each response that it lacks."""
     own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
-    async def sending(message: MutableMapping[str, Any]) -> None:
+    async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             given = list(message.get("headers", ()))
             names = {name.lower() for name, _ in given}

@@ -1,7 +1,7 @@
 """The history of a server: images that were asked to be kept, as files in a folder, with a table of them in SQLite.
 
 An image is one file and one row, written in one transaction by a thread of the history's own, so that the engine does
-not wait for disks. Names of files are random and never come from requests.
+not wait for disks unless many images do. Names of files are random and never come from requests.
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ldm.errors import LdmError
 from ldm.files import replacing
-from ldm.images import png_bytes
-from pipelines.a1111 import to_parameters
 
 log = logging.getLogger(__name__)
 TABLE = "history.sqlite"
 IMAGES = "images"  # the folder of the files
 VERSION = 1  # of the table
 WAIT_SECONDS = 10.0  # for another process that writes
+BEHIND = 32  # images that wait to be written, of which the next one makes its engine wait
 MOST = 100  # images of a page
 WORDS = 16  # of a search
 LARGEST = 2**63 - 1  # number that SQLite holds
@@ -77,15 +74,15 @@ class History:
             if version == 0:
                 table.execute(CREATE)
                 table.execute(f"PRAGMA user_version = {VERSION}")
-        self.coming: queue.SimpleQueue[tuple[Image.Image, dict[str, Any]] | None] = queue.SimpleQueue()
+        self.coming: queue.Queue[tuple[Callable[[], bytes], dict[str, Any]] | None] = queue.Queue(BEHIND)
         self._writer = threading.Thread(target=self._write, name="ldm-history", daemon=True)
         self._writer.start()
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def keep(self, image: Image.Image, record: dict[str, Any]) -> None:
-        """Keep an image with its record, soon; one that cannot be kept is told in the log."""
-        self.coming.put((image, record))
+    def keep(self, encode: Callable[[], bytes], record: dict[str, Any]) -> None:
+        """Keep an image, whose file `encode` gives, with its record, soon; one that cannot be is told in the log."""
+        self.coming.put((encode, record))
 
     def close(self) -> None:
         """Write what is to be kept, and end."""
@@ -94,9 +91,9 @@ class History:
 
     def _write(self) -> None:
         while (coming := self.coming.get()) is not None:
-            image, record = coming
+            encode, record = coming
             try:
-                self.add(png_bytes(image, record, to_parameters(record)), record)
+                self.add(encode(), record)
             except LdmError as error:
                 log.error("%s", error)
             except Exception:
@@ -206,4 +203,5 @@ class History:
 def _searched(record: Mapping[str, Any]) -> str:
     """The text in which an image is searched."""
     parts = [record.get("prompt"), record.get("negative"), *(record.get("adapters") or {})]
-    return "\n".join(str(part) for part in parts if part).casefold()
+    text = "\n".join(str(part) for part in parts if part).casefold()
+    return text.encode("utf-8", "backslashreplace").decode()  # bytes of file names that are not UTF-8

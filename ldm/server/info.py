@@ -47,6 +47,7 @@ class Info:
     def about(self) -> dict[str, Any]:
         """The model by name, its defaults, and which images it can be steered by."""
         pipeline, model = self.service.engine.pipeline, self.service.engine.pipeline.model
+        trainer = self.service.trainer
         usual = defaults(model.family, None, False, (), None)
         return {
             "version": ldm.__version__,
@@ -59,6 +60,9 @@ class Info:
             "image_prompts": bool(pipeline.image_prompts.files),
             "refiner": pipeline.refiner is not None,
             "history": self.service.history is not None,
+            "runs": self.service.runs is not None,
+            "trains": trainer is not None,
+            "keeps": trainer is not None and trainer.adapters is not None,
         }
 
     def read_back(self, given: Mapping[str, Any]) -> dict[str, Any]:

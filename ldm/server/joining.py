@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from operator import is_not
 from typing import Any, TypeVar, cast
@@ -187,7 +188,7 @@ class JointUNet:
 
     def __init__(self, unet: UNet) -> None:
         """Make it like one of them, without rows."""
-        joint = {id(layer): type(layer)(layer.output) for layer in precomputed_outputs(unet)}
+        joint = {id(layer): type(layer)(layer.output) for layer in layers_of(unet).outputs}
         joined = rebuilt(
             unet, lambda module: {name: joint[id(part)] for name, part in module.named_children() if id(part) in joint}
         )
@@ -199,7 +200,7 @@ class JointUNet:
         """The joint U-Net with the outputs of several at their present timesteps."""
         others = len(self.unets) != len(unets) or any(map(is_not, self.unets, unets))
         self.unets = list(unets)
-        for layer, *column in zip(self.layers, *map(_outputs, unets), strict=True):
+        for layer, *column in zip(self.layers, *(layers_of(unet).outputs for unet in unets), strict=True):
             if others or isinstance(layer, TimestepOutput):
                 layer.output = torch.cat([one.output for one in column])
         return self.unet
@@ -224,22 +225,29 @@ class Joints:
         self.last, self.present = self.present, {}
 
 
-_OUTPUTS: WeakKeyDictionary[UNet, list[PrecomputedOutput]] = WeakKeyDictionary()
-
-
-def _outputs(unet: UNet) -> list[PrecomputedOutput]:
-    """The precomputed outputs of a U-Net."""
-    if unet not in _OUTPUTS:
-        _OUTPUTS[unet] = precomputed_outputs(unet)
-    return _OUTPUTS[unet]
-
-
 class Structure:
     """What is the same in U-Nets whose calls can be made together: one object for all of them."""
 
 
-_STRUCTURES: WeakKeyDictionary[UNet, Structure | None] = WeakKeyDictionary()  # None: calls are made alone
-_KNOWN: WeakValueDictionary[Hashable, Structure] = WeakValueDictionary()  # by all that is the same
+@dataclass(frozen=True)
+class UNetLayers:
+    """What joint calls need of a U-Net's layers."""
+
+    outputs: list[PrecomputedOutput]
+    structure: Structure | None  # None: its calls are made alone
+
+
+_LAYERS: WeakKeyDictionary[UNet, UNetLayers] = WeakKeyDictionary()
+_STRUCTURES: WeakValueDictionary[Hashable, Structure] = WeakValueDictionary()  # by all that is the same
+
+
+def layers_of(unet: UNet) -> UNetLayers:
+    """The layers of a U-Net, looked at once."""
+    if unet not in _LAYERS:
+        joins = not reads_conditioning(unet)
+        same = _STRUCTURES.setdefault(tuple(_parts(unet)), Structure()) if joins else None
+        _LAYERS[unet] = UNetLayers(precomputed_outputs(unet), same)
+    return _LAYERS[unet]
 
 
 def structure(unet: UNet) -> Hashable:
@@ -249,10 +257,7 @@ def structure(unet: UNet) -> Hashable:
     with a state of its own (DeepCache), or one that depends on a row's place in the batch (perturbed attention), leaves
     a run's calls alone.
     """
-    if unet not in _STRUCTURES:
-        joins = not reads_conditioning(unet)
-        _STRUCTURES[unet] = _KNOWN.setdefault(tuple(_parts(unet)), Structure()) if joins else None
-    return _STRUCTURES[unet] or id(unet)
+    return layers_of(unet).structure or id(unet)
 
 
 def _parts(network: nn.Module) -> Iterator[Hashable]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,16 +20,16 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.images import WHITE, lossy_bytes, png_bytes
+from ldm.images import WHITE
 from ldm.server.events import ALIVE, EventReader, EventStream, message
 from ldm.server.forms import read_form, values_of
 from ldm.server.guard import EDITS, VARIATIONS, error_body
 from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
 from ldm.server.reading import read_json, uploaded
-from ldm.server.receiving import Readers, read_body, until_over
+from ldm.server.receiving import Readers, until_over
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
-from pipelines.a1111 import to_parameters
+from pipelines.finishing import Finishing
 from pipelines.settings import is_whole
 
 log = logging.getLogger(__name__)
@@ -95,13 +94,9 @@ class ImageOutput:
     partial: int = 0  # partial images of a stream
     ignored: tuple[str, ...] = ()  # parameters without effect
 
-    def data(self, image: Image.Image, record: dict[str, Any] | None = None) -> str:
+    def data(self, finishing: Finishing, image: Image.Image, record: dict[str, Any] | None = None) -> str:
         """An image with its record, in base64."""
-        parameters = "" if record is None else to_parameters(record)
-        if self.format == "png":
-            data = png_bytes(image, record, parameters)
-        else:
-            data = lossy_bytes(image, self.format, max(self.quality, 1), parameters)
+        data = finishing.encoded(image, record, self.format.upper(), max(self.quality, 1))
         return base64.b64encode(data).decode()
 
 
@@ -208,8 +203,8 @@ def read_files(files: list[tuple[str, bytes]]) -> dict[str, str]:
     return found
 
 
-def mask_of(files: Mapping[str, str], share: RequestUploads, edits: bool) -> str | None:
-    """The mask of a job, white where transparent parts of the form's `mask` are, or else of its `image`; None without.
+def images_of(files: Mapping[str, str], share: RequestUploads, edits: bool) -> dict[str, Any]:
+    """The `image` of a job, and its `mask`, white where transparent parts of the form's `mask` or else `image` are.
 
     With `edits` the model changes images as a whole, and an image's transparent parts are no mask.
 
@@ -218,16 +213,14 @@ def mask_of(files: Mapping[str, str], share: RequestUploads, edits: bool) -> str
     """
     given = "mask" if "mask" in files else "image"
     if given == "image" and edits:
-        return None
+        return {"image": files["image"]}
     image = uploaded(files[given], given, share)
     alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else np.full((1, 1), 255)
     if (alpha > 255 - WHITE).all():
         if given == "image":
-            return None
+            return {"image": image}
         raise ParameterError("mask: nothing in it is transparent; what is transparent in it is made anew", "mask")
-    file = io.BytesIO()
-    Image.fromarray(255 - alpha).save(file, "PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode()
+    return {"image": image if given == "image" else files["image"], "mask": Image.fromarray(255 - alpha)}
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------
@@ -296,10 +289,11 @@ class ImagesApi:
         if stream:
             share = RequestUploads(self.service.uploads, self.service.limits)
             try:
-                mask = mask_of(files, share, self.service.engine.pipeline.model.family.task == "edit")
+                return settings | images_of(
+                    files, share, self.service.engine.pipeline.model.family.task == "edit"
+                ), output
             finally:
                 share.give_back()
-            files = {"image": files["image"]} if mask is None else {"image": files["image"], "mask": mask}
         return settings | files, output
 
     def _check_model(self, name: Any) -> None:
@@ -320,14 +314,12 @@ class ImagesApi:
                 settings |= {"previews": True}
             return self.service.accept(settings, reader), output
 
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            job, output = await run_in_threadpool(accept, body)
+        job, output = await self.readers.read(request, accept)
         if output.ignored:
             log.info("job %s: without effect: %s", job.id, ", ".join(output.ignored))
         headers = {"x-ignored": ", ".join(output.ignored)} if output.ignored else {}
         if output.stream:
-            stream = EventStream(job, reader, own=True, messages=self._messages(job, reader, output))
+            stream = EventStream(job, reader, self._messages(job, reader, output), own=True)
             stream.headers.update(headers)
             return stream
         job.listeners.remove(reader)
@@ -355,7 +347,12 @@ class ImagesApi:
     def _data(self, job: ServerJob, number: int, output: ImageOutput) -> str:
         made = self.service.finished(job, number)
         assert made is not None
-        return output.data(*made)
+        return output.data(self.service.finishing, *made)
+
+    def _partial(self, job: ServerJob, event: Event, output: ImageOutput) -> str:
+        """A partial image: the preview of a step, enlarged to the image's size."""
+        size, finishing = (job.request.width, job.request.height), self.service.finishing
+        return output.data(finishing, finishing.marked(event.previews[0].resize(size, Image.Resampling.BICUBIC)))
 
     async def _messages(self, job: ServerJob, reader: EventReader, output: ImageOutput) -> AsyncIterator[str]:
         """The events of a stream."""
@@ -367,7 +364,7 @@ class ImagesApi:
                 yield ALIVE
             elif event.previews and sent < output.partial and _is_due(event, sent, output.partial):
                 name = f"{output.stream}.partial_image"
-                data = await run_in_threadpool(_partial, job, event, output)
+                data = await run_in_threadpool(self._partial, job, event, output)
                 yield message(name, {"type": name, "b64_json": data, "partial_image_index": sent, **about})
                 sent += 1
         try:
@@ -398,12 +395,6 @@ def _about(job: ServerJob, output: ImageOutput) -> dict[str, Any]:
 def _is_due(event: Event, sent: int, count: int) -> bool:
     """Whether a step is the one of the next of `count` partial images, which are spread over the steps."""
     return event.step * (count + 1) >= event.steps * (sent + 1)
-
-
-def _partial(job: ServerJob, event: Event, output: ImageOutput) -> str:
-    """A partial image: the preview of a step, enlarged to the image's size."""
-    size = (job.request.width, job.request.height)
-    return output.data(event.previews[0].resize(size, Image.Resampling.BICUBIC))
 
 
 def _check_done(job: ServerJob) -> None:

@@ -157,26 +157,32 @@ def _adapters(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _uploads(controls: bool, value: Any, name: str, share: RequestUploads) -> Any:
-    """A value in which base64 texts are replaced by images; of control, the kinds that need no network."""
+    """A value in which base64 texts are replaced by images; of control, the kinds that need no network.
+
+    Images that were decoded before, as no JSON has them, are counted alone.
+    """
+    if isinstance(value, Image.Image):
+        share.take(name, value.width * value.height)
+        return value
     if isinstance(value, str):
         return uploaded(value, name, share)
     if isinstance(value, Mapping) and controls:
         for kind, image in value.items():
             check_control(kind, image)
-        return {kind: uploaded(image, f"control {kind}", share) for kind, image in value.items()}
+        return {kind: _uploads(False, image, f"control {kind}", share) for kind, image in value.items()}
     if isinstance(value, (list, tuple)):
         return [one if isinstance(one, (int, float)) else _uploads(controls, one, name, share) for one in value]
     raise LdmError(f"{name}: an image in base64 is needed, not a JSON {type(value).__name__}")
 
 
 def check_control(kind: str, image: Any) -> None:
-    """Raise unless condition images of a kind can be made here, and there is a text for the image."""
+    """Raise unless condition images of a kind can be made here, and there is an image, or a text for it."""
     if kind not in (*KINDS, MASKED):
         known = suggestion(kind[:NAME], [*KINDS, MASKED])
         raise LdmError(f"control: the kind {kind[:NAME]!r} of condition images does not exist; {known}")
     if kind in KINDS and KINDS[kind].model:
         raise LdmError(f"control {kind}: a network makes it, which is not run here; give the condition image")
-    if not isinstance(image, str):
+    if not isinstance(image, (str, Image.Image)):
         raise LdmError(f"control {kind}: an image in base64 is needed")
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from typing import TypeVar
 
+from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from ldm.server.jobs import Event, ServerJob
 
+T = TypeVar("T")
 LARGE = 2**18  # bytes of a request that is read beside few others
 READERS = 4  # large requests that are read at a time
 READ_SECONDS = 30.0  # in which a request must have arrived
@@ -24,15 +28,22 @@ class RefusedError(Exception):
 
 
 class Readers:
-    """The large requests that are read at a time."""
+    """Reads requests, few large ones at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """A request has at most `most` bytes."""
+        self.most = most
         self._places = asyncio.Semaphore(READERS)
 
-    def place(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
-        """A place to read a request at, for which a large one waits."""
+    async def read(self, request: Request, answer: Callable[[bytes], T]) -> T:
+        """What a function, called in another thread, gives for the body of a request; then nothing holds the body.
+
+        Raises:
+            RefusedError: as `read_body`.
+        """
         large = int(request.headers.get("content-length", LARGE)) >= LARGE
-        return self._places if large else contextlib.nullcontext()
+        async with self._places if large else contextlib.nullcontext():
+            return await run_in_threadpool(answer, await read_body(request, self.most))
 
 
 async def read_body(request: Request, most: int) -> bytes:

@@ -17,16 +17,16 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import LdmError, check_whole
-from ldm.images import png_bytes
 from ldm.models.prompts import PromptReader, count_chunks
 from ldm.server.engine import Engine, JobTaker
 from ldm.server.history import History
 from ldm.server.jobs import DONE, NOTES, Event, Listener, MadeImage, ServerJob
 from ldm.server.limits import Limits, check_most
 from ldm.server.reading import settings_of
+from ldm.server.runs import Runs
+from ldm.server.trainings import Trainer
 from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
-from pipelines.a1111 import to_parameters
 from pipelines.adapters import files_in
 from pipelines.passes import largest_request
 from pipelines.provenance import provenance
@@ -37,7 +37,14 @@ log = logging.getLogger(__name__)
 OPTIONS = ("priority", "seconds", "previews", "keep")  # of a job, beside its settings
 PRIORITIES = (-9, 9)
 Watcher = Callable[[ServerJob, Event], None]
-PLACES = ("source", "refiner", "components", "control_models", "lora_dir")  # what records of served images leave out
+PLACES = (
+    "source",
+    "refiner",
+    "components",
+    "control_models",
+    "lora_dir",
+    "safety_model",
+)  # what records of served images leave out
 
 
 class Service:
@@ -50,15 +57,18 @@ class Service:
         limits: Limits,
         most: int | None = None,
         history: History | None = None,
+        runs: Runs | None = None,
+        trainer: Trainer | None = None,
         engine: JobTaker | None = None,
     ) -> None:
         """Start an engine for a pipeline; `loading` are the settings that the pipeline was loaded with, for records.
 
-        `most` is as for `Engine`; `history` has the images of jobs that ask for it; `engine` makes the images in place
-        of one that is started here.
+        `most` is as for `Engine`; `history` has the images of jobs that ask for it; `runs` are shown, and `trainer`
+        makes new ones; `engine` makes the images in place of one that is started here.
         """
-        self.limits, self.history = limits, history
+        self.limits, self.history, self.runs, self.trainer = limits, history, runs, trainer
         self.engine = engine or Engine(pipeline, most=most, queue=limits.queue)
+        self.finishing = pipeline.finishing
         own = provenance(loading, pipeline)
         self.about = without_places(own)
         self.refiner = Path(own.get("refiner", "")).stem  # its name; "" for none
@@ -152,7 +162,7 @@ class Service:
     def png(self, job: ServerJob, number: int) -> bytes | None:
         """A finished image of a job with its record, as PNG; None if it is not finished."""
         found = self.finished(job, number)
-        return None if found is None else png_bytes(*found, to_parameters(found[1]))
+        return None if found is None else self.finishing.encoded(*found)
 
     def finished(self, job: ServerJob, number: int) -> tuple[Image.Image, dict[str, Any]] | None:
         """A finished image of a job, which counts as fetched, and its record; None if it is not finished."""
@@ -175,7 +185,8 @@ class Service:
         if event.kind == "images" and self.history is not None:
             for made in job.made[event.rows.start : event.rows.stop]:
                 if made is not None:
-                    self.history.keep(made.image, self._record(made))
+                    record = self._record(made)
+                    self.history.keep(partial(self.finishing.encoded, made.image, record), record)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a job within their bounds."""

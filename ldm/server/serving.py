@@ -48,6 +48,8 @@ def serve(service: Service, options: Listening) -> None:
     host, port = opened.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     server.run(sockets=[opened])
+    if service.trainer is not None:
+        service.trainer.close()
     if service.history is not None:
         service.history.close()
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from ldm.errors import LdmError, first_line
+from ldm.training.layout import step_name, step_of
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -28,7 +28,6 @@ STATE = {
     "looks": list,
     "log": int,
 }  # entries of the state, and their types
-NAME = re.compile(r"step-(\d{8,})")
 
 
 def save(
@@ -52,7 +51,7 @@ def save(
     Raises:
         LdmError: the checkpoint cannot be written; earlier ones are still there.
     """
-    path = folder / f"step-{step:08d}"
+    path = folder / step_name(step)
     temporary = folder / f".{path.name}.part"
     try:
         if accelerator.is_main_process:
@@ -129,7 +128,7 @@ def _digest(path: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a folder, oldest first."""
-    found = [(int(m[1]), path) for path in folder.glob("step-*") if (m := NAME.fullmatch(path.name))]
+    found = [(step, path) for path in folder.glob("step-*") if (step := step_of(path.name)) is not None]
     return [path for _, path in sorted(found)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ldm.data.places import check_beside, check_place
 from ldm.errors import LdmError
 from ldm.training.config import Config
+from ldm.training.layout import DONE
 from ldm.training.phases import phases
 from ldm.training.sections import DataSection, EvaluationSection, ModelSection, PriorSection, StageSection
 from ldm.weights.builtin import builtin_adapter, check_named
@@ -136,7 +137,7 @@ def _models(config: Config) -> Iterator[tuple[str, ModelSection]]:
     """The models that the run starts from, with their places; none that a finished stage has read."""
     for number, name in enumerate(config.stages):
         own = getattr(getattr(config, name), "model", None)
-        if (Path(config.output) / name / "done.json").exists():
+        if (Path(config.output) / name / DONE).exists():
             continue
         if isinstance(own, ModelSection):
             yield f"{name}.model", own

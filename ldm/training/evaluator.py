@@ -27,10 +27,11 @@ from ldm.evaluation.images import Images
 from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.pages.page import write_page
 from ldm.evaluation.plan import EvaluationPlan, Model, check_plan
-from ldm.evaluation.report import Value, save_report
+from ldm.evaluation.report import REPORT, Value, save_report
 from ldm.evaluation.workspace import Workspace
 from ldm.files import read_json, replacing, write_json
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.layout import step_name
 from ldm.training.sections import EvaluationSection
 from ldm.training.stages.stage import MakeImages, StageKind
 
@@ -129,7 +130,7 @@ class Evaluator:
 
     def folder(self, step: int, average: str) -> Path:
         """The folder of one evaluation."""
-        return self.work.folder / f"step-{step:08d}" / average
+        return self.work.folder / step_name(step) / average
 
     def prepare(self) -> None:
         """Open networks and compute the features of the reference images, so that errors come before training.
@@ -176,7 +177,7 @@ class Evaluator:
         report = evaluation.run()
         ranks.wait()  # all ranks have read the files that are removed now
         if report is not None:
-            save_report(report, folder / "report.json")
+            save_report(report, folder / REPORT)
             write_page(report, folder)
             figures = {row.metric: row.estimates[0].value for table in report.tables for row in table.rows}
             with replacing(folder / FIGURES, folder=False, overwrite=True, need=0) as temporary:

@@ -13,15 +13,15 @@ import yaml
 
 import ldm
 from ldm.errors import LdmError
-from ldm.files import read_json, replacing, write_json
+from ldm.files import replacing, write_json
 from ldm.training.config import Config, dump
 from ldm.training.images import TrainingImages
+from ldm.training.layout import CONFIG, DONE, steps_done
 from ldm.training.parallel.agreement import differences
 from ldm.training.stages.stage import Stage
 from ldm.training.stages.table import kind_named
 
 log = logging.getLogger(__name__)
-DONE = "done.json"
 
 
 def open_folder(config: Config) -> BinaryIO:
@@ -31,7 +31,7 @@ def open_folder(config: Config) -> BinaryIO:
         LdmError: the folder cannot be used, or another run uses it.
     """
     folder = Path(config.output)
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("wb")
@@ -58,12 +58,12 @@ def open_folder(config: Config) -> BinaryIO:
 
 def is_done(folder: Path, steps: int) -> bool:
     """Whether the stage of this folder is done, with at least as many steps as are asked for now."""
-    path = folder / DONE
     try:
-        return path.exists() and int(read_json(path)["steps"]) >= steps
-    except (LdmError, KeyError, TypeError, ValueError):
-        log.warning("%s is damaged; the end of the stage is done again", path)
+        done = steps_done(folder)
+    except LdmError:
+        log.warning("%s is damaged; the end of the stage is done again", folder / DONE)
         return False
+    return done is not None and done >= steps
 
 
 def write_result(

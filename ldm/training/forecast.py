@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from ldm.models.unfilled import unfilled
 from ldm.training.config import Config
@@ -177,7 +176,10 @@ class _Flops(TorchDispatchMode):
     """Counts the operations of matrix products, convolutions and attention."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton
+
         super().__init__()
+        self.formulas = flop_registry
         self.total = 0
 
     def __torch_dispatch__(
@@ -185,8 +187,8 @@ class _Flops(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = NORMS.get(func, func)(*args, **kwargs)
-        if (flops := flop_registry.get(func.overloadpacket)) is not None:
-            self.total += flops(*args, **kwargs, out_val=result)
+        if (formula := self.formulas.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
         return result
 
 
@@ -256,19 +258,19 @@ def _attention(
 
 def _count(run: Pass) -> tuple[int, int]:
     """Bytes, in fp32, that the backward pass of a forward pass needs besides weights; and its FLOPs."""
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held until all are counted: the next would get a freed one's address
 
     def pack(tensor: Tensor) -> Tensor:
         weight = tensor if tensor._base is None else tensor._base  # a product keeps a view of a weight
         if not isinstance(weight, nn.Parameter):
             storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with _Flops() as flops, hooks, _Fused():
         run()
-    return sum(kept.values()), flops.total
+    return sum(storage.nbytes() for storage in kept.values()), flops.total
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ldm.training.layout import METRICS
 from ldm.training.stages.stage import Stage
 
 Report = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, figures
@@ -60,7 +61,7 @@ class StageLog:
         """
         self.accelerator, self.stage, self.report, self.work = accelerator, stage.name, report, work
         self.steps = stage.section.steps
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.sums: dict[str, list[float]] = {}  # sum and number of each figure since the last line
         self.clock = Throughput()
 

@@ -12,6 +12,7 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError, out_of_memory
 from ldm.images import grid, save_png
 from ldm.training.evaluator import Best, Evaluator
+from ldm.training.layout import PREVIEWS, step_name
 from ldm.training.log import StageLog
 from ldm.training.stages.stage import Stage
 from ldm.training.weights import TrainedWeights
@@ -42,7 +43,7 @@ class Looks:
         evaluator: evaluates the images that the stage's model makes, if evaluation is asked for.
         """
         self.accelerator, self.stage, self.weights, self.log = accelerator, stage, weights, stage_log
-        self.folder, self.held_out, self.evaluator = folder / "previews", held_out, evaluator
+        self.folder, self.held_out, self.evaluator = folder / PREVIEWS, held_out, evaluator
         self.every = {"validate": stage.section.validate_every, "preview": stage.section.preview_every}
         if evaluator:
             self.every["evaluate"] = evaluator.section.every
@@ -83,7 +84,7 @@ class Looks:
                     images = self.stage.preview(shown, step)
                     if images:
                         self.folder.mkdir(exist_ok=True)
-                        save_png(grid(images), self.folder / f"step-{step:08d}.png")
+                        save_png(grid(images), self.folder / f"{step_name(step)}.png")
                 except (LdmError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise

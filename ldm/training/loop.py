@@ -25,7 +25,7 @@ from ldm.training.evaluator import Best, Evaluator
 from ldm.training.log import Report, StageLog, StepCost
 from ldm.training.looks import Looks
 from ldm.training.optimizers import learning_rate, set_learning_rate
-from ldm.training.parallel.sharded import whole
+from ldm.training.parallel.spread import whole
 from ldm.training.resuming import Checkpoints
 from ldm.training.signals import Signals
 from ldm.training.stages.stage import Player, Stage

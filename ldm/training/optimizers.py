@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ldm.errors import LdmError
+from ldm.training.parallel.spread import is_spread
 from ldm.training.sections import OptimizerSection
 
 STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0, "prodigy": 16}  # bytes of the state for each parameter
@@ -58,7 +58,7 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
     may have another one."""
     for parameter, state in optimizer.state.items():
         for name, moment in state.items():
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape and not isinstance(moment, DTensor):
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape and not is_spread(moment):
                 state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from ldm.errors import LdmError
 from ldm.training import checkpoint
 from ldm.training.evaluator import Best, Evaluator
+from ldm.training.layout import CHECKPOINTS
 from ldm.training.log import StageLog
 from ldm.training.looks import Looks
 from ldm.training.optimizers import lay_out_state
@@ -40,7 +41,7 @@ class Checkpoints:
         self.accelerator, self.stage, self.weights, self.log, self.looks = (
             accelerator, stage, weights, stage_log, looks,
         )  # fmt: skip
-        self.folder, self.keep = folder / "checkpoints", stage.section.keep
+        self.folder, self.keep = folder / CHECKPOINTS, stage.section.keep
         self.saved = -1  # the step of the newest checkpoint
 
     def check_room(self) -> None:

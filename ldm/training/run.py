@@ -44,6 +44,7 @@ from ldm.training.forecast import Forecast, forecast, peak_tflops
 from ldm.training.frozen import matrices, numbers
 from ldm.training.gradient_checkpointing import checkpointed
 from ldm.training.images import TrainingImages, open_training_images
+from ldm.training.layout import EVALUATION
 from ldm.training.log import Report, StepCost
 from ldm.training.loop import Training
 from ldm.training.parallel.agreement import check_agreement
@@ -279,7 +280,7 @@ class TrainingRun:
         """The forecasts of all stages; a stage that cannot be built is an error."""
         return forecast(self.config, self.accelerator.num_processes)
 
-    def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost]:
+    def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost | None]:
         """A function that gives the cost of an image at a step of a stage."""
         rows = [row for row in self.forecasts if row.stage == name]
         peak = peak_tflops(accelerator.device, self.config.precision)
@@ -300,7 +301,7 @@ class TrainingRun:
             return None
         plan = self._evaluation_plan(wanted, str(accelerator.device))
         ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-        work = Workspace(folder / "evaluation", ranks, cache=self.folder / "data" / "evaluation")
+        work = Workspace(folder / EVALUATION, ranks, cache=self.folder / "data" / EVALUATION)
         size = phases(section)[-1].size
         shown = partial(kind_named(name).shown, stage)
         return Evaluator(name, wanted, size, plan, shown, self.make_images, self.config.precision, work)

@@ -31,6 +31,7 @@ from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.conditioning import ConditioningDropout
 from ldm.training.config import Config
+from ldm.training.log import StepCost
 from ldm.training.loop import Training
 from ldm.training.parallel.agreement import differences
 from ldm.training.run import TrainingRun
@@ -95,7 +96,6 @@ class Ground:
     def built(self, name: str, stage: str, **changes: Any) -> tuple[Training, Batch]:
         """A stage of a new run, ready to train, and this process's part of its first batch."""
         run = self.run(name, **changes)
-        run.forecasts = []  # they would take longer than the check, and nothing is logged
         before = LatentDiffusion.from_family(run.start("base", None).family) if kind_named(stage).own_model else None
         training = run.training(stage, run.start(stage, before), run.folder / stage)
         return training, next(training.batches(0))[0]
@@ -110,6 +110,10 @@ class Watched(TrainingRun):
         """A stage, ready to train, which is kept too."""
         self.last = super().training(name, model, folder)
         return self.last
+
+    def _work(self, name: str, accelerator: Accelerator) -> Callable[[int], StepCost | None]:
+        """Nothing is said of speed: forecasts would take as long as the steps."""
+        return lambda step: None
 
 
 def selftest(folder: Path, precision: str, say: Say) -> bool:

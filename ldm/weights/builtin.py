@@ -19,6 +19,7 @@ REFINER = "emoji-refiner"  # its refiner: has its own U-Net and takes the other 
 ADAPTERS = FOLDER / "adapters"  # of DEFAULT: a file for each, which has its name
 WORDS = "words.txt"
 GIVE = f"give a model folder, a checkpoint file, a Hub name (owner/name) or {DEFAULT}"
+GIVE_SAFETY_CHECKER = "give a safety checker's folder or Hub name (owner/name)"
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -29,11 +30,13 @@ def builtin(name: object) -> Path | None:
     return None if Path(name).is_file() or Path(name, INDEX).is_file() else FOLDER / name
 
 
-def check_named(source: str) -> None:
+def check_named(source: str, give: str = GIVE) -> None:
     """Check that a model is there, as far as its name tells: a path, a built-in model, or a name that the Hub may know.
 
+    `give` says in an error what to give.
+
     Raises:
-        LdmError: it is not; the message says what to give.
+        LdmError: it is not.
     """
     if builtin(source) or HUB_ID.fullmatch(source):
         return
@@ -42,7 +45,7 @@ def check_named(source: str) -> None:
     try:
         Path(source).stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise LdmError(f"{source} does not exist; {GIVE}") from None
+        raise LdmError(f"{source} does not exist; {give}") from None
     except (OSError, ValueError):  # which is told when the model is opened
         return
 

@@ -164,7 +164,7 @@ def _class_of(value: Any) -> str | None:
 
 def base_name(component: str) -> str:
     """The name of a component's weight file without extensions; transformers and diffusers use different names."""
-    return TEXT_FILE if component.startswith("text_encoder") else UNET_FILE
+    return TEXT_FILE if component.startswith(("text_encoder", "safety_checker")) else UNET_FILE
 
 
 def weight_names(names: Collection[str], base: str, variant: str | None, allow_pickle: bool) -> list[str]:

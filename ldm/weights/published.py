@@ -8,6 +8,9 @@ from pathlib import Path
 from ldm.caches import cache_folder
 from ldm.errors import LdmError
 
+INCEPTION = "inception-2015-12-05.safetensors"  # without the classifier
+SSCD = "sscd.onnx"
+
 
 def weights_folder() -> Path:
     """The folder `LDM_WEIGHTS`, by default `ldm/weights` in the user's cache folder. It may not exist."""

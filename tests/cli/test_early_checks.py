@@ -62,6 +62,8 @@ def answer(*arguments: str, folder: Path) -> tuple[int, str, str]:
         (["generate", "a fox", "--model", "nowhere"], "nowhere does not exist; give a model folder"),
         (["generate", "a fox", "--model", "hf://owner/name"], "hf://owner/name is an address"),
         (["generate", "a fox", "--refiner", "nowhere"], "nowhere does not exist; give a model folder"),
+        (["generate", "a fox", "--safety", "nowhere"], "nowhere does not exist; give a safety checker's folder"),
+        (["generate", "a fox", "--c2pa", "a.pem,b.pem"], "c2pa a.pem cannot be read: No such file"),
         (["generate", "a fox", "--image", "missing.png"], "missing.png does not exist"),
         (["generate", "a fox", "--out", "one.jpg"], "name a folder, or a file that ends in .png"),
         (["generate", "a fox", "-n", "2", "--out", "one.png"], "2 images need a folder"),
@@ -75,6 +77,18 @@ def test_wrong_input_is_answered_before_pytorch_is_imported(tmp_path: Path, argu
     assert message in err
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"), [(["--metrics", "is"], "inception-2015-12-05"), (["--metrics", "memorisation"], "sscd")]
+)
+def test_published_weights_are_looked_for_early(
+    arguments: list[str], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path))
+    code, out, err = answer("eval", "emoji", *arguments, folder=tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"ldm: {tmp_path / file}") and "is missing; fetch it with" in err
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "eval", "selftest", "bench", "generate"])

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import adapter_files
 import numpy as np
 import pytest
 import tiny
-from commands import COMMAND, run
-from launched import ONE_THREAD, PATIENCE, Program, on_two
+from commands import run
+from launched import Program, on_two
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -282,7 +281,7 @@ def test_processes_share_a_list(ldm: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def listed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Arguments of the installed command for a list of eight prompts."""
+    """Arguments of the command for a list of eight prompts."""
     prompts = tmp_path_factory.mktemp("prompts") / "p.txt"
     prompts.write_text("\n".join(f"prompt {number}" for number in range(8)))
     return [
@@ -300,9 +299,9 @@ def images(folder: Path) -> dict[str, bytes]:
 def whole(listed: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The list's images, made by one process without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    # one thread, as `Program` has: the order of a sum, and with it the last bit, depends on their number
-    environment = os.environ | ONE_THREAD
-    subprocess.run([COMMAND, *listed, str(folder)], env=environment, check=True, capture_output=True, timeout=PATIENCE)
+    alone = Program("-m", "ldm", *listed, folder)
+    _, err = alone.communicate()
+    assert alone.returncode == 0, err
     return images(folder)
 
 

@@ -48,6 +48,7 @@ def test_one_line(
     job = AdapterJob(str(shapes), str(models / "sd15"), str(output), trigger="sks", class_prompt="a shape")
     train_adapter(job, few)
     told = capsys.readouterr()
+    assert told.err.startswith("ldm: choosing settings\n")
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
     with Image.open(output / "adapter" / "sheet.png") as sheet:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.evaluation import EvaluationPlan, Model, Workspace, evaluate, features
+from ldm.evaluation.checks import OF_COPIES, OF_FEATURES
 from ldm.evaluation.chunks import CHUNK, ChunkValues, extract, in_chunks
 from ldm.evaluation.images import images_of
 from ldm.evaluation.metrics.intervals import mean_interval
@@ -325,6 +326,11 @@ def test_missing_captions_and_empty_folders(reference: Path, tmp_path: Path) -> 
     single = drawings(tmp_path / "single", 1, 0)
     with pytest.raises(LdmError, match="1 images; at least 2"):
         evaluate([single], EvaluationPlan(("fid",), data=str(reference)), Workspace(tmp_path / "work"))
+
+
+def test_metrics_whose_published_weights_are_looked_for_early() -> None:
+    for network, early in (("features", OF_FEATURES), ("copies", OF_COPIES)):
+        assert {name for name, row in METRICS.items() if row.network == network} == early
 
 
 def test_a_new_metric_is_one_row(

@@ -166,7 +166,7 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
 def test_how_a_model_is_loaded_is_in_the_table(row: Setting) -> None:
     known = inspect.signature(Pipeline.__init__).parameters.keys() | {
         "family", "variant", "components", "allow_pickle", "ip_adapter", "image_encoder", "lora_dir",
-        "partial_adapters", "control_models",
+        "partial_adapters", "control_models", "watermark", "safety", "safety_action", "c2pa",
     }  # fmt: skip
     assert row.name in known
     assert ("shell" in row.closed) != (row.name in inspect.signature(generate_command()).parameters)

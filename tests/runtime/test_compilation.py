@@ -80,7 +80,8 @@ def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "backend"), [("", "aot_eager_decomp_partition"), ("mid_block.attentions.0", "inductor")]
+    ("part", "backend"),
+    [("", "aot_eager_decomp_partition"), ("mid_block.attentions.0.transformer_blocks.0.ff", "inductor")],
 )
 def test_compiling_changes_no_gradient(part: str, backend: str) -> None:
     """The whole network as it is traced, and the code for one of its parts, since that for all takes a minute."""

@@ -277,7 +277,20 @@ def test_numbers_of_replicas(
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", {"ray": True}.get)
     options = ServeOptions(
-        {}, "127.0.0.1", 0, None, (), False, 1.0, None, Limits(), None, replicas=replicas, ray_address=address
+        {},
+        "127.0.0.1",
+        0,
+        None,
+        (),
+        False,
+        1.0,
+        None,
+        Limits(),
+        None,
+        None,
+        False,
+        replicas=replicas,
+        ray_address=address,
     )
     if isinstance(found, str):
         with pytest.raises(LdmError, match=found):

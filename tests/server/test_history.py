@@ -48,6 +48,8 @@ def test_words_find_prompts_adapters_and_seeds(history: History) -> None:
     assert found("") == ["100% of a dog", "a red fox", "Ein Füchslein"]
     assert found("FÜCHS") == ["Ein Füchslein"] and found("fox red") == ["a red fox"] and found("fox dog") == []
     assert found("%") == ["100% of a dog"] and found("_") == [] and found("'; --") == []
+    history.add(b"png", record("zebra", adapters={"\udcff.safetensors": {}}))  # the name of a file that is not UTF-8
+    assert found("zebra") == ["zebra"]
     assert found("style") == ["100% of a dog", "a red fox"] and found(str(2**63 - 2)) == ["a red fox"]
 
 

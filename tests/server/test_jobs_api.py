@@ -25,6 +25,7 @@ import tiny
 import torch
 from launched import PATIENCE
 from PIL import Image, PngImagePlugin
+from servers import LIMITS
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -33,10 +34,9 @@ from ldm.images import read_settings
 from ldm.server import events
 from ldm.server.api import make_app
 from ldm.server.engine import NotTakenError
-from ldm.server.events import EventReader, EventStream
+from ldm.server.events import EventReader, EventStream, messages
 from ldm.server.guard import HEADERS
 from ldm.server.jobs import CANCELLED, ServerJob
-from ldm.server.limits import Limits
 from ldm.server.reading import read_json, settings_of
 from ldm.server.receiving import RefusedError, read_body
 from ldm.server.service import NoteHandler, Service, without_paths
@@ -46,7 +46,6 @@ from pipelines import Pipeline
 from pipelines.settings import SETTINGS, at
 
 SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 2, "seed": 1, "scheduler": "euler"}
-LIMITS = Limits(body=200_000, upload=10_000, pixels=96 * 96, steps=500, images=4, characters=300, queue=8)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +417,7 @@ def test_a_client_that_is_gone_before_its_events(service: Service, monkeypatch: 
         async def send(_: Any) -> None:
             await asyncio.Event().wait()
 
-        await EventStream(job, reader, own=True)({"type": "http"}, receive, send)
+        await EventStream(job, reader, messages(job, reader), own=True)({"type": "http"}, receive, send)
         return job, reader
 
     for gone in (True, False):

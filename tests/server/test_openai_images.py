@@ -17,16 +17,15 @@ import tiny
 import torch
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image
+from servers import LIMITS
 
 from ldm.images import read_settings
-from ldm.server.limits import Limits
 from ldm.server.service import Service
 from ldm.server.serving import in_thread
 from pipelines import Pipeline
 
 KEY = "hunter-22"
 EXTRA: dict[str, Any] = {"steps": 2, "seed": 1, "scheduler": "euler"}
-LIMITS = Limits(body=200_000, upload=10_000, pixels=96 * 96, steps=500, images=4, characters=300, queue=8)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_the_page_is_packaged(monkeypatch: pytest.MonkeyPatch) -> None:
     package.include_package_data = False
     build = package.get_command_obj("build_py")
     build.ensure_finalized()
-    wanted = {path.relative_to(ROOT).as_posix() for path in FOLDER.iterdir()}
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ldm/server/page").iterdir()}
     outputs = {Path(path).relative_to(build.build_lib).as_posix() for path in build.get_outputs(False)}
     assert wanted <= outputs
     try:

@@ -20,11 +20,11 @@ import pytest
 import tiny
 import torch
 import webuiapi
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm.errors import LdmError
-from ldm.images import read_settings
-from ldm.server.a1111 import ApiClient, ApiTask, WebuiApi
+from ldm.images import lossy_bytes, read_settings
+from ldm.server.a1111 import ApiClient, ApiTask, WebuiApi, echo_of
 from ldm.server.a1111_fields import HARMLESS, OF_IMAGES, OF_TEXT, TAKEN, WITHOUT_EFFECT, image_request
 from ldm.server.a1111_masks import filled, region, resized
 from ldm.server.jobs import Event
@@ -156,7 +156,33 @@ def test_image_to_image(api: webuiapi.WebUIApi, pipeline: Pipeline) -> None:
     assert api.img2img([wide], **SMALL, resize_mode=2).image.size == (64, 64)
 
 
-def test_inpainting(api: webuiapi.WebUIApi, pipeline: Pipeline, plain: httpx2.Client) -> None:
+def test_what_an_answer_repeats_of_its_request(service: Service) -> None:
+    """Until then it is held: long texts are not, and images only if they are asked for, and counted."""
+    share = RequestUploads(service.uploads, LIMITS)
+    given = {"prompt": "a fox", "init_images": ["x" * 4000], "script_args": [{"a": "y" * 400, "b": 1, "z" * 400: 2}]}
+    rest = {"prompt": "a fox", "script_args": [{"a": None, "b": 1}]}
+    assert echo_of(given, share) == {**rest, "init_images": None}
+    assert service.uploads.pixels == 0
+    asking = {**given, "include_init_images": True}
+    assert echo_of(asking, share) == {**rest, "init_images": given["init_images"], "include_init_images": True}
+    assert service.uploads.pixels == 1000
+    share.give_back()
+
+
+def test_texts_of_other_formats(api: webuiapi.WebUIApi, plain: httpx2.Client) -> None:
+    photo = lossy_bytes(NOISE, "jpeg", 90, "a fox\nSteps: 3, Seed: 2")
+    found = plain.post("/png-info", json={"image": base64.b64encode(photo).decode()}).json()
+    assert found["info"] == "a fox\nSteps: 3, Seed: 2" and found["parameters"]["Seed"] == "2"
+    large = PngImagePlugin.PngInfo()
+    for number in range(3):
+        large.add_itxt(f"text{number}", "x" * 2**19, zip=True)
+    file = io.BytesIO()
+    NOISE.save(file, "PNG", pnginfo=large)
+    answer = plain.post("/png-info", json={"image": base64.b64encode(file.getvalue()).decode()})
+    assert answer.status_code == 400 and "1,572,864 characters" in answer.json()["detail"]
+
+
+def test_inpainting(api: webuiapi.WebUIApi, pipeline: Pipeline, plain: httpx2.Client, service: Service) -> None:
     """Without a soft edge it is the pipeline's; with one, what is far from the mask stays and the edge is blended."""
     hard = {"mask_image": UPPER, "inpaint_full_res": False, "denoising_strength": 0.7}
     made = api.img2img([NOISE], **SMALL, **hard, mask_blur=0, inpainting_fill=1)
@@ -171,6 +197,7 @@ def test_inpainting(api: webuiapi.WebUIApi, pipeline: Pipeline, plain: httpx2.Cl
     assert Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).size == (65, 64)
     turned = api.img2img([NOISE], **SMALL, **hard, mask_blur=0, inpainting_mask_invert=1)
     assert turned.image.crop((0, 0, 64, 32)).tobytes() == NOISE.crop((0, 0, 64, 32)).tobytes()
+    assert service.uploads.pixels == 0  # what was held for blending is not counted any more
 
 
 def test_the_masked_part_alone(api: webuiapi.WebUIApi) -> None:
@@ -195,6 +222,7 @@ def test_regions_fills_and_sizes() -> None:
     around = np.asarray(filled(image, mask))
     assert np.abs(around.astype(int) - (255, 0, 0)).max() <= 3
     assert np.asarray(filled(image, Image.new("L", (100, 60), 255))).std() < 1
+    assert resized(Image.new("RGB", (1000, 1)), (64, 64), 2).size == (64, 64)
     tall = resized(image, (100, 100), 2)
     assert tall.size == (100, 100) and tall.getpixel((50, 0)) == (255, 0, 0)
 
@@ -230,7 +258,7 @@ def test_progress_is_the_clients_own(address: str, api: webuiapi.WebUIApi, plain
 def test_skip_is_for_a_single_image(service: Service) -> None:
     """A task is found by its client, or by its name and credentials from elsewhere; passes add up."""
     job = service.accept({"prompt": "a fox", "steps": 900, "width": 64, "height": 64, "n": 2})
-    task, webui = ApiTask(ApiClient("a", "x"), "name", job, 2), WebuiApi(service, Readers())
+    task, webui = ApiTask(ApiClient("a", "x"), "name", job, 2), WebuiApi(service, Readers(LIMITS.body))
     webui.tasks.append(task)
     assert webui._task(ApiClient("a", "x")) is task and webui._task(ApiClient("b", "x")) is None
     assert webui._task(ApiClient("b", "x"), "name") is task and webui._task(ApiClient("a", "y"), "name") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,15 @@ import fuzz_server
 
 
 def service() -> Service:
-    return Service(Pipeline(tiny.model("sd15", shallow=True), dtype=torch.float32), {}, fuzz_server.LIMITS)
+    limits = replace(fuzz_server.LIMITS, seconds=fuzz_server.SECONDS - 10)  # a busy machine makes images, too
+    return Service(Pipeline(tiny.model("sd15", shallow=True), dtype=torch.float32), {}, limits)
 
 
 def test_random_requests() -> None:
     found = fuzz_server.fuzz(service(), (), range(400), threads=2)
     assert not found.problems, found.problems[:3]
     assert sum(found.statuses.values()) == 400
-    for path in ("202 POST /v1/jobs", "200 POST /v1/images/generations", "200 POST /v1/images/edits"):
+    for path in ("202 POST /v1/jobs", "200 POST /v1/images/generations", "200 POST /v1/images/variations"):
         assert found.statuses[path]
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from networks import inputs
 from PIL import Image
+from runs import DEEP, check_golden, interrupted, lines, losses, on_top, ready, whole_and_parts
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, interrupted, lines, losses, on_top, ready, whole_and_parts
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -110,14 +110,15 @@ def test_the_model_stays_and_the_file_holds_the_change(shapes: Path, tmp_path: P
 def test_it_learns(shapes: Path, tmp_path: Path) -> None:
     """The random model's loss falls with changes of all layers alone."""
     chosen = settings(shapes, tmp_path / "r", "adapter.steps=60", "adapter.layers=[linear, convolutions]",
-                      "adapter.validate_every=60", "adapter.rank=8", "adapter.log_every=10")  # fmt: skip
+                      "adapter.validate_every=60", "adapter.save_every=60", "adapter.rank=8",
+                      "adapter.log_every=10")  # fmt: skip
     train(chosen)
     curve = losses(tmp_path / "r", "adapter")
     assert curve[-1] < 0.8 * curve[0]
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    train(settings(shapes, tmp_path / "r", *ALL, "adapter.min_snr=5"))
+    train(settings(shapes, tmp_path / "r", *ALL, DEEP, "adapter.min_snr=5"))
     check_golden("adapter", losses(tmp_path / "r", "adapter"))
 
 
@@ -227,7 +228,7 @@ def test_an_interrupted_adapter_ends_in_the_same_bytes(shapes: Path, tmp_path: P
 def test_checkpointing_and_parts_change_nothing(shapes: Path, tmp_path: Path) -> None:
     curves = []
     for name, extra in {"a": [], "b": ["adapter.checkpointing=true"], "c": ["adapter.micro_batch=2"]}.items():
-        train(settings(shapes, tmp_path / name, *ALL, *extra))
+        train(settings(shapes, tmp_path / name, *ALL, *extra, "adapter.steps=3"))
         curves.append(losses(tmp_path / name, "adapter"))
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)

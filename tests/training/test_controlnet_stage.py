@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import DEEP, check_golden, interrupted, losses, noting, on_top, ready, whole_and_parts
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, interrupted, losses, noting, on_top, ready, whole_and_parts
 from torch import Tensor
 
 from ldm.data.loader import Batch
@@ -169,7 +169,7 @@ def test_it_learns(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    train(settings(shapes, tmp_path / "r", *ALL))
+    train(settings(shapes, tmp_path / "r", *ALL, DEEP))
     check_golden("controlnet", losses(tmp_path / "r", "controlnet"))
 
 
@@ -189,7 +189,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(shapes: Path, tmp_path: Path,
 def test_checkpointing_and_parts_change_nothing(shapes: Path, tmp_path: Path) -> None:
     curves = []
     for name, extra in {"a": [], "b": ["controlnet.checkpointing=true"], "c": ["controlnet.micro_batch=2"]}.items():
-        train(settings(shapes, tmp_path / name, *ALL, *extra))
+        train(settings(shapes, tmp_path / name, *ALL, *extra, "controlnet.steps=3"))
         curves.append(losses(tmp_path / name, "controlnet"))
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
@@ -267,14 +267,14 @@ def test_previews_show_condition_control_and_none(shapes: Path, tmp_path: Path) 
 def test_bad_input(shapes: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     places = {name: str(tmp_path / name) for name in ("ADAPTER", "OTHER")}
     controls.folder(controls.controlnet(tiny.family("sd15")), tmp_path / "OTHER")
-    family = TrainingRun(settings(shapes, tmp_path / "x"), None, lambda *_: None).start("controlnet", None).family
+    family = TrainingRun(settings(shapes, tmp_path / "x", DEEP), None, lambda *_: None).start("controlnet", None).family
     adapter = controls.T2IAdapter(controls.T2IAdapterConfig(family.unet.channels, (False, True), factor=4))
     controls.folder(adapter, tmp_path / "ADAPTER")
     for name, place in places.items():
         overrides = [override.replace(name, place) for override in overrides]
         message = message.replace(name, place)
     with pytest.raises(LdmError) as caught:
-        chosen = settings(shapes, tmp_path / "r", *overrides)
+        chosen = settings(shapes, tmp_path / "r", DEEP, *overrides)
         check_bounds(chosen)
         check_paths(chosen)
         train(chosen)

@@ -10,8 +10,8 @@ import diffusers
 import pytest
 import torch
 from PIL import Image, ImageOps
+from runs import DEEP, check_golden, config, losses, weights
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, config, losses, weights
 from torch import Tensor
 
 from ldm.cli.train import make_images
@@ -43,7 +43,7 @@ def before(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny text-to-image model, whose output is not zero."""
     folder = tmp_path_factory.mktemp("start")
-    model = starting_model(ModelSection(**config(shapes, folder / "c").model.model_dump()), seed=0)
+    model = starting_model(ModelSection(**config(shapes, folder / "c", DEEP).model.model_dump()), seed=0)
     with torch.no_grad():
         for parameter in model.unet.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

@@ -94,6 +94,17 @@ def test_weights_are_no_activations() -> None:
     assert (kept, work) == (3 * 64 * 4, 2 * 3 * 64 * 32)
 
 
+def test_memory_that_is_freed_within_a_pass_counts_beside_what_follows() -> None:
+    """What is kept for a backward pass is counted once, whatever addresses it gets."""
+    layer = torch.nn.Linear(64, 64)
+
+    def run() -> None:
+        for _ in range(5):
+            layer(torch.randn(3, 64)).exp()  # two tensors are kept, as long as the result is there
+
+    assert _count(run)[0] == 5 * 2 * (3 * 64 * 4)
+
+
 def test_a_pass_without_gradients_needs_few_tensors_at_a_time() -> None:
     layers, x = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(5))), torch.randn(3, 64)
     assert 2 * 3 * 64 * 4 <= _most(lambda: layers(x)) <= 3 * 3 * 64 * 4

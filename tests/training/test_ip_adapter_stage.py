@@ -13,8 +13,8 @@ import pytest
 import runs
 import torch
 from PIL import Image
+from runs import DEEP, check_golden, interrupted, losses, noting, on_top, whole_and_parts
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, interrupted, losses, noting, on_top, whole_and_parts
 from safetensors.torch import load_file
 
 from ldm.errors import LdmError
@@ -30,7 +30,7 @@ from ldm.weights.image_prompt import open_image_prompt
 from ldm.weights.tensors import LINEAGE, read_header
 
 IP = [
-    "stages=[ip-adapter]", "ip-adapter.steps=6", "ip-adapter.batch=8", "ip-adapter.sizes=[{size: 32}]",
+    "stages=[ip-adapter]", DEEP, "ip-adapter.steps=6", "ip-adapter.batch=8", "ip-adapter.sizes=[{size: 32}]",
     "ip-adapter.log_every=1", "ip-adapter.save_every=3", "ip-adapter.validate_every=6",
     "ip-adapter.preview_every=100", "ip-adapter.optimizer.learning_rate=1e-3", "ip-adapter.dtype=fp32",
 ]  # fmt: skip

@@ -7,8 +7,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from runs import DEEP, check_golden, losses, on_top, ready, whole_and_parts
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, losses, on_top, ready, whole_and_parts
 
 from ldm.errors import LdmError
 from ldm.training.config import Config
@@ -17,7 +17,7 @@ from ldm.training.stages.control import ControlStage, write
 from ldm.weights.control_models import open_control_model
 
 T2I = [
-    "stages=[t2i-adapter]", "data.beside.condition=gray", "t2i-adapter.steps=6", "t2i-adapter.batch=8",
+    DEEP, "stages=[t2i-adapter]", "data.beside.condition=gray", "t2i-adapter.steps=6", "t2i-adapter.batch=8",
     "t2i-adapter.sizes=[{size: 32}]", "t2i-adapter.log_every=1", "t2i-adapter.save_every=3",
     "t2i-adapter.validate_every=6", "t2i-adapter.preview_every=100", "t2i-adapter.optimizer.learning_rate=1e-3",
     "t2i-adapter.dtype=fp32",

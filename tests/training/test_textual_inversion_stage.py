@@ -14,8 +14,8 @@ import runs
 import torch
 from PIL import Image
 from rounding import RUN, near
+from runs import DEEP, check_golden, interrupted, lines, losses, on_top, whole_and_parts
 from runs import _fresh_accelerator as _fresh_accelerator
-from runs import check_golden, interrupted, lines, losses, on_top, whole_and_parts
 from safetensors.torch import load_file
 
 from ldm.cli.train import make_images
@@ -106,8 +106,8 @@ def test_the_model_stays_and_the_files_hold_what_is_learned(shapes: Path, tmp_pa
 def test_it_learns(shapes: Path, tmp_path: Path) -> None:
     """The random model's loss on held-out images falls with four vectors alone."""
     chosen = settings(
-        shapes, tmp_path / "r", f"{NAME}.words={{<sks>: {{vectors: 4}}}}", f"{NAME}.steps=15", f"{NAME}.log_every=60",
-        f"{NAME}.validate_every=5", f"{NAME}.optimizer.learning_rate=0.1",
+        shapes, tmp_path / "r", DEEP, f"{NAME}.words={{<sks>: {{vectors: 4}}}}", f"{NAME}.steps=15",
+        f"{NAME}.log_every=60", f"{NAME}.validate_every=5", f"{NAME}.optimizer.learning_rate=0.1",
     )  # fmt: skip
     train(chosen)
     curve = [row["validation/loss"] for row in lines(tmp_path / "r", NAME) if "validation/loss" in row]
@@ -234,7 +234,7 @@ def test_it_starts_from_the_model_as_it_was_before_an_adapter(shapes: Path, tmp_
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    train(settings(shapes, tmp_path / "r", *PIVOTAL, f"{NAME}.rank_dropout=0.3", f"{NAME}.min_snr=5"))
+    train(settings(shapes, tmp_path / "r", *PIVOTAL, DEEP, f"{NAME}.rank_dropout=0.3", f"{NAME}.min_snr=5"))
     check_golden(NAME, losses(tmp_path / "r", NAME))
 
 

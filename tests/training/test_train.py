@@ -21,9 +21,9 @@ import tiny
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from launched import PATIENCE, ROOT, Program, by_launcher, on_two
+from launched import ROOT, Program, by_launcher, on_two
 from PIL import Image
-from runs import TINY, _fresh_accelerator, check_golden, config, interrupted, lines, losses, weights  # noqa: F401
+from runs import DEEP, TINY, _fresh_accelerator, check_golden, config, interrupted, lines, losses, weights  # noqa: F401
 from safetensors.torch import load_file
 
 from ldm.cli.train import make_images
@@ -67,7 +67,7 @@ def test_a_refiner_learns(shapes: Path, tmp_path: Path) -> None:
     save_start(ModelSection(**model), tmp_path / "start")
     refiner = TINY["base"] | {"model": {"source": str(tmp_path / "start")}, "steps": 90, "log_every": 10}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**TINY, "stages": ["refiner"], "refiner": refiner}))
-    more = ["refiner.validate_every=90", "refiner.optimizer.learning_rate=4e-3"]
+    more = ["refiner.validate_every=90", "refiner.save_every=90", "refiner.optimizer.learning_rate=4e-3"]
     train(load(tmp_path / "c.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", *more]))
     curve = losses(tmp_path / "r", "refiner")
     assert curve[0] > 0.95
@@ -76,11 +76,11 @@ def test_a_refiner_learns(shapes: Path, tmp_path: Path) -> None:
 
 def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
     """The loss falls below 0.4, and samples come nearer to the data: their mean and spread, place by place."""
-    save_start(config(shapes, tmp_path / "r").model, tmp_path / "start")
+    save_start(config(shapes, tmp_path / "r", DEEP).model, tmp_path / "start")
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**TINY, "model": {"source": str(tmp_path / "start")}}))
     settings = load(tmp_path / "s.yaml", [f"data.source={shapes}", f"output={tmp_path / 'r'}", "base.steps=70",
                                           "base.optimizer.learning_rate=4e-3", "base.log_every=10",
-                                          "base.validate_every=70"])  # fmt: skip
+                                          "base.validate_every=70", "base.save_every=70"])  # fmt: skip
     train(settings)
     curve = losses(tmp_path / "r")
     assert curve[0] > 0.8
@@ -109,7 +109,7 @@ def test_a_base_learns(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_curve_is_the_golden_one(shapes: Path, tmp_path: Path) -> None:
-    train(config(shapes, tmp_path / "r", "base.steps=12", "base.min_snr=5", "base.noise_offset=0.05"))
+    train(config(shapes, tmp_path / "r", DEEP, "base.steps=12", "base.min_snr=5", "base.noise_offset=0.05"))
     check_golden("base", losses(tmp_path / "r"))
 
 
@@ -562,9 +562,10 @@ def test_averages_of_another_width_make_a_model(shapes: Path, tmp_path: Path) ->
     """Of the U-Net and of the text encoders that were trained with it; the last update has a snapshot in any case."""
     train(config(shapes, tmp_path / "r", "base.ema.widths=[0.05, 0.1]", "base.steps=3", "base.train_text=true",
                  "base.text_learning_rate=[1e-2]"))  # fmt: skip
-    command = [sys.executable, str(ROOT / "tools" / "recombine_averages.py"), str(tmp_path / "r" / "base")]
-    subprocess.run([*command, "--width", "0.2", "--out", str(tmp_path / "wide")], check=True, timeout=PATIENCE,
-                   env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    command = [ROOT / "tools" / "recombine_averages.py", tmp_path / "r" / "base", "--width", "0.2"]
+    tool = Program(*command, "--out", tmp_path / "wide")
+    _, err = tool.communicate()
+    assert tool.returncode == 0, err
     wanted = recombine(tmp_path / "r" / "base" / "averages" / "unet", 0.2)
     found, saved = (
         Joint(model.unet, model.text_encoders, model.family).state_dict()

@@ -193,7 +193,8 @@ def test_broken_and_odd_images(shapes: Path, tmp_path: Path, cache: bool) -> Non
     for name, content in files.items():
         (folder / name).write_bytes(content)
         (folder / name).with_suffix(".txt").write_text("a thing")
-    settings = config(folder, tmp_path / "r", f"data.cache={cache}", "base.steps=30", "base.sizes=[{size: 16}]")
+    extra = ["base.steps=30", "base.save_every=30", "base.sizes=[{size: 16}]"]
+    settings = config(folder, tmp_path / "r", f"data.cache={cache}", *extra)
     train(settings)
     assert len(lines(tmp_path / "r")) >= 30  # an epoch and more
     lists = (tmp_path / "r" / "data").rglob("*skipped*.txt")

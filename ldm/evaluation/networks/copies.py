@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ldm.errors import LdmError, first_line
 from ldm.files import file_digest
-from ldm.weights.published import published
+from ldm.weights.published import SSCD, published
 
-FILE = "sscd.onnx"  # in the weights folder
 SIDE = 320  # pixels
 
 
@@ -38,7 +37,7 @@ class CopyDetector:
             LdmError: the file is missing or damaged, or holds another network.
         """
         self.name = f"SSCD ({path.name})" if path else "SSCD"
-        path = path or published(FILE, "sscd")
+        path = path or published(SSCD, "sscd")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors

@@ -14,8 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.evaluation.networks.clip import OpenClip, OwnPair
-from ldm.evaluation.networks.copies import CopyDetector
 from ldm.weights.builtin import builtin
 from ldm.weights.components import check_device
 
@@ -68,6 +66,8 @@ def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
 
         return Inception(path, device)
     if kind == "sscd":
+        from ldm.evaluation.networks.copies import CopyDetector
+
         return CopyDetector(path)
     raise LdmError(f"extractor {spec!r} is not known; choose inception, clip:MODEL@WEIGHTS, clip:FOLDER or sscd")
 
@@ -81,6 +81,8 @@ def open_text_extractor(spec: str, device: torch.device | str = "cpu") -> TextEx
     Raises:
         LdmError: as `open_extractor`; or the network takes no texts.
     """
+    from ldm.evaluation.networks.clip import OpenClip, OwnPair  # a tenth of a second
+
     check_device(device)
     kind, _, rest = spec.partition(":")
     if kind != "clip":

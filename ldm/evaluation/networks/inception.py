@@ -34,10 +34,9 @@ from ldm.evaluation.metrics.distances import spatial_features
 from ldm.evaluation.networks.exact import exact
 from ldm.files import check_digest, file_digest, stated_digest
 from ldm.models.unfilled import unfilled
-from ldm.weights.published import published
+from ldm.weights.published import INCEPTION, published
 from ldm.weights.tensors import open_store
 
-FILE = "inception-2015-12-05.safetensors"  # in the weights folder: without the classifier
 SIDE = 299  # pixels
 COUNTERS = "num_batches_tracked"  # buffers of batch norms in some files, which are not needed
 
@@ -111,7 +110,7 @@ class Inception:
         Raises:
             LdmError: the file is missing or damaged, or holds another network.
         """
-        path = path or published(FILE, "inception")
+        path = path or published(INCEPTION, "inception")
         if _is_script(path):
             raise LdmError(
                 f"{path} is TorchScript, a program; give a file of weights alone, such as torch-fidelity's, or make "

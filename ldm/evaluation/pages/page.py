@@ -22,7 +22,7 @@ from ldm.evaluation.metrics.table import METRICS
 from ldm.evaluation.pages.plots import Point, curves, strip
 from ldm.evaluation.pages.plots import histogram as histogram_plot
 from ldm.evaluation.pages.words import alone, estimate_line, heading, lines, notes
-from ldm.evaluation.report import Histogram, Report, Row, Sweep, check_report
+from ldm.evaluation.report import PAGE, Histogram, Report, Row, Sweep, check_report
 from ldm.files import replacing
 from ldm.images import load_image
 
@@ -64,7 +64,7 @@ def write_page(report: Report, folder: Path) -> Path:
         side=SIDE,
     )
     content = text.encode("utf-8", "backslashreplace")  # file names may be no UTF-8
-    path = folder / "report.html"
+    path = folder / PAGE
     with replacing(path, folder=False, overwrite=True, need=len(content)) as temporary:
         temporary.write_bytes(content)
     return path

@@ -85,22 +85,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
 
 def shape(layer: nn.Conv2d, x: Tensor) -> torch.Size:
     """The shape of a layer's result for `x` (B, C, H, W); the layer `suits`."""
-    (down, across), stride, (height, width) = layer.kernel_size, layer.stride[0], x.shape[2:]
-    top, left = int(layer.padding[0]), int(layer.padding[1])
-    high, wide = (height + 2 * top - down) // stride + 1, (width + 2 * left - across) // stride + 1
-    return torch.Size((len(x), layer.out_channels, high, wide))
+    sides = zip(x.shape[2:], layer.kernel_size, map(int, layer.padding), layer.stride, strict=True)
+    return torch.Size(
+        (len(x), layer.out_channels, *((side + 2 * pad - size) // stride + 1 for side, size, pad, stride in sides))
+    )
 
 
 def convolution(x: Tensor, weight: Tensor, layer: nn.Conv2d, other: Tensor | None = None) -> Tensor:
     """A layer's convolution of `x` (B, C, H, W) by weights that are `taps`, plus another tensor."""
     batch, channels, height, width = x.shape
-    (down, across), stride = layer.kernel_size, layer.stride[0]
-    top, left = int(layer.padding[0]), int(layer.padding[1])
-    high, wide = shape(layer, x)[2:]
-    out = _empty(x, layer.out_channels, high, wide)
+    (down, across), (top, left) = layer.kernel_size, map(int, layer.padding)
+    _, outputs, high, wide = shape(layer, x)
+    out = _empty(x, outputs, high, wide)
     call(
         "product", x.dtype, x, weight, layer.bias, other, out, batch, height, width, channels, high, wide, down, across,
-        stride, top, left, 1, 0, 0, layer.out_channels, threads(out.numel() * channels * down * across // 10),
+        layer.stride[0], top, left, 1, 0, 0, outputs, threads(out.numel() * channels * down * across // 10),
     )  # fmt: skip
     return out
 

@@ -4,6 +4,11 @@ import { h } from "./dom.js";
 
 const KEY = "ldm-key";
 
+// Whether this tab has a key.
+export function hasKey() {
+  return Boolean(sessionStorage.getItem(KEY));
+}
+
 export class ApiError extends Error {
   constructor(message, status) {
     super(message);

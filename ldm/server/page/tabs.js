@@ -2,5 +2,6 @@
 
 import { generate } from "./generate.js";
 import { kept } from "./kept.js";
+import { train } from "./train.js";
 
-export const TABS = [generate, kept];
+export const TABS = [generate, kept, train];

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ldm.errors import LdmError
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.parallel.spread import whole
 from ldm.training.stages.stage import Player, Stage
 from ldm.training.stages.table import KINDS, kind_named
 
@@ -49,11 +48,6 @@ def is_sharded(accelerator: Accelerator, stage: Stage) -> bool:
     if wanted and wanted.choose:
         raise LdmError(f"{name}.evaluation.choose: the best weights can be kept with DDP alone; leave it out with FSDP")
     return True
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over the ranks, whole on each of them; all ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Skeleton:
@@ -97,10 +91,14 @@ class Skeleton:
 
 def save(averages: dict[str, Any], folder: Path) -> None:
     """Write spread averages, tensors by player and name: each rank writes its part; all ranks call it."""
+    import torch.distributed.checkpoint as dcp  # few runs need it
+
     dcp.save(averages, checkpoint_id=str(folder))
 
 
 def load(averages: dict[str, Any], folder: Path) -> None:
     """Read the files of `save` into the tensors of `averages`; the number of ranks may have changed."""
+    import torch.distributed.checkpoint as dcp
+
     with torch.no_grad():
         dcp.load(averages, checkpoint_id=str(folder))

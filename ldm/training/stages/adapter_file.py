@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from ldm.training.layout import ADAPTER
 from ldm.training.stages.adapter import AdapterStage
 from ldm.weights.adapters import Adapter
 from ldm.weights.adapters.writing import write_adapter
 from ldm.weights.tensors import FLOATS, LINEAGE
 
 log = logging.getLogger(__name__)
-RESULT = "adapter.safetensors"
 DIFFUSERS = "diffusers/pytorch_lora_weights.safetensors"
 TAGS = 1000  # most tags of the captions that the header lists
 WORDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
@@ -25,7 +25,7 @@ WORDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 @torch.no_grad()
 def write(stage: AdapterStage, folder: Path, lineage: str) -> None:
     """Write the adapter with kohya's names and, where diffusers' format can hold it, with diffusers'."""
-    section, file = stage.section, folder / RESULT
+    section, file = stage.section, folder / ADAPTER
     stage.updated(section.steps)  # the averages of the factors may give larger changes than `max_norm`
     kind = WORDS[section.kind]
     if section.dora:

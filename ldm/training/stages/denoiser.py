@@ -272,11 +272,10 @@ class DenoiserStage:
         total = torch.zeros(2, device=self.accelerator.device)
         module = self.accelerator.unwrap_model(self.players["unet"].module)
         for batch in batches:
+            latents, said = self.latents(batch, "validation"), self.said(batch, self.no_dropout)
             for number in range(VALIDATION_DRAWS):
                 epochs = [-1 - number] * len(batch.keys)
-                latents = self.latents(batch, "validation")
                 draw = self.plain_loss.draw(latents.shape[1:], self.seed, batch.keys, epochs).to(latents.device)
-                said = self.said(batch, self.no_dropout)
                 x = self.task.complete(self.plain_loss.noisy(latents, draw), batch, self.no_dropout)
                 prediction = self.predict(module, x, draw.timestep, said)
                 errors = self.plain_loss(prediction, latents, draw)

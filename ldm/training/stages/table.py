@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm.training.layout import ADAPTER
 from ldm.training.stages import (
     adapter,
     adapter_file,
@@ -81,7 +82,7 @@ KINDS: tuple[StageKind[Any], ...] = (
         frozen=True,
         shown=adapter.AdapterStage.shown,
         copied=adapter.copied,
-        result=adapter_file.RESULT,
+        result=ADAPTER,
         write=adapter_file.write,
         trial={"layers": ["attention", "convolutions"], "rank": 4, "rank_dropout": 0.2, "max_norm": 1.0},
     ),

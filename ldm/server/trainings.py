@@ -1,0 +1,234 @@
+"""Adapters that are trained for visitors of a server: one at a time, each in a process and a run's folder of its own.
+
+A training is `ldm train-adapter` on images that were uploaded: they are decoded, and written anew without their
+metadata. What a visitor says becomes settings within bounds, never a path or an option.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldm.errors import LdmError, check_whole
+from ldm.files import replacing
+from ldm.images import save_png
+from ldm.server.engine import NotTakenError
+from ldm.server.guard import KEY
+from ldm.server.reading import uploaded
+from ldm.server.runs import LOG, RunFolder, Runs, listed, opened
+from ldm.server.uploads import MOST, RequestUploads
+
+log = logging.getLogger(__name__)
+IMAGES = "images"  # the folder of a training's images
+STEPS, RANK = (1, 20_000), (1, 256)
+TEXT = 200  # characters of a trigger, a class prompt, an adapter's name
+CAPTION = 2000
+FREE = 2**30  # bytes of the disk that must be free
+FULL = 900  # entries of the folder, above which no more are begun
+END_SECONDS = 30.0  # in which a training saves a checkpoint when the server ends
+NAME = re.compile(r"\w[\w .-]{0,63}")
+OPTIONS = ("images", "kind", "trigger", "class_prompt", "steps", "rank")
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """What a visitor wants to be trained."""
+
+    kind: str
+    trigger: str
+    class_prompt: str
+    steps: int | None  # None: as many as suit the images
+    rank: int | None
+
+
+Command = Callable[[TrainingOrder, Path, Path], Sequence[str]]  # of an order, its images and its run's folder
+
+
+class Trainer:
+    """Trains one adapter at a time. All methods may be called from any thread."""
+
+    def __init__(self, runs: Runs, command: Command, adapters: Path | None) -> None:
+        """Args:
+        runs: the folder in which runs are made.
+        command: gives the program to run, or raises LdmError for an order that cannot be.
+        adapters: the folder into which finished adapters can be copied, if there is one.
+        """
+        self.runs, self.command, self.adapters = runs, command, adapters
+        self._beginning = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._run: RunFolder | None = None  # of the process
+
+    def begin(self, given: Mapping[str, Any], share: RequestUploads) -> RunFolder:
+        """Write the images of a request, which are counted in a share, and start to train.
+
+        Raises:
+            LdmError: the request is not as it must be.
+            NotTakenError: another training goes on, or the disk is full.
+        """
+        order, images = read_order(given)
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        folder = self.runs.folder / name
+        argv = self.command(order, folder / IMAGES, folder)
+        with self._alone(), self._made(folder) as made:
+            write_images(images, made / IMAGES, share)
+            with (made / LOG).open("wb") as output:
+                made.rename(folder)
+                self._process = self._started(argv, output)
+            self._run = RunFolder(self.runs.folder, folder)
+        log.info("training %s begins", name)
+        return self._run
+
+    def _started(self, argv: Sequence[str], output: BinaryIO) -> subprocess.Popen[bytes]:
+        """The process, in a session of its own, so that signals to the server are not for it."""
+        environment = {name: value for name, value in os.environ.items() if name != KEY}
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment,
+        )  # fmt: skip
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A context in which no other training is begun, or goes on."""
+        if not self._beginning.acquire(blocking=False):
+            raise NotTakenError("another training is being begun: one is trained at a time")
+        try:
+            if self._process is not None and self._process.poll() is None:
+                raise NotTakenError("another adapter is being trained: wait for its end, or stop it")
+            if shutil.disk_usage(self.runs.folder).free < FREE:
+                raise NotTakenError("the server's disk is full")
+            if sum(1 for _ in listed(self.runs.folder)) > FULL:
+                raise NotTakenError("the server's folder of runs is full")
+            yield
+        finally:
+            self._beginning.release()
+
+    @contextmanager
+    def _made(self, folder: Path) -> Iterator[Path]:
+        """A folder that is removed on errors, unless it was renamed."""
+        made = folder.with_name(f".{folder.name}.part")
+        made.mkdir(mode=0o700)
+        try:
+            (made / IMAGES).mkdir()
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def state(self, run: RunFolder) -> str | None:
+        """Whether the training of a run goes on ("running"), or how it ended; None if it was none of this server."""
+        if self._process is None or run != self._run:
+            return None
+        code = self._process.poll()
+        if code is None:
+            return "running"
+        return {0: "done"}.get(code, "stopped" if code in (-15, 143) else "failed")
+
+    def stop(self, run: RunFolder) -> bool:
+        """Ask the training of a run to save a checkpoint and end; asked again, it ends at once. Whether it was on."""
+        if self.state(run) != "running" or self._process is None:
+            return False
+        self._process.terminate()
+        return True
+
+    def keep(self, run: RunFolder, name: Any) -> str:
+        """Copy the finished adapter of a run into the folder of adapters; its name there.
+
+        Raises:
+            LdmError: there is none, or no folder; the name is not allowed, or taken.
+        """
+        if self.adapters is None:
+            raise LdmError("this server has no folder of adapters (--lora-dir)")
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name.endswith((".", " ")):
+            raise LdmError(
+                "name: 1 to 64 letters, digits, spaces and signs _ . - are needed, the first a letter or digit"
+            )
+        place = run.adapter()
+        file = None if place is None else opened(run.root, place)
+        if file is None:
+            raise LdmError("the run has no finished adapter")
+        target = self.adapters / f"{name}.safetensors"
+        if os.path.lexists(target):
+            raise LdmError(f"name: there is an adapter {name!r} already")
+        size = os.fstat(file.fileno()).st_size
+        with file, replacing(target, False, False, size) as temporary, temporary.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+        return name
+
+    def close(self) -> None:
+        """End the training that goes on; it saves a checkpoint first."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def read_order(given: Mapping[str, Any]) -> tuple[TrainingOrder, list[tuple[str, str]]]:
+    """What a request wants to be trained, and its images in base64 with their captions.
+
+    Raises:
+        LdmError: the request is not as it must be.
+    """
+    if unknown := [name for name in given if name not in OPTIONS]:
+        raise LdmError(f"{unknown[0][:TEXT]} is not known; there are {', '.join(OPTIONS)}")
+    images = given.get("images")
+    if not isinstance(images, list) or not 1 <= len(images) <= MOST:
+        raise LdmError(f"images: a list of 1 to {MOST} is needed")
+    pairs = [_captioned(one, number) for number, one in enumerate(images, 1)]
+    order = TrainingOrder(
+        kind=_text(given, "kind", "lora"),
+        trigger=_text(given, "trigger"),
+        class_prompt=_text(given, "class_prompt"),
+        steps=_whole(given, "steps", *STEPS),
+        rank=_whole(given, "rank", *RANK),
+    )
+    if not order.trigger and not all(caption for _, caption in pairs):
+        raise LdmError("trigger: a word for what is learned is needed, or a caption for each image")
+    return order, pairs
+
+
+def _captioned(one: Any, number: int) -> tuple[str, str]:
+    if not isinstance(one, Mapping) or not isinstance(one.get("image"), str):
+        raise LdmError(f"image {number}: an object with image, in base64, is needed")
+    return one["image"], _text(one, "caption", most=CAPTION)
+
+
+def _text(given: Mapping[str, Any], name: str, usual: str = "", most: int = TEXT) -> str:
+    found = given.get(name)
+    found = usual if found is None else found
+    if not isinstance(found, str) or len(found) > most or not found.isprintable():
+        raise LdmError(f"{name}: a text of one line, of at most {most} characters, is needed")
+    return found.strip()
+
+
+def _whole(given: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
+    if given.get(name) is None:
+        return None
+    check_whole("training", name, given[name], low, high)
+    return int(given[name])
+
+
+def write_images(images: Sequence[tuple[str, str]], folder: Path, share: RequestUploads) -> None:
+    """Decode images, and write them with their captions into a folder.
+
+    Raises:
+        LdmError: one cannot be read.
+        NotTakenError: as `RequestUploads.take`.
+    """
+    for number, (text, caption) in enumerate(images, 1):
+        save_png(uploaded(text, f"image {number}", share), folder / f"{number:03d}.png")
+        if caption:
+            (folder / f"{number:03d}.txt").write_text(caption, encoding="utf-8")
