@@ -28,6 +28,7 @@ LONG = [  # the files that take longest: begun first, so that several test proce
     "test_compilation", "test_saving", "test_single_file", "test_scale", "test_autoencoder_stage", "test_readme",
     "test_text_stage", "test_controlnet_stage", "test_eval_command", "test_training_evaluation", "test_folder",
     "test_textual_inversion_stage", "test_ip_adapter_stage", "test_fused_gpu", "test_train_adapter", "test_editing",
+    "test_cluster",
 ]  # fmt: skip
 
 os.fsync = lambda handle: None  # no test cuts the power: files need not be on the disk, which takes milliseconds each
