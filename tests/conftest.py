@@ -28,7 +28,7 @@ LONG = [  # the files that take longest: begun first, so that several test proce
     "test_single_file", "test_scale", "test_adapter_stage", "test_compilation", "test_page", "test_readme",
     "test_eval_command", "test_text_stage", "test_training_evaluation", "test_stage_table", "test_controlnet_stage",
     "test_folder", "test_textual_inversion_stage", "test_ip_adapter_stage", "test_fused_gpu", "test_train_adapter",
-    "test_editing",
+    "test_editing", "test_cluster",
 ]  # fmt: skip
 
 os.fsync = lambda handle: None  # no test cuts the power: files need not be on the disk, which takes milliseconds each
