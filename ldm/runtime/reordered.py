@@ -25,6 +25,7 @@ from ldm.runtime.kernels.compiled import recording
 from ldm.runtime.kernels.memory import drop_pages, give_back
 
 LARGE = 2**16  # bytes of a weight that it pays to free
+ONE_ORDER = 2**22  # bytes of a weight that is kept in one order only; smaller ones may be in several
 PIECE = 2**27  # bytes of freed weights after which memory is given back to the system
 AT_A_TIME = 4  # weights made anew that are freed, if nobody holds them any longer, when another one is made
 Layer = nn.Conv2d | nn.Linear
@@ -91,7 +92,14 @@ class Reordered:
             return cast("nn.Parameter", self.weight)
 
     def save_memory(self, weight: nn.Parameter, order: Order, undo: Callable[[Tensor], Tensor]) -> None:
-        """Let the weight be freed, as it can be made anew from an order; one mapped from a file leaves its pages."""
+        """Let the weight be freed, as it can be made anew from an order; one mapped from a file leaves its pages.
+
+        A large one is then in no other order that can be turned back, such as that for images of another size.
+        """
+        if weight.nbytes >= ONE_ORDER:
+            for other in [one for one in self.orders if one.undo is not None and one is not order]:
+                del self.orders[other]
+                self.back = None
         plain = type(weight) is nn.Parameter and weight.is_contiguous()
         if not plain or weight.untyped_storage().nbytes() > weight.nbytes:
             drop_pages(weight)

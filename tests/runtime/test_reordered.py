@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ldm.models.surgery import reweighted, twin
 from ldm.runtime import reordered
 from ldm.runtime.fused_cpu import CPULinear, FusedConv2d, fuse, works
-from ldm.runtime.kernels import products
+from ldm.runtime.kernels import filters, products
 from ldm.runtime.kernels.memory import drop_pages
 from ldm.runtime.reordered import LARGE, Reordered, stored
 from pipelines import Pipeline
@@ -45,8 +45,9 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def no_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers are computed by oneDNN too."""
+    """Small layers and large filters are computed by oneDNN too."""
     monkeypatch.setattr(products, "MOST", 0)
+    monkeypatch.setattr(filters, "LEAST", 10**9)
 
 
 def used(layer: Any) -> Tensor:
