@@ -9,6 +9,7 @@ it changes the kernel's order is made again; the pages of a file are no longer i
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
@@ -144,6 +145,8 @@ class Reordered:
 
 
 _LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # not on Windows; in a forked process, a lock of another thread is held for ever
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 _KNOWN: Any = WeakTensorKeyDictionary()  # weight -> a weak reference to its `Reordered`
 _MADE_ANEW: deque[ref[Reordered]] = deque()
 _unreturned = 0  # bytes of weights freed since memory was last given back to the system
