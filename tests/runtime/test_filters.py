@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from networks import distance, vectors
+from networks import distance, inputs, vectors
 from torch import Tensor, nn
 
 from ldm.models.layers import Upsample
@@ -74,6 +75,26 @@ def test_doubled_pixels(height: int, width: int) -> None:
         found = quick(x, size)
         assert isinstance(quick, FusedUpsample) and used(quick.conv)
         assert distance(found, plain.double()(x.double(), size)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_networks(name: str) -> None:
+    """To 1e-5, as the other fused layers."""
+    model = tiny.model(name)
+    x, t, cond = inputs(model.unet, torch.float32, 24, 28)
+    z = torch.randn(1, model.autoencoder.config.latent_channels, 14, 13)
+    quick = [copy.deepcopy(one) for one in (model.unet, model.autoencoder)]
+    for network in quick:
+        fuse(network)
+    with torch.inference_mode():
+        for found, plain in (
+            (quick[0](x, t, cond), model.unet(x, t, cond)),
+            (quick[1].decode(z), model.autoencoder.decode(z)),
+        ):
+            assert float((found - plain).abs().max() / plain.abs().max()) < 1e-5
+    assert all(
+        sum(used(layer) for layer in network.modules() if isinstance(layer, FusedConv2d)) > 9 for network in quick
+    )
 
 
 def test_an_image_does_not_depend_on_others() -> None:
