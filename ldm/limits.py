@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+ROOT, OWN, PROCESSES = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc")
 
 
 def cores() -> int:
@@ -38,16 +39,26 @@ def free_memory(root: Path = ROOT, own: Path = OWN, machine: Path = Path("/proc/
     return min(limits)
 
 
-def free_threads(root: Path = ROOT, own: Path = OWN) -> int:
+def free_threads(root: Path = ROOT, own: Path = OWN, processes: Path = PROCESSES) -> int:
     """The threads that this process may still start, as far as its limits tell: those of the user, control groups."""
     import resource  # not on Windows
 
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    limits = [sys.maxsize if most == resource.RLIM_INFINITY else most]
+    limits = [sys.maxsize if most == resource.RLIM_INFINITY else most - _threads_of_user(processes)]
     for folder in _groups("pids", root, own):
         texts = [_read(folder / name).strip() for name in ("pids.max", "pids.current")]
         limits += [int(texts[0]) - int(texts[1])] if all(text.isdigit() for text in texts) else []
     return min(limits)
+
+
+def _threads_of_user(processes: Path) -> int:
+    """The threads that this process's user has now, of those processes that it sees."""
+    found = 0
+    for process in processes.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is hidden
+            if process.stat().st_uid == os.getuid():
+                found += len(os.listdir(process / "task"))  # noqa: PTH208, pathlib is slow
+    return found
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:

@@ -60,14 +60,25 @@ def test_this_machine_has_memory() -> None:
 @pytest.mark.parametrize(
     ("groups", "files", "expected"),
     [
-        ("0::/", {}, 1000),
+        ("0::/", {}, 997),
         ("0::/a", {"a/pids.max": "30", "a/pids.current": "20"}, 10),
-        ("0::/a", {"a/pids.max": "max", "a/pids.current": "20"}, 1000),
+        ("0::/a", {"a/pids.max": "max", "a/pids.current": "20"}, 997),
         ("8:pids:/a", {"pids/a/pids.max": "30", "pids/a/pids.current": "30"}, 0),
     ],
 )
 def test_free_threads(
     groups: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The user's limit counts all its threads: here those of two processes; a third one is ending."""
+    for thread in ("7/task/7", "7/task/8", "9/task/9"):
+        (tmp_path / "proc" / thread).mkdir(parents=True)
+    (tmp_path / "proc" / "11").mkdir()
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1000, 2000))
-    assert limits.free_threads(*written(tmp_path, groups, files)) == expected
+    assert limits.free_threads(*written(tmp_path, groups, files), tmp_path / "proc") == expected
+
+
+def test_other_users_threads_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "7" / "task" / "7").mkdir(parents=True)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1000, 2000))
+    monkeypatch.setattr("os.getuid", lambda: tmp_path.stat().st_uid + 1)
+    assert limits.free_threads(*written(tmp_path, "0::/", {}), tmp_path) == 1000

@@ -1,9 +1,10 @@
 """Fused layers for CPUs: they read memory less often, with channels last.
 
 Each layer computes what the plain layer that it replaces computes, up to rounding, and runs the plain layer's own code
-where gradients are wanted (`fused.py`). Small layers are computed by our own kernels, others by oneDNN. Weights of
-convolutions, and of products with few rows, are brought once into the order in which they are multiplied
-(`reordered.py`); otherwise oneDNN reorders them at each call, which takes as long as a product.
+where gradients are wanted (`fused.py`). Small layers, and large 3×3 convolutions in fp32, are computed by our own
+kernels, others by oneDNN. Weights of convolutions, and of products with few rows, are brought once into the order in
+which they are multiplied (`reordered.py`); otherwise oneDNN reorders them at each call, which takes as long as a
+product.
 
 B batch, C channels, H×W height and width
 """
@@ -24,8 +25,8 @@ from ldm.errors import first_line
 from ldm.models.layers import GEGLU, ResnetBlock, TokenLinear, Upsample
 from ldm.models.surgery import reclassed
 from ldm.runtime.fused import LAST, FusedGEGLU, FusedGroupNorm, FusedResnetBlock, hooked
+from ldm.runtime.kernels import filters, products
 from ldm.runtime.kernels import layers as kernels
-from ldm.runtime.kernels import products
 from ldm.runtime.kernels.compiled import fits, learns, multiplies, usable
 from ldm.runtime.kernels.memory import keep_freed
 from ldm.runtime.reordered import Order, Reordered, stored
@@ -111,6 +112,7 @@ doublings = Order(
 )
 own_taps = Order(lambda weight, layer, shape: products.taps(weight))
 own_filters = Order(lambda weight, layer, shape: products.filtered(weight))
+large_filters = Order(lambda weight, layer, shape: filters.ordered(weight), filters.unordered)
 own_phases = Order(lambda weight, layer, shape: products.phases(weight))
 
 
@@ -120,6 +122,8 @@ def _fusible(layer: nn.Module, *tensors: Tensor) -> TypeGuard[FusedConv2d]:
     The layer may have been replaced by an adapter since, or been given hooks or another padding.
     """
     if not isinstance(layer, FusedConv2d) or layer.padding_mode != "zeros" or hooked(layer):
+        return False
+    if isinstance(layer.padding, str):
         return False
     single = any(tensor.shape[2:].numel() == 1 for tensor in tensors)  # one pixel: older oneDNN versions fail
     images = tensors[0].dim() == 4 and tensors[0].shape[1] == layer.in_channels
@@ -142,7 +146,10 @@ def _own_convolved(layer: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> 
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> Tensor:
-    """A layer's convolution of `x` by oneDNN, plus another tensor."""
+    """A layer's convolution of `x` by oneDNN, or if it is large by our own kernels, plus another tensor."""
+    alike = other is None or other.shape == (len(x), layer.out_channels, *x.shape[2:])
+    if alike and usable() and filters.suits(layer, x):
+        return filters.convolution(x, large_filters.of(layer, x), layer, other)
     weight, bias, geometry = convolutions.of(layer, x), layer.bias, _geometry(layer)
     if other is None:
         return onednn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
@@ -150,7 +157,9 @@ def _convolved(layer: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> Tens
 
 
 def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A layer's convolution of the doubled pixels of `x` by oneDNN."""
+    """A layer's convolution of the doubled pixels of `x` by oneDNN, or if it is large by our own kernels."""
+    if usable() and filters.suits(layer, x, doubling=2):
+        return filters.convolution(x, large_filters.of(layer, x), layer, doubling=2)
     weight = doublings.of(layer, x)
     return onednn._convolution_transpose_pointwise(x, weight, layer.bias, *DOUBLING, "none", [], "")
 
@@ -173,7 +182,7 @@ class FusedConv2d(nn.Conv2d):
 class FusedUpsample(Upsample):
     """Doubling and convolution as one transposed convolution of 4×4, or as 4 convolutions of 2×2.
 
-    Equal pixels are multiplied once: 16 products in place of 36.
+    Equal pixels are multiplied once: 16 products in place of 36. Minimal filtering of large ones makes 9 of them.
     """
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:

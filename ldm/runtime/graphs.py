@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -41,6 +42,16 @@ Step = Callable[[], Tensor]
 LOCK = threading.Lock()  # a process can record one graph at a time, and graphs share memory
 MOST = 8  # recordings kept of one U-Net
 NUMBERS = 2**18  # of the first map of all images, up to which the CPU gains: a recording keeps all tensors of a step
+
+
+def _renew_lock() -> None:
+    """Let a forked process record and replay, though another thread may have held the lock that it copied."""
+    global LOCK
+    LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def record_steps(unet: UNet) -> None:
@@ -159,6 +170,7 @@ class Recording:
 
     def __call__(self, inputs: GraphInputs, x: Tensor, t: Tensor) -> Tensor:
         if self.filled_from is None or self.filled_from() is not inputs:
+            self.filled_from = None  # until all are copied
             _copy(self.places.conditioning, inputs.conditioning)
             self.filled_from = ref(inputs)
         _copy(self.places.timestep, inputs.timestep)

@@ -9,6 +9,7 @@ it changes the kernel's order is made again; the pages of a file are no longer i
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
@@ -25,6 +26,7 @@ from ldm.runtime.kernels.compiled import recording
 from ldm.runtime.kernels.memory import drop_pages, give_back
 
 LARGE = 2**16  # bytes of a weight that it pays to free
+ONE_ORDER = 2**22  # bytes of a weight that is kept in one order only; smaller ones may be in several
 PIECE = 2**27  # bytes of freed weights after which memory is given back to the system
 AT_A_TIME = 4  # weights made anew that are freed, if nobody holds them any longer, when another one is made
 Layer = nn.Conv2d | nn.Linear
@@ -91,7 +93,14 @@ class Reordered:
             return cast("nn.Parameter", self.weight)
 
     def save_memory(self, weight: nn.Parameter, order: Order, undo: Callable[[Tensor], Tensor]) -> None:
-        """Let the weight be freed, as it can be made anew from an order; one mapped from a file leaves its pages."""
+        """Let the weight be freed, as it can be made anew from an order; one mapped from a file leaves its pages.
+
+        A large one is then in no other order that can be turned back, such as that for images of another size.
+        """
+        if weight.nbytes >= ONE_ORDER:
+            for other in [one for one in self.orders if one.undo is not None and one is not order]:
+                del self.orders[other]
+                self.back = None
         plain = type(weight) is nn.Parameter and weight.is_contiguous()
         if not plain or weight.untyped_storage().nbytes() > weight.nbytes:
             drop_pages(weight)
@@ -136,6 +145,8 @@ class Reordered:
 
 
 _LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # not on Windows; in a forked process, a lock of another thread is held for ever
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 _KNOWN: Any = WeakTensorKeyDictionary()  # weight -> a weak reference to its `Reordered`
 _MADE_ANEW: deque[ref[Reordered]] = deque()
 _unreturned = 0  # bytes of weights freed since memory was last given back to the system

@@ -127,7 +127,8 @@ def test_quantised_networks_take_turns(models: Path) -> None:
 
 def test_a_network_that_does_not_fit_leaves_all_as_it_was() -> None:
     model = tiny.model("sd15", shallow=True)
-    room = Room(CPU, layers=False)
+    model.unet.to = lambda device: model.unet  # type: ignore[method-assign, assignment, misc]
+    room = Room(torch.device("cuda:0"), layers=False)
     room.add(model)
     room.bring(model.unet)
     moves: list[str] = []
@@ -140,9 +141,20 @@ def test_a_network_that_does_not_fit_leaves_all_as_it_was() -> None:
     model.autoencoder.to = full  # type: ignore[assignment]
     with pytest.raises(torch.OutOfMemoryError):
         room.bring(model.autoencoder)
-    assert moves == ["cpu", "cpu"] and room.present is None
+    assert moves == ["cuda:0", "cpu"] and room.present is None
     room.bring(model.unet)
     assert room.present is model.unet
+
+
+def test_nothing_moves_on_the_cpu() -> None:
+    """Nor is a weight made anew that is in a kernel's order alone."""
+    model = tiny.model("sd15", shallow=True)
+    room = Room(CPU, layers=False)
+    room.add(model)
+    for network in (model.text_encoders, model.unet, model.autoencoder):
+        network.to = lambda *_: pytest.fail("a network moves")  # type: ignore
+        room.bring(network)
+        assert room.present is network
 
 
 def test_a_loaded_model_stays_as_it_is() -> None:

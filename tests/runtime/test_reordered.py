@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ldm.models.surgery import reweighted, twin
-from ldm.runtime import reordered
+from ldm.runtime import graphs, reordered
 from ldm.runtime.fused_cpu import CPULinear, FusedConv2d, fuse, works
-from ldm.runtime.kernels import products
+from ldm.runtime.kernels import filters, products
 from ldm.runtime.kernels.memory import drop_pages
 from ldm.runtime.reordered import LARGE, Reordered, stored
 from pipelines import Pipeline
@@ -45,8 +47,9 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def no_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers are computed by oneDNN too."""
+    """Small layers and large filters are computed by oneDNN too."""
     monkeypatch.setattr(products, "MOST", 0)
+    monkeypatch.setattr(filters, "LEAST", 10**9)
 
 
 def used(layer: Any) -> Tensor:
@@ -343,3 +346,28 @@ def test_pages_of_a_file(tmp_path: Path) -> None:
     assert not drop_pages(wanted) and not drop_pages(mapped[:5]) and int(wanted[12345]) == -1
     if not dropped:
         pytest.skip("this system does not tell of pages")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_forks_while_a_thread_reorders() -> None:
+    """Its child waits for nobody: it reads a weight, and takes the lock of recordings, which a thread held."""
+    layer = FusedConv2d(64, 64, 3, padding=1)
+    used(layer)
+    assert is_free(layer)
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with graphs.LOCK, reordered._LOCK:
+            held.set()
+            forked.wait(0.2)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    if (process := os.fork()) == 0:
+        signal.alarm(10)
+        torch.set_num_threads(1)
+        os._exit(0 if graphs.LOCK.acquire(timeout=5) and layer.weight.shape == (64, 64, 3, 3) else 1)
+    forked.set()
+    thread.join()
+    assert os.waitpid(process, 0)[1] == 0

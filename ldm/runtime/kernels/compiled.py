@@ -37,7 +37,7 @@ ARGUMENTS = {  # kernel -> its arguments: q whole numbers and pointers, d fracti
     for name, fields in {
         "attend": "21qdq", "group_norm": "9qd2q", "geglu": "6q", "layer_norm": "6qdq", "add": "5q", "join": "6q",
         "silu": "4q",
-        "product": "21q", "filter": "13q",
+        "product": "21q", "filter": "13q", "filter_many": "12q",
     }.items()
 }  # fmt: skip
 
