@@ -23,9 +23,9 @@ def service() -> Service:
 
 
 def test_random_requests() -> None:
-    found = fuzz_server.fuzz(service(), (), range(400), threads=2)
+    found = fuzz_server.fuzz(service(), (), range(600), threads=2)
     assert not found.problems, found.problems[:3]
-    assert sum(found.statuses.values()) == 400
+    assert sum(found.statuses.values()) == 600
     for path in ("202 POST /v1/jobs", "200 POST /v1/images/generations", "200 POST /v1/images/edits"):
         assert found.statuses[path]
 
