@@ -26,7 +26,7 @@ def test_random_requests() -> None:
     found = fuzz_server.fuzz(service(), (), range(600), threads=2)
     assert not found.problems, found.problems[:3]
     assert sum(found.statuses.values()) == 600
-    for path in ("202 POST /v1/jobs", "200 POST /v1/images/generations", "200 POST /v1/images/edits"):
+    for path in ("202 POST /v1/jobs", "200 POST /v1/images/generations", "200 POST /v1/images/variations"):
         assert found.statuses[path]
 
 
