@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,12 @@ def test_the_page_is_packaged(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = {Path(path).relative_to(build.build_lib).as_posix() for path in build.get_outputs(False)}
     assert wanted <= outputs
     try:
-        installed = {path.as_posix() for path in files("ldm") or ()}
+        installed = distribution("ldm")
     except PackageNotFoundError:
         return
-    if "ldm/server/api.py" in installed:
-        assert wanted <= installed
+    files = {path.as_posix() for path in installed.files or ()}
+    if "ldm/server/api.py" in files and Path(str(installed.locate_file(""))).resolve() != ROOT:
+        assert wanted <= files
 
 
 def test_about(client: TestClient) -> None:
