@@ -340,6 +340,7 @@ def repro(
     image_prompt: Annotated[
         list[str] | None, typer.Option(help="All image prompts, if their paths have changed.")
     ] = None,
+    image_prompt_mask: Annotated[list[str] | None, typer.Option(help="All masks of image prompts, likewise.")] = None,
     ip_adapter: Annotated[list[str] | None, typer.Option(help="The IP-Adapters, if their paths have changed.")] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Their image encoder, if its path has changed.")] = None,
     allow_pickle: Pickle = False,
@@ -350,6 +351,7 @@ def repro(
     reproduce_image(
         file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (),
         image_prompt or (), ip_adapter or (), image_encoder, allow_pickle, control or (), control_model or (),
+        image_prompt_mask or (),
     )  # fmt: skip
 
 

@@ -277,6 +277,9 @@ def without_paths(record: Mapping[str, Any], folder: Path | None) -> dict[str, A
         found["adapters"] = {_name(name, folder): {**own, "path": ""} for name, own in found["adapters"].items()}
     if "embeddings" in found:
         found["embeddings"] = [{**own, "path": ""} for own in found["embeddings"]]
+    if "image_prompt" in found:
+        found["image_prompt"] = [{**own, "adapter": {**own["adapter"], "path": None}} for own in found["image_prompt"]]
+        found["image_encoder"] = None
     return found
 
 
