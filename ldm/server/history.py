@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,15 @@ class HistoryImage:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class ComingImage:
+    """An image that is to be kept."""
+
+    image: Image.Image
+    record: dict[str, Any]
+    failed: Callable[[], None]
+
+
 class History:
     """A history in a folder. All methods may be called from any thread; several processes may share the folder."""
 
@@ -77,15 +86,15 @@ class History:
             if version == 0:
                 table.execute(CREATE)
                 table.execute(f"PRAGMA user_version = {VERSION}")
-        self.coming: queue.SimpleQueue[tuple[Image.Image, dict[str, Any]] | None] = queue.SimpleQueue()
+        self.coming: queue.SimpleQueue[ComingImage | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="ldm-history", daemon=True)
         self._writer.start()
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def keep(self, image: Image.Image, record: dict[str, Any]) -> None:
-        """Keep an image with its record, soon; one that cannot be kept is told in the log."""
-        self.coming.put((image, record))
+    def keep(self, image: Image.Image, record: dict[str, Any], failed: Callable[[], None]) -> None:
+        """Keep an image with its record, soon; of one that cannot be kept the log says why, and `failed` is called."""
+        self.coming.put(ComingImage(image, record, failed))
 
     def close(self) -> None:
         """Write what is to be kept, and end."""
@@ -94,13 +103,14 @@ class History:
 
     def _write(self) -> None:
         while (coming := self.coming.get()) is not None:
-            image, record = coming
             try:
-                self.add(png_bytes(image, record, to_parameters(record)), record)
-            except LdmError as error:
-                log.error("%s", error)
-            except Exception:
-                log.exception("an image could not be kept in the history")
+                self.add(png_bytes(coming.image, coming.record, to_parameters(coming.record)), coming.record)
+            except Exception as error:
+                if isinstance(error, LdmError):
+                    log.error("%s", error)
+                else:
+                    log.exception("an image could not be kept in the history")
+                coming.failed()
 
     def add(self, data: bytes, record: Mapping[str, Any]) -> int:
         """Add an image's file and record; its number.

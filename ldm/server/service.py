@@ -24,6 +24,7 @@ from ldm.server.jobs import DONE, NOTES, Event, Listener, MadeImage, ServerJob
 from ldm.server.limits import Limits, check_most
 from ldm.server.reading import settings_of
 from ldm.server.uploads import RequestUploads, Uploads
+from ldm.weights.builtin import adapters_of
 from pipelines import Pipeline
 from pipelines.a1111 import to_parameters
 from pipelines.adapters import files_in
@@ -60,6 +61,7 @@ class Service:
         self.about = {key: value for key, value in own.items() if key not in PLACES}
         self.refiner = Path(own.get("refiner", "")).stem  # its name; "" for none
         self.control_models = [Path(one).stem for one in own.get("control_models", ())]  # their names, in order
+        self.builtin = adapters_of(own["source"])  # names of adapters
         self.jobs: dict[str, ServerJob] = {}
         self.uploads = Uploads()
         folder = pipeline.adapters.folder
@@ -170,9 +172,10 @@ class Service:
     def _keep(self, job: ServerJob, event: Event) -> None:
         """Keep the finished images of an event in the history."""
         if event.kind == "images" and self.history is not None:
-            for made in job.made[event.rows.start : event.rows.stop]:
+            for number in event.rows:
+                made, note = job.made[number], f"image {number} could not be kept in the history; the log says why"
                 if made is not None:
-                    self.history.keep(made.image, self._record(made))
+                    self.history.keep(made.image, self._record(made), partial(job.notes.append, note))
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a job within their bounds."""
@@ -215,7 +218,8 @@ class Service:
         """The names of the adapters that requests can name."""
         own = self.engine.pipeline.adapters
         files = [path.relative_to(own.folder) for path in files_in(own.folder)] if own.folder else []
-        return sorted({path.with_suffix("").as_posix() for path in files} | {one.name for one in own.usual})
+        names = {path.with_suffix("").as_posix() for path in files} | {one.name for one in own.usual}
+        return sorted(names | set(self.builtin))
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the body of a job, from the table of settings."""

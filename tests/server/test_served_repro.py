@@ -112,10 +112,11 @@ def mixed(draw: random.Random, root: Path) -> tuple[dict[str, Any], list[Any]]:
         settings["adapters"] = draw.choice([{"ink": 0.5}, {"a/style": 0.5, "b/style": {"unet": 1, "text": 0.5}}])
         files += ["--lora-dir", root / "loras"]
     image, start = {"image": encoded(NOISE), "strength": 0.8}, ["--image", root / "start.png"]
-    more, needed = draw.choice([
+    tasks: list[tuple[dict[str, Any], list[Any]]] = [
         ({}, []), ({"hires": 1.5, "hires_strength": 0.6}, []), (image, start),
         (image | {"mask": encoded(UPPER)}, [*start, "--mask", root / "mask.png"]),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    more, needed = draw.choice(tasks)
     if draw.random() < 0.3:
         more |= {"control": {"image": encoded(NOISE.rotate(90))}, "control_scale": 0.7}
         needed += ["--control", root / "line.png", "--control-model", root / "net"]
