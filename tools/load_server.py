@@ -196,10 +196,10 @@ def overloaded(options: argparse.Namespace) -> dict[str, Any]:
     def ordinary(draw: random.Random) -> dict[str, Any]:
         return overload.usual(draw, PROMPTS, SCHEDULERS, STEPS)
 
-    with server(options.model, "--dtype", "fp32") as running:
+    with server(options.model, "--dtype", "fp32", "--queue", str(options.queue)) as running:
         capacity = load(running.address, options.clients, options.seconds, mixed=True)["images_per_second"]
         run = overload.Overload(running.address, running.process.pid, known, ordinary)
-        rate = TIMES * capacity
+        rate = options.rate or TIMES * capacity
         print(f"{capacity:.1f} images a second; {rate:.1f} requests a second for {options.overload:g} s", flush=True)
         tally = asyncio.run(run.run(rate, options.overload))
         figures = overload.figures_of(tally, options.overload, capacity, rate)
@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--alone", type=int, default=10, help="images of a single client")
     parser.add_argument("--overload", type=float, metavar="SECONDS", help="overload a server for so long instead")
+    parser.add_argument("--rate", type=float, help="requests a second of an overload; by default 4 times the capacity")
+    parser.add_argument("--queue", type=int, default=64, help="images that may wait in an overload")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()
     found = overloaded(options) if options.overload else compare(options)

@@ -172,8 +172,10 @@ class Overload:
         self.canaries, self.ordinary, self.hostile = canaries, ordinary, hostile_requests()
         self.tally = OverloadTally()
 
-    async def exchange(self, data: bytes, until: float = PATIENCE) -> tuple[int, bytes]:
+    async def exchange(self, data: bytes, until: float = PATIENCE) -> tuple[str, bytes]:
         """The status and body of an answer; the connection is closed after `until` seconds.
+
+        The status of a refusal is that with "refused": what is answered with 503 later has failed, for time or memory.
 
         Raises:
             TimeoutError: no answer has come by then.
@@ -186,13 +188,13 @@ class Overload:
                 await writer.drain()
                 answer = await reader.read(-1)
             except ConnectionResetError:  # it did not want the rest of a request; what it said is lost
-                answer = b"HTTP/1.1 400 \r\n\r\n" if len(data) > 100_000 else b""
+                answer = b"HTTP/1.1 400 lost\r\n\r\n" if len(data) > 100_000 else b""
             finally:
                 writer.close()
         head, _, body = answer.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/"):
             raise OSError("closed without an answer")
-        return int(head.split()[1]), body
+        return head.split()[1].decode() + " refused" * (b"\r\nretry-after:" in head.lower()), body
 
     async def send(self, number: int, seed: int) -> None:
         """Send the request of a number."""
@@ -217,9 +219,9 @@ class Overload:
             tally.lost.append(f"{kind} {door}: {type(error).__name__}: {error}")
             return
         tally.statuses[f"{kind} {status}"] += 1
-        if status == 503:
+        if status.endswith("refused"):
             tally.refusals.append((begun, time.monotonic()))
-        elif status == 200:
+        elif status == "200":
             tally.images += settings.get("n", 1)
             if canary is not None:
                 tally.canaries += 1
@@ -235,7 +237,7 @@ class Overload:
                 status, _ = await self.exchange(asking(draw.choice(DOORS), settings), seconds)
             else:
                 status, body = await self.exchange(raw("POST", "/v1/jobs", json.dumps(settings).encode(), JSON))
-                if status == 202:
+                if status == "202":
                     await asyncio.sleep(seconds)
                     status, _ = await self.exchange(raw("DELETE", f"/v1/jobs/{json.loads(body)['id']}"))
             self.tally.statuses[f"cancelled {status}"] += 1
@@ -313,7 +315,7 @@ def figures_of(tally: OverloadTally, seconds: float, capacity: float, rate: floa
         "server_errors": sum(
             count
             for text, count in tally.statuses.items()
-            if (status := text.rpartition(" ")[2]).isdecimal() and int(status) >= 500 and status != "503"
+            if any(part.isdecimal() and int(part) >= 500 and part != "503" for part in text.split())
         ),
         "no_answer": len(tally.lost),
         "refusals": len(tally.refusals),

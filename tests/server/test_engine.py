@@ -115,8 +115,8 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
 
 def steering(draw: random.Random) -> dict[str, Any]:
     """Random condition images and image prompts of a job, or none."""
-    part = {"control_begin": draw.choice([0.0, 0.3]), "control_end": draw.choice([1.0, 0.7])}
-    scale = {"control_scale": draw.choice([0.3, 1.0])} | draw.choice([{}, part])
+    part = draw.choice([{}, {}, {"control_begin": 0.5}, {"control_end": 0.5}])
+    scale = {"control_scale": draw.choice([0.3, 1.0])} | part
     found: dict[str, Any] = draw.choice([
         {}, {"control": {"image": image(draw.randrange(99))}, "guess": draw.random() < 0.3} | scale,
         {"control": {"gray": image(draw.randrange(99))}} | scale,
@@ -134,10 +134,11 @@ def test_steered_jobs_have_the_images_of_the_pipeline(
     """Whichever condition images and image prompts those beside them have, or none."""
     draw, pipeline = random.Random(seed), steered[name]
     engines.append(engine := Engine(pipeline))
-    wanted = [settings(draw) | {"width": 64, "n": 1} | steering(draw) for _ in range(12)]
+    own = {"width": 64, "n": 1}
+    wanted = [settings(draw) | own | {"steps": draw.randint(4, 6)} | steering(draw) for _ in range(12)]
     if name == "sd15-inpaint":
-        own = {"image": image(5), "mask": mask()}
-        wanted = [{key: one[key] for key in one if not key.startswith("hires")} | own for one in wanted]
+        hidden = {"image": image(5), "mask": mask()}
+        wanted = [{key: one[key] for key in one if not key.startswith("hires")} | hidden for one in wanted]
     jobs = [ServerJob(engine.request(**one)) for one in wanted]
     follow(engine, jobs, [draw.randint(0, 2) for _ in jobs])
     for job, one in zip(jobs, wanted, strict=True):
