@@ -24,6 +24,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -52,16 +53,20 @@ class ServerProcess:
 
 
 @contextmanager
-def server(model: str, *options: str) -> Iterator[ServerProcess]:
-    """A new server, which is told to stop at the end."""
+def server(model: str, *options: str, log: Any = subprocess.DEVNULL) -> Iterator[ServerProcess]:
+    """A new server, which is told to stop at the end; `log` is a file for its log."""
     command = [sys.executable, "-m", "ldm", "serve", model, "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         yield ServerProcess(urlsplit(process.stdout.readline().strip()).netloc, process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        try:
+            process.wait(300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def settings(draw: random.Random, mixed: bool) -> dict[str, object]:
@@ -189,21 +194,26 @@ def canaries(model: str) -> list[overload.Canary]:
     return found
 
 
-def overloaded(options: argparse.Namespace) -> dict[str, Any]:
-    """Overload a server, in fp32, so that images can be compared; print and return the figures."""
+def overloaded(options: argparse.Namespace, log: TextIO) -> dict[str, Any]:
+    """Overload a server, in fp32, so that images can be compared; print and return the figures. `log` is for its log."""
     known = canaries(options.model)
 
     def ordinary(draw: random.Random) -> dict[str, Any]:
         return overload.usual(draw, PROMPTS, SCHEDULERS, STEPS)
 
-    with server(options.model, "--dtype", "fp32", "--queue", str(options.queue)) as running:
-        capacity = load(running.address, options.clients, options.seconds, mixed=True)["images_per_second"]
+    with server(options.model, "--dtype", "fp32", "--queue", str(options.queue), log=log) as running:
+        rate = options.rate
+        if rate is None:
+            rate = TIMES * load(running.address, options.clients, options.seconds, mixed=True)["images_per_second"]
         run = overload.Overload(running.address, running.process.pid, known, ordinary)
-        rate = options.rate or TIMES * capacity
-        print(f"{capacity:.1f} images a second; {rate:.1f} requests a second for {options.overload:g} s", flush=True)
+        print(f"{rate:.1f} requests a second for {options.overload:g} s", flush=True)
         tally = asyncio.run(run.run(rate, options.overload))
-        figures = overload.figures_of(tally, options.overload, capacity, rate)
+        figures = overload.figures_of(tally, options.overload, rate)
         figures["left"] = left(running.address)
+    log.seek(0)
+    _, *tracebacks = log.read().split("Traceback")
+    figures["tracebacks"] = len(tracebacks)
+    figures["examples"] += [text[-1500:] for text in tracebacks[:3]]
     figures |= {"exit_status": abs(running.process.returncode), "cores": os.cpu_count(), "load": os.getloadavg()}
     print(overload.table(figures))
     return figures
@@ -234,7 +244,8 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=64, help="images that may wait in an overload")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()
-    found = overloaded(options) if options.overload else compare(options)
+    with tempfile.TemporaryFile("w+") as log:
+        found = overloaded(options, log) if options.overload else compare(options)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))
     problems = overload.broken(found) if options.overload else []

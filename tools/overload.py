@@ -45,6 +45,7 @@ class Bound:
 BOUNDS = (
     Bound("wrong_images", 0, "canaries with another image"),
     Bound("server_errors", 0, "answers of 500 and more, but 503"),
+    Bound("tracebacks", 0, "tracebacks in the server's log"),
     Bound("no_answer", 0, "requests without an answer"),
     Bound("refusal_p99_ms", 200, "99th percentile of refusals (503), ms"),
     Bound("memory_mb_per_minute", 1, "growth of resident memory after warm-up, MB/min"),
@@ -70,7 +71,8 @@ class OverloadTally:
     images: int = 0
     canaries: int = 0
     wrong: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)  # requests without an answer
+    errors: list[str] = field(default_factory=list)
+    lost: list[tuple[float, float, str]] = field(default_factory=list)  # without an answer: begin, end, what
     delays: list[tuple[float, float]] = field(default_factory=list)  # of this process's own timer: when, and seconds
     memory: list[tuple[float, float]] = field(default_factory=list)  # minutes, MB
 
@@ -216,9 +218,11 @@ class Overload:
         try:
             status, body = await self.exchange(asking(door, settings))
         except (OSError, TimeoutError) as error:
-            tally.lost.append(f"{kind} {door}: {type(error).__name__}: {error}")
+            tally.lost.append((begun, time.monotonic(), f"{kind} {door}: {type(error).__name__}: {error}"))
             return
         tally.statuses[f"{kind} {status}"] += 1
+        if status.startswith("5") and not status.endswith("refused"):
+            tally.errors.append(f"{door} {status} {body[:300]!r}")
         if status.endswith("refused"):
             tally.refusals.append((begun, time.monotonic()))
         elif status == "200":
@@ -231,7 +235,7 @@ class Overload:
 
     async def cancel(self, draw: random.Random) -> None:
         """Ask for an image, and end it: the connection is closed, or the job is deleted."""
-        settings, seconds = self.ordinary(draw), draw.expovariate(0.5)
+        settings, seconds, begun = self.ordinary(draw), draw.expovariate(0.5), time.monotonic()
         try:
             if draw.random() < 0.6:
                 status, _ = await self.exchange(asking(draw.choice(DOORS), settings), seconds)
@@ -244,11 +248,11 @@ class Overload:
         except TimeoutError:
             self.tally.statuses["cancelled by closing"] += 1
         except OSError as error:
-            self.tally.lost.append(f"cancelled: {error}")
+            self.tally.lost.append((begun, time.monotonic(), f"cancelled: {error}"))
 
     async def attack(self, draw: random.Random) -> None:
         """Send a hostile request, or a part of one."""
-        silent, whole = draw.random() < 0.15, draw.random() < 0.9
+        silent, whole, begun = draw.random() < 0.15, draw.random() < 0.9, time.monotonic()
         data = draw.choice(SILENT if silent else self.hostile)
         try:
             if silent or not whole:
@@ -262,7 +266,8 @@ class Overload:
             if silent or not whole:
                 self.tally.statuses["hostile, in part"] += 1
             else:
-                self.tally.lost.append(f"hostile {data[:200]!r}: {type(error).__name__}: {error}")
+                what = f"hostile {data[:200]!r}: {type(error).__name__}: {error}"
+                self.tally.lost.append((begun, time.monotonic(), what))
 
     async def watch(self, begun: float) -> None:
         """Note the server's memory and how late this process is, until it is cancelled."""
@@ -283,8 +288,8 @@ class Overload:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             sent = {task for task in sent if not task.done()} | {asyncio.create_task(self.send(number, seed))}
             number += 1
-        watching.cancel()
         await asyncio.gather(*sent)
+        watching.cancel()
         return self.tally
 
 
@@ -296,17 +301,19 @@ def percentile(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(int(part * len(values)), len(values) - 1)] if values else 0.0
 
 
-def figures_of(tally: OverloadTally, seconds: float, capacity: float, rate: float) -> dict[str, Any]:
+def figures_of(tally: OverloadTally, seconds: float, rate: float) -> dict[str, Any]:
     """The figures of a run."""
     warm = [(minutes, megabytes) for minutes, megabytes in tally.memory if minutes * 60 >= WARM_UP * seconds]
-    stops = [(at, delay) for at, delay in tally.delays if delay > STOPPED]
-    seen = [
-        end - begin for begin, end in tally.refusals if not any(begin < at and at - delay < end for at, delay in stops)
-    ]
     judged = len(warm) > 1 and (warm[-1][0] - warm[0][0]) * 60 >= LEAST_MEMORY
+    stops = [(at, delay) for at, delay in tally.delays if delay > STOPPED]
+
+    def stopped(begin: float, end: float) -> bool:
+        return any(begin < at and at - delay < end for at, delay in stops)
+
+    seen = [end - begin for begin, end in tally.refusals if not stopped(begin, end)]
+    lost = [text for begin, end, text in tally.lost if not stopped(begin, end)]
     return {
         "seconds": seconds,
-        "capacity_per_second": capacity,
         "requests_per_second": rate,
         "requests": sum(tally.statuses.values()) + len(tally.lost),
         "images": tally.images,
@@ -317,7 +324,8 @@ def figures_of(tally: OverloadTally, seconds: float, capacity: float, rate: floa
             for text, count in tally.statuses.items()
             if any(part.isdecimal() and int(part) >= 500 and part != "503" for part in text.split())
         ),
-        "no_answer": len(tally.lost),
+        "no_answer": len(lost),
+        "no_answer_while_stopped": len(tally.lost) - len(lost),
         "refusals": len(tally.refusals),
         **{f"refusal_p{round(100 * part)}_ms": 1000 * percentile(seen, part) for part in (0.5, 0.99)},
         "refusals_while_stopped": len(tally.refusals) - len(seen),
@@ -326,7 +334,7 @@ def figures_of(tally: OverloadTally, seconds: float, capacity: float, rate: floa
         "memory_mb": warm[-1][1] if warm else 0.0,
         "memory_mb_per_minute": linear_regression(*zip(*warm, strict=True)).slope if judged else None,
         "statuses": dict(sorted(tally.statuses.items())),
-        "examples": (tally.wrong + tally.lost)[:10],
+        "examples": (tally.wrong + tally.errors + lost)[:10],
     }
 
 

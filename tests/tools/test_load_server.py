@@ -40,7 +40,7 @@ def test_an_overload(wrong: bool) -> None:
     with in_thread(service) as address:
         run = overload.Overload(address.removeprefix("http://"), os.getpid(), known, ordinary)
         tally = asyncio.run(run.run(60, 3))
-        figures = overload.figures_of(tally, 3, 10, 60) | {"left": 0, "exit_status": 0}
+        figures = overload.figures_of(tally, 3, 60) | {"left": 0, "exit_status": 0, "tracebacks": 0}
     assert figures["canaries"] and figures["images"] and not figures["no_answer"], figures
     assert any(text.startswith("hostile 4") for text in figures["statuses"])
     assert bool(figures["wrong_images"]) == wrong and not figures["server_errors"], figures
@@ -53,9 +53,11 @@ def test_bounds() -> None:
     tally.statuses.update({"usual 200": 5, "usual 500": 1, "usual 503 refused": 101})
     tally.refusals = [(float(number), number + 0.01) for number in range(99)] + [(200, 201.0), (300, 300.5)]
     tally.delays = [(199.9, 0.0), (200.8, 1.5)]  # this process was stopped then
+    tally.lost = [(200.0, 201.0, "lost then")]
     tally.memory = [(minute / 10, 500 + minute / 5) for minute in range(100)]
-    figures = overload.figures_of(tally, 600, 1, 4) | {"left": 0, "exit_status": 0}
+    figures = overload.figures_of(tally, 600, 4) | {"left": 0, "exit_status": 0, "tracebacks": 0}
     assert (figures["refusals"], figures["refusals_while_stopped"]) == (101, 1)
+    assert (figures["no_answer"], figures["no_answer_while_stopped"]) == (0, 1)
     assert figures["refusal_p99_ms"] == pytest.approx(500) and figures["refusal_p50_ms"] == pytest.approx(10)
     assert figures["memory_mb_per_minute"] == pytest.approx(2)
     assert [text.partition(":")[0] for text in overload.broken(figures)] == [
