@@ -195,7 +195,7 @@ def canaries(model: str) -> list[overload.Canary]:
 
 
 def overloaded(options: argparse.Namespace, log: TextIO) -> dict[str, Any]:
-    """Overload a server, in fp32, so that images can be compared; print and return the figures. `log` is for its log."""
+    """Overload a server, in fp32, so that images can be compared; print and return the figures. `log` takes its log."""
     known = canaries(options.model)
 
     def ordinary(draw: random.Random) -> dict[str, Any]:
