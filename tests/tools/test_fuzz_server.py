@@ -27,7 +27,8 @@ def service(history: History | None = None) -> Service:
 
 
 def test_random_requests() -> None:
-    found = fuzz_server.fuzz(service(), (), range(400), threads=2)
+    only = ("/v1/jobs", "/v1/images", "/v1/models", "/v1/settings", "/healthz", "/metrics")
+    found = fuzz_server.fuzz(service(), (), range(400), threads=2, only=only)
     assert not found.problems, found.problems[:3]
     assert sum(found.statuses.values()) == 400
     for path in ("202 POST /v1/jobs", "200 POST /v1/images/generations", "200 POST /v1/images/edits"):
