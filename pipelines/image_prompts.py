@@ -232,44 +232,49 @@ def _file(image: Any, digests: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def from_record(
-    record: Any, images: Sequence[str] = (), adapters: Sequence[str] = ()
+    record: Any, images: Sequence[str] = (), adapters: Sequence[str] = (), masks: Sequence[str] = ()
 ) -> tuple[tuple[ImagePrompt, ...], tuple[str, ...]]:
     """The image prompts in a record, and the IP-Adapters that they need.
 
-    `images` and `adapters` replace those of the record, in their order.
+    `images`, `adapters` and `masks` replace those of the record, in their order.
 
     Raises:
         LdmError: the record is damaged, an image or an adapter is gone or has changed, or another number replaces them.
     """
     try:
-        count = sum(len(one["images"]) for one in record)
-        if images and len(images) != count:
-            raise LdmError(f"{len(images)} image prompts for an image that was made with {count}; name all of them")
-        given = iter(images)
+        for what, given, count in (
+            ("image prompts", images, sum(len(one["images"]) for one in record)),
+            ("masks of image prompts", masks, sum("mask" in one for one in record)),
+        ):
+            if given and len(given) != count:
+                raise LdmError(f"{len(given)} {what} for an image that was made with {count}; name all of them")
+        image, mask = iter(images), iter(masks)
         prompts = tuple(
             ImagePrompt(
-                tuple(next(given, None) or _unchanged("image prompt", image) for image in one["images"]),
+                tuple(next(image, None) or _unchanged("image prompt", "image-prompt", own) for own in one["images"]),
                 one["weight"],
-                _unchanged("mask of the image prompt", one["mask"]) if "mask" in one else None,
+                next(mask, None) or _unchanged("mask of the image prompt", "image-prompt-mask", one["mask"])
+                if "mask" in one
+                else None,
                 one["begin"],
                 one["end"],
             )
             for one in record
         )
-        found = tuple(adapters) or tuple(_unchanged("IP-Adapter", one["adapter"]) for one in record)
+        found = tuple(adapters) or tuple(_unchanged("IP-Adapter", "ip-adapter", one["adapter"]) for one in record)
     except (KeyError, TypeError, AttributeError):
         raise LdmError("the image's record of its image prompts is damaged") from None
     return prompts, found if len(set(found)) > 1 else found[:1]
 
 
-def _unchanged(what: str, record: Mapping[str, str]) -> str:
-    """The path of a file in a record, if the file is still the same."""
+def _unchanged(what: str, option: str, record: Mapping[str, str]) -> str:
+    """The path of a file in a record, if the file is still the same; the option names another one."""
     path = record["path"]
     if path is None:
-        raise LdmError(f"the {what} that the image was made from was no file; name one (--image-prompt)")
+        raise LdmError(f"the record does not say which file the {what} is; name it (--{option})")
     if not Path(path).is_file() or file_digest(Path(path), plain=True) != record["sha256"]:
         raise LdmError(
             f"the {what} {path}, that the image was made from, is gone or has changed; put it back, or name it "
-            "(--image-prompt, --ip-adapter)"
+            f"(--{option})"
         )
     return path

@@ -1,45 +1,72 @@
-"""Load `ldm serve` with many clients, and compare: images a second and latencies beside one image at a time.
+"""Load `ldm serve` with many clients: images a second and latencies, beside one image at a time; or overload it.
 
 A server of the built-in model (or MODEL) is started, loaded and stopped, once with batches and once without. "Alone" is
 the time of a single client's images beside those of `Pipeline` in this process. Mixed requests have other steps and
 schedulers, with as many steps on average. It takes about a minute.
 
     python tools/load_server.py --seconds 8 --out load.json
+
+An overload (`tools/overload.py`) sends four times as many requests as the server can answer, some cancelled, some
+hostile, and ends with status 1 if one of its bounds is broken:
+
+    python tools/load_server.py --overload 600 --out overload.json
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import http.client
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
+import numpy as np
+import overload
+
 STEPS = 20
+TIMES = 4  # an overload's requests, of those that the server can answer
 SCHEDULERS = ("euler", "ddim", "dpm++2m", "unipc", "euler-a")
 PROMPTS = ("a smiling cat with heart eyes, fluent 3d style", "octopus, noto style", "fox, noto style", "weary face")
 
 
+@dataclass
+class ServerProcess:
+    """A server in a process of its own."""
+
+    address: str
+    process: subprocess.Popen[str]
+
+
 @contextmanager
-def server(model: str, *options: str) -> Iterator[str]:
-    """The address of a new server, which is told to stop at the end."""
-    command = [sys.executable, "-m", "ldm", "serve", model, "--port", "0", "--queue", "1000", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def server(model: str, *options: str, log: Any = subprocess.DEVNULL) -> Iterator[ServerProcess]:
+    """A new server, which is told to stop at the end; `log` is a file for its log."""
+    command = [sys.executable, "-m", "ldm", "serve", model, "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
-        yield urlsplit(process.stdout.readline().strip()).netloc
+        yield ServerProcess(urlsplit(process.stdout.readline().strip()).netloc, process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def settings(draw: random.Random, mixed: bool) -> dict[str, object]:
@@ -60,30 +87,46 @@ def image(connection: http.client.HTTPConnection, wanted: dict[str, object]) -> 
 
 
 def load(address: str, clients: int, seconds: float, mixed: bool) -> dict[str, float]:
-    """Images a second and latencies of clients that ask one after the other, after one image each to warm up."""
+    """Images a second and latencies of clients that ask one after the other, after one image each to warm up.
+
+    Raises:
+        OSError: a client got no answer, or no image was made.
+    """
     times: list[tuple[float, float]] = []  # end, seconds
     failed: list[int] = []
-    warm, end = threading.Barrier(clients + 1), [0.0]
+    errors: list[Exception] = []
+    warm, end = threading.Barrier(clients + 1), [time.monotonic() + 10_000]
 
     def client(number: int) -> None:
         connection, draw = http.client.HTTPConnection(address, timeout=120), random.Random(number)
-        image(connection, settings(draw, mixed))
-        warm.wait()
-        while time.monotonic() < end[0]:
-            status, _, taken = image(connection, settings(draw, mixed))
-            times.append((time.monotonic(), taken))
-            if status != 200:
-                failed.append(status)
+        try:
+            image(connection, settings(draw, mixed))
+            warm.wait()
+            connection.close()  # the server closes one that was not used for long
+            while time.monotonic() < end[0]:
+                status, _, taken = image(connection, settings(draw, mixed))
+                times.append((time.monotonic(), taken))
+                if status != 200:
+                    failed.append(status)
+        except (OSError, http.client.HTTPException) as error:
+            errors.append(error)
+            warm.abort()  # nobody waits for this client
+        except threading.BrokenBarrierError:
+            pass  # another one has said why
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
-    end[0] = time.monotonic() + 10_000
-    warm.wait()
+    with contextlib.suppress(threading.BrokenBarrierError):
+        warm.wait()
     begun = time.monotonic()
     end[0] = begun + seconds
     for thread in threads:
         thread.join()
+    if errors:
+        raise OSError(f"{len(errors)} of {clients} clients got no answer: {errors[0]!r}")
+    if not any(at <= end[0] for at, _ in times):
+        raise OSError(f"no image was made in {seconds:g} seconds: take longer (--seconds)")
     taken = sorted(taken for _, taken in times)
     within = [at for at, _ in times if at <= end[0]]
     return {
@@ -113,6 +156,82 @@ def beside(model: str, count: int) -> list[float]:
     return found[2:]
 
 
+def compare(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure a server with batches and one without, and print the figures."""
+    found: dict[str, dict[str, float]] = {}
+    pipeline = beside(options.model, options.alone)
+    with server(options.model, "--queue", "1000") as running:
+        served = alone(running.address, options.alone)
+        found["alone"] = {"pipeline": median(pipeline), "served": median(served)}
+        found["batches"] = load(running.address, options.clients, options.seconds, mixed=False)
+        found["mixed"] = load(running.address, options.clients, options.seconds, mixed=True)
+    with server(options.model, "--queue", "1000", "--together", "1") as running:
+        found["one_at_a_time"] = load(running.address, options.clients, options.seconds, mixed=False)
+    for name, figures in found.items():
+        print(f"{name:>14}  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+    one = found["one_at_a_time"]["images_per_second"]
+    print(f"batches / one at a time: {found['batches']['images_per_second'] / one:.2f}; "
+          f"mixed / batches: {found['mixed']['images_per_second'] / found['batches']['images_per_second']:.2f}; "
+          f"alone: {1000 * (found['alone']['served'] - found['alone']['pipeline']):.1f} ms over Pipeline")  # fmt: skip
+    return found
+
+
+# --- an overload ------------------------------------------------------------------------------------------------------
+
+
+def canaries(model: str) -> list[overload.Canary]:
+    """Requests with the images that `Pipeline` makes."""
+    import torch
+
+    from pipelines import Pipeline
+
+    pipeline, found = Pipeline(model, dtype=torch.float32), []
+    for number in range(overload.KNOWN):
+        wanted = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": 1000 + number, "steps": STEPS - number}
+        wanted |= {"cfg_scale": 2 + number / 4}
+        made = pipeline(wanted["prompt"], **{name: value for name, value in wanted.items() if name != "prompt"})
+        found.append(overload.Canary(wanted, np.asarray(made.images[0].convert("RGB"), np.int32)))
+    return found
+
+
+def overloaded(options: argparse.Namespace, log: TextIO) -> dict[str, Any]:
+    """Overload a server, in fp32, so that images can be compared; print and return the figures. `log` takes its log."""
+    known = canaries(options.model)
+
+    def ordinary(draw: random.Random) -> dict[str, Any]:
+        return overload.usual(draw, PROMPTS, SCHEDULERS, STEPS)
+
+    with server(options.model, "--dtype", "fp32", "--queue", str(options.queue), log=log) as running:
+        rate = options.rate
+        if rate is None:
+            rate = TIMES * load(running.address, options.clients, options.seconds, mixed=True)["images_per_second"]
+        run = overload.Overload(running.address, running.process.pid, known, ordinary)
+        print(f"{rate:.1f} requests a second for {options.overload:g} s", flush=True)
+        tally = asyncio.run(run.run(rate, options.overload))
+        figures = overload.figures_of(tally, options.overload, rate)
+        figures["left"] = left(running.address)
+    log.seek(0)
+    _, *tracebacks = log.read().split("Traceback")
+    figures["tracebacks"] = len(tracebacks)
+    figures["examples"] += [text[-1500:] for text in tracebacks[:3]]
+    figures |= {"exit_status": abs(running.process.returncode), "cores": os.cpu_count(), "load": os.getloadavg()}
+    print(overload.table(figures))
+    return figures
+
+
+def left(address: str) -> int:
+    """The images that still wait or run a minute after a run, if not none before."""
+    end, count = time.monotonic() + 60, 1
+    while count and time.monotonic() < end:
+        connection = http.client.HTTPConnection(address, timeout=60)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        figures = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        count = int(float(figures["ldm_waiting_images"]) + float(figures["ldm_running_images"]))
+        time.sleep(0.5)
+    return count
+
+
 def main() -> None:
     """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,25 +239,18 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--alone", type=int, default=10, help="images of a single client")
+    parser.add_argument("--overload", type=float, metavar="SECONDS", help="overload a server for so long instead")
+    parser.add_argument("--rate", type=float, help="requests a second of an overload; by default 4 times the capacity")
+    parser.add_argument("--queue", type=int, default=64, help="images that may wait in an overload")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
-    pipeline = beside(options.model, options.alone)
-    with server(options.model) as address:
-        served = alone(address, options.alone)
-        found["alone"] = {"pipeline": median(pipeline), "served": median(served)}
-        found["batches"] = load(address, options.clients, options.seconds, mixed=False)
-        found["mixed"] = load(address, options.clients, options.seconds, mixed=True)
-    with server(options.model, "--together", "1") as address:
-        found["one_at_a_time"] = load(address, options.clients, options.seconds, mixed=False)
-    for name, figures in found.items():
-        print(f"{name:>14}  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
-    one = found["one_at_a_time"]["images_per_second"]
-    print(f"batches / one at a time: {found['batches']['images_per_second'] / one:.2f}; "
-          f"mixed / batches: {found['mixed']['images_per_second'] / found['batches']['images_per_second']:.2f}; "
-          f"alone: {1000 * (found['alone']['served'] - found['alone']['pipeline']):.1f} ms over Pipeline")  # fmt: skip
+    with tempfile.TemporaryFile("w+") as log:
+        found = overloaded(options, log) if options.overload else compare(options)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))
+    problems = overload.broken(found) if options.overload else []
+    print(*(f"broken: {problem}" for problem in problems), sep="\n")
+    sys.exit(bool(problems))
 
 
 if __name__ == "__main__":

@@ -366,6 +366,7 @@ def repro(
     image_prompt: Annotated[
         list[str] | None, typer.Option(help="All image prompts, if their paths have changed.")
     ] = None,
+    image_prompt_mask: Annotated[list[str] | None, typer.Option(help="All masks of image prompts, likewise.")] = None,
     ip_adapter: Annotated[list[str] | None, typer.Option(help="The IP-Adapters, if their paths have changed.")] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Their image encoder, if its path has changed.")] = None,
     safety: Annotated[str | None, typer.Option(help="The safety checker, likewise.")] = None,
@@ -377,7 +378,7 @@ def repro(
     reproduce_image(
         file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (),
         image_prompt or (), ip_adapter or (), image_encoder, allow_pickle, control or (), control_model or (),
-        safety,
+        safety, image_prompt_mask or (),
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def reproduce_image(
     control: Sequence[str] = (),
     control_models: Sequence[str] = (),
     safety: str | None = None,
+    image_prompt_masks: Sequence[str] = (),
 ) -> None:
     """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
     log_warnings()
@@ -59,13 +60,12 @@ def reproduce_image(
     for name, given in (("image", image), ("mask", mask)):
         if given or name in record:
             settings[name] = given or _found(name, record[name])
-    if "strength" in settings and "image" not in settings:
-        raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
+    _check_images(path, record, settings)
     settings |= {"control": _renamed_controls(record, control)} if control else {}
     loading |= {"control_models": tuple(control_models)} if control_models else {}
     if "image_prompt" in record:
         settings["image_prompt"], loading["ip_adapter"] = from_record(
-            record["image_prompt"], image_prompts, ip_adapters
+            record["image_prompt"], image_prompts, ip_adapters, image_prompt_masks
         )
         loading["image_encoder"] = image_encoder or record.get("image_encoder")
     pipeline = Pipeline(**typed(loading))
@@ -95,6 +95,14 @@ def _check_models(path: Path, record: dict[str, Any], loading: dict[str, Any]) -
         loading.pop("safety", None)
     elif "safety" not in loading:
         raise LdmError(f"{path} was blurred by a safety checker that its record does not name; name it (--safety)")
+
+
+def _check_images(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise unless the image to start from and the mask that an image was made from are named."""
+    if "image" not in settings and ("strength" in settings or record.get("task") in ("edit", "inpaint")):
+        raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
+    if "mask" not in settings and record.get("task") == "inpaint":
+        raise LdmError(f"{path} was made with a mask that its record does not name; name it (--mask)")
 
 
 def _print_difference(made: np.ndarray, original: np.ndarray) -> None:
@@ -165,6 +173,8 @@ def _found(name: str, record: Any) -> str:
     """The path of a starting image or mask, if the file is still the same."""
     if not isinstance(record, dict) or not isinstance(record.get("path"), str):
         raise LdmError(f"the image's record of its {name} is damaged")
+    if not record["path"]:
+        raise LdmError(f"the record does not say which file the {name} is; name it (--{name})")
     path = Path(record["path"])
     if not path.is_file() or file_digest(path, plain=True) != record.get("sha256"):
         raise LdmError(f"the {name} that it was made from, {path}, is gone or has changed; name it (--{name})")

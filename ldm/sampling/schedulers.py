@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -127,6 +128,9 @@ class SamplingPlan:
         return calls - calls % self.scheduler.order
 
 
+_IMPORTING = threading.Lock()  # diffusers imports its classes when they are first used, which one thread alone may do
+
+
 def scheduler_class(name: str) -> type:
     """The class of a scheduler by its short name: ours if we have one, else diffusers'.
 
@@ -138,12 +142,13 @@ def scheduler_class(name: str) -> type:
         raise LdmError(f"scheduler {name!r} is not known; choose {' or '.join(near)}")
     if name == "euler":
         return EulerDiscreteScheduler
-    import diffusers  # takes seconds
-
-    from ldm.sampling import solvers
-
     kind = SCHEDULERS[name][0]
-    return getattr(solvers, kind, None) or getattr(diffusers, kind)
+    with _IMPORTING:
+        import diffusers  # takes seconds
+
+        from ldm.sampling import solvers
+
+        return getattr(solvers, kind, None) or getattr(diffusers, kind)
 
 
 @cache

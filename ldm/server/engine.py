@@ -36,6 +36,7 @@ from pipelines.run import TooManyError
 from pipelines.tuning import cpu_by_default, room_of
 
 log = logging.getLogger(__name__)
+LAST_SECONDS = 30.0  # in which the step that is worked on must end when an engine is closed
 OVERTAKEN = 16  # later images that may begin before an image that waits
 
 
@@ -78,6 +79,7 @@ class JobTaker(ABC):
         self.counts = Counts()
         self.replicas = 1  # engines that work
         self.failure = ""  # why it has ended, if it should not have
+        self.hangs = False  # whether it was closed and its last step did not end
         self._numbers = count()
         self._closing = False
 
@@ -173,10 +175,10 @@ class Engine(JobTaker):
             self._changed.notify_all()
         return job
 
-    def close(self, timeout: float | None = None) -> bool:
+    def close(self, timeout: float | None = None, last: float = LAST_SECONDS) -> bool:
         """Take no more jobs, and wait until all are over; whether they are within `timeout` seconds.
 
-        Those that are not fail.
+        Those that are not fail, and the present step has `last` seconds more: a call that hangs is left alone.
         """
         with self._changed:
             self._closing = True
@@ -185,7 +187,10 @@ class Engine(JobTaker):
         in_time = not self._thread.is_alive()
         for piece in [*self.waiting, *self.running]:
             piece.job.end(FAILED, "the engine was closed", 503)
-        self._thread.join()
+        self._thread.join(last)
+        self.hangs = self._thread.is_alive()
+        if self.hangs:
+            log.error("a step has not ended %g seconds after the engine was closed; it is left alone", last)
         return in_time
 
     # --- the engine's thread ------------------------------------------------------------------------------------------

@@ -49,6 +49,15 @@ class HistoryImage:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class ComingImage:
+    """An image that is to be kept."""
+
+    encode: Callable[[], bytes]  # its file
+    record: dict[str, Any]
+    failed: Callable[[], None]
+
+
 class History:
     """A history in a folder. All methods may be called from any thread; several processes may share the folder."""
 
@@ -74,15 +83,15 @@ class History:
             if version == 0:
                 table.execute(CREATE)
                 table.execute(f"PRAGMA user_version = {VERSION}")
-        self.coming: queue.Queue[tuple[Callable[[], bytes], dict[str, Any]] | None] = queue.Queue(BEHIND)
+        self.coming: queue.Queue[ComingImage | None] = queue.Queue(BEHIND)
         self._writer = threading.Thread(target=self._write, name="ldm-history", daemon=True)
         self._writer.start()
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def keep(self, encode: Callable[[], bytes], record: dict[str, Any]) -> None:
-        """Keep an image, whose file `encode` gives, with its record, soon; one that cannot be is told in the log."""
-        self.coming.put((encode, record))
+    def keep(self, encode: Callable[[], bytes], record: dict[str, Any], failed: Callable[[], None]) -> None:
+        """Keep an image, whose file `encode` gives, soon; if it cannot be, the log says why, and `failed` is called."""
+        self.coming.put(ComingImage(encode, record, failed))
 
     def close(self) -> None:
         """Write what is to be kept, and end."""
@@ -91,13 +100,14 @@ class History:
 
     def _write(self) -> None:
         while (coming := self.coming.get()) is not None:
-            encode, record = coming
             try:
-                self.add(encode(), record)
-            except LdmError as error:
-                log.error("%s", error)
-            except Exception:
-                log.exception("an image could not be kept in the history")
+                self.add(coming.encode(), coming.record)
+            except Exception as error:
+                if isinstance(error, LdmError):
+                    log.error("%s", error)
+                else:
+                    log.exception("an image could not be kept in the history")
+                coming.failed()
 
     def add(self, data: bytes, record: Mapping[str, Any]) -> int:
         """Add an image's file and record; its number.

@@ -26,6 +26,7 @@ from ldm.server.reading import settings_of
 from ldm.server.runs import Runs
 from ldm.server.trainings import Trainer
 from ldm.server.uploads import RequestUploads, Uploads
+from ldm.weights.builtin import adapters_of
 from pipelines import Pipeline
 from pipelines.adapters import files_in
 from pipelines.passes import largest_request
@@ -73,6 +74,7 @@ class Service:
         self.about = without_places(own)
         self.refiner = Path(own.get("refiner", "")).stem  # its name; "" for none
         self.control_models = [Path(one).stem for one in own.get("control_models", ())]  # their names, in order
+        self.builtin = adapters_of(own["source"])  # names of adapters
         self.jobs: dict[str, ServerJob] = {}
         self.uploads = Uploads()
         folder = pipeline.adapters.folder
@@ -183,10 +185,11 @@ class Service:
     def _keep(self, job: ServerJob, event: Event) -> None:
         """Keep the finished images of an event in the history."""
         if event.kind == "images" and self.history is not None:
-            for made in job.made[event.rows.start : event.rows.stop]:
+            for number in event.rows:
+                made, note = job.made[number], f"image {number} could not be kept in the history; the log says why"
                 if made is not None:
-                    record = self._record(made)
-                    self.history.keep(partial(self.finishing.encoded, made.image, record), record)
+                    record, failed = self._record(made), partial(job.notes.append, note)
+                    self.history.keep(partial(self.finishing.encoded, made.image, record), record, failed)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a job within their bounds."""
@@ -229,7 +232,8 @@ class Service:
         """The names of the adapters that requests can name."""
         own = self.engine.pipeline.adapters
         files = [path.relative_to(own.folder) for path in files_in(own.folder)] if own.folder else []
-        return sorted({path.with_suffix("").as_posix() for path in files} | {one.name for one in own.usual})
+        names = {path.with_suffix("").as_posix() for path in files} | {one.name for one in own.usual}
+        return sorted(names | set(self.builtin))
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the body of a job, from the table of settings."""
@@ -305,6 +309,9 @@ def without_paths(record: Mapping[str, Any], folder: Path | None) -> dict[str, A
         found["adapters"] = {_name(name, folder): {**own, "path": ""} for name, own in found["adapters"].items()}
     if "embeddings" in found:
         found["embeddings"] = [{**own, "path": ""} for own in found["embeddings"]]
+    if "image_prompt" in found:
+        found["image_prompt"] = [{**own, "adapter": {**own["adapter"], "path": None}} for own in found["image_prompt"]]
+        found["image_encoder"] = None
     return found
 
 

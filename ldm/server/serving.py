@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -39,6 +40,8 @@ class Listening:
 def serve(service: Service, options: Listening) -> None:
     """Serve until a signal (SIGTERM or SIGINT) tells to stop; a second one stops at once.
 
+    If a step hangs then, the process ends with status 1.
+
     Raises:
         LdmError: the port is taken, or the host is none of this machine's.
     """
@@ -52,6 +55,9 @@ def serve(service: Service, options: Listening) -> None:
         service.trainer.close()
     if service.history is not None:
         service.history.close()
+    if service.engine.hangs:  # an ordinary end of the process could wait for its threads
+        logging.shutdown()
+        os._exit(1)
 
 
 def config_of(service: Service, key: str, names: tuple[str, ...] = ()) -> uvicorn.Config:

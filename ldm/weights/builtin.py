@@ -62,6 +62,11 @@ def builtin_adapter(name: object) -> Path | None:
     return None if found is None or Path(str(name)).exists() else found
 
 
+def adapters_of(source: str) -> list[str]:
+    """The names of the built-in adapters that a source's model can have: they are for the built-in one."""
+    return list(builtin_adapters()) if builtin(source) == FOLDER / DEFAULT else []
+
+
 def lender(folder: Path) -> Path | None:
     """The built-in model from which this built-in model takes components."""
     return FOLDER / DEFAULT if folder == FOLDER / REFINER else None

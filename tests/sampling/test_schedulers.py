@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import threading
+import time
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -25,6 +29,7 @@ from ldm.sampling.schedulers import (
     UNSUPPORTED,
     make,
     own_name,
+    scheduler_class,
     spacings,
     step_arguments,
 )
@@ -272,3 +277,24 @@ def test_latents_are_not_clipped(name: str) -> None:
     config = make(NoiseSchedule("v_prediction", options={}), 4, name).scheduler.config
     assert not config.get("clip_sample")
     assert not config.get("thresholding")
+
+
+def test_one_thread_at_a_time_imports_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others of a server would find none in a module that is half imported."""
+    inside, most, found = [0], [0], []
+
+    class LazyModule(SimpleNamespace):
+        def __getattr__(self, name: str) -> type:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.02)
+            inside[0] -= 1
+            return type(name, (), {})
+
+    monkeypatch.setitem(sys.modules, "diffusers", LazyModule())  # type: ignore[arg-type]
+    threads = [threading.Thread(target=lambda: found.append(scheduler_class("euler-a"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and most == [1]

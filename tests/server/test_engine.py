@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import adapter_files
+import controls
+import image_prompts
 import pytest
 import tiny
 import torch
+from images import image
 from PIL import Image
 from rounding import RUN, near
 
@@ -89,6 +93,80 @@ def test_random_jobs_have_the_images_of_the_pipeline(
         assert [record["seed"] for record in made.settings] == [record["seed"] for record in alone.settings]
         assert all("batch" not in record for record in made.settings)
     assert engine.counts.steps > 1.2 * engine.counts.calls
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
+    """Pipelines with two IP-Adapters, a ControlNet, and a T2I-Adapter or, for SDXL, another ControlNet."""
+    root, made = tmp_path_factory.mktemp("steered"), {}
+    for name in ("sd15", "sdxl", "sd15-inpaint"):
+        family = tiny.family(name, shallow=True)
+        files = [root / f"{name}-{kind}.safetensors" for kind in ("base", "plus")]
+        for file, kind in zip(files, ("base", "plus"), strict=True):
+            image_prompts.saved(file, family, kind)
+        other = controls.controlnet(family, 1) if family.xl else controls.t2i_adapter("full_adapter", family)
+        networks = {"image": controls.controlnet(family), "gray": other}
+        image_prompts.encoder().save_pretrained(root / "image_encoder")
+        made[name] = Pipeline(
+            tiny.model(name, shallow=True), dtype=torch.float32, control_models=networks, ip_adapter=files
+        )
+    return made
+
+
+def steering(draw: random.Random) -> dict[str, Any]:
+    """Random condition images and image prompts of a job, or none."""
+    part = draw.choice([{}, {}, {"control_begin": 0.5}, {"control_end": 0.5}])
+    scale = {"control_scale": draw.choice([0.3, 1.0])} | part
+    found: dict[str, Any] = draw.choice([
+        {}, {"control": {"image": image(draw.randrange(99))}, "guess": draw.random() < 0.3} | scale,
+        {"control": {"gray": image(draw.randrange(99))}} | scale,
+        {"control": [{"image": image(draw.randrange(99))}, {"gray": image(draw.randrange(99))}]} | scale,
+    ])  # fmt: skip
+    prompts = [image(draw.randrange(99)), image(draw.randrange(99))]
+    read = {"image_prompt": prompts, "image_prompt_weight": (draw.choice([0.3, 1.0]), 0.7)}
+    return found | draw.choice([{}, read, read | {"image_prompt_end": 0.7}, read | {"image_prompt_mask": [mask()] * 2}])
+
+
+@pytest.mark.parametrize(("name", "seed"), [("sd15", 0), ("sd15", 1), ("sdxl", 2), ("sd15-inpaint", 3)])
+def test_steered_jobs_have_the_images_of_the_pipeline(
+    name: str, seed: int, steered: dict[str, Pipeline], engines: list[Engine]
+) -> None:
+    """Whichever condition images and image prompts those beside them have, or none."""
+    draw, pipeline = random.Random(seed), steered[name]
+    engines.append(engine := Engine(pipeline))
+    own = {"width": 64, "n": 1}
+    wanted = [settings(draw) | own | {"steps": draw.randint(4, 6)} | steering(draw) for _ in range(12)]
+    if name == "sd15-inpaint":
+        hidden = {"image": image(5), "mask": mask()}
+        wanted = [{key: one[key] for key in one if not key.startswith("hires")} | hidden for one in wanted]
+    jobs = [ServerJob(engine.request(**one)) for one in wanted]
+    follow(engine, jobs, [draw.randint(0, 2) for _ in jobs])
+    for job, one in zip(jobs, wanted, strict=True):
+        near(job.result(60).latents[0], pipeline(**one, batch=1, output="latents").latents[0], MIXED)
+
+
+def test_steered_calls_are_made_together(steered: dict[str, Pipeline], engines: list[Engine]) -> None:
+    """Of the same networks, with images, scales and guidance of their own; and none of them sees another's image."""
+    for name in ("sd15", "sdxl"):
+        engines.append(engine := Engine(steered[name]))
+        plain, step = SMALL | {"scheduler": "euler"}, 4
+        kinds: list[list[dict[str, Any]]] = [
+            [{"control": {"image": image(number)}, "control_scale": 0.5 + number / 4} for number in range(3)],
+            [{"control": {"gray": image(number)}, "steps": 3 + number} for number in range(3)],
+            [{"image_prompt": [image(number), image(9)], "guidance": 2 + number} for number in range(3)],
+            [{"control": {"image": image(1)}, "image_prompt": [image(number), image(2)]} for number in range(3)],
+        ]
+        for alike in kinds:
+            assert fullest(engine, [plain | one for one in alike]) == 3
+            assert fullest(engine, [plain | one for one in (*alike, {}, {})]) == 3  # plain ones beside them
+        wanted = [plain | {"seed": step, "prompt": "a fox"} | one for alike in kinds for one in (*alike, {})]
+        with engine._changed:
+            jobs = [engine.submit(ServerJob(engine.request(**one))) for one in wanted]
+        made = [job.result(60).latents[0] for job in jobs]
+        for found, one in zip(made, wanted, strict=True):
+            near(found, steered[name](**one, batch=1, output="latents").latents[0], RUN)
+        for a, b in pairwise(made[:3]):
+            assert (a - b).abs().max() > 100 * RUN * a.abs().max()  # the images mean something
 
 
 def follow(engine: Engine, jobs: list[ServerJob], steps: list[int]) -> None:
@@ -313,6 +391,27 @@ def test_a_closed_engine_leaves_nobody_waiting(pipelines: dict[str, Pipeline]) -
     with pytest.raises(LdmError, match="closed"):
         job.result(0)
     assert not engine._thread.is_alive()
+
+
+def test_a_closed_engine_leaves_a_call_that_hangs(
+    pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, freed = threading.Event(), threading.Event()
+
+    def hanging(*_: Any) -> torch.Tensor:
+        called.set()
+        freed.wait(60)
+        raise RuntimeError("freed")
+
+    monkeypatch.setattr(UNet, "forward", hanging)
+    engine = Engine(pipelines["sd15"])
+    job = engine.submit(ServerJob(engine.request("a fox", **SMALL)))
+    assert called.wait(60)
+    assert not engine.close(0, last=0.05) and engine.hangs
+    assert (job.state, job.status, job.error) == (FAILED, 503, "the engine was closed")
+    freed.set()
+    engine.close(60)
+    assert not engine.hangs
 
 
 def test_settings_that_say_what_is_made_together(pipelines: dict[str, Pipeline], engines: list[Engine]) -> None:

@@ -135,6 +135,12 @@ def test_only_jobs_that_ask_are_kept(tmp_path: Path) -> None:
             (tmp_path / TABLE).write_bytes(b"x" * 5000)
             damaged = client.get("/v1/history")
             assert damaged.status_code == 400 and "the history is damaged" in damaged.json()["error"]["message"]
+            job = service.accept(SMALL)
+            job.result(60)
+            while not job.notes:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert job.notes == ["image 0 could not be kept in the history; the log says why"]
     finally:
         service.engine.close(0)
         history.close()

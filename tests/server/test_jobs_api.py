@@ -42,6 +42,7 @@ from ldm.server.receiving import RefusedError, read_body
 from ldm.server.service import NoteHandler, Service, without_paths
 from ldm.server.serving import listening
 from ldm.server.uploads import RequestUploads, Uploads
+from ldm.weights.builtin import adapters_of
 from pipelines import Pipeline
 from pipelines.settings import SETTINGS, at
 
@@ -342,6 +343,7 @@ def test_the_schema_is_that_of_the_settings(client: TestClient) -> None:
 
 def test_adapters_health_and_metrics(client: TestClient) -> None:
     assert client.get("/v1/adapters").json() == ["inner/style"]
+    assert adapters_of("emoji") == ["blob", "edges", "streamline"] and not adapters_of("emoji-refiner")
     done(client, client.post("/v1/jobs", json=SMALL))
     assert client.get("/healthz").json() == {"problem": ""} and client.get("/readyz").json() == {"waiting": 0}
     text = client.get("/metrics").text
