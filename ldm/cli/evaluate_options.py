@@ -172,4 +172,5 @@ def check_options(options: EvaluateOptions) -> None:
         list(read_prompts(options.prompts))
     sweeps_of(options.sweeps)
     check_numbers(len(options.sources), options.n, options.batch, options.seed)
-    check_published(metrics_of(options), options.features, options.copies)
+    possible = [name for name in metrics_of(options) if options.data or name == "is"]  # others compare with images
+    check_published(possible, options.features, options.copies)

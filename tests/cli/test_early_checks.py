@@ -80,7 +80,8 @@ def test_wrong_input_is_answered_before_pytorch_is_imported(tmp_path: Path, argu
 
 
 @pytest.mark.parametrize(
-    ("arguments", "file"), [(["--metrics", "is"], "inception-2015-12-05"), (["--metrics", "memorisation"], "sscd")]
+    ("arguments", "file"),
+    [(["--metrics", "is"], "inception-2015-12-05"), (["--data", ".", "--metrics", "memorisation"], "sscd")],
 )
 def test_published_weights_are_looked_for_early(
     arguments: list[str], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
