@@ -25,6 +25,7 @@ DOORS = {
     "record": "a key of the record in an image",
     "eval": "a key of ldm eval --with",
     "http": "a key of a request to ldm serve",
+    "axis": "an axis of a comparison: ldm generate --xy",
 }
 LARGEST_SIDE = 16_384  # pixels
 LARGEST_SEED = 2**63 - 1
@@ -432,13 +433,15 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "n", whole(1, MOST_IMAGES), "Images of each prompt.", 1, flag="-n",
         names=("num_images_per_prompt", "images_per_prompt", "num_images", "n_iter", "n_samples", "batch_count"),
-        closed={"record": "a record is of one image", "eval": "its own -n says how many"},
+        closed={"record": "a record is of one image", "eval": "its own -n says how many",
+                "axis": "a cell has one image; compare seeds"},
     ),
     Setting(
         "batch", whole(1, MOST_IMAGES), "Images made at a time.", Elsewhere("as many as keep the device busy"),
         names=("batch_size",),
         closed={"list": "lines with the same settings share a batch", "record": "batch and place say what was made "
-                "together", "eval": "its own --batch says how many"},
+                "together", "eval": "its own --batch says how many", "axis": "cells that differ in texts and seeds "
+                "alone share a batch"},
     ),
     Setting("steps", whole(1, MOST_STEPS), "Steps of the scheduler; the built-in model 20, others 30.", FAMILY,
             names=("num_inference_steps", "ddim_steps", "sample_steps", "sampling_steps"), a1111="Steps"),

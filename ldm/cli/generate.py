@@ -5,7 +5,6 @@ PyTorch is imported once the options, the list of prompts and the paths are foun
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,12 +16,14 @@ from typing import Any
 
 from ldm.cli.common import to_png
 from ldm.errors import LdmError
+from ldm.launch import processes
 from ldm.weights.builtin import check_named
+from pipelines.axes import Axis, cells
+from pipelines.jobs import IMAGES, Job
 from pipelines.settings import LOADING, at, checked
 
 TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
 LARGEST_FILE = 256 * 2**20
-IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Options:
     sheet: bool = False
     as_json: bool = False
     dry_run: bool = False
+    xy: tuple[Axis, ...] = ()  # the settings of a comparison's columns and rows
 
     @property
     def common(self) -> dict[str, Any]:
@@ -45,28 +47,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image to make."""
-
-    index: int
-    prompt: str
-    seed: int
-    settings: tuple[tuple[str, Any], ...] = ()  # of its line alone
-    place: str = ""  # the place of that line, for errors
-
-    def name(self, common: dict[str, Any]) -> str:
-        """A file name that is different for every different image."""
-        text = json.dumps([self.prompt, self.seed, self.settings, common], sort_keys=True, default=str)
-        return f"{self.index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
-
-
-@dataclass(frozen=True)
 class Work:
     """The images of the options: all of them, the path of each, and those that are not there yet, by number."""
 
     jobs: list[Job]
-    targets: dict[int, Path]
+    targets: dict[int, Path]  # none for the cells of a comparison whose sheet alone is asked for
     left: set[int]
+    sheet: Path | None = None  # the path of a comparison's sheet
 
 
 def work_of(options: Options) -> Work:
@@ -77,8 +64,16 @@ def work_of(options: Options) -> Work:
             written.
     """
     _check_paths(options)
-    jobs = list(make_jobs(options))
+    jobs = make_cells(options) if options.xy else list(make_jobs(options))
+    for name, job in ((name, job) for name, _ in IMAGES for job in jobs if name in dict(job.settings) and options.xy):
+        _check_image(dict(job.settings)[name])
+    if options.xy and Path(options.out).suffix.lower() == ".png":
+        return Work(jobs, {}, {job.index for job in jobs}, to_png(options.out))
     targets = _targets(options, jobs)
+    if options.xy:
+        last = targets[len(jobs) - 1]
+        sheet = last.with_name(f"{int(last.name.partition('-')[0]) + 1:05d}-xy.png")
+        return Work(jobs, targets, {job.index for job in jobs}, sheet)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
     return Work(jobs, targets, left)
 
@@ -93,8 +88,16 @@ def _check_paths(options: Options) -> None:
         if name in options.loading:
             check_named(options.loading[name])
     for name, _ in IMAGES:
-        if name in options.settings and not os.path.lexists(options.settings[name]):
-            raise LdmError(f"{options.settings[name]} does not exist")
+        if name in options.settings:
+            _check_image(options.settings[name])
+    for name in ("source", "refiner"):
+        for value in (value for axis in options.xy for value in axis.values if name in value):
+            check_named(value[name])
+
+
+def _check_image(path: str) -> None:
+    if not os.path.lexists(path):
+        raise LdmError(f"{path} does not exist")
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -114,6 +117,24 @@ def make_jobs(options: Options) -> Iterator[Job]:
         for copy in range(n):
             yield Job(index, prompt, first + index if own is None else own + copy, tuple(sorted(line.items())), place)
             index += 1
+
+
+def make_cells(options: Options) -> list[Job]:
+    """A job for every cell of a comparison.
+
+    Raises:
+        LdmError: there are other images beside them, or as `cells`.
+    """
+    if options.prompts_file or len(options.prompts) > 1:
+        raise LdmError("--xy compares images of one prompt; give others as --xy prompt=…, not "
+                       f"{'by --prompts' if options.prompts_file else 'as arguments'}")  # fmt: skip
+    if options.settings.get("n", 1) > 1:
+        raise LdmError(f"-n {options.settings['n']}: a cell of --xy has one image; compare seeds by --xy seed=1,2")
+    if processes() > 1:
+        raise LdmError("--xy makes its sheet in one process; start it without a launcher")
+    seed = options.settings.get("seed")
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    return cells(options.xy, options.prompts[0] if options.prompts else None, seed, options.common)
 
 
 def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
