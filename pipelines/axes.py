@@ -197,9 +197,9 @@ def cells(axes: Sequence[Axis], prompt: str | None, seed: int, base: Mapping[str
         raise LdmError("the axis has the prompts; leave the other one out" if named else
                        "no prompt: give one, or an axis prompt=…")  # fmt: skip
     found: list[Job] = []
-    rows: list[tuple[str, Mapping[str, Any]]] = (
-        [*zip(axes[1].labels, axes[1].values, strict=True)] if len(axes) == MOST else [("", {})]
-    )
+    rows: list[tuple[str, Mapping[str, Any]]] = [("", {})]
+    if len(axes) == MOST:
+        rows = list(zip(axes[1].labels, axes[1].values, strict=True))
     for (down, low), (across, high) in product(rows, zip(axes[0].labels, axes[0].values, strict=True)):
         own = _resolved(axes, {"prompt": prompt, **base}, {**high, **low})
         text, number = own.pop("prompt", prompt), own.pop("seed", seed)
