@@ -330,6 +330,16 @@ def png_bytes(image: Image.Image, settings: Mapping[str, Any] | None = None, par
     return file.getvalue()
 
 
+def lossy_bytes(image: Image.Image, kind: str, quality: int, parameters: str) -> bytes:
+    """A JPEG or WebP with AUTOMATIC1111's parameters in its EXIF comment; `quality` is from 1 to 100."""
+    comment = b"UNICODE\0" + parameters.encode("utf-16-be", "replace")
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    file = io.BytesIO()
+    image.save(file, kind, quality=quality, exif=exif)
+    return file.getvalue()
+
+
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None, parameters: str = "") -> None:
     """Write a PNG atomically, as `png_bytes` gives it.
 

@@ -27,7 +27,7 @@ from ldm.patches.controlnet import NamedControlNet
 from ldm.patches.t2i_adapter import NamedFeatures
 from ldm.weights.control_models import ControlModel, check_fits, open_control_model
 from pipelines.control_images import EACH, MASKED, READY, ControlImage
-from pipelines.passes import enlarged_request
+from pipelines.passes import largest_request
 from pipelines.request import Request
 from pipelines.run import Attached, SamplingRun, check_acting
 from pipelines.settings import LOADING, find
@@ -116,7 +116,7 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
         raise LdmError(f"a {family.name} model edits in its own way; leave control out")
     if controls and len(models) > len(controls) and all(name.isdecimal() for name in models):
         log.warning("%d control models for %d condition images: the last ones are not used", len(models), len(controls))
-    sides, second = (request.width, request.height), enlarged_request(request, family) if request.hires else request
+    sides, second = (request.width, request.height), largest_request(request, family)
     for one in controls:
         image = one.image
         if image.kind == MASKED and request.mask is None:

@@ -54,6 +54,11 @@ def enlarged_request(request: Request, family: Family) -> Request:
     return replace(request.changed(width=width, height=height, strength=request.hires_strength), image=None, mask=None)
 
 
+def largest_request(request: Request, family: Family) -> Request:
+    """The request of the pass with the largest images: the second one, if there is one."""
+    return enlarged_request(request, family) if request.hires else request
+
+
 def enlarged(first: SamplingRun, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) of the second pass: image to image on the enlarged image or latents."""
     request = enlarged_request(first.request, first.model.family)

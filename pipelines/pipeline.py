@@ -34,7 +34,7 @@ from pipelines.batching import batch_ranges, together
 from pipelines.control import check_control, controls_of, load_control_models
 from pipelines.embeddings import EmbeddingFiles, fitting, read_embeddings, used, with_embeddings
 from pipelines.image_prompts import ImagePrompts
-from pipelines.passes import check_passes, enlarged, enlarged_request, refined
+from pipelines.passes import check_passes, enlarged, largest_request, refined
 from pipelines.request import Request, check_request, note_idle, records, request_for
 from pipelines.run import Attachment, OnStep, SamplingRun, TooManyError, decode
 from pipelines.settings import LOADING, checked, renamed
@@ -230,7 +230,7 @@ class Pipeline:
 
         That does not depend on memory: a batch that does not fit is made in parts.
         """
-        largest = enlarged_request(request, self.model.family) if request.hires else request
+        largest = largest_request(request, self.model.family)
         most = request.batch or together(largest, self.model.family, self.model.device)
         return batch_ranges(request, most, self.model.text_encoders)
 

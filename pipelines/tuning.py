@@ -223,6 +223,15 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
 
+def typed(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of loading with a dtype in place of its name.
+
+    Raises:
+        LdmError: as `dtype_named`.
+    """
+    return {**loading, "dtype": dtype_named(loading.get("dtype"))}
+
+
 def cpu_by_default() -> AbstractContextManager[Any]:
     """A context in which tensors are made on the CPU unless a device is named, despite `torch.set_default_device`.
 

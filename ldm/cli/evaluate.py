@@ -29,7 +29,7 @@ from ldm.files import silent
 from ldm.launch import processes
 from pipelines import Pipeline
 from pipelines.run import reconstruct
-from pipelines.tuning import default_device, dtype_named
+from pipelines.tuning import default_device, typed
 
 IMAGE_METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 PROMPT_METRICS = ("cmmd", "clip-score", "r-precision")
@@ -88,7 +88,7 @@ def _prompts(file: str | None) -> list[str] | None:
 def _model(source: str, settings: dict[str, Any], device: str, plan: EvaluationPlan) -> Model:
     """A model with its checked settings, as the functions that evaluation calls."""
     loading, making = checked_settings(settings)
-    pipeline = Pipeline(source, device=device, **{**loading, "dtype": dtype_named(loading.get("dtype"))})
+    pipeline = Pipeline(source, device=device, **typed(loading))
     family = pipeline.model.family
     if family.refiner or family.unet.in_channels != family.autoencoder.latent_channels:
         raise LdmError(f"{source} is a model of {family.name}, which makes no images of prompts alone")

@@ -21,6 +21,7 @@ from ldm.cli.importing import importing
 from ldm.cli.options import AxesCommand, FlagGroup, with_options
 from ldm.errors import LdmError
 from ldm.runtime.quiet import quiet
+from ldm.server.limits import Limits
 from pipelines.settings import LOADING, at, parsed
 
 app = typer.Typer(
@@ -280,11 +281,11 @@ def _of_serve_itself(
     ),
     hostname: Annotated[list[str] | None, typer.Option(help="Name by which requests may call this host.")] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
-    queue: Annotated[int | None, typer.Option(min=1, help="Images that may wait.  [default: 256]")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a pass.  [default: 150]")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of a pass.  [default: 4194304]")] = None,
-    max_images: Annotated[int | None, typer.Option(min=1, help="Images of a job.  [default: 16]")] = None,
-    max_seconds: Annotated[float | None, typer.Option(min=1, help="Time for a job.  [default: 600]")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = Limits.queue,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps of a pass.")] = Limits.steps,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a pass.")] = Limits.pixels,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a job.")] = Limits.images,
+    max_seconds: Annotated[float, typer.Option(min=1, help="Time for a job.")] = Limits.seconds,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time for jobs to end when it is told to stop.")] = 60.0,
     together: Annotated[
         int | None, typer.Option(min=1, help="Pixels of latents worked on at a time; 1: one image after the other.")
@@ -303,11 +304,14 @@ def serve_command() -> Callable[..., None]:
         from ldm.cli.serve import ServeOptions, serve_images
 
         source = {} if given["model"] is None else {"source": given["model"]}
+        limits = Limits(
+            queue=given["queue"], steps=given["max_steps"], pixels=given["max_pixels"], images=given["max_images"],
+            seconds=given["max_seconds"],
+        )  # fmt: skip
         options = ServeOptions(
             loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],
-            hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"], queue=given["queue"],
-            steps=given["max_steps"], pixels=given["max_pixels"], images=given["max_images"],
-            seconds=given["max_seconds"], drain_seconds=given["drain_seconds"], most=given["together"],
+            hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"],
+            drain_seconds=given["drain_seconds"], most=given["together"], limits=limits,
         )  # fmt: skip
         serve_images(options)
 

@@ -30,7 +30,7 @@ from pipelines.jobs import IMAGES, Job, by_loading
 from pipelines.planned import planned
 from pipelines.provenance import provenance
 from pipelines.request import records
-from pipelines.tuning import dtype_named
+from pipelines.tuning import typed
 
 
 def make_images(options: Options, work: Work) -> None:
@@ -110,7 +110,7 @@ def _save_sheet(options: Options, target: Path, sheet: Comparison) -> None:
 def _pipeline(loading: dict[str, Any], world: int) -> Pipeline:
     """The pipeline of the settings of loading; each of several processes has a GPU of its own."""
     own = {"device": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"} if world > 1 and torch.cuda.is_available() else {}
-    return Pipeline(**{**own, **loading, "dtype": dtype_named(loading.get("dtype"))})
+    return Pipeline(**typed({**own, **loading}))
 
 
 # --- output files -----------------------------------------------------------------------------------------------------

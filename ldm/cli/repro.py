@@ -20,7 +20,7 @@ from pipelines.comparison import SHEET, comparison_of, records_of
 from pipelines.image_prompts import from_record
 from pipelines.request import TEXTS
 from pipelines.settings import LOADING, at
-from pipelines.tuning import dtype_named
+from pipelines.tuning import typed
 
 ABOUT = {
     "version",
@@ -143,7 +143,7 @@ def remade(path: Path, images: Sequence[Recorded], parameters: str) -> dict[int,
     found: dict[int, Image.Image] = {}
     for same in models.values():
         loading = same[0].loading
-        pipeline = Pipeline(**{**loading, "dtype": dtype_named(loading.get("dtype"))})
+        pipeline = Pipeline(**typed(loading))
         for one in same:
             _check_files(path, loading["source"], one.record, parameters, pipeline)
         for batch in _batches(same):

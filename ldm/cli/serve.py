@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from ldm.errors import LdmError
+from ldm.server.limits import Limits
 
-NEEDED = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
+NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
 KEY = "LDM_API_KEY"  # environment variable
 
 
@@ -22,18 +23,14 @@ class ServeOptions:
     """The options of `ldm serve`."""
 
     loading: dict[str, Any]  # settings of loading that were given
-    host: str = "127.0.0.1"
-    port: int = 7860
-    api_key: str | None = None
-    hostnames: tuple[str, ...] = ()
-    log_prompts: bool = False
-    queue: int | None = None
-    steps: int | None = None
-    pixels: int | None = None
-    images: int | None = None
-    seconds: float | None = None
-    drain_seconds: float = 60.0
-    most: int | None = None
+    host: str
+    port: int
+    api_key: str | None
+    hostnames: tuple[str, ...]
+    log_prompts: bool
+    drain_seconds: float
+    most: int | None  # as for `Engine`
+    limits: Limits
 
 
 def check_packages() -> None:
@@ -75,28 +72,25 @@ def serve_images(options: ServeOptions) -> None:
     """Load the model, and serve until a signal comes."""
     check_packages()
     key = key_of(options)
-    from ldm.server.limits import Limits
     from ldm.server.service import NoteHandler, Service, about_no_job
     from ldm.server.serving import Listening, serve
     from pipelines import Pipeline
-    from pipelines.tuning import dtype_named
+    from pipelines.tuning import typed
 
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
     logging.getLogger("ldm.server").setLevel(logging.INFO)
-    given = {name: getattr(options, name) for name in ("queue", "steps", "pixels", "images", "seconds")}
-    limits = Limits(**{name: value for name, value in given.items() if value is not None})
-    loading = {**options.loading, "dtype": dtype_named(options.loading.get("dtype"))}
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what is wrong with its form
     with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
-        pipeline = thread.submit(Pipeline, **loading).result()
+        pipeline = thread.submit(Pipeline, **typed(options.loading)).result()
     if not is_local(options.host):
         print(
             f"ldm: everybody who reaches {options.host}, port {options.port}, and has the key can make images; traffic "
             "is not encrypted: let a proxy with TLS stand before it",
             file=sys.stderr,
         )
-    service = Service(pipeline, options.loading, limits, options.most)
+    service = Service(pipeline, options.loading, options.limits, options.most)
     serve(
         service,
         Listening(options.host, options.port, key, options.hostnames, options.drain_seconds, options.log_prompts),

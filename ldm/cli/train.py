@@ -11,9 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
 from ldm.cli.importing import importing
 from ldm.launch import rank
 from ldm.training.checks import check_bounds, check_paths
@@ -21,6 +18,8 @@ from ldm.training.config import describe, load
 
 if TYPE_CHECKING:
     from PIL import Image
+    from rich.console import Console
+    from rich.progress import TaskID
 
     from ldm.latent_diffusion import LatentDiffusion
 
@@ -38,6 +37,8 @@ def train_models(config: str | None, overrides: Sequence[str]) -> None:
     stages = ", ".join(f"{name} ({getattr(settings, name).steps} steps)" for name in settings.stages)
     log.info("%s: the configuration is right; training %s", settings.output, stages)
     with importing():
+        from rich.console import Console
+
         from ldm.training.loop import Stopped  # PyTorch, only now that there is something to train
         from ldm.training.run import train
         from ldm.training.stages.table import kind_named
@@ -59,6 +60,8 @@ class Display:
     """Shows the lines of the log: as a progress bar on a terminal, as lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),

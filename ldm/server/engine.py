@@ -23,18 +23,18 @@ from ldm.errors import LdmError, out_of_memory
 from ldm.sampling.loop import Step
 from ldm.server.jobs import FAILED, NOTES, Event, MadeImage, ServerJob
 from ldm.server.joining import Joints, NetworkCall, Run, UNetCall, waiting
+from ldm.server.limits import Limits
 from pipelines import Pipeline
 from pipelines.adapters import KEPT
 from pipelines.batching import BUSY
 from pipelines.mixes import Mix
-from pipelines.passes import enlarged_request
+from pipelines.passes import largest_request
 from pipelines.pipeline import Result, with_networks
 from pipelines.request import Request
 from pipelines.run import TooManyError
 from pipelines.tuning import cpu_by_default, room_of
 
 log = logging.getLogger(__name__)
-QUEUE = 256  # images that may wait
 OVERTAKEN = 16  # later images that may begin before an image that waits
 
 
@@ -70,7 +70,7 @@ class Engine:
     """Owns a pipeline's networks, and makes images of jobs. All public methods may be called from any thread."""
 
     def __init__(
-        self, pipeline: Pipeline, *, most: int | None = None, queue: int = QUEUE, overtaken: int = OVERTAKEN
+        self, pipeline: Pipeline, *, most: int | None = None, queue: int = Limits.queue, overtaken: int = OVERTAKEN
     ) -> None:
         """Start the thread of an engine; the pipeline stays as it is.
 
@@ -155,7 +155,7 @@ class Engine:
         """The parts of a job: batches if it says how many images are made together, else single images."""
         request, family = job.request, self.pipeline.model.family
         single = [range(row, row + 1) for row in range(len(request.prompts))]
-        largest = enlarged_request(request, family) if request.hires else request
+        largest = largest_request(request, family)
         pixels = (largest.height // family.autoencoder.factor) * (largest.width // family.autoencoder.factor)
         for rows in self.pipeline.batches(request) if request.batch else single:
             mix = request.mixes[rows.start] if request.mixes else ()

@@ -17,6 +17,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/healthz", "/readyz")  # paths that need no key
+FORMS = ("/v1/images/edits", "/v1/images/variations")  # paths that take forms with files, too
 LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -68,7 +69,8 @@ class Guard:
             return 401, "a key is needed: Authorization: Bearer KEY"
         if scope["method"] in ("POST", "PUT", "PATCH"):
             kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
-            if kind != "application/json":
+            form = scope["path"] in FORMS and kind == "multipart/form-data"
+            if kind != "application/json" and not form:
                 return 415, "the content must be JSON (Content-Type: application/json)"
         return None
 

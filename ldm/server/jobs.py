@@ -32,6 +32,7 @@ class Event:
     step: int = 0  # of the present pass, from 1
     steps: int = 0  # of the present pass
     previews: tuple[Image.Image, ...] = ()  # of these images after the step, with a pixel for each latent
+    last: bool = False  # whether the job is over, which one event of each job says
 
 
 Listener = Callable[[Event], None]
@@ -121,7 +122,7 @@ class ServerJob:
                 return
             self.state, self.error, self.status, self.ended = state, error, status, time.monotonic()
             self.over.set()
-        self.tell(Event("state"))
+        self.tell(Event("state", last=True))
 
     def add(self, rows: range, made: list[MadeImage]) -> None:
         """Add finished images; the last ones end it."""

@@ -53,7 +53,7 @@ class Metrics:
 
     def note(self, job: ServerJob, event: Event) -> None:
         """Note that a job is over, and the times of one that is done."""
-        if event.kind != "state" or not job.over.is_set():
+        if not event.last:
             return
         self.jobs.labels(job.state).inc()
         if job.state == DONE:

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ldm.errors import LdmError, check_whole
 from ldm.images import png_bytes
 from ldm.models.prompts import PromptReader, count_chunks
@@ -24,7 +26,7 @@ from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 from pipelines.a1111 import to_parameters
 from pipelines.adapters import files_in
-from pipelines.passes import enlarged_request
+from pipelines.passes import largest_request
 from pipelines.provenance import provenance
 from pipelines.request import Request
 from pipelines.settings import at
@@ -104,7 +106,7 @@ class Service:
             request = self.engine.request(values.pop("prompt"), **values)
         except LdmError as error:
             raise LdmError(self._without_folder(str(error))) from None
-        largest = enlarged_request(request, self.engine.pipeline.model.family) if request.hires else request
+        largest = largest_request(request, self.engine.pipeline.model.family)
         pixels = largest.width * largest.height
         for name, value, most in (
             ("images", len(request.prompts), self.limits.images),
@@ -136,12 +138,16 @@ class Service:
 
     def png(self, job: ServerJob, number: int) -> bytes | None:
         """A finished image of a job with its record, as PNG; None if it is not finished."""
+        made = self.finished(job, number)
+        return None if made is None else png_bytes(*made, to_parameters(made[1]))
+
+    def finished(self, job: ServerJob, number: int) -> tuple[Image.Image, dict[str, Any]] | None:
+        """A finished image of a job, which counts as fetched, and its record; None if it is not finished."""
         made = job.made[number] if 0 <= number < len(job.made) else None
         if made is None:
             return None
         job.fetched.add(number)
-        record = without_paths({**made.record, **self.about}, self.folder)
-        return png_bytes(made.image, record, to_parameters(record))
+        return made.image, without_paths({**made.record, **self.about}, self.folder)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a job within their bounds."""
@@ -204,7 +210,7 @@ class Service:
 
 def release(job: ServerJob, share: RequestUploads, event: Event) -> None:
     """Let a job that is over hold no uploaded images, and no tokens of its prompts."""
-    if event.kind == "state" and job.over.is_set():
+    if event.last:
         plain = job.request.changed(control=(), image_prompt=())
         job.request = replace(plain, image=None, mask=None, reader=PromptReader())
         share.give_back()

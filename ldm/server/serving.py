@@ -7,6 +7,8 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -26,12 +28,12 @@ FETCH_SECONDS = 5.0  # in which the last images must be fetched after the end of
 class Listening:
     """Where a server listens, and who may use it."""
 
-    host: str = "127.0.0.1"
-    port: int = 7860
-    key: str = ""
-    names: tuple[str, ...] = ()  # of the host, beside addresses and localhost
-    drain_seconds: float = 60.0  # in which jobs are finished when the server is told to stop
-    prompts: bool = False  # whether the log has prompts
+    host: str
+    port: int
+    key: str
+    names: tuple[str, ...]  # of the host, beside addresses and localhost
+    drain_seconds: float  # in which jobs are finished when the server is told to stop
+    prompts: bool  # whether the log has prompts
 
 
 def serve(service: Service, options: Listening) -> None:
@@ -50,6 +52,22 @@ def serve(service: Service, options: Listening) -> None:
     host, port = opened.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     DrainingServer(config, service, options.drain_seconds).run(sockets=[opened])
+
+
+@contextmanager
+def in_thread(service: Service, key: str = "") -> Iterator[str]:
+    """A server in a thread of this process: its address. Server and engine end with the context."""
+    opened = listening("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(service, key), log_config=None, access_log=False, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, name="ldm-server", daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{opened.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        service.engine.close(0)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -73,7 +91,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 def log_job(job: ServerJob, event: Event, prompts: bool) -> None:
     """Log a line of JSON about a job that is over; with its prompts only if they are asked for."""
-    if event.kind != "state" or not job.over.is_set():
+    if not event.last:
         return
     waited, ran = job.seconds
     line = {

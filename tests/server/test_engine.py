@@ -331,6 +331,7 @@ def test_steps_have_previews(pipelines: dict[str, Pipeline], engines: list[Engin
     job = ServerJob(engine.request("a fox", scheduler="euler", **SMALL), previews=True, listener=events.append)
     engine.submit(job).result(60)
     assert [event.kind for event in events] == ["state", "step", "step", "step", "images", "state"]
+    assert [event.last for event in events] == [False] * 5 + [True]
     assert all(event.previews[0].size == (8, 8) for event in events if event.kind == "step")
     assert [(event.step, event.steps) for event in events if event.kind == "step"] == [(1, 3), (2, 3), (3, 3)]
 

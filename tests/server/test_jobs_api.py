@@ -30,13 +30,15 @@ from starlette.testclient import TestClient
 
 from ldm.errors import LdmError
 from ldm.images import read_settings
-from ldm.server import api
-from ldm.server.api import EventReader, EventStream, RefusedError, make_app, read_body
+from ldm.server import events
+from ldm.server.api import make_app
 from ldm.server.engine import NotTakenError
+from ldm.server.events import EventReader, EventStream
 from ldm.server.guard import HEADERS
 from ldm.server.jobs import CANCELLED, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.reading import read_json, settings_of
+from ldm.server.receiving import RefusedError, read_body
 from ldm.server.service import NoteHandler, Service, without_paths
 from ldm.server.serving import listening
 from ldm.server.uploads import RequestUploads, Uploads
@@ -403,7 +405,7 @@ def test_settings_by_other_names() -> None:
 
 def test_a_client_that_is_gone_before_its_events(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or that takes none of them: its job is cancelled, and nobody listens any more."""
-    monkeypatch.setattr(api, "SEND_SECONDS", 0.01)
+    monkeypatch.setattr(events, "SEND_SECONDS", 0.01)
 
     async def stream(gone: bool) -> tuple[ServerJob, EventReader]:
         reader = EventReader(asyncio.get_running_loop())

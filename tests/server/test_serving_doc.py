@@ -1,4 +1,4 @@
-"""The commands of docs/serving.md run, against a tiny model."""
+"""The commands and programs of docs/serving.md run, against a tiny model."""
 
 from __future__ import annotations
 
@@ -6,39 +6,30 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import uvicorn
 from modules import ROOT
 from PIL import Image
 
-from ldm.server.api import make_app
 from ldm.server.limits import Limits
 from ldm.server.service import Service
-from ldm.server.serving import listening
+from ldm.server.serving import in_thread
 from pipelines import Pipeline
 
 DOC = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", DOC, flags=re.S)
 BLOCKS = re.findall(r"```sh\n(.*?)```", DOC, flags=re.S)
 
 
 @pytest.fixture
 def address() -> Iterator[str]:
     service = Service(Pipeline(tiny.model("sdxl", shallow=True), dtype=torch.float32), {}, Limits())
-    opened = listening("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(service), log_config=None, lifespan="off", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{opened.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
-    service.engine.close(0)
+    with in_thread(service) as found:
+        yield found
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
@@ -56,3 +47,14 @@ def test_commands(address: str, tmp_path: Path) -> None:
                 assert b'"state": "done"' in said
     assert found["state"] == "done"  # before it was to be cancelled
     assert Image.open(tmp_path / "octopus.png").size == Image.open(tmp_path / "fox.png").size == (64, 64)
+
+
+def test_programs(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "red").save("photo.png")
+    Image.new("RGBA", (64, 64)).save("clear-is-new.png")
+    assert PYTHON
+    for block in PYTHON:
+        block = block.replace("http://127.0.0.1:7860", address).replace('"512x512"', '"64x64"')
+        exec(block.replace('"steps": 20', '"steps": 2').replace('"steps": 30', '"steps": 2'), {})
+    assert Image.open("fox.png").size == Image.open("red-fox.webp").size == (64, 64)

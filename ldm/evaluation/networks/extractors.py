@@ -16,7 +16,6 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.evaluation.networks.clip import OpenClip, OwnPair
 from ldm.evaluation.networks.copies import CopyDetector
-from ldm.evaluation.networks.inception import Inception
 from ldm.weights.builtin import builtin
 from ldm.weights.components import check_device
 
@@ -65,6 +64,8 @@ def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
         return open_text_extractor(spec, device)
     path = Path(rest) if rest else None
     if kind == "inception":
+        from ldm.evaluation.networks.inception import Inception  # torch-fidelity imports torchvision
+
         return Inception(path, device)
     if kind == "sscd":
         return CopyDetector(path)

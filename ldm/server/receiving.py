@@ -1,0 +1,74 @@
+"""Receiving requests: their bodies within limits, refusals with a status, and clients that are gone while they wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from starlette.requests import ClientDisconnect, Request
+
+from ldm.server.jobs import Event, ServerJob
+
+LARGE = 2**18  # bytes of a request that is read beside few others
+READERS = 4  # large requests that are read at a time
+READ_SECONDS = 30.0  # in which a request must have arrived
+LOOK_SECONDS = 0.25  # between looks whether a client that waits is still there
+
+
+class RefusedError(Exception):
+    """A request that is answered with a status of its own."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Readers:
+    """The large requests that are read at a time."""
+
+    def __init__(self) -> None:
+        self._places = asyncio.Semaphore(READERS)
+
+    def place(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
+        """A place to read a request at, for which a large one waits."""
+        large = int(request.headers.get("content-length", LARGE)) >= LARGE
+        return self._places if large else contextlib.nullcontext()
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        RefusedError: it is larger than `most` bytes, or does not arrive as a whole or in time.
+    """
+    too_large = RefusedError(413, f"the request has more than {most:,} bytes")
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise too_large
+    except ClientDisconnect:
+        raise RefusedError(400, "the client was gone before the request had arrived") from None
+    except TimeoutError:
+        raise RefusedError(408, f"the request did not arrive within {READ_SECONDS:g} seconds") from None
+    return bytes(body)
+
+
+async def until_over(job: ServerJob, request: Request) -> None:
+    """Wait until a job is over; cancel it if the client is gone."""
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+    def listen(_: Event) -> None:
+        if job.over.is_set():
+            loop.call_soon_threadsafe(over.set)
+
+    job.listeners.append(listen)
+    while not job.over.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), LOOK_SECONDS)
+        if await request.is_disconnected():
+            job.cancel()
