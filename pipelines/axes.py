@@ -28,7 +28,7 @@ DERIVED = (
     Setting("lora_weight", number(-LARGEST, LARGEST), "Weight of the adapter.",
             names=("adapter_weight", "lora_strength", "strength_model")),
 )  # fmt: skip
-TEXTS = ("prompt", "negative", "prompt_2", "negative_2")  # in which words are replaced
+PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")  # in which words are replaced
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _axis(row: Setting, called: str, texts: Sequence[str], values: Sequence[Mapp
     if len(set(texts)) < len(texts):
         raise LdmError(f"{called}: each value once, not {', '.join(texts)}")
     for text, value in zip(texts, values, strict=True):
-        if any(isinstance(value.get(name), (tuple, range)) for name in (*TEXTS, "seed")):
+        if any(isinstance(value.get(name), (tuple, range)) for name in (*PROMPTS, "seed")):
             raise LdmError(f"{called} {text}: a cell has one image, and so one value")
     if row.kind is TEXT:
         return Axis(called, tuple(text if row.name in ("prompt", "replace") else f"{row.name}: {text}"
@@ -215,7 +215,7 @@ def _resolved(axes: Sequence[Axis], base: Mapping[str, Any], own: dict[str, Any]
     if "replace" in own:
         axis = next(axis for axis in axes if "replace" in axis.values[0])
         word = axis.values[0]["replace"]
-        texts = {name: text for name in TEXTS if isinstance(text := found.get(name, base.get(name)), str)}
+        texts = {name: text for name in PROMPTS if isinstance(text := found.get(name, base.get(name)), str)}
         changed = {name: text.replace(word, own["replace"]) for name, text in texts.items() if word in text}
         if not word or not changed:
             raise LdmError(f"{axis.called} {word!r}: the prompts do not have it; the first value is what is replaced")

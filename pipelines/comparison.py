@@ -7,7 +7,7 @@ found.sheet().save("fox.png")
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,10 @@ from PIL import Image
 
 from ldm.errors import LdmError
 from ldm.images import MOST_PIXELS
-from ldm.sheets import labelled, sheet_size
+from ldm.sheets import labelled, layout
 from pipelines.axes import cells, given_axes, sheet_labels
-from pipelines.groups import Group, checked_groups, images_of
-from pipelines.jobs import Job, by_loading
+from pipelines.groups import Group, by_model, checked_groups, images_of, planned_groups
 from pipelines.pipeline import Pipeline
-from pipelines.planned import planned
 from pipelines.provenance import provenance
 from pipelines.settings import LOADING, at, checked, renamed
 
@@ -93,72 +91,52 @@ def compare(
     if pipeline is not None and (loading or any(job.loading for job in jobs)):
         raise LdmError("pipeline is a loaded model: leave it out, or the settings of loading")
     found = Comparison(*sheet_labels(known))
-    if len(parts := by_loading(jobs)) > 1:
-        for part in parts:
-            list(checked_groups(planned({**loading, **dict(part[0].loading)})[1], common, part))
-    for part in parts:
-        _make(found, part, common, {**loading, **dict(part[0].loading)}, pipeline)
+    if pipeline is None:
+        check_sheet(found, [group for _, groups in planned_groups(jobs, common, loading) for group in groups])
+    else:
+        check_sheet(found, list(checked_groups(pipeline, common, jobs)))
+    for own, part in by_model(jobs, loading):
+        used = pipeline or Pipeline(**own)
+        about = {} if pipeline else provenance(own, used)
+        for job, image, record in images_of(used, common, part, {job.index for job in part}):
+            found.images[job.index], found.settings[job.index] = image, {**record, **about}
     return found
 
 
-def _make(
-    found: Comparison, jobs: list[Job], common: dict[str, Any], loading: dict[str, Any], pipeline: Pipeline | None
-) -> None:
-    """Make the images of one model."""
-    used = pipeline or Pipeline(**loading)
-    groups = list(checked_groups(used, common, jobs))
-    check_sheet(groups, found)
-    about = {} if pipeline else provenance(loading, used)
-    for job, image, record in images_of(used, groups, {job.index for job in jobs}):
-        found.images[job.index], found.settings[job.index] = image, {**record, **about}
-
-
-def check_sheet(groups: Sequence[Group], comparison: Comparison) -> None:
-    """Raise if the sheet of these cells has more pixels than an image that is read.
+def check_sheet(comparison: Comparison, groups: Sequence[Group]) -> None:
+    """Raise if the sheet of these cells would have more pixels than an image that is read.
 
     Raises:
-        LdmError: it has.
+        LdmError: it would, or as `layout`.
     """
-    width, height = (
-        max(round(getattr(group.request, side) * (group.request.hires or 1)) for group in groups)
-        for side in ("width", "height")
+    cell = (
+        max(round(group.request.width * (group.request.hires or 1)) for group in groups),
+        max(round(group.request.height * (group.request.hires or 1)) for group in groups),
     )
-    size = sheet_size((width, height), len(comparison.columns), max(len(comparison.rows), 1))
-    if size[0] * size[1] > MOST_PIXELS:
-        raise LdmError(
-            f"the sheet would have {size[0]}×{size[1]} pixels; at most {MOST_PIXELS:,} are read: compare fewer"
-        )
-
-
-def records_of(record: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a sheet's images with their numbers.
-
-    Raises:
-        LdmError: the sheet's record is damaged.
-    """
-    _labels(record)
-    for index, own in enumerate(record[SHEET]["cells"]):
-        if own is not None:
-            yield index, {name: value for name, value in {**record, **own}.items() if name != SHEET}
+    width, height = layout(cell, comparison.columns, comparison.rows).size
+    if width * height > MOST_PIXELS:
+        raise LdmError(f"the sheet would have {width}×{height} pixels; at most {MOST_PIXELS:,} are read: compare fewer")
 
 
 def comparison_of(record: Mapping[str, Any]) -> Comparison:
-    """The sheet of a record, without images.
+    """The comparison of a sheet's record, with the settings of its images, which are to be made again.
 
     Raises:
         LdmError: the record is damaged.
     """
-    return Comparison(*_labels(record))
-
-
-def _labels(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     sheet = record[SHEET]
-    whole = isinstance(sheet, dict) and all(isinstance(sheet.get(key), list) for key in ("columns", "rows", "cells"))
-    texts = [*sheet["columns"], *sheet["rows"]] if whole else []
-    if not texts or not all(isinstance(text, str) for text in texts):
+    lists = [sheet.get(name) for name in ("columns", "rows", "cells")] if isinstance(sheet, dict) else []
+    if not lists or not all(isinstance(one, list) for one in lists):
         raise LdmError("the sheet's record is damaged")
-    if len(sheet["cells"]) != len(sheet["columns"]) * max(len(sheet["rows"]), 1) or not all(
-        own is None or isinstance(own, dict) for own in sheet["cells"]
+    columns, rows, own = lists
+    found = Comparison(columns, rows)
+    if (
+        not all(isinstance(text, str) for text in (*columns, *rows))
+        or not all(cell is None or isinstance(cell, dict) for cell in own)
+        or len(own) != found.count
+        or own.count(None) == len(own)
     ):
         raise LdmError("the sheet's record is damaged")
-    return sheet["columns"], sheet["rows"]
+    shared = {name: value for name, value in record.items() if name != SHEET}
+    found.settings |= {index: {**shared, **cell} for index, cell in enumerate(own) if cell is not None}
+    return found

@@ -1,8 +1,11 @@
-"""Groups of jobs that can share batches: images with the same settings but for their texts and seeds."""
+"""Groups of jobs that can share batches: images with the same settings but for their texts and seeds.
+
+Requests can be checked before a model is loaded, by a pipeline without weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -13,9 +16,18 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.files import file_digest
 from ldm.images import load_image
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.unfilled import unfilled
+from ldm.weights.components import Opened, build
+from ldm.weights.control_models import open_control_model
+from ldm.weights.sources import open_source
 from pipelines.jobs import IMAGES, Job
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, named
 from pipelines.request import TEXTS, Request
+
+# settings of loading that open what is beside a model
+BESIDE = ("lora_dir", "partial_adapters", "embeddings", "ip_adapter", "image_encoder", "allow_pickle")
+READING = ("family", "variant", "components", "allow_pickle")  # those that open a model
 
 
 @dataclass(frozen=True)
@@ -71,10 +83,61 @@ def _checked(pipeline: Pipeline, common: dict[str, Any], group: list[Job]) -> Re
         raise
 
 
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def by_model(jobs: list[Job], loading: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[Job]]]:
+    """The jobs of each model with the settings that load it, in the order in which the models come first."""
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(repr(job.loading), []).append(job)
+    return [({**loading, **dict(part[0].loading)}, part) for part in found.values()]
+
+
+def planned_groups(
+    jobs: list[Job], common: dict[str, Any], loading: Mapping[str, Any]
+) -> list[tuple[Opened, list[Group]]]:
+    """Each model with the groups of its jobs, all checked; no weights are loaded.
+
+    Raises:
+        LdmError: a source cannot be opened, or as `checked_groups`.
+    """
+    found = []
+    for own, part in by_model(jobs, loading):
+        opened, pipeline = _planned(own)
+        found.append((opened, list(checked_groups(pipeline, common, part))))
+    return found
+
+
+def _planned(loading: Mapping[str, Any]) -> tuple[Opened, Pipeline]:
+    """An opened model, and a pipeline of its family without weights."""
+    reading = {name: loading[name] for name in READING if name in loading}
+    opened = open_source(named(loading.get("source")), **reading, verify=False)
+    beside = {"allow_pickle": loading.get("allow_pickle", False), "verify": False}
+    refiner = open_source(loading["refiner"], **beside) if "refiner" in loading else None
+    controls = [open_control_model(one, opened.family, **beside) for one in loading.get("control_models", ())]
+    with unfilled():
+        pipeline = Pipeline(
+            LatentDiffusion.of(build(opened.family)),
+            refiner=refiner and LatentDiffusion.of(build(refiner.family)),
+            control_models=[one.network for one in controls],
+            **{name: loading[name] for name in BESIDE if name in loading},
+        )
+    return opened, pipeline
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
 def images_of(
-    pipeline: Pipeline, groups: list[Group], left: set[int], rank: int = 0, world: int = 1
+    pipeline: Pipeline, common: dict[str, Any], jobs: list[Job], left: set[int], rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
-    """Make this process's missing images, each with its record."""
+    """Make this process's missing images, each with its record; all are checked before.
+
+    Raises:
+        LdmError: as `checked_groups`.
+    """
+    groups = list(checked_groups(pipeline, common, jobs))
     before = 0  # batches of the groups before
     for group in groups:
         given = {name: group.settings[name] for name, _ in IMAGES if name in group.settings}

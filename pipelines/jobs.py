@@ -25,11 +25,3 @@ class Job:
         """A file name that is different for every different image."""
         text = json.dumps([self.prompt, self.seed, self.settings, common], sort_keys=True, default=str)
         return f"{self.index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
-
-
-def by_loading(jobs: list[Job]) -> list[list[Job]]:
-    """The jobs of each model, in the order in which the models come first."""
-    found: dict[str, list[Job]] = {}
-    for job in jobs:
-        found.setdefault(repr(job.loading), []).append(job)
-    return list(found.values())

@@ -561,7 +561,7 @@ LOADING: tuple[Setting, ...] = (
             "Attention kernel: sdpa, math, cpu, flash, efficient, cudnn, xformers or flash-attn; auto is the best.",
             "auto", closed=ONE_MODEL),
     Setting("quick", FLAG, "Fused layers in place of plain ones.", True,
-            closed=dict.fromkeys(("shell", "list", "record", "eval"), "plain layers are for comparing: ldm bench")),
+            closed=dict.fromkeys(("shell", "list", "record", "eval", "axis"), "plain layers are for comparing: ldm bench")),
     Setting("compile", FLAG, "Compile the networks first: for many images.", False, closed=ONE_MODEL),
     Setting("quantize", choice("int8", "int8-weights", "fp8"),
             "Quantisation of linear layers by torchao: int8, int8-weights or fp8.", closed=ONE_MODEL),

@@ -63,41 +63,40 @@ def work_of(options: Options) -> Work:
         LdmError: a model, an image or the list of prompts is not there, a line of it is wrong, or the output cannot be
             written.
     """
-    _check_paths(options)
-    jobs = make_cells(options) if options.xy else list(make_jobs(options))
-    for name, job in ((name, job) for name, _ in IMAGES for job in jobs if name in dict(job.settings) and options.xy):
-        _check_image(dict(job.settings)[name])
-    if options.xy and Path(options.out).suffix.lower() == ".png":
-        return Work(jobs, {}, {job.index for job in jobs}, to_png(options.out))
-    targets = _targets(options, jobs)
+    _check_paths(options.loading, options.settings)
     if options.xy:
-        last = targets[len(jobs) - 1]
-        sheet = last.with_name(f"{int(last.name.partition('-')[0]) + 1:05d}-xy.png")
-        return Work(jobs, targets, {job.index for job in jobs}, sheet)
+        return _sheet_work(options)
+    jobs = list(make_jobs(options))
+    targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
     return Work(jobs, targets, left)
 
 
-def _check_paths(options: Options) -> None:
+def _sheet_work(options: Options) -> Work:
+    """The cells of a comparison and its sheet; a file that --out names is the sheet, and cells have none."""
+    jobs = make_cells(options)
+    for job in jobs:
+        _check_paths(dict(job.loading), dict(job.settings))
+    left = {job.index for job in jobs}
+    if Path(options.out).suffix.lower() == ".png":
+        return Work(jobs, {}, left, to_png(options.out))
+    targets = _targets(options, jobs)
+    last = targets[jobs[-1].index]
+    return Work(jobs, targets, left, last.with_name(f"{int(last.name.partition('-')[0]) + 1:05d}-xy.png"))
+
+
+def _check_paths(loading: dict[str, Any], settings: dict[str, Any]) -> None:
     """Check that models and images are there, as far as their names tell.
 
     Raises:
         LdmError: one is not.
     """
     for name in ("source", "refiner"):
-        if name in options.loading:
-            check_named(options.loading[name])
+        if name in loading:
+            check_named(loading[name])
     for name, _ in IMAGES:
-        if name in options.settings:
-            _check_image(options.settings[name])
-    for name in ("source", "refiner"):
-        for value in (value for axis in options.xy for value in axis.values if name in value):
-            check_named(value[name])
-
-
-def _check_image(path: str) -> None:
-    if not os.path.lexists(path):
-        raise LdmError(f"{path} does not exist")
+        if name in settings and not os.path.lexists(settings[name]):
+            raise LdmError(f"{settings[name]} does not exist")
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -130,6 +129,8 @@ def make_cells(options: Options) -> list[Job]:
                        f"{'by --prompts' if options.prompts_file else 'as arguments'}")  # fmt: skip
     if options.settings.get("n", 1) > 1:
         raise LdmError(f"-n {options.settings['n']}: a cell of --xy has one image; compare seeds by --xy seed=1,2")
+    if options.sheet:
+        raise LdmError("--xy makes a sheet of its own; leave out --grid")
     if processes() > 1:
         raise LdmError("--xy makes its sheet in one process; start it without a launcher")
     seed = options.settings.get("seed")

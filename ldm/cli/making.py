@@ -25,9 +25,8 @@ from pipelines.a1111 import to_parameters
 from pipelines.axes import sheet_labels
 from pipelines.comparison import Comparison, check_sheet
 from pipelines.control_images import control_images
-from pipelines.groups import Group, checked_groups, images_of
-from pipelines.jobs import IMAGES, Job, by_loading
-from pipelines.planned import planned
+from pipelines.groups import Group, by_model, images_of, planned_groups
+from pipelines.jobs import IMAGES, Job
 from pipelines.provenance import provenance
 from pipelines.request import records
 from pipelines.tuning import typed
@@ -41,47 +40,41 @@ def make_images(options: Options, work: Work) -> None:
             load_image(options.settings[name], mode)  # errors come before a model is loaded
     for one in control_images(options.settings.get("control")):
         check_kind(one.kind)
-    if options.dry_run:
-        print(json.dumps(_describe(options, work), indent=2, default=str))
-        return
-    if len(parts := by_loading(work.jobs)) > 1:
-        for part in parts:  # those of the last model are right, too, before the first one's are made
-            list(checked_groups(planned({**options.loading, **dict(part[0].loading)})[1], options.common, part))
+    plans = planned_groups(work.jobs, options.common, options.loading) if options.xy or options.dry_run else []
     sheet = Comparison(*sheet_labels(options.xy)) if options.xy else None
+    if sheet:
+        check_sheet(sheet, [group for _, groups in plans for group in groups])
+    if options.dry_run:
+        print(json.dumps(_described(options, work, *plans[0]), indent=2, default=str))
+        return
     made: list[Image.Image] = []
     try:
         with counter("images", -(-len(work.left) // processes())) as advance, Saver() as saver:
-            for part in parts:
-                for job, image, record in _part(options, part, work.left, sheet):
-                    if sheet:
-                        sheet.images[job.index], sheet.settings[job.index] = image, record
-                    if options.sheet:
-                        made.append(image)
-                    if work.targets:
-                        _save(saver, options, work.targets[job.index], image, record, advance)
-                    else:
-                        advance()
+            for job, image, record in _images(options, work):
+                if sheet:
+                    sheet.images[job.index], sheet.settings[job.index] = image, record
+                if options.sheet:
+                    made.append(image)
+                if work.targets:
+                    _save(saver, options, work.targets[job.index], image, record, advance)
+                else:
+                    advance()
     finally:
-        if sheet and sheet.images and work.sheet:
+        if sheet and work.sheet and sheet.images:
             _save_sheet(options, work.sheet, sheet)
-    if made and not sheet:
+    if made:
         path = work.targets[work.jobs[0].index].with_name("grid.png")
         save_png(grid(made), path)
         print(path)
 
 
-def _part(
-    options: Options, jobs: list[Job], left: set[int], sheet: Comparison | None
-) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
-    """The images of one model that this process makes, each with its whole record."""
-    loading = {**options.loading, **dict(jobs[0].loading)}
-    pipeline = _pipeline(loading, processes())
-    groups = list(checked_groups(pipeline, options.common, jobs))
-    if sheet:
-        check_sheet(groups, sheet)
-    about = provenance(loading, pipeline)
-    for job, image, record in images_of(pipeline, groups, left, rank(), processes()):
-        yield job, image, {**record, **about}
+def _images(options: Options, work: Work) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
+    """The images that this process makes, one model after the other, each with its whole record."""
+    for loading, jobs in by_model(work.jobs, options.loading):
+        pipeline = _pipeline(loading, processes())
+        about = provenance(loading, pipeline)
+        for job, image, record in images_of(pipeline, options.common, jobs, work.left, rank(), processes()):
+            yield job, image, {**record, **about}
 
 
 def _save(
@@ -124,33 +117,21 @@ def _free(target: Path, out: str) -> Path:
     return target
 
 
-def _describe(options: Options, work: Work) -> dict[str, Any]:
-    """The plan that `--dry-run` prints. Everything is checked, but no weights are loaded."""
-    described: dict[str, Any] = {}
-    for jobs in by_loading(work.jobs):  # the first is described
-        opened, pipeline = planned({**options.loading, **dict(jobs[0].loading)})
-        groups = list(checked_groups(pipeline, options.common, jobs))
-        described = described or _described(options, work, opened, groups[0])
-    return described
-
-
-def _described(options: Options, work: Work, opened: Opened, group: Group) -> dict[str, Any]:
-    """The plan of a model's images, of which a group is the first."""
+def _described(options: Options, work: Work, opened: Opened, groups: list[Group]) -> dict[str, Any]:
+    """The plan that `--dry-run` prints, of the first model and its first images."""
     from ldm.cli.info import describe
 
-    request, family = group.request, opened.family
+    group, family = groups[0], opened.family
+    request = group.request
     (record,) = records(request.part(slice(1)), family)
     files = {name: group.settings[name] for name, _ in IMAGES if name in group.settings}
+    columns, rows = sheet_labels(options.xy) if options.xy else ((), ())
     return {
         "model": describe(opened),
         "settings": {name: value for name, value in record.items() if name not in ("prompt", "seed")} | files,
         "timesteps": [round(float(t), 2) for t in request.plan(family.schedule, family.xl).timesteps],
         "images": len(work.jobs),
         "left_to_make": len(work.left),
-        **(
-            {"columns": list(axes[0]), "rows": list(axes[1])}
-            if (axes := options.xy and sheet_labels(options.xy))
-            else {}
-        ),
+        **({"columns": columns, "rows": rows} if columns else {}),
         "first": {"prompt": work.jobs[0].prompt, "seed": work.jobs[0].seed},
     }
