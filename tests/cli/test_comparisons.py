@@ -141,7 +141,7 @@ def test_the_plan_of_a_sheet_is_printed_and_nothing_made(ldm: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "--xy", "steps=1,2", "--prompts", "p.txt"], "--xy compares images of one prompt; give others as --xy prompt="),
+        (["a", "--xy", "steps=1,2", "--prompts", "p.txt"], "of one prompt; give others as --xy prompt="),
         (["a", "b", "--xy", "steps=1,2"], "--xy compares images of one prompt"),
         (["a", "--xy", "steps=1,2", "-n", "2"], "-n 2: a cell of --xy has one image; compare seeds by --xy seed=1,2"),
         (["a", "--xy", "steps=1,2", "--grid"], "--xy makes a sheet of its own; leave out --grid"),
@@ -180,8 +180,8 @@ def test_a_sheet_is_made_by_one_process(ldm: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_stopped_sheet_has_what_is_made(ldm: Any, models: Path, tmp_path: Path) -> None:
     values = ",".join(str(1 + number / 10) for number in range(60))
     process = Program(
-        "-m", "ldm", "generate", "a cat", "--model", models / "sd15", "--dtype", "fp32", "--device", "cpu", "--steps", 12,
-        "--seed", 1, "--out", tmp_path / "o", "--xy", f"guidance={values}",
+        "-m", "ldm", "generate", "a cat", "--model", models / "sd15", "--dtype", "fp32", "--device", "cpu",
+        "--steps", 12, "--seed", 1, "--out", tmp_path / "o", "--xy", f"guidance={values}",
     )  # fmt: skip
     while len(list(tmp_path.glob("o/*-1.png"))) < 2 and process.poll() is None:
         time.sleep(0.005)
@@ -200,7 +200,8 @@ def test_the_installed_command(models: Path, tmp_path: Path) -> None:
     command = [COMMAND, "generate", "--model", models / "sd15", "--device", "cpu", "--steps", "1", "--out", "s.png"]
     axes = ["--xy", 'prompt="a fox, oil",a cat', "sampler=DPM++ 2M Karras,ddim"]
     done = subprocess.run(
-        [*command, *axes], cwd=tmp_path, env=os.environ | ONE_THREAD, check=True, capture_output=True, text=True, timeout=PATIENCE,
+        [*command, *axes], cwd=tmp_path, env=os.environ | ONE_THREAD, check=True, capture_output=True, text=True,
+        timeout=PATIENCE,
     )  # fmt: skip
     assert done.stdout == "s.png\n"
     record = recorded(tmp_path / "s.png")
