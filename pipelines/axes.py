@@ -32,7 +32,7 @@ PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")  # in which words are
 
 
 @dataclass(frozen=True)
-class Axis:
+class SheetAxis:
     """A setting with its values: those of a sheet's columns, or of its rows."""
 
     called: str  # for errors, such as "--xy steps"
@@ -58,7 +58,7 @@ def values_of(text: str) -> list[str]:
     return [value.strip() for value in rows[0]] if rows else [""]
 
 
-def parsed_axes(texts: Sequence[str]) -> tuple[Axis, ...]:
+def parsed_axes(texts: Sequence[str]) -> tuple[SheetAxis, ...]:
     """The axes that the command line asks for by NAME=VALUE,VALUE,…: the columns', then the rows'.
 
     Raises:
@@ -79,7 +79,7 @@ def parsed_axes(texts: Sequence[str]) -> tuple[Axis, ...]:
     return _together(found, texts)
 
 
-def given_axes(given: Mapping[str, Sequence[Any]]) -> tuple[Axis, ...]:
+def given_axes(given: Mapping[str, Sequence[Any]]) -> tuple[SheetAxis, ...]:
     """The axes of a call in Python: names of settings with their values, the columns' first.
 
     Raises:
@@ -126,7 +126,7 @@ def _by_kind(given: Mapping[str, Any], door: str) -> dict[str, Any]:
     return loading | checked({name: value for name, value in given.items() if name not in loading}, door)
 
 
-def _axis(row: Setting, called: str, texts: Sequence[str], values: Sequence[Mapping[str, Any]]) -> Axis:
+def _axis(row: Setting, called: str, texts: Sequence[str], values: Sequence[Mapping[str, Any]]) -> SheetAxis:
     """An axis with a label for each value: texts as they are, others behind the setting's name, files without folders.
 
     Raises:
@@ -137,13 +137,14 @@ def _axis(row: Setting, called: str, texts: Sequence[str], values: Sequence[Mapp
     for text, value in zip(texts, values, strict=True):
         if any(isinstance(value.get(name), (tuple, range)) for name in (*PROMPTS, "seed")):
             raise LdmError(f"{called} {text}: a cell has one image, and so one value")
-    if row.kind is TEXT:
-        return Axis(called, tuple(text if row.name in ("prompt", "replace") else f"{row.name}: {text}"
-                                  for text in texts), tuple(values))  # fmt: skip
-    short = [re.sub(r"^.*[/\\]", "", text) for text in texts]
     name = {"source": "model", "adapters": "LoRA", "lora_weight": "LoRA weight"}.get(row.name, row.name)
-    used = short if len(set(short)) == len(short) else texts
-    return Axis(called, tuple(f"{name.replace('_', ' ')} {text}" for text in used), tuple(values))
+    name = name.replace("_", " ")
+    if row.kind is TEXT:
+        labels = [text if row.name in ("prompt", "replace") else f"{name}: {text}" for text in texts]
+    else:
+        short = [re.sub(r"^.*[/\\]", "", text) for text in texts]
+        labels = [f"{name} {text}" for text in (short if len(set(short)) == len(short) else texts)]
+    return SheetAxis(called, tuple(labels), tuple(values))
 
 
 def _text(value: Any) -> str:
@@ -158,7 +159,7 @@ def _text(value: Any) -> str:
     return str(value) if isinstance(value, (str, int, PathLike)) or value is None else shown(value)
 
 
-def _together(axes: list[Axis], given: Sequence[str]) -> tuple[Axis, ...]:
+def _together(axes: list[SheetAxis], given: Sequence[str]) -> tuple[SheetAxis, ...]:
     """The axes, if a sheet can have them.
 
     Raises:
@@ -180,7 +181,7 @@ def _together(axes: list[Axis], given: Sequence[str]) -> tuple[Axis, ...]:
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def cells(axes: Sequence[Axis], prompt: str | None, seed: int, base: Mapping[str, Any]) -> list[Job]:
+def cells(axes: Sequence[SheetAxis], prompt: str | None, seed: int, base: Mapping[str, Any]) -> list[Job]:
     """The images of a sheet, row after row.
 
     Args:
@@ -209,7 +210,7 @@ def cells(axes: Sequence[Axis], prompt: str | None, seed: int, base: Mapping[str
     return found
 
 
-def _resolved(axes: Sequence[Axis], base: Mapping[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _resolved(axes: Sequence[SheetAxis], base: Mapping[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A cell's own settings, with words replaced and a weight given to the adapter."""
     found = {name: value for name, value in own.items() if name not in ("replace", "lora_weight")}
     if "replace" in own:
@@ -228,6 +229,6 @@ def _resolved(axes: Sequence[Axis], base: Mapping[str, Any], own: dict[str, Any]
     return found
 
 
-def sheet_labels(axes: Sequence[Axis]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def sheet_labels(axes: Sequence[SheetAxis]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The labels of a sheet's columns and of its rows."""
     return axes[0].labels, axes[1].labels if len(axes) == MOST else ()

@@ -1,7 +1,7 @@
 """Comparisons: images of one prompt and one seed with different settings, on one sheet with labels.
 
 found = compare("a red fox", {"steps": [10, 20], "guidance": [1, 3]}, seed=1)
-found.sheet().save("fox.png")
+found.image().save("fox.png")
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHEET = "xy"  # the key of a sheet's record that holds its labels and cells
 
 
 @dataclass
-class Comparison:
+class Sheet:
     """The images of a sheet, by number, row after row, and for each its record; some may not be made yet."""
 
     columns: Sequence[str]  # labels
@@ -39,8 +39,8 @@ class Comparison:
         """The number of cells."""
         return len(self.columns) * max(len(self.rows), 1)
 
-    def sheet(self) -> Image.Image:
-        """The sheet with its labels, of one made image at least."""
+    def image(self) -> Image.Image:
+        """The images with their labels, of one made image at least."""
         return labelled(self.images, self.columns, self.rows)
 
     def record(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def compare(
     pipeline: Pipeline | None = None,
     seed: int | None = None,
     **settings: Any,
-) -> Comparison:
+) -> Sheet:
     """Images of a prompt for all combinations of one setting's values and another's.
 
     Args:
@@ -90,7 +90,7 @@ def compare(
     jobs = cells(known, prompt, secrets.randbelow(2**32) if seed is None else seed, common)
     if pipeline is not None and (loading or any(job.loading for job in jobs)):
         raise LdmError("pipeline is a loaded model: leave it out, or the settings of loading")
-    found = Comparison(*sheet_labels(known))
+    found = Sheet(*sheet_labels(known))
     if pipeline is None:
         check_sheet(found, [group for _, groups in planned_groups(jobs, common, loading) for group in groups])
     else:
@@ -103,7 +103,7 @@ def compare(
     return found
 
 
-def check_sheet(comparison: Comparison, groups: Sequence[Group]) -> None:
+def check_sheet(sheet: Sheet, groups: Sequence[Group]) -> None:
     """Raise if the sheet of these cells would have more pixels than an image that is read.
 
     Raises:
@@ -113,23 +113,23 @@ def check_sheet(comparison: Comparison, groups: Sequence[Group]) -> None:
         max(round(group.request.width * (group.request.hires or 1)) for group in groups),
         max(round(group.request.height * (group.request.hires or 1)) for group in groups),
     )
-    width, height = layout(cell, comparison.columns, comparison.rows).size
+    width, height = layout(cell, sheet.columns, sheet.rows).size
     if width * height > MOST_PIXELS:
         raise LdmError(f"the sheet would have {width}×{height} pixels; at most {MOST_PIXELS:,} are read: compare fewer")
 
 
-def comparison_of(record: Mapping[str, Any]) -> Comparison:
-    """The comparison of a sheet's record, with the settings of its images, which are to be made again.
+def sheet_of(record: Mapping[str, Any]) -> Sheet:
+    """The sheet of a record, with the settings of its images, which are to be made again.
 
     Raises:
         LdmError: the record is damaged.
     """
-    sheet = record[SHEET]
-    lists = [sheet.get(name) for name in ("columns", "rows", "cells")] if isinstance(sheet, dict) else []
+    given = record[SHEET]
+    lists: list[Any] = [given.get(name) for name in ("columns", "rows", "cells")] if isinstance(given, dict) else []
     if not lists or not all(isinstance(one, list) for one in lists):
         raise LdmError("the sheet's record is damaged")
     columns, rows, own = lists
-    found = Comparison(columns, rows)
+    found = Sheet(columns, rows)
     if (
         not all(isinstance(text, str) for text in (*columns, *rows))
         or not all(cell is None or isinstance(cell, dict) for cell in own)

@@ -18,7 +18,7 @@ from ldm.cli.common import to_png
 from ldm.errors import LdmError
 from ldm.launch import processes
 from ldm.weights.builtin import check_named
-from pipelines.axes import Axis, cells
+from pipelines.axes import SheetAxis, cells
 from pipelines.jobs import IMAGES, Job
 from pipelines.settings import LOADING, at, checked
 
@@ -38,7 +38,7 @@ class Options:
     sheet: bool = False
     as_json: bool = False
     dry_run: bool = False
-    xy: tuple[Axis, ...] = ()  # the settings of a comparison's columns and rows
+    xy: tuple[SheetAxis, ...] = ()  # the settings of a comparison's columns and rows
 
     @property
     def common(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ldm.weights.components import Opened
 from pipelines import Pipeline
 from pipelines.a1111 import to_parameters
 from pipelines.axes import sheet_labels
-from pipelines.comparison import Comparison, check_sheet
+from pipelines.comparison import Sheet, check_sheet
 from pipelines.control_images import control_images
 from pipelines.groups import Group, by_model, images_of, planned_groups
 from pipelines.jobs import IMAGES, Job
@@ -41,7 +41,7 @@ def make_images(options: Options, work: Work) -> None:
     for one in control_images(options.settings.get("control")):
         check_kind(one.kind)
     plans = planned_groups(work.jobs, options.common, options.loading) if options.xy or options.dry_run else []
-    sheet = Comparison(*sheet_labels(options.xy)) if options.xy else None
+    sheet = Sheet(*sheet_labels(options.xy)) if options.xy else None
     if sheet:
         check_sheet(sheet, [group for _, groups in plans for group in groups])
     if options.dry_run:
@@ -91,10 +91,10 @@ def _save(
     saver.save(image.width * image.height, lambda: save_png(image, path, record, to_parameters(record)), tell)
 
 
-def _save_sheet(options: Options, target: Path, sheet: Comparison) -> None:
+def _save_sheet(options: Options, target: Path, sheet: Sheet) -> None:
     """Save the sheet of a comparison with the cells that are made; say on stderr how many, if some are not."""
     path, record = _free(target, options.out), sheet.record()
-    save_png(sheet.sheet(), path, record)
+    save_png(sheet.image(), path, record)
     print(json.dumps({"path": str(path), **record}) if options.as_json else path, flush=True)
     if len(sheet.images) < sheet.count:
         print(f"ldm: the sheet has {len(sheet.images)} of {sheet.count} images", file=sys.stderr)

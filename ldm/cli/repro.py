@@ -16,7 +16,7 @@ from ldm.files import file_digest
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
 from pipelines.a1111 import embeddings_of, from_parameters, listed
-from pipelines.comparison import SHEET, comparison_of
+from pipelines.comparison import SHEET, sheet_of
 from pipelines.image_prompts import from_record
 from pipelines.request import TEXTS
 from pipelines.settings import LOADING, at
@@ -84,10 +84,10 @@ def reproduce_image(file: str, out: str | None, others: Replacements) -> None:
     record, parameters = read_settings(path)
     if record is None and not parameters:
         raise LdmError(f"{path} does not say how it was made")
-    sheet = comparison_of(record) if record and SHEET in record else None
+    sheet = sheet_of(record) if record and SHEET in record else None
     given = sheet.settings if sheet else {0: record}
     images = remade(path, [_recorded(path, index, one, parameters, others) for index, one in given.items()], parameters)
-    made = replace(sheet, images=images).sheet() if sheet else images[0]
+    made = replace(sheet, images=images).image() if sheet else images[0]
     original = load_image(path)
     if original.size != made.size:
         raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: the image was changed since")

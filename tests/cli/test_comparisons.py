@@ -151,7 +151,7 @@ def test_the_plan_of_a_sheet_is_printed_and_nothing_made(ldm: Any, tmp_path: Pat
         (["a", "--xy", "steps=1,2", "--out", "no/s.png"], "does not exist; create it first"),
         (["a", "--xy", "steps=1,2", "size=64,33"], "cell steps 1, size 33: width 33: a multiple of 8"),
         (["a", "--xy", "model=nowhere,emoji"], "nowhere does not exist; give a model folder"),
-        (["a", "--xy", "size=64,10240"], "the sheet would have 20484×10263 pixels; at most 100,000,000 are read"),
+        (["a", "--xy", "size=64,10240"], "the sheet would have 20484×10293 pixels; at most 100,000,000 are read"),
         (["a", "--xy", "model=SDXL,SD15", "prompt_2=b"], "cell model sd15, prompt 2: b: "),
     ],
 )  # fmt: skip
@@ -224,13 +224,13 @@ def test_a_comparison_in_python(models: Path, monkeypatch: pytest.MonkeyPatch) -
     pipeline = Pipeline(models / "sd15", device="cpu")
     found = compare("a cat", {"steps": [1, 2], "seed": [3, 4]}, pipeline=pipeline, guidance=2)
     assert (found.columns, found.rows) == (("steps 1", "steps 2"), ("seed 3", "seed 4"))
-    single = pipeline("a cat", steps=2, seed=[3, 4], guidance=2)
+    single = pipeline(["a cat"] * 2, steps=2, seed=[3, 4], guidance=2)
     assert [np.asarray(found.images[index]).tobytes() for index in (1, 3)] == [
         image.tobytes() for image in single.images
     ]
     assert found.settings[1] == single.settings[0]
-    assert found.sheet().size == layout((64, 64), found.columns, found.rows).size
-    both = compare("a cat", {"model": [str(models / "sd15"), str(models / "sdxl")]}, steps=1, seed=1, device="cpu")
+    assert found.image().size == layout((64, 64), found.columns, found.rows).size
+    both = compare("a cat", {"model": [models / "sd15", models / "sdxl"]}, steps=1, seed=1, device="cpu")
     assert [both.settings[index]["source"] for index in (0, 1)] == [str(models / name) for name in ("sd15", "sdxl")]
     white = Image.new("RGB", (64, 64), "white")
     assert len(compare(None, {"prompt": ["a", "b"]}, pipeline=pipeline, image=white, steps=2).images) == 2
@@ -239,8 +239,8 @@ def test_a_comparison_in_python(models: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"steps": [1]}, {"n": 2}, "n: a comparison has one prompt and one image in each cell"),
         ({"model": ["emoji"]}, {"pipeline": pipeline}, "pipeline is a loaded model"),
         ({"steps": [1]}, {"pipeline": pipeline, "device": "cpu"}, "pipeline is a loaded model"),
-        ({"size": [64, 33]}, {"pipeline": pipeline}, "cell size 33: width 33"),
-        ({"size": [64, 10_240]}, {"pipeline": pipeline}, "the sheet would have"),
+        ({"width": [64, 33]}, {"pipeline": pipeline}, "cell width 33: width 33"),
+        ({"size": ["64x64", "10240x8192"]}, {"pipeline": pipeline}, "the sheet would have"),
         ({"replace": ["dog", "fox"]}, {"pipeline": pipeline}, "axes: replace 'dog': the prompts do not have it"),
     ):
         with pytest.raises(LdmError, match=message):
