@@ -360,24 +360,29 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
         temporary.unlink(missing_ok=True)
 
 
-def read_settings(path: Path) -> tuple[dict[str, Any] | None, str]:
+def read_settings(
+    path: ImageFile, name: str | None = None, formats: tuple[str, ...] | None = None
+) -> tuple[dict[str, Any] | None, str]:
     """Our JSON in a PNG (None if absent) and AUTOMATIC1111's parameters ("" if absent), in JPEG and WebP from EXIF.
+
+    `name` is that in error messages, by default `path`; `formats` are as for `load_noted`.
 
     Raises:
         LdmError: the file is not an image, our JSON is damaged, or the image has the record of another program alone.
     """
-    load_image(path)
-    image = _opened(path, None, Image.Image.load)
+    name = name or str(path)
+    load_noted(path, name, formats=formats)
+    image = _opened(path, name, Image.Image.load, formats)
     info = image.info
     text = {key: value for key, value in info.items() if isinstance(value, str)}
     try:
         settings = json.loads(text.get(KEY, "null"))
     except (ValueError, RecursionError):
-        raise LdmError(f"{path}: its settings are damaged") from None
+        raise LdmError(f"{name}: its settings are damaged") from None
     parameters = text.get("parameters", "") or _user_comment(image)
     others = [program for key, program in _RECORDS.items() if key in text]
     if others and not settings and not parameters:
-        raise LdmError(f"{path} has a record of {others[0]} alone, which ldm does not read")
+        raise LdmError(f"{name} has a record of {others[0]} alone, which ldm does not read")
     return settings if isinstance(settings, dict) else None, parameters
 
 

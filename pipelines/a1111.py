@@ -101,6 +101,16 @@ def from_parameters(text: str) -> dict[str, Any]:
     return settings
 
 
+def fields_of(text: str) -> dict[str, str]:
+    """The fields of the text of AUTOMATIC1111 as its API gives them: prompts, and what the line of settings has."""
+    lines = text.strip().split("\n")
+    at = _at(lines)
+    prompt, _, negative = "\n".join(lines[:at]).partition("Negative prompt:")
+    found = {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **_pairs(lines[at])}
+    width, times, height = found.get("Size", "").partition("x")
+    return found | ({"Size-1": width, "Size-2": height} if times else {})
+
+
 def embeddings_of(text: str) -> dict[str, str]:
     """The embeddings of textual inversion in the text of AUTOMATIC1111: the start of the SHA-256 of each, by name."""
     lines = text.strip().split("\n")

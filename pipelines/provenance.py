@@ -1,4 +1,4 @@
-"""The part of an image's record that says with which model it was made."""
+"""An image's record: the part that says with which model it was made, and the settings that are read back from it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import ldm
+from ldm.errors import LdmError, listing
 from ldm.weights.builtin import DEFAULT, builtin
 from pipelines.pipeline import Pipeline
 from pipelines.settings import LOADING, at
 from pipelines.tuning import room_of
+
+ABOUT = {
+    "version",
+    "model",
+    "model_hash",
+    "task",
+    "family",
+    "batch",
+    "place",
+    "embeddings",
+    "image_prompt",
+    "image_encoder",
+    "image_encoder_hash",
+}  # keys of a record that are no settings
 
 
 def provenance(loading: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Any]:
@@ -38,3 +53,18 @@ def provenance(loading: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Any]
 def _absolute(source: str) -> str:
     """The absolute path of a source, or the name of a model as it is."""
     return source if builtin(source) or not Path(source).exists() else str(Path(source).absolute())
+
+
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the call in our own record, without images.
+
+    Raises:
+        LdmError: the record has unknown settings, or is damaged.
+    """
+    keys = {row.key.partition(".")[0] for row in at("record").values()}
+    unknown = sorted(record.keys() - keys - {row.key for row in at("record", LOADING).values()} - ABOUT)
+    if unknown:
+        raise LdmError(f"the image's record has {listing(unknown)}, which this version of ldm does not know")
+    if not isinstance(record.get("prompt"), str) or not isinstance(record.get("guidance"), dict):
+        raise LdmError("the image's record is damaged")
+    return {name: value for name, value in record.items() if name in keys - {"image", "mask"} and value is not None}

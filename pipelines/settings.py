@@ -15,6 +15,7 @@ from os import PathLike
 from typing import Any
 
 from ldm.errors import LdmError
+from ldm.sampling.scheduler_names import OTHER_NAMES, OTHER_SPACINGS
 from pipelines.mixes import LARGEST, are_mixes, joined_mixes, parse_mix
 from pipelines.translation import TRANSLATED, with_own_scheduler
 
@@ -373,11 +374,15 @@ SPACING = Kind(
     "NAME", "a name, or falling noise levels such as 14.6,7,3,1,0.1, one for each step,",
     lambda value: isinstance(value, (str, tuple)), lambda text: _numbers(text) if "," in text else text,
     structured=True,
-    schema={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}]},
+    schema={
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}],
+        "examples": list(OTHER_SPACINGS),
+    },
 )  # fmt: skip
 SCHEDULER = Kind(
     "NAME", "a name, or an object with diffusers' interface,",
-    lambda value: isinstance(value, str) or hasattr(value, "set_timesteps"), schema={"type": "string"},
+    lambda value: isinstance(value, str) or hasattr(value, "set_timesteps"),
+    schema={"type": "string", "examples": list(OTHER_NAMES)},
 )  # fmt: skip
 SOURCE = Kind(
     "MODEL", "the name of a model", lambda value: not isinstance(value, (bool, int, float, tuple))

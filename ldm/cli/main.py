@@ -290,6 +290,9 @@ def _of_serve_itself(
     together: Annotated[
         int | None, typer.Option(min=1, help="Pixels of latents worked on at a time; 1: one image after the other.")
     ] = None,
+    history: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Keep images of jobs that ask for it, and list them.")
+    ] = None,
 ) -> None:
     """The options of `ldm serve` that are no settings of models."""
 
@@ -311,7 +314,7 @@ def serve_command() -> Callable[..., None]:
         options = ServeOptions(
             loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],
             hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"],
-            drain_seconds=given["drain_seconds"], most=given["together"], limits=limits,
+            drain_seconds=given["drain_seconds"], most=given["together"], limits=limits, history=given["history"],
         )  # fmt: skip
         serve_images(options)
 

@@ -11,30 +11,18 @@ import numpy as np
 from PIL import Image
 
 from ldm.cli.common import log_warnings, to_components, to_png
-from ldm.errors import LdmError, listing
+from ldm.errors import LdmError
 from ldm.files import file_digest
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
 from pipelines.a1111 import embeddings_of, from_parameters, listed
 from pipelines.comparison import SHEET, sheet_of
 from pipelines.image_prompts import from_record
+from pipelines.provenance import settings_of
 from pipelines.request import TEXTS
 from pipelines.settings import LOADING, at
 from pipelines.tuning import typed
 
-ABOUT = {
-    "version",
-    "model",
-    "model_hash",
-    "task",
-    "family",
-    "batch",
-    "place",
-    "embeddings",
-    "image_prompt",
-    "image_encoder",
-    "image_encoder_hash",
-}  # keys of a record that are no settings
 ROWS = ("prompt", "seed", *TEXTS)  # settings that each image of a batch has for itself
 
 
@@ -211,21 +199,6 @@ def _check_files(path: Path, source: str, record: dict[str, Any], parameters: st
             raise LdmError(
                 f"{path} was made with an embedding called {name} ({digest[:12]}…); name its file (--embedding)"
             )
-
-
-def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the call in our own record, without images.
-
-    Raises:
-        LdmError: the record has unknown settings, or is damaged.
-    """
-    keys = {row.key.partition(".")[0] for row in at("record").values()}
-    unknown = sorted(record.keys() - keys - {row.key for row in at("record", LOADING).values()} - ABOUT)
-    if unknown:
-        raise LdmError(f"the image's record has {listing(unknown)}, which this version of ldm does not know")
-    if not isinstance(record.get("prompt"), str) or not isinstance(record.get("guidance"), dict):
-        raise LdmError("the image's record is damaged")
-    return {name: value for name, value in record.items() if name in keys - {"image", "mask"} and value is not None}
 
 
 def loading_of(record: dict[str, Any]) -> dict[str, Any]:

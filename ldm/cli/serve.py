@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
@@ -31,6 +32,7 @@ class ServeOptions:
     drain_seconds: float
     most: int | None  # as for `Engine`
     limits: Limits
+    history: str | None  # the folder of the history
 
 
 def check_packages() -> None:
@@ -72,11 +74,13 @@ def serve_images(options: ServeOptions) -> None:
     """Load the model, and serve until a signal comes."""
     check_packages()
     key = key_of(options)
+    from ldm.server.history import History
     from ldm.server.service import NoteHandler, Service, about_no_job
     from ldm.server.serving import Listening, serve
     from pipelines import Pipeline
     from pipelines.tuning import typed
 
+    history = None if options.history is None else History(Path(options.history))  # before a model is loaded
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(about_no_job)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=[handler, NoteHandler()])
@@ -90,7 +94,7 @@ def serve_images(options: ServeOptions) -> None:
             "is not encrypted: let a proxy with TLS stand before it",
             file=sys.stderr,
         )
-    service = Service(pipeline, options.loading, options.limits, options.most)
+    service = Service(pipeline, options.loading, options.limits, options.most, history)
     serve(
         service,
         Listening(options.host, options.port, key, options.hostnames, options.drain_seconds, options.log_prompts),

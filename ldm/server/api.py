@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,12 +16,16 @@ from starlette.exceptions import HTTPException
 
 import ldm
 from ldm.errors import LdmError
+from ldm.server.a1111 import WebuiApi
 from ldm.server.engine import NotTakenError
 from ldm.server.events import EventReader, EventStream, described
 from ldm.server.guard import Guard, error_body
+from ldm.server.history_api import HistoryApi
+from ldm.server.info import info_routes
 from ldm.server.jobs import CANCELLED, FAILED, ServerJob
 from ldm.server.metrics import Metrics
 from ldm.server.openai_images import ImagesApi, ParameterError, wrong_parameter
+from ldm.server.page_files import page_files, page_routes
 from ldm.server.reading import read_json
 from ldm.server.receiving import Readers, RefusedError, read_body, until_over
 from ldm.server.service import Service
@@ -32,11 +37,14 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     jobs = JobsApi(service)
     app.include_router(jobs.routes())
     app.include_router(ImagesApi(service, jobs.readers).routes())
+    app.include_router(WebuiApi(service, jobs.readers).routes())
     app.include_router(about(service, Metrics(service)))
+    for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
+        app.include_router(routes)
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, jobs.failed)
     app.add_exception_handler(ParameterError, wrong_parameter)
-    return Guard(app, key, names)
+    return Guard(app, key, names, page_files())
 
 
 def about(service: Service, metrics: Metrics) -> APIRouter:
@@ -100,9 +108,7 @@ class JobsApi:
         """
         reader, wanted = EventReader(asyncio.get_running_loop()), request.headers.get("accept", "")
         self.service.engine.check_open()  # before anything is read
-        async with self.readers.place(request):
-            body = await read_body(request, self.service.limits.body)
-            job = await run_in_threadpool(lambda: self.service.accept(read_json(body), reader))
+        job = await self.answering(request, lambda given: self.service.accept(given, reader))
         if "text/event-stream" in wanted:
             return EventStream(job, reader, own=True)
         job.listeners.remove(reader)
@@ -113,6 +119,12 @@ class JobsApi:
             finally:
                 self.service.forget(job)  # the client does not know its name
         return JSONResponse(described(job), 202, {"location": f"/v1/jobs/{job.id}"})
+
+    async def answering(self, request: Request, answer: Callable[[dict[str, Any]], Any]) -> Any:
+        """What a function gives for the JSON object of a request; a large one is read beside few others."""
+        async with self.readers.place(request):
+            body = await read_body(request, self.service.limits.body)
+            return await run_in_threadpool(lambda: answer(read_json(body)))
 
     async def state(self, name: str) -> Response:
         """The state of a job."""
@@ -148,21 +160,20 @@ class JobsApi:
             raise RefusedError(404, "there is no such job, or no more")
         return job
 
-    async def failed(self, _: Request, error: Exception) -> Response:
+    async def failed(self, request: Request, error: Exception) -> Response:
         """The answer to a request that failed."""
+        said = partial(error_body, path=request.url.path)
         if isinstance(error, NotTakenError):
-            return JSONResponse(error_body(str(error), "busy"), 503, {"retry-after": str(self._wait())})
+            return JSONResponse(said(str(error), "busy"), 503, {"retry-after": str(self._wait())})
         if isinstance(error, LdmError):
-            return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
+            return JSONResponse(said(str(error), "invalid_request_error"), 400)
         if isinstance(error, RefusedError):
-            return JSONResponse(error_body(str(error), "invalid_request_error"), error.status)
+            return JSONResponse(said(str(error), "invalid_request_error"), error.status)
         if isinstance(error, HTTPException):
-            return JSONResponse(
-                error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers
-            )
+            return JSONResponse(said(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
         if isinstance(error, RequestValidationError):
-            return JSONResponse(error_body("the path needs a whole number", "invalid_request_error"), 404)
-        return JSONResponse(error_body("a defect of this program; its log says more", "server_error"), 500)
+            return JSONResponse(said("the path needs a whole number", "invalid_request_error"), 404)
+        return JSONResponse(said("a defect of this program; its log says more", "server_error"), 500)
 
     def _wait(self) -> int:
         """Seconds in which about half of the queue will have begun, 1 to 60."""

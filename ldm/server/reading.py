@@ -164,14 +164,14 @@ def _uploads(controls: bool, value: Any, name: str, share: RequestUploads) -> An
         return uploaded(value, name, share)
     if isinstance(value, Mapping) and controls:
         for kind, image in value.items():
-            _check_control(kind, image)
+            check_control(kind, image)
         return {kind: uploaded(image, f"control {kind}", share) for kind, image in value.items()}
     if isinstance(value, (list, tuple)):
         return [one if isinstance(one, (int, float)) else _uploads(controls, one, name, share) for one in value]
     raise LdmError(f"{name}: an image in base64 is needed, not a JSON {type(value).__name__}")
 
 
-def _check_control(kind: str, image: Any) -> None:
+def check_control(kind: str, image: Any) -> None:
     """Raise unless condition images of a kind can be made here, and there is a text for the image."""
     if kind not in (*KINDS, MASKED):
         known = suggestion(kind[:NAME], [*KINDS, MASKED])
@@ -189,6 +189,21 @@ def uploaded(text: str, name: str, share: RequestUploads) -> Image.Image:
         LdmError: it is no image of an allowed format, is too large, or is damaged.
         NotTakenError: as `RequestUploads.take`.
     """
+    data = uploaded_bytes(text, name, share)
+    with DECODING:
+        image, notes = load_noted(io.BytesIO(data), name, colours="mask" not in name, formats=FORMATS)
+    if ANIMATED in notes:
+        log.warning("%s: %s", name, ANIMATED)
+    return image
+
+
+def uploaded_bytes(text: str, name: str, share: RequestUploads) -> bytes:
+    """The file of an uploaded image, whose pixels are counted in a share before they are decoded.
+
+    Raises:
+        LdmError: as `uploaded`; whether the file is damaged is not known.
+        NotTakenError: as `RequestUploads.take`.
+    """
     head, comma, rest = text.partition(",")
     encoded = rest if comma and head.startswith("data:image/") and head.endswith(";base64") else text
     try:
@@ -203,8 +218,4 @@ def uploaded(text: str, name: str, share: RequestUploads) -> Image.Image:
     if width * height > share.limits.upload:
         raise LdmError(f"{name} has {width}×{height} pixels; this server reads at most {share.limits.upload:,}")
     share.take(name, width * height)
-    with DECODING:
-        image, notes = load_noted(io.BytesIO(data), name, colours="mask" not in name, formats=FORMATS)
-    if ANIMATED in notes:
-        log.warning("%s: %s", name, ANIMATED)
-    return image
+    return data

@@ -19,7 +19,8 @@ from ldm.errors import LdmError, check_whole
 from ldm.images import png_bytes
 from ldm.models.prompts import PromptReader, count_chunks
 from ldm.server.engine import Engine
-from ldm.server.jobs import DONE, NOTES, Event, Listener, ServerJob
+from ldm.server.history import History
+from ldm.server.jobs import DONE, NOTES, Event, Listener, MadeImage, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.reading import settings_of
 from ldm.server.uploads import RequestUploads, Uploads
@@ -32,7 +33,7 @@ from pipelines.request import Request
 from pipelines.settings import at
 
 log = logging.getLogger(__name__)
-OPTIONS = ("priority", "seconds", "previews")  # of a job, beside its settings
+OPTIONS = ("priority", "seconds", "previews", "keep")  # of a job, beside its settings
 PRIORITIES = (-9, 9)
 Watcher = Callable[[ServerJob, Event], None]
 PLACES = ("source", "refiner", "components", "control_models", "lora_dir")  # what records of served images leave out
@@ -41,15 +42,24 @@ PLACES = ("source", "refiner", "components", "control_models", "lora_dir")  # wh
 class Service:
     """Makes jobs of requests. All methods may be called from any thread."""
 
-    def __init__(self, pipeline: Pipeline, loading: Mapping[str, Any], limits: Limits, most: int | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        loading: Mapping[str, Any],
+        limits: Limits,
+        most: int | None = None,
+        history: History | None = None,
+    ) -> None:
         """Start an engine for a pipeline; `loading` are the settings that the pipeline was loaded with, for records.
 
-        `most` is as for `Engine`.
+        `most` is as for `Engine`; `history` has the images of jobs that ask for it.
         """
-        self.limits = limits
+        self.limits, self.history = limits, history
         self.engine = Engine(pipeline, most=most, queue=limits.queue)
         own = provenance(loading, pipeline)
         self.about = {key: value for key, value in own.items() if key not in PLACES}
+        self.refiner = Path(own.get("refiner", "")).stem  # its name; "" for none
+        self.control_models = [Path(one).stem for one in own.get("control_models", ())]  # their names, in order
         self.jobs: dict[str, ServerJob] = {}
         self.uploads = Uploads()
         folder = pipeline.adapters.folder
@@ -88,8 +98,10 @@ class Service:
                 request = self.request({name: value for name, value in given.items() if name not in OPTIONS}, share)
             except RecursionError:
                 raise LdmError("the request is nested too deeply") from None
+        keep = options.pop("keep")
         job = ServerJob(request, notes=[self._without_folder(note) for note in notes], **options)
         job.listeners += [partial(release, job, share), *(partial(watcher, job) for watcher in self.watchers)]
+        job.listeners += [partial(self._keep, job)] if keep else []
         return job
 
     def request(self, given: Mapping[str, Any], share: RequestUploads) -> Request:
@@ -138,8 +150,8 @@ class Service:
 
     def png(self, job: ServerJob, number: int) -> bytes | None:
         """A finished image of a job with its record, as PNG; None if it is not finished."""
-        made = self.finished(job, number)
-        return None if made is None else png_bytes(*made, to_parameters(made[1]))
+        found = self.finished(job, number)
+        return None if found is None else png_bytes(*found, to_parameters(found[1]))
 
     def finished(self, job: ServerJob, number: int) -> tuple[Image.Image, dict[str, Any]] | None:
         """A finished image of a job, which counts as fetched, and its record; None if it is not finished."""
@@ -147,7 +159,27 @@ class Service:
         if made is None:
             return None
         job.fetched.add(number)
-        return made.image, without_paths({**made.record, **self.about}, self.folder)
+        return made.image, self._record(made)
+
+    def record(self, job: ServerJob, number: int) -> dict[str, Any] | None:
+        """The record of a finished image of a job; None if it is not finished."""
+        made = job.made[number] if 0 <= number < len(job.made) else None
+        return None if made is None else self._record(made)
+
+    def _record(self, made: MadeImage) -> dict[str, Any]:
+        return without_paths({**made.record, **self.about}, self.folder)
+
+    def _file(self, made: MadeImage) -> tuple[bytes, dict[str, Any]]:
+        """An image as PNG with its record, and the record."""
+        record = self._record(made)
+        return png_bytes(made.image, record, to_parameters(record)), record
+
+    def _keep(self, job: ServerJob, event: Event) -> None:
+        """Keep the finished images of an event in the history."""
+        if event.kind == "images" and self.history is not None:
+            for made in job.made[event.rows.start : event.rows.stop]:
+                if made is not None:
+                    self.history.keep(partial(self._file, made))
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a job within their bounds."""
@@ -155,8 +187,11 @@ class Service:
         seconds = options.setdefault("seconds", self.limits.seconds)
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= self.limits.seconds:
             raise LdmError(f"seconds {seconds!r}: a number above 0, at most {self.limits.seconds:g}, is needed")
-        if not isinstance(options.setdefault("previews", False), bool):
-            raise LdmError(f"previews {options['previews']!r}: true or false is needed")
+        for name in ("previews", "keep"):
+            if not isinstance(options.setdefault(name, False), bool):
+                raise LdmError(f"{name} {options[name]!r}: true or false is needed")
+        if options["keep"] and self.history is None:
+            raise LdmError("keep: this server keeps no history (ldm serve --history); leave it out")
         return options
 
     def _forget(self) -> None:
@@ -204,6 +239,7 @@ class Service:
             "priority": {"type": "integer", "minimum": low, "maximum": high, "default": 0},
             "seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": self.limits.seconds},
             "previews": {"type": "boolean", "default": False},
+            "keep": {"type": "boolean", "default": False, "description": "Keep the images in the server's history."},
         }
         return {"type": "object", "required": ["prompt"], "properties": properties}
 

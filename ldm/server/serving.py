@@ -52,6 +52,8 @@ def serve(service: Service, options: Listening) -> None:
     host, port = opened.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     DrainingServer(config, service, options.drain_seconds).run(sockets=[opened])
+    if service.history is not None:
+        service.history.close()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from ldm.models.unfilled import unfilled
 from ldm.training.config import Config
@@ -156,6 +156,40 @@ def _previews(
     return nbytes * copies + _most(lambda: parts.autoencoder.decode(latents))
 
 
+def _group_norm(image: Tensor, weight: Tensor, bias: Tensor, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
+    """Empty results of a group norm: the image, means, deviations."""
+    return torch.empty_like(image), image.new_empty(n, groups), image.new_empty(n, groups)
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Any:
+    """Empty results of a layer norm: the tensor, means, deviations."""
+    each = (*x.shape[: -len(shape)], *(1 for _ in shape))
+    return torch.empty_like(x), x.new_empty(each), x.new_empty(each)
+
+
+NORMS = {  # on the meta device, PyTorch takes dozens of operations to find the shapes of their results
+    torch.ops.aten.native_group_norm.default: _group_norm,
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+}
+
+
+class _Flops(TorchDispatchMode):
+    """Counts the operations of matrix products, convolutions and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = NORMS.get(func, func)(*args, **kwargs)
+        if (flops := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += flops(*args, **kwargs, out_val=result)
+        return result
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of the tensors that are made and not yet freed."""
 
@@ -167,7 +201,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = NORMS.get(func, func)(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages(args)}  # a view's is that of a tensor that was there
         for storage in _storages(result):
             if storage._cdata not in self.there | given:
@@ -232,9 +266,9 @@ def _count(run: Pass) -> tuple[int, int]:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, hooks, _Fused():
+    with _Flops() as flops, hooks, _Fused():
         run()
-    return sum(kept.values()), counter.get_total_flops()
+    return sum(kept.values()), flops.total
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:

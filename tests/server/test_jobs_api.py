@@ -227,6 +227,7 @@ WRONG: list[tuple[Any, int, str]] = [
     ({**SMALL, "priority": 10}, 400, "priority is 10"),
     ({**SMALL, "seconds": 601}, 400, "at most 600"),
     ({**SMALL, "previews": 1}, 400, "true or false"),
+    ({**SMALL, "keep": True}, 400, "keeps no history"),
     ([SMALL], 400, "an object with settings"),
     ("a fox", 400, "an object with settings"),
     (json.loads("[" * 60 + "]" * 60), 400, "an object with settings"),
@@ -325,7 +326,7 @@ def test_a_key(service: Service) -> None:
 def test_the_schema_is_that_of_the_settings(client: TestClient) -> None:
     schema = client.get("/v1/settings").json()
     rows = at("http")
-    assert set(schema["properties"]) == {*rows, "priority", "seconds", "previews"}
+    assert set(schema["properties"]) == {*rows, "priority", "seconds", "previews", "keep"}
     assert {row.name for row in SETTINGS} == set(rows)  # all of them
     assert schema["properties"]["steps"]["maximum"] == 500
     for name, row in rows.items():

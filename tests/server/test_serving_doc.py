@@ -53,8 +53,9 @@ def test_programs(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64), "red").save("photo.png")
     Image.new("RGBA", (64, 64)).save("clear-is-new.png")
+    Image.new("L", (64, 64), 255).save("white-is-new.png")
     assert PYTHON
     for block in PYTHON:
-        block = block.replace("http://127.0.0.1:7860", address).replace('"512x512"', '"64x64"')
+        block = block.replace("http://127.0.0.1:7860", address).replace('"512x512"', '"64x64"').replace(": 512", ": 64")
         exec(block.replace('"steps": 20', '"steps": 2').replace('"steps": 30', '"steps": 2'), {})
-    assert Image.open("fox.png").size == Image.open("red-fox.webp").size == (64, 64)
+    assert Image.open("fox.png").size == Image.open("red-fox.webp").size == Image.open("red-fox.png").size == (64, 64)

@@ -1,0 +1,67 @@
+// The condition image of a control model: an image, what is made of it, and the settings of its effect.
+
+import { blob } from "./api.js";
+import { Problem, dataUrl, fileButton, h, newId, takesDrops, button } from "./dom.js";
+import { fieldFor } from "./fields.js";
+
+export class Control {
+  constructor(kinds, settings) {
+    this.problem = new Problem();
+    const id = newId("kind");
+    this.kind = h("select", { id, onchange: () => this.preview() }, kinds.map((name) => h("option", { value: name }, name)));
+    this.kind.value = kinds.includes("canny") ? "canny" : kinds[0];
+    this.area = h("div", { class: "drop pair" });
+    takesDrops(this.area, (file) => this.take(file));
+    this.fields = Object.entries(settings)
+      .filter(([name]) => name.startsWith("control_") || name === "guess")
+      .map(([name, schema]) => fieldFor(name, schema));
+    this.rest = h("div", { class: "rest" },
+      h("div", { class: "grid" }, this.fields.map((field) => field.element)),
+      h("div", { class: "row" }, button("Remove", () => this.remove())));
+    this.element = h("details", { class: "section", "data-name": "control" },
+      h("summary", {}, "Control by a condition image"),
+      h("div", { class: "field" }, h("label", { htmlFor: id }, "Kind"), this.kind),
+      this.area, this.rest, this.problem.element);
+    this.remove();
+  }
+
+  remove() {
+    this.url = undefined;
+    this.problem.show("");
+    this.rest.hidden = true;
+    this.area.replaceChildren(h("p", { class: "quiet" }, "Drop an image here, or ",
+      fileButton("choose a file", (file) => this.take(file), { class: "link" })));
+  }
+
+  async take(file) {
+    this.url = await dataUrl(file);
+    this.rest.hidden = false;
+    await this.preview();
+  }
+
+  // Show what the control model will see.
+  async preview() {
+    if (!this.url) return;
+    this.problem.show("");
+    const given = h("img", { src: this.url, alt: "The given image" });
+    this.area.replaceChildren(given);
+    const { url, kind: { value: kind } } = this;
+    try {
+      const made = await blob("/v1/conditions", { method: "POST", body: { kind, image: url } });
+      if (this.url !== url || this.kind.value !== kind) return;
+      this.area.append(h("img", { src: await dataUrl(made), alt: `The condition image: ${kind}` }));
+    } catch (error) {
+      this.problem.show(error.message);
+    }
+  }
+
+  values() {
+    if (!this.url) return {};
+    const found = { control: { [this.kind.value]: this.url } };
+    for (const field of this.fields) {
+      const value = field.get();
+      if (value !== undefined) found[field.name] = value;
+    }
+    return found;
+  }
+}

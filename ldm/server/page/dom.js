@@ -1,0 +1,80 @@
+// Elements: made by a function, never from text with markup.
+
+// An element with properties (`class`, `onclick`, `aria-label` …) and children: elements, texts, or lists of them.
+export function h(tag, properties = {}, ...children) {
+  const found = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) found.addEventListener(name.slice(2), value);
+    else if (name in found && name !== "list" && name !== "form") found[name] = value;
+    else found.setAttribute(name === "class" ? "class" : name, value === true ? "" : value);
+  }
+  found.append(...children.flat(2).filter((child) => child !== undefined && child !== null && child !== false));
+  return found;
+}
+
+export function button(text, onclick, more = {}) {
+  return h("button", { type: "button", onclick, ...more }, text);
+}
+
+let count = 0;
+export function newId(prefix) {
+  count += 1;
+  return `${prefix}-${count}`;
+}
+
+// A line for one problem, which readers of the screen hear; it takes no room while there is none.
+export class Problem {
+  constructor() {
+    this.element = h("p", { class: "problem", role: "alert", hidden: true, id: newId("problem") });
+  }
+
+  show(text) {
+    this.element.textContent = text;
+    this.element.hidden = !text;
+  }
+}
+
+// What a file or part of a page is called when it is dropped: its files that are images.
+export function droppedImages(event) {
+  return [...(event.dataTransfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+}
+
+// Let an element take dropped images; an image that it takes is taken by nothing around it.
+export function takesDrops(element, take) {
+  element.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    event.stopPropagation();
+    element.classList.add("over");
+  });
+  element.addEventListener("dragleave", () => element.classList.remove("over"));
+  element.addEventListener("drop", (event) => {
+    event.preventDefault();
+    event.stopPropagation();
+    element.classList.remove("over");
+    const [file] = droppedImages(event);
+    if (file) take(file);
+  });
+}
+
+// A button that opens the choice of an image file.
+export function fileButton(text, take, more = {}) {
+  const input = h("input", {
+    type: "file", accept: "image/png,image/jpeg,image/webp", class: "unseen", tabIndex: -1, "aria-hidden": "true",
+    onchange: () => {
+      const [file] = input.files;
+      input.value = "";
+      if (file) take(file);
+    },
+  });
+  return h("span", { class: "file" }, button(text, () => input.click(), more), input);
+}
+
+export function dataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error("the file cannot be read"));
+    reader.readAsDataURL(blob);
+  });
+}

@@ -1,0 +1,229 @@
+// The tab that makes images: a form, the jobs on their way, and their images.
+
+import { json } from "./api.js";
+import { Problem, button, dataUrl, fileButton, h, takesDrops } from "./dom.js";
+import { Form } from "./form.js";
+import { GalleryImage, VARIED, card } from "./gallery.js";
+import { Jobs, isOver } from "./jobs.js";
+
+const NARROW = "(max-width: 820px)"; // where images stand below the form
+
+class Generate {
+  constructor(panel, app) {
+    this.app = app;
+    this.form = new Form(app);
+    this.results = h("div", { class: "results" });
+    this.empty = h("p", { class: "quiet hint" }, "Images appear here. Ctrl+Enter makes one, Escape cancels.");
+    this.cards = new Map(); // job -> the places of its images
+    this.jobs = new Jobs((job) => this.showJob(job), (job) => this.changed(job));
+    this.acts = {
+      schema: app.settings,
+      again: (image) => this.again(image),
+      vary: (image) => this.vary(image),
+      asStart: (image) => this.asStart(image),
+      fixSeed: (image) => this.fixSeed(image),
+      use: (image) => this.use(image),
+    };
+    panel.append(this.makeForm(), h("div", { class: "made" }, this.empty, this.results));
+    document.addEventListener("keydown", (event) => this.key(event));
+    takesDrops(document.body, (file) => this.readBack(file));
+    this.jobs.restore();
+  }
+
+  makeForm() {
+    const { about } = this.app;
+    const keep = h("input", { type: "checkbox", id: "keep", checked: true });
+    this.keep = about.history ? keep : undefined;
+    this.make = h("button", { type: "submit", class: "main", title: "Ctrl+Enter" }, "Make images");
+    this.cancelling = button("Cancel", () => this.cancel(this.jobs.current), { title: "Escape", hidden: true });
+    return h("form", {
+      class: "form", "aria-label": "Settings", noValidate: true,
+      onsubmit: (event) => {
+        event.preventDefault();
+        this.submit(this.form.values());
+      },
+    },
+      h("div", { class: "row read" }, fileButton("Read settings from an image", (file) => this.readBack(file), {
+        class: "link", title: "Or drop a PNG anywhere on the page: ours, or AUTOMATIC1111's",
+      })),
+      this.form.notes, this.form.element,
+      h("div", { class: "foot" }, this.form.problem.element,
+        h("div", { class: "row" }, this.make, this.cancelling,
+          this.keep && h("span", { class: "flag" }, keep, h("label", { htmlFor: "keep" }, "Keep in history")))));
+  }
+
+  key(event) {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      this.submit(this.form.values());
+    } else if (event.key === "Escape" && event.target.type !== "search" && !document.querySelector("dialog[open]")) {
+      this.cancel(this.jobs.current);
+    }
+  }
+
+  // --- jobs -----------------------------------------------------------------------------------------------------------
+
+  // Submit settings as a job; what is wrong with them is shown at the form.
+  async submit(settings) {
+    if (!settings) return;
+    try {
+      await this.jobs.submit({ ...settings, previews: true, ...(this.keep?.checked ? { keep: true } : {}) });
+      this.form.tell([]);
+    } catch (error) {
+      this.form.wrong(error);
+    }
+  }
+
+  async cancel(job) {
+    if (!job) return;
+    try {
+      await this.jobs.cancel(job);
+    } catch (error) {
+      this.form.problem.show(error.message);
+    }
+  }
+
+  showJob(job) {
+    const places = job.state.images.map((_, number) => new Place(job, number, () => this.cancel(job)));
+    this.cards.set(job, places);
+    this.results.prepend(...places.map((place) => place.element));
+    if (!job.restored && matchMedia(NARROW).matches) this.results.scrollIntoView();
+    this.changed(job);
+  }
+
+  changed(job) {
+    const { state } = job;
+    for (const [number, place] of this.cards.get(job).entries()) {
+      const made = state.images[number];
+      if (made && !place.image) this.finish(job, place, made);
+      else if (!made) place.update();
+    }
+    this.say(job);
+    if (isOver(state) && state.notes.length) this.form.tell(state.notes);
+    this.empty.hidden = this.results.childElementCount > 0;
+    this.cancelling.hidden = !this.jobs.current;
+    const waiting = this.jobs.all.filter((one) => !isOver(one.state)).length;
+    document.title = waiting ? `(${waiting}) ldm` : "ldm";
+  }
+
+  finish(job, place, made) {
+    const image = new GalleryImage(made.url, { file: `${made.seed}.png` });
+    image.body = job.body;
+    place.image = image;
+    const shown = card(image, this.acts);
+    place.element.replaceWith(shown);
+    place.element = shown;
+    this.form.lastSeed = made.seed;
+  }
+
+  // Say how far a job is: at its beginning, at each quarter of its steps, and at its end.
+  say(job) {
+    const [step, steps] = [...job.steps.values()].at(-1) ?? [0, 1];
+    const quarter = Math.floor(4 * step / steps);
+    const now = isOver(job.state) ? job.state.state : `${job.state.state} ${quarter}`;
+    if (now === job.said || job.restored) return;
+    job.said = now;
+    const texts = {
+      done: "The image is done.", failed: `The image has failed: ${job.state.error}`, cancelled: "Cancelled.",
+      waiting: "The image waits.", running: `Step ${step} of ${steps}.`,
+    };
+    this.app.announce(texts[job.state.state]);
+  }
+
+  // --- what is done with images ---------------------------------------------------------------------------------------
+
+  async again(image) {
+    const { seed, n, lost, previews, keep, ...body } = image.body ?? (await image.settings());
+    if (lost) throw new Error("the image that it was made from is not kept; put it into the form again");
+    this.app.open("generate");
+    await this.submit(body);
+  }
+
+  async vary(image) {
+    const { seed, n, width, height, hires, hires_strength, hires_latents, ...settings } = await image.settings();
+    this.app.open("generate");
+    await this.submit({ ...settings, image: await image.dataUrl(), strength: Math.max(VARIED, 1 / settings.steps) });
+  }
+
+  async asStart(image) {
+    this.app.open("generate");
+    await this.form.start.show(await image.dataUrl());
+    this.form.start.element.scrollIntoView({ block: "nearest" });
+    this.form.start.element.querySelector("summary").focus();
+  }
+
+  async fixSeed(image) {
+    const { seed } = await image.settings();
+    this.app.open("generate");
+    this.form.seed.set(seed);
+    this.form.save();
+  }
+
+  async use(image) {
+    const settings = await image.settings();
+    this.app.open("generate");
+    this.form.fill(settings, image.known.notes);
+    this.form.prompt.control.focus();
+  }
+
+  // Read the settings of an image file into the form.
+  async readBack(file) {
+    this.app.open("generate");
+    this.form.problem.show("");
+    try {
+      const found = await json("/v1/info", { method: "POST", body: { image: await dataUrl(file) } });
+      this.form.fill(found.settings, found.notes);
+      this.app.announce("The settings are in the form.");
+    } catch (error) {
+      this.form.problem.show(`${file.name}: ${error.message}`);
+    }
+  }
+}
+
+// The place of an image that is on its way, with its preview.
+class Place {
+  constructor(job, number, cancel) {
+    this.job = job;
+    this.number = number;
+    const { width = 1, height = 1 } = job.body;
+    this.preview = h("img", { alt: "", class: "preview", hidden: true });
+    this.frame = h("div", { class: "frame" }, this.preview);
+    this.frame.style.aspectRatio = `${width} / ${height}`;
+    this.bar = h("progress", { max: 1, "aria-label": "Progress" });
+    this.text = h("span", {});
+    this.cancelling = button("Cancel", cancel);
+    this.problem = new Problem();
+    this.element = h("figure", { class: "card waiting" }, this.frame, this.bar,
+      h("figcaption", {}, this.text, this.cancelling), this.problem.element);
+  }
+
+  update() {
+    const { job, number } = this;
+    const [step, steps] = job.steps.get(number) ?? [0, 1];
+    const { state, error } = job.state;
+    if (job.previews[number]) {
+      this.preview.src = job.previews[number];
+      this.preview.hidden = false;
+    }
+    this.bar.value = step / steps;
+    const running = step ? `step ${step} of ${steps}` : "begins";
+    this.text.textContent = job.lost ? "the server does not answer; trying again" : state === "running" ? running : state;
+    if (!isOver(job.state)) return;
+    this.cancelling.remove();
+    this.bar.hidden = true;
+    this.frame.hidden = !job.previews[number];
+    if (!this.closing) {
+      this.closing = button("×", () => this.element.remove(), { class: "icon", "aria-label": "Put away" });
+      this.element.querySelector("figcaption").append(this.closing);
+    }
+    if (state === "failed") this.problem.show(error);
+  }
+}
+
+export const generate = {
+  name: "generate",
+  title: "Generate",
+  start(panel, app) {
+    app.generate = new Generate(panel, app);
+  },
+};

@@ -1,0 +1,292 @@
+"""The page in a browser: a visitor makes images, cancels, paints a mask, varies, drops a file, finds images again.
+
+No console has an error, and no request leaves the host.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import adapter_files
+import pytest
+import tiny
+import torch
+import uvicorn
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from ldm.server.api import make_app
+from ldm.server.history import History
+from ldm.server.limits import Limits
+from ldm.server.service import NoteHandler, Service
+from ldm.server.serving import listening
+from pipelines import Pipeline
+
+CHROMIUM = shutil.which("chromium")
+PATIENCE_MS = 60_000
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+
+
+@dataclass
+class Site:
+    """A server, and what the browser has asked for."""
+
+    address: str
+    service: Service
+    problems: list[str] = field(default_factory=list)  # lines of the console, requests to elsewhere
+
+
+def serving(service: Service, key: str = "") -> Iterator[str]:
+    opened = listening("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(service, key), log_config=None, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{opened.getsockname()[1]}"
+    server.should_exit = server.force_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    model = tiny.model("sd15", shallow=True)
+    adapter_files.saved(adapter_files.adapter(model, "kohya"), folder / "loras" / "style.safetensors")
+    history = History(folder / "history")
+    pipeline = Pipeline(model, lora_dir=folder / "loras", dtype=torch.float32)
+    service = Service(pipeline, {}, Limits(steps=900), history=history)
+    handler = NoteHandler()
+    logging.getLogger().addHandler(handler)
+    running = serving(service)
+    yield Site(next(running), service)
+    next(running, None)
+    logging.getLogger().removeHandler(handler)
+    service.engine.close(0)
+    history.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+def visit(browser: Browser, site: Site, address: str = "") -> Page:
+    """A page of its own, which notes what must not be."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE_MS)
+    address = address or site.address
+    page.on("console", lambda said: site.problems.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: site.problems.append(str(error)))
+    page.on("request", lambda asked: None if asked.url.startswith((address, "blob:", "data:")) else
+            site.problems.append(asked.url))  # fmt: skip
+    page.goto(address)
+    page.get_by_label("Prompt", exact=True).wait_for()
+    return page
+
+
+@pytest.fixture
+def page(browser: Browser, site: Site) -> Iterator[Page]:
+    found = visit(browser, site)
+    yield found
+    found.close()
+    assert site.problems == []
+
+
+def fill(page: Page, **values: str) -> None:
+    for name, value in {"Width": "64", "Height": "64", "Steps": "2", **values}.items():
+        page.get_by_label(name, exact=True).fill(value)
+
+
+def finished(page: Page, count: int) -> None:
+    expect(page.locator("#panel-generate .card figcaption .prompt")).to_have_count(count, timeout=PATIENCE_MS)
+
+
+def drop(page: Page, name: str, data: bytes, on: str) -> None:
+    """Drop a file on an element."""
+    script = """([name, text]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([Uint8Array.from(atob(text), (one) => one.charCodeAt(0))], name, {type: "image/png"}));
+        return data;
+    }"""
+    transfer = page.evaluate_handle(script, [name, base64.b64encode(data).decode()])
+    page.dispatch_event(on, "drop", {"dataTransfer": transfer})
+
+
+def test_a_visitor_makes_images_and_finds_them_again(page: Page, site: Site) -> None:
+    fill(page, Prompt="a fox (red:1.2)", Images="2", Seed="41")
+    page.get_by_label("Adapters").select_option("style")
+    page.get_by_label("style", exact=True).fill("0.5")
+    page.keyboard.press("Control+Enter")
+    finished(page, 2)
+    assert page.locator(".card .seed").all_inner_texts() == ["seed 41", "seed 42"]
+    expect(page.locator("#said")).to_have_text("The image is done.")
+    page.reload()
+    finished(page, 2)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a fox (red:1.2)")
+    page.get_by_role("button", name="Show large: a fox").first.click()
+    about = page.locator("dialog dl").inner_text()
+    assert re.search(r"adapters\s+style 0.5", about) and re.search(r"seed\s+41", about) and "rescale" not in about
+    page.keyboard.press("Escape")
+    page.get_by_role("tab", name="Generate").press("ArrowRight")
+    expect(page.locator("#panel-history .card")).to_have_count(2, timeout=PATIENCE_MS)
+    page.get_by_label("Search").fill("42 FOX")
+    expect(page.locator("#panel-history .card")).to_have_count(1, timeout=PATIENCE_MS)
+    page.locator("#panel-history").get_by_role("button", name="Delete").click()
+    expect(page.locator("#panel-history .card")).to_have_count(0)
+    page.get_by_label("Search").fill("")
+    expect(page.locator("#panel-history .card")).to_have_count(1, timeout=PATIENCE_MS)
+    assert [kept.record["seed"] for kept in site.service.history.find()[0]] == [41]  # type: ignore[union-attr]
+
+
+def test_cancel(page: Page, site: Site) -> None:
+    """By the key and by the button, of two jobs that run together."""
+    fill(page, Prompt="a fox", Steps="800")
+    for _ in range(2):
+        page.get_by_role("button", name="Make images").click()
+    page.locator(".card.waiting img.preview:visible").first.wait_for()  # a preview
+    page.keyboard.press("Escape")
+    expect(page.locator(".card figcaption", has_text="cancelled")).to_have_count(1, timeout=PATIENCE_MS)
+    page.locator(".card.waiting").get_by_role("button", name="Cancel").click()
+    expect(page.locator(".card figcaption", has_text="cancelled")).to_have_count(2, timeout=PATIENCE_MS)
+    assert {job.state for job in site.service.jobs.values()} <= {"done", "cancelled"}
+    page.get_by_role("button", name="Put away").first.click()
+    assert page.locator(".card").count() == 1
+
+
+def test_mask_and_variation(page: Page, site: Site) -> None:
+    fill(page, Prompt="a fox", Seed="3")
+    page.get_by_role("button", name="Make images").click()
+    finished(page, 1)
+    page.get_by_role("button", name="As start").click()
+    page.get_by_role("button", name="Paint a mask").click()
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("alert").filter(has_text="paint what is to be made anew")).to_be_visible()
+    canvas = page.locator("canvas.mask")
+    size = page.get_by_label("Size", exact=True)
+    before = int(size.input_value())
+    canvas.press("]")
+    assert int(size.input_value()) > before
+    box = canvas.bounding_box()
+    assert box is not None
+    for _ in range(2):
+        page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.25)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.25, steps=3)
+        page.mouse.up()
+    canvas.press("Control+z")
+    with page.expect_request("**/v1/jobs") as asked:
+        page.keyboard.press("Control+Enter")
+    finished(page, 2)
+    body = asked.value.post_data_json
+    assert body["strength"] == 1 and body["image"].startswith("data:image/png;base64,")
+    painted, given = (page.evaluate(PIXELS, body[name]) for name in ("mask", "image"))
+    assert painted[16 * 64 + 32] == 255 and painted[60 * 64 + 32] == 0
+    made = page.evaluate(PIXELS, page.locator("#panel-generate .card .view img").first.get_attribute("src"))
+    kept = [place for place in range(64 * 64) if not painted[place]]
+    assert kept and all(made[place] == given[place] for place in kept)
+    page.locator(".card").last.get_by_role("button", name="Vary").click()
+    finished(page, 3)
+    job = list(site.service.jobs.values())[-1]
+    assert job.made[0] is not None and job.made[0].record["strength"] == 0.5  # a step of two
+    page.locator(".card").last.get_by_role("button", name="Again").click()
+    finished(page, 4)
+    assert list(site.service.jobs.values())[-1].request.seeds != (3,)
+
+
+PIXELS = """async (url) => {
+    const image = new Image();
+    image.src = url;
+    await image.decode();
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+    const context = canvas.getContext("2d");
+    context.drawImage(image, 0, 0);
+    return [...context.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, place) => place % 4 === 0);
+}"""
+
+
+def test_a_dropped_image_fills_the_form(page: Page, site: Site, tmp_path: Path) -> None:
+    job = site.service.accept({"prompt": "a dog", "size": "64x72", "steps": 3, "seed": 2**63 - 1, "eta": 0.5})
+    job.result(60)
+    fill(page, Prompt="a fox", Images="3")
+    data = site.service.png(job, 0)
+    assert data is not None
+    drop(page, "dog.png", data, "body")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog")
+    values = {name: page.get_by_label(name, exact=True).input_value() for name in ("Width", "Height", "Seed", "Images")}
+    assert values == {"Width": "64", "Height": "72", "Seed": str(2**63 - 1), "Images": ""}
+    with page.expect_request("**/v1/jobs") as asked:
+        page.keyboard.press("Control+Enter")
+    assert f'"seed":{2**63 - 1}' in (asked.value.post_data or "") and '"eta":0.5' in (asked.value.post_data or "")
+    finished(page, 1)
+    Image.new("L", (8, 8)).save(tmp_path / "none.png")
+    drop(page, "none.png", (tmp_path / "none.png").read_bytes(), "body")
+    expect(page.get_by_role("alert").filter(has_text="does not say how it was made")).to_be_visible()
+    site.problems[:] = [line for line in site.problems if "400 (Bad Request)" not in line]  # the browser's own line
+
+
+def test_problems_stand_where_they_belong(page: Page, site: Site) -> None:
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_text("a prompt is needed")).to_be_visible()
+    fill(page, Prompt="a fox", Width="65")
+    page.keyboard.press("Control+Enter")
+    problem = page.locator(".field", has=page.get_by_label("Width", exact=True)).locator(".problem")
+    expect(problem).to_contain_text("a multiple of 8")
+    expect(page.get_by_label("Width", exact=True)).to_be_focused()
+    site.problems[:] = [line for line in site.problems if "400 (Bad Request)" not in line]
+    page.locator("summary", has_text="All settings").click()
+    page.get_by_label("Find a setting").fill("token merging")
+    expect(page.locator(".section[data-name=others] .field:visible")).to_have_count(1)
+    page.get_by_label("Merge", exact=True).fill("3")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_text("at most 0.75")).to_be_visible()
+
+
+def test_a_new_setting_has_a_field(browser: Browser, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = site.service.schema()
+    schema["properties"]["sparkle"] = {"type": "number", "minimum": 0, "maximum": 1, "description": "Glitter."}
+    monkeypatch.setattr(site.service, "schema", lambda: schema)
+    page = visit(browser, site)
+    page.locator("summary", has_text="All settings").click()
+    expect(page.get_by_label("Sparkle", exact=True)).to_be_visible()
+    page.close()
+
+
+def test_the_keyboard_reaches_all_and_a_narrow_screen_shows_all(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.get_by_label("Prompt", exact=True).focus()
+    order = []
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText"))
+    assert order == ["Negative prompt", "Width", "⇄", "Height", "Steps", "Guidance", "Scheduler", "Images", "Seed"]
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+
+
+def test_a_key_is_asked_for(browser: Browser, site: Site) -> None:
+    running = serving(site.service, "hunter-22")
+    page = browser.new_page()
+    page.goto(next(running))
+    for key in ("wrong-key", "hunter-22"):
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Open").click()
+    fill(page, Prompt="a fox", Seed="7")
+    page.keyboard.press("Control+Enter")
+    finished(page, 1)
+    page.reload()
+    finished(page, 1)  # with the key of the session
+    assert page.evaluate("localStorage.length") == 0
+    page.close()
+    next(running, None)
