@@ -14,6 +14,7 @@ from ldm.data.places import check_place
 from ldm.errors import LdmError, first_line
 from ldm.weights.builtin import builtin
 from ldm.weights.names import HUB_ID
+from pipelines.axes import values_of
 from pipelines.settings import ADAPTERS, LOADING, Setting, at, checked, every_row, find, renamed
 from pipelines.translation import TRANSLATED
 
@@ -96,7 +97,7 @@ def sweep_of(text: str) -> tuple[str, tuple[Value, ...]]:
     if row.name in ("size", "width", "height"):
         raise LdmError(f"--sweep {name}: all images of an evaluation have one size; use --with")
     try:
-        found = tuple(_swept(row, value.strip()) for value in values.split(","))
+        found = tuple(_swept(row, value) for value in values_of(values))
     except LdmError:
         found = ()
     if len(set(found)) < len(found) or not found:
