@@ -10,13 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from os import PathLike
 from typing import Any
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, listing
 from pipelines.jobs import Job
 from pipelines.mixes import LARGEST, wanted
 from pipelines.settings import LOADING, TEXT, Setting, at, checked, every_row, find, number, parsed, plain, shown
@@ -38,6 +39,11 @@ class SheetAxis:
     called: str  # for errors, such as "--xy steps"
     labels: tuple[str, ...]  # one for each value
     values: tuple[Mapping[str, Any], ...]  # the settings that each changes, by our names
+
+    @property
+    def names(self) -> set[str]:
+        """The settings that its values change."""
+        return {name for value in self.values for name in value}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -70,12 +76,14 @@ def parsed_axes(texts: Sequence[str]) -> tuple[SheetAxis, ...]:
         if not (name and equals and values):
             raise LdmError(f"--xy {text!r}: write NAME=VALUE,VALUE, such as steps=10,20")
         called = f"--xy {name}"
-        row = _row(name, called)
+        row, own = _named(name, called)
         try:
             parts = values_of(values)
         except LdmError as error:
             raise LdmError(f"{called}: {error}") from None
-        found.append(_axis(row, called, parts, [_parsed(row, name, part, called) for part in parts]))
+        if row.kind is not TEXT and "" in parts:
+            raise LdmError(f"{called}={values}: a value is empty; leave out the comma beside it")
+        found.append(_axis(row, called, parts, [_parsed(row, own, part, called) for part in parts]))
     return _together(found, texts)
 
 
@@ -88,7 +96,7 @@ def given_axes(given: Mapping[str, Sequence[Any]]) -> tuple[SheetAxis, ...]:
     found = []
     for name, values in given.items():
         called = f"axes: {name}"
-        row = _row(name, called)
+        row, _ = _named(name, called)
         if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence) or not values:
             raise LdmError(f"{called} {shown(values)}: a list of values is needed")
         parts = [_checked(row, name, value) for value in values]
@@ -96,21 +104,19 @@ def given_axes(given: Mapping[str, Sequence[Any]]) -> tuple[SheetAxis, ...]:
     return _together(found, list(given))
 
 
-def _row(name: str, called: str) -> Setting:
-    """The setting of an axis, by the name of its option or by any of its names."""
-    rows = (*every_row(), *DERIVED)
-    flags = {row.flag.removeprefix("--"): row for row in every_row() if row.flag.startswith("--")}
-    row = flags.get(name.replace("_", "-"))
-    return find(row.name if row else name, "axis", called, rows)
+def _named(name: str, called: str) -> tuple[Setting, str]:
+    """The setting of an axis, by the name of its option or by any of its names; and which of its names that is."""
+    rows, option = (*every_row(), *DERIVED), f"--{name.replace('_', '-')}"
+    own = next((row.name for row in rows if row.option == option), name.replace("-", "_"))
+    return find(own, "axis", called, rows), own
 
 
 def _parsed(row: Setting, name: str, text: str, called: str) -> dict[str, Any]:
-    """The settings that a text stands for, with the errors of the option."""
+    """The settings that a text stands for; `name` is one of the setting's names."""
     if row in DERIVED:
         return {row.name: row.parse(text, called)}
-    rows = at("shell", every_row())
-    own = row.name if row.option == f"--{name.replace('_', '-')}" else name.replace("-", "_")
-    return _by_kind(parsed({own: [text] if row.kind.joined else text}, rows), "shell")
+    given = {name: [text] if row.kind.joined else text}
+    return _by_kind(parsed(given, at("shell", every_row()), {name: called}), "shell")
 
 
 def _checked(row: Setting, name: str, value: Any) -> dict[str, Any]:
@@ -170,33 +176,35 @@ def _together(axes: list[SheetAxis], given: Sequence[str]) -> tuple[SheetAxis, .
             f"a sheet has one setting for its columns and one for its rows; leave out {', '.join(given[MOST:])}"
             if axes else "no axis: name a setting and its values"
         )  # fmt: skip
-    for one, other in product(*(axis.values for axis in axes)) if len(axes) == MOST else ():
-        twice = [name for name in one if name in other and one[name] != other[name]]
-        if twice or one == other:
-            names = " and ".join(axis.called for axis in axes)
-            raise LdmError(f"{names} both set {', '.join(twice or one)}; leave one out")
+    if len(axes) == MOST and (twice := sorted(axes[0].names & axes[1].names)):
+        names = " and ".join(axis.called for axis in axes)
+        raise LdmError(f"{names} both set {', '.join(twice)}; leave one out")
     return tuple(axes)
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def cells(axes: Sequence[SheetAxis], prompt: str | None, seed: int, base: Mapping[str, Any]) -> list[Job]:
+def cells(axes: Sequence[SheetAxis], prompt: str | None, seed: int | None, base: Mapping[str, Any]) -> list[Job]:
     """The images of a sheet, row after row.
 
     Args:
         axes: the columns', and perhaps the rows'.
         prompt: of all cells; None if an axis has it.
-        seed: of all cells, unless an axis has seeds.
-        base: the checked settings of all cells, in which words are replaced and which have the adapter of a weight.
+        seed: of all cells; None if an axis has it, or for a random one.
+        base: the checked settings of all cells and of loading their models.
 
     Raises:
-        LdmError: there is no prompt, or one in vain; or nothing to replace, or no adapter to weigh.
+        LdmError: there is no prompt, or an axis sets what is given already; or nothing to replace, or no adapter to
+            weigh.
     """
-    named = any("prompt" in value for axis in axes for value in axis.values)
-    if named == (prompt is not None):
-        raise LdmError("the axis has the prompts; leave the other one out" if named else
-                       "no prompt: give one, or an axis prompt=…")  # fmt: skip
+    given = base.keys() | ({"prompt"} if prompt is not None else set()) | ({"seed"} if seed is not None else set())
+    for axis in axes:
+        if twice := sorted(axis.names & given):
+            raise LdmError(f"{axis.called}: {listing(twice)} is given besides the axis; leave one out")
+    if prompt is None and not any("prompt" in axis.names for axis in axes):
+        raise LdmError("no prompt: give one, or an axis prompt=…")
+    seed = secrets.randbelow(2**32) if seed is None else seed
     found: list[Job] = []
     rows: list[tuple[str, Mapping[str, Any]]] = [("", {})]
     if len(axes) == MOST:

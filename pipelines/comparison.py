@@ -6,7 +6,6 @@ found.image().save("fox.png")
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +18,8 @@ from ldm.sheets import labelled, layout
 from pipelines.axes import cells, given_axes, sheet_labels
 from pipelines.groups import Group, by_model, checked_groups, images_of, planned_groups
 from pipelines.pipeline import Pipeline
-from pipelines.provenance import provenance
+from pipelines.provenance import SHEET, provenance
 from pipelines.settings import LOADING, at, checked, renamed
-
-SHEET = "xy"  # the key of a sheet's record that holds its labels and cells
 
 
 @dataclass
@@ -87,7 +84,7 @@ def compare(
     common = checked({name: value for name, value in taken.items() if name not in loading}, "python")
     if wrong := [name for name in ("n", "prompt") if name in common]:
         raise LdmError(f"{wrong[0]}: a comparison has one prompt and one image in each cell; leave it out")
-    jobs = cells(known, prompt, secrets.randbelow(2**32) if seed is None else seed, common)
+    jobs = cells(known, prompt, seed, {**common, **loading})
     if pipeline is not None and (loading or any(job.loading for job in jobs)):
         raise LdmError("pipeline is a loaded model: leave it out, or the settings of loading")
     found = Sheet(*sheet_labels(known))

@@ -26,6 +26,7 @@ ABOUT = {
     "image_encoder",
     "image_encoder_hash",
 }  # keys of a record that are no settings
+SHEET = "xy"  # the key of a sheet's record that holds its labels and cells
 
 
 def provenance(loading: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Any]:
@@ -59,8 +60,10 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     """The settings of the call in our own record, without images.
 
     Raises:
-        LdmError: the record has unknown settings, or is damaged.
+        LdmError: the record is that of a sheet, has unknown settings, or is damaged.
     """
+    if SHEET in record:
+        raise LdmError("the image is a sheet with labels (--xy), of many settings; take one of its images")
     keys = {row.key.partition(".")[0] for row in at("record").values()}
     unknown = sorted(record.keys() - keys - {row.key for row in at("record", LOADING).values()} - ABOUT)
     if unknown:

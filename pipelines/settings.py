@@ -741,14 +741,19 @@ def image_prompts(values: Mapping[str, Any]) -> tuple[ImagePrompt, ...]:
     return tuple(found)
 
 
-def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:
+def parsed(
+    given: Mapping[str, Any], rows: Mapping[str, Setting], called: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Settings from the command line: texts as values within their bounds; those that are not given are left out.
+
+    Messages call each by its option, unless `called` says otherwise.
 
     Raises:
         LdmError: a text has no meaning, or a value is not allowed.
     """
     values: dict[str, Any] = {}
-    called = {name: row.option_of(name) for row in rows.values() for name in (row.name, *row.names)}
+    options = {name: row.option_of(name) for row in rows.values() for name in (row.name, *row.names)}
+    called = {**options, **(called or {})}
     for row in rows.values():
         for name in (row.name, *row.names):
             value = given.get(name)

@@ -133,9 +133,8 @@ def make_cells(options: Options) -> list[Job]:
         raise LdmError("--xy makes a sheet of its own; leave out --grid")
     if processes() > 1:
         raise LdmError("--xy makes its sheet in one process; start it without a launcher")
-    seed = options.settings.get("seed")
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    return cells(options.xy, options.prompts[0] if options.prompts else None, seed, options.common)
+    prompt = options.prompts[0] if options.prompts else None
+    return cells(options.xy, prompt, options.settings.get("seed"), {**options.common, **options.loading})
 
 
 def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -16,9 +16,9 @@ from ldm.files import file_digest
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
 from pipelines.a1111 import embeddings_of, from_parameters, listed
-from pipelines.comparison import SHEET, sheet_of
+from pipelines.comparison import sheet_of
 from pipelines.image_prompts import from_record
-from pipelines.provenance import settings_of
+from pipelines.provenance import SHEET, settings_of
 from pipelines.request import TEXTS
 from pipelines.settings import LOADING, at
 from pipelines.tuning import typed

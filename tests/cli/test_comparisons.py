@@ -147,7 +147,8 @@ def test_the_plan_of_a_sheet_is_printed_and_nothing_made(ldm: Any, tmp_path: Pat
         (["a", "--xy", "steps=1,2", "--grid"], "--xy makes a sheet of its own; leave out --grid"),
         (["a", "--xy", "steps=1,2", "seed=1", "guidance=3"], "one for its rows; leave out guidance=3"),
         (["--xy", "steps=1,2"], "no prompt: give one, or an axis prompt="),
-        (["a", "--xy", "prompt=b,c"], "the axis has the prompts; leave the other one out"),
+        (["a", "--xy", "prompt=b,c"], "--xy prompt: prompt is given besides the axis; leave one out"),
+        (["a", "--steps", "3", "--xy", "steps=1,2"], "--xy steps: steps is given besides the axis"),
         (["a", "--xy", "steps=1,2", "--out", "no/s.png"], "does not exist; create it first"),
         (["a", "--xy", "steps=1,2", "size=64,33"], "cell steps 1, size 33: width 33: a multiple of 8"),
         (["a", "--xy", "model=nowhere,emoji"], "nowhere does not exist; give a model folder"),
@@ -163,7 +164,7 @@ def test_wrong_sheets_get_one_line(
     monkeypatch.setattr("ldm.cli.making.Pipeline", None)
     (tmp_path / "p.txt").write_text("a\n")
     named = [word.replace("SDXL", str(models / "sdxl")).replace("SD15", str(models / "sd15")) for word in arguments]
-    code, out, err = ldm("generate", *named)
+    code, out, err = ldm("generate", *named, model=None if any(word.startswith("model=") for word in named) else "sd15")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert message in err
     assert not list(tmp_path.rglob("*.png"))

@@ -43,13 +43,16 @@ def test_an_axis(text: str, labels: list[str], values: list[dict[str, Any]]) -> 
         (["steps="], "--xy 'steps=': write NAME=VALUE"),
         (["=3"], "--xy '=3': write NAME=VALUE"),
         (["stepps=1"], "--xy stepps is not known; did you mean steps"),
-        (["steps=1,x"], "--steps 'x': a whole number from 1"),
-        (["steps=1,"], "--steps '': a whole number from 1"),
-        (["steps=1,0"], "--steps 0: a whole number from 1"),
+        (["steps=1,x"], "--xy steps 'x': a whole number from 1"),
+        (["steps=1,"], "--xy steps=1,: a value is empty"),
+        (["model=,emoji"], "--xy model=,emoji: a value is empty"),
+        (["sampling-steps=1,0"], "--xy sampling-steps 0: a whole number from 1"),
+        (["lora=a:x:y"], "--xy lora 'a:x:y': "),
         (["steps=3,3"], "--xy steps: each value once, not 3, 3"),
         (["steps=1", "seed=1", "guidance=1,2"], "one for its rows; leave out guidance=1,2"),
         (["steps=1,2", "sampling-steps=3"], "--xy steps and --xy sampling-steps both set steps; leave one out"),
         (["width=64", "size=72"], "--xy width and --xy size both set width"),
+        (["sampler=DPM++ 2M Karras,ddim", "spacing=karras"], "--xy sampler and --xy spacing both set spacing"),
         (["n=1,2"], "--xy n is not taken here: a cell has one image; compare seeds"),
         (["batch=1"], "--xy batch is not taken here: cells that differ in texts and seeds alone share a batch"),
         (["quick=true"], "--xy quick is not taken here: plain layers"),
@@ -101,7 +104,7 @@ def test_every_setting_is_an_axis_or_says_why_not() -> None:
 
 
 def test_cells_stand_row_after_row_and_columns_come_first() -> None:
-    jobs = cells(parsed_axes(["steps=1,2", "seed=5,6"]), "a fox", 9, {})
+    jobs = cells(parsed_axes(["steps=1,2", "seed=5,6"]), "a fox", None, {})
     assert [(job.index, dict(job.settings), job.seed) for job in jobs] == [
         (0, {"steps": 1}, 5), (1, {"steps": 2}, 5), (2, {"steps": 1}, 6), (3, {"steps": 2}, 6),
     ]  # fmt: skip
@@ -127,7 +130,10 @@ def test_the_adapter_has_the_weight_of_its_cell() -> None:
     ("texts", "prompt", "base", "message"),
     [
         (["steps=1"], None, {}, "no prompt: give one, or an axis prompt="),
-        (["prompt=a,b"], "c", {}, "the axis has the prompts; leave the other one out"),
+        (["prompt=a,b"], "c", {}, "--xy prompt: prompt is given besides the axis; leave one out"),
+        (["seed=1,2"], "c", {}, "--xy seed: seed is given besides the axis"),
+        (["size=64,72"], "c", {"width": 64, "steps": 2}, "--xy size: width is given besides the axis"),
+        (["model=a,b"], "c", {"source": "a"}, "--xy model: source is given besides the axis"),
         (["replace=dog,cat"], "a fox", {}, "--xy replace 'dog': the prompts do not have it; the first value is what"),
         (["lora-weight=1"], "a fox", {}, "the axis lora_weight needs one adapter .*, and has 0"),
         (["lora-weight=1"], "a", {"adapters": (("a", 1.0), ("b", 1.0))}, "and has 2"),
