@@ -186,6 +186,12 @@ class FlagField extends Field {
     this.control.checked = value ?? this.schema.default ?? false;
   }
 
+  read(text) {
+    const value = { on: true, true: true, yes: true, off: false, false: false, no: false }[text.toLowerCase()];
+    if (value === undefined) throw this.wrong("on or off is needed");
+    return value;
+  }
+
   get() {
     return this.control.checked === (this.schema.default ?? false) ? undefined : this.control.checked;
   }

@@ -7,7 +7,7 @@ import { FieldError, LongTextField, fieldFor } from "./fields.js";
 import { StartImage } from "./start_image.js";
 
 const SAVED = "ldm-form";
-const USUAL = ["width", "height", "steps", "guidance", "scheduler", "n"];
+export const USUAL = ["width", "height", "steps", "guidance", "scheduler", "n"];
 const ELSEWHERE = ["prompt", "negative", "seed", "size", "image", "mask", "strength", "adapters", "control", "previews", "keep"];
 
 const same = (one, other) => JSON.stringify(one, plain) === JSON.stringify(other, plain);
@@ -120,12 +120,13 @@ export class Form {
 
   // --- values ---------------------------------------------------------------------------------------------------------
 
-  // The settings of a job. What is wrong is shown at its field, and undefined is returned.
-  values() {
+  // The settings of a job, whose prompt may come from elsewhere. What is wrong is shown at its field, and undefined is
+  // returned.
+  values(prompted = false) {
     this.problem.show("");
     try {
       const found = this.texts();
-      if (!found.prompt) throw new FieldError(this.prompt, "a prompt is needed");
+      if (!found.prompt && !prompted) throw new FieldError(this.prompt, "a prompt is needed");
       return { ...found, ...this.imageValues() };
     } catch (error) {
       this.wrong(error);

@@ -65,18 +65,24 @@ function actions(image, acts, problem, more = []) {
 // A card of a finished image. A problem with it is shown on it.
 export function card(image, acts, more) {
   const problem = new Problem();
-  const thumbnail = h("img", { alt: "", draggable: true, decoding: "async" });
-  const view = h("button", { type: "button", class: "view", "aria-label": "Show large", onclick: () => show(image, acts, more) }, thumbnail);
+  const view = viewOf(image, acts, more);
   const caption = h("figcaption", {}, h("span", { class: "seed" }));
   const found = h("figure", { class: "card" }, view, caption, problem.element, actions(image, acts, problem, more));
-  fillCard(image, thumbnail, view, caption).catch((error) => {
+  fillCard(image, view, caption).catch((error) => {
     view.disabled = true;
     problem.show(error.message);
   });
   return found;
 }
 
-async function fillCard(image, thumbnail, view, caption) {
+// A button with the image, which shows it large.
+export function viewOf(image, acts, more) {
+  const thumbnail = h("img", { alt: "", draggable: true, decoding: "async" });
+  return h("button", { type: "button", class: "view", "aria-label": "Show large", onclick: () => show(image, acts, more) }, thumbnail);
+}
+
+async function fillCard(image, view, caption) {
+  const thumbnail = view.firstChild;
   thumbnail.src = await image.load();
   const settings = await image.settings();
   thumbnail.alt = settings.prompt;

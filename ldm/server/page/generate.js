@@ -1,10 +1,11 @@
 // The tab that makes images: a form, the jobs on their way, and their images.
 
 import { json } from "./api.js";
-import { Problem, button, dataUrl, fileButton, h, takesDrops } from "./dom.js";
+import { button, dataUrl, fileButton, h, takesDrops } from "./dom.js";
 import { Form } from "./form.js";
 import { GalleryImage, VARIED, card } from "./gallery.js";
 import { Jobs, isOver } from "./jobs.js";
+import { Place } from "./place.js";
 
 const NARROW = "(max-width: 820px)"; // where images stand below the form
 
@@ -15,7 +16,7 @@ class Generate {
     this.results = h("div", { class: "results" });
     this.empty = h("p", { class: "quiet hint" }, "Images appear here. Ctrl+Enter makes one, Escape cancels.");
     this.cards = new Map(); // job -> the places of its images
-    this.jobs = new Jobs((job) => this.showJob(job), (job) => this.changed(job));
+    this.jobs = new Jobs("ldm-jobs", 3, (job) => this.showJob(job), (job) => this.changed(job));
     this.acts = {
       schema: app.settings,
       again: (image) => this.again(image),
@@ -25,7 +26,6 @@ class Generate {
       use: (image) => this.use(image),
     };
     panel.append(this.makeForm(), h("div", { class: "made" }, this.empty, this.results));
-    document.addEventListener("keydown", (event) => this.key(event));
     takesDrops(document.body, (file) => this.readBack(file));
     this.jobs.restore();
   }
@@ -180,50 +180,13 @@ class Generate {
   }
 }
 
-// The place of an image that is on its way, with its preview.
-class Place {
-  constructor(job, number, cancel) {
-    this.job = job;
-    this.number = number;
-    const { width = 1, height = 1 } = job.body;
-    this.preview = h("img", { alt: "", class: "preview", hidden: true });
-    this.frame = h("div", { class: "frame" }, this.preview);
-    this.frame.style.aspectRatio = `${width} / ${height}`;
-    this.bar = h("progress", { max: 1, "aria-label": "Progress" });
-    this.text = h("span", {});
-    this.cancelling = button("Cancel", cancel);
-    this.problem = new Problem();
-    this.element = h("figure", { class: "card waiting" }, this.frame, this.bar,
-      h("figcaption", {}, this.text, this.cancelling), this.problem.element);
-  }
-
-  update() {
-    const { job, number } = this;
-    const [step, steps] = job.steps.get(number) ?? [0, 1];
-    const { state, error } = job.state;
-    if (job.previews[number]) {
-      this.preview.src = job.previews[number];
-      this.preview.hidden = false;
-    }
-    this.bar.value = step / steps;
-    const running = step ? `step ${step} of ${steps}` : "begins";
-    this.text.textContent = job.lost ? "the server does not answer; trying again" : state === "running" ? running : state;
-    if (!isOver(job.state)) return;
-    this.cancelling.remove();
-    this.bar.hidden = true;
-    this.frame.hidden = !job.previews[number];
-    if (!this.closing) {
-      this.closing = button("×", () => this.element.remove(), { class: "icon", "aria-label": "Put away" });
-      this.element.querySelector("figcaption").append(this.closing);
-    }
-    if (state === "failed") this.problem.show(error);
-  }
-}
-
 export const generate = {
   name: "generate",
   title: "Generate",
   start(panel, app) {
     app.generate = new Generate(panel, app);
+  },
+  key(event, app) {
+    app.generate.key(event);
   },
 };

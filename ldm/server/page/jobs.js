@@ -2,16 +2,17 @@
 
 import { events, json } from "./api.js";
 
-const SAVED = "ldm-jobs";
-const STREAMS = 3; // at a time: browsers open six connections to a host, and others must find room
 const AGAIN_MS = 1500; // until a stream that broke is asked for again
 const KEPT = 100; // jobs that are remembered
 
 export const isOver = (state) => ["done", "failed", "cancelled"].includes(state.state);
 
 export class Jobs {
-  // `show(job)` is called when a job is new, `changed(job)` after each event.
-  constructor(show, changed) {
+  // `saved` is their place in the session; `streams` are followed at a time: browsers open six connections to a host, and
+  // others must find room. `show(job)` is called when a job is new, `changed(job)` after each event.
+  constructor(saved, streams, show, changed) {
+    this.saved = saved;
+    this.streams = streams;
     this.show = show;
     this.changed = changed;
     this.all = [];
@@ -19,10 +20,10 @@ export class Jobs {
     this.queue = [];
   }
 
-  // Submit a job. Raises ApiError if the server does not take it.
-  async submit(body) {
+  // Submit a job, the image of a cell if it is of a grid. Raises ApiError if the server does not take it.
+  async submit(body, cell) {
     const state = await json("/v1/jobs", { method: "POST", body });
-    return this.add({ id: state.id, body, state });
+    return this.add({ id: state.id, body, state, cell });
   }
 
   add(job) {
@@ -48,7 +49,7 @@ export class Jobs {
 
   // Follow as many jobs as may be followed at a time.
   next() {
-    while (this.open < STREAMS && this.queue.length) {
+    while (this.open < this.streams && this.queue.length) {
       const job = this.queue.shift();
       this.open += 1;
       this.follow(job).finally(() => {
@@ -94,16 +95,16 @@ export class Jobs {
 
   save() {
     const kept = this.all.filter((job) => !["failed", "cancelled"].includes(job.state.state)).slice(-KEPT);
-    const saved = kept.map(({ id, body }) => ({ id, body: withoutImages(body) }));
-    sessionStorage.setItem(SAVED, JSON.stringify(saved, (_, part) => (typeof part === "bigint" ? String(part) : part)));
+    const saved = kept.map(({ id, body, cell }) => ({ id, body: withoutImages(body), cell }));
+    sessionStorage.setItem(this.saved, JSON.stringify(saved, (_, part) => (typeof part === "bigint" ? String(part) : part)));
   }
 
   // Find the jobs that the server still has.
   async restore() {
-    const saved = JSON.parse(sessionStorage.getItem(SAVED) ?? "[]");
+    const saved = JSON.parse(sessionStorage.getItem(this.saved) ?? "[]");
     const answers = await Promise.all(saved.map(({ id }) => json(`/v1/jobs/${id}`).catch(() => undefined)));
     for (const [place, state] of answers.entries()) {
-      if (state) this.add({ id: state.id, body: saved[place].body, state, restored: true });
+      if (state) this.add({ ...saved[place], state, restored: true });
     }
     this.save();
   }

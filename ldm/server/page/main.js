@@ -12,6 +12,7 @@ function announce(text) {
 }
 
 function open(name, app) {
+  app.tab = TABS.find((tab) => tab.name === name);
   for (const tab of TABS) {
     const chosen = tab.name === name;
     const head = document.getElementById(`tab-${tab.name}`);
@@ -53,6 +54,7 @@ async function start() {
       tab.start(panel, app);
     }
     heads.addEventListener("keydown", (event) => onArrow(event, app));
+    document.addEventListener("keydown", (event) => app.tab.key?.(event, app));
     const wanted = location.hash.slice(1);
     open(TABS.some((tab) => tab.name === wanted) ? wanted : TABS[0].name, app);
   } catch (error) {
