@@ -1,4 +1,4 @@
-"""The page in a browser: a visitor makes images, cancels, paints a mask, varies, drops a file, finds images again.
+"""The page in a browser: a visitor makes images, cancels, paints, varies, drops a file, finds images again, compares.
 
 No console has an error, and no request leaves the host.
 """
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import adapter_files
 import pytest
@@ -23,6 +24,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from ldm.server.api import make_app
+from ldm.server.engine import NotTakenError
 from ldm.server.history import History
 from ldm.server.limits import Limits
 from ldm.server.service import NoteHandler, Service
@@ -273,6 +275,127 @@ def test_the_keyboard_reaches_all_and_a_narrow_screen_shows_all(page: Page) -> N
     assert order == ["Negative prompt", "Width", "⇄", "Height", "Steps", "Guidance", "Scheduler", "Images", "Seed"]
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
+
+
+# --- the tab that compares --------------------------------------------------------------------------------------------
+
+
+def axes(page: Page, columns: str, across: str, rows: str = "", down: str = "") -> None:
+    """Choose a setting with its values for the columns, and for the rows, of the open tab."""
+    for title, name, values in (("Columns", columns, across), ("Rows", rows, down)):
+        page.get_by_label(title, exact=True).select_option(name)
+        if name:
+            page.get_by_label(f"Values of the {title.lower()}").fill(values)
+
+
+def counted(page: Page, text: str) -> None:
+    expect(page.locator("#panel-compare").get_by_role("status")).to_have_text(text, timeout=PATIENCE_MS)
+
+
+def test_a_visitor_compares(page: Page, site: Site, tmp_path: Path) -> None:
+    """Four cells, of which one is cancelled; the sheet; a cell's settings; and the same after a reload."""
+    fill(page, Prompt="a fox", Seed="5")
+    page.get_by_role("tab", name="Compare").click()
+    axes(page, "steps", "2, 300", "guidance", "1,3")
+    page.keyboard.press("Control+Enter")
+    cells = page.locator(".cells tbody td")
+    cells.last.get_by_role("button", name="Cancel").click()
+    counted(page, "3 of 4 images")
+    expect(page.locator("#said")).to_have_text("The grid is done: 3 of 4 images.")
+    assert page.locator(".cells th").all_inner_texts() == ["steps 2", "steps 300", "guidance 1", "guidance 3"]
+    expect(cells.last).to_contain_text("cancelled")
+    made = list(site.service.jobs.values())[-4:]
+    images = [job.made[0] for job in made if job.made[0] is not None]
+    found = {(one.record["steps"], one.record["guidance"]["scale"]): one.image for one in images}
+    assert found.keys() == {(2, 1), (300, 1), (2, 3)}
+    assert {one.record["seed"] for one in images} == {5} and sorted(job.state for job in made) == [
+        "cancelled",
+        *["done"] * 3,
+    ]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download sheet").click()
+    assert download.value.suggested_filename == "grid-5.png"
+    download.value.save_as(tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
+    whole = {(x, y): sheet.getpixel((x, y)) for x in range(sheet.width) for y in range(sheet.height)}
+    right, bottom = sheet.width, sheet.height  # labels are at least 96 pixels wide, and images of 64 in their middle
+    assert whole[right - 1, bottom - 1] == whole[right - 96, bottom - 64] == (211, 211, 211)
+    box = (right - 2 * 96 - 4 + 16, bottom - 2 * 64 - 4, right - 96 - 4 - 16, bottom - 64 - 4)
+    assert sheet.crop(box).tobytes() == found[2, 1].convert("RGB").tobytes()
+    page.reload()
+    counted(page, "3 of 4 images")
+    expect(page.get_by_label("Values of the columns")).to_have_value("2, 300")
+    cells.nth(2).get_by_role("button", name="Show large").click()
+    assert re.search(r"steps\s+2\s", page.locator("dialog dl").inner_text())
+    page.locator("dialog").get_by_role("button", name="As start").click()
+    expect(page.get_by_alt_text("The image to start from")).to_be_visible()
+
+
+def test_words_weights_and_what_the_server_refuses(page: Page, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, asked = site.service.accept, []
+
+    def once_full(given: dict[str, Any], *more: Any) -> Any:
+        asked.append(given)
+        if len(asked) == 1:
+            raise NotTakenError("too many images wait")
+        return accept(given, *more)
+
+    monkeypatch.setattr(site.service, "accept", once_full)
+    fill(page, Prompt="a fox", Steps="1", Seed="5")
+    page.get_by_role("tab", name="Compare").click()
+    axes(page, "replace", 'fox, "cat, oil"', "adapter style", "0, 0.5")
+    page.get_by_role("button", name="Make grid").click()
+    counted(page, "4 of 4 images")
+    bodies = {(one["prompt"], one["adapters"]["style"]) for one in asked}
+    assert bodies == {("a fox", 0), ("a fox", 0.5), ("a cat, oil", 0), ("a cat, oil", 0.5)} and len(asked) == 5
+    axes(page, "width", "64, 65")
+    page.get_by_role("button", name="Make grid").click()
+    counted(page, "1 of 2 images")
+    expect(page.locator(".cells td").last).to_contain_text("a multiple of 8")
+    refused = ("400 (Bad Request)", "503 (Service Unavailable)")
+    site.problems[:] = [line for line in site.problems if not any(one in line for one in refused)]
+
+
+def test_what_is_no_grid(page: Page) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_text("choose a setting for the columns")).to_be_visible()
+    hundred = ", ".join(map(str, range(1, 101)))
+    for columns, across, rows, down, message in (
+        ("steps", "1, x", "", "", "a whole number is needed"),
+        ("steps", "", "", "", "values are needed"),
+        ("steps", "1,", "", "", "a value is empty"),
+        ("steps", "1, 1", "", "", "each value once"),
+        ("steps", "1, 2", "steps", "3", "columns and rows both set steps"),
+        ("width", "64", "size", "64, 72", "columns and rows both set width"),
+        ("steps", hundred, "guidance", hundred, "10,000 cells; at most 100"),
+        ("prompt", '"a fox, oil, a cat', "", "", "a value with commas stands in double quotes"),
+        ("weights", "off, maybe", "", "", "on or off is needed"),
+        ("prompt", "a fox", "replace", "dog, cat", "do not have “dog”"),
+    ):
+        axes(page, columns, across, rows, down)
+        page.keyboard.press("Control+Enter")
+        expect(page.get_by_role("alert").filter(has_text=message)).to_be_visible()
+    axes(page, "steps", "1, 2")
+    page.keyboard.press("Control+Enter")  # without a prompt
+    expect(page.get_by_text("a prompt is needed")).to_be_visible()
+
+
+def test_a_grid_is_cancelled_together_and_scrolls_on_a_narrow_screen(page: Page, site: Site) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    fill(page, Prompt="a fox", Steps="800")
+    page.get_by_role("tab", name="Compare").click()
+    axes(page, "guidance", "1, 2, 3, 4, 5, 6")
+    page.keyboard.press("Control+Enter")
+    page.locator(".cells img.preview:visible").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.keyboard.press("Escape")
+    expect(page.locator(".cells td", has_text="cancelled")).to_have_count(6, timeout=PATIENCE_MS)
+    assert all(job.over.wait(60) for job in site.service.jobs.values())
+    page.locator(".cells").get_by_role("button", name="Make").last.click()
+    page.locator(".cells img.preview:visible").first.wait_for()
+    page.get_by_role("button", name="Cancel all").click()
+    expect(page.locator(".cells td", has_text="cancelled")).to_have_count(6, timeout=PATIENCE_MS)
 
 
 def test_a_key_is_asked_for(browser: Browser, site: Site) -> None:

@@ -152,7 +152,7 @@ class Compare {
 
   async cancel(cells = this.left) {
     for (const cell of cells) if (!cell.job.id) cell.end("cancelled");
-    this.tell();
+    this.next();
     try {
       await Promise.all(cells.filter((cell) => !cell.over).map((cell) => this.jobs.cancel(cell.job)));
     } catch (error) {
