@@ -87,7 +87,8 @@ def visit(browser: Browser, site: Site, address: str = "") -> Page:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE_MS)
     address = address or site.address
-    page.on("console", lambda said: site.problems.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("console", lambda said: site.problems.append(f"{said.text} {said.location.get('url')}")
+            if said.type in ("error", "warning") else None)  # fmt: skip
     page.on("pageerror", lambda error: site.problems.append(str(error)))
     page.on("request", lambda asked: None if asked.url.startswith((address, "blob:", "data:")) else
             site.problems.append(asked.url))  # fmt: skip

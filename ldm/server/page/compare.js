@@ -233,6 +233,7 @@ class Cell {
     this.grid = grid;
     this.place = h("td", {});
     this.stand({});
+    this.sent = true; // there is nothing to send yet
   }
 
   // Stand for settings that no job has yet.
