@@ -31,7 +31,7 @@ function settingAxis(name, schema, form) {
     name, title: words(name), sets: name === "size" ? ["size", "width", "height"] : [name], isText,
     help: [schema.description, names.length && `Known: ${names.join(", ")}.`].filter(Boolean).join(" "),
     usual: schema.type === "boolean" ? "off, on" : "",
-    read: (text) => field.read(text),
+    read: (text) => (name === "size" ? text : field.read(text)), // a side, or WIDTHxHEIGHT
     label: (text) => (name === "prompt" ? text : `${words(name)}${isText ? ":" : ""} ${text}`),
     put: ({ width, height, ...body }, value) => ({ ...body, ...(name === "size" ? {} : { width, height }), [name]: value }),
   };
