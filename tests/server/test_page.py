@@ -140,7 +140,8 @@ def test_a_visitor_makes_images_and_finds_them_again(page: Page, site: Site) -> 
     about = page.locator("dialog dl").inner_text()
     assert re.search(r"adapters\s+style 0.5", about) and re.search(r"seed\s+41", about) and "rescale" not in about
     page.keyboard.press("Escape")
-    page.get_by_role("tab", name="Generate").press("ArrowRight")
+    for name in ("Generate", "Compare"):
+        page.get_by_role("tab", name=name).press("ArrowRight")
     expect(page.locator("#panel-history .card")).to_have_count(2, timeout=PATIENCE_MS)
     page.get_by_label("Search").fill("42 FOX")
     expect(page.locator("#panel-history .card")).to_have_count(1, timeout=PATIENCE_MS)
@@ -297,18 +298,18 @@ def test_a_visitor_compares(page: Page, site: Site, tmp_path: Path) -> None:
     """Four cells, of which one is cancelled; the sheet; a cell's settings; and the same after a reload."""
     fill(page, Prompt="a fox", Seed="5")
     page.get_by_role("tab", name="Compare").click()
-    axes(page, "steps", "2, 300", "guidance", "1,3")
+    axes(page, "steps", "2, 100", "guidance", "1,3")
     page.keyboard.press("Control+Enter")
     cells = page.locator(".cells tbody td")
     cells.last.get_by_role("button", name="Cancel").click()
     counted(page, "3 of 4 images")
     expect(page.locator("#said")).to_have_text("The grid is done: 3 of 4 images.")
-    assert page.locator(".cells th").all_inner_texts() == ["steps 2", "steps 300", "guidance 1", "guidance 3"]
+    assert page.locator(".cells th").all_inner_texts() == ["steps 2", "steps 100", "guidance 1", "guidance 3"]
     expect(cells.last).to_contain_text("cancelled")
     made = list(site.service.jobs.values())[-4:]
     images = [job.made[0] for job in made if job.made[0] is not None]
     found = {(one.record["steps"], one.record["guidance"]["scale"]): one.image for one in images}
-    assert found.keys() == {(2, 1), (300, 1), (2, 3)}
+    assert found.keys() == {(2, 1), (100, 1), (2, 3)}
     assert {one.record["seed"] for one in images} == {5} and sorted(job.state for job in made) == [
         "cancelled",
         *["done"] * 3,
@@ -325,7 +326,7 @@ def test_a_visitor_compares(page: Page, site: Site, tmp_path: Path) -> None:
     assert sheet.crop(box).tobytes() == found[2, 1].convert("RGB").tobytes()
     page.reload()
     counted(page, "3 of 4 images")
-    expect(page.get_by_label("Values of the columns")).to_have_value("2, 300")
+    expect(page.get_by_label("Values of the columns")).to_have_value("2, 100")
     cells.nth(2).get_by_role("button", name="Show large").click()
     assert re.search(r"steps\s+2\s", page.locator("dialog dl").inner_text())
     page.locator("dialog").get_by_role("button", name="As start").click()
