@@ -320,16 +320,6 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in numbers.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
-def grid(images: Sequence[Image.Image], columns: int = 0) -> Image.Image:
-    """A contact sheet of images; by default with about as many columns as rows."""
-    columns = columns or int(np.ceil(np.sqrt(len(images))))
-    width, height = (max(image.size[side] for image in images) for side in (0, 1))
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * width, index // columns * height))
-    return sheet
-
-
 def png_bytes(image: Image.Image, settings: Mapping[str, Any] | None = None, parameters: str = "") -> bytes:
     """A PNG, with our settings as JSON and AUTOMATIC1111's parameters in its metadata."""
     info = PngImagePlugin.PngInfo()

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.errors import LdmError, listing
 from ldm.sampling.scheduler_names import SAMPLERS, SPACINGS
+from pipelines.axes import SHEET
 from pipelines.mixes import from_tags, to_hashes, to_tags
 from pipelines.settings import every_row, expanded
 
@@ -29,7 +30,9 @@ _PAIR = re.compile(r"""\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|\{[^{}]{0,9999}\
 
 
 def to_parameters(record: Mapping[str, Any]) -> str:
-    """An image's record as the text of AUTOMATIC1111: prompt, negative prompt, and a line of the rest."""
+    """An image's record as the text of AUTOMATIC1111: prompt, negative prompt, and a line of the rest; of a sheet nothing."""
+    if SHEET in record:
+        return ""
     found = expanded(record)
     found["size"] = f"{found['width']}x{found['height']}"
     samplers = {ours: theirs for theirs, ours in SAMPLERS.items()}

@@ -7,9 +7,9 @@ watermark. Its file is written by `encoded`, with the image's record, and signed
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageFilter
@@ -23,6 +23,7 @@ from pipelines.a1111 import to_parameters
 from pipelines.settings import LOADING, find
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 OPTIONS = ("watermark", "safety", "safety_action", "c2pa")  # of loading, which are those of `Finishing`
 PASSED, BLURRED, REFUSED = "passed", "blurred", "refused"  # what a record says, and what becomes of a flagged image
 _BLUR = 12  # the longer side of an image, in radii of the blur
@@ -35,6 +36,22 @@ class FlaggedError(LdmError):
         many = f"{len(seeds)} images, of seeds" if len(seeds) > 1 else "the image of seed"
         super().__init__(f"the safety checker flagged {many} {', '.join(map(str, seeds))}: refused")
         self.seeds = tuple(seeds)
+
+
+def in_turn(parts: Iterable[Iterable[T]]) -> Iterator[T]:
+    """What the parts of a list of images give, one after the other.
+
+    Raises:
+        FlaggedError: images of some were refused, after all parts are made.
+    """
+    refused: list[int] = []
+    for part in parts:
+        try:
+            yield from part
+        except FlaggedError as error:
+            refused += error.seeds
+    if refused:
+        raise FlaggedError(refused)
 
 
 class Finishing:

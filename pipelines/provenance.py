@@ -9,6 +9,7 @@ from typing import Any
 import ldm
 from ldm.errors import LdmError, listing
 from ldm.weights.builtin import DEFAULT, builtin
+from pipelines.axes import SHEET
 from pipelines.pipeline import Pipeline
 from pipelines.settings import LOADING, at
 from pipelines.tuning import room_of
@@ -61,8 +62,10 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     """The settings of the call in our own record, without images.
 
     Raises:
-        LdmError: the record has unknown settings, or is damaged.
+        LdmError: the record is that of a sheet, has unknown settings, or is damaged.
     """
+    if SHEET in record:
+        raise LdmError("the image is a sheet with labels (--xy), of many settings; take one of its images")
     keys = {row.key.partition(".")[0] for row in at("record").values()}
     unknown = sorted(record.keys() - keys - {row.key for row in at("record", LOADING).values()} - ABOUT)
     if unknown:

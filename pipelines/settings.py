@@ -26,6 +26,7 @@ DOORS = {
     "record": "a key of the record in an image",
     "eval": "a key of ldm eval --with",
     "http": "a key of a request to ldm serve",
+    "axis": "an axis of a comparison: ldm generate --xy",
 }
 LARGEST_SIDE = 16_384  # pixels
 LARGEST_SEED = 2**63 - 1
@@ -447,13 +448,15 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "n", whole(1, MOST_IMAGES), "Images of each prompt.", 1, flag="-n",
         names=("num_images_per_prompt", "images_per_prompt", "num_images", "n_iter", "n_samples", "batch_count"),
-        closed={"record": "a record is of one image", "eval": "its own -n says how many"},
+        closed={"record": "a record is of one image", "eval": "its own -n says how many",
+                "axis": "a cell has one image; compare seeds"},
     ),
     Setting(
         "batch", whole(1, MOST_IMAGES), "Images made at a time.", Elsewhere("as many as keep the device busy"),
         names=("batch_size",),
         closed={"list": "lines with the same settings share a batch", "record": "batch and place say what was made "
-                "together", "eval": "its own --batch says how many"},
+                "together", "eval": "its own --batch says how many", "axis": "cells that differ in texts and seeds "
+                "alone share a batch"},
     ),
     Setting("steps", whole(1, MOST_STEPS), "Steps of the scheduler; the built-in model 20, others 30.", FAMILY,
             names=("num_inference_steps", "ddim_steps", "sample_steps", "sampling_steps"), a1111="Steps"),
@@ -573,7 +576,8 @@ LOADING: tuple[Setting, ...] = (
             "Attention kernel: sdpa, math, cpu, flash, efficient, cudnn, xformers or flash-attn; auto is the best.",
             "auto", closed=ONE_MODEL),
     Setting("quick", FLAG, "Fused layers in place of plain ones.", True,
-            closed=dict.fromkeys(("shell", "list", "record", "eval"), "plain layers are for comparing: ldm bench")),
+            closed=dict.fromkeys(("shell", "list", "record", "eval", "axis"),
+                                 "plain layers are for comparing: ldm bench")),
     Setting("compile", FLAG, "Compile the networks first: for many images.", False, closed=ONE_MODEL),
     Setting("quantize", choice("int8", "int8-weights", "fp8"),
             "Quantisation of linear layers by torchao: int8, int8-weights or fp8.", closed=ONE_MODEL),
@@ -608,7 +612,8 @@ LOADING: tuple[Setting, ...] = (
     Setting("safety_action", choice("blur", "refuse"), "What becomes of an image that the safety checker flags.",
             Elsewhere("blur"), closed=ONE_MODEL | {"record": "safety there says what became of the image"}),
     Setting("c2pa", SIGNING, "Sign images as made by a model: C2PA manifests, with a certificate chain and its key.",
-            closed=ONE_MODEL | {"record": "the manifest says who signed it", "eval": "its images are not given away"}),
+            closed=ONE_MODEL | {"record": "the manifest says who signed it", "eval": "its images are not given away",
+                                "axis": "a sheet and its images are signed by one"}),
     Setting("allow_pickle", FLAG, "Read tensors, and nothing else, from .ckpt and .bin.", False,
             closed=ONE_MODEL | {"record": "it must be allowed each time"}),
 )  # fmt: skip
@@ -751,14 +756,19 @@ def image_prompts(values: Mapping[str, Any]) -> tuple[ImagePrompt, ...]:
     return tuple(found)
 
 
-def parsed(given: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:
+def parsed(
+    given: Mapping[str, Any], rows: Mapping[str, Setting], called: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Settings from the command line: texts as values within their bounds; those that are not given are left out.
+
+    Messages call each by its option, unless `called` says otherwise.
 
     Raises:
         LdmError: a text has no meaning, or a value is not allowed.
     """
     values: dict[str, Any] = {}
-    called = {name: row.option_of(name) for row in rows.values() for name in (row.name, *row.names)}
+    options = {name: row.option_of(name) for row in rows.values() for name in (row.name, *row.names)}
+    called = {**options, **(called or {})}
     for row in rows.values():
         for name in (row.name, *row.names):
             value = given.get(name)

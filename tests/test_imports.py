@@ -15,7 +15,7 @@ from modules import ROOT, SOURCES, imports
 MODELS = {"ldm.models"}
 LOW = MODELS | {
     "ldm.process", "ldm.families", "ldm.weights", "ldm.sampling", "ldm.patches", "ldm.runtime", "ldm.runtime.kernels",
-    "ldm.images", "ldm.files", "ldm.caches", "ldm.conditions", "ldm.threads",
+    "ldm.images", "ldm.sheets", "ldm.files", "ldm.caches", "ldm.conditions", "ldm.threads",
     "ldm.launch", "ldm.limits", "ldm.signing", "ldm.watermark",
 }  # fmt: skip
 BUNDLE = LOW | {"ldm.latent_diffusion"}
@@ -36,6 +36,7 @@ ALLOWED = {
     "ldm.runtime": LOW,
     "ldm.runtime.kernels": {"ldm.caches"},
     "ldm.images": LOW,
+    "ldm.sheets": set(),
     "ldm.signing": set(),
     "ldm.watermark": set(),
     "ldm.conditions": {"ldm.conditions", "ldm.images"},

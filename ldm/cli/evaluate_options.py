@@ -15,6 +15,7 @@ from ldm.errors import LdmError, first_line
 from ldm.evaluation.checks import check_numbers, check_published
 from ldm.weights.builtin import builtin
 from ldm.weights.names import HUB_ID
+from pipelines.axes import values_of
 from pipelines.settings import ADAPTERS, LOADING, Setting, at, checked, every_row, find, renamed
 from pipelines.translation import TRANSLATED
 
@@ -120,7 +121,7 @@ def sweep_of(text: str) -> tuple[str, tuple[Value, ...]]:
     if row.name in ("size", "width", "height"):
         raise LdmError(f"--sweep {name}: all images of an evaluation have one size; use --with")
     try:
-        found = tuple(_swept(row, value.strip()) for value in values.split(","))
+        found = tuple(_swept(row, value) for value in values_of(values))
     except LdmError:
         found = ()
     if len(set(found)) < len(found) or not found:

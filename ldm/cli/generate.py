@@ -5,7 +5,6 @@ PyTorch is imported once the options, the list of prompts and the paths are foun
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,13 +16,15 @@ from typing import Any
 
 from ldm.cli.common import to_png
 from ldm.errors import LdmError
+from ldm.launch import processes
 from ldm.signing import ManifestSigner
 from ldm.weights.builtin import GIVE_SAFETY_CHECKER, check_named
+from pipelines.axes import SheetAxis, cells
+from pipelines.jobs import IMAGES, Job
 from pipelines.settings import LOADING, at, checked
 
 TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
 LARGEST_FILE = 256 * 2**20
-IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Options:
     sheet: bool = False
     as_json: bool = False
     dry_run: bool = False
+    xy: tuple[SheetAxis, ...] = ()  # the settings of a comparison's columns and rows
 
     @property
     def common(self) -> dict[str, Any]:
@@ -46,28 +48,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image to make."""
-
-    index: int
-    prompt: str
-    seed: int
-    settings: tuple[tuple[str, Any], ...] = ()  # of its line alone
-    place: str = ""  # the place of that line, for errors
-
-    def name(self, common: dict[str, Any]) -> str:
-        """A file name that is different for every different image."""
-        text = json.dumps([self.prompt, self.seed, self.settings, common], sort_keys=True, default=str)
-        return f"{self.index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
-
-
-@dataclass(frozen=True)
 class Work:
     """The images of the options: all of them, the path of each, and those that are not there yet, by number."""
 
     jobs: list[Job]
-    targets: dict[int, Path]
+    targets: dict[int, Path]  # none for the cells of a comparison whose sheet alone is asked for
     left: set[int]
+    sheet: Path | None = None  # the path of a comparison's sheet
 
 
 def work_of(options: Options) -> Work:
@@ -77,29 +64,44 @@ def work_of(options: Options) -> Work:
         LdmError: a model, an image or the list of prompts is not there, a line of it is wrong, or the output cannot be
             written.
     """
-    _check_paths(options)
+    _check_paths(options.loading, options.settings)
+    if options.xy:
+        return _sheet_work(options)
     jobs = list(make_jobs(options))
     targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
     return Work(jobs, targets, left)
 
 
-def _check_paths(options: Options) -> None:
+def _sheet_work(options: Options) -> Work:
+    """The cells of a comparison and its sheet; a file that --out names is the sheet, and cells have none."""
+    jobs = make_cells(options)
+    for job in jobs:
+        _check_paths(dict(job.loading), dict(job.settings))
+    left = {job.index for job in jobs}
+    if Path(options.out).suffix.lower() == ".png":
+        return Work(jobs, {}, left, to_png(options.out))
+    targets = _targets(options, jobs)
+    last = targets[jobs[-1].index]
+    return Work(jobs, targets, left, last.with_name(f"{int(last.name.partition('-')[0]) + 1:05d}-xy.png"))
+
+
+def _check_paths(loading: dict[str, Any], settings: dict[str, Any]) -> None:
     """Check that models and images are there, as far as their names tell, and that images can be signed.
 
     Raises:
         LdmError: one is not, or they cannot.
     """
     for name in ("source", "refiner"):
-        if name in options.loading:
-            check_named(options.loading[name])
-    if "safety" in options.loading:
-        check_named(options.loading["safety"], GIVE_SAFETY_CHECKER)
-    if "c2pa" in options.loading:
-        ManifestSigner(*options.loading["c2pa"])
+        if name in loading:
+            check_named(loading[name])
+    if "safety" in loading:
+        check_named(loading["safety"], GIVE_SAFETY_CHECKER)
+    if "c2pa" in loading:
+        ManifestSigner(*loading["c2pa"])
     for name, _ in IMAGES:
-        if name in options.settings and not os.path.lexists(options.settings[name]):
-            raise LdmError(f"{options.settings[name]} does not exist")
+        if name in settings and not os.path.lexists(settings[name]):
+            raise LdmError(f"{settings[name]} does not exist")
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -119,6 +121,25 @@ def make_jobs(options: Options) -> Iterator[Job]:
         for copy in range(n):
             yield Job(index, prompt, first + index if own is None else own + copy, tuple(sorted(line.items())), place)
             index += 1
+
+
+def make_cells(options: Options) -> list[Job]:
+    """A job for every cell of a comparison.
+
+    Raises:
+        LdmError: there are other images beside them, or as `cells`.
+    """
+    if options.prompts_file or len(options.prompts) > 1:
+        raise LdmError("--xy compares images of one prompt; give others as --xy prompt=…, not "
+                       f"{'by --prompts' if options.prompts_file else 'as arguments'}")  # fmt: skip
+    if options.settings.get("n", 1) > 1:
+        raise LdmError(f"-n {options.settings['n']}: a cell of --xy has one image; compare seeds by --xy seed=1,2")
+    if options.sheet:
+        raise LdmError("--xy makes a sheet of its own; leave out --grid")
+    if processes() > 1:
+        raise LdmError("--xy makes its sheet in one process; start it without a launcher")
+    prompt = options.prompts[0] if options.prompts else None
+    return cells(options.xy, prompt, options.settings.get("seed"), {**options.common, **options.loading})
 
 
 def read_prompts(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:

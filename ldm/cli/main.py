@@ -18,7 +18,7 @@ import typer
 
 import ldm
 from ldm.cli.importing import importing
-from ldm.cli.options import FlagGroup, TextCommand, with_options
+from ldm.cli.options import AxesCommand, FlagGroup, with_options
 from ldm.errors import LdmError
 from ldm.runtime.quiet import quiet
 from ldm.server.limits import Limits
@@ -232,6 +232,14 @@ def _of_generate_itself(
     other_prompts: Annotated[list[str] | None, typer.Option("--prompt", hidden=True)] = None,
     out: Annotated[str, typer.Option(help="A folder, or a .png for one image.")] = "outputs",
     sheet: Annotated[bool, typer.Option("--grid", help="Also write all images on one sheet.")] = False,
+    xy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X=VALUES [Y=VALUES]",
+            help="Compare: one sheet with a column and a row for each value, such as "
+            "steps=10,20 guidance=1,3; model, prompt, replace=fox,cat and lora-weight, too.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
 ) -> None:
@@ -246,12 +254,13 @@ def generate_command() -> Callable[..., None]:
     def generate(**given: Any) -> None:
         """Make images of prompts, as PNG files with a record of how they were made."""
         from ldm.cli.generate import Options, work_of
+        from pipelines.axes import parsed_axes
 
         options = Options(
             prompts=[*(given["prompts"] or ()), *(given["other_prompts"] or ())],
             settings=parsed(given, settings), loading=parsed(given, loading),
             prompts_file=given["prompts_file"], out=given["out"], sheet=given["sheet"], as_json=given["json"],
-            dry_run=given["dry_run"],
+            dry_run=given["dry_run"], xy=parsed_axes(given["xy"]) if given["xy"] else (),
         )  # fmt: skip
         work = work_of(options)
         if not work.left and not options.dry_run:
@@ -265,7 +274,7 @@ def generate_command() -> Callable[..., None]:
     return with_options(generate, [*settings.values(), *loading.values()], _of_generate_itself)
 
 
-app.command(cls=TextCommand)(generate_command())
+app.command(cls=AxesCommand)(generate_command())
 
 
 def _of_serve_itself(
@@ -372,14 +381,15 @@ def repro(
     safety: Annotated[str | None, typer.Option(help="The safety checker, likewise.")] = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Make an image again from the record in it, and print how the pixels differ."""
-    from ldm.cli.repro import reproduce_image
+    """Make an image, or a sheet of --xy, again from the record in it, and print how the pixels differ."""
+    from ldm.cli.repro import Replacements, reproduce_image
 
-    reproduce_image(
-        file, model, refiner, image, mask, out, device, dtype, component or (), lora_dir, embedding or (),
-        image_prompt or (), ip_adapter or (), image_encoder, allow_pickle, control or (), control_model or (),
-        safety, image_prompt_mask or (),
+    others = Replacements(
+        model, refiner, image, mask, device, dtype, component or (), lora_dir, embedding or (), image_prompt or (),
+        image_prompt_mask or (), ip_adapter or (), image_encoder, safety, allow_pickle, control or (),
+        control_model or (),
     )  # fmt: skip
+    reproduce_image(file, out, others)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from inspect import Parameter, Signature
 from typing import Annotated, Any
@@ -10,6 +11,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from pipelines.settings import FLAG, Setting
+
+AXIS = re.compile(r"[A-Za-z][\w/-]*=")  # the beginning of a word that names an axis
 
 
 class AsGiven:
@@ -37,6 +40,26 @@ class TextCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return as_given(super().get_params(ctx))
+
+
+class AxesCommand(TextCommand):
+    """A command whose option --xy takes the words NAME=VALUES behind its own, too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_axes(args))
+
+
+def with_axes(words: list[str]) -> list[str]:
+    """The words of a command with an --xy before each NAME=VALUES that follows one."""
+    found: list[str] = []
+    follows = False
+    for number, word in enumerate(words):
+        if word == "--":
+            return [*found, *words[number:]]
+        axis = follows and AXIS.match(word) is not None
+        found += ["--xy", word] if axis and found[-1] != "--xy" else [word]
+        follows = axis or word == "--xy" or word.startswith("--xy=")
+    return found
 
 
 class FlagGroup(TyperGroup):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ldm.cli.common import log_warnings, to_components, to_png
 from ldm.errors import LdmError
@@ -14,73 +16,110 @@ from ldm.files import file_digest
 from ldm.images import load_image, read_settings, save_png
 from pipelines import Pipeline
 from pipelines.a1111 import embeddings_of, from_parameters, listed
+from pipelines.axes import SHEET
+from pipelines.comparison import sheet_of
 from pipelines.finishing import BLURRED
 from pipelines.image_prompts import from_record
 from pipelines.provenance import settings_of
+from pipelines.request import TEXTS
 from pipelines.settings import LOADING, at
 from pipelines.tuning import typed
 
+ROWS = ("prompt", "seed", *TEXTS)  # settings that each image of a batch has for itself
 
-def reproduce_image(
-    file: str,
-    model: str | None,
-    refiner: str | None,
-    image: str | None,
-    mask: str | None,
-    out: str | None,
-    device: str | None,
-    dtype: str | None,
-    components: Sequence[str],
-    lora_dir: str | None,
-    embeddings: Sequence[str],
-    image_prompts: Sequence[str],
-    ip_adapters: Sequence[str],
-    image_encoder: str | None,
-    allow_pickle: bool,
-    control: Sequence[str] = (),
-    control_models: Sequence[str] = (),
-    safety: str | None = None,
-    image_prompt_masks: Sequence[str] = (),
-) -> None:
-    """Make the image again, and print the largest and the mean difference of the pixels, 0 to 255."""
+
+@dataclass(frozen=True)
+class Replacements:
+    """What takes the place of files and other things that a record names."""
+
+    model: str | None = None
+    refiner: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    components: Sequence[str] = ()
+    lora_dir: str | None = None
+    embeddings: Sequence[str] = ()
+    image_prompts: Sequence[str] = ()
+    image_prompt_masks: Sequence[str] = ()
+    ip_adapters: Sequence[str] = ()
+    image_encoder: str | None = None
+    safety: str | None = None
+    allow_pickle: bool = False
+    control: Sequence[str] = ()
+    control_models: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An image of a file, as its record says how it was made."""
+
+    index: int  # within a sheet
+    record: dict[str, Any]
+    settings: dict[str, Any]  # of the call
+    loading: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The size of its batch, and its place in it."""
+        batch, place = self.record.get("batch", 1), self.record.get("place", 0)
+        if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:
+            raise LdmError("the image's record is damaged")
+        return batch, place
+
+
+def reproduce_image(file: str, out: str | None, others: Replacements) -> None:
+    """Make an image or a sheet again, and print the largest and the mean difference of the pixels, 0 to 255."""
     log_warnings()
     path, target = Path(file), to_png(out) if out else None
     record, parameters = read_settings(path)
     if record is None and not parameters:
         raise LdmError(f"{path} does not say how it was made")
-    settings = from_parameters(parameters) if record is None else settings_of(record)
-    record = record or {}
-    loading = {"attention": "sdpa", **loading_of(record), "device": device, "allow_pickle": allow_pickle}
-    others = {"source": model, "refiner": refiner, "dtype": dtype, "lora_dir": lora_dir, "safety": safety}
-    loading |= {name: given for name, given in others.items() if given}
-    if components:
-        loading["components"] = {**loading.get("components", {}), **to_components(components)}
-    loading["embeddings"] = tuple(embeddings) or tuple(_found("embedding", one) for one in _embeddings(record))
-    _check_models(path, record, loading)
-    for name, given in (("image", image), ("mask", mask)):
-        if given or name in record:
-            settings[name] = given or _found(name, record[name])
-    _check_images(path, record, settings)
-    settings |= {"control": _renamed_controls(record, control)} if control else {}
-    loading |= {"control_models": tuple(control_models)} if control_models else {}
-    if "image_prompt" in record:
-        settings["image_prompt"], loading["ip_adapter"] = from_record(
-            record["image_prompt"], image_prompts, ip_adapters, image_prompt_masks
-        )
-        loading["image_encoder"] = image_encoder or record.get("image_encoder")
-    pipeline = Pipeline(**typed(loading))
-    _check_files(path, loading["source"], record, parameters, pipeline)
-    batch, place = record.get("batch", 1), record.get("place", 0)
-    if not isinstance(batch, int) or not isinstance(place, int) or not 0 <= place < batch:
-        raise LdmError("the image's record is damaged")
-    settings |= {name: [settings[name]] * batch for name in ("prompt", "seed") if name in settings}
-    made = pipeline(**settings, batch=batch).images[place]  # rounding depends on the batch size
+    sheet = sheet_of(record) if record and SHEET in record else None
+    given = sheet.settings if sheet else {0: record}
+    images = remade(path, [_recorded(path, index, one, parameters, others) for index, one in given.items()], parameters)
+    made = replace(sheet, images=images).image() if sheet else images[0]
     original = load_image(path)
     if original.size != made.size:
         raise LdmError(f"{path} has {original.size} pixels, its record gives {made.size}: the image was changed since")
     if target:
         save_png(made, target, record, parameters)
     _print_difference(np.asarray(made).astype(int), np.asarray(original).astype(int))
+
+
+def _recorded(path: Path, index: int, record: dict[str, Any] | None, parameters: str, others: Replacements) -> Recorded:
+    """The settings of an image, with what takes the place of those in its record.
+
+    Raises:
+        LdmError: something is missing, or the record is damaged.
+    """
+    settings = from_parameters(parameters) if record is None else settings_of(record)
+    record = record or {}
+    loading = {
+        "attention": "sdpa", **loading_of(record), "device": others.device, "allow_pickle": others.allow_pickle
+    }  # fmt: skip
+    named = (
+        ("source", others.model), ("refiner", others.refiner), ("dtype", others.dtype), ("lora_dir", others.lora_dir),
+        ("safety", others.safety),
+    )  # fmt: skip
+    loading |= {name: given for name, given in named if given}
+    if others.components:
+        loading["components"] = {**loading.get("components", {}), **to_components(others.components)}
+    loading["embeddings"] = tuple(others.embeddings) or tuple(_found("embedding", one) for one in _embeddings(record))
+    _check_models(path, record, loading)
+    for name, given in (("image", others.image), ("mask", others.mask)):
+        if given or name in record:
+            settings[name] = given or _found(name, record[name])
+    _check_images(path, record, settings)
+    settings |= {"control": _renamed_controls(record, others.control)} if others.control else {}
+    loading |= {"control_models": tuple(others.control_models)} if others.control_models else {}
+    if "image_prompt" in record:
+        settings["image_prompt"], loading["ip_adapter"] = from_record(
+            record["image_prompt"], others.image_prompts, others.ip_adapters, others.image_prompt_masks
+        )
+        loading["image_encoder"] = others.image_encoder or record.get("image_encoder")
+    return Recorded(index, record, settings, loading)
 
 
 def _check_models(path: Path, record: dict[str, Any], loading: dict[str, Any]) -> None:
@@ -103,6 +142,49 @@ def _check_images(path: Path, record: dict[str, Any], settings: dict[str, Any]) 
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
     if "mask" not in settings and record.get("task") == "inpaint":
         raise LdmError(f"{path} was made with a mask that its record does not name; name it (--mask)")
+
+
+def remade(path: Path, images: Sequence[Recorded], parameters: str) -> dict[int, Image.Image]:
+    """The images of a file, made again, by number; those of one batch together.
+
+    Raises:
+        LdmError: weights are not those that the file was made with, or a setting is wrong.
+    """
+    models: dict[str, list[Recorded]] = {}
+    for one in images:
+        models.setdefault(repr(one.loading), []).append(one)
+    found: dict[int, Image.Image] = {}
+    for same in models.values():
+        loading = same[0].loading
+        pipeline = Pipeline(**typed(loading))
+        for one in same:
+            _check_files(path, loading["source"], one.record, parameters, pipeline)
+        for batch in _batches(same):
+            found |= _made(pipeline, batch)
+    return found
+
+
+def _batches(images: Sequence[Recorded]) -> list[dict[int, Recorded]]:
+    """The images that were made together, by place: of one size of batch, with all alike but their texts and seeds."""
+    found: dict[tuple[str, int], list[dict[int, Recorded]]] = {}
+    for one in images:
+        size, place = one.place
+        alike = {name: None if name in ROWS else value for name, value in one.settings.items()}
+        batches = found.setdefault((repr(alike), size), [{}])
+        if place in batches[-1]:
+            batches.append({})
+        batches[-1][place] = one
+    return [batch for batches in found.values() for batch in batches]
+
+
+def _made(pipeline: Pipeline, batch: dict[int, Recorded]) -> dict[int, Image.Image]:
+    """The images of one batch; rounding depends on its size, so that others stand in for those that are missing."""
+    first = next(iter(batch.values()))
+    size, _ = first.place
+    rows = [batch.get(place, first).settings for place in range(size)]
+    texts = {name: [row[name] for row in rows] for name in ROWS if name in first.settings}
+    result = pipeline(**{**first.settings, **texts}, batch=size)
+    return {one.index: result.images[place] for place, one in batch.items()}
 
 
 def _print_difference(made: np.ndarray, original: np.ndarray) -> None:

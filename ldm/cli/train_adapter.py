@@ -278,7 +278,8 @@ def sheet(config: Config, job: AdapterJob) -> Path:
 
     A row for each prompt shows the adapter at several weights; two rows show several seeds without and with a new word.
     """
-    from ldm.images import grid, save_png
+    from ldm.images import save_png
+    from ldm.sheets import labelled
     from pipelines import Pipeline
 
     folder, section = Path(config.output) / job.stage, getattr(config, job.stage)
@@ -288,11 +289,14 @@ def sheet(config: Config, job: AdapterJob) -> Path:
     if job.kind == "lora":
         pipeline = Pipeline(**model)
         calls = [(pipeline, {"adapters": f"{file}:{weight}", "seed": SEED}) for weight in WEIGHTS]
+        across, down = [f"LoRA weight {weight}" for weight in WEIGHTS], prompts
     else:
         beside = {"adapters": str(file)} if file.exists() else {}
         rows = [(Pipeline(**model), {}), (Pipeline(**model, embeddings=folder / "embeddings"), beside)]
         calls = [(pipeline, {**call, "seed": SEED + n}) for pipeline, call in rows for n in range(columns)]
+        across = [f"seed {SEED + n}" for n in range(columns)]
+        down = [f"{word} the word: {prompt}" for prompt in prompts for word in ("without", "with")]
     images = [pipeline(prompt, **call).images[0] for prompt in prompts for pipeline, call in calls]
     path = folder / SHEET
-    save_png(grid(images, columns=columns), path)
+    save_png(labelled(dict(enumerate(images)), across, down), path)
     return path

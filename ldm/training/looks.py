@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from ldm.data.loader import Batch
 from ldm.errors import LdmError, out_of_memory
-from ldm.images import grid, save_png
+from ldm.images import save_png
+from ldm.sheets import grid
 from ldm.training.evaluator import Best, Evaluator
 from ldm.training.layout import PREVIEWS, step_name
 from ldm.training.log import StageLog

@@ -68,6 +68,7 @@ def answer(*arguments: str, folder: Path) -> tuple[int, str, str]:
         (["generate", "a fox", "--out", "one.jpg"], "name a folder, or a file that ends in .png"),
         (["generate", "a fox", "-n", "2", "--out", "one.png"], "2 images need a folder"),
         (["generate", "--prompts", "missing.txt"], "missing.txt cannot be read"),
+        (["generate", "a fox", "--xy", "steps=1,2", "model=nowhere,emoji"], "nowhere does not exist; give a model"),
     ],
 )
 def test_wrong_input_is_answered_before_pytorch_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:

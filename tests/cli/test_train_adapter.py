@@ -16,6 +16,7 @@ from ldm.cli import train_adapter as door
 from ldm.cli.train_adapter import AdapterJob, choice, defaults, fitting, saving, tokens, train_adapter
 from ldm.errors import LdmError
 from ldm.families import SD15
+from ldm.sheets import layout
 from ldm.training.config import Config, dump, load
 from ldm.weights import sources
 from ldm.weights.embeddings import open_embedding
@@ -52,7 +53,7 @@ def test_one_line(
     assert "ldm: 50 images: ldm train" in told.err
     assert told.out.splitlines() == [str(output / "adapter" / name) for name in ("adapter.safetensors", "sheet.png")]
     with Image.open(output / "adapter" / "sheet.png") as sheet:
-        assert sheet.size == (2 * 64, 64)
+        assert sheet.size == layout((64, 64), ["LoRA weight 0.0", "LoRA weight 1.2"], ["sks"]).size
     metadata = read_header(output / "adapter" / "adapter.safetensors")[1]
     assert '"sks' in metadata["ss_tag_frequency"]
     assert len(list((output / "data").glob("class-*/images/*.png"))) == 2
@@ -170,7 +171,7 @@ def test_a_new_word(
     assert capsys.readouterr().out.splitlines() == [str(folder / name) for name in ("embeddings", "sheet.png")]
     assert open_embedding(folder / "embeddings" / "_sks_.safetensors").vectors[""].shape[0] == 4
     with Image.open(folder / "sheet.png") as sheet:
-        assert sheet.size == (64, 2 * 64)
+        assert sheet.size == layout((64, 64), ["seed 0"], ["without the word: <sks>", "with the word: <sks>"]).size
     with pytest.raises(LdmError, match=r"r holds a run whose stages is \['textual-inversion'\], not"):
         train_adapter(replace(job, kind="lora", initial=""), [])
 

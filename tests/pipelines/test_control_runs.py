@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.cli.generate import Options, make_jobs
-from ldm.cli.making import checked_groups
 from ldm.conditions.table import condition
 from ldm.errors import LdmError
 from ldm.images import read_settings
@@ -30,6 +29,7 @@ from ldm.runtime.graphs import RecordedUNet, Recordings, Step
 from ldm.sampling.guidance import Guidance
 from pipelines import Pipeline
 from pipelines.control import controls_of
+from pipelines.groups import checked_groups
 
 SD15, SDXL = (tiny.family(name, shallow=True) for name in ("sd15", "sdxl"))
 SMALL: dict[str, Any] = {"seed": 1, "steps": 4, "width": 64, "height": 64, "output": "latents", "guidance": 4.0}

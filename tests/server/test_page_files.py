@@ -166,6 +166,7 @@ def test_what_a_record_does_not_hold_is_said(client: TestClient, service: Servic
         (png(Image.new("L", (8, 8)), ldm="{"), "its settings are damaged"),
         (png(Image.new("L", (8, 8)), ldm='{"prompt": 5}'), "damaged"),
         (png(Image.new("L", (8, 8)), workflow="{}"), "a record of ComfyUI alone"),
+        (png(Image.new("L", (8, 8)), ldm='{"prompt": "a", "xy": {}}'), "a sheet with labels (--xy), of many settings"),
         (5, "in base64 is needed"),
     ],
 )

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.loader import Batch
-from ldm.images import grid
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.unet import Conditioning, UNet
 from ldm.patches.call_inputs import CallInputs, read_in_calls
 from ldm.runtime.attention import set_attention
+from ldm.sheets import grid
 from ldm.training.frozen import uniform
 from ldm.training.optimizers import Group
 from ldm.training.stages import denoiser

@@ -22,10 +22,11 @@ from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.evaluation.metrics.reconstruction import WINDOW, psnr, ssim
 from ldm.evaluation.networks.lpips import BACKBONES, LPIPS, load_lpips
-from ldm.images import grid, to_images
+from ldm.images import to_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian, PointPosterior, VQModel
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
+from ldm.sheets import grid
 from ldm.training.latents import LatentMoments, measure, merge, over_ranks
 from ldm.training.losses.codebook import MovingCodebook, codebook_losses
 from ldm.training.losses.reconstruction import AdaptiveWeight, discriminator_loss, kl_loss, reconstruction_loss
