@@ -30,7 +30,7 @@ _PAIR = re.compile(r"""\s*([\w /-]{1,99}):\s*("(?:\\.|[^\\"])*"|\{[^{}]{0,9999}\
 
 
 def to_parameters(record: Mapping[str, Any]) -> str:
-    """An image's record as the text of AUTOMATIC1111: prompt, negative prompt, and a line of the rest; a sheet has none."""
+    """An image's record as the text of AUTOMATIC1111: prompt, negative prompt, a line of the rest; a sheet has none."""
     if SHEET in record:
         return ""
     found = expanded(record)

@@ -206,8 +206,10 @@ def choice(*names: str) -> Kind:
     return Kind("NAME", needed, lambda value: value in names, schema={"type": "string", "enum": list(names)})
 
 
-def _flag(text: str) -> bool | None:
-    return {"true": True, "false": False}.get(text.lower())
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def _numbers(text: str) -> tuple[float, ...]:

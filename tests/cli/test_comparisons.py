@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import adapter_files
 import numpy as np
 import pytest
 import tiny
-from commands import COMMAND, run
-from launched import ONE_THREAD, PATIENCE, Program
+from commands import run
+from launched import Program
 from PIL import Image
 
 from ldm.cli.saving import Saver
@@ -197,15 +195,10 @@ def test_a_stopped_sheet_has_what_is_made(ldm: Any, models: Path, tmp_path: Path
     assert ldm("repro", "o/00060-xy.png")[1].startswith("identical")
 
 
-def test_the_installed_command(models: Path, tmp_path: Path) -> None:
-    command = [COMMAND, "generate", "--model", models / "sd15", "--device", "cpu", "--steps", "1", "--out", "s.png"]
+def test_quoted_values_and_names_of_other_programs(ldm: Any) -> None:
     axes = ["--xy", 'prompt="a fox, oil",a cat', "sampler=DPM++ 2M Karras,ddim"]
-    done = subprocess.run(
-        [*command, *axes], cwd=tmp_path, env=os.environ | ONE_THREAD, check=True, capture_output=True, text=True,
-        timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.stdout == "s.png\n"
-    record = recorded(tmp_path / "s.png")
+    assert ldm("generate", "--steps", 1, "--out", "s.png", *axes)[:2] == (0, "s.png\n")
+    record = recorded("s.png")
     assert record["xy"]["columns"] == ["a fox, oil", "a cat"]
     assert [one["scheduler"] for one in record["xy"]["cells"]] == ["dpm++2m", "dpm++2m", "ddim", "ddim"]
 

@@ -156,7 +156,10 @@ def test_killed_and_continued_is_the_same(
             ["MODEL", "--data", "SHAPES", "--with", "refiner=5", "--metrics", "psnr"],
             "refiner 5: the name of a model",
         ),
-        (["MODEL", "--data", "SHAPES", "--with", "allow_pickle=maybe", "--metrics", "psnr"], "true or false is needed"),
+        (
+            ["MODEL", "--data", "SHAPES", "--with", "allow_pickle=maybe", "--metrics", "psnr"],
+            "allow_pickle 'maybe': true or false is needed",
+        ),
         (["MODEL", "--data", "SHAPES", "--sweep", "guidance=1,x"], "--sweep 'guidance=1,x'"),
         (
             ["MODEL", "--data", "SHAPES", "--sweep", "size=64,128", "--metrics", "psnr"],

@@ -132,9 +132,45 @@ def test_a_list_goes_on_after_a_refused_image(
     assert [Image.open(path).width for path in out.split()] == [72]
 
 
+def test_a_sheet(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It lacks the cell whose image is refused, and has a watermark and a signature of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SafetyChecker, "flagged", lambda _, images: [image.width == 64 for image in images])
+    options = [
+        "--model",
+        folder / "model",
+        *OPTIONS[:4],
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--watermark",
+        "--out",
+        "s.png",
+    ]
+    options += ["--c2pa", f"{folder}/chain.pem,{folder}/key.pem", "--safety", folder / "passes"]
+    axes = ["--xy", "size=64,72", "safety-action=refuse,blur"]
+    code, out, err = run(capsys, monkeypatch, "generate", "a fox", *options, *axes)
+    assert (code, out) == (1, "s.png\n")
+    assert err.splitlines()[-2:] == [
+        "ldm: the sheet has 3 of 4 images",
+        "ldm: the safety checker flagged the image of seed 1: refused",
+    ]
+    record, parameters = read_settings(Path("s.png"))
+    assert record is not None and record["watermark"] and parameters == ""
+    assert [one and one["safety"] for one in record["xy"]["cells"]] == [None, "passed", "blurred", "passed"]
+    said = json.loads(run(capsys, monkeypatch, "info", "s.png", "--json")[1])
+    assert said["watermark"].startswith("SDXL's, 4") and said["c2pa"].startswith("valid: signed by Signer, Studio")
+    assert run(capsys, monkeypatch, "repro", "s.png", "--device", "cpu")[1].startswith("identical")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--xy", "c2pa=a,b"], "--xy c2pa is not taken here: a sheet and its images are signed by one"),
+        (["--xy", "watermark=maybe"], "--xy watermark 'maybe': true or false is needed"),
         (["--c2pa", "a.pem,b.pem"], "c2pa a.pem cannot be read: No such file or directory"),
         (["--c2pa", "a.pem"], "--c2pa ('a.pem',): two files, a certificate chain and its private key, is needed"),
         (["--safety", "nowhere"], "nowhere does not exist; give a safety checker's folder or Hub name"),
