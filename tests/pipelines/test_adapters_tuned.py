@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.runtime import compilation
 from ldm.runtime.merging import merged
-from ldm.runtime.offload import by_layers
+from ldm.runtime.offload import Room, by_layers
 from ldm.weights.adapters import open_adapter
 from pipelines import Pipeline
 
@@ -118,21 +118,24 @@ def test_with_compiled_blocks(folder: Path, kind: str, monkeypatch: pytest.Monke
 
 
 def test_merged_copies_are_on_the_device_while_they_compute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A room gives its device as an object and main memory by name, which tells where weights went on a CPU."""
+    """On the CPU nothing moves; which network is brought tells whose weights would be there."""
     pipeline = opened(folder, offload="components")
     there: dict[int, bool] = {}  # by parameter
     run: list[str] = []
 
-    def to(self: nn.Module, device: torch.device | str) -> nn.Module:
-        there.update({id(parameter): isinstance(device, torch.device) for parameter in self.parameters()})
-        return self
+    def bring(room: Room, network: nn.Module) -> None:
+        brought(room, network)
+        if network in room.guests:
+            there.update({id(parameter): False for guest in room.guests for parameter in guest.parameters()})
+            there.update({id(parameter): True for parameter in network.parameters()})
 
     def computes(layer: nn.Module, inputs: Any) -> None:
         assert all(there[id(parameter)] for parameter in layer.parameters(recurse=False))
         run.append(type(layer).__name__)
 
     plain = list(map(id, (*pipeline.model.unet.parameters(), *pipeline.model.text_encoders.parameters())))
-    monkeypatch.setattr(nn.Module, "to", to)
+    brought = Room.bring
+    monkeypatch.setattr(Room, "bring", bring)
     with torch.nn.modules.module.register_module_forward_pre_hook(computes):
         for weight in (0.5, None, 1.0, 0.5):
             mix = {} if weight is None else {"adapters": {folder / "style.safetensors": weight}}
