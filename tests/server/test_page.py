@@ -294,18 +294,26 @@ def counted(page: Page, text: str) -> None:
     expect(page.locator("#panel-compare").get_by_role("status")).to_have_text(text, timeout=PATIENCE_MS)
 
 
-def test_a_visitor_compares(page: Page, site: Site, tmp_path: Path) -> None:
+def test_a_visitor_compares(page: Page, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cells, of which one is cancelled; the sheet; a cell's settings; and the same after a reload."""
+    cancelled, step = threading.Event(), site.service.engine._step
+
+    def held() -> None:
+        cancelled.wait(PATIENCE_MS / 1000)
+        step()
+
+    monkeypatch.setattr(site.service.engine, "_step", held)
     fill(page, Prompt="a fox", Seed="5")
     page.get_by_role("tab", name="Compare").click()
     axes(page, "steps", "2, 100", "guidance", "1,3")
     page.keyboard.press("Control+Enter")
     cells = page.locator(".cells tbody td")
     cells.last.get_by_role("button", name="Cancel").click()
+    expect(cells.last).to_contain_text("cancelled")
+    cancelled.set()
     counted(page, "3 of 4 images")
     expect(page.locator("#said")).to_have_text("The grid is done: 3 of 4 images.")
     assert page.locator(".cells th").all_inner_texts() == ["steps 2", "steps 100", "guidance 1", "guidance 3"]
-    expect(cells.last).to_contain_text("cancelled")
     made = list(site.service.jobs.values())[-4:]
     images = [job.made[0] for job in made if job.made[0] is not None]
     found = {(one.record["steps"], one.record["guidance"]["scale"]): one.image for one in images}
