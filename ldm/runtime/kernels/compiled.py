@@ -148,6 +148,12 @@ def threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers > SMALL else 1
 
 
+def empty_images(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Images (B, C, H, W) to be filled that lie channels last, as many and of the same dtype as `x` has."""
+    size = (len(x), channels, height, width)
+    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+
+
 def _compiled(command: list[str], path: Path) -> Path:
     """Compile the kernels to `path`, or to a temporary folder if the cache cannot be written."""
     log.info("compiling %s once, for this machine: %s", FOLDER, path)

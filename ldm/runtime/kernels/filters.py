@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.runtime.kernels.compiled import call, library, threads
+from ldm.runtime.kernels.compiled import call, empty_images, library, threads
 
 # Pixels of a result from which these kernels pay: twice as fast as oneDNN at 12×12, 0.7 to 1.2 times at 8×8, as the
 # weights are turned at every call. It is the same for all batches, so that an image does not depend on others.
@@ -46,8 +46,7 @@ def convolution(x: Tensor, weight: Tensor, layer: nn.Conv2d, other: Tensor | Non
     `doubling` is 1, or 2 for the convolution of doubled pixels: (B, N, 2 H, 2 W).
     """
     (batch, channels), (height, width) = x.shape[:2], (doubling * side for side in x.shape[2:])
-    size = (batch, layer.out_channels, height, width)
-    out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    out = empty_images(x, layer.out_channels, height, width)
     call(
         "filter_many", x.dtype, x, weight, layer.bias, other, out, batch, height, width, channels, layer.out_channels,
         doubling - 1, threads(out.numel() * channels * 9 // 10),

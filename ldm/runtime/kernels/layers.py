@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.runtime.kernels.compiled import call, threads
+from ldm.runtime.kernels.compiled import call, empty_images, threads
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
@@ -60,9 +60,7 @@ def silu(x: Tensor) -> Tensor:
 def join(a: Tensor, b: Tensor) -> Tensor:
     """The channels of images (B, C, H, W) that lie channels last, then those of others."""
     (batch, first, height, width), second = a.shape, b.shape[1]
-    out = torch.empty(
-        batch, first + second, height, width, dtype=a.dtype, memory_format=torch.channels_last
-    )  # as its parts
+    out = empty_images(a, first + second, height, width)
     rows, size = batch * height * width, a.element_size()
     call("join", a.dtype, a, b, out, rows, first * size, second * size)
     return out

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.runtime.kernels.compiled import call, library, threads
+from ldm.runtime.kernels.compiled import call, empty_images, library, threads
 
 MOST, ROWS = 2**20, 1152  # weights of a layer, and pixels or tokens of its input, up to which these kernels pay
 PER = {torch.float32: 1, torch.bfloat16: 2}  # channels that are one operand
@@ -96,7 +96,7 @@ def convolution(x: Tensor, weight: Tensor, layer: nn.Conv2d, other: Tensor | Non
     batch, channels, height, width = x.shape
     (down, across), (top, left) = layer.kernel_size, map(int, layer.padding)
     _, outputs, high, wide = shape(layer, x)
-    out = _empty(x, outputs, high, wide)
+    out = empty_images(x, outputs, high, wide)
     call(
         "product", x.dtype, x, weight, layer.bias, other, out, batch, height, width, channels, high, wide, down, across,
         layer.stride[0], top, left, 1, 0, 0, outputs, threads(out.numel() * channels * down * across // 10),
@@ -108,7 +108,7 @@ def filtering(x: Tensor, weight: Tensor, layer: nn.Conv2d, other: Tensor | None 
     """A layer's convolution of `x` (B, C, H, W) in fp32 by weights that are `filtered`, plus another tensor."""
     batch, channels, height, width = x.shape
     outputs = layer.out_channels
-    out = _empty(x, outputs, height, width)
+    out = empty_images(x, outputs, height, width)
     tiles, lanes = batch * ((height + 1) // 2) * ((width + 1) // 2), library().lanes()
     turned, sums = x.new_empty(16, tiles, channels), x.new_empty(16, tiles, outputs + -outputs % lanes)
     call(
@@ -122,7 +122,7 @@ def doubled(x: Tensor, weights: Tensor, layer: nn.Conv2d) -> Tensor:
     """A layer's convolution of doubled pixels of `x` (B, C, H, W) by weights that are `phases`: (B, N, 2 H, 2 W)."""
     batch, channels, height, width = x.shape
     outputs = layer.out_channels
-    out = _empty(x, outputs, 2 * height, 2 * width)
+    out = empty_images(x, outputs, 2 * height, 2 * width)
     for phase, weight in enumerate(weights):
         row, column = divmod(phase, 2)
         call(
@@ -130,8 +130,3 @@ def doubled(x: Tensor, weights: Tensor, layer: nn.Conv2d) -> Tensor:
             1, 1 - row, 1 - column, 2, row, column, outputs, threads(out.numel() * channels // 10),
         )  # fmt: skip
     return out
-
-
-def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    size = (len(x), channels, height, width)
-    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
