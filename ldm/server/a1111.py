@@ -139,8 +139,8 @@ class WebuiApi:
 
     async def _made(self, request: Request, images: bool) -> Response:
         self.service.engine.check_open()
-        owner, share = client_of(request), RequestUploads(self.service.uploads, self.service.limits)
-        try:
+        owner = client_of(request)
+        with self.service.uploading() as share:
             echo, asked, task = await self.readers.read(request, lambda body: self._begun(owner, body, images, share))
             self.tasks.append(task)
             try:
@@ -149,8 +149,6 @@ class WebuiApi:
             finally:
                 self.tasks.remove(task)
                 self.service.forget(task.job)  # the client does not know its name
-        finally:
-            share.give_back()
 
     def _begun(
         self, owner: ApiClient, body: bytes, images: bool, share: RequestUploads
@@ -256,15 +254,13 @@ class WebuiApi:
         return JSONResponse(await self.readers.read(request, lambda body: self._png_info(read_json(body))))
 
     def _png_info(self, given: dict[str, Any]) -> dict[str, Any]:
-        text, share = given.get("image"), RequestUploads(self.service.uploads, self.service.limits)
+        text = given.get("image")
         if not isinstance(text, str):
             raise LdmError("image: an image in base64 is needed")
-        try:
+        with self.service.uploading() as share:
             data = uploaded_bytes(text, "image", share)
             with DECODING:
                 items = read_texts(io.BytesIO(data), "image", FORMATS)
-        finally:
-            share.give_back()
         if (count := sum(map(len, items.values()))) > TEXTS:
             raise LdmError(f"image: its texts have {count:,} characters; this server reads at most {TEXTS:,}")
         info = items.pop("parameters", "")

@@ -22,7 +22,6 @@ from ldm.errors import LdmError
 from ldm.images import flattened, png_bytes, read_settings
 from ldm.server.reading import DECODING, FORMATS, check_control, uploaded, uploaded_bytes
 from ldm.server.service import Service, noted
-from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import from_parameters
 from pipelines.mixes import wanted
 from pipelines.provenance import settings_of
@@ -72,13 +71,10 @@ class Info:
             LdmError: it is no image that can be read, or does not say how it was made.
             NotTakenError: as `RequestUploads.take`.
         """
-        share = RequestUploads(self.service.uploads, self.service.limits)
-        try:
+        with self.service.uploading() as share:
             data = uploaded_bytes(_image_of(given, "image"), "the image", share)
             with DECODING:
                 record, parameters = read_settings(io.BytesIO(data), "the image", FORMATS)
-        finally:
-            share.give_back()
         if record is None and not parameters:
             raise LdmError("the image does not say how it was made")
         with noted() as notes:
@@ -149,13 +145,10 @@ class Info:
         """
         kind, text = str(given.get("kind")), _image_of(given, "image")
         check_control(kind, text)
-        share = RequestUploads(self.service.uploads, self.service.limits)
-        try:
+        with self.service.uploading() as share:
             image = uploaded(text, f"control {kind}", share)
             with DECODING:
                 return png_bytes(condition(kind, flattened(image, "white").convert("RGB")))
-        finally:
-            share.give_back()
 
 
 def _image_of(given: Mapping[str, Any], name: str) -> str:

@@ -287,13 +287,9 @@ class ImagesApi:
             raise ParameterError(f"{min(both)}: a file is needed, not a text", min(both))
         settings = plain_settings(given)
         if stream:
-            share = RequestUploads(self.service.uploads, self.service.limits)
-            try:
-                return settings | images_of(
-                    files, share, self.service.engine.pipeline.model.family.task == "edit"
-                ), output
-            finally:
-                share.give_back()
+            edits = self.service.engine.pipeline.model.family.task == "edit"
+            with self.service.uploading() as share:
+                return settings | images_of(files, share, edits), output
         return settings | files, output
 
     def _check_model(self, name: Any) -> None:
