@@ -35,7 +35,7 @@ from ldm.server.a1111_fields import (
 )  # fmt: skip
 from ldm.server.guard import A1111
 from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
-from ldm.server.reading import DECODING, FORMATS, read_json, uploaded_bytes
+from ldm.server.reading import DECODING, FORMATS, image_text, read_json, uploaded_bytes
 from ldm.server.receiving import Readers, RefusedError, until_over
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
@@ -254,11 +254,8 @@ class WebuiApi:
         return JSONResponse(await self.readers.read(request, lambda body: self._png_info(read_json(body))))
 
     def _png_info(self, given: dict[str, Any]) -> dict[str, Any]:
-        text = given.get("image")
-        if not isinstance(text, str):
-            raise LdmError("image: an image in base64 is needed")
         with self.service.uploading() as share:
-            data = uploaded_bytes(text, "image", share)
+            data = uploaded_bytes(image_text(given, "image"), "image", share)
             with DECODING:
                 items = read_texts(io.BytesIO(data), "image", FORMATS)
         if (count := sum(map(len, items.values()))) > TEXTS:

@@ -15,7 +15,7 @@ from ldm.errors import LdmError, suggestion
 from ldm.images import load_image
 from ldm.sampling.scheduler_names import SAMPLERS, plain, scheduler_named
 from ldm.server.a1111_masks import MaskedPart, MaskSettings, inpainting, resized
-from ldm.server.reading import uploaded
+from ldm.server.reading import image_text, uploaded
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import AUTOMATIC, SPACING_NAMES, USUAL
@@ -307,7 +307,7 @@ def _start(
     sized = "width" in found or "height" in found
     if not found.get("mask"):
         return settings | {"image": resized(image, _size(found, service), mode) if sized else image}, None
-    mask = load_image(uploaded(_base64(found), "mask", share), "L")
+    mask = load_image(uploaded(image_text(found, "mask"), "mask", share), "L")
     blurs = [_number(found, name, _number(found, "mask_blur", 4)) for name in ("mask_blur_x", "mask_blur_y")]
     fill = _whole(found, "inpainting_fill", 0, 0, 3)
     if fill > 1:
@@ -322,12 +322,6 @@ def _start(
     part, hidden, area = inpainting(image, mask, asked, size)
     settings |= {"image": part, "mask": hidden}
     return settings | (dict(zip(("width", "height"), size, strict=True)) if size else {}), area
-
-
-def _base64(found: Mapping[str, Any]) -> str:
-    if not isinstance(found["mask"], str):
-        raise LdmError("mask: an image in base64 is needed")
-    return str(found["mask"])
 
 
 def _mode(value: Any) -> int:

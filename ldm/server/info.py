@@ -20,7 +20,7 @@ import ldm
 from ldm.conditions.table import KINDS, condition
 from ldm.errors import LdmError
 from ldm.images import flattened, png_bytes, read_settings
-from ldm.server.reading import DECODING, FORMATS, check_control, uploaded, uploaded_bytes
+from ldm.server.reading import DECODING, FORMATS, check_control, image_text, uploaded, uploaded_bytes
 from ldm.server.service import Service, noted
 from pipelines.a1111 import from_parameters
 from pipelines.mixes import wanted
@@ -72,7 +72,7 @@ class Info:
             NotTakenError: as `RequestUploads.take`.
         """
         with self.service.uploading() as share:
-            data = uploaded_bytes(_image_of(given, "image"), "the image", share)
+            data = uploaded_bytes(image_text(given, "image"), "the image", share)
             with DECODING:
                 record, parameters = read_settings(io.BytesIO(data), "the image", FORMATS)
         if record is None and not parameters:
@@ -143,19 +143,12 @@ class Info:
             LdmError: as `uploaded`; or the kind is not known, or is made by a network.
             NotTakenError: as `RequestUploads.take`.
         """
-        kind, text = str(given.get("kind")), _image_of(given, "image")
+        kind, text = str(given.get("kind")), image_text(given, "image")
         check_control(kind, text)
         with self.service.uploading() as share:
             image = uploaded(text, f"control {kind}", share)
             with DECODING:
                 return png_bytes(condition(kind, flattened(image, "white").convert("RGB")))
-
-
-def _image_of(given: Mapping[str, Any], name: str) -> str:
-    """The text of an image in a request."""
-    if not isinstance(given.get(name), str):
-        raise LdmError(f"{name}: an image in base64 is needed")
-    return str(given[name])
 
 
 def as_json(found: dict[str, Any]) -> Response:
