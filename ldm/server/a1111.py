@@ -171,14 +171,9 @@ class WebuiApi:
             raise LdmError("the request is nested too deeply") from None
         if asked.task and self._task(owner, asked.task):
             raise RefusedError(409, f"force_task_id {asked.task!r}: a request has this name; choose another")
-        task: ApiTask | None = None
-
-        def note(event: Event) -> None:
-            if task is not None:
-                task.note(event)
-
-        job = self.service.accept({**asked.settings, "previews": True}, note)
+        job = self.service.accept({**asked.settings, "previews": True})
         task = ApiTask(owner, asked.task, job, 1 + bool(job.request.hires) + job.request.refined)
+        job.listeners.append(task.note)
         kept = {name: value for name, value in asked.settings.items() if name not in ("image", "mask", "control")}
         return echo, replace(asked, settings=kept), task
 
