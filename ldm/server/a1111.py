@@ -34,9 +34,10 @@ from ldm.server.a1111_fields import (
     title_of,
 )  # fmt: skip
 from ldm.server.guard import A1111
+from ldm.server.info import Answering
 from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
-from ldm.server.reading import DECODING, FORMATS, image_text, read_json, uploaded_bytes
-from ldm.server.receiving import Readers, RefusedError, until_over
+from ldm.server.reading import DECODING, FORMATS, image_text, uploaded_bytes
+from ldm.server.receiving import RefusedError, until_over
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import SPACING_NAMES, USUAL, fields_of, to_parameters
@@ -101,8 +102,8 @@ class ApiTask:
 class WebuiApi:
     """The routes of AUTOMATIC1111's API."""
 
-    def __init__(self, service: Service, readers: Readers) -> None:
-        self.service, self.readers = service, readers
+    def __init__(self, service: Service, answering: Answering) -> None:
+        self.service, self.answering = service, answering
         self.tasks: list[ApiTask] = []  # that are not over, in the order of arrival
 
     def routes(self) -> APIRouter:
@@ -141,7 +142,7 @@ class WebuiApi:
         self.service.engine.check_open()
         owner = client_of(request)
         with self.service.uploading() as share:
-            echo, asked, task = await self.readers.read(request, lambda body: self._begun(owner, body, images, share))
+            echo, asked, task = await self.answering(request, lambda given: self._begun(owner, given, images, share))
             self.tasks.append(task)
             try:
                 await until_over(task.job, request)
@@ -151,7 +152,7 @@ class WebuiApi:
                 self.service.forget(task.job)  # the client does not know its name
 
     def _begun(
-        self, owner: ApiClient, body: bytes, images: bool, share: RequestUploads
+        self, owner: ApiClient, given: dict[str, Any], images: bool, share: RequestUploads
     ) -> tuple[dict[str, Any], ImageRequest, ApiTask]:
         """What the answer to a request repeats of it, the request without its images, and its task, which has begun.
 
@@ -162,7 +163,6 @@ class WebuiApi:
             RefusedError: the client has a task of that name already.
         """
         try:
-            given = read_json(body)
             asked = image_request(given, self.service, share, images)
             if asked.inpainting is None:
                 share.give_back()
@@ -237,16 +237,16 @@ class WebuiApi:
     async def set_options(self, request: Request) -> Response:
         """Take options that have the values that they have here; others are refused."""
 
-        def check(body: bytes) -> None:
-            for name, value in read_json(body).items():
+        def check(given: dict[str, Any]) -> None:
+            for name, value in given.items():
                 check_option(name, value, self.service)
 
-        await self.readers.read(request, check)
+        await self.answering(request, check)
         return JSONResponse(None)
 
     async def png_info(self, request: Request) -> Response:
         """The texts in an image, and the settings in that of AUTOMATIC1111."""
-        return JSONResponse(await self.readers.read(request, lambda body: self._png_info(read_json(body))))
+        return JSONResponse(await self.answering(request, self._png_info))
 
     def _png_info(self, given: dict[str, Any]) -> dict[str, Any]:
         with self.service.uploading() as share:

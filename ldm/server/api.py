@@ -38,7 +38,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     jobs = JobsApi(service)
     app.include_router(jobs.routes())
     app.include_router(ImagesApi(service, jobs.readers).routes())
-    app.include_router(WebuiApi(service, jobs.readers).routes())
+    app.include_router(WebuiApi(service, jobs.answering).routes())
     app.include_router(about(service, Metrics(service)))
     app.include_router(RunsApi(service, jobs.answering).routes())
     for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):

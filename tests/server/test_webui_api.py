@@ -27,9 +27,9 @@ from ldm.images import lossy_bytes, read_settings
 from ldm.server.a1111 import ApiClient, ApiTask, WebuiApi, echo_of
 from ldm.server.a1111_fields import HARMLESS, OF_IMAGES, OF_TEXT, TAKEN, WITHOUT_EFFECT, image_request
 from ldm.server.a1111_masks import filled, region, resized
+from ldm.server.api import JobsApi
 from ldm.server.jobs import Event
 from ldm.server.limits import Limits
-from ldm.server.receiving import Readers
 from ldm.server.service import Service
 from ldm.server.serving import in_thread
 from ldm.server.uploads import RequestUploads
@@ -258,7 +258,7 @@ def test_progress_is_the_clients_own(address: str, api: webuiapi.WebUIApi, plain
 def test_skip_is_for_a_single_image(service: Service) -> None:
     """A task is found by its client, or by its name and credentials from elsewhere; passes add up."""
     job = service.accept({"prompt": "a fox", "steps": 900, "width": 64, "height": 64, "n": 2})
-    task, webui = ApiTask(ApiClient("a", "x"), "name", job, 2), WebuiApi(service, Readers(LIMITS.body))
+    task, webui = ApiTask(ApiClient("a", "x"), "name", job, 2), WebuiApi(service, JobsApi(service).answering)
     webui.tasks.append(task)
     assert webui._task(ApiClient("a", "x")) is task and webui._task(ApiClient("b", "x")) is None
     assert webui._task(ApiClient("b", "x"), "name") is task and webui._task(ApiClient("a", "y"), "name") is None
