@@ -82,16 +82,18 @@ class ApiTask:
     def progress(self) -> float:
         """The part of the work that is done, 0 to 1."""
         made = float(sum(one is not None for one in self.job.made))
-        for event in list(self.job.latest.values()):
-            if self.job.made[event.rows.start] is None:
-                done, _ = self.before.get(event.rows.start, (0, 0))
-                made += len(event.rows) * min((done + event.step / event.steps) / self.passes, 1)
+        for event in self.steps():
+            done, _ = self.before.get(event.rows.start, (0, 0))
+            made += len(event.rows) * min((done + event.step / event.steps) / self.passes, 1)
         return made / len(self.job.made)
 
     def current(self) -> Event | None:
         """The last step of the first image that is worked on."""
-        events = sorted(self.job.latest.values(), key=lambda event: event.rows.start)
-        return next((event for event in events if self.job.made[event.rows.start] is None), None)
+        return min(self.steps(), key=lambda event: event.rows.start, default=None)
+
+    def steps(self) -> list[Event]:
+        """The last step of each image that is worked on."""
+        return [event for event in list(self.job.latest.values()) if self.job.made[event.rows.start] is None]
 
     def interrupt(self) -> None:
         """Stop it, within a step."""
