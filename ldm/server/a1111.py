@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ldm.errors import LdmError
 from ldm.images import png_bytes, read_texts
-from ldm.sampling.scheduler_names import OTHER_NAMES, SAMPLERS, other_names
+from ldm.sampling.scheduler_names import A1111_NAMES, OTHER_NAMES, SAMPLERS, other_names
 from ldm.server.a1111_fields import (
     LARGER,
     LATENT,
@@ -307,14 +307,14 @@ def described(task: ApiTask, asked: ImageRequest, records: list[dict[str, Any]])
     """What the answer says about its images, by their records."""
     request, first = task.job.request, records[0] if records else {}
     texts = [to_parameters(record) for record in records]
-    sampler = next((theirs for theirs, ours in SAMPLERS.items() if ours == first.get("scheduler")), "")
+    scheduler = first.get("scheduler", "")
     return {
         "prompt": request.prompts[0], "all_prompts": [record["prompt"] for record in records],
         "negative_prompt": request.negative[0] or "",
         "all_negative_prompts": [record["negative"] or "" for record in records],
         "seed": request.seeds[0], "all_seeds": [record["seed"] for record in records], "subseed": request.seeds[0],
         "all_subseeds": [record["seed"] for record in records], "subseed_strength": 0, "width": request.width,
-        "height": request.height, "sampler_name": sampler or first.get("scheduler", ""),
+        "height": request.height, "sampler_name": A1111_NAMES.get(scheduler, scheduler),
         "cfg_scale": request.guidance.scale, "steps": request.steps, "batch_size": asked.per_batch,
         "restore_faces": False, "face_restoration_model": None, "sd_model_name": first.get("model"),
         "sd_model_hash": first.get("model_hash"), "sd_vae_name": None, "sd_vae_hash": None, "seed_resize_from_w": 0,
@@ -380,7 +380,7 @@ def lists(service: Service) -> dict[str, Callable[..., Any]]:
 
 def samplers() -> list[dict[str, Any]]:
     """The samplers, by AUTOMATIC1111's names; by ours, where it has none."""
-    named = SAMPLERS | {ours: ours for ours in OTHER_NAMES if ours not in SAMPLERS.values()}
+    named = SAMPLERS | {ours: ours for ours in OTHER_NAMES if ours not in A1111_NAMES}
     return [
         {"name": name, "aliases": [ours, *(other for other in other_names(ours) if other != name)], "options": {}}
         for name, ours in named.items()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.errors import LdmError, suggestion
 from ldm.images import load_image
-from ldm.sampling.scheduler_names import SAMPLERS, plain, scheduler_named
+from ldm.sampling.scheduler_names import A1111_NAMES, plain, scheduler_named
 from ldm.server.a1111_masks import MaskedPart, MaskSettings, inpainting, resized
 from ldm.server.reading import image_text, uploaded
 from ldm.server.service import Service
@@ -194,8 +194,8 @@ def _sampling(found: Mapping[str, Any]) -> dict[str, Any]:
 def _spacing(schedule: str, scheduler: str | None) -> str:
     """Our spacing for a schedule type: by its label or by its name in the API."""
     if plain(schedule) in map(plain, USUAL):
-        names = [theirs for theirs, ours in SAMPLERS.items() if ours == scheduler and theirs in AUTOMATIC]
-        return AUTOMATIC[names[0]] if names and plain(schedule) != "uniform" else "default"
+        automatic = AUTOMATIC.get(A1111_NAMES.get(scheduler or "", ""), "default")
+        return "default" if plain(schedule) == "uniform" else automatic
     found = {plain(label): ours for label, ours in SPACING_NAMES.items()}
     if plain(schedule) not in found:
         raise LdmError(f"scheduler {schedule[:100]!r}: {suggestion(schedule[:100], [*USUAL[1:], *SPACING_NAMES])}")
