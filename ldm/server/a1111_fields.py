@@ -15,6 +15,7 @@ from ldm.errors import LdmError, suggestion
 from ldm.images import load_image
 from ldm.sampling.scheduler_names import A1111_NAMES, plain, scheduler_named
 from ldm.server.a1111_masks import MaskedPart, MaskSettings, inpainting, resized
+from ldm.server.limits import check_most
 from ldm.server.reading import image_text, uploaded
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
@@ -162,10 +163,9 @@ def _text(found: Mapping[str, Any], name: str) -> str:
 
 def _size(found: Mapping[str, Any], service: Service) -> tuple[int, int]:
     """Width and height of a request, by default the model's."""
-    usual, most = service.engine.pipeline.model.family.size, service.limits.pixels
+    usual = service.engine.pipeline.model.family.size
     width, height = _whole(found, "width", usual, 1), _whole(found, "height", usual, 1)
-    if width * height > most:
-        raise LdmError(f"{width * height:,} pixels: this server makes at most {most:,}")
+    check_most(("pixels", width * height, service.limits.pixels))
     return width, height
 
 

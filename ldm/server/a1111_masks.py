@@ -14,6 +14,7 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from ldm.errors import LdmError
 from ldm.images import WHITE
+from pipelines.tasks.inpaint import check_same_size
 
 RADII = (256, 64, 16, 4)  # of the blurs that fill a mask with the colours around it, from coarse to fine
 LANCZOS = Image.Resampling.LANCZOS
@@ -55,9 +56,7 @@ def inpainting(
     Raises:
         LdmError: the mask has another size than the image, or nothing is to be made anew.
     """
-    if mask.size != image.size:
-        sides = f"{mask.width}×{mask.height} pixels, its image {image.width}×{image.height}"
-        raise LdmError(f"the mask has {sides}; their sizes must be equal")
+    check_same_size(mask, image)
     if asked.padding is None and size is not None:
         image, mask = resized(image, size, asked.mode), resized(mask, size, asked.mode)
     mask = mask.point(lambda shade: 255 if (shade >= WHITE) != asked.invert else 0)
