@@ -42,7 +42,7 @@ class MaskedPart:
     def finished(self, made: Image.Image) -> Image.Image:
         """The original with a made image in its place."""
         left, top, right, bottom = self.box
-        part = made.resize((right - left, bottom - top), LANCZOS) if self.box[2:] != made.size or left or top else made
+        part = made.resize((right - left, bottom - top), LANCZOS)
         image = self.original.copy()
         image.paste(part, (left, top), self.mask.crop(self.box))
         return image
@@ -100,7 +100,7 @@ def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
 def resized(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image:
     """An image of another size: stretched (mode 0), cropped (1), or whole, with its edges repeated around it (2)."""
     if image.size == size or mode == 0:
-        return image if image.size == size else image.resize(size, LANCZOS)
+        return image.resize(size, LANCZOS)
     if mode == 1:
         return ImageOps.fit(image, size, LANCZOS)
     inner = ImageOps.contain(image, size, LANCZOS)
