@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -38,10 +40,15 @@ ABSENT = {
 
 
 class Info:
-    """Answers about a service, and about images that are sent to it."""
+    """The answer to one request about a service, or about images that are sent to it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
+
+    @cached_property
+    def adapters(self) -> set[str]:
+        """The names by which a record may have an adapter that is here."""
+        return {name for place in self.service.adapters() for name in (place, PurePath(place).name)}
 
     def about(self) -> dict[str, Any]:
         """The model by name, its defaults, and which images it can be steered by."""
@@ -111,13 +118,11 @@ class Info:
     def _adapters(self, value: Any, notes: list[str]) -> dict[str, Any]:
         """The setting `adapters`, without those that are not here."""
         (mix,) = wanted(at("http")["adapters"].check(value), 1)
-        here = self.service.adapters()
-        known = {name for place in here for name in (place, PurePath(place).name)}
-        notes += [f"left out: the adapter {one.name!r} is not here" for one in mix if one.name not in known]
+        notes += [f"left out: the adapter {one.name!r} is not here" for one in mix if one.name not in self.adapters]
         weights = {
             one.name: one.unet if one.unet == one.text else {"unet": one.unet, "text": one.text}
             for one in mix
-            if one.name in known
+            if one.name in self.adapters
         }
         return {"adapters": weights} if weights else {}
 
@@ -158,19 +163,18 @@ def as_json(found: dict[str, Any]) -> Response:
 
 def info_routes(service: Service, answering: Answering) -> APIRouter:
     """The routes; `answering` reads the body of a request."""
-    info = Info(service)
 
     async def about() -> Response:
         """What the server has."""
-        return JSONResponse(info.about())
+        return JSONResponse(Info(service).about())
 
     async def read_back(request: Request) -> Response:
         """The settings of an uploaded image."""
-        return as_json(await answering(request, info.read_back))
+        return as_json(await answering(request, Info(service).read_back))
 
     async def conditions(request: Request) -> Response:
         """The condition image of an uploaded image."""
-        return Response(await answering(request, info.condition), media_type="image/png")
+        return Response(await answering(request, Info(service).condition), media_type="image/png")
 
     async def settings(name: str, number: int) -> Response:
         """The settings of a finished image."""
@@ -178,7 +182,7 @@ def info_routes(service: Service, answering: Answering) -> APIRouter:
         record = None if job is None else service.record(job, number)
         if record is None:
             raise HTTPException(404, f"image {number} is not there, or not yet")
-        return as_json(info.of_record(record))
+        return as_json(await run_in_threadpool(Info(service).of_record, record))
 
     routes = APIRouter()
     for path, answer, method in (
