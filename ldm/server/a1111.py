@@ -183,7 +183,7 @@ class WebuiApi:
         """The finished images, with their settings; of an interrupted task those that were finished before."""
         job = task.job
         if job.state != DONE and not (job.state == CANCELLED and task.interrupted):
-            raise RefusedError(job.status, job.error or "the job was cancelled")
+            raise RefusedError(job.status, job.reason)
         made = [found for number in range(len(job.made)) if (found := self.service.finished(job, number))]
         images = []
         for image, record in made if asked.send else ():

@@ -149,7 +149,7 @@ class JobsApi:
     async def _image(self, job: ServerJob, number: int) -> Response:
         data = await run_in_threadpool(self.service.png, job, number)
         if data is None and job.state in (FAILED, CANCELLED):
-            raise RefusedError(job.status, job.error or "the job was cancelled")
+            raise RefusedError(job.status, job.reason)
         if data is None:
             raise RefusedError(404, f"image {number} is not there, or not yet")
         return Response(data, media_type="image/png")

@@ -24,7 +24,7 @@ from ldm.images import WHITE
 from ldm.server.events import ALIVE, EventReader, EventStream, message
 from ldm.server.forms import read_form, values_of
 from ldm.server.guard import EDITS, VARIATIONS, error_body
-from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
+from ldm.server.jobs import DONE, Event, ServerJob
 from ldm.server.reading import read_json, uploaded
 from ldm.server.receiving import Readers, until_over
 from ldm.server.service import Service
@@ -400,5 +400,4 @@ def _check_done(job: ServerJob) -> None:
         ParameterError: it has failed or was cancelled.
     """
     if job.state != DONE:
-        text = "the job was cancelled" if job.state == CANCELLED else job.error
-        raise ParameterError(text, status=job.status, code="job_failed")
+        raise ParameterError(job.reason, status=job.status, code="job_failed")
