@@ -63,7 +63,7 @@ def inpainting(
     if mask.getbbox() is None:
         raise LdmError("the mask has no white pixel (or no black one, if it is inverted): nothing would be made anew")
     soft = mask.filter(ImageFilter.GaussianBlur(asked.blur)) if any(asked.blur) else mask
-    soft = ImageChops.lighter(soft, soft.point(lambda shade: 1 if shade else 0))
+    soft = ImageChops.lighter(soft, mask.point(lambda shade: 1 if shade else 0))  # a wide blur of little is all black
     box, start = (0, 0, *image.size), filled(image, mask) if asked.fill else image
     hidden = soft.point(lambda shade: 255 if shade else 0)
     if asked.padding is not None and size is not None:

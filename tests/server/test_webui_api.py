@@ -26,7 +26,7 @@ from ldm.errors import LdmError
 from ldm.images import lossy_bytes, read_settings
 from ldm.server.a1111 import ApiClient, ApiTask, WebuiApi, echo_of
 from ldm.server.a1111_fields import HARMLESS, OF_IMAGES, OF_TEXT, TAKEN, WITHOUT_EFFECT, image_request
-from ldm.server.a1111_masks import filled, region, resized
+from ldm.server.a1111_masks import MaskSettings, filled, inpainting, region, resized
 from ldm.server.api import JobsApi
 from ldm.server.jobs import Event
 from ldm.server.limits import Limits
@@ -210,6 +210,15 @@ def test_the_masked_part_alone(api: webuiapi.WebUIApi) -> None:
     rows, columns = np.nonzero(changed)
     assert made.image.size == (96, 96) and made.info["width"] == 64
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (40, 55, 40, 55)
+
+
+def test_a_wide_blur_of_a_small_mask() -> None:
+    """The blur is black all over, and what is under the mask is made anew nevertheless."""
+    mask = Image.new("L", NOISE.size)
+    mask.putpixel((32, 32), 255)
+    for padding in (None, 8):
+        _, hidden, part = inpainting(NOISE, mask, MaskSettings((64.0, 64.0), padding=padding), NOISE.size)
+        assert hidden.getextrema() == (0, 255) and part.mask.getbbox() == (32, 32, 33, 33)
 
 
 def test_regions_fills_and_sizes() -> None:
