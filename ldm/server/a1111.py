@@ -204,9 +204,13 @@ class WebuiApi:
                 return task
         return None
 
+    def _asked_about(self, request: Request) -> ApiTask | None:
+        """The task that a request asks about: the one that it names, or the client's first."""
+        return self._task(client_of(request), request.query_params.get("id_task", ""))
+
     async def progress(self, request: Request) -> Response:
         """How far the client's first task is, with a preview of its image."""
-        task = self._task(client_of(request), request.query_params.get("id_task", ""))
+        task = self._asked_about(request)
         found: dict[str, Any] = {"progress": 0.0, "eta_relative": 0.0, "current_image": None, "textinfo": None}
         if task is None:
             return JSONResponse(found | {"state": state_of(None)})
@@ -220,14 +224,14 @@ class WebuiApi:
 
     async def interrupt(self, request: Request) -> Response:
         """Stop the client's first task; its answer has the images that are finished."""
-        task = self._task(client_of(request), request.query_params.get("id_task", ""))
+        task = self._asked_about(request)
         if task:
             task.interrupt()
         return JSONResponse({})
 
     async def skip(self, request: Request) -> Response:
         """Stop the client's first task, if it is of one image: those of a task are made together."""
-        task = self._task(client_of(request), request.query_params.get("id_task", ""))
+        task = self._asked_about(request)
         if task and len(task.job.made) > 1:
             raise RefusedError(400, "skip: the images of a request are made together; interrupt stops all of them")
         if task:
