@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import LdmError, listing
-from ldm.sampling.scheduler_names import SAMPLERS, SPACINGS
+from ldm.sampling.scheduler_names import A1111_NAMES, SAMPLERS, SPACINGS
 from pipelines.axes import SHEET
 from pipelines.mixes import from_tags, to_hashes, to_tags
 from pipelines.settings import every_row, expanded
@@ -35,8 +35,7 @@ def to_parameters(record: Mapping[str, Any]) -> str:
         return ""
     found = expanded(record)
     found["size"] = f"{found['width']}x{found['height']}"
-    samplers = {ours: theirs for theirs, ours in SAMPLERS.items()}
-    found["scheduler"] = samplers.get(found["scheduler"], found["scheduler"])
+    found["scheduler"] = A1111_NAMES.get(found["scheduler"], found["scheduler"])
     uniform = "Uniform" if found["scheduler"] in AUTOMATIC and found["spacing"] == "default" else None
     found["spacing"] = {ours: theirs for theirs, ours in SPACING_NAMES.items()}.get(found["spacing"], uniform)
     found["clip_skip"] = found["clip_skip"] + 1 if found["clip_skip"] else None

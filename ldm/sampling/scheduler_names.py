@@ -17,6 +17,7 @@ SAMPLERS = {  # AUTOMATIC1111's name -> ours
     "DPM++ SDE": "dpm++sde", "UniPC": "unipc", "DEIS": "deis", "LCM": "lcm", "TCD": "tcd",
     "DDPM": "ddpm",
 }  # fmt: skip
+A1111_NAMES = {ours: theirs for theirs, ours in SAMPLERS.items()}
 OTHER_NAMES: dict[str, tuple[str, ...]] = {  # our name -> diffusers' class, then names of ComfyUI, InvokeAI, kohya
     "ddim": ("DDIMScheduler",),
     "ddpm": ("DDPMScheduler",),

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ldm.errors import LdmError
 from ldm.images import png_bytes, read_texts
-from ldm.sampling.scheduler_names import OTHER_NAMES, SAMPLERS, other_names
+from ldm.sampling.scheduler_names import A1111_NAMES, OTHER_NAMES, SAMPLERS, other_names
 from ldm.server.a1111_fields import (
     LARGER,
     LATENT,
@@ -34,9 +34,10 @@ from ldm.server.a1111_fields import (
     title_of,
 )  # fmt: skip
 from ldm.server.guard import A1111
+from ldm.server.info import Answering
 from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
-from ldm.server.reading import DECODING, FORMATS, read_json, uploaded_bytes
-from ldm.server.receiving import Readers, RefusedError, until_over
+from ldm.server.reading import DECODING, FORMATS, image_text, uploaded_bytes
+from ldm.server.receiving import RefusedError, until_over
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import SPACING_NAMES, USUAL, fields_of, to_parameters
@@ -81,16 +82,18 @@ class ApiTask:
     def progress(self) -> float:
         """The part of the work that is done, 0 to 1."""
         made = float(sum(one is not None for one in self.job.made))
-        for event in list(self.job.latest.values()):
-            if self.job.made[event.rows.start] is None:
-                done, _ = self.before.get(event.rows.start, (0, 0))
-                made += len(event.rows) * min((done + event.step / event.steps) / self.passes, 1)
+        for event in self.steps():
+            done, _ = self.before.get(event.rows.start, (0, 0))
+            made += len(event.rows) * min((done + event.step / event.steps) / self.passes, 1)
         return made / len(self.job.made)
 
     def current(self) -> Event | None:
         """The last step of the first image that is worked on."""
-        events = sorted(self.job.latest.values(), key=lambda event: event.rows.start)
-        return next((event for event in events if self.job.made[event.rows.start] is None), None)
+        return min(self.steps(), key=lambda event: event.rows.start, default=None)
+
+    def steps(self) -> list[Event]:
+        """The last step of each image that is worked on."""
+        return [event for event in list(self.job.latest.values()) if self.job.made[event.rows.start] is None]
 
     def interrupt(self) -> None:
         """Stop it, within a step."""
@@ -101,8 +104,8 @@ class ApiTask:
 class WebuiApi:
     """The routes of AUTOMATIC1111's API."""
 
-    def __init__(self, service: Service, readers: Readers) -> None:
-        self.service, self.readers = service, readers
+    def __init__(self, service: Service, answering: Answering) -> None:
+        self.service, self.answering = service, answering
         self.tasks: list[ApiTask] = []  # that are not over, in the order of arrival
 
     def routes(self) -> APIRouter:
@@ -139,9 +142,9 @@ class WebuiApi:
 
     async def _made(self, request: Request, images: bool) -> Response:
         self.service.engine.check_open()
-        owner, share = client_of(request), RequestUploads(self.service.uploads, self.service.limits)
-        try:
-            echo, asked, task = await self.readers.read(request, lambda body: self._begun(owner, body, images, share))
+        owner = client_of(request)
+        with self.service.uploading() as share:
+            echo, asked, task = await self.answering(request, lambda given: self._begun(owner, given, images, share))
             self.tasks.append(task)
             try:
                 await until_over(task.job, request)
@@ -149,11 +152,9 @@ class WebuiApi:
             finally:
                 self.tasks.remove(task)
                 self.service.forget(task.job)  # the client does not know its name
-        finally:
-            share.give_back()
 
     def _begun(
-        self, owner: ApiClient, body: bytes, images: bool, share: RequestUploads
+        self, owner: ApiClient, given: dict[str, Any], images: bool, share: RequestUploads
     ) -> tuple[dict[str, Any], ImageRequest, ApiTask]:
         """What the answer to a request repeats of it, the request without its images, and its task, which has begun.
 
@@ -164,7 +165,6 @@ class WebuiApi:
             RefusedError: the client has a task of that name already.
         """
         try:
-            given = read_json(body)
             asked = image_request(given, self.service, share, images)
             if asked.inpainting is None:
                 share.give_back()
@@ -173,14 +173,9 @@ class WebuiApi:
             raise LdmError("the request is nested too deeply") from None
         if asked.task and self._task(owner, asked.task):
             raise RefusedError(409, f"force_task_id {asked.task!r}: a request has this name; choose another")
-        task: ApiTask | None = None
-
-        def note(event: Event) -> None:
-            if task is not None:
-                task.note(event)
-
-        job = self.service.accept({**asked.settings, "previews": True}, note)
+        job = self.service.accept({**asked.settings, "previews": True})
         task = ApiTask(owner, asked.task, job, 1 + bool(job.request.hires) + job.request.refined)
+        job.listeners.append(task.note)
         kept = {name: value for name, value in asked.settings.items() if name not in ("image", "mask", "control")}
         return echo, replace(asked, settings=kept), task
 
@@ -188,7 +183,7 @@ class WebuiApi:
         """The finished images, with their settings; of an interrupted task those that were finished before."""
         job = task.job
         if job.state != DONE and not (job.state == CANCELLED and task.interrupted):
-            raise RefusedError(job.status, job.error or "the job was cancelled")
+            raise RefusedError(job.status, job.reason)
         made = [found for number in range(len(job.made)) if (found := self.service.finished(job, number))]
         images = []
         for image, record in made if asked.send else ():
@@ -209,9 +204,13 @@ class WebuiApi:
                 return task
         return None
 
+    def _asked_about(self, request: Request) -> ApiTask | None:
+        """The task that a request asks about: the one that it names, or the client's first."""
+        return self._task(client_of(request), request.query_params.get("id_task", ""))
+
     async def progress(self, request: Request) -> Response:
         """How far the client's first task is, with a preview of its image."""
-        task = self._task(client_of(request), request.query_params.get("id_task", ""))
+        task = self._asked_about(request)
         found: dict[str, Any] = {"progress": 0.0, "eta_relative": 0.0, "current_image": None, "textinfo": None}
         if task is None:
             return JSONResponse(found | {"state": state_of(None)})
@@ -225,14 +224,14 @@ class WebuiApi:
 
     async def interrupt(self, request: Request) -> Response:
         """Stop the client's first task; its answer has the images that are finished."""
-        task = self._task(client_of(request), request.query_params.get("id_task", ""))
+        task = self._asked_about(request)
         if task:
             task.interrupt()
         return JSONResponse({})
 
     async def skip(self, request: Request) -> Response:
         """Stop the client's first task, if it is of one image: those of a task are made together."""
-        task = self._task(client_of(request), request.query_params.get("id_task", ""))
+        task = self._asked_about(request)
         if task and len(task.job.made) > 1:
             raise RefusedError(400, "skip: the images of a request are made together; interrupt stops all of them")
         if task:
@@ -244,27 +243,22 @@ class WebuiApi:
     async def set_options(self, request: Request) -> Response:
         """Take options that have the values that they have here; others are refused."""
 
-        def check(body: bytes) -> None:
-            for name, value in read_json(body).items():
+        def check(given: dict[str, Any]) -> None:
+            for name, value in given.items():
                 check_option(name, value, self.service)
 
-        await self.readers.read(request, check)
+        await self.answering(request, check)
         return JSONResponse(None)
 
     async def png_info(self, request: Request) -> Response:
         """The texts in an image, and the settings in that of AUTOMATIC1111."""
-        return JSONResponse(await self.readers.read(request, lambda body: self._png_info(read_json(body))))
+        return JSONResponse(await self.answering(request, self._png_info))
 
     def _png_info(self, given: dict[str, Any]) -> dict[str, Any]:
-        text, share = given.get("image"), RequestUploads(self.service.uploads, self.service.limits)
-        if not isinstance(text, str):
-            raise LdmError("image: an image in base64 is needed")
-        try:
-            data = uploaded_bytes(text, "image", share)
+        with self.service.uploading() as share:
+            data = uploaded_bytes(image_text(given, "image"), "image", share)
             with DECODING:
                 items = read_texts(io.BytesIO(data), "image", FORMATS)
-        finally:
-            share.give_back()
         if (count := sum(map(len, items.values()))) > TEXTS:
             raise LdmError(f"image: its texts have {count:,} characters; this server reads at most {TEXTS:,}")
         info = items.pop("parameters", "")
@@ -317,14 +311,14 @@ def described(task: ApiTask, asked: ImageRequest, records: list[dict[str, Any]])
     """What the answer says about its images, by their records."""
     request, first = task.job.request, records[0] if records else {}
     texts = [to_parameters(record) for record in records]
-    sampler = next((theirs for theirs, ours in SAMPLERS.items() if ours == first.get("scheduler")), "")
+    scheduler = first.get("scheduler", "")
     return {
         "prompt": request.prompts[0], "all_prompts": [record["prompt"] for record in records],
         "negative_prompt": request.negative[0] or "",
         "all_negative_prompts": [record["negative"] or "" for record in records],
         "seed": request.seeds[0], "all_seeds": [record["seed"] for record in records], "subseed": request.seeds[0],
         "all_subseeds": [record["seed"] for record in records], "subseed_strength": 0, "width": request.width,
-        "height": request.height, "sampler_name": sampler or first.get("scheduler", ""),
+        "height": request.height, "sampler_name": A1111_NAMES.get(scheduler, scheduler),
         "cfg_scale": request.guidance.scale, "steps": request.steps, "batch_size": asked.per_batch,
         "restore_faces": False, "face_restoration_model": None, "sd_model_name": first.get("model"),
         "sd_model_hash": first.get("model_hash"), "sd_vae_name": None, "sd_vae_hash": None, "seed_resize_from_w": 0,
@@ -390,7 +384,7 @@ def lists(service: Service) -> dict[str, Callable[..., Any]]:
 
 def samplers() -> list[dict[str, Any]]:
     """The samplers, by AUTOMATIC1111's names; by ours, where it has none."""
-    named = SAMPLERS | {ours: ours for ours in OTHER_NAMES if ours not in SAMPLERS.values()}
+    named = SAMPLERS | {ours: ours for ours in OTHER_NAMES if ours not in A1111_NAMES}
     return [
         {"name": name, "aliases": [ours, *(other for other in other_names(ours) if other != name)], "options": {}}
         for name, ours in named.items()

@@ -13,9 +13,10 @@ from PIL import Image
 
 from ldm.errors import LdmError, suggestion
 from ldm.images import load_image
-from ldm.sampling.scheduler_names import SAMPLERS, plain, scheduler_named
+from ldm.sampling.scheduler_names import A1111_NAMES, plain, scheduler_named
 from ldm.server.a1111_masks import MaskedPart, MaskSettings, inpainting, resized
-from ldm.server.reading import uploaded
+from ldm.server.limits import check_most
+from ldm.server.reading import image_text, uploaded
 from ldm.server.service import Service
 from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import AUTOMATIC, SPACING_NAMES, USUAL
@@ -162,10 +163,9 @@ def _text(found: Mapping[str, Any], name: str) -> str:
 
 def _size(found: Mapping[str, Any], service: Service) -> tuple[int, int]:
     """Width and height of a request, by default the model's."""
-    usual, most = service.engine.pipeline.model.family.size, service.limits.pixels
+    usual = service.engine.pipeline.model.family.size
     width, height = _whole(found, "width", usual, 1), _whole(found, "height", usual, 1)
-    if width * height > most:
-        raise LdmError(f"{width * height:,} pixels: this server makes at most {most:,}")
+    check_most(("pixels", width * height, service.limits.pixels))
     return width, height
 
 
@@ -194,8 +194,8 @@ def _sampling(found: Mapping[str, Any]) -> dict[str, Any]:
 def _spacing(schedule: str, scheduler: str | None) -> str:
     """Our spacing for a schedule type: by its label or by its name in the API."""
     if plain(schedule) in map(plain, USUAL):
-        names = [theirs for theirs, ours in SAMPLERS.items() if ours == scheduler and theirs in AUTOMATIC]
-        return AUTOMATIC[names[0]] if names and plain(schedule) != "uniform" else "default"
+        automatic = AUTOMATIC.get(A1111_NAMES.get(scheduler or "", ""), "default")
+        return "default" if plain(schedule) == "uniform" else automatic
     found = {plain(label): ours for label, ours in SPACING_NAMES.items()}
     if plain(schedule) not in found:
         raise LdmError(f"scheduler {schedule[:100]!r}: {suggestion(schedule[:100], [*USUAL[1:], *SPACING_NAMES])}")
@@ -307,7 +307,7 @@ def _start(
     sized = "width" in found or "height" in found
     if not found.get("mask"):
         return settings | {"image": resized(image, _size(found, service), mode) if sized else image}, None
-    mask = load_image(uploaded(_base64(found), "mask", share), "L")
+    mask = load_image(uploaded(image_text(found, "mask"), "mask", share), "L")
     blurs = [_number(found, name, _number(found, "mask_blur", 4)) for name in ("mask_blur_x", "mask_blur_y")]
     fill = _whole(found, "inpainting_fill", 0, 0, 3)
     if fill > 1:
@@ -322,12 +322,6 @@ def _start(
     part, hidden, area = inpainting(image, mask, asked, size)
     settings |= {"image": part, "mask": hidden}
     return settings | (dict(zip(("width", "height"), size, strict=True)) if size else {}), area
-
-
-def _base64(found: Mapping[str, Any]) -> str:
-    if not isinstance(found["mask"], str):
-        raise LdmError("mask: an image in base64 is needed")
-    return str(found["mask"])
 
 
 def _mode(value: Any) -> int:

@@ -14,6 +14,7 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from ldm.errors import LdmError
 from ldm.images import WHITE
+from pipelines.tasks.inpaint import check_same_size
 
 RADII = (256, 64, 16, 4)  # of the blurs that fill a mask with the colours around it, from coarse to fine
 LANCZOS = Image.Resampling.LANCZOS
@@ -41,7 +42,7 @@ class MaskedPart:
     def finished(self, made: Image.Image) -> Image.Image:
         """The original with a made image in its place."""
         left, top, right, bottom = self.box
-        part = made.resize((right - left, bottom - top), LANCZOS) if self.box[2:] != made.size or left or top else made
+        part = made.resize((right - left, bottom - top), LANCZOS)
         image = self.original.copy()
         image.paste(part, (left, top), self.mask.crop(self.box))
         return image
@@ -55,16 +56,14 @@ def inpainting(
     Raises:
         LdmError: the mask has another size than the image, or nothing is to be made anew.
     """
-    if mask.size != image.size:
-        sides = f"{mask.width}×{mask.height} pixels, its image {image.width}×{image.height}"
-        raise LdmError(f"the mask has {sides}; their sizes must be equal")
+    check_same_size(mask, image)
     if asked.padding is None and size is not None:
         image, mask = resized(image, size, asked.mode), resized(mask, size, asked.mode)
     mask = mask.point(lambda shade: 255 if (shade >= WHITE) != asked.invert else 0)
     if mask.getbbox() is None:
         raise LdmError("the mask has no white pixel (or no black one, if it is inverted): nothing would be made anew")
     soft = mask.filter(ImageFilter.GaussianBlur(asked.blur)) if any(asked.blur) else mask
-    soft = ImageChops.lighter(soft, soft.point(lambda shade: 1 if shade else 0))
+    soft = ImageChops.lighter(soft, mask.point(lambda shade: 1 if shade else 0))  # a wide blur of little is all black
     box, start = (0, 0, *image.size), filled(image, mask) if asked.fill else image
     hidden = soft.point(lambda shade: 255 if shade else 0)
     if asked.padding is not None and size is not None:
@@ -101,7 +100,7 @@ def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
 def resized(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image:
     """An image of another size: stretched (mode 0), cropped (1), or whole, with its edges repeated around it (2)."""
     if image.size == size or mode == 0:
-        return image if image.size == size else image.resize(size, LANCZOS)
+        return image.resize(size, LANCZOS)
     if mode == 1:
         return ImageOps.fit(image, size, LANCZOS)
     inner = ImageOps.contain(image, size, LANCZOS)

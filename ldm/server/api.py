@@ -38,7 +38,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     jobs = JobsApi(service)
     app.include_router(jobs.routes())
     app.include_router(ImagesApi(service, jobs.readers).routes())
-    app.include_router(WebuiApi(service, jobs.readers).routes())
+    app.include_router(WebuiApi(service, jobs.answering).routes())
     app.include_router(about(service, Metrics(service)))
     app.include_router(RunsApi(service, jobs.answering).routes())
     for routes in (info_routes(service, jobs.answering), HistoryApi(service).routes(), page_routes()):
@@ -149,7 +149,7 @@ class JobsApi:
     async def _image(self, job: ServerJob, number: int) -> Response:
         data = await run_in_threadpool(self.service.png, job, number)
         if data is None and job.state in (FAILED, CANCELLED):
-            raise RefusedError(job.status, job.error or "the job was cancelled")
+            raise RefusedError(job.status, job.reason)
         if data is None:
             raise RefusedError(404, f"image {number} is not there, or not yet")
         return Response(data, media_type="image/png")

@@ -19,7 +19,7 @@ class HistoryApi:
     """The routes of a history."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.info = service, Info(service)
+        self.service = service
 
     def routes(self) -> APIRouter:
         """All routes."""
@@ -36,15 +36,8 @@ class HistoryApi:
 
     def _found(self, history: History, text: str, before: int | None, count: int) -> dict[str, Any]:
         images, total = history.find(text[: self.service.limits.characters], before, count)
-        return {"total": total, "images": [self._described(kept) for kept in images]}
-
-    def _described(self, kept: HistoryImage) -> dict[str, Any]:
-        """An image of the history as JSON."""
-        try:
-            found = self.info.of_record(kept.record)
-        except LdmError as error:
-            found = {"settings": {}, "notes": [str(error)], "model": ""}
-        return {"id": kept.id, "made": kept.made, "url": f"/v1/history/{kept.id}/image", **found}
+        info = Info(self.service)
+        return {"total": total, "images": [_described(kept, info) for kept in images]}
 
     async def image(self, number: int) -> Response:
         """An image, with its record."""
@@ -68,3 +61,12 @@ class HistoryApi:
         if self.service.history is None:
             raise HTTPException(404, "this server keeps no history; start it with --history FOLDER")
         return self.service.history
+
+
+def _described(kept: HistoryImage, info: Info) -> dict[str, Any]:
+    """An image of the history as JSON."""
+    try:
+        found = info.of_record(kept.record)
+    except LdmError as error:
+        found = {"settings": {}, "notes": [str(error)], "model": ""}
+    return {"id": kept.id, "made": kept.made, "url": f"/v1/history/{kept.id}/image", **found}

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -20,9 +22,8 @@ import ldm
 from ldm.conditions.table import KINDS, condition
 from ldm.errors import LdmError
 from ldm.images import flattened, png_bytes, read_settings
-from ldm.server.reading import DECODING, FORMATS, check_control, uploaded, uploaded_bytes
+from ldm.server.reading import DECODING, FORMATS, check_control, image_text, uploaded, uploaded_bytes
 from ldm.server.service import Service, noted
-from ldm.server.uploads import RequestUploads
 from pipelines.a1111 import from_parameters
 from pipelines.mixes import wanted
 from pipelines.provenance import settings_of
@@ -39,10 +40,15 @@ ABSENT = {
 
 
 class Info:
-    """Answers about a service, and about images that are sent to it."""
+    """The answer to one request about a service, or about images that are sent to it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
+
+    @cached_property
+    def adapters(self) -> set[str]:
+        """The names by which a record may have an adapter that is here."""
+        return {name for place in self.service.adapters() for name in (place, PurePath(place).name)}
 
     def about(self) -> dict[str, Any]:
         """The model by name, its defaults, and which images it can be steered by."""
@@ -72,13 +78,10 @@ class Info:
             LdmError: it is no image that can be read, or does not say how it was made.
             NotTakenError: as `RequestUploads.take`.
         """
-        share = RequestUploads(self.service.uploads, self.service.limits)
-        try:
-            data = uploaded_bytes(_image_of(given, "image"), "the image", share)
+        with self.service.uploading() as share:
+            data = uploaded_bytes(image_text(given, "image"), "the image", share)
             with DECODING:
                 record, parameters = read_settings(io.BytesIO(data), "the image", FORMATS)
-        finally:
-            share.give_back()
         if record is None and not parameters:
             raise LdmError("the image does not say how it was made")
         with noted() as notes:
@@ -115,13 +118,11 @@ class Info:
     def _adapters(self, value: Any, notes: list[str]) -> dict[str, Any]:
         """The setting `adapters`, without those that are not here."""
         (mix,) = wanted(at("http")["adapters"].check(value), 1)
-        here = self.service.adapters()
-        known = {name for place in here for name in (place, PurePath(place).name)}
-        notes += [f"left out: the adapter {one.name!r} is not here" for one in mix if one.name not in known]
+        notes += [f"left out: the adapter {one.name!r} is not here" for one in mix if one.name not in self.adapters]
         weights = {
             one.name: one.unet if one.unet == one.text else {"unet": one.unet, "text": one.text}
             for one in mix
-            if one.name in known
+            if one.name in self.adapters
         }
         return {"adapters": weights} if weights else {}
 
@@ -147,22 +148,12 @@ class Info:
             LdmError: as `uploaded`; or the kind is not known, or is made by a network.
             NotTakenError: as `RequestUploads.take`.
         """
-        kind, text = str(given.get("kind")), _image_of(given, "image")
+        kind, text = str(given.get("kind")), image_text(given, "image")
         check_control(kind, text)
-        share = RequestUploads(self.service.uploads, self.service.limits)
-        try:
+        with self.service.uploading() as share:
             image = uploaded(text, f"control {kind}", share)
             with DECODING:
                 return png_bytes(condition(kind, flattened(image, "white").convert("RGB")))
-        finally:
-            share.give_back()
-
-
-def _image_of(given: Mapping[str, Any], name: str) -> str:
-    """The text of an image in a request."""
-    if not isinstance(given.get(name), str):
-        raise LdmError(f"{name}: an image in base64 is needed")
-    return str(given[name])
 
 
 def as_json(found: dict[str, Any]) -> Response:
@@ -172,19 +163,18 @@ def as_json(found: dict[str, Any]) -> Response:
 
 def info_routes(service: Service, answering: Answering) -> APIRouter:
     """The routes; `answering` reads the body of a request."""
-    info = Info(service)
 
     async def about() -> Response:
         """What the server has."""
-        return JSONResponse(info.about())
+        return JSONResponse(Info(service).about())
 
     async def read_back(request: Request) -> Response:
         """The settings of an uploaded image."""
-        return as_json(await answering(request, info.read_back))
+        return as_json(await answering(request, Info(service).read_back))
 
     async def conditions(request: Request) -> Response:
         """The condition image of an uploaded image."""
-        return Response(await answering(request, info.condition), media_type="image/png")
+        return Response(await answering(request, Info(service).condition), media_type="image/png")
 
     async def settings(name: str, number: int) -> Response:
         """The settings of a finished image."""
@@ -192,7 +182,7 @@ def info_routes(service: Service, answering: Answering) -> APIRouter:
         record = None if job is None else service.record(job, number)
         if record is None:
             raise HTTPException(404, f"image {number} is not there, or not yet")
-        return as_json(info.of_record(record))
+        return as_json(await run_in_threadpool(Info(service).of_record, record))
 
     routes = APIRouter()
     for path, answer, method in (

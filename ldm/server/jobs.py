@@ -96,10 +96,15 @@ class ServerJob:
         if not self.over.wait(timeout):
             raise LdmError(f"the job is not over after {timeout} seconds")
         if self.state != DONE:
-            raise LdmError(self.error or "the job was cancelled")
+            raise LdmError(self.reason)
         made = [one for one in self.made if one is not None]
         columns = [one.image for one in made], [one.record for one in made], [one.latents for one in made]
         return Result(*columns, rows=range(len(made)))
+
+    @property
+    def reason(self) -> str:
+        """Why it has ended without all of its images."""
+        return self.error or "the job was cancelled"
 
     @property
     def seconds(self) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from ldm.images import WHITE
 from ldm.server.events import ALIVE, EventReader, EventStream, message
 from ldm.server.forms import read_form, values_of
 from ldm.server.guard import EDITS, VARIATIONS, error_body
-from ldm.server.jobs import CANCELLED, DONE, Event, ServerJob
+from ldm.server.jobs import DONE, Event, ServerJob
 from ldm.server.reading import read_json, uploaded
 from ldm.server.receiving import Readers, until_over
 from ldm.server.service import Service
@@ -287,13 +287,9 @@ class ImagesApi:
             raise ParameterError(f"{min(both)}: a file is needed, not a text", min(both))
         settings = plain_settings(given)
         if stream:
-            share = RequestUploads(self.service.uploads, self.service.limits)
-            try:
-                return settings | images_of(
-                    files, share, self.service.engine.pipeline.model.family.task == "edit"
-                ), output
-            finally:
-                share.give_back()
+            edits = self.service.engine.pipeline.model.family.task == "edit"
+            with self.service.uploading() as share:
+                return settings | images_of(files, share, edits), output
         return settings | files, output
 
     def _check_model(self, name: Any) -> None:
@@ -404,5 +400,4 @@ def _check_done(job: ServerJob) -> None:
         ParameterError: it has failed or was cancelled.
     """
     if job.state != DONE:
-        text = "the job was cancelled" if job.state == CANCELLED else job.error
-        raise ParameterError(text, status=job.status, code="job_failed")
+        raise ParameterError(job.reason, status=job.status, code="job_failed")

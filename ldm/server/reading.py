@@ -186,6 +186,17 @@ def check_control(kind: str, image: Any) -> None:
         raise LdmError(f"control {kind}: an image in base64 is needed")
 
 
+def image_text(given: Mapping[str, Any], name: str) -> str:
+    """The text of an image in a request.
+
+    Raises:
+        LdmError: there is none.
+    """
+    if not isinstance(given.get(name), str):
+        raise LdmError(f"{name}: an image in base64 is needed")
+    return str(given[name])
+
+
 def uploaded(text: str, name: str, share: RequestUploads) -> Image.Image:
     """An uploaded image, upright and without its metadata.
 

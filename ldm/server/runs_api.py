@@ -19,7 +19,6 @@ from ldm.server.run_reports import RunReport, reports
 from ldm.server.runs import RUNNING, SHOWN, RunFolder, Runs, StageFolder, opened
 from ldm.server.service import Service
 from ldm.server.trainings import Trainer
-from ldm.server.uploads import RequestUploads
 
 T = TypeVar("T")
 PIECE = 2**20  # bytes of a file that are sent at a time
@@ -120,11 +119,8 @@ class RunsApi:
         trainer = self._trainer()
 
         def begun(given: dict[str, Any]) -> dict[str, Any]:
-            share = RequestUploads(self.service.uploads, self.service.limits)
-            try:
+            with self.service.uploading() as share:
                 return {"id": trainer.begin(given, share).id}
-            finally:
-                share.give_back()
 
         return JSONResponse(await self.answering(request, begun), 202)
 

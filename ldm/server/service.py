@@ -105,6 +105,15 @@ class Service:
             self.jobs[job.id] = job
         return job
 
+    @contextmanager
+    def uploading(self) -> Iterator[RequestUploads]:
+        """A share that counts the images which are read within the context."""
+        share = RequestUploads(self.uploads, self.limits)
+        try:
+            yield share
+        finally:
+            share.give_back()
+
     def _job_of(self, given: Mapping[str, Any], share: RequestUploads) -> ServerJob:
         """The job of a request, whose listeners are the service's own."""
         with noted() as notes:

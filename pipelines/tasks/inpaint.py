@@ -32,9 +32,7 @@ def check_inpaint(request: Request, family: Family) -> None:
         raise LdmError("a mask without an image: give the image that it belongs to (image=, --image)")
     if not request.mask or not request.image:
         raise LdmError(f"a {family.name} model fills in images: give an image and a mask (--image, --mask)")
-    if request.mask.size != request.image.size:
-        mask, image = (f"{one.width}×{one.height}" for one in (request.mask, request.image))
-        raise LdmError(f"the mask has {mask} pixels, its image {image}; their sizes must be equal")
+    check_same_size(request.mask, request.image)
     brightest = request.mask.getextrema()[1]
     if brightest < WHITE:  # type: ignore[operator]
         raise LdmError(
@@ -44,6 +42,17 @@ def check_inpaint(request: Request, family: Family) -> None:
     whole_steps(request.steps, "strength", request.strength)
     if family.task == "inpaint" and request.hires:
         raise LdmError(f"a {family.name} model fills in images in one pass; leave hires out")
+
+
+def check_same_size(mask: Image.Image, image: Image.Image) -> None:
+    """Raise unless a mask has the size of its image.
+
+    Raises:
+        LdmError: it has another one.
+    """
+    if mask.size != image.size:
+        sizes = f"{mask.width}×{mask.height} pixels, its image {image.width}×{image.height}"
+        raise LdmError(f"the mask has {sizes}; their sizes must be equal")
 
 
 def inpaint(run: SamplingRun) -> Tensor:

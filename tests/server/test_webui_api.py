@@ -26,10 +26,10 @@ from ldm.errors import LdmError
 from ldm.images import lossy_bytes, read_settings
 from ldm.server.a1111 import ApiClient, ApiTask, WebuiApi, echo_of
 from ldm.server.a1111_fields import HARMLESS, OF_IMAGES, OF_TEXT, TAKEN, WITHOUT_EFFECT, image_request
-from ldm.server.a1111_masks import filled, region, resized
+from ldm.server.a1111_masks import MaskSettings, filled, inpainting, region, resized
+from ldm.server.api import JobsApi
 from ldm.server.jobs import Event
 from ldm.server.limits import Limits
-from ldm.server.receiving import Readers
 from ldm.server.service import Service
 from ldm.server.serving import in_thread
 from ldm.server.uploads import RequestUploads
@@ -212,6 +212,15 @@ def test_the_masked_part_alone(api: webuiapi.WebUIApi) -> None:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (40, 55, 40, 55)
 
 
+def test_a_wide_blur_of_a_small_mask() -> None:
+    """The blur is black all over, and what is under the mask is made anew nevertheless."""
+    mask = Image.new("L", NOISE.size)
+    mask.putpixel((32, 32), 255)
+    for padding in (None, 8):
+        _, hidden, part = inpainting(NOISE, mask, MaskSettings((64.0, 64.0), padding=padding), NOISE.size)
+        assert hidden.getextrema() == (0, 255) and part.mask.getbbox() == (32, 32, 33, 33)
+
+
 def test_regions_fills_and_sizes() -> None:
     mask = Image.new("L", (100, 60))
     mask.paste(255, (90, 10, 100, 20))
@@ -258,7 +267,7 @@ def test_progress_is_the_clients_own(address: str, api: webuiapi.WebUIApi, plain
 def test_skip_is_for_a_single_image(service: Service) -> None:
     """A task is found by its client, or by its name and credentials from elsewhere; passes add up."""
     job = service.accept({"prompt": "a fox", "steps": 900, "width": 64, "height": 64, "n": 2})
-    task, webui = ApiTask(ApiClient("a", "x"), "name", job, 2), WebuiApi(service, Readers(LIMITS.body))
+    task, webui = ApiTask(ApiClient("a", "x"), "name", job, 2), WebuiApi(service, JobsApi(service).answering)
     webui.tasks.append(task)
     assert webui._task(ApiClient("a", "x")) is task and webui._task(ApiClient("b", "x")) is None
     assert webui._task(ApiClient("b", "x"), "name") is task and webui._task(ApiClient("a", "y"), "name") is None
