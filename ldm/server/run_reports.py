@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.errors import LdmError
+from ldm.evaluation.checks import SIDES
 from ldm.evaluation.metrics.comparison import Comparison
 from ldm.evaluation.metrics.intervals import Estimate
 from ldm.evaluation.pages.words import lines
@@ -27,7 +28,6 @@ REPORT_BYTES = 2**24
 PAGE_BYTES = 2**26
 PARTS = 500  # tables of a report, rows of a table, notes
 TEXT = 2000  # characters of a text
-SIDES = ("A", "B")
 T = TypeVar("T")
 
 

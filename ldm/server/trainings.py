@@ -26,7 +26,7 @@ from ldm.images import save_png
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import KEY
 from ldm.server.reading import uploaded
-from ldm.server.runs import LOG, RunFolder, Runs, listed, opened
+from ldm.server.runs import DONE_STATE, LOG, QUIET, RUNNING, RunFolder, Runs, listed, opened
 from ldm.server.uploads import MOST, RequestUploads
 
 log = logging.getLogger(__name__)
@@ -130,12 +130,12 @@ class Trainer:
             return None
         code = self._process.poll()
         if code is None:
-            return "running"
-        return {0: "done"}.get(code, "stopped" if code in (-15, 143) else "failed")
+            return RUNNING
+        return {0: DONE_STATE}.get(code, QUIET if code in (-15, 143) else "failed")
 
     def stop(self, run: RunFolder) -> bool:
         """Ask the training of a run to save a checkpoint and end; asked again, it ends at once. Whether it was on."""
-        if self.state(run) != "running" or self._process is None:
+        if self.state(run) != RUNNING or self._process is None:
             return False
         self._process.terminate()
         return True
