@@ -82,20 +82,23 @@ class Runs:
 
     def all(self) -> list[RunFolder]:
         """All runs, in no order."""
-        entries = [self.folder, *(Path(entry.path) for entry in listed(self.folder) if not entry.name.startswith("."))]
-        return [RunFolder(self.folder, path) for path in entries if self._is_run(path)]
-
-    def _is_run(self, path: Path) -> bool:
-        return any(opens(self.folder, path / name) for name in (CONFIG, REPORT, LOG))
+        return [entry for entry in self._entries() if entry.is_run()]
 
     def run(self, name: str) -> RunFolder | None:
         """The run of that name (`RunFolder.id`); None if there is none."""
-        return next((run for run in self.all() if run.id == name), None)
+        return next((entry for entry in self._entries() if entry.id == name and entry.is_run()), None)
+
+    def _entries(self) -> Iterator[RunFolder]:
+        """What may be runs."""
+        yield RunFolder(self.folder, self.folder)
+        for entry in listed(self.folder):
+            if not entry.name.startswith("."):
+                yield RunFolder(self.folder, Path(entry.path))
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder."""
+    """The folder of a run, or one that may be."""
 
     root: Path  # real path of the folder of runs, out of which nothing is read
     path: Path
@@ -109,6 +112,10 @@ class RunFolder:
     def name(self) -> str:
         """The folder's name, for readers."""
         return self.path.name.encode("utf-8", "replace").decode()
+
+    def is_run(self) -> bool:
+        """Whether it holds a run, or a report."""
+        return any(opens(self.root, self.path / name) for name in (CONFIG, REPORT, LOG))
 
     def sections(self) -> dict[str, StageSection | None] | None:
         """What the configuration says of each stage, as `read_sections`; None if it cannot be read."""
