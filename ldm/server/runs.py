@@ -173,9 +173,12 @@ class RunFolder:
         places = (stage.path / ADAPTER for stage in self.stages() if stage.is_done())
         return next((place for place in places if opens(self.root, place)), None)
 
-    def described(self, state: str | None = None) -> dict[str, Any]:
-        """The state of the run and of its stages as JSON; `state` is that of the run's process, if it is known."""
-        written, stages = self.written(), self.stages()
+    def described(self, written: float, state: str | None) -> dict[str, Any]:
+        """The state of the run and of its stages as JSON.
+
+        `written` is as of the method; `state` is that of the run's process, if it is known.
+        """
+        stages = self.stages()
         logs = [stage.last() for stage in stages]
         pairs = list(zip(stages, logs, strict=True))
         quiet = max(0.0, time.time() - written)

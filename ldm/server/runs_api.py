@@ -59,8 +59,9 @@ class RunsApi:
         return JSONResponse(await run_in_threadpool(self._list, self._runs()))
 
     def _list(self, runs: Runs) -> dict[str, Any]:
-        found = sorted(runs.all(), key=RunFolder.written, reverse=True)
-        return {"total": len(found), "runs": [run.described(self._process(run)) for run in found[:SHOWN]]}
+        written = {run: run.written() for run in runs.all()}
+        latest = sorted(written, key=lambda run: written[run], reverse=True)[:SHOWN]
+        return {"total": len(written), "runs": [run.described(written[run], self._process(run)) for run in latest]}
 
     def _process(self, run: RunFolder) -> str | None:
         """The state of the process of a run, if this server started it."""
@@ -72,7 +73,7 @@ class RunsApi:
         def found(run: RunFolder) -> dict[str, Any]:
             process = self._process(run)
             return {
-                **run.described(process),
+                **run.described(run.written(), process),
                 "reports": [one.described() for one in reports(run)],
                 "said": run.said(),
                 "stops": process == RUNNING,
