@@ -30,7 +30,6 @@ from ldm.training.layout import (
     CHECKPOINTS,
     CONFIG,
     DONE,
-    EVALUATION,
     METRICS,
     PREVIEWS,
     SHEET,
@@ -44,7 +43,7 @@ LOG = "train.log"  # what the program of a training says, if a server started it
 LOG_BYTES = 2**14  # of its end that are shown
 LOG_LINES = 25
 PLACE = re.compile(r"""(?<![\w.…-])/(?:[^\s/'"]+/)+""")  # of a file, up to its name
-LISTED = 1000  # entries of a folder that are looked at
+LISTED, LARGE = 1000, 100_000  # entries of a folder that are looked at; of one with something for each of many steps
 SHOWN = 100  # runs of the list
 PREVIEWED = 400  # previews of a stage
 CONFIG_BYTES = 2**20
@@ -286,19 +285,21 @@ class StageFolder:
             "log": size,
             "previews": self.previews(),
             "sheet": opens(self.root, self.path / SHEET),
-            "checkpoint": max(self._steps(CHECKPOINTS), default=None),
+            "checkpoint": max(self.by_step(CHECKPOINTS), default=None),
         }
 
     def previews(self) -> list[int]:
         """The steps of the previews; of very many, some at even distances and the last."""
-        steps = sorted(self._steps(PREVIEWS, ".png"))
+        steps = sorted(self.by_step(PREVIEWS, ".png"))
         stride = -(-len(steps) // PREVIEWED)
         return steps[::-stride][::-1] if stride else []
 
-    def _steps(self, folder: str, end: str = "") -> list[int]:
+    def by_step(self, folder: str, end: str = "") -> dict[int, str]:
+        """The names of what belongs to steps in one of its folders, and ends in `end`."""
         place = inside(self.root, self.path / folder)
-        names = [] if place is None else [one.name for one in listed(place, 100_000) if one.name.endswith(end)]
-        return [step for name in names if (step := step_of(name.removesuffix(end))) is not None]
+        names = [] if place is None else [one.name for one in listed(place, LARGE) if one.name.endswith(end)]
+        steps = ((step_of(name.removesuffix(end)), name) for name in names)
+        return {step: name for step, name in steps if step is not None}
 
     def preview(self, step: int, pixels: int) -> Image.Image | None:
         """The preview of a step, of at most so many pixels; None if there is none.
@@ -306,18 +307,12 @@ class StageFolder:
         Raises:
             LdmError: the file is damaged or too large.
         """
-        place = inside(self.root, self.path / PREVIEWS)
-        names = [] if place is None else [one.name for one in listed(place, 100_000)]
-        name = next((one for one in names if one.endswith(".png") and step_of(one[:-4]) == step), None)
-        return None if place is None or name is None else read_image(self.root, place / name, pixels)
+        name = self.by_step(PREVIEWS, ".png").get(step)
+        return None if name is None else read_image(self.root, self.path / PREVIEWS / name, pixels)
 
     def sheet(self, pixels: int) -> Image.Image | None:
         """The sheet of `ldm train-adapter`, as `preview`."""
         return read_image(self.root, self.path / SHEET, pixels)
-
-    def evaluations(self) -> Path:
-        """The folder of its evaluations, which may not exist."""
-        return self.path / EVALUATION
 
 
 def hidden(path: Path) -> str:
