@@ -12,11 +12,11 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 from PIL import Image
@@ -39,6 +39,7 @@ from ldm.training.layout import (
 from ldm.training.phases import phases
 from ldm.training.sections import StageSection
 
+T = TypeVar("T")
 LOG = "train.log"  # what the program of a training says, if a server started it
 LOG_BYTES = 2**14  # of its end that are shown
 LOG_LINES = 25
@@ -161,7 +162,7 @@ class RunFolder:
         if file is None:
             return []
         with file:
-            start = max(os.fstat(file.fileno()).st_size - LOG_BYTES, 0)
+            start = max(size_of(file) - LOG_BYTES, 0)
             file.seek(start)
             text = PLACE.sub("…/", file.read(LOG_BYTES).decode("utf-8", "replace"))
         lines = ["".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines()]
@@ -171,6 +172,11 @@ class RunFolder:
         """The finished adapter; None if there is none."""
         places = (stage.path / ADAPTER for stage in self.stages() if stage.is_done())
         return next((place for place in places if opens(self.root, place)), None)
+
+    def adapter_file(self) -> BinaryIO | None:
+        """The finished adapter, open; None if there is none."""
+        place = self.adapter()
+        return None if place is None else opened(self.root, place)
 
     def described(self, written: float, state: str | None) -> dict[str, Any]:
         """The state of the run and of its stages as JSON.
@@ -207,25 +213,21 @@ class StageFolder:
     path: Path
     section: StageSection | None  # what is known of its configuration
 
-    def log(self) -> BinaryIO | None:
-        """The log, open; None if there is none."""
-        return opened(self.root, self.path / METRICS)
-
     def last(self) -> list[LogLine]:
         """The last lines of the log."""
-        file = self.log()
-        if file is None:
-            return []
-        with file:
-            return last_lines(file)
+        return self._of_log(last_lines) or []
 
     def curves(self) -> Curves:
         """The curves of the log."""
-        file = self.log()
+        return self._of_log(curves) or Curves()
+
+    def _of_log(self, read: Callable[[BinaryIO], T]) -> T | None:
+        """What a function reads of the log; None if there is none."""
+        file = opened(self.root, self.path / METRICS)
         if file is None:
-            return Curves()
+            return None
         with file:
-            return curves(file)
+            return read(file)
 
     def is_done(self) -> bool:
         """Whether the stage is done, with as many steps as its configuration asks for."""
@@ -269,11 +271,6 @@ class StageFolder:
         left = self.images(step, steps) / speed if steps is not None and speed and step < steps else None
         training = [line.figures for line in lines if line.of_training]
         looks = {name: value for line in lines if not line.of_training for name, value in line.figures.items()}
-        file = self.log()
-        size = 0
-        if file is not None:
-            with file:
-                size = os.fstat(file.fileno()).st_size
         return {
             "name": self.path.name,
             "state": DONE_STATE if done else RUNNING if alive else QUIET,
@@ -282,7 +279,7 @@ class StageFolder:
             "images_per_second": speed,
             "seconds_left": None if done else left,
             "figures": {**(training[-1] if training else {}), **looks},
-            "log": size,
+            "log": self._of_log(size_of) or 0,
             "previews": self.previews(),
             "sheet": opens(self.root, self.path / SHEET),
             "checkpoint": max(self.by_step(CHECKPOINTS), default=None),
@@ -348,6 +345,11 @@ def opened(root: Path, path: Path) -> BinaryIO | None:
     return None
 
 
+def size_of(file: BinaryIO) -> int:
+    """The bytes of an open file."""
+    return os.fstat(file.fileno()).st_size
+
+
 def opens(root: Path, path: Path) -> bool:
     """Whether `opened` gives a file."""
     file = opened(root, path)
@@ -408,7 +410,7 @@ def read_image(root: Path, path: Path, pixels: int) -> Image.Image | None:
     if file is None:
         return None
     with file:
-        if os.fstat(file.fileno()).st_size > IMAGE_BYTES:
+        if size_of(file) > IMAGE_BYTES:
             raise LdmError(f"{path.name} is too large to be shown")
         try:
             with DECODING, Image.open(file, formats=("PNG",)) as image:
