@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any, BinaryIO, TypeVar
 
 import yaml
@@ -24,7 +25,7 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.evaluation.report import REPORT
 from ldm.server.reading import DECODING
-from ldm.server.run_log import Curves, LogLine, curves, last_lines, mean_speed
+from ldm.server.run_log import Curves, LogLine, curves, last_lines
 from ldm.training.layout import (
     ADAPTER,
     CHECKPOINTS,
@@ -242,7 +243,7 @@ class StageFolder:
     def speed(self, lines: list[LogLine]) -> float | None:
         """Images a second, by the last lines of training."""
         speeds = [line.figures["images_per_s"] for line in lines if line.figures.get("images_per_s", 0) > 1e-6]
-        return mean_speed(speeds[-RECENT:])
+        return harmonic_mean(speeds[-RECENT:]) if speeds else None  # each is over equally many steps
 
     def line_seconds(self, lines: list[LogLine]) -> float | None:
         """Seconds between two lines of the log, by its last ones; None if that is not known."""
