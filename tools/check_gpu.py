@@ -35,6 +35,7 @@ from ldm.errors import first_line
 from ldm.models.layers import GEGLU
 from ldm.runtime import fused_gpu
 from ldm.training.config import load
+from ldm.training.layout import METRICS
 from ldm.training.run import train
 from ldm.training.selftest import Ground, lay_out
 from pipelines import Pipeline
@@ -263,7 +264,7 @@ def losses(folder: Path, name: str, precision: str, limit: int | None = None, **
     limited = ["--memory", str(limit)] if limit else []
     done = python(str(HERE / "check_gpu.py"), "--run", str(path), *limited, **environment)
     (folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    rows = [json.loads(line) for line in (folder / name / "base" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / name / "base" / METRICS).read_text().splitlines()]
     return [row["loss/unet"] for row in rows if "loss/unet" in row]
 
 

@@ -33,6 +33,7 @@ from rich.table import Table
 from ldm.cli.train import make_images
 from ldm.training.config import Config
 from ldm.training.forecast import Forecast, forecast
+from ldm.training.layout import CHECKPOINTS, EVALUATION, METRICS
 from ldm.training.loop import Stopped
 from ldm.training.run import TrainingRun
 from ldm.training.selftest import Ground, lay_out
@@ -148,7 +149,7 @@ def check_kind(
     while left and not outcome.problems:
         outcome.runs += 1
         settings = ground.config(f"{name}-{outcome.runs}", **changes)
-        checkpoints = Path(settings.output) / stage / "checkpoints"
+        checkpoints = Path(settings.output) / stage / CHECKPOINTS
         for _ in range(10 * STEPS):
             writing = draw.random() < 0.5
             wait = draw.uniform(0, 0.02) if writing else draw.uniform(0, whole)
@@ -265,7 +266,7 @@ def differences(expected: Path, found: Path) -> Iterator[str]:
     if _lines(expected) != _lines(found):
         yield "the logs differ"
     for path in sorted(expected.rglob("*.safetensors")):
-        if path.relative_to(expected).parts[0] in ("checkpoints", "evaluation"):
+        if path.relative_to(expected).parts[0] in (CHECKPOINTS, EVALUATION):
             continue
         if weights(path) != weights(found / path.relative_to(expected)):
             yield f"{path.relative_to(expected)} differs"
@@ -278,7 +279,7 @@ def weights(path: Path) -> bytes:
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 

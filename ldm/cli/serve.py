@@ -6,7 +6,6 @@ import ipaddress
 import os
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -181,10 +180,7 @@ def _service(
 
         cluster = ClusterOptions(*replicas, options.replica_jobs, options.ray_address)
         return clustered(options.loading, options.limits, options.most, cluster, **beside)
+    from ldm.server.engine import loaded
     from ldm.server.service import Service
-    from pipelines import Pipeline
-    from pipelines.tuning import typed
 
-    with ThreadPoolExecutor(1) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
-        pipeline = thread.submit(Pipeline, **typed(options.loading)).result()
-    return nullcontext(Service(pipeline, options.loading, options.limits, options.most, **beside))
+    return nullcontext(Service(loaded(options.loading), options.loading, options.limits, options.most, **beside))

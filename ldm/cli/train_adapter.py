@@ -22,7 +22,7 @@ from ldm.launch import processes, processes_here, rank
 from ldm.limits import free_memory
 from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import Config, load
-from ldm.training.layout import CHECKPOINTS, CONFIG, DONE, SHEET
+from ldm.training.layout import ADAPTER, CHECKPOINTS, CONFIG, DONE, SHEET
 from ldm.training.sections import ModelSection
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def sheet(config: Config, job: AdapterJob) -> Path:
     from pipelines import Pipeline
 
     folder, section = Path(config.output) / job.stage, getattr(config, job.stage)
-    file, columns = folder / "adapter.safetensors", len(WEIGHTS)
+    file, columns = folder / ADAPTER, len(WEIGHTS)
     model = {name: value for name, value in config.model if name in ("source", "family", "components") and value}
     prompts = section.prompts or [config.data.trigger or next(iter(getattr(section, "words", ())), "a photo")]
     if job.kind == "lora":

@@ -17,21 +17,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
 from ldm.limits import cores, free_memory, quota
-from ldm.server.engine import Counts, JobTaker, Piece
+from ldm.server.engine import Counts, JobTaker, Piece, loaded
 from ldm.server.jobs import DONE, FAILED, RUNNING, WAITING, Event, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.replica import AboutReplica, EngineReplica, ReplicaReport, order_of
 from ldm.server.service import Service
 from ldm.weights.builtin import builtin
 from pipelines import Pipeline
-from pipelines.tuning import typed
 
 log = logging.getLogger(__name__)
 NAME = "ldm"  # of the application in Ray Serve
@@ -226,7 +225,7 @@ def clustered(
         LdmError: the model cannot be loaded, or the replicas do not start.
     """
     loading = absolute(loading)
-    pipeline = checking(loading)
+    pipeline = loaded({**loading, **UNTUNED})
     with tempfile.TemporaryDirectory(prefix="ldm-ray-", ignore_cleanup_errors=True) as folder, joined(options, folder):
         handle = deployed(loading, most, limits, options)
         about: AboutReplica = handle.about.remote().result()
@@ -258,12 +257,6 @@ def absolute(loading: Mapping[str, Any]) -> dict[str, Any]:
         return str(Path(value).absolute()) if is_path else value
 
     return {name: found(value) for name, value in loading.items()}
-
-
-def checking(loading: Mapping[str, Any]) -> Pipeline:
-    """A pipeline that checks requests, and makes no images."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(Pipeline, **typed({**loading, **UNTUNED})).result()
 
 
 def let_go(pipeline: Pipeline) -> None:

@@ -12,7 +12,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -33,7 +34,7 @@ from pipelines.passes import largest_request
 from pipelines.pipeline import Result, with_networks
 from pipelines.request import Request
 from pipelines.run import TooManyError
-from pipelines.tuning import cpu_by_default, room_of
+from pipelines.tuning import cpu_by_default, room_of, typed
 
 log = logging.getLogger(__name__)
 LAST_SECONDS = 30.0  # in which the step that is worked on must end when an engine is closed
@@ -347,3 +348,16 @@ class Engine(JobTaker):
         if too_many and not any(isinstance(outcome, Exception) for outcome in made):
             self._fitting[first.size] = min(fewer, self._fitting.get(first.size, fewer))
         return made
+
+
+def loaded(loading: Mapping[str, Any]) -> Pipeline:
+    """The pipeline of settings of loading, for an engine.
+
+    It is loaded in a thread of its own, whose OpenMP team ends with it: beside one that stays, the engine's would wait
+    badly.
+
+    Raises:
+        LdmError: as `Pipeline`.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(Pipeline, **typed(loading)).result()

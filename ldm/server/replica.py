@@ -11,7 +11,6 @@ import logging
 import secrets
 import socket
 from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +18,13 @@ import torch
 
 from ldm.errors import LdmError
 from ldm.models.prompts import PromptReader
-from ldm.server.engine import Counts, Engine, NotTakenError
+from ldm.server.engine import Counts, Engine, NotTakenError, loaded
 from ldm.server.events import EventReader
 from ldm.server.jobs import FAILED, Event, MadeImage, ServerJob
 from ldm.server.service import log_to_stderr, without_places
-from pipelines import Pipeline
 from pipelines.mixes import Mix, MixedAdapter, Wanted
 from pipelines.provenance import provenance
 from pipelines.request import Request
-from pipelines.tuning import typed
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +93,7 @@ class EngineReplica:
         log_to_stderr()
         if threads is not None:
             torch.set_num_threads(threads)
-        with ThreadPoolExecutor(
-            1
-        ) as thread:  # beside its OpenMP team, which ends with it, the engine's would wait badly
-            pipeline = thread.submit(Pipeline, **typed(loading)).result()
+        pipeline = loaded(loading)
         self.engine = Engine(pipeline, most=most, queue=2**31)  # those who send orders bound them
         self.model = without_places(provenance(loading, pipeline))
         self.name = f"{socket.gethostname()}-{secrets.token_hex(4)}"

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -130,9 +130,3 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _value(point: tuple[int, float]) -> float:
     return point[1]
-
-
-def mean_speed(speeds: Iterable[float]) -> float | None:
-    """The speed over equal amounts of work, each at its own speed above 0; None of none."""
-    found = list(speeds)
-    return len(found) / sum(1 / speed for speed in found) if found else None

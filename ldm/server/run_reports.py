@@ -9,25 +9,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.errors import LdmError
+from ldm.evaluation.checks import SIDES
 from ldm.evaluation.metrics.comparison import Comparison
 from ldm.evaluation.metrics.intervals import Estimate
 from ldm.evaluation.pages.words import lines
 from ldm.evaluation.report import PAGE, REPORT, Row
-from ldm.server.runs import RunFolder, hidden, inside, listed, opened, opens
-from ldm.training.layout import step_of
+from ldm.server.runs import RunFolder, hidden, listed, opened, opens
+from ldm.training.layout import EVALUATION
 
 FOUND = 300  # reports of a run
 REPORT_BYTES = 2**24
 PAGE_BYTES = 2**26
 PARTS = 500  # tables of a report, rows of a table, notes
 TEXT = 2000  # characters of a text
-SIDES = ("A", "B")
 T = TypeVar("T")
 
 
@@ -93,21 +93,13 @@ def reports(run: RunFolder) -> list[RunReport]:
     """The reports of a run: its own, then those of its stages, the latest step first."""
     found = [RunReport(run.root, run.path, "ldm eval")] if opens(run.root, run.path / REPORT) else []
     for stage in run.stages():
-        for step, folder in sorted(_evaluated(run.root, stage.evaluations()), reverse=True)[:FOUND]:
-            for entry in sorted(listed(folder), key=lambda entry: entry.name):
+        for step, name in sorted(stage.by_step(EVALUATION).items(), reverse=True)[:FOUND]:
+            for entry in sorted(listed(stage.path / EVALUATION / name), key=lambda entry: entry.name):
                 place = Path(entry.path)
                 if opens(run.root, place / REPORT):
                     average = place.name.encode("utf-8", "replace").decode()
                     found.append(RunReport(run.root, place, f"{stage.path.name}, step {step:,}, {average}", step))
     return found[:FOUND]
-
-
-def _evaluated(root: Path, folder: Path) -> Iterator[tuple[int, Path]]:
-    """The folders of evaluations by step."""
-    if inside(root, folder) is not None:
-        for entry in listed(folder, 100_000):
-            if (step := step_of(entry.name)) is not None:
-                yield step, Path(entry.path)
 
 
 def _side(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from statistics import harmonic_mean
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 from PIL import Image
@@ -24,13 +25,12 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.evaluation.report import REPORT
 from ldm.server.reading import DECODING
-from ldm.server.run_log import Curves, LogLine, curves, last_lines, mean_speed
+from ldm.server.run_log import Curves, LogLine, curves, last_lines
 from ldm.training.layout import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
     DONE,
-    EVALUATION,
     METRICS,
     PREVIEWS,
     SHEET,
@@ -40,11 +40,12 @@ from ldm.training.layout import (
 from ldm.training.phases import phases
 from ldm.training.sections import StageSection
 
+T = TypeVar("T")
 LOG = "train.log"  # what the program of a training says, if a server started it
 LOG_BYTES = 2**14  # of its end that are shown
 LOG_LINES = 25
 PLACE = re.compile(r"""(?<![\w.…-])/(?:[^\s/'"]+/)+""")  # of a file, up to its name
-LISTED = 1000  # entries of a folder that are looked at
+LISTED, LARGE = 1000, 100_000  # entries of a folder that are looked at; of one with something for each of many steps
 SHOWN = 100  # runs of the list
 PREVIEWED = 400  # previews of a stage
 CONFIG_BYTES = 2**20
@@ -82,20 +83,23 @@ class Runs:
 
     def all(self) -> list[RunFolder]:
         """All runs, in no order."""
-        entries = [self.folder, *(Path(entry.path) for entry in listed(self.folder) if not entry.name.startswith("."))]
-        return [RunFolder(self.folder, path) for path in entries if self._is_run(path)]
-
-    def _is_run(self, path: Path) -> bool:
-        return any(opens(self.folder, path / name) for name in (CONFIG, REPORT, LOG))
+        return [entry for entry in self._entries() if entry.is_run()]
 
     def run(self, name: str) -> RunFolder | None:
         """The run of that name (`RunFolder.id`); None if there is none."""
-        return next((run for run in self.all() if run.id == name), None)
+        return next((entry for entry in self._entries() if entry.id == name and entry.is_run()), None)
+
+    def _entries(self) -> Iterator[RunFolder]:
+        """What may be runs."""
+        yield RunFolder(self.folder, self.folder)
+        for entry in listed(self.folder):
+            if not entry.name.startswith("."):
+                yield RunFolder(self.folder, Path(entry.path))
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder."""
+    """The folder of a run, or one that may be."""
 
     root: Path  # real path of the folder of runs, out of which nothing is read
     path: Path
@@ -109,6 +113,10 @@ class RunFolder:
     def name(self) -> str:
         """The folder's name, for readers."""
         return self.path.name.encode("utf-8", "replace").decode()
+
+    def is_run(self) -> bool:
+        """Whether it holds a run, or a report."""
+        return any(opens(self.root, self.path / name) for name in (CONFIG, REPORT, LOG))
 
     def sections(self) -> dict[str, StageSection | None] | None:
         """What the configuration says of each stage, as `read_sections`; None if it cannot be read."""
@@ -155,7 +163,7 @@ class RunFolder:
         if file is None:
             return []
         with file:
-            start = max(os.fstat(file.fileno()).st_size - LOG_BYTES, 0)
+            start = max(size_of(file) - LOG_BYTES, 0)
             file.seek(start)
             text = PLACE.sub("…/", file.read(LOG_BYTES).decode("utf-8", "replace"))
         lines = ["".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines()]
@@ -166,9 +174,17 @@ class RunFolder:
         places = (stage.path / ADAPTER for stage in self.stages() if stage.is_done())
         return next((place for place in places if opens(self.root, place)), None)
 
-    def described(self, state: str | None = None) -> dict[str, Any]:
-        """The state of the run and of its stages as JSON; `state` is that of the run's process, if it is known."""
-        written, stages = self.written(), self.stages()
+    def adapter_file(self) -> BinaryIO | None:
+        """The finished adapter, open; None if there is none."""
+        place = self.adapter()
+        return None if place is None else opened(self.root, place)
+
+    def described(self, written: float, state: str | None) -> dict[str, Any]:
+        """The state of the run and of its stages as JSON.
+
+        `written` is as of the method; `state` is that of the run's process, if it is known.
+        """
+        stages = self.stages()
         logs = [stage.last() for stage in stages]
         pairs = list(zip(stages, logs, strict=True))
         quiet = max(0.0, time.time() - written)
@@ -198,25 +214,21 @@ class StageFolder:
     path: Path
     section: StageSection | None  # what is known of its configuration
 
-    def log(self) -> BinaryIO | None:
-        """The log, open; None if there is none."""
-        return opened(self.root, self.path / METRICS)
-
     def last(self) -> list[LogLine]:
         """The last lines of the log."""
-        file = self.log()
-        if file is None:
-            return []
-        with file:
-            return last_lines(file)
+        return self._of_log(last_lines) or []
 
     def curves(self) -> Curves:
         """The curves of the log."""
-        file = self.log()
+        return self._of_log(curves) or Curves()
+
+    def _of_log(self, read: Callable[[BinaryIO], T]) -> T | None:
+        """What a function reads of the log; None if there is none."""
+        file = opened(self.root, self.path / METRICS)
         if file is None:
-            return Curves()
+            return None
         with file:
-            return curves(file)
+            return read(file)
 
     def is_done(self) -> bool:
         """Whether the stage is done, with as many steps as its configuration asks for."""
@@ -231,7 +243,7 @@ class StageFolder:
     def speed(self, lines: list[LogLine]) -> float | None:
         """Images a second, by the last lines of training."""
         speeds = [line.figures["images_per_s"] for line in lines if line.figures.get("images_per_s", 0) > 1e-6]
-        return mean_speed(speeds[-RECENT:])
+        return harmonic_mean(speeds[-RECENT:]) if speeds else None  # each is over equally many steps
 
     def line_seconds(self, lines: list[LogLine]) -> float | None:
         """Seconds between two lines of the log, by its last ones; None if that is not known."""
@@ -260,11 +272,6 @@ class StageFolder:
         left = self.images(step, steps) / speed if steps is not None and speed and step < steps else None
         training = [line.figures for line in lines if line.of_training]
         looks = {name: value for line in lines if not line.of_training for name, value in line.figures.items()}
-        file = self.log()
-        size = 0
-        if file is not None:
-            with file:
-                size = os.fstat(file.fileno()).st_size
         return {
             "name": self.path.name,
             "state": DONE_STATE if done else RUNNING if alive else QUIET,
@@ -273,22 +280,24 @@ class StageFolder:
             "images_per_second": speed,
             "seconds_left": None if done else left,
             "figures": {**(training[-1] if training else {}), **looks},
-            "log": size,
+            "log": self._of_log(size_of) or 0,
             "previews": self.previews(),
             "sheet": opens(self.root, self.path / SHEET),
-            "checkpoint": max(self._steps(CHECKPOINTS), default=None),
+            "checkpoint": max(self.by_step(CHECKPOINTS), default=None),
         }
 
     def previews(self) -> list[int]:
         """The steps of the previews; of very many, some at even distances and the last."""
-        steps = sorted(self._steps(PREVIEWS, ".png"))
+        steps = sorted(self.by_step(PREVIEWS, ".png"))
         stride = -(-len(steps) // PREVIEWED)
         return steps[::-stride][::-1] if stride else []
 
-    def _steps(self, folder: str, end: str = "") -> list[int]:
+    def by_step(self, folder: str, end: str = "") -> dict[int, str]:
+        """The names of what belongs to steps in one of its folders, and ends in `end`."""
         place = inside(self.root, self.path / folder)
-        names = [] if place is None else [one.name for one in listed(place, 100_000) if one.name.endswith(end)]
-        return [step for name in names if (step := step_of(name.removesuffix(end))) is not None]
+        names = [] if place is None else [one.name for one in listed(place, LARGE) if one.name.endswith(end)]
+        steps = ((step_of(name.removesuffix(end)), name) for name in names)
+        return {step: name for step, name in steps if step is not None}
 
     def preview(self, step: int, pixels: int) -> Image.Image | None:
         """The preview of a step, of at most so many pixels; None if there is none.
@@ -296,18 +305,12 @@ class StageFolder:
         Raises:
             LdmError: the file is damaged or too large.
         """
-        place = inside(self.root, self.path / PREVIEWS)
-        names = [] if place is None else [one.name for one in listed(place, 100_000)]
-        name = next((one for one in names if one.endswith(".png") and step_of(one[:-4]) == step), None)
-        return None if place is None or name is None else read_image(self.root, place / name, pixels)
+        name = self.by_step(PREVIEWS, ".png").get(step)
+        return None if name is None else read_image(self.root, self.path / PREVIEWS / name, pixels)
 
     def sheet(self, pixels: int) -> Image.Image | None:
         """The sheet of `ldm train-adapter`, as `preview`."""
         return read_image(self.root, self.path / SHEET, pixels)
-
-    def evaluations(self) -> Path:
-        """The folder of its evaluations, which may not exist."""
-        return self.path / EVALUATION
 
 
 def hidden(path: Path) -> str:
@@ -341,6 +344,11 @@ def opened(root: Path, path: Path) -> BinaryIO | None:
         return file
     file.close()
     return None
+
+
+def size_of(file: BinaryIO) -> int:
+    """The bytes of an open file."""
+    return os.fstat(file.fileno()).st_size
 
 
 def opens(root: Path, path: Path) -> bool:
@@ -403,7 +411,7 @@ def read_image(root: Path, path: Path, pixels: int) -> Image.Image | None:
     if file is None:
         return None
     with file:
-        if os.fstat(file.fileno()).st_size > IMAGE_BYTES:
+        if size_of(file) > IMAGE_BYTES:
             raise LdmError(f"{path.name} is too large to be shown")
         try:
             with DECODING, Image.open(file, formats=("PNG",)) as image:

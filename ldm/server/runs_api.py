@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
@@ -16,7 +15,7 @@ from ldm.errors import LdmError
 from ldm.images import png_bytes
 from ldm.server.info import Answering
 from ldm.server.run_reports import RunReport, reports
-from ldm.server.runs import RUNNING, SHOWN, RunFolder, Runs, StageFolder, opened
+from ldm.server.runs import RUNNING, SHOWN, RunFolder, Runs, StageFolder, size_of
 from ldm.server.service import Service
 from ldm.server.trainings import Trainer
 
@@ -58,8 +57,9 @@ class RunsApi:
         return JSONResponse(await run_in_threadpool(self._list, self._runs()))
 
     def _list(self, runs: Runs) -> dict[str, Any]:
-        found = sorted(runs.all(), key=RunFolder.written, reverse=True)
-        return {"total": len(found), "runs": [run.described(self._process(run)) for run in found[:SHOWN]]}
+        written = {run: run.written() for run in runs.all()}
+        latest = sorted(written, key=lambda run: written[run], reverse=True)[:SHOWN]
+        return {"total": len(written), "runs": [run.described(written[run], self._process(run)) for run in latest]}
 
     def _process(self, run: RunFolder) -> str | None:
         """The state of the process of a run, if this server started it."""
@@ -71,7 +71,7 @@ class RunsApi:
         def found(run: RunFolder) -> dict[str, Any]:
             process = self._process(run)
             return {
-                **run.described(process),
+                **run.described(run.written(), process),
                 "reports": [one.described() for one in reports(run)],
                 "said": run.said(),
                 "stops": process == RUNNING,
@@ -134,7 +134,6 @@ class RunsApi:
     async def keep(self, request: Request, name: str) -> Response:
         """Copy a finished adapter to those that jobs can name."""
         trainer = self._trainer()
-
         wanted = (await self.answering(request, dict)).get("name")
         return JSONResponse({"name": await self._of(name, lambda run: trainer.keep(run, wanted))})
 
@@ -142,11 +141,10 @@ class RunsApi:
         """The file of a finished adapter."""
 
         def found(run: RunFolder) -> tuple[BinaryIO, int]:
-            place = run.adapter()
-            file = None if place is None else opened(run.root, place)
+            file = run.adapter_file()
             if file is None:
                 raise HTTPException(404, "the run has no finished adapter")
-            return file, os.fstat(file.fileno()).st_size
+            return file, size_of(file)
 
         file, size = await self._of(name, found)
         headers = {"content-length": str(size)}

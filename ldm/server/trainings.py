@@ -26,7 +26,7 @@ from ldm.images import save_png
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import KEY
 from ldm.server.reading import uploaded
-from ldm.server.runs import LOG, RunFolder, Runs, listed, opened
+from ldm.server.runs import DONE_STATE, LOG, QUIET, RUNNING, RunFolder, Runs, listed, size_of
 from ldm.server.uploads import MOST, RequestUploads
 
 log = logging.getLogger(__name__)
@@ -130,12 +130,12 @@ class Trainer:
             return None
         code = self._process.poll()
         if code is None:
-            return "running"
-        return {0: "done"}.get(code, "stopped" if code in (-15, 143) else "failed")
+            return RUNNING
+        return {0: DONE_STATE}.get(code, QUIET if code in (-15, 143) else "failed")
 
     def stop(self, run: RunFolder) -> bool:
         """Ask the training of a run to save a checkpoint and end; asked again, it ends at once. Whether it was on."""
-        if self.state(run) != "running" or self._process is None:
+        if self.state(run) != RUNNING or self._process is None:
             return False
         self._process.terminate()
         return True
@@ -152,15 +152,13 @@ class Trainer:
             raise LdmError(
                 "name: 1 to 64 letters, digits, spaces and signs _ . - are needed, the first a letter or digit"
             )
-        place = run.adapter()
-        file = None if place is None else opened(run.root, place)
+        file = run.adapter_file()
         if file is None:
             raise LdmError("the run has no finished adapter")
         target = self.adapters / f"{name}.safetensors"
         if os.path.lexists(target):
             raise LdmError(f"name: there is an adapter {name!r} already")
-        size = os.fstat(file.fileno()).st_size
-        with file, replacing(target, False, False, size) as temporary, temporary.open("wb") as copy:
+        with file, replacing(target, False, False, size_of(file)) as temporary, temporary.open("wb") as copy:
             shutil.copyfileobj(file, copy)
         return name
 

@@ -31,6 +31,7 @@ from ldm.images import to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.conditioning import ConditioningDropout
 from ldm.training.config import Config
+from ldm.training.layout import METRICS
 from ldm.training.log import StepCost
 from ldm.training.loop import Training
 from ldm.training.parallel.agreement import differences
@@ -177,7 +178,7 @@ def all_stages(ground: Ground) -> Iterator[str]:
             rates = {group["lr"] for group in one.optimizer.param_groups}
             if not all(math.isclose(rate, RATE) for rate in rates):
                 yield f"{name}: the learning rate of {player} is {rates} after its warm-up, not {RATE}"
-    rows = np.genfromtxt(_figures(run.folder / "base" / "metrics.jsonl", "learning_rate"))
+    rows = np.genfromtxt(_figures(run.folder / "base" / METRICS, "learning_rate"))
     expected = [RATE * min(step / WARMUP, 1) for step in range(1, STEPS + 1)]
     if not np.allclose(rows, expected):
         yield f"base: learning rates were {rows.tolist()}, not {expected}"
