@@ -433,7 +433,6 @@ PROMPTS_OF_DATA = {"eval": "prompts are those of the data, or of its --prompts"}
 FROM_TEXT = {"eval": "images are made of prompts alone"}
 RECORDED_AS_SIZE = {"record": "width and height are there"}
 RECORDED_AS_FILES = {"record": "image_prompt there lists each image with all that belongs to it"}
-NO_IMAGE = {"record": "it changes no image"}
 ONE_MODEL = {"list": "one model makes the whole list"}
 
 SETTINGS: tuple[Setting, ...] = (
