@@ -719,6 +719,17 @@ def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
     return with_own_scheduler(values)
 
 
+def parted(given: Mapping[str, Any], door: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings by our names: those of loading a model as they are, and those of a call as `checked`; without None.
+
+    Raises:
+        LdmError: as `checked`.
+    """
+    rows = at(door, LOADING)
+    loading = {name: value for name, value in given.items() if name in rows and value is not None}
+    return loading, checked({name: value for name, value in given.items() if name not in rows}, door)
+
+
 def image_prompts(values: Mapping[str, Any]) -> tuple[ImagePrompt, ...]:
     """The image prompts of a call, with the values of the settings that belong to them.
 
