@@ -18,7 +18,7 @@ from os import PathLike
 from typing import Any
 
 from ldm.errors import LdmError, listing
-from pipelines.jobs import Job
+from pipelines.jobs import TEXTS, Job
 from pipelines.mixes import LARGEST, wanted
 from pipelines.settings import (
     LOADING,
@@ -43,7 +43,7 @@ DERIVED = (
     Setting("lora_weight", number(-LARGEST, LARGEST), "Weight of the adapter.",
             names=("adapter_weight", "lora_strength", "strength_model")),
 )  # fmt: skip
-PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")  # in which words are replaced
+PROMPTS = ("prompt", *TEXTS)  # in which words are replaced
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ldm.launch import processes
 from ldm.signing import ManifestSigner
 from ldm.weights.builtin import GIVE_SAFETY_CHECKER, check_named
 from pipelines.axes import SheetAxis, cells
-from pipelines.jobs import IMAGES, Job
+from pipelines.jobs import IMAGES, TEXTS, Job
 from pipelines.settings import LOADING, at, checked
 
 TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
@@ -178,7 +178,7 @@ def _line(prompt: Any, content: dict[str, Any], place: str) -> tuple[str, dict[s
         settings = checked({"prompt": prompt, **content}, "list")
     except LdmError as error:
         raise LdmError(f"{place}{error}") from None
-    for name in ("prompt", "negative", "prompt_2", "negative_2", "seed"):
+    for name in ("prompt", *TEXTS, "seed"):
         if isinstance(settings.get(name), tuple):
             raise LdmError(f"{place}{name} {settings[name]!r}: a line holds one prompt; give one")
     return settings.pop("prompt"), settings, place

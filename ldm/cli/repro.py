@@ -20,8 +20,8 @@ from pipelines.axes import SHEET
 from pipelines.comparison import sheet_of
 from pipelines.finishing import BLURRED
 from pipelines.image_prompts import from_record
+from pipelines.jobs import TEXTS
 from pipelines.provenance import settings_of
-from pipelines.request import TEXTS
 from pipelines.settings import LOADING, at
 from pipelines.tuning import typed
 
