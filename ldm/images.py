@@ -401,8 +401,8 @@ def read_texts(path: ImageFile, name: str, formats: tuple[str, ...] | None = Non
     Raises:
         LdmError: the file is not an image, or damaged.
     """
-    load_noted(path, name, formats=formats)
-    image = _opened(path, name, Image.Image.load, formats)
+    with _reading(path, name):
+        image = _opened(path, name, Image.Image.load, formats)
     found = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
     if not found.get(PARAMETERS) and (comment := _user_comment(image)):
         found[PARAMETERS] = comment

@@ -59,7 +59,7 @@ class ManifestSigner:
         """
         if not has_packages():
             raise LdmError(f"c2pa: the package c2pa-python is needed to sign images: {INSTALL}")
-        self.chain, self.key = _read(certificates), b""
+        self.chain = _read(certificates)
         self.key, self.algorithm = _key_for(self.chain, certificates, key)
         file = io.BytesIO()
         Image.new("RGB", (8, 8)).save(file, "PNG")

@@ -64,22 +64,13 @@ def from_parameters(text: str) -> dict[str, Any]:
     Raises:
         LdmError: the text is of another kind, or names a sampler or a schedule type that we do not have.
     """
-    lines = text.strip().split("\n")
-    at = _at(lines)
-    pairs = _pairs(lines[at])
+    prompt, negative, pairs, rest = _parts(text)
     if "Steps" not in pairs:
         raise LdmError("the image's text does not say how it was made: it has no line with Steps")
-    if lines[at + 1 :]:
-        log.warning("the image's text goes on after its settings, which ldm does not read: %.60s", lines[at + 1])
-    prompt: list[str] = []
-    negative: list[str] = []
-    current = prompt
-    for line in lines[:at]:
-        if line.startswith("Negative prompt:"):
-            current, line = negative, line.removeprefix("Negative prompt:").strip()
-        current.append(line)
+    if rest:
+        log.warning("the image's text goes on after its settings, which ldm does not read: %.60s", rest[0])
     hashes = pairs.get(ADAPTERS, "")
-    text, mix, unnamed = from_tags("\n".join(prompt), hashes)
+    text, mix, unnamed = from_tags(prompt, hashes)
     known = ABOUT | {row.a1111 for row in every_row()} - ({ADAPTERS} if unnamed else set())
     unknown = [name for name in pairs if name not in known]
     if unknown:
@@ -88,7 +79,7 @@ def from_parameters(text: str) -> dict[str, Any]:
     texts.pop("strength" if "hires" in texts else "hires_strength", None)  # both have the same key
     scheduler, spacing = _sampler(texts.pop("scheduler", ""), texts.pop("spacing", ""))
     settings: dict[str, Any] = {
-        "prompt": text, "negative": "\n".join(negative) or None, "scheduler": scheduler,
+        "prompt": text, "negative": negative or None, "scheduler": scheduler,
         "spacing": spacing,
     }  # fmt: skip
     try:
@@ -105,18 +96,16 @@ def from_parameters(text: str) -> dict[str, Any]:
 
 def fields_of(text: str) -> dict[str, str]:
     """The fields of the text of AUTOMATIC1111 as its API gives them: prompts, and what the line of settings has."""
-    lines = text.strip().split("\n")
-    at = _at(lines)
-    prompt, _, negative = "\n".join(lines[:at]).partition("Negative prompt:")
-    found = {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **_pairs(lines[at])}
+    prompt, negative, pairs, _ = _parts(text)
+    found = {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **pairs}
     width, times, height = found.get("Size", "").partition("x")
     return found | ({"Size-1": width, "Size-2": height} if times else {})
 
 
 def embeddings_of(text: str) -> dict[str, str]:
     """The embeddings of textual inversion in the text of AUTOMATIC1111: the start of the SHA-256 of each, by name."""
-    lines = text.strip().split("\n")
-    stated = _pairs(lines[_at(lines)]).get(EMBEDDINGS, "")
+    _, _, pairs, _ = _parts(text)
+    stated = pairs.get(EMBEDDINGS, "")
     return dict(re.findall(r"\s*([^:,]+):\s*([0-9a-f]+)", stated))
 
 
@@ -125,14 +114,22 @@ def listed(name: str) -> str:
     return re.sub("[:,]", "", name)
 
 
-def _at(lines: list[str]) -> int:
-    """The number of the line of settings: the last that begins with Steps, or the last of all."""
-    return max((number for number, line in enumerate(lines) if line.startswith("Steps:")), default=len(lines) - 1)
+def _parts(text: str) -> tuple[str, str, dict[str, str], list[str]]:
+    """The prompt, the negative prompt, the keys and values of the line of settings, and the lines after it.
 
-
-def _pairs(line: str) -> dict[str, str]:
-    """The keys and values of a line."""
-    return {name: _unquoted(value) for name, value in _PAIR.findall(line)}
+    The line of settings is the last that begins with Steps, or the last of all.
+    """
+    lines = text.strip().split("\n")
+    at = max((number for number, line in enumerate(lines) if line.startswith("Steps:")), default=len(lines) - 1)
+    prompt: list[str] = []
+    negative: list[str] = []
+    current = prompt
+    for line in lines[:at]:
+        if line.startswith("Negative prompt:"):
+            current, line = negative, line.removeprefix("Negative prompt:").strip()
+        current.append(line)
+    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(lines[at])}
+    return "\n".join(prompt), "\n".join(negative), pairs, lines[at + 1 :]
 
 
 def _quoted(value: Any) -> str:

@@ -18,9 +18,22 @@ from os import PathLike
 from typing import Any
 
 from ldm.errors import LdmError, listing
-from pipelines.jobs import Job
+from pipelines.jobs import TEXTS, Job
 from pipelines.mixes import LARGEST, wanted
-from pipelines.settings import LOADING, TEXT, Setting, at, checked, every_row, find, number, parsed, plain, shown
+from pipelines.settings import (
+    LOADING,
+    TEXT,
+    Setting,
+    at,
+    checked,
+    every_row,
+    find,
+    number,
+    parsed,
+    parted,
+    plain,
+    shown,
+)
 
 MOST = 2  # axes
 SHEET = "xy"  # the key of a sheet's record that holds its labels and cells
@@ -30,7 +43,7 @@ DERIVED = (
     Setting("lora_weight", number(-LARGEST, LARGEST), "Weight of the adapter.",
             names=("adapter_weight", "lora_strength", "strength_model")),
 )  # fmt: skip
-PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")  # in which words are replaced
+PROMPTS = ("prompt", *TEXTS)  # in which words are replaced
 
 
 @dataclass(frozen=True)
@@ -117,20 +130,15 @@ def _parsed(row: Setting, name: str, text: str, called: str) -> dict[str, Any]:
     if row in DERIVED:
         return {row.name: row.parse(text, called)}
     given = {name: [text] if row.kind.joined else text}
-    return _by_kind(parsed(given, at("shell", every_row()), {name: called}), "shell")
+    loading, call = parted(parsed(given, at("shell", every_row()), {name: called}), "shell")
+    return loading | call
 
 
 def _checked(row: Setting, name: str, value: Any) -> dict[str, Any]:
     """The settings that a value in Python stands for."""
     if row in DERIVED or row in LOADING:
         return {row.name: row.check(value)}
-    return _by_kind({name: value}, "python")
-
-
-def _by_kind(given: Mapping[str, Any], door: str) -> dict[str, Any]:
-    """Settings within their bounds; those of loading a model are checked already."""
-    loading = {name: value for name, value in given.items() if name in at(door, LOADING)}
-    return loading | checked({name: value for name, value in given.items() if name not in loading}, door)
+    return checked({name: value}, "python")
 
 
 def _axis(row: Setting, called: str, texts: Sequence[str], values: Sequence[Mapping[str, Any]]) -> SheetAxis:

@@ -19,7 +19,7 @@ from ldm.watermark import with_watermark
 from pipelines.axes import SHEET, cells, given_axes, sheet_labels
 from pipelines.groups import Group, checked_groups, images_by_model, images_of, planned_groups
 from pipelines.pipeline import Pipeline
-from pipelines.settings import LOADING, at, checked, renamed
+from pipelines.settings import LOADING, at, parted, renamed
 
 
 @dataclass
@@ -82,8 +82,7 @@ def compare(
     """
     known = given_axes(axes)
     taken = renamed(settings, "python", (*at("python").values(), *LOADING))
-    loading = {name: value for name, value in taken.items() if name in at("python", LOADING) and value is not None}
-    common = checked({name: value for name, value in taken.items() if name not in loading}, "python")
+    loading, common = parted(taken, "python")
     if wrong := [name for name in ("n", "prompt") if name in common]:
         raise LdmError(f"{wrong[0]}: a comparison has one prompt and one image in each cell; leave it out")
     jobs = cells(known, prompt, seed, {**common, **loading})

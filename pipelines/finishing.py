@@ -62,7 +62,7 @@ class Finishing:
         watermark: bool | None = None,
         safety: Any = None,
         safety_action: str | None = None,
-        c2pa: tuple[str | PathLike[str], str | PathLike[str]] | None = None,
+        c2pa: ManifestSigner | tuple[str | PathLike[str], str | PathLike[str]] | None = None,
         device: torch.device | str = "cpu",
         allow_pickle: bool = False,
     ) -> None:
@@ -72,7 +72,7 @@ class Finishing:
             watermark: whether images get SDXL's watermark.
             safety: a safety checker, or its folder or Hub name.
             safety_action: "blur" or "refuse", for flagged images.
-            c2pa: the files of a certificate chain and its private key, with which files of images are signed.
+            c2pa: the signer of images' files, or the files of its certificate chain and private key.
             device: of the safety checker.
             allow_pickle: whether its weights may be a pickle.
 
@@ -82,7 +82,7 @@ class Finishing:
         if safety_action is not None and safety is None:
             raise LdmError("safety_action without a safety checker: name one (safety=, --safety)")
         self.watermark, self.refuses = bool(watermark), safety_action == "refuse"
-        self.signer = None if c2pa is None else ManifestSigner(*c2pa)
+        self.signer = ManifestSigner(*c2pa) if isinstance(c2pa, tuple) else c2pa
         self.checker: SafetyChecker | None = None
         if isinstance(safety, SafetyChecker):
             self.checker = safety

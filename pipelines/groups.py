@@ -22,10 +22,10 @@ from ldm.weights.components import Opened, build
 from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines.finishing import in_turn
-from pipelines.jobs import IMAGES, Job
+from pipelines.jobs import IMAGES, TEXTS, Job
 from pipelines.pipeline import Pipeline, named
 from pipelines.provenance import provenance
-from pipelines.request import TEXTS, Request
+from pipelines.request import Request
 
 # settings of loading that open what is beside a model, or by which a request is checked
 BESIDE = ("lora_dir", "partial_adapters", "embeddings", "ip_adapter", "image_encoder", "watermark", "allow_pickle")

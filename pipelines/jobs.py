@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+TEXTS = ("negative", "prompt_2", "negative_2")  # settings that each image of a batch has for itself, as its prompt
 IMAGES = (("image", "RGB"), ("mask", "L"))  # settings that are image files, and PIL's modes
 
 

@@ -25,6 +25,7 @@ from ldm.process import NoiseSchedule
 from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
 from pipelines.control_images import EACH, control_images
+from pipelines.jobs import TEXTS
 from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
@@ -195,7 +196,6 @@ def _mask(given: Any) -> Image.Image:
 
 
 CONTROLLING = (*EACH, "guess")
-TEXTS = ("negative", "prompt_2", "negative_2")
 OWN = {"prompt", *TEXTS, "seed", "image", "mask", "size", "adapters"}  # settings that a request has in another form
 
 

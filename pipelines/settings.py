@@ -433,7 +433,6 @@ PROMPTS_OF_DATA = {"eval": "prompts are those of the data, or of its --prompts"}
 FROM_TEXT = {"eval": "images are made of prompts alone"}
 RECORDED_AS_SIZE = {"record": "width and height are there"}
 RECORDED_AS_FILES = {"record": "image_prompt there lists each image with all that belongs to it"}
-NO_IMAGE = {"record": "it changes no image"}
 ONE_MODEL = {"list": "one model makes the whole list"}
 
 SETTINGS: tuple[Setting, ...] = (
@@ -718,6 +717,17 @@ def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
     if "size" in values:
         values = dict(zip(("width", "height"), values.pop("size"), strict=True)) | values
     return with_own_scheduler(values)
+
+
+def parted(given: Mapping[str, Any], door: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings by our names: those of loading a model as they are, and those of a call as `checked`; without None.
+
+    Raises:
+        LdmError: as `checked`.
+    """
+    rows = at(door, LOADING)
+    loading = {name: value for name, value in given.items() if name in rows and value is not None}
+    return loading, checked({name: value for name, value in given.items() if name not in rows}, door)
 
 
 def image_prompts(values: Mapping[str, Any]) -> tuple[ImagePrompt, ...]:

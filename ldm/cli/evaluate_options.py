@@ -16,7 +16,7 @@ from ldm.evaluation.checks import check_numbers, check_published
 from ldm.weights.builtin import builtin
 from ldm.weights.names import HUB_ID
 from pipelines.axes import values_of
-from pipelines.settings import ADAPTERS, LOADING, Setting, at, checked, every_row, find, renamed
+from pipelines.settings import ADAPTERS, LOADING, Setting, at, every_row, find, parted, renamed
 from pipelines.translation import TRANSLATED
 
 if TYPE_CHECKING:
@@ -144,9 +144,8 @@ def checked_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     Raises:
         LdmError: one of them is not.
     """
-    rows = at("eval", LOADING)
-    loading = {name: row.check(settings[name]) for name, row in rows.items() if settings.get(name) is not None}
-    return loading, checked({name: value for name, value in settings.items() if name not in rows}, "eval")
+    loading, call = parted(settings, "eval")
+    return {name: row.check(loading[name]) for name, row in at("eval", LOADING).items() if name in loading}, call
 
 
 def check_options(options: EvaluateOptions) -> None:

@@ -20,7 +20,7 @@ from ldm.launch import processes
 from ldm.signing import ManifestSigner
 from ldm.weights.builtin import GIVE_SAFETY_CHECKER, check_named
 from pipelines.axes import SheetAxis, cells
-from pipelines.jobs import IMAGES, Job
+from pipelines.jobs import IMAGES, TEXTS, Job
 from pipelines.settings import LOADING, at, checked
 
 TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # files whose lines are no prompts
@@ -55,50 +55,50 @@ class Work:
     targets: dict[int, Path]  # none for the cells of a comparison whose sheet alone is asked for
     left: set[int]
     sheet: Path | None = None  # the path of a comparison's sheet
+    signer: ManifestSigner | None = None  # of all files
 
 
 def work_of(options: Options) -> Work:
     """The images that are asked for.
 
     Raises:
-        LdmError: a model, an image or the list of prompts is not there, a line of it is wrong, or the output cannot be
-            written.
+        LdmError: a model, an image or the list of prompts is not there, a line of it is wrong, images cannot be signed,
+            or the output cannot be written.
     """
     _check_paths(options.loading, options.settings)
+    signer = ManifestSigner(*options.loading["c2pa"]) if "c2pa" in options.loading else None
     if options.xy:
-        return _sheet_work(options)
+        return _sheet_work(options, signer)
     jobs = list(make_jobs(options))
     targets = _targets(options, jobs)
     left = {job.index for job in jobs if not (options.prompts_file and targets[job.index].exists())}
-    return Work(jobs, targets, left)
+    return Work(jobs, targets, left, signer=signer)
 
 
-def _sheet_work(options: Options) -> Work:
+def _sheet_work(options: Options, signer: ManifestSigner | None) -> Work:
     """The cells of a comparison and its sheet; a file that --out names is the sheet, and cells have none."""
     jobs = make_cells(options)
     for job in jobs:
         _check_paths(dict(job.loading), dict(job.settings))
     left = {job.index for job in jobs}
     if Path(options.out).suffix.lower() == ".png":
-        return Work(jobs, {}, left, to_png(options.out))
+        return Work(jobs, {}, left, to_png(options.out), signer)
     targets = _targets(options, jobs)
     last = targets[jobs[-1].index]
-    return Work(jobs, targets, left, last.with_name(f"{int(last.name.partition('-')[0]) + 1:05d}-xy.png"))
+    return Work(jobs, targets, left, last.with_name(f"{int(last.name.partition('-')[0]) + 1:05d}-xy.png"), signer)
 
 
 def _check_paths(loading: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Check that models and images are there, as far as their names tell, and that images can be signed.
+    """Check that models and images are there, as far as their names tell.
 
     Raises:
-        LdmError: one is not, or they cannot.
+        LdmError: one is not.
     """
     for name in ("source", "refiner"):
         if name in loading:
             check_named(loading[name])
     if "safety" in loading:
         check_named(loading["safety"], GIVE_SAFETY_CHECKER)
-    if "c2pa" in loading:
-        ManifestSigner(*loading["c2pa"])
     for name, _ in IMAGES:
         if name in settings and not os.path.lexists(settings[name]):
             raise LdmError(f"{settings[name]} does not exist")
@@ -178,7 +178,7 @@ def _line(prompt: Any, content: dict[str, Any], place: str) -> tuple[str, dict[s
         settings = checked({"prompt": prompt, **content}, "list")
     except LdmError as error:
         raise LdmError(f"{place}{error}") from None
-    for name in ("prompt", "negative", "prompt_2", "negative_2", "seed"):
+    for name in ("prompt", *TEXTS, "seed"):
         if isinstance(settings.get(name), tuple):
             raise LdmError(f"{place}{name} {settings[name]!r}: a line holds one prompt; give one")
     return settings.pop("prompt"), settings, place

@@ -47,8 +47,9 @@ def make_images(options: Options, work: Work) -> None:
         print(json.dumps(_described(options, work, *plans[0]), indent=2, default=str))
         return
     made: list[Image.Image] = []
-    finishing = Finishing(options.loading.get("watermark"), c2pa=options.loading.get("c2pa"))  # of files
-    images = images_by_model(_pipeline, options.common, options.loading, work.jobs, work.left, rank(), processes())
+    finishing = Finishing(options.loading.get("watermark"), c2pa=work.signer)  # of files
+    loading = {name: value for name, value in options.loading.items() if name != "c2pa"}  # pipelines sign nothing
+    images = images_by_model(_pipeline, options.common, loading, work.jobs, work.left, rank(), processes())
     try:
         with counter("images", -(-len(work.left) // processes())) as advance, Saver() as saver:
             for job, image, record in images:

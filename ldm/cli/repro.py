@@ -20,8 +20,8 @@ from pipelines.axes import SHEET
 from pipelines.comparison import sheet_of
 from pipelines.finishing import BLURRED
 from pipelines.image_prompts import from_record
+from pipelines.jobs import TEXTS
 from pipelines.provenance import settings_of
-from pipelines.request import TEXTS
 from pipelines.settings import LOADING, at
 from pipelines.tuning import typed
 
@@ -155,13 +155,17 @@ def remade(path: Path, images: Sequence[Recorded], parameters: str) -> dict[int,
         models.setdefault(repr(one.loading), []).append(one)
     found: dict[int, Image.Image] = {}
     for same in models.values():
-        loading = same[0].loading
-        pipeline = Pipeline(**typed(loading))
-        for one in same:
-            _check_files(path, loading["source"], one.record, parameters, pipeline)
-        for batch in _batches(same):
-            found |= _made(pipeline, batch)
+        found |= _of_model(path, same, parameters)  # whose weights are gone before the next model's are loaded
     return found
+
+
+def _of_model(path: Path, images: Sequence[Recorded], parameters: str) -> dict[int, Image.Image]:
+    """The images of one model, made again, by number."""
+    loading = images[0].loading
+    pipeline = Pipeline(**typed(loading))
+    for one in images:
+        _check_files(path, loading["source"], one.record, parameters, pipeline)
+    return {number: image for batch in _batches(images) for number, image in _made(pipeline, batch).items()}
 
 
 def _batches(images: Sequence[Recorded]) -> list[dict[int, Recorded]]:

@@ -224,7 +224,7 @@ def test_a_comparison_in_python(models: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     assert found.settings[1] == single.settings[0]
     assert found.image().size == layout((64, 64), found.columns, found.rows).size
-    both = compare("a cat", {"model": [models / "sd15", models / "sdxl"]}, steps=1, seed=1, device="cpu")
+    both = compare("a cat", {"model": [models / "sd15", models / "sdxl"]}, steps=1, seed=1, device="cpu", refiner=None)
     assert [both.settings[index]["source"] for index in (0, 1)] == [str(models / name) for name in ("sd15", "sdxl")]
     white = Image.new("RGB", (64, 64), "white")
     assert len(compare(None, {"prompt": ["a", "b"]}, pipeline=pipeline, image=white, steps=2).images) == 2

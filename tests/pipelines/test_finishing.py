@@ -102,8 +102,16 @@ def test_the_command(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     options = ["--model", folder / "model", *OPTIONS, "--watermark", "--c2pa", f"{folder}/chain.pem,{folder}/key.pem"]
+    opened: list[Path] = []
+
+    def read(path: Path) -> bytes:
+        opened.append(Path(path))
+        return Path(path).read_bytes()
+
+    monkeypatch.setattr("ldm.signing._read", read)
     code, out, _ = run(capsys, monkeypatch, "generate", "a fox", *options, "--safety", folder / "flags", "--grid")
     assert code == 0 and "the image of seed 1: blurred" in caplog.text
+    assert opened == [folder / "chain.pem", folder / "key.pem"]  # once, as they may be pipes
     file, sheet = out.split()
     for path in (file, sheet):
         said = json.loads(run(capsys, monkeypatch, "info", path, "--json")[1])

@@ -34,7 +34,7 @@ from ldm.server.service import Service
 from ldm.server.serving import in_thread
 from ldm.server.uploads import RequestUploads
 from pipelines import Pipeline
-from pipelines.a1111 import from_parameters
+from pipelines.a1111 import fields_of, from_parameters
 
 KEY = "hunter-22"
 LIMITS = Limits(body=400_000, upload=10_000, pixels=128 * 128, steps=900, images=4, characters=300, queue=8)
@@ -173,6 +173,8 @@ def test_texts_of_other_formats(api: webuiapi.WebUIApi, plain: httpx2.Client) ->
     photo = lossy_bytes(NOISE, "jpeg", 90, "a fox\nSteps: 3, Seed: 2")
     found = plain.post("/png-info", json={"image": base64.b64encode(photo).decode()}).json()
     assert found["info"] == "a fox\nSteps: 3, Seed: 2" and found["parameters"]["Seed"] == "2"
+    said = fields_of("a Negative prompt: of it\nNegative prompt: red\nSteps: 3")
+    assert (said["Prompt"], said["Negative prompt"]) == ("a Negative prompt: of it", "red")
     large = PngImagePlugin.PngInfo()
     for number in range(3):
         large.add_itxt(f"text{number}", "x" * 2**19, zip=True)
