@@ -7,7 +7,7 @@ export function h(tag, properties = {}, ...children) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) found.addEventListener(name.slice(2), value);
     else if (name in found && name !== "list" && name !== "form") found[name] = value;
-    else found.setAttribute(name === "class" ? "class" : name, value === true ? "" : value);
+    else found.setAttribute(name, value === true ? "" : value);
   }
   found.append(...children.flat(2).filter((child) => child !== undefined && child !== null && child !== false));
   return found;
@@ -35,12 +35,7 @@ export class Problem {
   }
 }
 
-// What a file or part of a page is called when it is dropped: its files that are images.
-export function droppedImages(event) {
-  return [...(event.dataTransfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
-}
-
-// Let an element take dropped images; an image that it takes is taken by nothing around it.
+// Let an element take dropped images, as `take(...files)`; what it takes is taken by nothing around it.
 export function takesDrops(element, take) {
   element.addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -52,19 +47,19 @@ export function takesDrops(element, take) {
     event.preventDefault();
     event.stopPropagation();
     element.classList.remove("over");
-    const [file] = droppedImages(event);
-    if (file) take(file);
+    const files = [...(event.dataTransfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+    if (files.length) take(...files);
   });
 }
 
-// A button that opens the choice of an image file.
-export function fileButton(text, take, more = {}) {
+// A button that opens the choice of an image file, or of several, for `take(...files)`.
+export function fileButton(text, take, { multiple = false, ...more } = {}) {
   const input = h("input", {
-    type: "file", accept: "image/png,image/jpeg,image/webp", class: "unseen", tabIndex: -1, "aria-hidden": "true",
+    type: "file", accept: "image/png,image/jpeg,image/webp", multiple, class: "unseen", tabIndex: -1, "aria-hidden": "true",
     onchange: () => {
-      const [file] = input.files;
+      const files = [...input.files];
       input.value = "";
-      if (file) take(file);
+      if (files.length) take(...files);
     },
   });
   return h("span", { class: "file" }, button(text, () => input.click(), more), input);
