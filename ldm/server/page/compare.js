@@ -1,7 +1,7 @@
 // The tab that compares: a grid of one setting's values, or of two, each of its cells a job.
 
 import { AxisPicker } from "./axes.js";
-import { Problem, button, h } from "./dom.js";
+import { Problem, button, h, saveFile } from "./dom.js";
 import { GalleryImage, viewOf } from "./gallery.js";
 import { Jobs, isOver } from "./jobs.js";
 import { Place } from "./place.js";
@@ -197,10 +197,7 @@ class Compare {
         await shown.decode();
         images.set(number, shown);
       }
-      const file = await png(sheet(images, this.labels.columns, this.labels.rows));
-      const url = URL.createObjectURL(file);
-      h("a", { href: url, download: `grid-${this.seed}.png` }).click();
-      setTimeout(() => URL.revokeObjectURL(url), AGAIN_MS);
+      saveFile(await png(sheet(images, this.labels.columns, this.labels.rows)), `grid-${this.seed}.png`);
     } catch (error) {
       this.problem.show(error.message);
     }

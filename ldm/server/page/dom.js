@@ -1,5 +1,7 @@
 // Elements: made by a function, never from text with markup.
 
+const SAVED_MS = 10_000; // until data that is saved as a file may be forgotten
+
 // An element with properties (`class`, `onclick`, `aria-label` …) and children: elements, texts, or lists of them.
 export function h(tag, properties = {}, ...children) {
   const found = document.createElement(tag);
@@ -63,6 +65,13 @@ export function fileButton(text, take, { multiple = false, ...more } = {}) {
     },
   });
   return h("span", { class: "file" }, button(text, () => input.click(), more), input);
+}
+
+// Save data as a file of the visitor's.
+export function saveFile(data, name) {
+  const url = URL.createObjectURL(data);
+  h("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), SAVED_MS);
 }
 
 export function dataUrl(blob) {

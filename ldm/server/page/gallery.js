@@ -1,7 +1,7 @@
 // Images with what can be done with them: cards, and a large view with all settings.
 
 import { blob, json } from "./api.js";
-import { Problem, button, dataUrl, h } from "./dom.js";
+import { Problem, button, dataUrl, h, saveFile } from "./dom.js";
 
 export const VARIED = 0.4; // strength of "vary"
 const TEXTS = ["prompt", "negative"]; // settings that the large view shows as texts
@@ -47,8 +47,8 @@ function actions(image, acts, problem, more = []) {
     }
   };
   const download = async () => {
-    const link = h("a", { href: await image.load(), download: image.file });
-    link.click();
+    await image.load();
+    saveFile(image.data, image.file);
   };
   return h("div", { class: "actions", role: "group", "aria-label": "What to do with this image" },
     [

@@ -1,7 +1,7 @@
 // The reports of evaluations of a run: their figures, and their pages.
 
 import { blob, hasKey, json } from "./api.js";
-import { Problem, button, h } from "./dom.js";
+import { Problem, button, h, saveFile } from "./dom.js";
 
 // The heads of the columns of a table of figures.
 const COLUMNS = ["metric", "", "value", "corrected", "95 % interval", "images", "p"];
@@ -60,9 +60,7 @@ function pageLink(address, name, problem) {
   }
   return h("p", {}, button("Save the whole report", async () => {
     try {
-      const url = URL.createObjectURL(await blob(address));
-      h("a", { href: url, download: `${name.replaceAll(/[^\w-]+/g, "-")}.html` }).click();
-      setTimeout(() => URL.revokeObjectURL(url), 10_000);
+      saveFile(await blob(address), `${name.replaceAll(/[^\w-]+/g, "-")}.html`);
     } catch (error) {
       problem.show(error.message);
     }

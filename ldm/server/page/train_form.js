@@ -1,7 +1,7 @@
 // The form for an adapter of one's own images, and what can be done with a training and its adapter.
 
 import { ask, blob, json } from "./api.js";
-import { Problem, button, dataUrl, fileButton, h, newId, takesDrops } from "./dom.js";
+import { Problem, button, dataUrl, fileButton, h, newId, saveFile, takesDrops } from "./dom.js";
 
 const MOST = 64; // images, as the server takes them
 const LARGEST = 1_200_000; // pixels: more than any model is trained at, and so few that many images fit into a request
@@ -164,9 +164,7 @@ export class Training {
   }
 
   async download() {
-    const url = URL.createObjectURL(await blob(`${this.address}/adapter`));
-    h("a", { href: url, download: `${this.name.value.trim() || "adapter"}.safetensors` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 10_000);
+    saveFile(await blob(`${this.address}/adapter`), `${this.name.value.trim() || "adapter"}.safetensors`);
   }
 
   async keep() {
