@@ -23,7 +23,7 @@ class Compare {
     this.problem = new Problem();
     this.make = h("button", { type: "submit", class: "main", title: "Ctrl+Enter" }, "Make grid");
     this.cancelling = button("Cancel all", () => this.cancel(), { title: "Escape", hidden: true });
-    this.downloading = button("Download sheet", () => this.download(), { title: "The whole grid with its labels as one PNG", hidden: true });
+    this.downloading = button("Download sheet", () => this.problem.guard(() => this.download()), { title: "The whole grid with its labels as one PNG", hidden: true });
     this.count = h("p", { class: "quiet", role: "status" });
     this.prompt = h("span", {});
     this.table = h("table", { class: "cells" });
@@ -188,19 +188,14 @@ class Compare {
   }
 
   async download() {
-    this.problem.show("");
-    try {
-      const images = new Map();
-      for (const [number, { image }] of this.cells.entries()) {
-        if (!image) continue;
-        const shown = h("img", { src: await image.load() });
-        await shown.decode();
-        images.set(number, shown);
-      }
-      saveFile(await png(sheet(images, this.labels.columns, this.labels.rows)), `grid-${this.seed}.png`);
-    } catch (error) {
-      this.problem.show(error.message);
+    const images = new Map();
+    for (const [number, { image }] of this.cells.entries()) {
+      if (!image) continue;
+      const shown = h("img", { src: await image.load() });
+      await shown.decode();
+      images.set(number, shown);
     }
+    saveFile(await png(sheet(images, this.labels.columns, this.labels.rows)), `grid-${this.seed}.png`);
   }
 
   // --- kept while the tab is open -------------------------------------------------------------------------------------

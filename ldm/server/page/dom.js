@@ -35,6 +35,16 @@ export class Problem {
     this.element.textContent = text;
     this.element.hidden = !text;
   }
+
+  // Do what a visitor asks for; what goes wrong is shown here.
+  async guard(act) {
+    this.show("");
+    try {
+      await act();
+    } catch (error) {
+      this.show(error.message);
+    }
+  }
 }
 
 // Let an element take dropped images, as `take(...files)`; what it takes is taken by nothing around it.

@@ -38,14 +38,6 @@ export class GalleryImage {
 
 // The buttons of an image; `acts` has the functions of the page, `more` further buttons. Narrow screens show the first.
 function actions(image, acts, problem, more = []) {
-  const guarded = (act) => async () => {
-    problem.show("");
-    try {
-      await act();
-    } catch (error) {
-      problem.show(error.message);
-    }
-  };
   const download = async () => {
     await image.load();
     saveFile(image.data, image.file);
@@ -59,7 +51,7 @@ function actions(image, acts, problem, more = []) {
       ["Use settings", "Put all settings into the form", () => acts.use(image)],
       ["Download", "Save the file", download],
       ...more,
-    ].map(([text, title, act], place) => button(text, guarded(act), { title, class: place > 2 ? "further" : "" })));
+    ].map(([text, title, act], place) => button(text, () => problem.guard(act), { title, class: place > 2 ? "further" : "" })));
 }
 
 // A card of a finished image. A problem with it is shown on it.

@@ -58,13 +58,8 @@ function pageLink(address, name, problem) {
   if (!hasKey()) {
     return h("p", {}, h("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, "Open the whole report"), " with its images");
   }
-  return h("p", {}, button("Save the whole report", async () => {
-    try {
-      saveFile(await blob(address), `${name.replaceAll(/[^\w-]+/g, "-")}.html`);
-    } catch (error) {
-      problem.show(error.message);
-    }
-  }, { class: "link" }), " with its images, as a file");
+  const save = async () => saveFile(await blob(address), `${name.replaceAll(/[^\w-]+/g, "-")}.html`);
+  return h("p", {}, button("Save the whole report", () => problem.guard(save), { class: "link" }), " with its images, as a file");
 }
 
 export class Reports {

@@ -128,16 +128,16 @@ export class Training {
     this.problem = new Problem();
     this.said = h("pre", { class: "said", tabIndex: 0, "aria-label": "What the program said last" });
     this.stop = button("Stop", async () => {
-      await this.guarded(() => ask(`${address}/stop`, { method: "POST" }));
+      await this.problem.guard(() => ask(`${address}/stop`, { method: "POST" }));
       this.stop.textContent = "Stop at once";
       look();
     }, { title: "It saves a checkpoint first" });
     this.stopping = h("div", { class: "row" }, this.stop);
     this.name = h("input", { id: newId("name"), maxLength: 64, placeholder: "name" });
     this.kept = h("span", { class: "quiet", role: "status" });
-    this.adapter = h("div", { class: "row" }, button("Download the adapter", () => this.guarded(() => this.download())),
+    this.adapter = h("div", { class: "row" }, button("Download the adapter", () => this.problem.guard(() => this.download())),
       keeps && [h("label", { htmlFor: this.name.id, class: "unseen" }, "Name of the adapter"), this.name,
-        button("Add to the server's adapters", () => this.guarded(() => this.keep()))], this.kept);
+        button("Add to the server's adapters", () => this.problem.guard(() => this.keep()))], this.kept);
     this.output = h("details", { class: "section" }, h("summary", {}, "What the program said"), this.said);
     this.element = h("div", { class: "training", hidden: true }, this.stopping, this.adapter, this.problem.element, this.output);
   }
@@ -152,15 +152,6 @@ export class Training {
       this.said.scrollTop = this.said.scrollHeight;
     }
     if (said.length && (state === "failed" || !stages.length)) this.output.open = true;
-  }
-
-  async guarded(act) {
-    this.problem.show("");
-    try {
-      await act();
-    } catch (error) {
-      this.problem.show(error.message);
-    }
   }
 
   async download() {
