@@ -77,6 +77,11 @@ export function fileButton(text, take, { multiple = false, ...more } = {}) {
   return h("span", { class: "file" }, button(text, () => input.click(), more), input);
 }
 
+// The line of an area that takes one image, while it has none.
+export function dropLine(take) {
+  return h("p", { class: "quiet" }, "Drop an image here, or ", fileButton("choose a file", take, { class: "link" }));
+}
+
 // Save data as a file of the visitor's.
 export function saveFile(data, name) {
   const url = URL.createObjectURL(data);

@@ -1,7 +1,7 @@
 // The form of a job: the usual settings, adapters, images, and all other settings by the server's schema.
 
 import { AdapterSliders } from "./adapters.js";
-import { Control } from "./control.js";
+import { Control, ofControl } from "./control.js";
 import { Problem, button, h, newId } from "./dom.js";
 import { FieldError, LongTextField, fieldFor } from "./fields.js";
 import { StartImage } from "./start_image.js";
@@ -40,7 +40,7 @@ export class Form {
   isOther(name) {
     const { about } = this.app;
     if (USUAL.includes(name) || ELSEWHERE.includes(name)) return false;
-    if (name.startsWith("control_") || name === "guess") return false; // they stand with the condition image
+    if (ofControl(name)) return false;
     if (name.startsWith("image_prompt")) return about.image_prompts;
     return about.refiner || !name.startsWith("refiner_");
   }
