@@ -91,15 +91,15 @@ class Compare {
 
   // The settings of all cells, with one seed; undefined if something is wrong with them, which the form then shows.
   base() {
-    const { form, keep } = this.app.generate;
+    const { generate } = this.app;
     const prompted = [this.columns, this.rows].some(({ axis }) => axis?.name === "prompt");
-    const found = form.values(prompted);
+    const found = generate.form.values(prompted);
     if (!found) {
       this.app.open("generate");
       return undefined;
     }
     const { n, batch, seed = Math.floor(Math.random() * 2 ** 32), ...body } = found;
-    return { ...body, seed, previews: true, ...(keep?.checked ? { keep: true } : {}) };
+    return generate.request({ ...body, seed });
   }
 
   // The settings of each cell, row after row. Words are replaced last, in the prompts that the cells have.

@@ -63,11 +63,16 @@ class Generate {
 
   // --- jobs -----------------------------------------------------------------------------------------------------------
 
+  // Settings as the request of a job.
+  request(settings) {
+    return { ...settings, previews: true, ...(this.keep?.checked ? { keep: true } : {}) };
+  }
+
   // Submit settings as a job; what is wrong with them is shown at the form.
   async submit(settings) {
     if (!settings) return;
     try {
-      await this.jobs.submit({ ...settings, previews: true, ...(this.keep?.checked ? { keep: true } : {}) });
+      await this.jobs.submit(this.request(settings));
       this.form.tell([]);
     } catch (error) {
       this.form.wrong(error);
