@@ -63,7 +63,7 @@ const REPLACED = {
 };
 
 // All axes of a server's settings, in groups for a list.
-function groupsOf({ about, settings, adapters, generate: { form } }) {
+function groupsOf({ about, settings, adapters, views: { generate: { form } } }) {
   const own = (name) => settingAxis(name, settings[name], form);
   const steers = (name) => about.control.length > 0 && ofControl(name);
   const others = Object.keys(settings).filter((name) =>

@@ -42,17 +42,8 @@ class Compare {
     this.restore();
   }
 
-  key(event) {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      this.begin();
-    } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-      this.cancel();
-    }
-  }
-
   shown() {
-    const text = this.app.generate.form.prompt.control.value.trim();
+    const text = this.app.views.generate.form.prompt.control.value.trim();
     this.prompt.textContent = text ? `“${text}”` : "no prompt yet";
   }
 
@@ -91,7 +82,7 @@ class Compare {
 
   // The settings of all cells, with one seed; undefined if something is wrong with them, which the form then shows.
   base() {
-    const { generate } = this.app;
+    const { generate } = this.app.views;
     const prompted = [this.columns, this.rows].some(({ axis }) => axis?.name === "prompt");
     const found = generate.form.values(prompted);
     if (!found) {
@@ -270,7 +261,7 @@ class Cell {
   }
 
   async fill() {
-    const view = viewOf(this.image, this.grid.app.generate.acts);
+    const view = viewOf(this.image, this.grid.app.views.generate.acts);
     view.firstChild.src = await this.image.load();
     this.place.replaceChildren(view);
   }
@@ -297,13 +288,5 @@ class CellPlace extends Place {
 export const compare = {
   name: "compare",
   title: "Compare",
-  start(panel, app) {
-    app.compare = new Compare(panel, app);
-  },
-  shown(app) {
-    app.compare.shown();
-  },
-  key(event, app) {
-    app.compare.key(event);
-  },
+  View: Compare,
 };

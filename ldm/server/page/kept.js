@@ -29,6 +29,10 @@ class Kept {
       this.problem.element, this.results, h("div", { class: "row middle" }, this.further));
   }
 
+  shown() {
+    return this.find();
+  }
+
   // Show the latest images with the words of the search.
   async find() {
     this.images?.forEach((image) => image.forget());
@@ -70,7 +74,7 @@ class Kept {
       this.showTotal();
       this.app.announce("The image is deleted.");
     };
-    const shown = card(image, this.app.generate.acts, [["Delete", "Delete the image and its file", remove]]);
+    const shown = card(image, this.app.views.generate.acts, [["Delete", "Delete the image and its file", remove]]);
     this.images.push(image);
     this.results.append(shown);
   }
@@ -79,14 +83,6 @@ class Kept {
 export const kept = {
   name: "history",
   title: "History",
-  start(panel, app) {
-    if (!app.about.history) {
-      panel.append(h("p", { class: "quiet hint" }, "This server keeps no history. Start it with: ldm serve --history FOLDER"));
-      return;
-    }
-    app.kept = new Kept(panel, app);
-  },
-  shown(app) {
-    app.kept?.find();
-  },
+  View: Kept,
+  lacks: ({ history }) => !history && "This server keeps no history. Start it with: ldm serve --history FOLDER",
 };

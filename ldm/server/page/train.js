@@ -246,14 +246,6 @@ class Train {
 export const train = {
   name: "train",
   title: "Train",
-  start(panel, app) {
-    if (!app.about.runs) {
-      panel.append(h("p", { class: "quiet hint" }, "This server shows no runs of training. Start it with: ldm serve --runs FOLDER"));
-      return;
-    }
-    app.train = new Train(panel, app);
-  },
-  shown(app) {
-    app.train?.shown();
-  },
+  View: Train,
+  lacks: ({ runs }) => !runs && "This server shows no runs of training. Start it with: ldm serve --runs FOLDER",
 };
