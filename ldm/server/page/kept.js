@@ -38,13 +38,15 @@ class Kept {
     this.images?.forEach((image) => image.forget());
     this.images = [];
     this.last = undefined;
-    await this.more(true);
+    await this.more();
   }
 
-  async more(anew = false) {
+  // Show further images; those of a new search in place of the others.
+  async more() {
     const asked = (this.asked = {});
     const query = new URLSearchParams({ text: this.words.value, count: COUNT });
-    if (this.last !== undefined) query.set("before", this.last);
+    const anew = this.last === undefined;
+    if (!anew) query.set("before", this.last);
     try {
       const found = await json(`/v1/history?${query}`);
       if (asked !== this.asked) return; // a later search is on its way

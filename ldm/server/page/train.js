@@ -138,7 +138,6 @@ class RunView {
 
   forget() {
     for (const stage of this.stages.values()) stage.previews.forget();
-    this.element.remove();
   }
 }
 
@@ -226,20 +225,23 @@ class Train {
       this.choose(id);
       this.app.announce("The training has begun.");
     });
-    this.view?.forget();
-    this.view = undefined;
-    for (const { button: own } of this.items.values()) own.setAttribute("aria-pressed", false);
-    this.main.replaceChildren(this.form.element);
+    this.put(this.form.element);
   }
 
   choose(id) {
     if (this.view?.id === id) return;
-    this.view?.forget();
-    this.view = new RunView(id, this.app);
-    this.main.replaceChildren(this.view.element);
+    const view = new RunView(id, this.app);
+    this.put(view.element, view);
     sessionStorage.setItem(CHOSEN, id);
-    for (const [own, item] of this.items) item.button.setAttribute("aria-pressed", own === id);
-    this.view.look();
+    view.look();
+  }
+
+  // Show an element, that of the view if it is a run's, in place of the one before.
+  put(element, view) {
+    this.view?.forget();
+    this.view = view;
+    this.main.replaceChildren(element);
+    for (const [id, item] of this.items) item.button.setAttribute("aria-pressed", id === view?.id);
   }
 }
 
