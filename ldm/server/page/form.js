@@ -1,6 +1,7 @@
 // The form of a job: the usual settings, adapters, images, and all other settings by the server's schema.
 
 import { AdapterSliders } from "./adapters.js";
+import { write } from "./api.js";
 import { Control, ofControl } from "./control.js";
 import { Problem, button, h, newId } from "./dom.js";
 import { FieldError, LongTextField, fieldFor } from "./fields.js";
@@ -10,8 +11,7 @@ const SAVED = "ldm-form";
 export const USUAL = ["width", "height", "steps", "guidance", "scheduler", "n"];
 const ELSEWHERE = ["prompt", "negative", "seed", "size", "image", "mask", "strength", "adapters", "control", "previews", "keep"];
 
-const same = (one, other) => JSON.stringify(one, plain) === JSON.stringify(other, plain);
-const plain = (_, value) => (typeof value === "bigint" ? String(value) : value);
+const same = (one, other) => write(one) === write(other);
 
 export class Form {
   constructor(app) {
