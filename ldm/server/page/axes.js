@@ -11,7 +11,7 @@ const TEXTS = ["prompt", "negative"]; // in which words are replaced
 const words = (name) => name.replaceAll("_", " ");
 
 // The values in "a, b"; one with commas stands in double quotes.
-export function listed(text) {
+function listed(text) {
   const parts = [...`${text},`.matchAll(/\s*(?:"((?:[^"]|"")*)"\s*|([^,"\s][^,]*)?),/gy)];
   if (parts.reduce((length, [part]) => length + part.length, 0) <= text.length) {
     throw new Error('a value with commas stands in double quotes: "a fox, oil paint", a cat');
@@ -85,7 +85,7 @@ export class AxisPicker {
     const groups = groupsOf(app);
     this.axes = groups.flatMap(([, axes]) => axes);
     this.problem = new Problem();
-    this.help = h("p", { class: "quiet help", id: newId("help") });
+    this.help = h("p", { class: "quiet", id: newId("help") });
     this.choice = h("select", { id, onchange: () => this.chosen() },
       h("option", { value: "" }, "none"),
       groups.map(([label, axes]) => h("optgroup", { label }, axes.map((axis) => h("option", { value: axis.name }, axis.title)))));

@@ -74,7 +74,7 @@ export function fileButton(text, take, { multiple = false, ...more } = {}) {
       if (files.length) take(...files);
     },
   });
-  return h("span", { class: "file" }, button(text, () => input.click(), more), input);
+  return h("span", {}, button(text, () => input.click(), more), input);
 }
 
 // The line of an area that takes one image, while it has none.

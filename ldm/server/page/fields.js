@@ -89,7 +89,7 @@ export class LongTextField extends TextField {
   }
 }
 
-export class NumberField extends Field {
+class NumberField extends Field {
   make() {
     const { type, minimum, exclusiveMinimum, maximum } = this.schema;
     return h("input", {

@@ -111,7 +111,7 @@ export class Jobs {
 }
 
 // A job's settings without its images, which are too large to be kept.
-export function withoutImages(body) {
+function withoutImages(body) {
   const { image, mask, control, image_prompt, image_prompt_mask, ...rest } = body;
   const lost = Boolean(image || control || image_prompt);
   return lost ? { ...rest, lost } : rest;

@@ -48,7 +48,7 @@ export class StartImage {
 
   // Show an image by its data URL.
   async show(url) {
-    const image = h("img", { src: url, alt: "The image to start from", class: "start", draggable: false });
+    const image = h("img", { src: url, alt: "The image to start from", draggable: false });
     await image.decode();
     this.problem.show("");
     this.image = image;

@@ -14,7 +14,7 @@ const CHOSEN = "ldm-run";
 const FIGURES = 10; // of the last line that are shown
 
 // A duration in words: "50 min", "3 h 20 min".
-export function duration(seconds) {
+function duration(seconds) {
   const minutes = Math.round(seconds / 60);
   if (seconds < 90) return `${Math.max(Math.round(seconds), 1)} s`;
   if (minutes < 90) return `${minutes} min`;
@@ -49,7 +49,7 @@ class StageView {
     this.problem = new Problem();
     this.curves = new CurveCharts();
     this.previews = new Previews(address);
-    this.heading = h("h3", { class: "stage-name" });
+    this.heading = h("h3", {});
     this.element = h("section", { class: "stage" }, this.heading, this.line, this.progress, this.figures, this.problem.element,
       this.previews.element, this.curves.element);
   }
