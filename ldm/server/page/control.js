@@ -44,17 +44,13 @@ export class Control {
   // Show what the control model will see.
   async preview() {
     if (!this.url) return;
-    this.problem.show("");
-    const given = h("img", { src: this.url, alt: "The given image" });
-    this.area.replaceChildren(given);
     const { url, kind: { value: kind } } = this;
-    try {
+    this.area.replaceChildren(h("img", { src: url, alt: "The given image" }));
+    await this.problem.guard(async () => {
       const made = await blob("/v1/conditions", { method: "POST", body: { kind, image: url } });
       if (this.url !== url || this.kind.value !== kind) return;
       this.area.append(h("img", { src: await dataUrl(made), alt: `The condition image: ${kind}` }));
-    } catch (error) {
-      this.problem.show(error.message);
-    }
+    });
   }
 
   values() {
