@@ -10,7 +10,7 @@ export class AdapterSliders {
     const id = newId("adapter");
     this.choice = h("select", { id, onchange: () => this.add(this.choice.value) });
     this.rows = h("div", { class: "rows" });
-    this.element = h("div", { class: "field adapters" }, h("label", { htmlFor: id }, "Adapters"), this.choice, this.rows);
+    this.element = h("div", { class: "field" }, h("label", { htmlFor: id }, "Adapters"), this.choice, this.rows);
     this.show();
   }
 

@@ -18,12 +18,12 @@ export class ApiError extends Error {
 
 // --- JSON: seeds may be larger than the whole numbers that a double holds -----------------------------------------------
 
-function parse(text) {
+export function parse(text) {
   return JSON.parse(text, (_, value, context) =>
     Number.isInteger(value) && !Number.isSafeInteger(value) && context?.source ? BigInt(context.source) : value);
 }
 
-function write(value) {
+export function write(value) {
   return JSON.stringify(value, (_, part) =>
     typeof part === "bigint" ? (JSON.rawJSON ? JSON.rawJSON(String(part)) : Number(part)) : part);
 }

@@ -1,17 +1,17 @@
 // Axes of a grid: a setting of the form, words of its prompts, or an adapter's weight, with several values.
 
+import { ofControl } from "./control.js";
 import { Problem, h, newId } from "./dom.js";
-import { fieldFor } from "./fields.js";
+import { fieldFor, isImage } from "./fields.js";
 import { USUAL } from "./form.js";
 
 const FIRST = ["prompt", "negative", "seed", "size", ...USUAL, "strength"]; // settings that come first in the list
 const NONE = ["n", "batch", "image", "mask", "adapters", "priority", "seconds"]; // settings that no axis has
 const TEXTS = ["prompt", "negative"]; // in which words are replaced
-const isImage = (schema) => (schema.anyOf ?? [schema]).some((one) => one.contentEncoding === "base64");
 const words = (name) => name.replaceAll("_", " ");
 
 // The values in "a, b"; one with commas stands in double quotes.
-export function listed(text) {
+function listed(text) {
   const parts = [...`${text},`.matchAll(/\s*(?:"((?:[^"]|"")*)"\s*|([^,"\s][^,]*)?),/gy)];
   if (parts.reduce((length, [part]) => length + part.length, 0) <= text.length) {
     throw new Error('a value with commas stands in double quotes: "a fox, oil paint", a cat');
@@ -63,9 +63,9 @@ const REPLACED = {
 };
 
 // All axes of a server's settings, in groups for a list.
-function groupsOf({ about, settings, adapters, generate: { form } }) {
+function groupsOf({ about, settings, adapters, views: { generate: { form } } }) {
   const own = (name) => settingAxis(name, settings[name], form);
-  const steers = (name) => about.control.length > 0 && (name.startsWith("control_") || name === "guess");
+  const steers = (name) => about.control.length > 0 && ofControl(name);
   const others = Object.keys(settings).filter((name) =>
     (form.isOther(name) || steers(name)) && !NONE.includes(name) && !isImage(settings[name]));
   const first = FIRST.filter((name) => settings[name] && !NONE.includes(name));
@@ -85,7 +85,7 @@ export class AxisPicker {
     const groups = groupsOf(app);
     this.axes = groups.flatMap(([, axes]) => axes);
     this.problem = new Problem();
-    this.help = h("p", { class: "quiet help", id: newId("help") });
+    this.help = h("p", { class: "quiet", id: newId("help") });
     this.choice = h("select", { id, onchange: () => this.chosen() },
       h("option", { value: "" }, "none"),
       groups.map(([label, axes]) => h("optgroup", { label }, axes.map((axis) => h("option", { value: axis.name }, axis.title)))));

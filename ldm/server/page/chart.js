@@ -73,6 +73,7 @@ export class Chart {
   constructor(title) {
     this.title = title;
     this.series = [];
+    this.steps = []; // of all series
     this.log = false;
     const id = newId("chart");
     this.svg = s("svg", { class: "chart", role: "img", tabindex: 0, height: HEIGHT });
@@ -91,6 +92,7 @@ export class Chart {
   // Show curves: [{name, points: [[step, value], …]}, …].
   set(series) {
     this.series = series.filter(({ points }) => points.length > 0).slice(0, SERIES);
+    this.steps = [...new Set(this.series.flatMap(({ points }) => points.map(([step]) => step)))].sort((a, b) => a - b);
     this.legend.replaceChildren(...(this.series.length > 1 ? this.series.map(({ name }, place) =>
       h("span", { class: `key s${place}` }, name)) : []));
     this.svg.setAttribute("aria-label", this.told());
@@ -140,10 +142,6 @@ export class Chart {
   }
 
   // --- reading ----------------------------------------------------------------------------------------------------------
-
-  get steps() {
-    return [...new Set(this.series.flatMap(({ points }) => points.map(([step]) => step)))].sort((a, b) => a - b);
-  }
 
   // The step nearest to a place.
   stepAt(x) {

@@ -1,7 +1,7 @@
 // The tab that compares: a grid of one setting's values, or of two, each of its cells a job.
 
 import { AxisPicker } from "./axes.js";
-import { Problem, button, h } from "./dom.js";
+import { Problem, button, h, saveFile } from "./dom.js";
 import { GalleryImage, viewOf } from "./gallery.js";
 import { Jobs, isOver } from "./jobs.js";
 import { Place } from "./place.js";
@@ -23,7 +23,7 @@ class Compare {
     this.problem = new Problem();
     this.make = h("button", { type: "submit", class: "main", title: "Ctrl+Enter" }, "Make grid");
     this.cancelling = button("Cancel all", () => this.cancel(), { title: "Escape", hidden: true });
-    this.downloading = button("Download sheet", () => this.download(), { title: "The whole grid with its labels as one PNG", hidden: true });
+    this.downloading = button("Download sheet", () => this.problem.guard(() => this.download()), { title: "The whole grid with its labels as one PNG", hidden: true });
     this.count = h("p", { class: "quiet", role: "status" });
     this.prompt = h("span", {});
     this.table = h("table", { class: "cells" });
@@ -42,17 +42,8 @@ class Compare {
     this.restore();
   }
 
-  key(event) {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      this.begin();
-    } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-      this.cancel();
-    }
-  }
-
   shown() {
-    const text = this.app.generate.form.prompt.control.value.trim();
+    const text = this.app.views.generate.form.prompt.control.value.trim();
     this.prompt.textContent = text ? `“${text}”` : "no prompt yet";
   }
 
@@ -91,15 +82,15 @@ class Compare {
 
   // The settings of all cells, with one seed; undefined if something is wrong with them, which the form then shows.
   base() {
-    const { form, keep } = this.app.generate;
+    const { generate } = this.app.views;
     const prompted = [this.columns, this.rows].some(({ axis }) => axis?.name === "prompt");
-    const found = form.values(prompted);
+    const found = generate.form.values(prompted);
     if (!found) {
       this.app.open("generate");
       return undefined;
     }
     const { n, batch, seed = Math.floor(Math.random() * 2 ** 32), ...body } = found;
-    return { ...body, seed, previews: true, ...(keep?.checked ? { keep: true } : {}) };
+    return generate.request({ ...body, seed });
   }
 
   // The settings of each cell, row after row. Words are replaced last, in the prompts that the cells have.
@@ -188,22 +179,14 @@ class Compare {
   }
 
   async download() {
-    this.problem.show("");
-    try {
-      const images = new Map();
-      for (const [number, { image }] of this.cells.entries()) {
-        if (!image) continue;
-        const shown = h("img", { src: await image.load() });
-        await shown.decode();
-        images.set(number, shown);
-      }
-      const file = await png(sheet(images, this.labels.columns, this.labels.rows));
-      const url = URL.createObjectURL(file);
-      h("a", { href: url, download: `grid-${this.seed}.png` }).click();
-      setTimeout(() => URL.revokeObjectURL(url), AGAIN_MS);
-    } catch (error) {
-      this.problem.show(error.message);
+    const images = new Map();
+    for (const [number, { image }] of this.cells.entries()) {
+      if (!image) continue;
+      const shown = h("img", { src: await image.load() });
+      await shown.decode();
+      images.set(number, shown);
     }
+    saveFile(await png(sheet(images, this.labels.columns, this.labels.rows)), `grid-${this.seed}.png`);
   }
 
   // --- kept while the tab is open -------------------------------------------------------------------------------------
@@ -278,7 +261,7 @@ class Cell {
   }
 
   async fill() {
-    const view = viewOf(this.image, this.grid.app.generate.acts);
+    const view = viewOf(this.image, this.grid.app.views.generate.acts);
     view.firstChild.src = await this.image.load();
     this.place.replaceChildren(view);
   }
@@ -305,13 +288,5 @@ class CellPlace extends Place {
 export const compare = {
   name: "compare",
   title: "Compare",
-  start(panel, app) {
-    app.compare = new Compare(panel, app);
-  },
-  shown(app) {
-    app.compare.shown();
-  },
-  key(event, app) {
-    app.compare.key(event);
-  },
+  View: Compare,
 };

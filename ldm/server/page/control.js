@@ -1,8 +1,11 @@
 // The condition image of a control model: an image, what is made of it, and the settings of its effect.
 
 import { blob } from "./api.js";
-import { Problem, dataUrl, fileButton, h, newId, takesDrops, button } from "./dom.js";
+import { Problem, button, dataUrl, dropLine, h, newId, takesDrops } from "./dom.js";
 import { fieldFor } from "./fields.js";
+
+// Whether a setting stands with the condition image.
+export const ofControl = (name) => name.startsWith("control_") || name === "guess";
 
 export class Control {
   constructor(kinds, settings) {
@@ -13,7 +16,7 @@ export class Control {
     this.area = h("div", { class: "drop pair" });
     takesDrops(this.area, (file) => this.take(file));
     this.fields = Object.entries(settings)
-      .filter(([name]) => name.startsWith("control_") || name === "guess")
+      .filter(([name]) => ofControl(name))
       .map(([name, schema]) => fieldFor(name, schema));
     this.rest = h("div", { class: "rest" },
       h("div", { class: "grid" }, this.fields.map((field) => field.element)),
@@ -29,8 +32,7 @@ export class Control {
     this.url = undefined;
     this.problem.show("");
     this.rest.hidden = true;
-    this.area.replaceChildren(h("p", { class: "quiet" }, "Drop an image here, or ",
-      fileButton("choose a file", (file) => this.take(file), { class: "link" })));
+    this.area.replaceChildren(dropLine((file) => this.take(file)));
   }
 
   async take(file) {
@@ -42,17 +44,13 @@ export class Control {
   // Show what the control model will see.
   async preview() {
     if (!this.url) return;
-    this.problem.show("");
-    const given = h("img", { src: this.url, alt: "The given image" });
-    this.area.replaceChildren(given);
     const { url, kind: { value: kind } } = this;
-    try {
+    this.area.replaceChildren(h("img", { src: url, alt: "The given image" }));
+    await this.problem.guard(async () => {
       const made = await blob("/v1/conditions", { method: "POST", body: { kind, image: url } });
       if (this.url !== url || this.kind.value !== kind) return;
       this.area.append(h("img", { src: await dataUrl(made), alt: `The condition image: ${kind}` }));
-    } catch (error) {
-      this.problem.show(error.message);
-    }
+    });
   }
 
   values() {

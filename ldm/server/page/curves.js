@@ -23,8 +23,8 @@ function placeOf(name) {
   return { group: name, kind: MACHINE.includes(name) ? "machine" : "part", curve: "training" };
 }
 
-// Groups of curves: [{group, kind, series}], the most important first.
-export function grouped(curves) {
+// Groups of curves: [{key, title, kind, series}], the most important first.
+function grouped(curves) {
   const groups = new Map();
   for (const [name, points] of Object.entries(curves)) {
     const { group, kind, curve } = placeOf(name);

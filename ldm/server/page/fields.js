@@ -1,6 +1,6 @@
 // Form fields from JSON Schema: a setting that is new in the server's schema has a field by itself.
 
-import { dataUrl, fileButton, h, newId, takesDrops } from "./dom.js";
+import { button, dataUrl, fileButton, h, newId, takesDrops } from "./dom.js";
 
 export class FieldError extends Error {
   constructor(field, message) {
@@ -15,7 +15,7 @@ const words = (name) => {
 };
 
 const alternatives = (schema) => schema.anyOf ?? [schema];
-const holdsImage = (schema) => schema.contentEncoding === "base64";
+export const isImage = (schema) => alternatives(schema).some((one) => one.contentEncoding === "base64");
 
 // A field around controls: label, controls, help and one line for a problem.
 class Field {
@@ -89,7 +89,7 @@ export class LongTextField extends TextField {
   }
 }
 
-export class NumberField extends Field {
+class NumberField extends Field {
   make() {
     const { type, minimum, exclusiveMinimum, maximum } = this.schema;
     return h("input", {
@@ -203,7 +203,7 @@ class ImageField extends Field {
     this.shown = h("img", { alt: "", hidden: true });
     const found = h("div", { class: "drop small", id: this.id, role: "group", "aria-label": this.label },
       this.shown, fileButton("Choose", (file) => this.take(file)),
-      h("button", { type: "button", onclick: () => this.set(undefined) }, "Remove"));
+      button("Remove", () => this.set(undefined)));
     takesDrops(found, (file) => this.take(file));
     return found;
   }
@@ -245,7 +245,7 @@ export function fieldFor(name, schema, more) {
   const has = (type) => kinds.some((one) => one.type === type);
   const numbers = (one) => one.type === "array" && ["number", "integer"].includes(one.items?.type);
   let Kind = JsonField;
-  if (kinds.some(holdsImage)) Kind = ImageField;
+  if (isImage(schema)) Kind = ImageField;
   else if (schema.enum || (schema.type === "string" && schema.examples)) Kind = ChoiceField;
   else if (schema.examples) Kind = SuggestedField;
   else if (has("boolean")) Kind = FlagField;

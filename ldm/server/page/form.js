@@ -1,7 +1,8 @@
 // The form of a job: the usual settings, adapters, images, and all other settings by the server's schema.
 
 import { AdapterSliders } from "./adapters.js";
-import { Control } from "./control.js";
+import { write } from "./api.js";
+import { Control, ofControl } from "./control.js";
 import { Problem, button, h, newId } from "./dom.js";
 import { FieldError, LongTextField, fieldFor } from "./fields.js";
 import { StartImage } from "./start_image.js";
@@ -10,8 +11,7 @@ const SAVED = "ldm-form";
 export const USUAL = ["width", "height", "steps", "guidance", "scheduler", "n"];
 const ELSEWHERE = ["prompt", "negative", "seed", "size", "image", "mask", "strength", "adapters", "control", "previews", "keep"];
 
-const same = (one, other) => JSON.stringify(one, plain) === JSON.stringify(other, plain);
-const plain = (_, value) => (typeof value === "bigint" ? String(value) : value);
+const same = (one, other) => write(one) === write(other);
 
 export class Form {
   constructor(app) {
@@ -40,7 +40,7 @@ export class Form {
   isOther(name) {
     const { about } = this.app;
     if (USUAL.includes(name) || ELSEWHERE.includes(name)) return false;
-    if (name.startsWith("control_") || name === "guess") return false; // they stand with the condition image
+    if (ofControl(name)) return false;
     if (name.startsWith("image_prompt")) return about.image_prompts;
     return about.refiner || !name.startsWith("refiner_");
   }

@@ -1,7 +1,7 @@
 // Images with what can be done with them: cards, and a large view with all settings.
 
 import { blob, json } from "./api.js";
-import { Problem, button, dataUrl, h } from "./dom.js";
+import { Problem, button, dataUrl, h, saveFile } from "./dom.js";
 
 export const VARIED = 0.4; // strength of "vary"
 const TEXTS = ["prompt", "negative"]; // settings that the large view shows as texts
@@ -36,30 +36,27 @@ export class GalleryImage {
   }
 }
 
-// The buttons of an image; `acts` has the functions of the page, `more` further buttons. Narrow screens show the first.
-function actions(image, acts, problem, more = []) {
-  const guarded = (act) => async () => {
-    problem.show("");
-    try {
-      await act();
-    } catch (error) {
-      problem.show(error.message);
-    }
+// The buttons of an image; `acts` has the functions of the page, `more` further buttons; `after()` is called once one of
+// them but "Download" has acted. Narrow screens show the first.
+function actions(image, acts, problem, more = [], after = () => {}) {
+  const then = (act) => async () => {
+    await act(image);
+    after();
   };
   const download = async () => {
-    const link = h("a", { href: await image.load(), download: image.file });
-    link.click();
+    await image.load();
+    saveFile(image.data, image.file);
   };
   return h("div", { class: "actions", role: "group", "aria-label": "What to do with this image" },
     [
-      ["Again", "The same settings with a new seed", () => acts.again(image)],
-      ["Vary", "An image like this one", () => acts.vary(image)],
-      ["As start", "Start from this image", () => acts.asStart(image)],
-      ["Fix seed", "Use this seed from now on", () => acts.fixSeed(image)],
-      ["Use settings", "Put all settings into the form", () => acts.use(image)],
+      ["Again", "The same settings with a new seed", then(acts.again)],
+      ["Vary", "An image like this one", then(acts.vary)],
+      ["As start", "Start from this image", then(acts.asStart)],
+      ["Fix seed", "Use this seed from now on", then(acts.fixSeed)],
+      ["Use settings", "Put all settings into the form", then(acts.use)],
       ["Download", "Save the file", download],
-      ...more,
-    ].map(([text, title, act], place) => button(text, guarded(act), { title, class: place > 2 ? "further" : "" })));
+      ...more.map(([text, title, act]) => [text, title, then(act)]),
+    ].map(([text, title, act], place) => button(text, () => problem.guard(act), { title, class: place > 2 ? "further" : "" })));
 }
 
 // A card of a finished image. A problem with it is shown on it.
@@ -102,7 +99,7 @@ function written(value) {
 
 const isUsual = (name, value, { schema }) => written(value) === written(schema[name]?.default ?? null);
 
-async function show(image, acts, more = []) {
+async function show(image, acts, more) {
   const problem = new Problem();
   const settings = await image.settings();
   const changed = Object.keys(settings).filter((name) => ![...TEXTS, ...FIRST].includes(name) && !isUsual(name, settings[name], acts));
@@ -110,23 +107,13 @@ async function show(image, acts, more = []) {
   const dialog = h("dialog", { class: "large", "aria-label": "Image", onclose: () => dialog.remove(), onclick: (event) => {
     if (event.target === dialog) dialog.close();
   } });
-  const closing = { ...acts };
-  for (const name of ["again", "vary", "asStart", "fixSeed", "use"]) {
-    closing[name] = async (one) => {
-      await acts[name](one);
-      dialog.close();
-    };
-  }
   dialog.append(h("div", { class: "split" },
     h("img", { src: await image.load(), alt: settings.prompt }),
     h("div", { class: "about" },
       h("div", { class: "row end" }, button("×", () => dialog.close(), { class: "icon", "aria-label": "Close" })),
       h("p", { class: "prompt" }, settings.prompt),
       settings.negative && h("p", { class: "quiet" }, `Without: ${settings.negative}`),
-      actions(image, closing, problem, more.map(([text, title, act]) => [text, title, async () => {
-        await act();
-        dialog.close();
-      }])),
+      actions(image, acts, problem, more, () => dialog.close()),
       problem.element,
       image.known.notes.length > 0 && h("ul", { class: "notes" }, image.known.notes.map((note) => h("li", {}, note))),
       h("dl", {}, rows.map(([name, value]) => [h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, written(value))])))));

@@ -35,12 +35,12 @@ class Generate {
     const keep = h("input", { type: "checkbox", id: "keep", checked: true });
     this.keep = about.history ? keep : undefined;
     this.make = h("button", { type: "submit", class: "main", title: "Ctrl+Enter" }, "Make images");
-    this.cancelling = button("Cancel", () => this.cancel(this.jobs.current), { title: "Escape", hidden: true });
+    this.cancelling = button("Cancel", () => this.cancel(), { title: "Escape", hidden: true });
     return h("form", {
       class: "form", "aria-label": "Settings", noValidate: true,
       onsubmit: (event) => {
         event.preventDefault();
-        this.submit(this.form.values());
+        this.begin();
       },
     },
       h("div", { class: "row read" }, fileButton("Read settings from an image", (file) => this.readBack(file), {
@@ -52,29 +52,29 @@ class Generate {
           this.keep && h("span", { class: "flag" }, keep, h("label", { htmlFor: "keep" }, "Keep in history")))));
   }
 
-  key(event) {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      this.submit(this.form.values());
-    } else if (event.key === "Escape" && event.target.type !== "search" && !document.querySelector("dialog[open]")) {
-      this.cancel(this.jobs.current);
-    }
+  // --- jobs -----------------------------------------------------------------------------------------------------------
+
+  begin() {
+    return this.submit(this.form.values());
   }
 
-  // --- jobs -----------------------------------------------------------------------------------------------------------
+  // Settings as the request of a job.
+  request(settings) {
+    return { ...settings, previews: true, ...(this.keep?.checked ? { keep: true } : {}) };
+  }
 
   // Submit settings as a job; what is wrong with them is shown at the form.
   async submit(settings) {
     if (!settings) return;
     try {
-      await this.jobs.submit({ ...settings, previews: true, ...(this.keep?.checked ? { keep: true } : {}) });
+      await this.jobs.submit(this.request(settings));
       this.form.tell([]);
     } catch (error) {
       this.form.wrong(error);
     }
   }
 
-  async cancel(job) {
+  async cancel(job = this.jobs.current) {
     if (!job) return;
     try {
       await this.jobs.cancel(job);
@@ -183,10 +183,5 @@ class Generate {
 export const generate = {
   name: "generate",
   title: "Generate",
-  start(panel, app) {
-    app.generate = new Generate(panel, app);
-  },
-  key(event, app) {
-    app.generate.key(event);
-  },
+  View: Generate,
 };

@@ -1,6 +1,6 @@
 // Jobs of this tab: submitted, followed by their events, and found again after the page was reloaded.
 
-import { events, json } from "./api.js";
+import { events, json, parse, write } from "./api.js";
 
 const AGAIN_MS = 1500; // until a stream that broke is asked for again
 const KEPT = 100; // jobs that are remembered
@@ -96,12 +96,12 @@ export class Jobs {
   save() {
     const kept = this.all.filter((job) => !["failed", "cancelled"].includes(job.state.state)).slice(-KEPT);
     const saved = kept.map(({ id, body, cell }) => ({ id, body: withoutImages(body), cell }));
-    sessionStorage.setItem(this.saved, JSON.stringify(saved, (_, part) => (typeof part === "bigint" ? String(part) : part)));
+    sessionStorage.setItem(this.saved, write(saved));
   }
 
   // Find the jobs that the server still has.
   async restore() {
-    const saved = JSON.parse(sessionStorage.getItem(this.saved) ?? "[]");
+    const saved = parse(sessionStorage.getItem(this.saved) ?? "[]");
     const answers = await Promise.all(saved.map(({ id }) => json(`/v1/jobs/${id}`).catch(() => undefined)));
     for (const [place, state] of answers.entries()) {
       if (state) this.add({ ...saved[place], state, restored: true });
@@ -111,7 +111,7 @@ export class Jobs {
 }
 
 // A job's settings without its images, which are too large to be kept.
-export function withoutImages(body) {
+function withoutImages(body) {
   const { image, mask, control, image_prompt, image_prompt_mask, ...rest } = body;
   const lost = Boolean(image || control || image_prompt);
   return lost ? { ...rest, lost } : rest;

@@ -29,18 +29,24 @@ class Kept {
       this.problem.element, this.results, h("div", { class: "row middle" }, this.further));
   }
 
+  shown() {
+    return this.find();
+  }
+
   // Show the latest images with the words of the search.
   async find() {
     this.images?.forEach((image) => image.forget());
     this.images = [];
     this.last = undefined;
-    await this.more(true);
+    await this.more();
   }
 
-  async more(anew = false) {
+  // Show further images; those of a new search in place of the others.
+  async more() {
     const asked = (this.asked = {});
     const query = new URLSearchParams({ text: this.words.value, count: COUNT });
-    if (this.last !== undefined) query.set("before", this.last);
+    const anew = this.last === undefined;
+    if (!anew) query.set("before", this.last);
     try {
       const found = await json(`/v1/history?${query}`);
       if (asked !== this.asked) return; // a later search is on its way
@@ -70,7 +76,7 @@ class Kept {
       this.showTotal();
       this.app.announce("The image is deleted.");
     };
-    const shown = card(image, this.app.generate.acts, [["Delete", "Delete the image and its file", remove]]);
+    const shown = card(image, this.app.views.generate.acts, [["Delete", "Delete the image and its file", remove]]);
     this.images.push(image);
     this.results.append(shown);
   }
@@ -79,14 +85,6 @@ class Kept {
 export const kept = {
   name: "history",
   title: "History",
-  start(panel, app) {
-    if (!app.about.history) {
-      panel.append(h("p", { class: "quiet hint" }, "This server keeps no history. Start it with: ldm serve --history FOLDER"));
-      return;
-    }
-    app.kept = new Kept(panel, app);
-  },
-  shown(app) {
-    app.kept?.find();
-  },
+  View: Kept,
+  lacks: ({ history }) => !history && "This server keeps no history. Start it with: ldm serve --history FOLDER",
 };

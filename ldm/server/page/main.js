@@ -12,16 +12,26 @@ function announce(text) {
 }
 
 function open(name, app) {
-  app.tab = TABS.find((tab) => tab.name === name);
+  app.view = app.views[name];
   for (const tab of TABS) {
     const chosen = tab.name === name;
     const head = document.getElementById(`tab-${tab.name}`);
     head.setAttribute("aria-selected", chosen);
     head.tabIndex = chosen ? 0 : -1;
     document.getElementById(`panel-${tab.name}`).hidden = !chosen;
-    if (chosen) tab.shown?.(app);
   }
+  app.view?.shown?.();
   if (location.hash.slice(1) !== name) history.replaceState(null, "", `#${name}`);
+}
+
+// Ctrl+Enter begins what the open tab makes, and Escape cancels it.
+function onKey(event, view) {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && view?.begin) {
+    event.preventDefault();
+    view.begin();
+  } else if (event.key === "Escape" && event.target.type !== "search" && !document.querySelector("dialog[open]")) {
+    view?.cancel?.();
+  }
 }
 
 // The arrow keys go from one tab to the next.
@@ -41,7 +51,7 @@ async function start() {
   panels.append(problem.element);
   try {
     const [about, schema, adapters] = await Promise.all(["/v1/about", "/v1/settings", "/v1/adapters"].map((path) => json(path)));
-    const app = { about, settings: schema.properties, adapters, announce, open: (name) => open(name, app) };
+    const app = { about, settings: schema.properties, adapters, announce, views: {}, open: (name) => open(name, app) };
     document.getElementById("model").textContent = [...new Set([about.model, about.family])].join(" · ");
     for (const tab of TABS) {
       heads.append(button(tab.title, () => open(tab.name, app), {
@@ -51,10 +61,12 @@ async function start() {
         id: `panel-${tab.name}`, class: `panel ${tab.name}`, role: "tabpanel", "aria-labelledby": `tab-${tab.name}`,
       });
       panels.append(panel);
-      tab.start(panel, app);
+      const lack = tab.lacks?.(about);
+      if (lack) panel.append(h("p", { class: "quiet hint" }, lack));
+      else app.views[tab.name] = new tab.View(panel, app);
     }
     heads.addEventListener("keydown", (event) => onArrow(event, app));
-    document.addEventListener("keydown", (event) => app.tab.key?.(event, app));
+    document.addEventListener("keydown", (event) => onKey(event, app.view));
     const wanted = location.hash.slice(1);
     open(TABS.some((tab) => tab.name === wanted) ? wanted : TABS[0].name, app);
   } catch (error) {

@@ -9,7 +9,6 @@ export class Previews {
   // `address` is that of the stage.
   constructor(address) {
     this.address = address;
-    this.steps = [];
     this.images = new Map(); // address -> object URL
     this.problem = new Problem();
     const id = newId("preview");

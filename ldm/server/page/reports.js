@@ -1,7 +1,7 @@
 // The reports of evaluations of a run: their figures, and their pages.
 
 import { blob, hasKey, json } from "./api.js";
-import { Problem, button, h } from "./dom.js";
+import { Problem, button, h, saveFile } from "./dom.js";
 
 // The heads of the columns of a table of figures.
 const COLUMNS = ["metric", "", "value", "corrected", "95 % interval", "images", "p"];
@@ -58,15 +58,8 @@ function pageLink(address, name, problem) {
   if (!hasKey()) {
     return h("p", {}, h("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, "Open the whole report"), " with its images");
   }
-  return h("p", {}, button("Save the whole report", async () => {
-    try {
-      const url = URL.createObjectURL(await blob(address));
-      h("a", { href: url, download: `${name.replaceAll(/[^\w-]+/g, "-")}.html` }).click();
-      setTimeout(() => URL.revokeObjectURL(url), 10_000);
-    } catch (error) {
-      problem.show(error.message);
-    }
-  }, { class: "link" }), " with its images, as a file");
+  const save = async () => saveFile(await blob(address), `${name.replaceAll(/[^\w-]+/g, "-")}.html`);
+  return h("p", {}, button("Save the whole report", () => problem.guard(save), { class: "link" }), " with its images, as a file");
 }
 
 export class Reports {

@@ -1,6 +1,6 @@
 // The image to start from, how much of it changes, and a mask painted on it.
 
-import { Problem, button, dataUrl, fileButton, h, newId, takesDrops } from "./dom.js";
+import { Problem, button, dataUrl, dropLine, h, newId, takesDrops } from "./dom.js";
 import { MaskPainter, surfaceOf } from "./mask.js";
 
 const USUAL = 0.8;
@@ -34,8 +34,7 @@ export class StartImage {
   showNone() {
     this.image = this.painter = undefined;
     this.touched = false;
-    this.area.replaceChildren(h("p", { class: "quiet" }, "Drop an image here, or ",
-      fileButton("choose a file", (file) => this.take(file), { class: "link" })));
+    this.area.replaceChildren(dropLine((file) => this.take(file)));
     this.rest.hidden = true;
   }
 
@@ -49,7 +48,7 @@ export class StartImage {
 
   // Show an image by its data URL.
   async show(url) {
-    const image = h("img", { src: url, alt: "The image to start from", class: "start", draggable: false });
+    const image = h("img", { src: url, alt: "The image to start from", draggable: false });
     await image.decode();
     this.problem.show("");
     this.image = image;

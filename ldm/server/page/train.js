@@ -14,7 +14,7 @@ const CHOSEN = "ldm-run";
 const FIGURES = 10; // of the last line that are shown
 
 // A duration in words: "50 min", "3 h 20 min".
-export function duration(seconds) {
+function duration(seconds) {
   const minutes = Math.round(seconds / 60);
   if (seconds < 90) return `${Math.max(Math.round(seconds), 1)} s`;
   if (minutes < 90) return `${minutes} min`;
@@ -49,7 +49,7 @@ class StageView {
     this.problem = new Problem();
     this.curves = new CurveCharts();
     this.previews = new Previews(address);
-    this.heading = h("h3", { class: "stage-name" });
+    this.heading = h("h3", {});
     this.element = h("section", { class: "stage" }, this.heading, this.line, this.progress, this.figures, this.problem.element,
       this.previews.element, this.curves.element);
   }
@@ -138,7 +138,6 @@ class RunView {
 
   forget() {
     for (const stage of this.stages.values()) stage.previews.forget();
-    this.element.remove();
   }
 }
 
@@ -226,34 +225,29 @@ class Train {
       this.choose(id);
       this.app.announce("The training has begun.");
     });
-    this.view?.forget();
-    this.view = undefined;
-    for (const { button: own } of this.items.values()) own.setAttribute("aria-pressed", false);
-    this.main.replaceChildren(this.form.element);
+    this.put(this.form.element);
   }
 
   choose(id) {
     if (this.view?.id === id) return;
-    this.view?.forget();
-    this.view = new RunView(id, this.app);
-    this.main.replaceChildren(this.view.element);
+    const view = new RunView(id, this.app);
+    this.put(view.element, view);
     sessionStorage.setItem(CHOSEN, id);
-    for (const [own, item] of this.items) item.button.setAttribute("aria-pressed", own === id);
-    this.view.look();
+    view.look();
+  }
+
+  // Show an element, that of the view if it is a run's, in place of the one before.
+  put(element, view) {
+    this.view?.forget();
+    this.view = view;
+    this.main.replaceChildren(element);
+    for (const [id, item] of this.items) item.button.setAttribute("aria-pressed", id === view?.id);
   }
 }
 
 export const train = {
   name: "train",
   title: "Train",
-  start(panel, app) {
-    if (!app.about.runs) {
-      panel.append(h("p", { class: "quiet hint" }, "This server shows no runs of training. Start it with: ldm serve --runs FOLDER"));
-      return;
-    }
-    app.train = new Train(panel, app);
-  },
-  shown(app) {
-    app.train?.shown();
-  },
+  View: Train,
+  lacks: ({ runs }) => !runs && "This server shows no runs of training. Start it with: ldm serve --runs FOLDER",
 };

@@ -1,7 +1,7 @@
 // The form for an adapter of one's own images, and what can be done with a training and its adapter.
 
 import { ask, blob, json } from "./api.js";
-import { Problem, button, dataUrl, droppedImages, h, newId } from "./dom.js";
+import { Problem, button, dataUrl, fileButton, h, newId, saveFile, takesDrops } from "./dom.js";
 
 const MOST = 64; // images, as the server takes them
 const LARGEST = 1_200_000; // pixels: more than any model is trained at, and so few that many images fit into a request
@@ -30,16 +30,9 @@ export class TrainForm {
     this.problem = new Problem();
     this.list = h("ul", { class: "thumbs", "aria-label": "Images" });
     this.count = h("p", { class: "quiet", role: "status" });
-    const files = h("input", {
-      type: "file", accept: "image/png,image/jpeg,image/webp", multiple: true, class: "unseen", tabIndex: -1, "aria-hidden": "true",
-      onchange: async () => {
-        await this.take([...files.files]);
-        files.value = "";
-      },
-    });
     this.area = h("div", { class: "drop" }, h("p", { class: "quiet" }, "Drop images here, or ",
-      button("choose files", () => files.click(), { class: "link" }), files));
-    this.listen();
+      fileButton("choose files", (...files) => this.take(files), { multiple: true, class: "link" })));
+    takesDrops(this.area, (...files) => this.take(files));
     this.kind = h("select", { id: newId("kind"), onchange: () => this.showKind() },
       Object.entries(KINDS).map(([value, text]) => h("option", { value }, text)));
     this.trigger = h("input", { id: newId("trigger"), maxLength: 200, placeholder: "sks dog" });
@@ -48,7 +41,7 @@ export class TrainForm {
     this.rank = h("input", { id: newId("rank"), type: "number", min: 1, max: 256, placeholder: "as suits the model" });
     this.onlyLora = [this.ofClass, this.rank];
     this.send = h("button", { type: "submit", class: "main" }, "Start to train");
-    this.element = h("form", { class: "run train-form", noValidate: false, onsubmit: (event) => {
+    this.element = h("form", { class: "run train-form", onsubmit: (event) => {
       event.preventDefault();
       this.submit();
     } },
@@ -67,21 +60,6 @@ export class TrainForm {
     const id = newId("hint");
     if (hint) input.setAttribute("aria-describedby", id);
     return h("div", { class: "field" }, h("label", { htmlFor: input.id }, title), input, hint && h("small", { class: "quiet", id }, hint));
-  }
-
-  listen() {
-    this.area.addEventListener("dragover", (event) => {
-      event.preventDefault();
-      event.stopPropagation();
-      this.area.classList.add("over");
-    });
-    this.area.addEventListener("dragleave", () => this.area.classList.remove("over"));
-    this.area.addEventListener("drop", (event) => {
-      event.preventDefault();
-      event.stopPropagation();
-      this.area.classList.remove("over");
-      this.take(droppedImages(event));
-    });
   }
 
   showKind() {
@@ -150,16 +128,16 @@ export class Training {
     this.problem = new Problem();
     this.said = h("pre", { class: "said", tabIndex: 0, "aria-label": "What the program said last" });
     this.stop = button("Stop", async () => {
-      await this.guarded(() => ask(`${address}/stop`, { method: "POST" }));
+      await this.problem.guard(() => ask(`${address}/stop`, { method: "POST" }));
       this.stop.textContent = "Stop at once";
       look();
     }, { title: "It saves a checkpoint first" });
     this.stopping = h("div", { class: "row" }, this.stop);
     this.name = h("input", { id: newId("name"), maxLength: 64, placeholder: "name" });
     this.kept = h("span", { class: "quiet", role: "status" });
-    this.adapter = h("div", { class: "row" }, button("Download the adapter", () => this.guarded(() => this.download())),
+    this.adapter = h("div", { class: "row" }, button("Download the adapter", () => this.problem.guard(() => this.download())),
       keeps && [h("label", { htmlFor: this.name.id, class: "unseen" }, "Name of the adapter"), this.name,
-        button("Add to the server's adapters", () => this.guarded(() => this.keep()))], this.kept);
+        button("Add to the server's adapters", () => this.problem.guard(() => this.keep()))], this.kept);
     this.output = h("details", { class: "section" }, h("summary", {}, "What the program said"), this.said);
     this.element = h("div", { class: "training", hidden: true }, this.stopping, this.adapter, this.problem.element, this.output);
   }
@@ -176,19 +154,8 @@ export class Training {
     if (said.length && (state === "failed" || !stages.length)) this.output.open = true;
   }
 
-  async guarded(act) {
-    this.problem.show("");
-    try {
-      await act();
-    } catch (error) {
-      this.problem.show(error.message);
-    }
-  }
-
   async download() {
-    const url = URL.createObjectURL(await blob(`${this.address}/adapter`));
-    h("a", { href: url, download: `${this.name.value.trim() || "adapter"}.safetensors` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 10_000);
+    saveFile(await blob(`${this.address}/adapter`), `${this.name.value.trim() || "adapter"}.safetensors`);
   }
 
   async keep() {
