@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 import pickle
@@ -27,6 +26,7 @@ import tiny
 import torch
 import yaml
 from commands import run
+from images import difference, from_base64
 from launched import PATIENCE
 from modules import ROOT
 from PIL import Image
@@ -65,12 +65,6 @@ def loading(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pipeline(loading: dict[str, Any]) -> Pipeline:
     return Pipeline(**{**loading, "dtype": torch.float32})
-
-
-def difference(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of two images' values."""
-    pixels = torch.tensor([list(one.convert("RGB").tobytes()), list(other.convert("RGB").tobytes())])
-    return int((pixels[0] - pixels[1]).abs().max())
 
 
 # --- without Ray ------------------------------------------------------------------------------------------------------
@@ -397,7 +391,7 @@ def test_the_interface_is_that_of_one_engine(
         for host in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
             assert client.post("/v1/jobs", json=SMALL, headers=host).status_code == 403
         found = [each.post("/v1/images/generations", json=prompts).json()["data"][0] for each in (one, client)]
-        images = [opened(base64.b64decode(each["b64_json"])) for each in found]
+        images = [from_base64(each["b64_json"]) for each in found]
         assert difference(*images) <= 1 and images[0].info.keys() == images[1].info.keys()
         assert json.loads(images[0].info["ldm"])["model_hash"] == json.loads(images[1].info["ldm"])["model_hash"]
 

@@ -16,6 +16,7 @@ import adapter_files
 import pytest
 import tiny
 import torch
+from images import in_base64
 from modules import ROOT
 from PIL import Image, PngImagePlugin
 from setuptools import Distribution
@@ -54,11 +55,10 @@ def encoded(data: bytes) -> str:
 
 
 def png(image: Image.Image, **texts: str) -> str:
-    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         info.add_text(name, text)
-    image.save(file, "PNG", pnginfo=info)
-    return encoded(file.getvalue())
+    return in_base64(image, pnginfo=info)
 
 
 def read_back(client: TestClient, image: str) -> dict[str, Any]:

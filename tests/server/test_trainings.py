@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from images import in_base64
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -49,10 +49,8 @@ class Program:
         return [sys.executable, "-c", self.code, str(output)]
 
 
-def image(size: tuple[int, int] = (32, 32), colour: str = "red", kind: str = "PNG", **more: Any) -> str:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind, **more)
-    return base64.b64encode(file.getvalue()).decode()
+def image(size: tuple[int, int] = (32, 32), kind: str = "PNG", **more: Any) -> str:
+    return in_base64(Image.new("RGB", size, "red"), kind, **more)
 
 
 def order(count: int = 2, **more: Any) -> dict[str, Any]:
