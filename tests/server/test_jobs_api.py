@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import logging
 import os
 import signal
 import socket
@@ -26,7 +25,7 @@ import torch
 from images import UPPER, difference, from_base64, in_base64
 from launched import PATIENCE
 from PIL import Image, PngImagePlugin
-from servers import LIMITS
+from servers import LIMITS, SMALL, noting, over
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -40,14 +39,12 @@ from ldm.server.guard import HEADERS
 from ldm.server.jobs import CANCELLED, ServerJob
 from ldm.server.reading import read_json, settings_of
 from ldm.server.receiving import RefusedError, read_body
-from ldm.server.service import NoteHandler, Service, without_paths
+from ldm.server.service import Service, without_paths
 from ldm.server.serving import listening
 from ldm.server.uploads import RequestUploads, Uploads
 from ldm.weights.builtin import adapters_of
 from pipelines import Pipeline
 from pipelines.settings import SETTINGS, at
-
-SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 2, "seed": 1, "scheduler": "euler"}
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +72,10 @@ def client(service: Service) -> Iterator[TestClient]:
         yield found
 
 
-def done(client: TestClient, answer: httpx2.Response) -> dict[str, Any]:
-    """The state of a job when it is over."""
-    assert answer.status_code == 202, answer.text
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        found = client.get(answer.headers["location"]).json()
-        if found["state"] not in ("waiting", "running"):
-            return found
-        time.sleep(0.01)
-    raise AssertionError("the job does not end")
-
-
 def test_from_request_to_image(client: TestClient, folder: Path, tmp_path: Path) -> None:
     """The image is the pipeline's, and its record makes it again; no place on the server's disk is in it."""
     settings = {**SMALL, "n": 2, "adapters": {"style": 0.5}, "negative_prompt": "red", "scheduler": "DPM++ 2M Karras"}
-    found = done(client, client.post("/v1/jobs", json=settings))
+    found = over(client, client.post("/v1/jobs", json=settings))
     assert (found["state"], found["error"]) == ("done", "")
     pipeline = Pipeline(folder / "model", lora_dir=folder / "loras", dtype=torch.float32)
     wanted = pipeline(**settings, batch=1).images
@@ -113,7 +98,7 @@ def test_from_request_to_image(client: TestClient, folder: Path, tmp_path: Path)
 def test_an_uploaded_image_and_mask(client: TestClient) -> None:
     image = Image.effect_noise((64, 64), 90).convert("RGB")
     settings = {**SMALL, "image": f"data:image/jpeg;base64,{in_base64(image, 'JPEG')}", "mask": in_base64(UPPER)}
-    found = done(client, client.post("/v1/jobs", json=settings))
+    found = over(client, client.post("/v1/jobs", json=settings))
     assert found["state"] == "done", found
     made = Image.open(io.BytesIO(client.get(found["images"][0]["url"]).content))
     jpeg = from_base64(in_base64(image, "JPEG"))
@@ -121,12 +106,8 @@ def test_an_uploaded_image_and_mask(client: TestClient) -> None:
 
 
 def test_what_is_told_goes_to_the_client_alone(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
-    handler = NoteHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        found = done(client, client.post("/v1/jobs", json={**SMALL, "prompt": "fox [a:b:0.5]", "strength": 0.5}))
-    finally:
-        logging.getLogger().removeHandler(handler)
+    with noting():
+        found = over(client, client.post("/v1/jobs", json={**SMALL, "prompt": "fox [a:b:0.5]", "strength": 0.5}))
     assert [note.partition(":")[0] for note in found["notes"]] == [
         "settings without effect here", "prompt syntax of other programs, which is read as plain words here",
     ]  # fmt: skip
@@ -166,7 +147,7 @@ def test_an_image_at_once(client: TestClient, service: Service) -> None:
 def test_cancel(client: TestClient, service: Service) -> None:
     answer = client.post("/v1/jobs", json={**SMALL, "steps": 400})
     assert client.delete(answer.headers["location"]).json()["state"] == "cancelled"
-    assert done(client, answer)["state"] == "cancelled"
+    assert over(client, answer)["state"] == "cancelled"
     while service.engine.running:
         time.sleep(0.01)
     assert client.delete("/v1/jobs/nonsense").status_code == 404
@@ -271,7 +252,7 @@ def test_a_full_queue(client: TestClient, service: Service) -> None:
 
 
 def test_time_is_up(client: TestClient) -> None:
-    found = done(client, client.post("/v1/jobs", json={**SMALL, "steps": 500, "seconds": 0.05}))
+    found = over(client, client.post("/v1/jobs", json={**SMALL, "steps": 500, "seconds": 0.05}))
     assert (found["state"], found["error"]) == ("failed", "not done within 0.05 seconds")
 
 
@@ -302,7 +283,7 @@ def test_pages_of_other_sites(headers: dict[str, str], status: int, client: Test
     assert answer.status_code == status, answer.text
     assert {name: answer.headers[name] for name in HEADERS} == HEADERS
     if status == 202:
-        done(client, answer)
+        over(client, answer)
 
 
 def test_a_key(service: Service) -> None:
@@ -336,7 +317,7 @@ def test_the_schema_is_that_of_the_settings(client: TestClient) -> None:
 def test_adapters_health_and_metrics(client: TestClient) -> None:
     assert client.get("/v1/adapters").json() == ["inner/style"]
     assert adapters_of("emoji") == ["blob", "edges", "streamline"] and not adapters_of("emoji-refiner")
-    done(client, client.post("/v1/jobs", json=SMALL))
+    over(client, client.post("/v1/jobs", json=SMALL))
     assert client.get("/healthz").json() == {"problem": ""} and client.get("/readyz").json() == {"waiting": 0}
     text = client.get("/metrics").text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -352,7 +333,7 @@ def test_metadata_of_uploads_is_left_out(client: TestClient) -> None:
     image = Image.new("RGB", (64, 64), "red")
     exif = image.getexif()
     exif[0x010E] = "a secret"
-    found = done(client, client.post("/v1/jobs", json={**SMALL, "image": in_base64(image, pnginfo=info, exif=exif)}))
+    found = over(client, client.post("/v1/jobs", json={**SMALL, "image": in_base64(image, pnginfo=info, exif=exif)}))
     assert b"a secret" not in client.get(found["images"][0]["url"]).content
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 import random
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from commands import run
 from images import CLEAR, UPPER, in_base64, png
 from PIL import Image
 from safetensors.torch import save_file
+from servers import over
 
 from ldm.images import read_settings
 from ldm.server.limits import Limits
@@ -123,9 +123,7 @@ def test_jobs(seed: int, client: httpx2.Client, root: Path, again: Any) -> None:
     wanted = [mixed(draw, root) for _ in range(10)]
     answers = [client.post("/v1/jobs", json=settings) for settings, _ in wanted]
     for answer, (settings, files) in zip(answers, wanted, strict=True):
-        assert answer.status_code == 202, answer.text
-        while (found := client.get(answer.headers["location"]).json())["state"] in ("waiting", "running"):
-            time.sleep(0.01)
+        found = over(client, answer)
         assert found["state"] == "done", (found, settings)
         for one in found["images"]:
             assert again(client.get(one["url"]).content, *files) in (0, 1), settings

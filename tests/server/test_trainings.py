@@ -15,9 +15,10 @@ import tiny
 import torch
 from images import in_base64
 from PIL import Image
+from servers import options
 from starlette.testclient import TestClient
 
-from ldm.cli.serve import ServeOptions, trainer_of, training_command
+from ldm.cli.serve import trainer_of, training_command
 from ldm.errors import LdmError
 from ldm.server.api import make_app
 from ldm.server.limits import Limits
@@ -234,16 +235,12 @@ def test_only_servers_that_were_asked_to(
     service.trainer = None
     answer = client.post("/v1/runs", json=order())
     assert answer.status_code == 404 and "--train" in answer.text
-    common: dict[str, Any] = {
-        "host": "", "port": 0, "api_key": None, "hostnames": (), "log_prompts": False, "drain_seconds": 0, "most": None,
-        "limits": Limits(), "history": None, "runs": None,
-    }  # fmt: skip
     runs = Runs.at(tmp_path)
     with pytest.raises(LdmError, match="name the folder for them"):
-        trainer_of(ServeOptions({}, train=True, **common), None)
+        trainer_of(options({}, train=True), None)
     with pytest.raises(LdmError, match="serve it without components"):
-        trainer_of(ServeOptions({"components": {"vae": "x"}}, train=True, **common), runs)
-    made = trainer_of(ServeOptions({"lora_dir": str(tmp_path)}, train=True, **common), runs)
+        trainer_of(options({"components": {"vae": "x"}}, train=True), runs)
+    made = trainer_of(options({"lora_dir": str(tmp_path)}, train=True), runs)
     assert made is not None and made.adapters == tmp_path
-    assert trainer_of(ServeOptions({}, train=False, **common), runs) is None
+    assert trainer_of(options({}), runs) is None
     assert json.dumps(client.get("/v1/about").json()["trains"]) == "false" and LOG == "train.log"
