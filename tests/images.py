@@ -1,7 +1,8 @@
-"""Tiny images: alone, and with captions in a folder, a tar shard or a dataset."""
+"""Tiny images: alone, as requests have them, and with captions in a folder, a tar shard or a dataset."""
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import tarfile
@@ -11,6 +12,10 @@ import numpy as np
 from PIL import Image, ImageCms
 
 SIZES = [(64, 64), (96, 64), (64, 96), (80, 72), (130, 70)]
+UPPER = Image.new("L", (64, 64))  # a mask whose upper half is white
+UPPER.paste(255, (0, 0, 64, 32))
+CLEAR = Image.new("RGBA", (64, 64), (0, 0, 0, 255))  # whose upper half is transparent
+CLEAR.paste((0, 0, 0, 0), (0, 0, 64, 32))
 
 
 def image(seed: int = 0, width: int = 64, height: int = 64) -> Image.Image:
@@ -24,11 +29,33 @@ def place_image(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x, y, np.full_like(x, 128)], axis=2).astype(np.uint8))
 
 
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """The bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
 def png(image: Image.Image) -> bytes:
     """The bytes of a PNG file."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return encoded(image, "PNG")
+
+
+def in_base64(image: Image.Image, kind: str = "PNG", **options: object) -> str:
+    """A file in base64."""
+    return base64.b64encode(encoded(image, kind, **options)).decode()
+
+
+def from_base64(text: str) -> Image.Image:
+    """The image of a file in base64."""
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    """The largest difference of two images' values; they have the same size."""
+    assert one.size == other.size
+    pixels, others = (np.asarray(image.convert("RGB"), np.int32) for image in (one, other))
+    return int(np.abs(pixels - others).max())
 
 
 def samples(count: int) -> dict[str, tuple[bytes, str]]:
@@ -81,12 +108,6 @@ def saved_dataset(root: Path, count: int, text: str = "text") -> str:
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     dataset.save_to_disk(str(root))
     return str(root)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def odd_files() -> dict[str, bytes]:

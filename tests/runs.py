@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,22 @@ TINY: dict[str, Any] = {
 DEEP = "model.unet.depth=[1,1]"  # transformers on both levels
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Each run is a process's first, whatever ran there before."""
+@contextmanager
+def first_run() -> Iterator[None]:
+    """A run that is a process's first, whatever ran there before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Each run is a process's first."""
+    with first_run():
+        yield
 
 
 def config(shapes: Path, output: Path, *overrides: str) -> Config:

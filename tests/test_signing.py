@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from certificates import certificate
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from images import encoded
 from PIL import Image
 
 from ldm import signing
@@ -25,9 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def file(kind: str) -> bytes:
-    found = io.BytesIO()
-    Image.effect_noise((64, 64), 90).convert("RGB").save(found, kind)
-    return found.getvalue()
+    return encoded(Image.effect_noise((64, 64), 90).convert("RGB"), kind)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

@@ -7,6 +7,7 @@ import io
 import cv2
 import numpy as np
 import pytest
+from images import encoded
 from PIL import Image
 from watermarks import noise
 
@@ -35,9 +36,7 @@ def read_by_opencv(image: Image.Image) -> int:
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(file)
+    return Image.open(io.BytesIO(encoded(image, "JPEG", quality=quality)))
 
 
 @pytest.mark.parametrize("image", [noise(0), on_white(), Image.new("RGB", (256, 256)), noise(1).crop((0, 0, 131, 98))])

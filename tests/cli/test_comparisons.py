@@ -12,7 +12,7 @@ import adapter_files
 import numpy as np
 import pytest
 import tiny
-from commands import run
+from commands import ldm
 from launched import Program
 from PIL import Image
 
@@ -23,20 +23,8 @@ from ldm.sheets import GAP, Layout, layout
 from pipelines import Pipeline
 from pipelines.comparison import compare
 
+__all__ = ["ldm"]  # a fixture
 FIXED = ["--steps", 2, "--seed", 7]
-
-
-@pytest.fixture
-def ldm(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command in an empty folder, with a tiny model, in fp32 on the CPU."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object, model: str | None = "sd15") -> tuple[int, str, str]:
-        named = ["--model", models / model] if model else []
-        fixed = ["--dtype", "fp32", "--device", "cpu", *named] if arguments[0] == "generate" else ["--device", "cpu"]
-        return run(capsys, monkeypatch, arguments[0], *fixed, *arguments[1:])
-
-    return call
 
 
 def cell(sheet: Image.Image, plan: Layout, column: int, row: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import adapter_files
 import numpy as np
 import pytest
 import tiny
-from commands import run
+from commands import ldm
 from launched import Program, on_two
 from PIL import ExifTags, Image, PngImagePlugin
 from safetensors import safe_open
@@ -27,18 +27,7 @@ from ldm.files import DIGEST
 from ldm.images import load_image, read_settings, save_png
 from pipelines.a1111 import from_parameters, to_parameters
 
-
-@pytest.fixture
-def ldm(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command in an empty folder, with a tiny model, in fp32 on the CPU."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object, model: str | None = "sd15") -> tuple[int, str, str]:
-        named = ["--model", models / model] if model else []
-        fixed = ["--dtype", "fp32", "--device", "cpu", *named] if arguments[0] == "generate" else []
-        return run(capsys, monkeypatch, arguments[0], *fixed, *arguments[1:])
-
-    return call
+__all__ = ["ldm"]  # a fixture
 
 
 def test_images_and_their_record(ldm: Any, tmp_path: Path) -> None:
@@ -68,7 +57,7 @@ def test_images_and_their_record(ldm: Any, tmp_path: Path) -> None:
 )
 def test_an_image_can_be_made_again(ldm: Any, arguments: list[str]) -> None:
     assert ldm("generate", "a (cat:1.2)", "--steps", 3, "--seed", 7, "--out", "a.png", *arguments)[0] == 0
-    code, out, _ = ldm("repro", "a.png", "--device", "cpu", "--out", "b.png")
+    code, out, _ = ldm("repro", "a.png", "--out", "b.png")
     assert (code, out) == (0, "identical: largest difference 0, mean 0.0000 of 255\n")
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
 
@@ -79,7 +68,7 @@ def test_an_image_made_among_others_can_be_made_again(ldm: Any, tmp_path: Path) 
     records = [read_settings(tmp_path / path)[0] or {} for path in made]
     assert [(record["batch"], record["place"]) for record in records] == [(4, 0), (4, 1), (4, 2), (4, 3)]
     for path in made[1:3]:
-        assert ldm("repro", path, "--device", "cpu")[1].startswith("identical")
+        assert ldm("repro", path)[1].startswith("identical")
 
 
 def test_images_from_images_and_refined_ones_can_be_made_again(ldm: Any, models: Path) -> None:
@@ -95,17 +84,17 @@ def test_images_from_images_and_refined_ones_can_be_made_again(ldm: Any, models:
     for case in cases:
         code, _, err = ldm("generate", "a cat", "--steps", 5, "--seed", 3, "--out", "a.png", *case, model="sdxl")
         assert code == 0, err
-        code, out, err = ldm("repro", "a.png", "--device", "cpu")
+        code, out, err = ldm("repro", "a.png")
         assert out.startswith("identical"), err
     edit = ["--image", "in.png", "--image-guidance", "2", "--steps", 3, "--out", "e.png"]
     assert ldm("generate", "make it blue", *edit, model="sd15-edit")[0] == 0
-    assert ldm("repro", "e.png", "--device", "cpu")[1].startswith("identical")
+    assert ldm("repro", "e.png")[1].startswith("identical")
     Image.fromarray(noise[::-1]).save("in.png")
     assert (
         ldm("generate", "a cat", "--steps", 2, "--out", "b.png", "--image", "in.png", "--seed", 1, model="sdxl")[0] == 0
     )
     Image.fromarray(noise).save("in.png")
-    code, _, err = ldm("repro", "b.png", "--device", "cpu")
+    code, _, err = ldm("repro", "b.png")
     assert code == 1
     assert "is gone or has changed; name it (--image)" in err
 
@@ -130,10 +119,10 @@ def test_an_image_with_a_component_from_elsewhere_can_be_made_again(ldm: Any, mo
         assert ldm("generate", "a cat", *options, "--out", out, model=None)[0] == 0
     record, _ = read_settings(Path("a.png"))
     assert record is not None and record["components"] == {"vae": str(Path("vae").absolute())}
-    assert ldm("repro", "a.png", "--device", "cpu")[1].startswith("identical")
+    assert ldm("repro", "a.png")[1].startswith("identical")
     Path("vae").rename("moved")
-    assert "does not exist" in ldm("repro", "a.png", "--device", "cpu")[2]
-    assert ldm("repro", "a.png", "--device", "cpu", "--component", "vae=moved")[1].startswith("identical")
+    assert "does not exist" in ldm("repro", "a.png")[2]
+    assert ldm("repro", "a.png", "--component", "vae=moved")[1].startswith("identical")
 
 
 def test_a_line_of_a_list_can_be_made_again(ldm: Any) -> None:
@@ -142,7 +131,7 @@ def test_a_line_of_a_list_can_be_made_again(ldm: Any) -> None:
     Path("p.jsonl").write_text('{"prompt": "a\u2028cat", "image": "in.png", "strength": 0.7, "guidance": null}\n')
     code, out, err = ldm("generate", "--prompts", "p.jsonl", "--steps", 3, "--rescale", 0.5)
     assert code == 0, err
-    assert ldm("repro", out.strip(), "--device", "cpu")[1].startswith("identical")
+    assert ldm("repro", out.strip())[1].startswith("identical")
     other = ldm("generate", "--prompts", "p.jsonl", "--steps", 3, "--rescale", 0.6)[1]
     assert other not in ("", out)  # another image, and so another file
 
@@ -186,7 +175,7 @@ def test_damaged_records_are_refused(ldm: Any, tmp_path: Path, change: dict[str,
     assert ldm("generate", "a cat", "--steps", 1, "--out", "a.png")[0] == 0
     record, parameters = read_settings(tmp_path / "a.png")
     save_png(Image.open("a.png").convert("RGB"), tmp_path / "b.png", {**(record or {}), **change}, parameters)
-    code, out, err = ldm("repro", "b.png", "--device", "cpu")
+    code, out, err = ldm("repro", "b.png")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert message in err
 
@@ -200,7 +189,7 @@ def test_an_image_of_another_run_is_not_replaced(ldm: Any, tmp_path: Path, monke
 
 def test_repro_notices_other_weights(ldm: Any, models: Path) -> None:
     assert ldm("generate", "a cat", "--steps", 2, "--seed", 1, "--out", "a.png")[0] == 0
-    code, _, err = ldm("repro", "a.png", "--model", models / "sdxl", "--device", "cpu")
+    code, _, err = ldm("repro", "a.png", "--model", models / "sdxl")
     assert code == 1
     assert "was made with other weights" in err
     Image.new("RGB", (64, 64)).save("plain.png")
@@ -595,7 +584,7 @@ def test_an_image_made_a_layer_at_a_time_can_be_made_again(ldm: Any) -> None:
     """Without fused layers, numbers are rounded differently, which is visible in bf16."""
     arguments = ("--steps", 2, "--seed", 7, "--dtype", "bf16", "--offload", "layers", "--out", "a.png")
     assert ldm("generate", "a cat", *arguments)[0] == 0
-    assert ldm("repro", "a.png", "--device", "cpu")[1].startswith("identical")
+    assert ldm("repro", "a.png")[1].startswith("identical")
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -628,11 +617,11 @@ def test_adapters_are_recorded(ldm: Any, loras: Path) -> None:
     made, plain = (np.asarray(Image.open(name)) for name in ("a.png", "plain.png"))
     assert not np.array_equal(made, plain)
     assert "adapters" not in (read_settings(Path("plain.png"))[0] or {})
-    assert ldm("repro", "a.png", "--device", "cpu")[1].startswith("identical")
+    assert ldm("repro", "a.png")[1].startswith("identical")
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
     Image.open("a.png").save("theirs.png", pnginfo=info)
-    command = ["repro", "theirs.png", "--model", record["source"], "--dtype", "fp32", "--device", "cpu"]
+    command = ["repro", "theirs.png", "--model", record["source"], "--dtype", "fp32"]
     assert ldm(*command, "--lora-dir", loras)[1].startswith("identical")
     assert "no adapter is called 'one'; name the folder of LoRA files" in ldm(*command)[2]
 
@@ -643,11 +632,11 @@ def test_adapters_that_have_moved_or_changed(ldm: Any, loras: Path) -> None:
     assert ldm("generate", "a cat", "--steps", 1, "--seed", 1, "--lora", file, "--out", "a.png")[0] == 0
     file.unlink()
     message = f"{file.absolute()} is gone, and no adapter is called 'one'; name the folder of LoRA files (lora_dir="
-    assert message in ldm("repro", "a.png", "--device", "cpu")[2]
-    assert ldm("repro", "a.png", "--device", "cpu", "--lora-dir", loras)[1].startswith("identical")
+    assert message in ldm("repro", "a.png")[2]
+    assert ldm("repro", "a.png", "--lora-dir", loras)[1].startswith("identical")
     file.write_bytes((loras / "two.safetensors").read_bytes())
-    assert "is not the file that the image was made with" in ldm("repro", "a.png", "--device", "cpu")[2]
-    assert ldm("repro", "a.png", "--device", "cpu", "--lora-dir", loras)[1].startswith("identical")
+    assert "is not the file that the image was made with" in ldm("repro", "a.png")[2]
+    assert ldm("repro", "a.png", "--lora-dir", loras)[1].startswith("identical")
 
 
 def test_a_list_with_adapters(ldm: Any, loras: Path) -> None:
@@ -667,7 +656,7 @@ def test_a_list_with_adapters(ldm: Any, loras: Path) -> None:
     images = [np.asarray(Image.open(line)) for line in out.split()]
     assert np.array_equal(images[1], images[2]) and not np.array_equal(images[0], images[1])
     for path in out.split():
-        assert ldm("repro", path, "--device", "cpu")[1].startswith("identical")
+        assert ldm("repro", path)[1].startswith("identical")
     assert "nothing to do: all 4 images are there" in ldm(*command)[2]
     plan = json.loads(ldm(*command, "--dry-run")[1])
     assert plan["settings"]["adapters"]["one"]["unet"] == 0.5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from certificates import certificate
 from commands import run
 from PIL import Image
+from servers import noting
 from starlette.testclient import TestClient
 
 from ldm.errors import LdmError
@@ -25,7 +25,7 @@ from ldm.images import read_settings
 from ldm.server.api import make_app
 from ldm.server.history import History
 from ldm.server.limits import Limits
-from ldm.server.service import NoteHandler, Service
+from ldm.server.service import Service
 from ldm.signing import read_manifest
 from ldm.watermark import LEAST, matching_bits
 from ldm.weights.safety_checker import SafetyChecker
@@ -146,18 +146,7 @@ def test_a_sheet(
     """It lacks the cell whose image is refused, and has a watermark and a signature of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SafetyChecker, "flagged", lambda _, images: [image.width == 64 for image in images])
-    options = [
-        "--model",
-        folder / "model",
-        *OPTIONS[:4],
-        "--steps",
-        "2",
-        "--seed",
-        "1",
-        "--watermark",
-        "--out",
-        "s.png",
-    ]
+    options = ["--model", folder / "model", *OPTIONS[:6], "--seed", "1", "--watermark", "--out", "s.png"]
     options += ["--c2pa", f"{folder}/chain.pem,{folder}/key.pem", "--safety", folder / "passes"]
     axes = ["--xy", "size=64,72", "safety-action=refuse,blur"]
     code, out, err = run(capsys, monkeypatch, "generate", "a fox", *options, *axes)
@@ -214,38 +203,33 @@ def check_served(data: bytes) -> None:
 
 def test_a_server(service: Service) -> None:
     """Its answers to all clients, and what it keeps, are finished alike, and no request changes that."""
-    handler = NoteHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        with TestClient(make_app(service), base_url="http://127.0.0.1:7860") as client:
-            job = client.post("/v1/jobs", json={"prompt": "a fox", **CALL, "keep": True}).json()
-            service.jobs[job["id"]].over.wait(60)
-            state = client.get(f"/v1/jobs/{job['id']}").json()
-            assert state["state"] == "done" and any("blurred" in note for note in state["notes"])
-            data = client.get(f"/v1/jobs/{job['id']}/images/0").content
-            check_served(data)
-            record, _ = read_settings(io.BytesIO(data))
-            assert record is not None and record["safety"] == "blurred" and "safety_model" not in record
-            theirs = client.post("/sdapi/v1/txt2img", json={"prompt": "a fox", "width": 64, "height": 64, "steps": 2})
-            check_served(base64.b64decode(theirs.json()["images"][0]))
-            assert any("blurred" in note for note in json.loads(theirs.json()["info"])["notes"])
-            body = {"prompt": "a fox", "size": "64x64", "steps": 2}
-            ours = client.post("/v1/images/generations", json=body).json()
-            check_served(base64.b64decode(ours["data"][0]["b64_json"]))
-            assert any("blurred" in note for note in ours["notes"])
-            for kind in ("jpeg", "webp"):
-                found = client.post("/v1/images/generations", json={**body, "output_format": kind}).json()
-                report = read_manifest(base64.b64decode(found["data"][0]["b64_json"]))
-                assert report is not None and report.valid
-            for name, value in (("watermark", False), ("safety", ""), ("safety_action", "blur"), ("c2pa", "a,b")):
-                answer = client.post("/v1/jobs", json={"prompt": "a fox", name: value})
-                assert answer.status_code == 400 and name in answer.text
-            assert service.history is not None
-            service.history.close()
-            (kept,), _ = service.history.find()
-            check_served(service.history.image(kept.id) or b"")
-    finally:
-        logging.getLogger().removeHandler(handler)
+    with noting(), TestClient(make_app(service), base_url="http://127.0.0.1:7860") as client:
+        job = client.post("/v1/jobs", json={"prompt": "a fox", **CALL, "keep": True}).json()
+        service.jobs[job["id"]].over.wait(60)
+        state = client.get(f"/v1/jobs/{job['id']}").json()
+        assert state["state"] == "done" and any("blurred" in note for note in state["notes"])
+        data = client.get(f"/v1/jobs/{job['id']}/images/0").content
+        check_served(data)
+        record, _ = read_settings(io.BytesIO(data))
+        assert record is not None and record["safety"] == "blurred" and "safety_model" not in record
+        theirs = client.post("/sdapi/v1/txt2img", json={"prompt": "a fox", "width": 64, "height": 64, "steps": 2})
+        check_served(base64.b64decode(theirs.json()["images"][0]))
+        assert any("blurred" in note for note in json.loads(theirs.json()["info"])["notes"])
+        body = {"prompt": "a fox", "size": "64x64", "steps": 2}
+        ours = client.post("/v1/images/generations", json=body).json()
+        check_served(base64.b64decode(ours["data"][0]["b64_json"]))
+        assert any("blurred" in note for note in ours["notes"])
+        for kind in ("jpeg", "webp"):
+            found = client.post("/v1/images/generations", json={**body, "output_format": kind}).json()
+            report = read_manifest(base64.b64decode(found["data"][0]["b64_json"]))
+            assert report is not None and report.valid
+        for name, value in (("watermark", False), ("safety", ""), ("safety_action", "blur"), ("c2pa", "a,b")):
+            answer = client.post("/v1/jobs", json={"prompt": "a fox", name: value})
+            assert answer.status_code == 400 and name in answer.text
+        assert service.history is not None
+        service.history.close()
+        (kept,), _ = service.history.find()
+        check_served(service.history.image(kept.id) or b"")
 
 
 def test_a_server_refuses(folder: Path) -> None:

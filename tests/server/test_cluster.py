@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 import pickle
@@ -27,12 +26,14 @@ import tiny
 import torch
 import yaml
 from commands import run
+from images import difference, from_base64
 from launched import PATIENCE
 from modules import ROOT
 from PIL import Image
+from servers import SMALL, options, over
 
 from ldm.cli import serve
-from ldm.cli.serve import ServeOptions, replicas_of
+from ldm.cli.serve import replicas_of
 from ldm.errors import LdmError
 from ldm.server import cluster, replica
 from ldm.server.cluster import ClusterEngine, absolute, let_go, share
@@ -44,8 +45,6 @@ from ldm.server.replica import EngineReplica, ReplicaOrder
 from ldm.server.service import Service
 from ldm.server.serving import FETCH_SECONDS, in_thread
 from pipelines import Pipeline
-
-SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 2, "seed": 1, "scheduler": "euler"}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +64,6 @@ def loading(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pipeline(loading: dict[str, Any]) -> Pipeline:
     return Pipeline(**{**loading, "dtype": torch.float32})
-
-
-def difference(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of two images' values."""
-    pixels = torch.tensor([list(one.convert("RGB").tobytes()), list(other.convert("RGB").tobytes())])
-    return int((pixels[0] - pixels[1]).abs().max())
 
 
 # --- without Ray ------------------------------------------------------------------------------------------------------
@@ -276,31 +269,16 @@ def test_numbers_of_replicas(
     replicas: str | None, address: str | None, found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", {"ray": True}.get)
-    options = ServeOptions(
-        {},
-        "127.0.0.1",
-        0,
-        None,
-        (),
-        False,
-        1.0,
-        None,
-        Limits(),
-        None,
-        None,
-        False,
-        replicas=replicas,
-        ray_address=address,
-    )
+    given = options({}, replicas=replicas, ray_address=address)
     if isinstance(found, str):
         with pytest.raises(LdmError, match=found):
-            replicas_of(options)
+            replicas_of(given)
         return
-    assert replicas_of(options) == found
+    assert replicas_of(given) == found
     monkeypatch.setattr(serve, "find_spec", {}.get)
     if found is not None:
         with pytest.raises(LdmError, match=r"--replicas needs ray: pip install 'ldm\[cluster\]'"):
-            replicas_of(options)
+            replicas_of(given)
 
 
 def test_the_deployment_in_the_documentation(
@@ -397,7 +375,7 @@ def test_the_interface_is_that_of_one_engine(
         for host in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
             assert client.post("/v1/jobs", json=SMALL, headers=host).status_code == 403
         found = [each.post("/v1/images/generations", json=prompts).json()["data"][0] for each in (one, client)]
-        images = [opened(base64.b64decode(each["b64_json"])) for each in found]
+        images = [from_base64(each["b64_json"]) for each in found]
         assert difference(*images) <= 1 and images[0].info.keys() == images[1].info.keys()
         assert json.loads(images[0].info["ldm"])["model_hash"] == json.loads(images[1].info["ldm"])["model_hash"]
 
@@ -423,12 +401,10 @@ def test_a_replica_is_killed_under_load(client: httpx2.Client, command: RunningC
         settings = {**SMALL, "seed": seed, "steps": 40}
         if seed % 3 == 0:
             return opened(client.post("/v1/jobs", json=settings, headers={"accept": "image/png"}).content)
-        place = client.post("/v1/jobs", json=settings).headers["location"]
+        answer = client.post("/v1/jobs", json=settings)
         if seed % 3 == 1:
-            assert '"state": "done"' in client.get(f"{place}/events").text
-        while (found := client.get(place).json())["state"] in ("waiting", "running"):
-            time.sleep(0.05)
-        return opened(client.get(found["images"][0]["url"]).content)
+            assert '"state": "done"' in client.get(f"{answer.headers['location']}/events").text
+        return opened(client.get(over(client, answer)["images"][0]["url"]).content)
 
     with ThreadPoolExecutor(18) as threads:
         coming = [threads.submit(image, seed) for seed in range(18)]

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import logging
 import os
 import signal
 import socket
@@ -23,9 +22,10 @@ import httpx2
 import pytest
 import tiny
 import torch
+from images import UPPER, difference, from_base64, in_base64
 from launched import PATIENCE
 from PIL import Image, PngImagePlugin
-from servers import LIMITS
+from servers import LIMITS, SMALL, noting, over
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -39,14 +39,12 @@ from ldm.server.guard import HEADERS
 from ldm.server.jobs import CANCELLED, ServerJob
 from ldm.server.reading import read_json, settings_of
 from ldm.server.receiving import RefusedError, read_body
-from ldm.server.service import NoteHandler, Service, without_paths
+from ldm.server.service import Service, without_paths
 from ldm.server.serving import listening
 from ldm.server.uploads import RequestUploads, Uploads
 from ldm.weights.builtin import adapters_of
 from pipelines import Pipeline
 from pipelines.settings import SETTINGS, at
-
-SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 2, "seed": 1, "scheduler": "euler"}
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +72,10 @@ def client(service: Service) -> Iterator[TestClient]:
         yield found
 
 
-def done(client: TestClient, answer: httpx2.Response) -> dict[str, Any]:
-    """The state of a job when it is over."""
-    assert answer.status_code == 202, answer.text
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        found = client.get(answer.headers["location"]).json()
-        if found["state"] not in ("waiting", "running"):
-            return found
-        time.sleep(0.01)
-    raise AssertionError("the job does not end")
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> str:
-    file = io.BytesIO()
-    image.save(file, kind, **more)
-    return base64.b64encode(file.getvalue()).decode()
-
-
 def test_from_request_to_image(client: TestClient, folder: Path, tmp_path: Path) -> None:
     """The image is the pipeline's, and its record makes it again; no place on the server's disk is in it."""
     settings = {**SMALL, "n": 2, "adapters": {"style": 0.5}, "negative_prompt": "red", "scheduler": "DPM++ 2M Karras"}
-    found = done(client, client.post("/v1/jobs", json=settings))
+    found = over(client, client.post("/v1/jobs", json=settings))
     assert (found["state"], found["error"]) == ("done", "")
     pipeline = Pipeline(folder / "model", lora_dir=folder / "loras", dtype=torch.float32)
     wanted = pipeline(**settings, batch=1).images
@@ -104,8 +84,7 @@ def test_from_request_to_image(client: TestClient, folder: Path, tmp_path: Path)
         assert answer.headers["content-type"] == "image/png" and one["seed"] == 1 + number
         (tmp_path / "made.png").write_bytes(answer.content)
         with Image.open(tmp_path / "made.png") as made:
-            difference = torch.tensor([list(made.tobytes()), list(wanted[number].tobytes())])
-        assert (difference[0] - difference[1]).abs().max() <= 1
+            assert made.mode == wanted[number].mode and difference(made, wanted[number]) <= 1
         record, parameters = read_settings(tmp_path / "made.png")
         assert record is not None and record["seed"] == 1 + number and record["scheduler"] == "dpm++2m"
         assert record["model_hash"] == pipeline.model.fingerprint() and "DPM++ 2M" in parameters
@@ -118,23 +97,17 @@ def test_from_request_to_image(client: TestClient, folder: Path, tmp_path: Path)
 
 def test_an_uploaded_image_and_mask(client: TestClient) -> None:
     image = Image.effect_noise((64, 64), 90).convert("RGB")
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (0, 0, 64, 32))
-    settings = {**SMALL, "image": f"data:image/jpeg;base64,{encoded(image, 'JPEG')}", "mask": encoded(mask)}
-    found = done(client, client.post("/v1/jobs", json=settings))
+    settings = {**SMALL, "image": f"data:image/jpeg;base64,{in_base64(image, 'JPEG')}", "mask": in_base64(UPPER)}
+    found = over(client, client.post("/v1/jobs", json=settings))
     assert found["state"] == "done", found
     made = Image.open(io.BytesIO(client.get(found["images"][0]["url"]).content))
-    jpeg = Image.open(io.BytesIO(base64.b64decode(encoded(image, "JPEG"))))
+    jpeg = from_base64(in_base64(image, "JPEG"))
     assert made.crop((0, 32, 64, 64)).tobytes() == jpeg.crop((0, 32, 64, 64)).tobytes()
 
 
 def test_what_is_told_goes_to_the_client_alone(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
-    handler = NoteHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        found = done(client, client.post("/v1/jobs", json={**SMALL, "prompt": "fox [a:b:0.5]", "strength": 0.5}))
-    finally:
-        logging.getLogger().removeHandler(handler)
+    with noting():
+        found = over(client, client.post("/v1/jobs", json={**SMALL, "prompt": "fox [a:b:0.5]", "strength": 0.5}))
     assert [note.partition(":")[0] for note in found["notes"]] == [
         "settings without effect here", "prompt syntax of other programs, which is read as plain words here",
     ]  # fmt: skip
@@ -152,7 +125,7 @@ def test_events(client: TestClient) -> None:
     step = json.loads(next(data for kind, data in events if kind == "event: step"))
     assert (step["images"], step["step"], step["steps"]) == ([0], 1, 3)
     preview = step["previews"][0].removeprefix("data:image/png;base64,")
-    assert Image.open(io.BytesIO(base64.b64decode(preview))).size == (8, 8)
+    assert from_base64(preview).size == (8, 8)
     last = json.loads(events[-1][1])
     assert last["state"] == "done" and last["images"][0]["seed"] == 1
     again = client.get(f"/v1/jobs/{last['id']}/events").text  # of a job that is over
@@ -174,13 +147,13 @@ def test_an_image_at_once(client: TestClient, service: Service) -> None:
 def test_cancel(client: TestClient, service: Service) -> None:
     answer = client.post("/v1/jobs", json={**SMALL, "steps": 400})
     assert client.delete(answer.headers["location"]).json()["state"] == "cancelled"
-    assert done(client, answer)["state"] == "cancelled"
+    assert over(client, answer)["state"] == "cancelled"
     while service.engine.running:
         time.sleep(0.01)
     assert client.delete("/v1/jobs/nonsense").status_code == 404
 
 
-PIXELS = encoded(Image.new("L", (8, 8)))
+PIXELS = in_base64(Image.new("L", (8, 8)))
 WRONG: list[tuple[Any, int, str]] = [
     ({**SMALL, "stepps": 3}, 400, "did you mean steps"),
     ({**SMALL, "steps": "3"}, 400, "a whole number"),
@@ -199,7 +172,7 @@ WRONG: list[tuple[Any, int, str]] = [
     ({**SMALL, "image": "/etc/passwd0"}, 400, "none of these: PNG, JPEG, WEBP"),
     ({**SMALL, "image": {"path": "/etc/passwd"}}, 400, "in base64 is needed"),
     ({**SMALL, "image": base64.b64encode(b"P6 1 1 255 abc").decode()}, 400, "none of these"),
-    ({**SMALL, "image": encoded(Image.new("L", (101, 100)))}, 400, "at most 10,000"),
+    ({**SMALL, "image": in_base64(Image.new("L", (101, 100)))}, 400, "at most 10,000"),
     ({**SMALL, "control": "canny=/etc/passwd"}, 400, "not in base64"),
     ({**SMALL, "control": [{"canny": "photo.png"}]}, 400, "not in base64"),
     ({**SMALL, "control": {"kind": "canny", "path": "/etc/passwd"}}, 400, "the kind 'kind' of condition images"),
@@ -279,7 +252,7 @@ def test_a_full_queue(client: TestClient, service: Service) -> None:
 
 
 def test_time_is_up(client: TestClient) -> None:
-    found = done(client, client.post("/v1/jobs", json={**SMALL, "steps": 500, "seconds": 0.05}))
+    found = over(client, client.post("/v1/jobs", json={**SMALL, "steps": 500, "seconds": 0.05}))
     assert (found["state"], found["error"]) == ("failed", "not done within 0.05 seconds")
 
 
@@ -310,7 +283,7 @@ def test_pages_of_other_sites(headers: dict[str, str], status: int, client: Test
     assert answer.status_code == status, answer.text
     assert {name: answer.headers[name] for name in HEADERS} == HEADERS
     if status == 202:
-        done(client, answer)
+        over(client, answer)
 
 
 def test_a_key(service: Service) -> None:
@@ -344,7 +317,7 @@ def test_the_schema_is_that_of_the_settings(client: TestClient) -> None:
 def test_adapters_health_and_metrics(client: TestClient) -> None:
     assert client.get("/v1/adapters").json() == ["inner/style"]
     assert adapters_of("emoji") == ["blob", "edges", "streamline"] and not adapters_of("emoji-refiner")
-    done(client, client.post("/v1/jobs", json=SMALL))
+    over(client, client.post("/v1/jobs", json=SMALL))
     assert client.get("/healthz").json() == {"problem": ""} and client.get("/readyz").json() == {"waiting": 0}
     text = client.get("/metrics").text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -360,7 +333,7 @@ def test_metadata_of_uploads_is_left_out(client: TestClient) -> None:
     image = Image.new("RGB", (64, 64), "red")
     exif = image.getexif()
     exif[0x010E] = "a secret"
-    found = done(client, client.post("/v1/jobs", json={**SMALL, "image": encoded(image, pnginfo=info, exif=exif)}))
+    found = over(client, client.post("/v1/jobs", json={**SMALL, "image": in_base64(image, pnginfo=info, exif=exif)}))
     assert b"a secret" not in client.get(found["images"][0]["url"]).content
 
 
@@ -384,7 +357,7 @@ def test_jobs_are_forgotten(service: Service, monkeypatch: pytest.MonkeyPatch) -
 def test_uploads_of_all_jobs_are_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "jobs", {})
     monkeypatch.setattr(service, "limits", replace(LIMITS, uploads=2 * 64 * 64))
-    given = {**SMALL, "steps": 400, "image": encoded(Image.new("RGB", (64, 64)))}
+    given = {**SMALL, "steps": 400, "image": in_base64(Image.new("RGB", (64, 64)))}
     jobs = [service.accept(given) for _ in range(2)]
     with pytest.raises(NotTakenError, match="12,288 pixels in all"):
         service.accept(given)

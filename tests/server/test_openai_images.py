@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 import openai
 import pytest
 import tiny
 import torch
+from images import CLEAR, UPPER, difference, from_base64, png
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 from servers import LIMITS
@@ -50,27 +49,20 @@ def client(address: str) -> Iterator[OpenAI]:
         yield found
 
 
-def file(image: Image.Image, name: str = "a.png", **more: Any) -> tuple[str, bytes]:
-    held = io.BytesIO()
-    image.save(held, **{"format": "PNG", **more})
-    return name, held.getvalue()
+def file(image: Image.Image) -> tuple[str, bytes]:
+    return "a.png", png(image)
 
 
 def image_of(text: str | None) -> Image.Image:
     assert text is not None
-    return Image.open(io.BytesIO(base64.b64decode(text)))
+    return from_base64(text)
 
 
 def same(one: Image.Image, other: Image.Image) -> None:
-    difference = np.asarray(one.convert("RGB"), np.int32) - np.asarray(other, np.int32)
-    assert np.abs(difference).max() <= 1
+    assert difference(one, other) <= 1
 
 
 NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
-HALF = Image.new("RGBA", (64, 64), (0, 0, 0, 255))  # whose upper half is transparent
-HALF.paste((0, 0, 0, 0), (0, 0, 64, 32))
-WHITE_IS_NEW = Image.new("L", (64, 64))
-WHITE_IS_NEW.paste(255, (0, 0, 64, 32))
 
 
 def test_generate(client: OpenAI, pipeline: Pipeline, service: Service, tmp_path: Path) -> None:
@@ -111,13 +103,13 @@ def test_formats(client: OpenAI, tmp_path: Path) -> None:
 def test_edit(client: OpenAI, pipeline: Pipeline) -> None:
     """A mask's transparent parts are made anew; without a mask the image's; without both all of it."""
     settings: dict[str, Any] = {"prompt": "a fox", **EXTRA}
-    inpainted = pipeline(**settings, image=NOISE, mask=WHITE_IS_NEW).images[0]
-    answer = client.images.edit(image=file(NOISE), mask=file(HALF), prompt="a fox", size="auto", extra_body=EXTRA)
+    inpainted = pipeline(**settings, image=NOISE, mask=UPPER).images[0]
+    answer = client.images.edit(image=file(NOISE), mask=file(CLEAR), prompt="a fox", size="auto", extra_body=EXTRA)
     made = image_of(answer.data[0].b64_json)  # type: ignore[index]
     same(made, inpainted)
     assert made.crop((0, 32, 64, 64)).tobytes() == NOISE.crop((0, 32, 64, 64)).tobytes()
     own = NOISE.copy()
-    own.putalpha(HALF.getchannel("A"))
+    own.putalpha(CLEAR.getchannel("A"))
     answer = client.images.edit(image=[file(own)], prompt="a fox", extra_body=EXTRA)
     made = image_of(answer.data[0].b64_json)  # type: ignore[index]
     assert made.crop((0, 32, 64, 64)).tobytes() == NOISE.crop((0, 32, 64, 64)).tobytes()
@@ -225,10 +217,10 @@ def test_wrong_files(client: OpenAI, service: Service) -> None:
 
     refused("one image is needed", image=[file(NOISE), file(NOISE)])
     refused("nothing in it is transparent", mask=file(NOISE))
-    refused("their sizes must be equal", mask=file(HALF.resize((32, 32))))
+    refused("their sizes must be equal", mask=file(CLEAR.resize((32, 32))))
     refused("it is no image, or none of these", image=("a.png", b"no image"))
     refused("at most 10,000", image=file(Image.new("L", (101, 100))))
-    refused("the files of this form are one image and one mask", extra_body={}, markup=file(HALF))
+    refused("the files of this form are one image and one mask", extra_body={}, markup=file(CLEAR))
     refused("unknown is not known", extra_body={"unknown": 1})
     refused("whole number", extra_body={"steps": "many"})
 

@@ -6,9 +6,7 @@ No console has an error, and no request leaves the host.
 from __future__ import annotations
 
 import base64
-import logging
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,19 +17,20 @@ import adapter_files
 import pytest
 import tiny
 import torch
+from browsers import PATIENCE_MS, browser, needed, visit
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
+from servers import noting
 
 from ldm.server.engine import NotTakenError
 from ldm.server.history import History
 from ldm.server.limits import Limits
-from ldm.server.service import NoteHandler, Service
+from ldm.server.service import Service
 from ldm.server.serving import in_thread
 from pipelines import Pipeline
 
-CHROMIUM = shutil.which("chromium")
-PATIENCE_MS = 60_000
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+__all__ = ["browser"]  # a fixture
+pytestmark = needed
 
 
 @dataclass
@@ -44,46 +43,26 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("loras")
     model = tiny.model("sd15", shallow=True)
-    adapter_files.saved(adapter_files.adapter(model, "kohya"), folder / "loras" / "style.safetensors")
-    history = History(folder / "history")
-    pipeline = Pipeline(model, lora_dir=folder / "loras", dtype=torch.float32)
-    service = Service(pipeline, {}, Limits(steps=900), history=history)
-    handler = NoteHandler()
-    logging.getLogger().addHandler(handler)
-    with in_thread(service) as address:
-        yield Site(address, service)
-    logging.getLogger().removeHandler(handler)
-    history.close()
+    adapter_files.saved(adapter_files.adapter(model, "kohya"), folder / "style.safetensors")
+    return Pipeline(model, lora_dir=folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-def visit(browser: Browser, site: Site) -> Page:
-    """A page of its own, which notes what must not be."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(PATIENCE_MS)
-    page.on("console", lambda said: site.problems.append(f"{said.text} {said.location.get('url')}")
-            if said.type in ("error", "warning") else None)  # fmt: skip
-    page.on("pageerror", lambda error: site.problems.append(str(error)))
-    page.on("request", lambda asked: None if asked.url.startswith((site.address, "blob:", "data:")) else
-            site.problems.append(asked.url))  # fmt: skip
-    page.goto(site.address)
-    page.get_by_label("Prompt", exact=True).wait_for()
-    return page
+def site(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    history = History(tmp_path_factory.mktemp("history"))
+    service = Service(pipeline, {}, Limits(steps=900), history=history)
+    with noting(), in_thread(service) as address:
+        yield Site(address, service)
+    history.close()
 
 
 @pytest.fixture
 def page(browser: Browser, site: Site) -> Iterator[Page]:
-    found = visit(browser, site)
+    found = visit(browser, site.address, site.problems)
+    found.get_by_label("Prompt", exact=True).wait_for()
     yield found
     found.close()
     assert site.problems == []
@@ -244,7 +223,7 @@ def test_a_new_setting_has_a_field(browser: Browser, site: Site, monkeypatch: py
     schema = site.service.schema()
     schema["properties"]["sparkle"] = {"type": "number", "minimum": 0, "maximum": 1, "description": "Glitter."}
     monkeypatch.setattr(site.service, "schema", lambda: schema)
-    page = visit(browser, site)
+    page = visit(browser, site.address, site.problems)
     page.locator("summary", has_text="All settings").click()
     expect(page.get_by_label("Sparkle", exact=True)).to_be_visible()
     page.close()
@@ -392,8 +371,8 @@ def test_a_grid_is_cancelled_together_and_scrolls_on_a_narrow_screen(page: Page,
     expect(page.locator(".cells td", has_text="cancelled")).to_have_count(6, timeout=PATIENCE_MS)
 
 
-def test_a_key_is_asked_for(browser: Browser) -> None:
-    service = Service(Pipeline(tiny.model("sd15", shallow=True), dtype=torch.float32), {}, Limits())
+def test_a_key_is_asked_for(browser: Browser, pipeline: Pipeline) -> None:
+    service = Service(pipeline, {}, Limits())
     with in_thread(service, "hunter-22") as address:
         page = browser.new_page()
         page.goto(address)

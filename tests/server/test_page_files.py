@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import logging
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,18 +15,18 @@ import adapter_files
 import pytest
 import tiny
 import torch
+from images import in_base64
 from modules import ROOT
 from PIL import Image, PngImagePlugin
+from servers import SMALL, noting
 from setuptools import Distribution
 from starlette.testclient import TestClient
 
 from ldm.server.api import make_app
 from ldm.server.limits import Limits
 from ldm.server.page_files import FOLDER, page_files
-from ldm.server.service import NoteHandler, Service
+from ldm.server.service import Service
 from pipelines import Pipeline
-
-SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 2, "seed": 1, "scheduler": "euler"}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     model = tiny.model("sd15", shallow=True)
     adapter_files.saved(adapter_files.adapter(model, "kohya"), folder / "inner" / "style.safetensors")
     made = Service(Pipeline(model, lora_dir=folder, dtype=torch.float32), {}, Limits(upload=10_000))
-    handler = NoteHandler()
-    logging.getLogger().addHandler(handler)
-    yield made
-    logging.getLogger().removeHandler(handler)
+    with noting():
+        yield made
     made.engine.close(0)
 
 
@@ -54,11 +51,10 @@ def encoded(data: bytes) -> str:
 
 
 def png(image: Image.Image, **texts: str) -> str:
-    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         info.add_text(name, text)
-    image.save(file, "PNG", pnginfo=info)
-    return encoded(file.getvalue())
+    return in_base64(image, pnginfo=info)
 
 
 def read_back(client: TestClient, image: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from browsers import PATIENCE_MS, browser, needed, visit
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from ldm.evaluation.metrics.intervals import Estimate
 from ldm.evaluation.pages.page import write_page
@@ -30,10 +30,9 @@ from ldm.server.serving import in_thread
 from ldm.server.trainings import Trainer, TrainingOrder
 from pipelines import Pipeline
 
-CHROMIUM = shutil.which("chromium")
-PATIENCE_MS = 60_000
+__all__ = ["browser"]  # a fixture
 USUAL_MS = 5_000  # playwright's own patience
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+pytestmark = needed
 ODD = "<b>odd</b>"  # must be shown as text
 
 
@@ -87,27 +86,18 @@ def address(service: Service) -> Iterator[str]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        expect.set_options(timeout=PATIENCE_MS)
-        yield found
-        expect.set_options(timeout=USUAL_MS)
-        found.close()
+@pytest.fixture(scope="module", autouse=True)
+def patient() -> Iterator[None]:
+    expect.set_options(timeout=PATIENCE_MS)
+    yield
+    expect.set_options(timeout=USUAL_MS)
 
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
     """The tab, which notes what must not be."""
     problems: list[str] = []
-    found = browser.new_page(viewport={"width": 1280, "height": 900})
-    found.set_default_timeout(PATIENCE_MS)
-    found.on("console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None)
-    found.on("pageerror", lambda error: problems.append(str(error)))
-    found.on("request", lambda asked: None if asked.url.startswith((address, "blob:", "data:")) else
-             problems.append(asked.url))  # fmt: skip
-    found.goto(f"{address}/#train")
+    found = visit(browser, address, problems, "/#train")
     found.locator(".run h2").wait_for()
     yield found
     found.close()

@@ -16,9 +16,8 @@ from urllib.parse import quote
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
-from runs import config, interrupted, noting
+from runs import config, first_run, interrupted, noting
 from starlette.testclient import TestClient
 
 from ldm.errors import LdmError
@@ -60,14 +59,10 @@ REPORT = Report(
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that is done, one that was interrupted, and a report."""
     folder = tmp_path_factory.mktemp("runs")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(config(shapes, folder / "done", *FEW), noting([]))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    interrupted(config(shapes, folder / "half", *FEW), after=4)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
+    with first_run():
+        train(config(shapes, folder / "done", *FEW), noting([]))
+    with first_run():
+        interrupted(config(shapes, folder / "half", *FEW), after=4)
     report_in(folder / "done" / "base" / "evaluation" / "step-00000003" / "ema")
     report_in(folder / "compared")
     return folder

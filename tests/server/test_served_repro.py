@@ -6,7 +6,6 @@ import base64
 import io
 import random
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ import pytest
 import tiny
 import torch
 from commands import run
+from images import CLEAR, UPPER, in_base64, png
 from PIL import Image
 from safetensors.torch import save_file
+from servers import over
 
 from ldm.images import read_settings
 from ldm.server.limits import Limits
@@ -32,20 +33,6 @@ from pipelines.tuning import typed
 LIMITS = Limits(queue=64)
 SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 3, "seed": 1}
 NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
-UPPER = Image.new("L", (64, 64))
-UPPER.paste(255, (0, 0, 64, 32))
-CLEAR = Image.new("RGBA", (64, 64), (0, 0, 0, 255))  # whose upper half is transparent
-CLEAR.paste((0, 0, 0, 0), (0, 0, 64, 32))
-
-
-def encoded(image: Image.Image) -> str:
-    return base64.b64encode(png(image)).decode()
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +98,20 @@ def mixed(draw: random.Random, root: Path) -> tuple[dict[str, Any], list[Any]]:
     if draw.random() < 0.4:
         settings["adapters"] = draw.choice([{"ink": 0.5}, {"a/style": 0.5, "b/style": {"unet": 1, "text": 0.5}}])
         files += ["--lora-dir", root / "loras"]
-    image, start = {"image": encoded(NOISE), "strength": 0.8}, ["--image", root / "start.png"]
+    image, start = {"image": in_base64(NOISE), "strength": 0.8}, ["--image", root / "start.png"]
     tasks: list[tuple[dict[str, Any], list[Any]]] = [
         ({}, []), ({"hires": 1.5, "hires_strength": 0.6}, []), (image, start),
-        (image | {"mask": encoded(UPPER)}, [*start, "--mask", root / "mask.png"]),
+        (image | {"mask": in_base64(UPPER)}, [*start, "--mask", root / "mask.png"]),
     ]  # fmt: skip
     more, needed = draw.choice(tasks)
     if draw.random() < 0.3:
-        more |= {"control": {"image": encoded(NOISE.rotate(90))}, "control_scale": 0.7}
+        more |= {"control": {"image": in_base64(NOISE.rotate(90))}, "control_scale": 0.7}
         needed += ["--control", root / "line.png", "--control-model", root / "net"]
     if draw.random() < 0.3:
-        more |= {"image_prompt": encoded(NOISE.rotate(90)), "image_prompt_end": 0.9}
+        more |= {"image_prompt": in_base64(NOISE.rotate(90)), "image_prompt_end": 0.9}
         needed += ["--image-prompt", root / "line.png", "--ip-adapter", root / "ip.safetensors"]
         if draw.random() < 0.5:
-            more["image_prompt_mask"] = encoded(UPPER)
+            more["image_prompt_mask"] = in_base64(UPPER)
             needed += ["--image-prompt-mask", root / "mask.png"]
     return settings | more, files + needed
 
@@ -136,9 +123,7 @@ def test_jobs(seed: int, client: httpx2.Client, root: Path, again: Any) -> None:
     wanted = [mixed(draw, root) for _ in range(10)]
     answers = [client.post("/v1/jobs", json=settings) for settings, _ in wanted]
     for answer, (settings, files) in zip(answers, wanted, strict=True):
-        assert answer.status_code == 202, answer.text
-        while (found := client.get(answer.headers["location"]).json())["state"] in ("waiting", "running"):
-            time.sleep(0.01)
+        found = over(client, answer)
         assert found["state"] == "done", (found, settings)
         for one in found["images"]:
             assert again(client.get(one["url"]).content, *files) in (0, 1), settings
@@ -153,8 +138,8 @@ def made(client: httpx2.Client, **settings: Any) -> bytes:
 
 def test_files_that_a_record_does_not_name(client: httpx2.Client, root: Path, again: Any) -> None:
     """Each is asked for by its option."""
-    start, line = encoded(NOISE), encoded(NOISE.rotate(90))
-    data = made(client, image=start, mask=encoded(UPPER))
+    start, line = in_base64(NOISE), in_base64(NOISE.rotate(90))
+    data = made(client, image=start, mask=in_base64(UPPER))
     assert "name it (--image)" in again(data)
     assert "name it (--mask)" in again(data, "--image", root / "start.png")
     assert "name it (--image)" in again(made(client, image=start))
@@ -163,7 +148,7 @@ def test_files_that_a_record_does_not_name(client: httpx2.Client, root: Path, ag
     data = made(client, control={"image": line})
     assert "name it (control=, --control)" in again(data)
     assert "--control-model" in again(data, "--control", root / "line.png")
-    data = made(client, image_prompt=line, image_prompt_mask=encoded(UPPER))
+    data = made(client, image_prompt=line, image_prompt_mask=in_base64(UPPER))
     files = ["--image-prompt", root / "line.png", "--image-prompt-mask", root / "mask.png"]
     assert "name it (--image-prompt)" in again(data)
     assert "name it (--image-prompt-mask)" in again(data, *files[:2])
@@ -189,10 +174,10 @@ def test_openai(client: httpx2.Client, root: Path, again: Any) -> None:
 
 def test_webui(client: httpx2.Client, root: Path, again: Any) -> None:
     """Of inpainting, what is sent whole and with sharp edges: otherwise the model has seen another image."""
-    start, line = encoded(NOISE), encoded(NOISE.rotate(90))
+    start, line = in_base64(NOISE), in_base64(NOISE.rotate(90))
     unit = {"image": line, "weight": 0.6, "guidance_end": 0.8}
     plain = {"init_images": [start], "denoising_strength": 0.7}
-    hidden = {"mask": encoded(UPPER), "mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}
+    hidden = {"mask": in_base64(UPPER), "mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}
     for path, more, files in (
         ("txt2img", {"batch_size": 2, "sampler_name": "DPM++ 2M", "cfg_scale": 5}, []),
         ("txt2img", {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.7}, []),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import sys
@@ -14,10 +13,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from images import in_base64
 from PIL import Image
+from servers import options
 from starlette.testclient import TestClient
 
-from ldm.cli.serve import ServeOptions, trainer_of, training_command
+from ldm.cli.serve import trainer_of, training_command
 from ldm.errors import LdmError
 from ldm.server.api import make_app
 from ldm.server.limits import Limits
@@ -49,10 +50,8 @@ class Program:
         return [sys.executable, "-c", self.code, str(output)]
 
 
-def image(size: tuple[int, int] = (32, 32), colour: str = "red", kind: str = "PNG", **more: Any) -> str:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind, **more)
-    return base64.b64encode(file.getvalue()).decode()
+def image(size: tuple[int, int] = (32, 32), kind: str = "PNG", **more: Any) -> str:
+    return in_base64(Image.new("RGB", size, "red"), kind, **more)
 
 
 def order(count: int = 2, **more: Any) -> dict[str, Any]:
@@ -236,16 +235,12 @@ def test_only_servers_that_were_asked_to(
     service.trainer = None
     answer = client.post("/v1/runs", json=order())
     assert answer.status_code == 404 and "--train" in answer.text
-    common: dict[str, Any] = {
-        "host": "", "port": 0, "api_key": None, "hostnames": (), "log_prompts": False, "drain_seconds": 0, "most": None,
-        "limits": Limits(), "history": None, "runs": None,
-    }  # fmt: skip
     runs = Runs.at(tmp_path)
     with pytest.raises(LdmError, match="name the folder for them"):
-        trainer_of(ServeOptions({}, train=True, **common), None)
+        trainer_of(options({}, train=True), None)
     with pytest.raises(LdmError, match="serve it without components"):
-        trainer_of(ServeOptions({"components": {"vae": "x"}}, train=True, **common), runs)
-    made = trainer_of(ServeOptions({"lora_dir": str(tmp_path)}, train=True, **common), runs)
+        trainer_of(options({"components": {"vae": "x"}}, train=True), runs)
+    made = trainer_of(options({"lora_dir": str(tmp_path)}, train=True), runs)
     assert made is not None and made.adapters == tmp_path
-    assert trainer_of(ServeOptions({}, train=False, **common), runs) is None
+    assert trainer_of(options({}), runs) is None
     assert json.dumps(client.get("/v1/about").json()["trains"]) == "false" and LOG == "train.log"

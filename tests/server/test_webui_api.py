@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import inspect
-import io
 import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import controls
 import httpx2
 import numpy as np
 import pytest
+import servers
 import tiny
 import torch
 import webuiapi
+from images import UPPER, difference, from_base64, in_base64
 from PIL import Image, PngImagePlugin
 
 from ldm.errors import LdmError
@@ -29,7 +31,6 @@ from ldm.server.a1111_fields import HARMLESS, OF_IMAGES, OF_TEXT, TAKEN, WITHOUT
 from ldm.server.a1111_masks import MaskSettings, filled, inpainting, region, resized
 from ldm.server.api import JobsApi
 from ldm.server.jobs import Event
-from ldm.server.limits import Limits
 from ldm.server.service import Service
 from ldm.server.serving import in_thread
 from ldm.server.uploads import RequestUploads
@@ -37,12 +38,10 @@ from pipelines import Pipeline
 from pipelines.a1111 import fields_of, from_parameters
 
 KEY = "hunter-22"
-LIMITS = Limits(body=400_000, upload=10_000, pixels=128 * 128, steps=900, images=4, characters=300, queue=8)
+LIMITS = replace(servers.LIMITS, body=400_000, pixels=128 * 128, steps=900)
 SMALL: dict[str, Any] = {"prompt": "a fox", "width": 64, "height": 64, "steps": 3, "seed": 1, "sampler_name": "Euler"}
 OURS: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "seed": 1, "scheduler": "euler", "guidance": 7.0}
 NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
-UPPER = Image.new("L", (64, 64))
-UPPER.paste(255, (0, 0, 64, 32))
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +79,7 @@ def plain(address: str) -> Iterator[httpx2.Client]:
 
 
 def same(one: Image.Image, other: Image.Image) -> None:
-    assert one.size == other.size
-    difference = np.asarray(one.convert("RGB"), np.int32) - np.asarray(other, np.int32)
-    assert np.abs(difference).max() <= 1
-
-
-def encoded(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    assert difference(one, other) <= 1
 
 
 def test_images_of_a_prompt(api: webuiapi.WebUIApi, pipeline: Pipeline, tmp_path: Path) -> None:
@@ -128,8 +119,7 @@ def test_samplers_and_schedule_types(api: webuiapi.WebUIApi, pipeline: Pipeline,
         settings = {**OURS, "scheduler": ours[0], "spacing": ours[1]}
         same(made.image, pipeline("a fox", **settings).images[0])
     ddim = plain.post("/txt2img", json={**SMALL, "sampler_name": "DDIM", "eta": 0.5, "cfg_scale": 7}).json()
-    made = Image.open(io.BytesIO(base64.b64decode(ddim["images"][0])))
-    same(made, pipeline("a fox", **{**OURS, "scheduler": "ddim", "eta": 0.5}).images[0])
+    same(from_base64(ddim["images"][0]), pipeline("a fox", **{**OURS, "scheduler": "ddim", "eta": 0.5}).images[0])
 
 
 def test_a_second_pass(api: webuiapi.WebUIApi, pipeline: Pipeline) -> None:
@@ -178,9 +168,7 @@ def test_texts_of_other_formats(api: webuiapi.WebUIApi, plain: httpx2.Client) ->
     large = PngImagePlugin.PngInfo()
     for number in range(3):
         large.add_itxt(f"text{number}", "x" * 2**19, zip=True)
-    file = io.BytesIO()
-    NOISE.save(file, "PNG", pnginfo=large)
-    answer = plain.post("/png-info", json={"image": base64.b64encode(file.getvalue()).decode()})
+    answer = plain.post("/png-info", json={"image": in_base64(NOISE, pnginfo=large)})
     assert answer.status_code == 400 and "1,572,864 characters" in answer.json()["detail"]
 
 
@@ -194,9 +182,9 @@ def test_inpainting(api: webuiapi.WebUIApi, pipeline: Pipeline, plain: httpx2.Cl
     soft = api.img2img([NOISE], **SMALL, **hard, mask_blur=2)
     assert soft.image.crop((0, 48, 64, 64)).tobytes() == NOISE.crop((0, 48, 64, 64)).tobytes()
     assert soft.image.crop((0, 32, 64, 34)).tobytes() != NOISE.crop((0, 32, 64, 34)).tobytes()
-    odd = {"prompt": "a fox", "steps": 2, "init_images": [encoded(NOISE.resize((65, 64)))], "inpaint_full_res": False}
-    answer = plain.post("/img2img", json={**odd, "mask": encoded(UPPER.resize((65, 64)))}).json()
-    assert Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).size == (65, 64)
+    odd = {"prompt": "a fox", "steps": 2, "init_images": [in_base64(NOISE.resize((65, 64)))], "inpaint_full_res": False}
+    answer = plain.post("/img2img", json={**odd, "mask": in_base64(UPPER.resize((65, 64)))}).json()
+    assert from_base64(answer["images"][0]).size == (65, 64)
     turned = api.img2img([NOISE], **SMALL, **hard, mask_blur=0, inpainting_mask_invert=1)
     assert turned.image.crop((0, 0, 64, 32)).tobytes() == NOISE.crop((0, 0, 64, 32)).tobytes()
     assert service.uploads.pixels == 0  # what was held for blending is not counted any more
@@ -249,7 +237,7 @@ def test_progress_is_the_clients_own(address: str, api: webuiapi.WebUIApi, plain
         found = api.get_progress()
     assert 0 < found["progress"] < 1 and found["state"]["job"] == "task-of-mine"
     assert found["state"]["sampling_steps"] == 800 and found["eta_relative"] > 0
-    assert Image.open(io.BytesIO(base64.b64decode(found["current_image"]))).size == (8, 8)
+    assert from_base64(found["current_image"]).size == (8, 8)
     other = webui(address, "somebody")
     assert other.get_progress()["progress"] == 0
     other.interrupt()
@@ -333,16 +321,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
     ({}, "init_images: a list of one image"),
-    ({"init_images": [encoded(NOISE)] * 2}, "a request for each image"),
+    ({"init_images": [in_base64(NOISE)] * 2}, "a request for each image"),
     ({"init_images": ["http://127.0.0.1/a.png"]}, "not in base64"),
-    ({"init_images": [encoded(NOISE)], "resize_mode": 3}, "resize_mode 3"),
-    ({"init_images": [encoded(NOISE)], "mask": encoded(UPPER.resize((32, 32)))}, "their sizes must be equal"),
-    ({"init_images": [encoded(NOISE)], "mask": encoded(Image.new("L", (64, 64)))}, "nothing would be made anew"),
-    ({"init_images": [encoded(NOISE)], "mask": encoded(UPPER), "inpainting_fill": 2}, "inpainting_fill 2"),
-    ({"init_images": [encoded(NOISE)], "mask": encoded(UPPER), "mask_blur": 1e9}, "mask_blur"),
-    ({"init_images": [encoded(NOISE)], "mask": encoded(UPPER), "width": 10**5, "height": 10**5}, "at most 16,384"),
-    ({"init_images": [encoded(NOISE)], "denoising_strength": 0}, "strength 0"),
-    ({"init_images": [encoded(NOISE)], "enable_hr": True}, "it belongs to txt2img"),
+    ({"init_images": [in_base64(NOISE)], "resize_mode": 3}, "resize_mode 3"),
+    ({"init_images": [in_base64(NOISE)], "mask": in_base64(UPPER.resize((32, 32)))}, "their sizes must be equal"),
+    ({"init_images": [in_base64(NOISE)], "mask": in_base64(Image.new("L", (64, 64)))}, "nothing would be made anew"),
+    ({"init_images": [in_base64(NOISE)], "mask": in_base64(UPPER), "inpainting_fill": 2}, "inpainting_fill 2"),
+    ({"init_images": [in_base64(NOISE)], "mask": in_base64(UPPER), "mask_blur": 1e9}, "mask_blur"),
+    ({"init_images": [in_base64(NOISE)], "mask": in_base64(UPPER), "width": 10**5, "height": 10**5}, "at most 16,384"),
+    ({"init_images": [in_base64(NOISE)], "denoising_strength": 0}, "strength 0"),
+    ({"init_images": [in_base64(NOISE)], "enable_hr": True}, "it belongs to txt2img"),
 ]
 
 
@@ -391,8 +379,9 @@ def test_control_models(pipeline: Pipeline) -> None:
     networks = [controls.controlnet(family, seed) for seed in (0, 1)]
     steered = Pipeline(pipeline.model, control_models=networks)
     service = Service(steered, {"source": "tiny", "control_models": ("edges.safetensors", "depth.safetensors")}, LIMITS)
-    first = {"image": encoded(NOISE), "model": "edges", "weight": 0.5, "guidance_end": 0.7, "control_mode": "Balanced"}
-    second = {"image": encoded(NOISE.rotate(90)), "model": "depth", "resize_mode": "Just Resize"}
+    first = {"image": in_base64(NOISE), "model": "edges", "weight": 0.5, "guidance_end": 0.7}
+    first |= {"control_mode": "Balanced"}
+    second = {"image": in_base64(NOISE.rotate(90)), "model": "depth", "resize_mode": "Just Resize"}
 
     def settings_of(*units: dict[str, Any]) -> dict[str, Any]:
         given = {**SMALL, "cfg_scale": 7, "alwayson_scripts": {"ControlNet": {"args": list(units)}}}
