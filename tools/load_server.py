@@ -39,6 +39,7 @@ import numpy as np
 import overload
 
 STEPS = 20
+KEPT = 100  # jobs that are kept in an overload: as many as there are before its memory is judged
 TIMES = 4  # an overload's requests, of those that the server can answer
 SCHEDULERS = ("euler", "ddim", "dpm++2m", "unipc", "euler-a")
 PROMPTS = ("a smiling cat with heart eyes, fluent 3d style", "octopus, noto style", "fox, noto style", "weary face")
@@ -201,7 +202,8 @@ def overloaded(options: argparse.Namespace, log: TextIO) -> dict[str, Any]:
     def ordinary(draw: random.Random) -> dict[str, Any]:
         return overload.usual(draw, PROMPTS, SCHEDULERS, STEPS)
 
-    with server(options.model, "--dtype", "fp32", "--queue", str(options.queue), log=log) as running:
+    limits = "--queue", str(options.queue), "--keep-jobs", str(KEPT)
+    with server(options.model, "--dtype", "fp32", *limits, log=log) as running:
         rate = options.rate
         if rate is None:
             rate = TIMES * load(running.address, options.clients, options.seconds, mixed=True)["images_per_second"]

@@ -28,7 +28,6 @@ KNOWN = 8  # canaries that differ
 PATIENCE = 300.0  # seconds in which an answer must come
 WARM_UP = 0.25  # part of the time after which memory must not grow
 STOPPED = 1.0  # seconds of delay of its own timer from which this process was stopped; it cannot say what then was
-LEAST_MEMORY = 120.0  # seconds of memory from which its growth is judged
 JSON = "content-type: application/json\r\n"
 DOORS = ("/v1/jobs", "/v1/jobs events", "/v1/images/generations", "/sdapi/v1/txt2img")
 
@@ -303,8 +302,10 @@ def percentile(values: Sequence[float], part: float) -> float:
 
 def figures_of(tally: OverloadTally, seconds: float, rate: float) -> dict[str, Any]:
     """The figures of a run."""
-    warm = [(minutes, megabytes) for minutes, megabytes in tally.memory if minutes * 60 >= WARM_UP * seconds]
-    judged = len(warm) > 1 and (warm[-1][0] - warm[0][0]) * 60 >= LEAST_MEMORY
+    least: dict[int, float] = {}  # of whole minutes: what is left once the server has given freed memory back
+    for minutes, megabytes in tally.memory:
+        if WARM_UP * seconds <= 60 * int(minutes) <= seconds - 60:
+            least[int(minutes)] = min(megabytes, least.get(int(minutes), megabytes))
     stops = [(at, delay) for at, delay in tally.delays if delay > STOPPED]
 
     def stopped(begin: float, end: float) -> bool:
@@ -331,8 +332,9 @@ def figures_of(tally: OverloadTally, seconds: float, rate: float) -> dict[str, A
         "refusals_while_stopped": len(tally.refusals) - len(seen),
         "seconds_stopped": sum(delay for _, delay in stops),
         "own_delay_p99_ms": 1000 * percentile([delay for _, delay in tally.delays], 0.99),
-        "memory_mb": warm[-1][1] if warm else 0.0,
-        "memory_mb_per_minute": linear_regression(*zip(*warm, strict=True)).slope if judged else None,
+        "memory_mb": max((megabytes for _, megabytes in tally.memory), default=0.0),
+        "memory_mb_by_minute": list(least.values()),
+        "memory_mb_per_minute": linear_regression(list(least), list(least.values())).slope if len(least) > 1 else None,
         "statuses": dict(sorted(tally.statuses.items())),
         "examples": (tally.wrong + tally.errors + lost)[:10],
     }

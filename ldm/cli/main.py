@@ -294,6 +294,9 @@ def _of_serve_itself(
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a pass.")] = Limits.pixels,
     max_images: Annotated[int, typer.Option(min=1, help="Images of a job.")] = Limits.images,
     max_seconds: Annotated[float, typer.Option(min=1, help="Time for a job.")] = Limits.seconds,
+    keep_jobs: Annotated[int, typer.Option(min=1, help="Jobs that are over and kept, to be fetched.")] = (
+        Limits.kept_jobs
+    ),
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time for jobs to end when it is told to stop.")] = 60.0,
     together: Annotated[
         int | None, typer.Option(min=1, help="Pixels of latents worked on at a time; 1: one image after the other.")
@@ -333,7 +336,7 @@ def serve_command() -> Callable[..., None]:
         source = {} if given["model"] is None else {"source": given["model"]}
         limits = Limits(
             queue=given["queue"], steps=given["max_steps"], pixels=given["max_pixels"], images=given["max_images"],
-            seconds=given["max_seconds"],
+            seconds=given["max_seconds"], kept_jobs=given["keep_jobs"],
         )  # fmt: skip
         options = ServeOptions(
             loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],

@@ -22,6 +22,7 @@ import torch
 from greenlet import GreenletExit, getcurrent
 
 from ldm.errors import LdmError, out_of_memory
+from ldm.runtime.kernels.memory import give_back
 from ldm.sampling.loop import Step
 from ldm.server.jobs import FAILED, NOTES, Event, MadeImage, ServerJob
 from ldm.server.joining import Joints, NetworkCall, Run, UNetCall, waiting
@@ -39,6 +40,7 @@ from pipelines.tuning import cpu_by_default, room_of, typed
 log = logging.getLogger(__name__)
 LAST_SECONDS = 30.0  # in which the step that is worked on must end when an engine is closed
 OVERTAKEN = 16  # later images that may begin before an image that waits
+GIVE_BACK_SECONDS = 30.0  # between times at which freed memory is given back to the system
 
 
 class NotTakenError(LdmError):
@@ -157,6 +159,7 @@ class Engine(JobTaker):
         self.overtaken = overtaken
         self._joints = Joints()
         self._fitting: dict[Hashable, int] = {}  # most calls of a size that memory sufficed for, if it once did not
+        self._gave_back = time.monotonic()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="ldm-engine", daemon=True)
         self._thread.start()
@@ -200,6 +203,7 @@ class Engine(JobTaker):
         try:
             with torch.inference_mode(), cpu_by_default():
                 while self._something_to_do():
+                    self._give_back_memory()
                     begun = time.monotonic()
                     self._stop_those_over()
                     self._admit()
@@ -217,8 +221,15 @@ class Engine(JobTaker):
         with self._changed:
             while not self.waiting and not self.running and not self._closing:
                 self._joints = Joints()  # frees their memory
-                self._changed.wait()
+                self._changed.wait(GIVE_BACK_SECONDS)
+                self._give_back_memory()
             return bool(self.waiting or self.running)
+
+    def _give_back_memory(self) -> None:
+        """Give freed memory back to the system from time to time: requests that differ scatter it ever more."""
+        if time.monotonic() - self._gave_back >= GIVE_BACK_SECONDS:
+            give_back()
+            self._gave_back = time.monotonic()
 
     def _stop_those_over(self) -> None:
         """Leave out jobs that were cancelled or have failed, or whose time is up."""

@@ -21,6 +21,7 @@ from rounding import RUN, near
 from ldm.errors import LdmError
 from ldm.models.unet import UNet
 from ldm.sampling.noise import Noise
+from ldm.server import engine as engine_module
 from ldm.server.engine import Engine, NotTakenError, Piece
 from ldm.server.jobs import CANCELLED, DONE, FAILED, Event, ServerJob
 from pipelines import Pipeline
@@ -442,3 +443,23 @@ def test_a_listener_with_a_defect(pipelines: dict[str, Pipeline], engines: list[
     assert job.state == DONE
     with pytest.raises(LdmError, match="name it"):
         engine.request("a fox", scheduler=type("Own", (), {"set_timesteps": None, "order": 1})())
+
+
+def test_freed_memory_is_given_back_from_time_to_time(
+    pipelines: dict[str, Pipeline], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Event] = []
+    busy, idle = threading.Event(), threading.Event()
+
+    def give_back() -> None:
+        (busy if engine.running else idle).set()
+
+    monkeypatch.setattr(engine_module, "give_back", give_back)
+    engines.append(engine := Engine(pipelines["sd15"]))
+    engine.submit(ServerJob(engine.request("a fox", **SMALL), listener=steps.append)).result(60)
+    assert steps and not busy.is_set() and not idle.is_set()  # half a minute is not over
+    monkeypatch.setattr(engine_module, "GIVE_BACK_SECONDS", 0.01)
+    running = engine.submit(ServerJob(engine.request("a fox", **{**SMALL, "steps": 400})))
+    assert busy.wait(60)
+    running.cancel()
+    assert idle.wait(60)
