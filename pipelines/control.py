@@ -123,8 +123,8 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
             raise LdmError(f"control {MASKED}: it hides the masked part of an image: give a mask (mask=, --mask)")
         if image.kind == MASKED and request.margins and image.given.size != sides:
             raise LdmError(
-                f"control {MASKED}: with margins it needs an image of their size too, {sides[0]}×{sides[1]} pixels, with "
-                "anything in the margins"
+                f"control {MASKED}: with margins its image needs them too, {sides[0]}×{sides[1]} pixels in all, of any "
+                "colours there"
             )
         check_acting(one, "control", request)
         check_kind(image.kind)

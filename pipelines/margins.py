@@ -2,8 +2,8 @@
 
 The image lies on a larger canvas, and a mask is white in the margins and in a strip of the image beside each of them.
 All that follows is inpainting (`pipelines.tasks.inpaint`). The strip is made anew because the autoencoder, which sees
-some pixels around each latent, mixes the canvas into the latents at the image's edges, and because a latent that is free
-stands for 8×8 pixels, which rarely end where the image does.
+some pixels around each latent, mixes the canvas into the latents at the image's edges, and because a latent that is
+free stands for 8×8 pixels, which rarely end where the image does.
 
 Margins are pixels beside the left, upper, right and lower side of an image.
 """
@@ -22,7 +22,8 @@ from pipelines.settings import LARGEST_SIDE
 
 log = logging.getLogger(__name__)
 Margins = tuple[int, int, int, int]  # left, top, right, bottom
-OVERLAP = 16  # pixels of the image beside a margin that are made anew
+OVERLAP = 16  # pixels of the image beside a margin that are made anew, of a large image more, which may be made smaller
+LARGE = 512  # pixels of the longer side up to which the overlap does not grow
 MOST_OF_SIDE = 4  # at most this part, a fourth, of a side is overlap
 BLUR = 8  # radius of the canvas's blur in the margins
 
@@ -40,9 +41,9 @@ def canvas_size(size: tuple[int, int], margins: int | Sequence[int]) -> tuple[in
 
 
 def rounded_margins(given: int | Sequence[int], size: tuple[int, int], factor: int) -> Margins:
-    """The margins of an image of that size, enlarged so that the canvas's sides are multiples of `factor`; this is logged.
+    """The margins of an image of that size, enlarged so that the canvas's sides are multiples of `factor`.
 
-    The right and the lower one grow, unless the other one alone is asked for.
+    The right and the lower one grow, unless the one across alone is asked for. That is logged.
     """
     found = list(each_margin(given))
     for near, side in enumerate(canvas_size(size, given)):
@@ -68,8 +69,8 @@ def extended(image: Image.Image, mask: Image.Image | None, margins: Margins) -> 
     width, height = canvas_size(image.size, margins)
     if max(width, height) > LARGEST_SIDE or width * height > MOST_PIXELS:
         raise LdmError(
-            f"margins {','.join(map(str, margins))}: the image would have {width}×{height} pixels; at most {LARGEST_SIDE} "
-            f"a side, and {MOST_PIXELS:,} in all, are possible"
+            f"margins {','.join(map(str, margins))}: the image would have {width}×{height} pixels; at most "
+            f"{LARGEST_SIDE} a side, and {MOST_PIXELS:,} in all, are possible"
         )
     if mask is not None:
         check_same_size(mask, image)
@@ -85,5 +86,6 @@ def extended(image: Image.Image, mask: Image.Image | None, margins: Margins) -> 
 
 def _kept(size: tuple[int, int], margins: Margins) -> tuple[int, int, int, int]:
     """The part of an image of that size that is no overlap: left, top, right, bottom."""
-    overlaps = [min(OVERLAP, size[place % 2] // MOST_OF_SIDE) if margin else 0 for place, margin in enumerate(margins)]
+    most = OVERLAP * max(max(size), LARGE) // LARGE
+    overlaps = [min(most, size[place % 2] // MOST_OF_SIDE) if margin else 0 for place, margin in enumerate(margins)]
     return overlaps[0], overlaps[1], size[0] - overlaps[2], size[1] - overlaps[3]

@@ -171,9 +171,7 @@ def note_idle(given: Mapping[str, Any], request: Request, family: Family) -> Non
         log.warning("settings without effect here: %s", listing(idle, 8))
 
 
-def _start(
-    values: Mapping[str, Any], family: Family
-) -> tuple[Image.Image | None, Image.Image | None, Margins | None]:
+def _start(values: Mapping[str, Any], family: Family) -> tuple[Image.Image | None, Image.Image | None, Margins | None]:
     """The image to start from and the mask; with margins both are those of the canvas, and the margins are fitting.
 
     Raises:

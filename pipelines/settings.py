@@ -513,7 +513,7 @@ SETTINGS: tuple[Setting, ...] = (
             used=lambda request: request.task in ("image-to-image", "inpaint")),
     Setting("mask", IMAGE, "Inpainting mask: its white pixels are made anew.", names=("mask_image",), closed=FROM_TEXT),
     Setting("margins", MARGINS,
-            "Outpainting: pixels by which the image to start from is extended, on all sides or as LEFT,TOP,RIGHT,BOTTOM.",
+            "Outpainting: pixels by which the image to start from is extended, on all sides or LEFT,TOP,RIGHT,BOTTOM.",
             names=("outpaint", "outpainting", "margin"), closed=FROM_TEXT,
             used=lambda request: request.margins is not None),
     Setting("adapters", ADAPTERS,
