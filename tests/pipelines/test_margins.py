@@ -137,8 +137,8 @@ def test_a_half_of_a_small_image_stays(size: tuple[int, int]) -> None:
 def test_a_size_scales_the_canvas(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     """As it scales an image and its mask; one of another shape stretches it, and is told."""
     canvas, mask = by_hand(image(), 32, 32, 32, 32)
-    found = pipeline("a cat", image=image(), margins=32, size=64, **FIXED)
-    wanted = pipeline("a cat", image=canvas, mask=mask, size=64, **FIXED)
+    found = pipeline("a cat", image=image(), margins=32, size="64", **FIXED)
+    wanted = pipeline("a cat", image=canvas, mask=mask, size="64", **FIXED)
     assert found.images[0].size == (64, 64) and found.images[0].tobytes() == wanted.images[0].tobytes()
     assert not caplog.text
     assert pipeline.request("a cat", image=image(), margins=32, width=64).height == 128
@@ -205,7 +205,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"margins": 8, "image": "nowhere.png"}, "nowhere.png does not exist"),
     ({"margins": 8, "outpaint": 16}, "margins 8 and outpaint 16 are one setting"),
     ({"margins": 8, "strength": 0.01}, "less than one step"),
-    ({"margins": 8, "size": 65}, "width 65: a multiple of 8"),
+    ({"margins": 8, "size": "65"}, "width 65: a multiple of 8"),
 ]
 
 

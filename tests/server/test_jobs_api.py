@@ -125,7 +125,7 @@ def test_margins(client: TestClient, service: Service, monkeypatch: pytest.Monke
     for settings, message in (
         ({"margins": 24}, "12,544 pixels: this server makes at most 9,216"),
         ({"margins": 8, "hires": 2}, "25,600 pixels"),
-        ({"margins": 24, "size": 64}, "12,544 pixels of an image with its margins: this server makes at most 10,000"),
+        ({"margins": 24, "size": "64"}, "12,544 pixels of an image with its margins: this server makes at most 10,000"),
         ({"margins": [16384, 16384, 16384, 16384]}, "pixels: this server makes at most 9,216"),
         ({"margins": 8, "image": None}, "margins without an image"),
         ({"margins": 8.0}, "margins 8.0: a whole number"),
