@@ -25,6 +25,7 @@ Margins = tuple[int, int, int, int]  # left, top, right, bottom
 OVERLAP = 16  # pixels of the image beside a margin that are made anew, of a large image more, which may be made smaller
 LARGE = 512  # pixels of the longer side up to which the overlap does not grow
 MOST_OF_SIDE = 4  # at most this part, a fourth, of a side is overlap
+LATENT = 8  # pixels of a side of what a latent stands for
 BLUR = 8  # radius of the canvas's blur in the margins
 
 
@@ -86,6 +87,14 @@ def extended(image: Image.Image, mask: Image.Image | None, margins: Margins) -> 
 
 def _kept(size: tuple[int, int], margins: Margins) -> tuple[int, int, int, int]:
     """The part of an image of that size that is no overlap: left, top, right, bottom."""
-    most = OVERLAP * max(max(size), LARGE) // LARGE
-    overlaps = [min(most, size[place % 2] // MOST_OF_SIDE) if margin else 0 for place, margin in enumerate(margins)]
+    overlaps = [
+        _overlap(margin, min(OVERLAP * max(*size, LARGE) // LARGE, size[place % 2] // MOST_OF_SIDE)) if margin else 0
+        for place, margin in enumerate(margins)
+    ]
     return overlaps[0], overlaps[1], size[0] - overlaps[2], size[1] - overlaps[3]
+
+
+def _overlap(margin: int, most: int) -> int:
+    """The overlap beside a margin, at most so large, that ends where a latent does if one ends there."""
+    beyond = (margin + most) % LATENT
+    return most - beyond if beyond < most else most

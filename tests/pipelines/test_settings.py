@@ -206,6 +206,8 @@ def test_bounds_are_said_in_one_line_everywhere(
     Path("p.jsonl").write_text(json.dumps({"prompt": "a cat", name: value}))
     err = run(capsys, monkeypatch, "generate", "--prompts", "p.jsonl")[2]
     assert err.startswith(f"ldm: p.jsonl, line 1: {name} {message}")
+    if "eval" in row.closed:
+        return
     with pytest.raises(LdmError) as caught:
         settings.checked(dict([evaluate_options.setting_of(f"{name}={text}")]), "eval")
     assert str(caught.value).startswith(f"{name} {message}")
