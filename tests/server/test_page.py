@@ -196,7 +196,7 @@ def test_margins_beside_a_mask(page: Page, site: Site, tmp_path: Path) -> None:
     finished(page, 1)
     body = asked.value.post_data_json
     assert body["margins"] == [32, 0, 0, 16] and body["strength"] == 1 and "mask" not in body  # nothing is painted
-    page.mouse.click(surface["x"] + surface["width"] * 0.75, surface["y"] + surface["height"] * 0.25)
+    page.locator("canvas.mask").click(position={"x": surface["width"] * 0.75, "y": surface["height"] * 0.25})
     with page.expect_request("**/v1/jobs") as asked:
         page.keyboard.press("Control+Enter")
     finished(page, 2)
