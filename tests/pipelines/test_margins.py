@@ -125,6 +125,22 @@ def test_sides_become_multiples(
     assert rounded_margins(found, size, 8) == found and not caplog.text
 
 
+@pytest.mark.parametrize(
+    ("size", "margins", "kept"),
+    [
+        ((512, 512), (64, 64, 64, 64), (16, 16, 496, 496)),
+        ((1024, 768), (64, 0, 64, 64), (32, 0, 992, 736)),  # wider strips
+        ((60, 96), (0, 0, 36, 0), (0, 0, 48, 96)),  # to the end of a latent: 48 pixels
+        ((60, 60), (3, 0, 1, 4), (13, 0, 45, 48)),  # at 16, 48 and 48 of the canvas
+        ((20, 40), (4, 0, 0, 0), (4, 0, 20, 40)),  # a fourth, to 8 of the canvas
+    ],
+)
+def test_strips_end_where_latents_do(size: tuple[int, int], margins: Any, kept: tuple[int, ...]) -> None:
+    _, mask = extended(image(0, *size), None, margins)
+    left, top, right, bottom = mask.point(lambda shade: 255 - shade).getbbox() or (0, 0, 0, 0)
+    assert (left - margins[0], top - margins[1], right - margins[0], bottom - margins[1]) == kept
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (20, 12), (1500, 40)])
 def test_a_half_of_a_small_image_stays(size: tuple[int, int]) -> None:
     canvas, mask = extended(image(0, *size), None, (8, 8, 8, 8))
