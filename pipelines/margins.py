@@ -3,7 +3,7 @@
 The image lies on a larger canvas, and a mask is white in the margins and in a strip of the image beside each of them.
 All that follows is inpainting (`pipelines.tasks.inpaint`). The strip is made anew because the autoencoder, which sees
 some pixels around each latent, mixes the canvas into the latents at the image's edges, and so that the mask ends where
-a latent does. The canvas goes on with the colours of each edge, because the autoencoder lets the whole canvas change the
+a latent does. The canvas goes on with the colours of each edge, because the autoencoder lets all of it change the
 tone of each latent. With the built-in model the step at a seam is 1.7 times as high if the mask ends elsewhere, and 1.4
 times on a canvas that is grey, or has a mean of the image's colours.
 
