@@ -314,6 +314,17 @@ def mask_to_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
     return torch.from_numpy((array >= WHITE).astype(np.float32))[None, None]
 
 
+def check_same_size(mask: Image.Image, image: Image.Image) -> None:
+    """Raise unless a mask has the size of its image.
+
+    Raises:
+        LdmError: it has another one.
+    """
+    if mask.size != image.size:
+        sizes = f"{mask.width}×{mask.height} pixels, its image {image.width}×{image.height}"
+        raise LdmError(f"the mask has {sizes}; their sizes must be equal")
+
+
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Convert (B, 3, H, W) in [-1, 1] to 8-bit images."""
     numbers = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

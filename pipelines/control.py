@@ -121,6 +121,11 @@ def check_control(request: Request, family: Family, models: Mapping[str, Control
         image = one.image
         if image.kind == MASKED and request.mask is None:
             raise LdmError(f"control {MASKED}: it hides the masked part of an image: give a mask (mask=, --mask)")
+        if image.kind == MASKED and request.margins and image.given.size != sides:
+            raise LdmError(
+                f"control {MASKED}: with margins its image needs them too, {sides[0]}×{sides[1]} pixels in all, of any "
+                "colours there"
+            )
         check_acting(one, "control", request)
         check_kind(image.kind)
         for width, height in (sides, (second.width, second.height)):

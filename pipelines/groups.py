@@ -23,6 +23,7 @@ from ldm.weights.control_models import open_control_model
 from ldm.weights.sources import open_source
 from pipelines.finishing import in_turn
 from pipelines.jobs import IMAGES, TEXTS, Job
+from pipelines.margins import extended
 from pipelines.pipeline import Pipeline, named
 from pipelines.provenance import provenance
 from pipelines.request import Request
@@ -43,6 +44,8 @@ class Group:
     def whole(self) -> Request:
         """The request with its images, which are in memory as long as it is."""
         given = {name: load_image(self.settings[name], mode) for name, mode in IMAGES if name in self.settings}
+        if self.request.margins:
+            given["image"], given["mask"] = extended(given["image"], given.get("mask"), self.request.margins)
         return replace(_closed(self.request), **given)  # type: ignore[arg-type]
 
 

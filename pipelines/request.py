@@ -26,6 +26,7 @@ from ldm.sampling.guidance import EmbeddedGuidance, Guidance
 from ldm.sampling.schedulers import SamplingPlan, make, own_name
 from pipelines.control_images import EACH, control_images
 from pipelines.jobs import TEXTS
+from pipelines.margins import Margins, extended, rounded_margins
 from pipelines.mixes import Mix, few_step, recorded
 from pipelines.settings import LARGEST_SEED, LARGEST_SIDE
 
@@ -48,6 +49,7 @@ class Request:
     image: Image.Image | None = None  # to start from
     mask: Image.Image | None = None  # white: changed
     task: str = "text-to-image"
+    masked: bool = False  # whether a mask was given; margins make one too
     refined: bool = False  # whether a refiner follows
     begin: float = 0.0  # part of the run at which this model begins
     end: float = 1.0  # part of the run at which this model ends
@@ -101,8 +103,7 @@ def request_for(values: dict[str, Any], family: Family, refined: bool, mixed: Mi
         LdmError: settings do not go together, or a file that they name is not there or cannot be used.
     """
     controls = control_images(values.get("control"))
-    image = _image(values["image"]) if "image" in values else None
-    mask = _mask(values["mask"]) if "mask" in values else None
+    image, mask, margins = _start(values, family)
     prompts = values.get("prompt", ())
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or None in prompts:
@@ -112,7 +113,7 @@ def request_for(values: dict[str, Any], family: Family, refined: bool, mixed: Mi
     filled = {row.name: row.usual for row in rows}
     like = image or (controls[0].given if controls else None)
     filled |= defaults(family, like, mask is not None, values, few_step(mixes)) | values
-    filled |= {"image_prompt": settings.image_prompts(values), "control": controls}
+    filled |= {"image_prompt": settings.image_prompts(values), "control": controls, "margins": margins}
     count, n = len(prompts), filled["n"]
     _note_stretch(image, filled["width"], filled["height"])
     given_texts = {name: _for_each(name, values[name], count, n) for name in TEXTS if name in values}
@@ -129,6 +130,7 @@ def request_for(values: dict[str, Any], family: Family, refined: bool, mixed: Mi
         image=image,
         mask=mask,
         task=task_of(family, image, mask),
+        masked="mask" in values,
         refined=refined,
         end=1.0 if filled["refiner_at"] is None else filled["refiner_at"],
         reader=PromptReader(filled["weights"]),
@@ -167,6 +169,24 @@ def note_idle(given: Mapping[str, Any], request: Request, family: Family) -> Non
     idle = [f"{name} (it needs {lacks[name]})" for name in sorted(lacks.keys() & told)]
     if idle:
         log.warning("settings without effect here: %s", listing(idle, 8))
+
+
+def _start(values: Mapping[str, Any], family: Family) -> tuple[Image.Image | None, Image.Image | None, Margins | None]:
+    """The image to start from and the mask; with margins both are those of the canvas, and the margins are fitting.
+
+    Raises:
+        LdmError: there are margins without an image or for a model that edits, or as `extended`.
+    """
+    image = _image(values["image"]) if "image" in values else None
+    mask = _mask(values["mask"]) if "mask" in values else None
+    if "margins" not in values:
+        return image, mask, None
+    if image is None:
+        raise LdmError("margins without an image: give the image that they extend (image=, --image)")
+    if family.task == "edit":
+        raise LdmError(f"a {family.name} model edits an image by instruction, and cannot extend it; leave margins out")
+    margins = rounded_margins(values["margins"], image.size, family.autoencoder.factor)
+    return *extended(image, mask, margins), margins
 
 
 def _image(given: Any) -> Image.Image:
@@ -340,6 +360,8 @@ def records(request: Request, family: Family) -> list[dict[str, Any]]:
         values = {**common, **own}
         record = settings.nested({row.key: values[row.name] for row in rows})
         record |= {"task": request.task, "family": family.name}
+        if request.margins and request.masked:
+            record |= {"mask": {"path": ""}}  # whose file is not known here
         if len(request.prompts) > 1:
             record |= {"batch": len(request.prompts), "place": index}  # rounding depends on the batch
         found.append(record)

@@ -231,6 +231,16 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(is_whole(side) and 0 <= side <= 2**20 for side in value)
 
 
+def _margins(text: str) -> int | tuple[int, ...]:
+    numbers = _wholes(text)
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _are_margins(value: Any) -> bool:
+    sides = value if isinstance(value, tuple) else (value,) * 4
+    return len(sides) == 4 and all(is_whole(side) and 0 <= side <= LARGEST_SIDE for side in sides) and any(sides)
+
+
 def _component(text: str) -> dict[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
@@ -371,6 +381,15 @@ SIZE = Kind("WxH", "WIDTHxHEIGHT, such as 768x512,", _is_pair, _size, structured
             schema={"anyOf": [{"type": "string", "pattern": "^[0-9]{1,9}(x[0-9]{1,9})?$"}, TWO]})  # fmt: skip
 PAIR = Kind("HEIGHT,WIDTH", "two whole numbers of pixels, height (top) first,", _is_pair, _wholes, structured=True,
             schema=TWO)  # fmt: skip
+MARGINS = Kind(
+    "PIXELS", f"a whole number from 1 to {LARGEST_SIDE}, or four, LEFT,TOP,RIGHT,BOTTOM, of which some may be 0,",
+    _are_margins, _margins, structured=True,
+    schema={"anyOf": [
+        {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE},
+        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST_SIDE}, "minItems": 4,
+         "maxItems": 4},
+    ]},
+)  # fmt: skip
 INTERVAL = Kind(
     "START,END", "two rising numbers from 0 (noise) to 1 (image), such as 0.1,0.8,", _is_interval, _numbers,
     structured=True,
@@ -489,10 +508,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("image", IMAGE, "An image to start from.", names=("init_image", "init_img", "init_images"),
             closed=FROM_TEXT),
     Setting("strength", SHARE, "How much the image to start from changes, above 0 to 1.",
-            Elsewhere("0.8, with a mask 1"),
+            Elsewhere("0.8, with a mask or margins 1"),
             names=("denoising_strength", "denoise"), a1111="Denoising strength", closed=FROM_TEXT,
             used=lambda request: request.task in ("image-to-image", "inpaint")),
     Setting("mask", IMAGE, "Inpainting mask: its white pixels are made anew.", names=("mask_image",), closed=FROM_TEXT),
+    Setting("margins", MARGINS,
+            "Outpainting: pixels by which the image to start from is extended, on all sides or LEFT,TOP,RIGHT,BOTTOM.",
+            names=("outpaint", "outpainting", "margin"), closed=FROM_TEXT,
+            used=lambda request: request.margins is not None),
     Setting("adapters", ADAPTERS,
             "LoRA or other adapter, as FILE, FILE:WEIGHT or FILE:TEXT:UNET (weights for text encoders and U-Net).",
             flag="--lora", names=("loras", "lora"), a1111="Lora hashes",

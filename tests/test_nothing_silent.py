@@ -207,6 +207,8 @@ CALLS: dict[tuple[str, str, str], Callable[[Path], object]] = {
         lambda path: call(path, image=image(path, (9, 9, 9), (128, 64)), size=(64, 64)),
     ("its transparency", "pipelines/request.py", "the image to start from: transparent parts, by an alpha channel"):
         lambda path: call(path, image=image(path, (9, 9, 9, 0))),
+    ("margins that do not fit the model", "pipelines/margins.py", "margins 4,4,1,4 are enlarged to 4,4,4,4, so that"):
+        lambda path: call(path, image=image(path, (9, 9, 9)), margins=(4, 4, 1, 4)),
     ("holes in a mask", "pipelines/request.py", "the mask's transparent parts count as black"):
         lambda path: call(path, image=image(path, (9, 9, 9)), mask=holes()),
     ("settings in a web interface's text", "pipelines/a1111.py", "that ldm does not read; it may differ: VAE"):

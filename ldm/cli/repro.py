@@ -140,7 +140,7 @@ def _check_images(path: Path, record: dict[str, Any], settings: dict[str, Any]) 
     """Raise unless the image to start from and the mask that an image was made from are named."""
     if "image" not in settings and ("strength" in settings or record.get("task") in ("edit", "inpaint")):
         raise LdmError(f"{path} was made from an image that its record does not name; name it (--image)")
-    if "mask" not in settings and record.get("task") == "inpaint":
+    if not {"mask", "margins"} & settings.keys() and record.get("task") == "inpaint":
         raise LdmError(f"{path} was made with a mask that its record does not name; name it (--mask)")
 
 

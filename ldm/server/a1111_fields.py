@@ -53,7 +53,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {  # values of other fields that change n
 REMEDY = {  # what to do in place of a field that is refused, if not to leave it out
     "styles": "write their words into the prompt",
     "subseed_strength": "variations of a seed do not exist here",
-    "script_name": "scripts do not run here",
+    "script_name": "scripts do not run here; to outpaint, send margins to /v1/jobs",
     "save_images": "the server keeps no images; take those of the answer",
     "infotext": "give the settings themselves",
 }

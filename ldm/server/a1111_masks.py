@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from ldm.errors import LdmError
-from ldm.images import WHITE
-from pipelines.tasks.inpaint import check_same_size
+from ldm.images import WHITE, check_same_size
 
 RADII = (256, 64, 16, 4)  # of the blurs that fill a mask with the colours around it, from coarse to fine
 LANCZOS = Image.Resampling.LANCZOS

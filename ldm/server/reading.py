@@ -11,6 +11,7 @@ import binascii
 import io
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from ldm.errors import LdmError, suggestion
 from ldm.images import ANIMATED, load_noted
 from ldm.server.limits import Limits, check_most
 from ldm.server.uploads import RequestUploads
+from pipelines.margins import canvas_size
 from pipelines.settings import CONTROL, IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, at, checked, find, renamed
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,8 @@ def settings_of(given: Mapping[str, Any], share: RequestUploads) -> dict[str, An
             raise LdmError(f"{name}: {row.kind.needed} is needed, not a JSON object")
     values = checked(found, "http")
     check_limits(values, share.limits)
+    if "margins" in values and "image" in values:
+        share.take("margins", math.prod(canvas_size(values["image"].size, values["margins"])))
     return values
 
 
@@ -103,11 +107,15 @@ def check_limits(values: Mapping[str, Any], limits: Limits) -> None:
     """
     prompts = values.get("prompt", "")
     count = values.get("n", 1) * (1 if isinstance(prompts, str) else len(prompts))
-    sides = [values.get(name, 1) for name in ("width", "height")]
+    canvas = (1, 1)
+    if "margins" in values and "image" in values:
+        canvas = canvas_size(values["image"].size, values["margins"])
+    sides = [values.get(name, side) for name, side in zip(("width", "height"), canvas, strict=True)]
     check_most(
         ("steps", values.get("steps", 1), limits.steps),
         ("images", max(count, values.get("batch", 1)), limits.images),
         ("pixels", round(sides[0] * sides[1] * values.get("hires", 1) ** 2), limits.pixels),
+        ("pixels of an image with its margins", canvas[0] * canvas[1], limits.upload),
     )
 
 

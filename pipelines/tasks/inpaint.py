@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.families import Family
-from ldm.images import WHITE, mask_to_tensor
+from ldm.images import WHITE, check_same_size, mask_to_tensor
 from ldm.sampling.loop import Step
 from ldm.sampling.schedulers import add_noise
 from pipelines.request import Request, whole_steps
@@ -42,17 +42,6 @@ def check_inpaint(request: Request, family: Family) -> None:
     whole_steps(request.steps, "strength", request.strength)
     if family.task == "inpaint" and request.hires:
         raise LdmError(f"a {family.name} model fills in images in one pass; leave hires out")
-
-
-def check_same_size(mask: Image.Image, image: Image.Image) -> None:
-    """Raise unless a mask has the size of its image.
-
-    Raises:
-        LdmError: it has another one.
-    """
-    if mask.size != image.size:
-        sizes = f"{mask.width}×{mask.height} pixels, its image {image.width}×{image.height}"
-        raise LdmError(f"the mask has {sizes}; their sizes must be equal")
 
 
 def inpaint(run: SamplingRun) -> Tensor:

@@ -55,6 +55,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {  # of values that are not the default: 
     "image_prompt": ("in.png", ("in.png",)), "image_prompt_weight": ("0.5", 0.5),
     "image_prompt_mask": ("mask.png", "mask.png"), "image_prompt_begin": ("0.2", 0.2), "image_prompt_end": ("0.8", 0.8),
     "prompt": ("a cat", "a cat"), "image": ("in.png", "in.png"), "mask": ("mask.png", "mask.png"),
+    "margins": ("0,8,16,24", (0, 8, 16, 24)),
     "adapters": ("style.safetensors:0.5", (("style.safetensors", 0.5),)),
     "control": ("image=in.png", ({"kind": "image", "path": "in.png"},)), "control_scale": ("0.5", 0.5),
     "control_fall": ("0.825", 0.825), "control_begin": ("0.25", 0.25), "control_end": ("0.75", 0.75),
@@ -135,7 +136,7 @@ def test_a_setting_comes_in_by_every_door_or_says_why_not(
     if row.name.startswith("control") or row.name == "guess":
         pipeline = Pipeline(pipeline.model, control_models=controls.controlnet(pipeline.model.family))
         given["control"] = Image.new("RGB", (64, 64))
-    if row.name in ("strength", "mask"):
+    if row.name in ("strength", "mask", "margins"):
         given["image"] = Image.new("RGB", (64, 64))
     if row.name.startswith("hires_"):
         given["hires"] = 2
@@ -186,6 +187,8 @@ def test_every_keyword_of_a_pipeline_is_a_row() -> None:
         ("interval", "1,0", "(1.0, 0.0): two rising numbers"),
         ("rng", "dice", "'dice': ldm or diffusers is needed"),
         ("size", "big", "'big': WIDTHxHEIGHT"),
+        ("margins", "0", "0: a whole number from 1 to 16384, or four, LEFT,TOP,RIGHT,BOTTOM"),
+        ("margins", "8,8", "(8, 8): a whole number from 1 to 16384, or four"),
     ],
 )
 def test_bounds_are_said_in_one_line_everywhere(
@@ -203,6 +206,8 @@ def test_bounds_are_said_in_one_line_everywhere(
     Path("p.jsonl").write_text(json.dumps({"prompt": "a cat", name: value}))
     err = run(capsys, monkeypatch, "generate", "--prompts", "p.jsonl")[2]
     assert err.startswith(f"ldm: p.jsonl, line 1: {name} {message}")
+    if "eval" in row.closed:
+        return
     with pytest.raises(LdmError) as caught:
         settings.checked(dict([evaluate_options.setting_of(f"{name}={text}")]), "eval")
     assert str(caught.value).startswith(f"{name} {message}")

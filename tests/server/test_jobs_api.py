@@ -105,6 +105,38 @@ def test_an_uploaded_image_and_mask(client: TestClient) -> None:
     assert made.crop((0, 32, 64, 64)).tobytes() == jpeg.crop((0, 32, 64, 64)).tobytes()
 
 
+def test_margins(client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image on its canvas, with a mask of its own; canvases above the limits are refused before they are made."""
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    plain = {"prompt": "a fox", "steps": 2, "seed": 1, "image": in_base64(image)}
+    for settings, size in (
+        ({"margins": 8}, (80, 80)),
+        ({"outpaint": [0, 0, 20, 0], "mask": in_base64(UPPER)}, (88, 64)),
+    ):
+        with noting():
+            found = over(client, client.post("/v1/jobs", json={**plain, **settings}))
+        assert found["state"] == "done", found
+        assert any("are enlarged to 0,0,24,0" in note for note in found["notes"]) == ("outpaint" in settings)
+        made = Image.open(io.BytesIO(client.get(found["images"][0]["url"]).content))
+        (left, top), wanted = ((8, 8) if size == (80, 80) else (0, 0)), image.crop((16, 32, 48, 48))
+        assert made.size == size and made.crop((left + 16, top + 32, left + 48, top + 48)).tobytes() == wanted.tobytes()
+    assert service.uploads.pixels == 0
+    monkeypatch.setattr("pipelines.request.extended", lambda *_: pytest.fail("it is made"))
+    for settings, message in (
+        ({"margins": 24}, "12,544 pixels: this server makes at most 9,216"),
+        ({"margins": 8, "hires": 2}, "25,600 pixels"),
+        ({"margins": 24, "size": "64"}, "12,544 pixels of an image with its margins: this server makes at most 10,000"),
+        ({"margins": [16384, 16384, 16384, 16384]}, "pixels: this server makes at most 9,216"),
+        ({"margins": 8, "image": None}, "margins without an image"),
+        ({"margins": 8.0}, "margins 8.0: a whole number"),
+        ({"margins": [8, 8]}, "margins (8, 8): a whole number"),
+        ({"margins": {"left": 8}}, "not a JSON object"),
+    ):
+        answer = client.post("/v1/jobs", json={**plain, **settings})
+        assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+    assert service.uploads.pixels == 0
+
+
 def test_what_is_told_goes_to_the_client_alone(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     with noting():
         found = over(client, client.post("/v1/jobs", json={**SMALL, "prompt": "fox [a:b:0.5]", "strength": 0.5}))

@@ -170,6 +170,49 @@ def test_mask_and_variation(page: Page, site: Site) -> None:
     assert list(site.service.jobs.values())[-1].request.seeds != (3,)
 
 
+def test_margins_beside_a_mask(page: Page, site: Site, tmp_path: Path) -> None:
+    """The canvas in its proportions, the mask painted on the image alone; an image as start begins without margins."""
+    Image.effect_noise((96, 64), 90).convert("RGB").save(tmp_path / "start.png")
+    fill(page, Prompt="a fox", Width="", Height="", Seed="3")
+    page.locator("summary", has_text="Start from an image").click()
+    drop(page, "start.png", (tmp_path / "start.png").read_bytes(), ".section[data-name=image] .drop")
+    strength = page.locator(".slider output")
+    expect(strength).to_have_text("0.80")
+    for side, value in (("Left", "32"), ("Bottom", "1.5")):
+        page.get_by_label(side, exact=True).fill(value)
+    expect(strength).to_have_text("1.00")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("alert").filter(has_text="Bottom: a whole number of pixels is needed")).to_be_visible()
+    page.get_by_label("Bottom", exact=True).fill("16")
+    page.get_by_role("button", name="Paint a mask").click()
+    canvas, surface = (page.locator(name).bounding_box() for name in (".canvas", "canvas.mask"))
+    assert canvas is not None and surface is not None
+    assert [canvas["width"] / canvas["height"], surface["width"] / canvas["width"]] == pytest.approx(
+        [1.6, 0.75], abs=0.02
+    )
+    assert surface["x"] - canvas["x"] == pytest.approx(canvas["width"] / 4, abs=2)
+    with page.expect_request("**/v1/jobs") as asked:
+        page.keyboard.press("Control+Enter")
+    finished(page, 1)
+    body = asked.value.post_data_json
+    assert body["margins"] == [32, 0, 0, 16] and body["strength"] == 1 and "mask" not in body  # nothing is painted
+    page.locator("canvas.mask").click(position={"x": surface["width"] * 0.75, "y": surface["height"] * 0.25})
+    with page.expect_request("**/v1/jobs") as asked:
+        page.keyboard.press("Control+Enter")
+    finished(page, 2)
+    painted = page.evaluate(PIXELS, asked.value.post_data_json["mask"])
+    assert len(painted) == 96 * 64 and painted[16 * 96 + 72] == 255 and painted[16 * 96 + 24] == 0
+    page.get_by_role("button", name="Vary").first.click()
+    finished(page, 3)
+    made = [job.made[0] for job in list(site.service.jobs.values())[-3:]]
+    assert [one.image.size for one in made if one] == [(128, 80)] * 3 and made[2] and "margins" not in made[2].record
+    page.get_by_role("button", name="Use settings").nth(1).click()
+    expect(page.get_by_label("Left", exact=True)).to_have_value("32")
+    page.get_by_role("button", name="As start").first.click()
+    expect(page.get_by_label("Left", exact=True)).to_have_value("")
+    expect(page.get_by_alt_text("The image to start from")).to_be_visible()
+
+
 PIXELS = """async (url) => {
     const image = new Image();
     image.src = url;

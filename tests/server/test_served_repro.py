@@ -157,6 +157,15 @@ def test_files_that_a_record_does_not_name(client: httpx2.Client, root: Path, ag
     assert "2 masks of image prompts for" in again(data, *files, *files[2:])
 
 
+def test_margins(client: httpx2.Client, root: Path, again: Any) -> None:
+    """A record says whether there was a mask beside them."""
+    start, files = in_base64(NOISE), ["--image", root / "start.png", "--mask", root / "mask.png"]
+    data = made(client, image=start, margins=[0, 0, 32, 0], width=None, height=None)
+    assert "name it (--image)" in again(data) and again(data, *files[:2]) in (0, 1)
+    data = made(client, image=start, margins=[0, 0, 32, 0], mask=in_base64(UPPER), width=None, height=None)
+    assert "name it (--mask)" in again(data, *files[:2]) and again(data, *files) in (0, 1)
+
+
 def test_openai(client: httpx2.Client, root: Path, again: Any) -> None:
     more = {"steps": 3, "seed": 5, "size": "64x64", "prompt": "a fox"}
     answer = client.post("/v1/images/generations", json={**more, "n": 2, "negative": "red"})

@@ -5,7 +5,7 @@ import { Problem, h, newId } from "./dom.js";
 import { fieldFor, isImage } from "./fields.js";
 import { USUAL } from "./form.js";
 
-const FIRST = ["prompt", "negative", "seed", "size", ...USUAL, "strength"]; // settings that come first in the list
+const FIRST = ["prompt", "negative", "seed", "size", ...USUAL, "strength", "margins"]; // settings that come first in the list
 const NONE = ["n", "batch", "image", "mask", "adapters", "priority", "seconds"]; // settings that no axis has
 const TEXTS = ["prompt", "negative"]; // in which words are replaced
 const words = (name) => name.replaceAll("_", " ");

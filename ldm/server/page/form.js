@@ -9,7 +9,7 @@ import { StartImage } from "./start_image.js";
 
 const SAVED = "ldm-form";
 export const USUAL = ["width", "height", "steps", "guidance", "scheduler", "n"];
-const ELSEWHERE = ["prompt", "negative", "seed", "size", "image", "mask", "strength", "adapters", "control", "previews", "keep"];
+const ELSEWHERE = ["prompt", "negative", "seed", "size", "image", "mask", "strength", "margins", "adapters", "control", "previews", "keep"];
 
 const same = (one, other) => write(one) === write(other);
 
@@ -24,7 +24,7 @@ export class Form {
     this.usual = USUAL.map((name) => fieldFor(name, settings[name], name === "n" ? { label: "Images" } : {}));
     this.seed = this.makeSeed(settings.seed);
     this.adapters = new AdapterSliders(app.adapters, save);
-    this.start = new StartImage(save);
+    this.start = new StartImage(settings, save);
     this.control = about.control.length ? new Control(about.control, settings) : undefined;
     this.others = Object.entries(settings).filter(([name]) => this.isOther(name)).map(([name, schema]) => fieldFor(name, schema));
     for (const [name, value] of Object.entries(about.defaults)) this.field(name)?.usual(value);
@@ -179,7 +179,8 @@ export class Form {
     }
     this.adapters.set(settings.adapters);
     if (settings.strength !== undefined) this.start.setStrength(settings.strength);
-    for (const name of ["adapters", "strength"]) left.delete(name);
+    this.start.setMargins(settings.margins);
+    for (const name of ["adapters", "strength", "margins"]) left.delete(name);
     const unknown = [...left].filter((name) => !same(settings[name], this.app.settings[name]?.default));
     this.tell([...notes, ...unknown.map((name) => `left out: ${name}, which this page has no field for`)]);
     this.save();

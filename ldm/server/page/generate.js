@@ -140,13 +140,14 @@ class Generate {
   }
 
   async vary(image) {
-    const { seed, n, width, height, hires, hires_strength, hires_latents, ...settings } = await image.settings();
+    const { seed, n, width, height, hires, hires_strength, hires_latents, margins, ...settings } = await image.settings();
     this.app.open("generate");
     await this.submit({ ...settings, image: await image.dataUrl(), strength: Math.max(VARIED, 1 / settings.steps) });
   }
 
   async asStart(image) {
     this.app.open("generate");
+    this.form.start.setMargins(undefined);
     await this.form.start.show(await image.dataUrl());
     this.form.start.element.scrollIntoView({ block: "nearest" });
     this.form.start.element.querySelector("summary").focus();

@@ -115,7 +115,8 @@ export class MaskPainter {
     context.lineCap = context.lineJoin = "round";
     context.beginPath();
     context.moveTo(...points[0]);
-    for (const point of points.length > 1 ? points.slice(1) : points) context.lineTo(...point);
+    const [[x, y], ...rest] = points;
+    for (const point of rest.length ? rest : [[x + 0.01, y]]) context.lineTo(...point); // a line without length is not drawn
     context.stroke();
   }
 
