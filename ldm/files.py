@@ -265,12 +265,21 @@ def _hold(temporary: Path) -> int | None:
         held = os.open(temporary, os.O_RDONLY)
     except OSError:
         return None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # its writer lives, or the file system has no locks
+    if not lock(held):
         os.close(held)
         return None
     return held
+
+
+def lock(handle: int) -> bool:
+    """Lock an open file as long as it is open (flock); False if another process has it, or there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sweep(target: Path) -> None:

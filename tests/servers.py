@@ -47,6 +47,6 @@ def options(loading: dict[str, Any], **given: Any) -> ServeOptions:
     """Options of the command; those that are not given are as without them."""
     usual: dict[str, Any] = {
         "host": "127.0.0.1", "port": 0, "api_key": None, "hostnames": (), "log_prompts": False, "drain_seconds": 1.0,
-        "most": None, "limits": Limits(), "history": None, "runs": None, "train": False,
+        "most": None, "limits": Limits(), "history": None, "history_most": None, "runs": None, "train": False,
     }  # fmt: skip
     return ServeOptions(loading, **(usual | given))

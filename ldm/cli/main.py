@@ -304,6 +304,9 @@ def _of_serve_itself(
     history: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep images of jobs that ask for it, and list them.")
     ] = None,
+    history_most: Annotated[
+        int | None, typer.Option(min=1, help="Images that the history keeps; the oldest leave. By default all.")
+    ] = None,
     runs: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Show the runs of training in it, and their evaluations.")
     ] = None,
@@ -342,7 +345,7 @@ def serve_command() -> Callable[..., None]:
             loading=source | parsed(given, loading), host=given["host"], port=given["port"], api_key=given["api_key"],
             hostnames=tuple(given["hostname"] or ()), log_prompts=given["log_prompts"],
             drain_seconds=given["drain_seconds"], most=given["together"], limits=limits, history=given["history"],
-            runs=given["runs"], train=given["train"],
+            history_most=given["history_most"], runs=given["runs"], train=given["train"],
             replicas=given["replicas"], replica_jobs=given["replica_jobs"], ray_address=given["ray_address"],
         )  # fmt: skip
         serve_images(options)

@@ -18,11 +18,12 @@ from ldm.server.guard import KEY
 from ldm.server.limits import Limits
 
 if TYPE_CHECKING:
+    from ldm.server.history import History
     from ldm.server.runs import Runs
     from ldm.server.service import Service
     from ldm.server.trainings import Trainer, TrainingOrder
 
-NEEDED = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
+NEEDED = ("fastapi", "greenlet", "prometheus_client", "psutil", "python_multipart", "uvicorn")
 NOT_TRAINED = ("components", "variant", "allow_pickle")  # settings of loading that `ldm train-adapter` does not take
 
 
@@ -40,6 +41,7 @@ class ServeOptions:
     most: int | None  # as for `Engine`
     limits: Limits
     history: str | None  # the folder; None: there is none
+    history_most: int | None  # images that it keeps; None: all
     runs: str | None  # the folder of runs that are shown; None: there are none
     train: bool  # whether visitors can train adapters
     replicas: str | None = None  # their number, or the least and the largest; None: one engine, in this process
@@ -102,6 +104,21 @@ def replicas_of(options: ServeOptions) -> tuple[int, int] | None:
     return least, most
 
 
+def history_of(options: ServeOptions) -> History | None:
+    """The history, if there shall be one.
+
+    Raises:
+        LdmError: a number of images is given for none, or as `History`.
+    """
+    from ldm.server.history import History
+
+    if options.history is not None:
+        return History(Path(options.history), options.history_most)
+    if options.history_most is not None:
+        raise LdmError("--history-most is for a history: name its folder, too (--history)")
+    return None
+
+
 def trainer_of(options: ServeOptions, runs: Runs | None) -> Trainer | None:
     """What trains adapters of the served model for visitors, if that is wanted.
 
@@ -147,15 +164,14 @@ def serve_images(options: ServeOptions) -> None:
     """Load the model, and serve until a signal comes."""
     check_packages()
     key, replicas = key_of(options), replicas_of(options)
-    from ldm.server.history import History
     from ldm.server.runs import Runs
     from ldm.server.service import log_to_stderr
     from ldm.server.serving import Listening, serve
 
-    history = None if options.history is None else History(Path(options.history))  # before a model is loaded
+    log_to_stderr()
+    history = history_of(options)  # before a model is loaded
     runs = None if options.runs is None else Runs.at(Path(options.runs))
     trainer = trainer_of(options, runs)
-    log_to_stderr()
     with _service(options, replicas, history=history, runs=runs, trainer=trainer) as service:
         if not is_local(options.host):
             print(

@@ -20,6 +20,7 @@ from ldm.server.a1111 import WebuiApi
 from ldm.server.engine import NotTakenError
 from ldm.server.events import EventReader, EventStream, described, messages
 from ldm.server.guard import Guard, error_body
+from ldm.server.history import HistoryError
 from ldm.server.history_api import HistoryApi
 from ldm.server.info import info_routes
 from ldm.server.jobs import CANCELLED, FAILED, ServerJob
@@ -165,6 +166,8 @@ class JobsApi:
         said = partial(error_body, path=request.url.path)
         if isinstance(error, NotTakenError):
             return JSONResponse(said(str(error), "busy"), 503, {"retry-after": str(self._wait())})
+        if isinstance(error, HistoryError):
+            return JSONResponse(said(str(error), "server_error"), 503)
         if isinstance(error, LdmError):
             return JSONResponse(said(str(error), "invalid_request_error"), 400)
         if isinstance(error, RefusedError):

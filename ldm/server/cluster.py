@@ -25,6 +25,7 @@ from typing import Any
 from ldm.errors import LdmError
 from ldm.limits import cores, free_memory, quota
 from ldm.server.engine import Counts, JobTaker, Piece, loaded
+from ldm.server.guard import RAY_TOKEN
 from ldm.server.jobs import DONE, FAILED, RUNNING, WAITING, Event, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.replica import AboutReplica, EngineReplica, ReplicaReport, order_of
@@ -55,6 +56,7 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Ray Serve
 UNTUNED: dict[str, Any] = {  # settings of loading for a pipeline that checks requests and makes no images
     "device": "cpu", "attention": "sdpa", "quick": False, "compile": False, "quantize": None, "offload": "none",
 }  # fmt: skip
+DOOR = ("c2pa",)  # settings of loading of the door alone: it writes images' files, and so no replica needs its key
 
 
 @dataclass(frozen=True)
@@ -259,11 +261,17 @@ def absolute(loading: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found(value) for name, value in loading.items()}
 
 
+def of_replicas(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of loading that replicas need."""
+    return {name: value for name, value in loading.items() if name not in DOOR}
+
+
 def let_go(pipeline: Pipeline) -> None:
     """Free the weights of a pipeline that checks requests."""
     networks = [*pipeline.model.networks.values(), *pipeline.control_models.values()]
     networks += pipeline.refiner.networks.values() if pipeline.refiner else ()
     networks += [pipeline.image_prompts.encoder.tower] if pipeline.image_prompts.encoder else ()
+    networks += [pipeline.finishing.checker.tower] if pipeline.finishing.checker else ()
     for network in networks:
         network.to("meta")
 
@@ -276,7 +284,7 @@ def joined(options: ClusterOptions, folder: str) -> Iterator[None]:
         LdmError: the cluster does not answer, or Ray does not start.
     """
     here = options.address is None
-    for name, value in (EVERYWHERE | HERE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if here else EVERYWHERE).items():
+    for name, value in (EVERYWHERE | HERE | {RAY_TOKEN: secrets.token_hex(32)} if here else EVERYWHERE).items():
         os.environ.setdefault(name, value)
     import ray
     from ray import serve
@@ -339,7 +347,7 @@ def deployed(loading: Mapping[str, Any], most: int | None, limits: Limits, optio
     )  # fmt: skip
     serve.start(proxy_location="Disabled", logging_config=QUIET)
     try:
-        return serve.run(deployment.bind(dict(loading), most, threads), name=NAME, route_prefix=None)
+        return serve.run(deployment.bind(of_replicas(loading), most, threads), name=NAME, route_prefix=None)
     except RuntimeError as error:
         last = str(error).strip().rpartition("\n")[2]
         raise LdmError(f"the replicas do not start: {last}") from None

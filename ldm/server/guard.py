@@ -16,6 +16,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 KEY = "LDM_API_KEY"  # environment variable that may hold the key
+RAY_TOKEN = "RAY_AUTH_TOKEN"  # the same for the token without which nobody uses the server's replicas
 OPEN = ("/healthz", "/readyz")  # paths that need no key
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 FORMS = (EDITS, VARIATIONS)  # paths that take forms with files, too

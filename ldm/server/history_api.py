@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ldm.errors import LdmError
-from ldm.server.history import History, HistoryImage
+from ldm.server.history import History, HistoryError, HistoryImage
 from ldm.server.info import Info, as_json
 from ldm.server.service import Service
 
@@ -44,6 +44,8 @@ class HistoryApi:
         history = self._history()
         try:
             data = await run_in_threadpool(history.image, number)
+        except HistoryError:
+            raise
         except LdmError as error:
             raise HTTPException(410, str(error)) from None
         if data is None:

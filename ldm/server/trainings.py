@@ -1,7 +1,8 @@
 """Adapters that are trained for visitors of a server: one at a time, each in a process and a run's folder of its own.
 
 A training is `ldm train-adapter` on images that were uploaded: they are decoded, and written anew without their
-metadata. What a visitor says becomes settings within bounds, never a path or an option.
+metadata. What a visitor says becomes settings within bounds, never a path or an option. A server that ends ends its
+training; that of one which was killed goes on, and belongs to the next server of the same folder.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ldm.errors import LdmError, check_whole
 from ldm.files import replacing
 from ldm.images import save_png
 from ldm.server.engine import NotTakenError
-from ldm.server.guard import KEY
+from ldm.server.guard import KEY, RAY_TOKEN
 from ldm.server.reading import uploaded
-from ldm.server.runs import DONE_STATE, LOG, QUIET, RUNNING, RunFolder, Runs, listed, size_of
+from ldm.server.runs import LOG, RUNNING, RunFolder, Runs, listed, size_of
+from ldm.server.training_process import TrainingProcess, begun, claimed, left_behind
 from ldm.server.uploads import MOST, RequestUploads
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,10 @@ class Trainer:
         """
         self.runs, self.command, self.adapters = runs, command, adapters
         self._beginning = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._run: RunFolder | None = None  # of the process
+        found = {run: left_behind(run) for run in runs.all() if run.path != runs.folder}
+        self._processes = {run: process for run, process in found.items() if process is not None}
+        for run in self._processes:
+            log.info("training %s goes on, which a server that is gone has begun", run.name)
 
     def begin(self, given: Mapping[str, Any], share: RequestUploads) -> RunFolder:
         """Write the images of a request, which are counted in a share, and start to train.
@@ -82,20 +85,16 @@ class Trainer:
         argv = self.command(order, folder / IMAGES, folder)
         with self._alone(), self._made(folder) as made:
             write_images(images, made / IMAGES, share)
+            run = RunFolder(self.runs.folder, folder)
+            environment = {name: value for name, value in os.environ.items() if name not in (KEY, RAY_TOKEN)}
+            for one in self._processes.values():
+                one.release()  # all of them have ended
+            file = claimed(made)
             with (made / LOG).open("wb") as output:
                 made.rename(folder)
-                self._process = self._started(argv, output)
-            self._run = RunFolder(self.runs.folder, folder)
+                self._processes[run] = begun(argv, environment, output, file)
         log.info("training %s begins", name)
-        return self._run
-
-    def _started(self, argv: Sequence[str], output: BinaryIO) -> subprocess.Popen[bytes]:
-        """The process, in a session of its own, so that signals to the server are not for it."""
-        environment = {name: value for name, value in os.environ.items() if name != KEY}
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment,
-        )  # fmt: skip
+        return run
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -103,7 +102,7 @@ class Trainer:
         if not self._beginning.acquire(blocking=False):
             raise NotTakenError("another training is being begun: one is trained at a time")
         try:
-            if self._process is not None and self._process.poll() is None:
+            if self._going_on():
                 raise NotTakenError("another adapter is being trained: wait for its end, or stop it")
             if shutil.disk_usage(self.runs.folder).free < FREE:
                 raise NotTakenError("the server's disk is full")
@@ -124,20 +123,20 @@ class Trainer:
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
+    def _going_on(self) -> list[TrainingProcess]:
+        """The processes that train."""
+        return [one for one in tuple(self._processes.values()) if one.state() == RUNNING]
+
     def state(self, run: RunFolder) -> str | None:
-        """Whether the training of a run goes on ("running"), or how it ended; None if it was none of this server."""
-        if self._process is None or run != self._run:
-            return None
-        code = self._process.poll()
-        if code is None:
-            return RUNNING
-        return {0: DONE_STATE}.get(code, QUIET if code in (-15, 143) else "failed")
+        """Whether the training of a run goes on ("running"), or how it ended; None if it is none of this server's."""
+        process = self._processes.get(run)
+        return None if process is None else process.state()
 
     def stop(self, run: RunFolder) -> bool:
         """Ask the training of a run to save a checkpoint and end; asked again, it ends at once. Whether it was on."""
-        if self.state(run) != RUNNING or self._process is None:
+        if self.state(run) != RUNNING:
             return False
-        self._process.terminate()
+        self._processes[run].terminate()
         return True
 
     def keep(self, run: RunFolder, name: Any) -> str:
@@ -164,14 +163,8 @@ class Trainer:
 
     def close(self) -> None:
         """End the training that goes on; it saves a checkpoint first."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        for process in self._going_on():
+            process.end(END_SECONDS)
 
 
 def read_order(given: Mapping[str, Any]) -> tuple[TrainingOrder, list[tuple[str, str]]]:

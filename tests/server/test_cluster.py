@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,29 +22,38 @@ import adapter_files
 import httpx2
 import psutil
 import pytest
+import safety
 import tiny
 import torch
 import yaml
+from certificates import certificate
 from commands import run
-from images import difference, from_base64
+from images import difference, from_base64, in_base64
 from launched import PATIENCE
 from modules import ROOT
 from PIL import Image
 from servers import SMALL, options, over
 
 from ldm.cli import serve
-from ldm.cli.serve import replicas_of
+from ldm.cli.serve import history_of, replicas_of, trainer_of
 from ldm.errors import LdmError
+from ldm.images import read_settings
 from ldm.server import cluster, replica
-from ldm.server.cluster import ClusterEngine, absolute, let_go, share
+from ldm.server.cluster import ClusterEngine, absolute, let_go, of_replicas, share
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import OPEN
 from ldm.server.jobs import CANCELLED, DONE, FAILED, Event, ServerJob
 from ldm.server.limits import Limits
 from ldm.server.replica import EngineReplica, ReplicaOrder
+from ldm.server.runs import Runs
 from ldm.server.service import Service
 from ldm.server.serving import FETCH_SECONDS, in_thread
+from ldm.signing import read_manifest
+from ldm.watermark import LEAST, matching_bits
 from pipelines import Pipeline
+
+FLAGGED: dict[str, Any] = {**SMALL, "image": in_base64(Image.new("RGB", (64, 64), "white")), "strength": 0.6}
+CHECKER: dict[str, Any] = {"threshold": 0.335, "seed": 30}  # it finds 0.37 in the image of `FLAGGED`, 0.3 in others
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +62,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.model("sd15", shallow=True)
     model.save_pretrained(root / "model")
     adapter_files.saved(adapter_files.adapter(model, "kohya"), root / "loras" / "style.safetensors")
+    safety.saved(root / "checker", **CHECKER)
+    certificate(root)
+    (root / "runs").mkdir()
     return root
 
 
@@ -64,6 +76,13 @@ def loading(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pipeline(loading: dict[str, Any]) -> Pipeline:
     return Pipeline(**{**loading, "dtype": torch.float32})
+
+
+@pytest.fixture(scope="module")
+def finished(loading: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings of loading with all that happens to finished images."""
+    signing = (str(folder / "chain.pem"), str(folder / "key.pem"))
+    return {**loading, "watermark": True, "safety": str(folder / "checker"), "c2pa": signing}
 
 
 # --- without Ray ------------------------------------------------------------------------------------------------------
@@ -215,6 +234,28 @@ def test_an_adapter_that_differs(clusters: Any, folder: Path, replicas: list[Eng
         file.write_bytes(before)
 
 
+def test_a_refused_image(loading: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica looks at it, and the door, which has no weights of the checker, says why there is none."""
+    monkeypatch.setattr(replica, "log_to_stderr", lambda: None)
+    own = {**loading, "safety": str(safety.saved(folder / "all", -2.0)), "safety_action": "refuse"}
+    checking = Pipeline(**{**own, "dtype": torch.float32})
+    let_go(checking)
+    assert checking.finishing.checker is not None
+    assert {one.device.type for one in checking.finishing.checker.tower.parameters()} == {"meta"}
+    made = EngineReplica(own, None, None)
+    engine = ClusterEngine(checking, LocalReplicas([made], []), 1, 8)
+    job = engine.submit(ServerJob(engine.request(**SMALL)))
+    with pytest.raises(LdmError, match="the safety checker flagged the image of seed 1: refused"):
+        job.result(PATIENCE)
+    assert job.status == 422
+    engine.close(0)
+    made.engine.close(0)
+
+
+def test_no_replica_has_the_key(finished: dict[str, Any], loading: dict[str, Any]) -> None:
+    assert of_replicas(finished) == {**loading, "watermark": True, "safety": finished["safety"]}
+
+
 def test_the_queue_is_bounded_and_closes(clusters: Any) -> None:
     engine, _ = clusters()
     jobs = [engine.submit(ServerJob(engine.request(**{**SMALL, "steps": 900, "n": 4}))) for _ in range(2)]
@@ -303,7 +344,7 @@ def test_the_deployment_in_the_documentation(
 
 @dataclass
 class RunningCommand:
-    """`ldm serve --replicas 2` in processes of its own."""
+    """`ldm serve --replicas 2` in processes of its own, with all that a server can have."""
 
     process: subprocess.Popen[str]
     url: str
@@ -317,9 +358,11 @@ class RunningCommand:
 
 
 @pytest.fixture(scope="module")
-def command(loading: dict[str, Any]) -> Iterator[RunningCommand]:
+def command(finished: dict[str, Any], folder: Path) -> Iterator[RunningCommand]:
     pytest.importorskip("ray")
-    arguments = [loading["source"], "--lora-dir", loading["lora_dir"], "--dtype", "fp32", "--port", "0"]
+    arguments = [finished["source"], "--lora-dir", finished["lora_dir"], "--dtype", "fp32", "--port", "0"]
+    arguments += ["--watermark", "--safety", finished["safety"], "--c2pa", ",".join(finished["c2pa"])]
+    arguments += ["--history", str(folder / "kept"), "--runs", str(folder / "runs"), "--train"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ldm", "serve", *arguments, "--replicas", "2"], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -355,15 +398,33 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def test_the_interface_is_that_of_one_engine(
-    client: httpx2.Client, loading: dict[str, Any], pipeline: Pipeline
-) -> None:
+def unmarked(image: Image.Image) -> Image.Image:
+    """What a watermark does not change of an image: its red."""
+    return image.getchannel("R")
+
+
+def kept(client: httpx2.Client, count: int) -> list[dict[str, Any]]:
+    """The images in the history, when there are so many."""
+    end = time.monotonic() + PATIENCE
+    while (found := client.get("/v1/history", params={"count": 100}).json())["total"] < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return list(found["images"])
+
+
+def test_the_interface_is_that_of_one_engine(client: httpx2.Client, finished: dict[str, Any], folder: Path) -> None:
     """The same answers to the same requests, right ones and wrong ones, whatever the interface."""
     wrong = [{**SMALL, "stepps": 3}, {**SMALL, "steps": 999}, {"steps": 2}, {**SMALL, "image": "/etc/passwd0"}, [1]]
     wrong += [{**SMALL, "adapters": {"secret": 1}}, {**SMALL, "clip_skip": 50}, {**SMALL, "width": 65}]
     headers = {"accept": "image/png"}
     prompts = {"prompt": "a fox", "size": "64x64", "steps": 2, "seed": 1, "scheduler": "euler"}
-    with in_thread(Service(pipeline, loading, Limits())) as url, httpx2.Client(base_url=url, timeout=PATIENCE) as one:
+    given = options(finished, history=str(folder / "other"), train=True)
+    runs = Runs.at(folder / "runs")
+    service = Service(
+        Pipeline(**{**finished, "dtype": torch.float32}), finished, Limits(), history=history_of(given), runs=runs,
+        trainer=trainer_of(given, runs),
+    )  # fmt: skip
+    with in_thread(service) as url, httpx2.Client(base_url=url, timeout=PATIENCE) as one:
         for body in wrong:
             answers = [each.post("/v1/jobs", json=body, headers=headers) for each in (one, client)]
             assert answers[0].status_code == answers[1].status_code >= 400
@@ -376,8 +437,49 @@ def test_the_interface_is_that_of_one_engine(
             assert client.post("/v1/jobs", json=SMALL, headers=host).status_code == 403
         found = [each.post("/v1/images/generations", json=prompts).json()["data"][0] for each in (one, client)]
         images = [from_base64(each["b64_json"]) for each in found]
-        assert difference(*images) <= 1 and images[0].info.keys() == images[1].info.keys()
-        assert json.loads(images[0].info["ldm"])["model_hash"] == json.loads(images[1].info["ldm"])["model_hash"]
+        assert difference(*map(unmarked, images)) <= 1
+        assert images[0].info["ldm"] == images[1].info["ldm"]
+
+
+def test_images_are_finished_once(client: httpx2.Client) -> None:
+    """Checked and marked by a replica, signed and kept by the door."""
+    flagged = over(client, client.post("/v1/jobs", json={**FLAGGED, "keep": True, "previews": True}))
+    assert flagged["state"] == DONE
+    assert [note for note in flagged["notes"] if "blurred" in note] == [
+        "the safety checker flagged the image of seed 1: blurred"
+    ]
+    assert sum("watermark" in note for note in flagged["notes"]) == 1
+    passed = over(client, client.post("/v1/jobs", json={**SMALL, "keep": True}))
+    assert not [note for note in passed["notes"] if "blurred" in note]
+    urls = [one["images"][0]["url"] for one in (passed, flagged)]
+    for url, said in zip([*urls, *(one["url"] for one in kept(client, 2))], ["passed", "blurred"] * 2, strict=True):
+        data = client.get(url).content
+        report, (record, _) = read_manifest(data), read_settings(io.BytesIO(data))
+        assert report is not None and report.valid and matching_bits(opened(data)) >= LEAST
+        assert record is not None and record["safety"] == said and "safety_model" not in record
+
+
+def test_a_training_beside_replicas(client: httpx2.Client, command: RunningCommand, folder: Path) -> None:
+    """It knows no secret of the server's; and a finished adapter is one of those that replicas find."""
+    given = {"images": [{"image": in_base64(Image.new("RGB", (32, 32), "red"))}], "trigger": "sks"}
+    name = client.post("/v1/runs", json=given).json()["id"]
+    (process,) = (one for one in command.children() if "train-adapter" in one.cmdline())
+    assert "PATH" in process.environ() and "RAY_AUTH_TOKEN" not in process.environ()
+    assert over(client, client.post("/v1/jobs", json=SMALL))["state"] == DONE
+    assert client.get(f"/v1/runs/{name}").json()["state"] == "running"
+    assert client.post(f"/v1/runs/{name}/stop").is_success
+    while client.get(f"/v1/runs/{name}").json()["state"] == "running":
+        time.sleep(0.05)
+    stage = folder / "runs" / "made" / "adapter"
+    stage.mkdir(parents=True)
+    (stage.parent / "config.yaml").write_text("stages: [adapter]\nadapter: {steps: 2}\n")
+    (stage / "done.json").write_text('{"steps": 2}')
+    shutil.copy(folder / "loras" / "style.safetensors", stage / "adapter.safetensors")
+    (made,) = (one["id"] for one in client.get("/v1/runs").json()["runs"] if one["name"] == "made")
+    assert client.post(f"/v1/runs/{made}/keep", json={"name": "mine"}).json() == {"name": "mine"}
+    wanted = [{**SMALL, "adapters": {one: 0.5}} for one in ("mine", "style")]
+    made = [over(client, client.post("/v1/jobs", json=one))["images"][0]["url"] for one in wanted]
+    assert difference(*(unmarked(opened(client.get(url).content)) for url in made)) <= 1
 
 
 def test_jobs_by_name(client: httpx2.Client) -> None:
@@ -395,10 +497,14 @@ def test_jobs_by_name(client: httpx2.Client) -> None:
 
 
 def test_a_replica_is_killed_under_load(client: httpx2.Client, command: RunningCommand, pipeline: Pipeline) -> None:
-    """No request is lost, whether its client waits for the image, reads events, or asks for the state."""
+    """No request is lost, whether its client waits for the image, reads events, or asks for the state.
+
+    An image that was to be kept is kept once.
+    """
+    before = len(kept(client, 0))
 
     def image(seed: int) -> Image.Image:
-        settings = {**SMALL, "seed": seed, "steps": 40}
+        settings = {**SMALL, "seed": seed, "steps": 40, "keep": True}
         if seed % 3 == 0:
             return opened(client.post("/v1/jobs", json=settings, headers={"accept": "image/png"}).content)
         answer = client.post("/v1/jobs", json=settings)
@@ -414,7 +520,9 @@ def test_a_replica_is_killed_under_load(client: httpx2.Client, command: RunningC
         made = [one.result(PATIENCE) for one in coming]
     assert any("it is sent again" in line for line in command.log)
     alone = pipeline(**{**SMALL, "seed": 0, "n": 18, "steps": 40, "batch": 1}).images
-    assert max(map(difference, made, alone)) <= 2
+    assert max(map(difference, map(unmarked, made), map(unmarked, alone))) <= 2
+    found = kept(client, before + 18)
+    assert sorted(one["settings"]["seed"] for one in found[:18]) == list(range(18)) and len(found) == before + 18
 
 
 def test_it_finishes_its_jobs_and_leaves_nothing(client: httpx2.Client, command: RunningCommand) -> None:

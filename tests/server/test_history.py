@@ -1,21 +1,27 @@
-"""The history of a server: in one transaction, searched, paged, deleted, found again, and damaged."""
+"""The history of a server: in one transaction, searched, paged, deleted, shortened, found again, killed, damaged."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from commands import run
+from PIL import Image
 from starlette.testclient import TestClient
 
 from ldm.errors import LdmError
+from ldm.images import png_bytes
 from ldm.server.api import make_app
-from ldm.server.history import IMAGES, TABLE, History
+from ldm.server.history import IMAGES, TABLE, History, HistoryError
 from ldm.server.limits import Limits
 from ldm.server.service import Service
 from pipelines import Pipeline
@@ -85,6 +91,79 @@ def test_neither_a_row_nor_a_file_alone(history: History, monkeypatch: pytest.Mo
     assert not files(history)
 
 
+# --- a limit ----------------------------------------------------------------------------------------------------------
+
+
+def prompts(history: History) -> list[str]:
+    """Of all images, the oldest first; each has its file."""
+    kept, total = history.find()
+    assert total == len(kept) and all(history.image(one.id) for one in kept)
+    return [one.record["prompt"] for one in reversed(kept)]
+
+
+def test_the_oldest_leave(tmp_path: Path) -> None:
+    history = History(tmp_path, 3)
+    strange = tmp_path / IMAGES / "aa" / f"{'a' * 32}.png"  # not of the history
+    strange.parent.mkdir()
+    strange.touch()
+    for number in range(5):
+        history.add(b"png", record(str(number)))
+    assert prompts(history) == ["2", "3", "4"] and len(files(history)) == 4 and strange.exists()
+    history.delete(history.find()[0][0].id)
+    history.close()
+    for most, left in ((None, ["2", "3"]), (1, ["3"])):
+        again = History(tmp_path, most)
+        assert prompts(again) == left
+        again.close()
+    assert len(files(history)) == 2 and strange.exists()
+
+
+def killed(work: Callable[[], None]) -> None:
+    """Do something in a process that is killed meanwhile."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("moment", "left"), [("unlink", ["1", "2"]), ("write_bytes", ["0", "1"])])
+def test_killed_while_an_image_leaves(moment: str, left: list[str], tmp_path: Path) -> None:
+    """Rows and files agree, whether the transaction was done or not, and what is left of files is removed later."""
+    history = History(tmp_path, 2)
+    for number in range(2):
+        history.add(b"png", record(str(number)))
+
+    def kill(path: Path, *_: Any, **__: Any) -> None:
+        if moment == "write_bytes" or path.suffix == ".png":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def add() -> None:
+        setattr(Path, moment, kill)
+        history.add(b"png", record("2"))
+
+    killed(add)
+    assert prompts(history) == left
+    again = History(tmp_path, 2)
+    assert prompts(again) == left and len([path for path in files(again) if path.suffix == ".png"]) == 2
+    for one in (history, again):
+        one.close()
+
+
+def test_a_file_that_cannot_be_removed_is_removed_later(
+    history: History, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    number = history.add(b"png", record("a fox"))
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    assert history.delete(number) and "cannot be removed: Operation not permitted" in caplog.text
+    assert history.find() == ([], 0) and files(history)
+    monkeypatch.undo()
+    history.add(b"new", record("a dog"))
+    assert prompts(history) == ["a dog"] and len(files(history)) == 1
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
 def test_damage_is_one_line(tmp_path: Path, history: History) -> None:
     number = history.add(b"png", record("a fox"))
     for path in files(history):
@@ -97,7 +176,7 @@ def test_damage_is_one_line(tmp_path: Path, history: History) -> None:
         history.image(number)
     (history.folder / TABLE).write_bytes(b"no database at all" * 100)
     for use in (history.find, lambda: History(history.folder), lambda: history.image(1)):
-        with pytest.raises(LdmError, match=r"the history is damaged: .*; restore history.sqlite"):
+        with pytest.raises(HistoryError, match=r"the history is damaged: .*; restore history.sqlite"):
             use()
     (tmp_path / "file").touch()
     with pytest.raises(LdmError, match="cannot be written"):
@@ -108,6 +187,66 @@ def test_damage_is_one_line(tmp_path: Path, history: History) -> None:
         table.execute("PRAGMA user_version = 9")
     with pytest.raises(LdmError, match="a later version"):
         History(later)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "page"])
+def test_images_outlive_their_table(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged one stays as it is; without it, or if nothing is left of it, the images are listed anew."""
+    history, table = History(tmp_path), tmp_path / TABLE
+    for number in range(20):
+        one = record(f"{number} " + "fox " * 100, number)
+        history.add(png_bytes(Image.new("RGB", (8, 8)), one), one)
+    history.close()
+    with sqlite3.connect(table) as rows:
+        for number, name in rows.execute("SELECT id, file FROM images"):
+            os.utime(tmp_path / IMAGES / name[:2] / f"{name}.png", (number, number))
+    before = history.find()[0]
+    whole = table.read_bytes()
+    spoiled = {
+        "garbage": os.urandom(len(whole)), "truncated": whole[: len(whole) // 2], "empty": b"",
+        "page": whole[:8192] + bytes(4096) + whole[12288:],
+    }[damage]  # fmt: skip
+    table.write_bytes(spoiled)
+    if damage != "empty":
+        with pytest.raises(HistoryError, match=r"the history is damaged: .*; restore history.sqlite .*, or move"):
+            History(tmp_path)
+        assert table.read_bytes() == spoiled
+        table.rename(tmp_path / "damaged.sqlite")
+    again = History(tmp_path)
+    found, total = again.find()
+    assert total == 20 and "its 20 images are listed anew" in caplog.text
+    assert [(one.id, one.record) for one in found] == [(one.id, one.record) for one in before]
+    assert again.add(b"png", record("new")) == 21
+    again.close()
+
+
+def test_what_cannot_be_read_is_listed(history: History) -> None:
+    """A damaged row, or the damaged file of an image whose row is lost, hides no other image."""
+    for _ in range(2):
+        history.add(b"no PNG", record("a fox"))
+    with sqlite3.connect(history.folder / TABLE) as table:
+        table.execute("UPDATE images SET record = '{\"prompt' WHERE id = 1")
+    assert [one.record for one in history.find()[0]] == [record("a fox"), {}]
+    (history.folder / TABLE).unlink()
+    again = History(history.folder)
+    assert [one.record for one in again.find()[0]] == [{}, {}] and again.image(1) == b"no PNG"
+    again.close()
+
+
+def test_the_command_says_it_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.server.service.log_to_stderr", lambda: None)  # the log is that of the tests
+    monkeypatch.setattr("ldm.server.engine.loaded", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / TABLE).write_bytes(b"x" * 5000)
+    code, out, err = run(capsys, monkeypatch, "serve", "--history", tmp_path, "--port", "0")
+    assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("ldm: the history is damaged: ")
+    assert (tmp_path / TABLE).read_bytes() == b"x" * 5000
+    code, out, err = run(capsys, monkeypatch, "serve", "--history-most", "5")
+    assert (code, out) == (1, "") and err == "ldm: --history-most is for a history: name its folder, too (--history)\n"
+
+
+# --- a server ---------------------------------------------------------------------------------------------------------
 
 
 def test_only_jobs_that_ask_are_kept(tmp_path: Path) -> None:
@@ -133,8 +272,10 @@ def test_only_jobs_that_ask_are_kept(tmp_path: Path) -> None:
             assert client.delete(place).status_code == 204 and client.delete(place).status_code == 404
             assert client.get(one["url"]).status_code == 404 and client.get("/v1/history/x/image").status_code == 404
             (tmp_path / TABLE).write_bytes(b"x" * 5000)
-            damaged = client.get("/v1/history")
-            assert damaged.status_code == 400 and "the history is damaged" in damaged.json()["error"]["message"]
+            for path in ("/v1/history", one["url"]):
+                damaged = client.get(path)
+                assert damaged.status_code == 503 and "the history is damaged" in damaged.json()["error"]["message"]
+            assert client.delete(place).status_code == 503 and client.get("/healthz").status_code == 200
             job = service.accept(SMALL)
             job.result(60)
             while not job.notes:

@@ -1,19 +1,24 @@
-"""Adapters trained for visitors: a real one from upload to use; one at a time, stopped, refused; what is written."""
+"""Adapters trained for visitors: a real one from upload to use; one at a time, stopped, refused; a server killed."""
 
 from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import psutil
 import pytest
 import tiny
 import torch
 from images import in_base64
+from launched import PATIENCE
 from PIL import Image
 from servers import options
 from starlette.testclient import TestClient
@@ -21,13 +26,16 @@ from starlette.testclient import TestClient
 from ldm.cli.serve import trainer_of, training_command
 from ldm.errors import LdmError
 from ldm.server.api import make_app
+from ldm.server.engine import NotTakenError
 from ldm.server.limits import Limits
-from ldm.server.runs import LOG, Runs
+from ldm.server.runs import LOG, RunFolder, Runs
 from ldm.server.service import Service
+from ldm.server.serving import Listening, serve
+from ldm.server.training_process import FILE, left_behind
 from ldm.server.trainings import Trainer, TrainingOrder
+from ldm.server.uploads import RequestUploads, Uploads
 from pipelines import Pipeline
 
-PATIENCE = 600.0
 QUICK = """
 import ldm.cli.train_adapter as door
 from ldm.cli.main import main
@@ -38,7 +46,7 @@ main()
 SLOW = "import time; print('begins', flush=True); time.sleep(600)"
 
 
-class Program:
+class StandIn:
     """In place of `ldm train-adapter`: a program of a few words, which notes what it was asked for."""
 
     def __init__(self, code: str) -> None:
@@ -75,7 +83,7 @@ def service(pipeline: Pipeline) -> Iterator[Service]:
 def trainer(service: Service, tmp_path: Path) -> Iterator[Trainer]:
     (tmp_path / "runs").mkdir()
     service.runs = Runs.at(tmp_path / "runs")
-    service.trainer = made = Trainer(service.runs, Program("print('nothing')"), service.folder)
+    service.trainer = made = Trainer(service.runs, StandIn("print('nothing')"), service.folder)
     yield made
     made.close()
     service.runs = service.trainer = None
@@ -156,9 +164,10 @@ def test_images_are_written_anew(client: TestClient, trainer: Trainer) -> None:
 def test_one_at_a_time_until_it_is_stopped(
     client: TestClient, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LDM_API_KEY", "hunter-22")
-    trainer.command = Program(
-        "import os; assert 'LDM_API_KEY' not in os.environ; assert os.getsid(0) == os.getpid();" + SLOW
+    for name in ("LDM_API_KEY", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "hunter-22")
+    trainer.command = StandIn(
+        "import os; assert 'hunter-22' not in os.environ.values(); assert os.getsid(0) == os.getpid();" + SLOW
     )
     name = begun(client, order())
     end = time.monotonic() + PATIENCE
@@ -172,7 +181,7 @@ def test_one_at_a_time_until_it_is_stopped(
     assert client.post(f"/v1/runs/{name}/stop").status_code == 204
     assert over(client, name)["state"] == "stopped"
     assert client.post(f"/v1/runs/{name}/stop").status_code == 409
-    trainer.command = Program("print('\\x1b[1mldm: /home/me/loras/a: a wrong line'); raise SystemExit(1)")
+    trainer.command = StandIn("print('\\x1b[1mldm: /home/me/loras/a: a wrong line'); raise SystemExit(1)")
     failed = over(client, begun(client, order()))
     assert failed["state"] == "failed" and failed["said"] == ["[1mldm: …/a: a wrong line"] and not failed["adapter"]
     keep = client.post(f"/v1/runs/{failed['id']}/keep", json={"name": "x"})
@@ -181,10 +190,80 @@ def test_one_at_a_time_until_it_is_stopped(
 
 
 def test_a_server_that_ends_ends_its_training(client: TestClient, trainer: Trainer) -> None:
-    trainer.command = Program(SLOW)
+    trainer.command = StandIn(SLOW)
     name = begun(client, order())
     trainer.close()
     assert state(client, name)["state"] == "stopped"
+
+
+def serving(pipeline: Pipeline, runs: Runs, said: Path) -> None:
+    """A server that trains, which says its address in a file."""
+    sys.stdout = said.open("w")
+    service = Service(pipeline, {}, Limits(), runs=runs, trainer=Trainer(runs, StandIn(SLOW), None))
+    serve(service, Listening("127.0.0.1", 0, "", (), 1.0, False))
+
+
+def test_a_server_that_is_killed_leaves_its_training_to_the_next(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Which shows it, trains no other one beside it, and stops it."""
+    (tmp_path / "runs").mkdir()
+    runs, said, end = Runs.at(tmp_path / "runs"), tmp_path / "said", time.monotonic() + PATIENCE
+    server = multiprocessing.get_context("fork").Process(target=serving, args=(pipeline, runs, said))
+    server.start()
+    try:
+        while not said.exists() or not said.read_text().endswith("\n"):
+            assert time.monotonic() < end and server.is_alive()
+            time.sleep(0.01)
+        with httpx2.Client(base_url=said.read_text().strip(), timeout=PATIENCE) as client:
+            name = client.post("/v1/runs", json=order()).json()["id"]
+            run = runs.run(name)
+            while not client.get(f"/v1/runs/{name}").json()["said"]:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert run is not None and left_behind(run) is None  # it has a server
+    finally:
+        server.kill()
+        server.join()
+    found = Trainer(runs, StandIn(SLOW), None)
+    assert found.state(run) == "running"
+    other = Trainer(runs, StandIn(SLOW), None)
+    assert other.state(run) is None and not other.stop(run)
+    other.close()
+    with pytest.raises(NotTakenError, match="another adapter is being trained"):
+        found.begin(order(), RequestUploads(Uploads(), Limits()))
+    assert found.stop(run)
+    while found.state(run) == "running":
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert found.state(run) == "stopped" and not found.stop(run)
+    assert Trainer(runs, StandIn(SLOW), None).state(run) is None
+
+
+def test_a_server_that_ends_ends_what_it_took_up(trainer: Trainer, service: Service) -> None:
+    trainer.command = StandIn("import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0));" + SLOW)
+    with service.uploading() as share:
+        run = trainer.begin(order(), share)
+    number = json.loads((run.path / FILE).read_text())["pid"]
+    while not run.said():
+        time.sleep(0.01)
+    trainer._processes[run].release()  # as the end of a server does
+    again = Trainer(trainer.runs, trainer.command, None)
+    assert again.state(run) == trainer.state(run) == "running"
+    again.close()
+    assert again.state(run) == "stopped" and trainer.state(run) == "done" and not psutil.pid_exists(number)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pid": "1"}', '{"pid": -5}', '{"pid": null}', "here", "gone"])
+def test_what_names_no_training_is_none(content: str, tmp_path: Path) -> None:
+    """A damaged file, or the number of a process that came later."""
+    run = RunFolder(tmp_path, tmp_path / "run")
+    run.path.mkdir()
+    numbers = {"here": os.getpid(), "gone": 2**22 + 1}
+    text = json.dumps({"pid": numbers[content]}) if content in numbers else content
+    (run.path / FILE).write_text(text)
+    assert left_behind(run) is None
+    (run.path / FILE).unlink()
+    os.mkfifo(run.path / FILE)
+    assert left_behind(run) is None
 
 
 @pytest.mark.parametrize(
