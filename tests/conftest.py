@@ -46,10 +46,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+MANY = 50  # modules that tests have imported
+FROZEN = {"modules": 0}
+
+
 def pytest_collection_finish() -> None:
     """Leave all that is imported out of searches for garbage: a training run ends with one, which takes a second."""
     gc.collect()
     gc.freeze()
+    FROZEN["modules"] = len(sys.modules)
+
+
+def pytest_runtest_setup() -> None:
+    """What tests have imported since then, too."""
+    if len(sys.modules) > FROZEN["modules"] + MANY:
+        pytest_collection_finish()
 
 
 def pytest_unconfigure() -> None:
