@@ -12,6 +12,7 @@ from typing import Any
 
 # before PyTorch is imported, and for the processes that tests start, too
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to others
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # it need not compile a program for each kind of vectors first
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: as many threads as there are cores, in all
     THREADS = max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
