@@ -25,11 +25,12 @@ import transformers
 from PIL import Image, ImageDraw
 
 LONG = [  # the files that take longest: begun first, so that several test processes end together
-    "test_train", "test_selftest", "test_pipelines", "test_generate", "test_autoencoder_stage", "test_saving",
-    "test_single_file", "test_scale", "test_adapter_stage", "test_compilation", "test_page", "test_readme",
-    "test_eval_command", "test_text_stage", "test_training_evaluation", "test_stage_table", "test_controlnet_stage",
-    "test_folder", "test_textual_inversion_stage", "test_ip_adapter_stage", "test_fused_gpu", "test_train_adapter",
-    "test_editing", "test_cluster",
+    "test_train", "test_cluster", "test_page", "test_pipelines", "test_scale", "test_generate", "test_compilation",
+    "test_saving", "test_adapter_stage", "test_autoencoder_stage", "test_selftest", "test_eval_command", "test_readme",
+    "test_engine", "test_single_file", "test_textual_inversion_stage", "test_served_repro", "test_text_stage",
+    "test_training_evaluation", "test_evaluation", "test_controlnet_stage", "test_fused_gpu", "test_trainings",
+    "test_control", "test_page_train", "test_stage_table", "test_cli", "test_fused_cpu", "test_editing",
+    "test_adapters_tuned", "test_intervals", "test_autoencoder", "test_folder",
 ]  # fmt: skip
 
 os.fsync = lambda handle: None  # no test cuts the power: files need not be on the disk, which takes milliseconds each
