@@ -12,6 +12,7 @@ from typing import Any
 
 # before PyTorch is imported, and for the processes that tests start, too
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to others
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # it need not compile a program for each kind of vectors first
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: as many threads as there are cores, in all
     THREADS = max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -24,11 +25,12 @@ import transformers
 from PIL import Image, ImageDraw
 
 LONG = [  # the files that take longest: begun first, so that several test processes end together
-    "test_train", "test_selftest", "test_pipelines", "test_generate", "test_autoencoder_stage", "test_saving",
-    "test_single_file", "test_scale", "test_adapter_stage", "test_compilation", "test_page", "test_readme",
-    "test_eval_command", "test_text_stage", "test_training_evaluation", "test_stage_table", "test_controlnet_stage",
-    "test_folder", "test_textual_inversion_stage", "test_ip_adapter_stage", "test_fused_gpu", "test_train_adapter",
-    "test_editing", "test_cluster",
+    "test_train", "test_cluster", "test_page", "test_pipelines", "test_scale", "test_generate", "test_compilation",
+    "test_saving", "test_adapter_stage", "test_autoencoder_stage", "test_selftest", "test_eval_command", "test_readme",
+    "test_engine", "test_single_file", "test_textual_inversion_stage", "test_served_repro", "test_text_stage",
+    "test_training_evaluation", "test_evaluation", "test_controlnet_stage", "test_fused_gpu", "test_trainings",
+    "test_control", "test_page_train", "test_stage_table", "test_cli", "test_fused_cpu", "test_editing",
+    "test_adapters_tuned", "test_intervals", "test_autoencoder", "test_folder",
 ]  # fmt: skip
 
 os.fsync = lambda handle: None  # no test cuts the power: files need not be on the disk, which takes milliseconds each
@@ -46,10 +48,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+MANY = 50  # modules that tests have imported
+FROZEN = {"modules": 0}
+
+
 def pytest_collection_finish() -> None:
     """Leave all that is imported out of searches for garbage: a training run ends with one, which takes a second."""
     gc.collect()
     gc.freeze()
+    FROZEN["modules"] = len(sys.modules)
+
+
+def pytest_runtest_setup() -> None:
+    """What tests have imported since then, too."""
+    if len(sys.modules) > FROZEN["modules"] + MANY:
+        pytest_collection_finish()
 
 
 def pytest_unconfigure() -> None:

@@ -81,16 +81,16 @@ def test_a_mean_that_is_large_beside_the_spread(kernels: ModuleType, side: int) 
 
 
 def test_an_image_gives_the_same_in_any_batch(kernels: ModuleType) -> None:
-    norm, x = random(nn.GroupNorm(4, 24), torch.float32), torch.randn(3, 24, 20, 20).to(memory_format=LAST)
-    offset = torch.randn(3, 24)
+    norm, x = random(nn.GroupNorm(4, 24), torch.float32), torch.randn(2, 24, 17, 17).to(memory_format=LAST)
+    offset = torch.randn(2, 24)
     with torch.inference_mode():
         whole = kernels.group_norm(norm, x, offset, True)
         assert torch.equal(whole, kernels.group_norm(norm, x, offset, True))
-        for i in range(3):
+        for i in range(2):
             alone = kernels.group_norm(norm, x[i : i + 1], offset[i : i + 1], True)
             assert torch.equal(alone, whole[i : i + 1])
         assert torch.equal(
-            kernels.group_norm(norm, x, offset[:1], True), kernels.group_norm(norm, x, offset[:1].repeat(3, 1), True)
+            kernels.group_norm(norm, x, offset[:1], True), kernels.group_norm(norm, x, offset[:1].repeat(2, 1), True)
         )
 
 

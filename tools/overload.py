@@ -24,6 +24,8 @@ import numpy as np
 from PIL import Image
 
 CANCELLED, HOSTILE, CANARIES = 0.10, 0.05, 0.05  # parts of the requests
+CANCELLED_AFTER = 2.0  # seconds, the mean
+SILENCE = 10.0  # seconds at most, in which a client that has begun a request says no more
 KNOWN = 8  # canaries that differ
 PATIENCE = 300.0  # seconds in which an answer must come
 WARM_UP = 0.25  # part of the time after which memory must not grow
@@ -136,7 +138,7 @@ def hostile_requests() -> list[bytes]:
         raw("GET", "/page/../../../../etc/passwd"), raw("GET", "/v1/jobs/" + "x" * 5000), raw("GET", "/%00%ff"),
         raw("POST", "/v1/jobs", json.dumps(small).encode(), JSON, host="evil.example"),
         raw("POST", "/v1/jobs", json.dumps(small).encode(), JSON + "origin: http://evil.example\r\n"),
-        b"POST /v1/jobs HTTP/1.1\r\nhost: 127.0.0.1\r\n" + JSON.encode() + b"content-length: 99999999999\r\n\r\n",
+        raw("POST", "/v1/jobs", more=JSON).replace(b"content-length: 0", b"content-length: 99999999999"),
         b"\x16\x03\x01\x02\x00 nonsense\r\n\r\n", b"GET " + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
     ]  # fmt: skip
 
@@ -234,7 +236,7 @@ class Overload:
 
     async def cancel(self, draw: random.Random) -> None:
         """Ask for an image, and end it: the connection is closed, or the job is deleted."""
-        settings, seconds, begun = self.ordinary(draw), draw.expovariate(0.5), time.monotonic()
+        settings, seconds, begun = self.ordinary(draw), draw.expovariate(1 / CANCELLED_AFTER), time.monotonic()
         try:
             if draw.random() < 0.6:
                 status, _ = await self.exchange(asking(draw.choice(DOORS), settings), seconds)
@@ -256,7 +258,7 @@ class Overload:
         try:
             if silent or not whole:
                 data = data[: draw.randrange(len(data) + 1)]
-                await self.exchange(data, draw.uniform(0, 10))
+                await self.exchange(data, draw.uniform(0, SILENCE))
                 self.tally.statuses["hostile, in part"] += 1
             else:
                 status, _ = await self.exchange(data)

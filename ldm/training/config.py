@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 NAMES = list(SECTIONS)
 Precision = Literal["auto", "no", "fp16", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where PyYAML has it
 NUMBERS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # that are computed with, by precision
 
 
@@ -180,4 +181,4 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
 
 def dump(config: Config) -> str:
     """The whole configuration as YAML, defaults included, for the run's folder."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(config.model_dump(mode="json"), Dumper=DUMPER, sort_keys=False, allow_unicode=True))

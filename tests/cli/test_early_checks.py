@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +16,52 @@ from ldm.training.checks import check_bounds, check_paths
 from ldm.training.config import load
 
 LIGHT = """
-import sys
+import json, os, signal, sys
 from ldm.cli.main import main
-code = 0
-try:
-    main()
-except SystemExit as stop:
-    code = stop.code
-heavy = {"torch", "numpy", "accelerate", "transformers", "diffusers", "pyarrow"} & sys.modules.keys()
-assert not heavy, heavy
-sys.exit(code)
+
+said, patience = sys.argv[1:]
+for line in sys.stdin:
+    folder, environment, *sys.argv[1:] = json.loads(line)
+    if child := os.fork():  # each command has a process of its own
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    signal.alarm(int(patience))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(os.path.join(said, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(folder)
+    os.environ.update(environment)
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    heavy = {"torch", "numpy", "accelerate", "transformers", "diffusers", "pyarrow"} & sys.modules.keys()
+    assert not heavy, heavy
+    sys.exit(code)
 """
+Answer = Callable[..., tuple[int, str, str]]
 TINY = str(ROOT / "configs" / "tiny.yaml")
 
 
-def answer(*arguments: str, folder: Path) -> tuple[int, str, str]:
-    """The command's exit code, stdout and stderr; it imports nothing heavy."""
-    command = [sys.executable, "-c", LIGHT, *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answer]:
+    """Runs a command in a folder: its exit code, stdout and stderr; it imports nothing heavy."""
+    said = tmp_path_factory.mktemp("said")
+    light = subprocess.Popen(
+        [sys.executable, "-c", LIGHT, said, str(PATIENCE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def call(*arguments: str, folder: Path, **environment: str) -> tuple[int, str, str]:
+        assert light.stdin is not None and light.stdout is not None
+        light.stdin.write(json.dumps([str(folder), environment, *arguments]) + "\n")
+        light.stdin.flush()
+        code = int(light.stdout.readline())
+        out, err = ((said / name).read_text() for name in ("stdout", "stderr"))
+        assert "Traceback" not in err, err
+        return code, out, err
+
+    with light:
+        yield call
 
 
 @pytest.mark.parametrize(
@@ -71,7 +99,9 @@ def answer(*arguments: str, folder: Path) -> tuple[int, str, str]:
         (["generate", "a fox", "--xy", "steps=1,2", "model=nowhere,emoji"], "nowhere does not exist; give a model"),
     ],
 )
-def test_wrong_input_is_answered_before_pytorch_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_input_is_answered_before_pytorch_is_imported(
+    answer: Answer, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     code, out, err = answer(*arguments, folder=tmp_path)
     assert (code, out) == (1, "")
     assert err.startswith("ldm: ")
@@ -85,16 +115,15 @@ def test_wrong_input_is_answered_before_pytorch_is_imported(tmp_path: Path, argu
     [(["--metrics", "is"], "inception-2015-12-05"), (["--data", ".", "--metrics", "memorisation"], "sscd")],
 )
 def test_published_weights_are_looked_for_early(
-    arguments: list[str], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: Answer, arguments: list[str], file: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path))
-    code, out, err = answer("eval", "emoji", *arguments, folder=tmp_path)
+    code, out, err = answer("eval", "emoji", *arguments, folder=tmp_path, LDM_WEIGHTS=str(tmp_path))
     assert (code, out) == (1, "")
     assert err.startswith(f"ldm: {tmp_path / file}") and "is missing; fetch it with" in err
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "eval", "selftest", "bench", "generate"])
-def test_help_needs_no_pytorch(tmp_path: Path, command: str) -> None:
+def test_help_needs_no_pytorch(answer: Answer, tmp_path: Path, command: str) -> None:
     code, out, err = answer(command, "--help", folder=tmp_path)
     assert (code, err) == (0, "")
     assert len(out.splitlines()) > 5

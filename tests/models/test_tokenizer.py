@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ TEXTS = [
 ]
 
 
+@cache
 def random_texts() -> list[str]:
     """Characters of every kind in any order, with special tokens in between."""
     draw = random.Random(0)
@@ -47,21 +49,25 @@ def random_texts() -> list[str]:
     return texts + ["".join(draw.choices(plane, k=80)) for _ in range(300)]
 
 
-def same(ours: Tokenizer, theirs: Any) -> None:
-    """That two tokenizers do the same."""
-    assert len(ours) == len(theirs)
-    assert ours.vocabulary() == theirs.get_vocab()
-    assert (ours.start, ours.end, ours.unknown, ours.pad) == (
-        theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token,
-    )  # fmt: skip
-    assert (ours.start_id, ours.end_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
-    for token in (",</w>", "cat</w>", "nonsense", END):
-        assert ours.id_of(token) == theirs.convert_tokens_to_ids(token)
+def same(theirs: Any, *all_ours: Tokenizer) -> None:
+    """That tokenizers do the same as one of transformers."""
     texts = TEXTS + random_texts()
     wanted = theirs(texts, add_special_tokens=False, verbose=False).input_ids
-    for text, ids, other in zip(texts, ours.encode(texts), wanted, strict=True):
-        assert ids == other, repr(text)
-        assert ours.decode(ids) == theirs.decode(ids), repr(text)
+    decoded = [theirs.decode(ids) for ids in wanted]
+    for ours in all_ours:
+        assert len(ours) == len(theirs)
+        assert ours.vocabulary() == theirs.get_vocab()
+        assert (ours.start, ours.end, ours.unknown, ours.pad) == (
+            theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token,
+        )  # fmt: skip
+        assert (ours.start_id, ours.end_id, ours.pad_id) == (
+            theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id,
+        )  # fmt: skip
+        for token in (",</w>", "cat</w>", "nonsense", END):
+            assert ours.id_of(token) == theirs.convert_tokens_to_ids(token)
+        for text, ids, other, again in zip(texts, ours.encode(texts), wanted, decoded, strict=True):
+            assert ids == other, repr(text)
+            assert ours.decode(ids) == again, repr(text)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "vocab.json"])
@@ -78,10 +84,9 @@ def test_equals_transformers(tmp_path: Path, pad_token: str, pad_id: int | None,
         (tmp_path / "tokenizer.json").unlink()
     theirs = CLIPTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == 77
-    same(ours, theirs)
     again = read_tokenizer(tmp_path)
     assert again.context == 77
-    same(again, theirs)
+    same(theirs, ours, again)
 
 
 MY_DOG = {"content": "<my-dog>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
@@ -130,13 +135,12 @@ def test_files_of_all_ages_are_read_as_transformers_does(tmp_path: Path, name: s
     for file, content in FOLDERS[name].items():
         (tmp_path / file).write_text(json.dumps(content))
     ours = read_tokenizer(tmp_path)
-    same(ours, CLIPTokenizer.from_pretrained(tmp_path))
+    same(CLIPTokenizer.from_pretrained(tmp_path), ours)
     assert ours.context == FOLDERS[name].get("tokenizer_config.json", {}).get("model_max_length", 77) or (
         ours.context is None
     )
     write_tokenizer(ours, tmp_path / "ours")
-    same(ours, CLIPTokenizer.from_pretrained(tmp_path / "ours"))
-    same(read_tokenizer(tmp_path / "ours"), CLIPTokenizer.from_pretrained(tmp_path / "ours"))
+    same(CLIPTokenizer.from_pretrained(tmp_path / "ours"), ours, read_tokenizer(tmp_path / "ours"))
 
 
 def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
     theirs.add_tokens(["<my-dog>", AddedToken("whole", single_word=True)])
     theirs.add_tokens(["lstripped"], special_tokens=True)
     theirs.save_pretrained(tmp_path / "theirs")
-    same(read_tokenizer(tmp_path / "theirs"), theirs)
+    same(theirs, read_tokenizer(tmp_path / "theirs"))
 
 
 def test_equals_open_clip_where_the_rules_agree() -> None:
