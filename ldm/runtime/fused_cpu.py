@@ -28,7 +28,7 @@ from ldm.runtime.fused import LAST, FusedGEGLU, FusedGroupNorm, FusedResnetBlock
 from ldm.runtime.kernels import filters, products
 from ldm.runtime.kernels import layers as kernels
 from ldm.runtime.kernels.compiled import fits, learns, multiplies, usable
-from ldm.runtime.kernels.memory import keep_freed
+from ldm.runtime.kernels.memory import give_back_beside, keep_freed
 from ldm.runtime.reordered import Order, Reordered, stored
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class FusedUpsample(Upsample):
         x = x.contiguous(memory_format=LAST)
         if _own(self.conv, x):
             return products.doubled(x, own_phases.of(self.conv, x), self.conv)
-        return _doubled(self.conv, x)
+        return give_back_beside(_doubled(self.conv, x))
 
 
 class CPUGroupNorm(FusedGroupNorm):
@@ -210,6 +210,10 @@ class CPUGroupNorm(FusedGroupNorm):
 
 class CPUResnetBlock(FusedResnetBlock):
     """A residual block that also adds the skip connection within the last convolution."""
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        found = super().forward(x, time)
+        return found if found.shape == x.shape else give_back_beside(found)
 
     def end(self, h: Tensor, x: Tensor) -> Tensor:
         return self.conv2.plus(h, x) if _fusible(self.conv2, h, x) else super().end(h, x)

@@ -1,4 +1,4 @@
-"""Freed memory is kept: the same block again, without new pages from the system."""
+"""Freed memory is kept: the same block again, without new pages from the system; not for tensors of another shape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launched import Program
+from torch import nn
+
+from ldm.models.layers import ResnetBlock, Upsample
+from ldm.runtime import fused_cpu
+from ldm.runtime.kernels import memory
 
 SCRIPT = """
 import os, resource, sys
@@ -45,3 +51,22 @@ def test_freed_memory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert arranged == "True" and pages < 10_000
     assert run(script, "return")[1] > 100_000
     assert run(script, "keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever says so has reasons
+
+
+def test_memory_is_given_back_when_large_tensors_get_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[None] = []
+    model = nn.Sequential(ResnetBlock(32, 32, 8, 1e-6), ResnetBlock(32, 64, 8, 1e-6))
+    up = Upsample(32)
+    for network in (model, up):
+        fused_cpu.fuse(network)
+    monkeypatch.setattr(memory, "LARGE", 2**20)
+    monkeypatch.setattr(memory, "give_back", lambda: called.append(None))
+    with torch.inference_mode():
+        model(torch.randn(1, 32, 16, 16))  # small
+        assert not called
+        model[0](torch.randn(1, 32, 128, 128))  # of the same shape
+        assert not called
+        model[1](torch.randn(1, 32, 128, 128))
+        assert len(called) == 1
+        up(torch.randn(1, 32, 64, 64), torch.Size((128, 128)))
+        assert len(called) == 2

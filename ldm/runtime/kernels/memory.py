@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 TRIM, MMAP_MAX = -1, -4  # names of `mallopt` in malloc.h: how much is kept at the end of the heap, blocks outside it
+LARGE = 2**25  # bytes of a tensor, beside which it pays to give memory back
 PAGES = Path("/proc/self/pagemap")  # of Linux: 8 bytes for each page, with these bits
 PRESENT, SWAPPED, OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 DONT_NEED = 4  # name of `madvise` on Linux
@@ -37,6 +38,16 @@ def give_back() -> None:
     trim = _c_library("malloc_trim")
     if trim:
         trim(0)
+
+
+def give_back_beside(x: Tensor) -> Tensor:
+    """Return `x`, the first tensor of a new shape, after giving freed memory back to the system if `x` is large.
+
+    What tensors of another shape have left does not hold those of this one, and would lie idle beside them.
+    """
+    if x.nbytes >= LARGE:
+        give_back()
+    return x
 
 
 def drop_pages(tensor: Tensor) -> bool:
