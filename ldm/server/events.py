@@ -37,7 +37,8 @@ class EventReader:
     async def next(self) -> Event | None:
         """The next event; None if there is none for so long that a stream needs a sign of life."""
         try:
-            return await asyncio.wait_for(self.queue.get(), ALIVE_SECONDS)
+            async with asyncio.timeout(ALIVE_SECONDS):  # `wait_for` of Python 3.11 may forget that it was cancelled
+                return await self.queue.get()
         except TimeoutError:
             return None
 

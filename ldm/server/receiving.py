@@ -80,6 +80,7 @@ async def until_over(job: ServerJob, request: Request) -> None:
     job.listeners.append(listen)
     while not job.over.is_set():
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(over.wait(), LOOK_SECONDS)
+            async with asyncio.timeout(LOOK_SECONDS):
+                await over.wait()
         if await request.is_disconnected():
             job.cancel()

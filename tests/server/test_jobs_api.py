@@ -36,7 +36,7 @@ from ldm.server.api import make_app
 from ldm.server.engine import NotTakenError
 from ldm.server.events import EventReader, EventStream, messages
 from ldm.server.guard import HEADERS
-from ldm.server.jobs import CANCELLED, ServerJob
+from ldm.server.jobs import CANCELLED, Event, ServerJob
 from ldm.server.reading import read_json, settings_of
 from ldm.server.receiving import RefusedError, read_body
 from ldm.server.service import Service, without_paths
@@ -162,6 +162,23 @@ def test_events(client: TestClient) -> None:
     assert last["state"] == "done" and last["images"][0]["seed"] == 1
     again = client.get(f"/v1/jobs/{last['id']}/events").text  # of a job that is over
     assert again.count("event: ") == 1 and '"done"' in again
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_reader_that_is_cancelled_as_an_event_comes(turns: int) -> None:
+    async def cancelled() -> bool:
+        reader = EventReader(asyncio.get_running_loop())
+        reading = asyncio.create_task(reader.next())
+        await asyncio.sleep(0)
+        reader(Event("state"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        expected = not reading.done()
+        reading.cancel()
+        await asyncio.wait([reading])
+        return reading.cancelled() == expected
+
+    assert asyncio.run(cancelled())
 
 
 def test_an_image_at_once(client: TestClient, service: Service) -> None:
