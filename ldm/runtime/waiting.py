@@ -7,7 +7,8 @@ PyTorch's packages for Linux bring GNU's runtime (libgomp), whose threads spin f
 all while the runtime manages more threads than there are cores. A team of threads of our own that does nothing makes it
 so (`ShortWaits`): a switch for the whole process that leaves the number of computing threads, and so every rounding, as
 it is. A thread decides (`Watcher`) by how long the threads of this process were ready to run and had no core, which
-Linux counts for each: neighbours, quotas of control groups and launched siblings all show in it.
+Linux counts for each: neighbours, quotas of control groups and launched siblings all show in it. Threads that waited
+for each other do not count, as when images are saved beside those that are made: then the process had all cores.
 
 Nothing is done where the environment has a policy already; with one thread; where Linux's counts are missing; or with
 another runtime: LLVM's and Intel's (on macOS, or preloaded) and Microsoft's have no such switch for a whole process.
@@ -34,7 +35,7 @@ from ldm.threads import POLICY, SPINS
 TASKS, MAPS = "/proc/self/task", Path("/proc/self/maps")
 OTHERS = re.compile(r"lib(iomp5|omp)\b")  # Intel's and LLVM's runtimes; preloaded, they serve PyTorch in place of GNU's
 INTERVAL, IDLE_INTERVAL = 0.1, 0.5  # seconds between two readings, and while the process does nothing
-BUSY, QUIET = 0.2, 0.1  # threads waiting for a core, on average: above, below it the machine is taken as such
+BUSY, QUIET = 0.2, 0.1  # cores that others have, on average: above, below it the machine is taken as such
 BUSY_READINGS, QUIET_READINGS = 2, 10  # in a row, to change the policy
 IDLE = 0.1  # threads that run or wait for a core, on average, below which a reading says nothing
 
@@ -46,6 +47,12 @@ class Load:
     elapsed: float  # by the clock
     ran: float
     waited: float  # ready to run, but without a core
+    cores: int  # that the process may run on
+
+    @property
+    def lacked(self) -> float:
+        """The number of cores, on average, that its threads waited for and others had."""
+        return min(self.waited / self.elapsed, max(self.cores - self.ran / self.elapsed, 0.0))
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,7 @@ def decide(policy: Policy, load: Load) -> Policy:
     """The policy after a reading."""
     if load.ran + load.waited < IDLE * load.elapsed:
         return policy
-    waiting = load.waited / load.elapsed
-    if not (waiting <= QUIET if policy.short else waiting >= BUSY):
+    if not (load.lacked <= QUIET if policy.short else load.lacked >= BUSY):
         return Policy(policy.short)
     if policy.against + 1 < (QUIET_READINGS if policy.short else BUSY_READINGS):
         return Policy(policy.short, policy.against + 1)
@@ -141,7 +147,7 @@ class Reading:
         """What happened after another reading; threads that have ended since are left out."""
         found = [(now, before.times.get(thread, (0, 0))) for thread, now in self.times.items()]
         ran, waited = (sum(max(now[part] - then[part], 0) for now, then in found) / 1e9 for part in (0, 1))
-        return Load(self.at - before.at, ran, waited)
+        return Load(self.at - before.at, ran, waited, cores())
 
 
 def times(thread: str) -> tuple[int, int]:

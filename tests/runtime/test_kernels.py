@@ -127,8 +127,17 @@ def test_a_pipeline_takes_it_by_itself(tmp_path: Path, monkeypatch: pytest.Monke
         assert kernels == {"_cpu" if able else "sdpa"}
 
 
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that gives what was compiled before."""
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\nfor last; do :; done\ncp "{library()._name}" "$last"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+
 @runs
-def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_compiled_once(copied: None, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
     library.cache_clear()
@@ -137,7 +146,7 @@ def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @runs
-def test_a_cache_that_cannot_be_written(fresh: Path) -> None:
+def test_a_cache_that_cannot_be_written(copied: None, fresh: Path) -> None:
     fresh.parent.mkdir()
     fresh.write_text("a file in the way")
     assert library().attend_float32

@@ -19,7 +19,9 @@ from ldm.runtime.waiting import Load, Policy, Reading, decide, own_policy, threa
 from pipelines import Pipeline
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the switch is of GNU's runtime on Linux")
-STARVED, QUIET, BETWEEN, IDLE = (Load(0.1, *times) for times in ((0.1, 0.1), (0.2, 0.0), (0.2, 0.015), (0.001, 0.0)))
+STARVED, QUIET, BETWEEN, IDLE, OWN = (
+    Load(0.1, *times, 2) for times in ((0.1, 0.1), (0.2, 0.0), (0.17, 0.015), (0.001, 0.0), (0.195, 0.3))
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,8 @@ STARVED, QUIET, BETWEEN, IDLE = (Load(0.1, *times) for times in ((0.1, 0.1), (0.
         ([STARVED] * 2 + [IDLE] * 99, True),
         ([STARVED] * 2 + [QUIET] * 10 + [STARVED] * 2, True),
         ([BETWEEN] * 99, False),
+        ([OWN] * 99, False),  # threads of the process wait for each other
+        ([STARVED] * 2 + [OWN] * 10, False),
     ],
 )
 def test_the_decision(readings: list[Load], short: bool) -> None:

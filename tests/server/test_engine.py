@@ -136,7 +136,7 @@ def test_steered_jobs_have_the_images_of_the_pipeline(
     draw, pipeline = random.Random(seed), steered[name]
     engines.append(engine := Engine(pipeline))
     own = {"width": 64, "n": 1}
-    wanted = [settings(draw) | own | {"steps": draw.randint(4, 6)} | steering(draw) for _ in range(12)]
+    wanted = [settings(draw) | own | {"steps": draw.randint(4, 6)} | steering(draw) for _ in range(8)]
     if name == "sd15-inpaint":
         hidden = {"image": image(5), "mask": mask()}
         wanted = [{key: one[key] for key in one if not key.startswith("hires")} | hidden for one in wanted]
