@@ -31,9 +31,34 @@ print(arranged, min(pages))
 """
 
 
-def run(script: Path, how: str, **environment: str) -> tuple[str, int]:
-    """What it said, and the fewest pages that a round of eight tensors got from the system."""
-    script.write_text(SCRIPT)
+OF_THREADS = """
+import threading
+from pathlib import Path
+from ldm.runtime.kernels.memory import keep_freed
+
+def megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+def work():
+    all_there.wait()
+    with one_at_a_time:
+        bytes([1]) * 2**25
+    all_there.wait()
+
+arranged, before = keep_freed(), megabytes()
+all_there, one_at_a_time = threading.Barrier(12), threading.Lock()
+threads = [threading.Thread(target=work) for _ in range(12)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(arranged, int(megabytes() - before))
+"""
+
+
+def run(script: Path, how: str, content: str = SCRIPT, **environment: str) -> tuple[str, int]:
+    """What it said: whether memory is kept, and the fewest pages of a round of tensors, or the megabytes of all."""
+    script.write_text(content)
     program = Program(script, how, **environment)
     out, err = program.communicate()
     assert program.returncode == 0, err
@@ -41,16 +66,27 @@ def run(script: Path, how: str, **environment: str) -> tuple[str, int]:
     return arranged, int(pages)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it is for GNU's C library")
-def test_freed_memory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that does not configure the allocator."""
     for name in os.environ:
         if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
             monkeypatch.delenv(name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is for GNU's C library")
+def test_freed_memory_is_kept(tmp_path: Path, plain: None) -> None:
     script = tmp_path / "script.py"
     arranged, pages = run(script, "keep")
     assert arranged == "True" and pages < 10_000
     assert run(script, "return")[1] > 100_000
     assert run(script, "keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever says so has reasons
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is for GNU's C library")
+def test_threads_share_what_is_kept(tmp_path: Path, plain: None) -> None:
+    arranged, megabytes = run(tmp_path / "script.py", "keep", OF_THREADS)
+    assert arranged == "True" and megabytes < 150
 
 
 def test_memory_is_given_back_when_large_tensors_get_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -463,8 +463,11 @@ def test_a_training_beside_replicas(client: httpx2.Client, command: RunningComma
     """It knows no secret of the server's; and a finished adapter is one of those that replicas find."""
     given = {"images": [{"image": in_base64(Image.new("RGB", (32, 32), "red"))}], "trigger": "sks"}
     name = client.post("/v1/runs", json=given).json()["id"]
-    (process,) = (one for one in command.children() if "train-adapter" in one.cmdline())
-    assert "PATH" in process.environ() and "RAY_AUTH_TOKEN" not in process.environ()
+    end = time.monotonic() + PATIENCE
+    while not (trains := [one for one in command.children() if "train-adapter" in one.cmdline()]):
+        assert time.monotonic() < end
+        time.sleep(0.01)  # a process that has just begun has no command line yet
+    assert "PATH" in trains[0].environ() and "RAY_AUTH_TOKEN" not in trains[0].environ()
     assert over(client, client.post("/v1/jobs", json=SMALL))["state"] == DONE
     assert client.get(f"/v1/runs/{name}").json()["state"] == "running"
     assert client.post(f"/v1/runs/{name}/stop").is_success

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-TRIM, MMAP_MAX = -1, -4  # names of `mallopt` in malloc.h: how much is kept at the end of the heap, blocks outside it
+# names of `mallopt` in malloc.h: how much is kept at the end of the heap, blocks outside it, and heaps of threads
+TRIM, MMAP_MAX, ARENA_MAX = -1, -4, -8
+ARENAS = 2  # heaps, each of which keeps what was freed in it: else up to 8 for each core, of as many threads
 LARGE = 2**25  # bytes of a tensor, beside which it pays to give memory back
 PAGES = Path("/proc/self/pagemap")  # of Linux: 8 bytes for each page, with these bits
 PRESENT, SWAPPED, OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
@@ -30,7 +32,9 @@ def keep_freed() -> bool:
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
     mallopt = _c_library("mallopt")
-    return bool(mallopt) and mallopt(TRIM, -1) == mallopt(MMAP_MAX, 0) == 1  # -1: all of them
+    if not mallopt:
+        return False
+    return mallopt(TRIM, -1) == mallopt(MMAP_MAX, 0) == mallopt(ARENA_MAX, ARENAS) == 1  # -1: all of them
 
 
 def give_back() -> None:
