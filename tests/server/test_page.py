@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,19 @@ def test_a_visitor_makes_images_and_finds_them_again(page: Page, site: Site) -> 
     assert [kept.record["seed"] for kept in site.service.history.find()[0]] == [41]  # type: ignore[union-attr]
 
 
-def test_cancel(page: Page, site: Site) -> None:
+@pytest.fixture
+def paced(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take a while: a job of many is not over before a visitor has seen it and cancels."""
+    step = site.service.engine._step
+
+    def slow() -> None:
+        time.sleep(0.05)
+        step()
+
+    monkeypatch.setattr(site.service.engine, "_step", slow)
+
+
+def test_cancel(page: Page, site: Site, paced: None) -> None:
     """By the key and by the button, of two jobs that run together."""
     fill(page, Prompt="a fox", Steps="800")
     for _ in range(2):
@@ -397,7 +410,7 @@ def test_what_is_no_grid(page: Page) -> None:
     expect(page.get_by_text("a prompt is needed")).to_be_visible()
 
 
-def test_a_grid_is_cancelled_together_and_scrolls_on_a_narrow_screen(page: Page, site: Site) -> None:
+def test_a_grid_is_cancelled_together_and_scrolls_on_a_narrow_screen(page: Page, site: Site, paced: None) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     fill(page, Prompt="a fox", Steps="800")
     page.get_by_role("tab", name="Compare").click()
