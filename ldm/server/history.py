@@ -169,8 +169,10 @@ class History:
 
     def _shorten(self, table: sqlite3.Connection) -> int:
         """Let the oldest images leave that are too many; how many these are."""
+        if self.most is None:
+            return 0
         (count,) = table.execute("SELECT count(*) FROM images").fetchone()
-        if self.most is None or count <= self.most:
+        if count <= self.most:
             return 0
         return _leave(table, "id IN (SELECT id FROM images ORDER BY id LIMIT ?)", count - self.most)
 
