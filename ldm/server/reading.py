@@ -93,23 +93,23 @@ def settings_of(given: Mapping[str, Any], share: RequestUploads) -> dict[str, An
         elif isinstance(value, Mapping):
             raise LdmError(f"{name}: {row.kind.needed} is needed, not a JSON object")
     values = checked(found, "http")
-    check_limits(values, share.limits)
+    canvas = None
     if "margins" in values and "image" in values:
-        share.take("margins", math.prod(canvas_size(values["image"].size, values["margins"])))
+        canvas = canvas_size(values["image"].size, values["margins"])
+    _check_limits(values, canvas or (1, 1), share.limits)
+    if canvas:
+        share.take("margins", math.prod(canvas))
     return values
 
 
-def check_limits(values: Mapping[str, Any], limits: Limits) -> None:
-    """Raise unless numbers that were given are within the limits.
+def _check_limits(values: Mapping[str, Any], canvas: tuple[int, int], limits: Limits) -> None:
+    """Raise unless numbers that were given are within the limits; `canvas` are the sides of an image with its margins.
 
     Raises:
         LdmError: one is not.
     """
     prompts = values.get("prompt", "")
     count = values.get("n", 1) * (1 if isinstance(prompts, str) else len(prompts))
-    canvas = (1, 1)
-    if "margins" in values and "image" in values:
-        canvas = canvas_size(values["image"].size, values["margins"])
     sides = [values.get(name, side) for name, side in zip(("width", "height"), canvas, strict=True)]
     check_most(
         ("steps", values.get("steps", 1), limits.steps),
