@@ -1,6 +1,6 @@
 """`python -m ldm` is the command `ldm`."""
 
-from ldm.cli.main import main
+from ldm.cli.main import command
 
 if __name__ == "__main__":
-    main()
+    command()

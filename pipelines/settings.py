@@ -231,6 +231,10 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(is_whole(side) and 0 <= side <= 2**20 for side in value)
 
 
+def _is_size(value: Any) -> bool:
+    return _is_pair(value if isinstance(value, tuple) else (value, value))
+
+
 def _margins(text: str) -> int | tuple[int, ...]:
     numbers = _wholes(text)
     return numbers[0] if len(numbers) == 1 else numbers
@@ -377,8 +381,10 @@ IMAGE_PROMPTS = Kind(
     schema={"anyOf": [BASE64, {"type": "array", "items": {"anyOf": [BASE64, WEIGHTED]}, "minItems": 1}]},
 )  # fmt: skip
 SIDE = whole(1, LARGEST_SIDE)
-SIZE = Kind("WxH", "WIDTHxHEIGHT, such as 768x512,", _is_pair, _size, structured=True,
-            schema={"anyOf": [{"type": "string", "pattern": "^[0-9]{1,9}(x[0-9]{1,9})?$"}, TWO]})  # fmt: skip
+SIZE = Kind(
+    "WxH", "WIDTHxHEIGHT, such as 768x512,", _is_size, _size, structured=True,
+    schema={"anyOf": [{"type": "string", "pattern": "^[0-9]{1,9}(x[0-9]{1,9})?$"}, SIDE.schema, TWO]},
+)  # fmt: skip
 PAIR = Kind("HEIGHT,WIDTH", "two whole numbers of pixels, height (top) first,", _is_pair, _wholes, structured=True,
             schema=TWO)  # fmt: skip
 MARGINS = Kind(
@@ -738,7 +744,9 @@ def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
         if value is not None:
             values[row.name] = row.check(value)
     if "size" in values:
-        values = dict(zip(("width", "height"), values.pop("size"), strict=True)) | values
+        size = values.pop("size")
+        width, height = size if isinstance(size, tuple) else (size, size)
+        values = {"width": width, "height": height} | values
     return with_own_scheduler(values)
 
 

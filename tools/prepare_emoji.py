@@ -44,6 +44,7 @@ FLAGS, COMPONENTS = 9, 2  # groups of emojibase that are left out
 TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 PER_SHARD = 1000
 HELD_OUT = 0.03  # share of (concept, style) pairs that are held out
+DEFAULT = "fluent 3d"  # the style that captions without a style have
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Concept:
     tags: tuple[str, ...]
     base: str  # code of the emoji without skin tone
     tone: str  # "" or a skin tone
+    names: tuple[str, ...] = ()  # emojibase's other names, made of its shortcodes
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,17 @@ class Pair:
         return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
 
     def captions(self) -> list[str]:
-        """The captions from which training chooses."""
+        """The captions from which training chooses: the label, other names, an article, keywords, with the style before
+        or after them; of the default style also without it."""
         label, style = self.concept.label, self.style.name
+        article = "an" if label[0].lower() in "aeiou" else "a"
+        things = [label, f"{article} {label}", *self.concept.names]
         found = [f"{label}, {style} style", f"{style} emoji of {label}"]
         if self.concept.tags:
-            found.append(f"{label}, {', '.join(self.concept.tags[:4])}, {style} style")
-        return found
+            tags = ", ".join(self.concept.tags[:4])
+            found += [f"{label}, {tags}, {style} style", f"{tags}, {style} style"]
+        found += [f"{style} {label}", *(f"{thing}, {style} style" for thing in things[1:])]
+        return found + (things if style == DEFAULT else [])
 
 
 def fetch(package: str, sha256: str, cache: Path) -> Path:
@@ -152,17 +159,25 @@ def fetch(package: str, sha256: str, cache: Path) -> Path:
 def concepts(folder: Path) -> list[Concept]:
     """All emoji except flags, with their skin tones."""
     found = []
+    shortcodes = read_json(folder / "en" / "shortcodes" / "emojibase.json")
     for row in json.loads((folder / "en" / "data.json").read_text(encoding="utf-8")):
         if row.get("group") in (None, FLAGS, COMPONENTS):
             continue
         tags = tuple(tag for tag in row.get("tags", ()) if tag not in row["label"])
         base = row["hexcode"].lower()
-        found.append(Concept(base, row["label"], tags, base, ""))
+        found.append(Concept(base, row["label"], tags, base, "", _other_names(shortcodes, row)))
         for skin in row.get("skins", ()):
             tones = skin["tone"] if isinstance(skin["tone"], list) else [skin["tone"]]
             tone = " and ".join(TONES[number] for number in tones)
             found.append(Concept(skin["hexcode"].lower(), skin["label"], tags, base, tone))
     return found
+
+
+def _other_names(shortcodes: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:
+    """What an emoji's shortcodes say in words, where its label does not."""
+    codes = shortcodes.get(row["hexcode"], [])
+    names = [code.replace("_", " ") for code in ([codes] if isinstance(codes, str) else codes)]
+    return tuple(name for name in names if _loose(name) != _loose(row["label"]))
 
 
 def names_of(folder: Path) -> dict[str, str]:

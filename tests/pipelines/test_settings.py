@@ -178,6 +178,14 @@ def test_every_keyword_of_a_pipeline_is_a_row() -> None:
     assert keywords <= {row.name for row in LOADING} | {"adapters"}  # which are those of calls that name none
 
 
+@pytest.mark.parametrize("size", [64, "64", (64, 64), [64, 64], "64x64"], ids=repr)
+def test_a_size_is_one_number_a_pair_or_a_text(size: Any) -> None:
+    for door in ("python", "list", "http"):
+        assert settings.checked({"size": size}, door) == {"width": 64, "height": 64}
+    with pytest.raises(LdmError, match="size -64: WIDTHxHEIGHT"):
+        settings.checked({"size": -64}, "list")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
