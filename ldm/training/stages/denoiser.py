@@ -90,11 +90,11 @@ class Joint(nn.Module):
 def learners(section: DenoiserSection, parts: Components) -> dict[str, Learner]:
     """The U-Net and, with `train_text`, its text encoders."""
     freeze(parts)
-    unet, encoders = parts.unet.requires_grad_(True).train(), parts.text_encoders
+    unet = parts.unet.requires_grad_(True).train()
     groups: list[Group] = [(list(unet.parameters()), section.optimizer.learning_rate)]
     if not section.train_text:
         return {"unet": Learner(unet, groups)}
-    rates = section.text_learning_rate
+    rates, encoders = section.text_learning_rate, parts.text_encoders
     for k in range(len(encoders.towers)):
         chosen = list(read_by_unet(encoders, k).values())
         for parameter in chosen:
