@@ -365,7 +365,8 @@ def test_wrong_input_gets_one_line(ldm: Any, tmp_path: Path, arguments: list[str
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not really")
     (tmp_path / "latin.txt").write_bytes("gr\u00fcn".encode("latin-1")[1:])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    if "bomb.png" in arguments:
+        Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
     before = set(tmp_path.rglob("*.png"))
     code, out, err = ldm("generate", *arguments)

@@ -63,15 +63,19 @@ def test_every_way_of_running(folder: Path, way: dict[str, Any]) -> None:
 # --- networks beside the U-Net ----------------------------------------------------------------------------------------
 
 
-def beside(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a pipeline loads for a kind of adapter, and the settings of calls that use it."""
-    family = tiny.family("sdxl", shallow=True)
-    if kind == "ip-adapter":
-        return {"ip_adapter": folder / "ip.safetensors"}, {"image_prompt": folder / "image.png"}
-    if kind == "controlnet":
-        return {"control_models": controls.controlnet(family)}, {"control": image()}
+def beside(folder: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a pipeline loads for kinds of adapters, and the settings of calls that use them."""
     adapter = T2IAdapter(T2IAdapterConfig((32, 64, 64), (False,) * 3, factor=16))  # SDXL's, for two levels
-    return {"control_models": controls.randomised(adapter, 0)}, {"control": image()}
+    made = {
+        "controlnet": controls.controlnet(tiny.family("sdxl", shallow=True)),
+        "t2i-adapter": controls.randomised(adapter, 0),
+    }
+    control = [made[kind] for kind in kinds if kind in made]
+    loaded: dict[str, Any] = {"control_models": control} if control else {}
+    settings: dict[str, Any] = {"control": [image()] * len(control)} if control else {}
+    if "ip-adapter" in kinds:
+        loaded["ip_adapter"], settings["image_prompt"] = folder / "ip.safetensors", folder / "image.png"
+    return loaded, settings
 
 
 KINDS = ["controlnet", "t2i-adapter", "ip-adapter"]
@@ -91,8 +95,7 @@ def test_beside_quantised_weights(folder: Path, kind: str) -> None:
     assert float((made[1] - wanted[1]).norm()) < 0.1 * float((wanted[1] - wanted[0]).norm())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_compiled_blocks(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_compiled_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as for compiled code, which is the part that the networks' layers could break, and the same latents."""
     traced: list[int] = []
 
@@ -103,7 +106,7 @@ def test_with_compiled_blocks(folder: Path, kind: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for name in ("failure", "_blocks"):  # neither what other tests compiled, nor kept for them
         monkeypatch.setattr(compilation, name, getattr(compilation, name).__wrapped__)
-    options, settings = beside(folder, kind)
+    options, settings = beside(folder, *KINDS)
     wanted = torch.stack(opened(folder, quick=False, **options)("a cat", **SETTINGS, **settings).latents)
     pipeline = opened(folder, compile=True, **options)
     traced.clear()
