@@ -191,6 +191,25 @@ def test_a_signal_in_a_callback_is_not_lost() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "ldm: interrupted\n")
 
 
+def test_the_process_ends_when_all_is_done() -> None:
+    """Threads and exit functions have ended, and all is written; modules are not taken apart."""
+    program = (
+        "import atexit, threading, time\n"
+        "from ldm.cli import main as cli\n"
+        "class Module:\n"
+        "    def __del__(self):\n"
+        "        print('taken apart')\n"
+        "module = Module()\n"
+        "def app(standalone_mode):\n"
+        "    atexit.register(print, 'exit function', end='')\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "cli.app = app\n"
+        "cli.command()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "thread\nexit function", "")
+
+
 def test_a_family_has_no_weights_to_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = run(capsys, monkeypatch, "info", "sdxl", "--verify")
     assert code == 1
