@@ -31,8 +31,11 @@ def cache(tmp_path: Path) -> Path:
         {"hexcode": "1F4CE", "label": "paperclip", "tags": [], "group": 7},
         {"hexcode": "1F1EB-1F1F7", "label": "flag: France", "tags": [], "group": 9},
     ]  # fmt: skip
-    (folder / "emojibase-data@17.0.0" / "en").mkdir(parents=True)
-    (folder / "emojibase-data@17.0.0" / "en" / "data.json").write_text(json.dumps(rows))
+    english = folder / "emojibase-data@17.0.0" / "en"
+    (english / "shortcodes").mkdir(parents=True)
+    (english / "data.json").write_text(json.dumps(rows))
+    shortcodes = {"1F98A": ["fox", "fox_face"], "1F44B": "wave", "1F4CE": "paperclip"}
+    (english / "shortcodes" / "emojibase.json").write_text(json.dumps(shortcodes))
     assets = folder / "lobehub-fluent-emoji-3d@1.1.0" / "assets"
     assets.mkdir(parents=True)
     for code in ("1f98a", "1f44b", "1f44b-1f3fd", "1f4ce", "1f1eb-1f1f7"):
@@ -65,7 +68,9 @@ def test_styles_and_skin_tones_are_chosen(cache: Path, tmp_path: Path) -> None:
     keys = {name.removesuffix("_fluent-3d.png") for name in found if name.endswith(".png")}
     assert keys == {"1f98a", "1f44b", "1f44b-1f3fd"}  # neither the flag nor what no open set has
     assert json.loads(found["1f98a_fluent-3d.json"])["caption"] == [
-        "fox, fluent 3d style", "fluent 3d emoji of fox", "fox, animal, fox face, fluent 3d style"
+        "fox, fluent 3d style", "fluent 3d emoji of fox", "fox, animal, fox face, fluent 3d style",
+        "animal, fox face, fluent 3d style", "fluent 3d fox", "a fox, fluent 3d style", "fox face, fluent 3d style",
+        "fox", "a fox", "fox face",
     ]  # fmt: skip
     image = Image.open(io.BytesIO(found["1f98a_fluent-3d.png"]))
     assert image.size == (32, 32)
