@@ -6,6 +6,7 @@ monotonic clock at which the process was started. The last line of stdout is JSO
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import sys
@@ -91,14 +92,14 @@ def main() -> None:
         setattr(owner, last, clock.timed(name, getattr(owner, last)))
     run: Any = importlib.import_module("pipelines.run")
     run.sample = clock.stepped(run.sample)
-    code: Any = 0
-    try:
-        command.main()
-    except SystemExit as stop:
-        code = stop.code
+    atexit.register(report, clock)
+    command.command()
+
+
+def report(clock: Clock) -> None:
+    """Print the phases; what comes after it is the process's exit."""
     clock.turn(REST)
     print(json.dumps({"phases": clock.seconds, "ended": time.monotonic()}), flush=True)
-    sys.exit(code)
 
 
 if __name__ == "__main__":
