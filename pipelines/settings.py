@@ -231,8 +231,13 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(is_whole(side) and 0 <= side <= 2**20 for side in value)
 
 
+def _both_sides(size: Any) -> Any:
+    """A size as a pair: one number is both sides."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
 def _is_size(value: Any) -> bool:
-    return _is_pair(value if isinstance(value, tuple) else (value, value))
+    return _is_pair(_both_sides(value))
 
 
 def _margins(text: str) -> int | tuple[int, ...]:
@@ -744,9 +749,7 @@ def checked(given: Mapping[str, Any], door: str) -> dict[str, Any]:
         if value is not None:
             values[row.name] = row.check(value)
     if "size" in values:
-        size = values.pop("size")
-        width, height = size if isinstance(size, tuple) else (size, size)
-        values = {"width": width, "height": height} | values
+        values = dict(zip(("width", "height"), _both_sides(values.pop("size")), strict=True)) | values
     return with_own_scheduler(values)
 
 

@@ -26,6 +26,11 @@ PIPELINES = {
 }  # diffusers' classes, by family
 
 
+def is_variant(name: str) -> bool:
+    """Whether a family has the layers of another, with other channels of its input or another prediction."""
+    return name.endswith(("-inpaint", "-edit", "-v"))
+
+
 def tower(config: TextEncoderConfig) -> TextEncoderConfig:
     """A text tower with 3 layers and a vocabulary of 1,000."""
     return replace(

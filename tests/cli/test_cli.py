@@ -169,11 +169,16 @@ def test_the_end_of_the_output_is_noticed(model: Path) -> None:
     assert result.stderr == "ldm: the output cannot be written: No space left on device\n"
 
 
+def in_place_of_the_commands(program: str, call: str) -> subprocess.CompletedProcess[str]:
+    """A process in which `cli.main` or `cli.command` runs the function `app` of a program."""
+    whole = f"from ldm.cli import main as cli\n{program}cli.app = app\ncli.{call}()\n"
+    return subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=PATIENCE)
+
+
 def test_a_signal_in_a_callback_is_not_lost() -> None:
     """Python drops what is raised in callbacks of weak references, and prints it."""
     program = (
         "import os, signal, time, weakref\n"
-        "from ldm.cli import main as cli\n"
         "class Thing: pass\n"
         "def callback(_):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -184,10 +189,8 @@ def test_a_signal_in_a_callback_is_not_lost() -> None:
         "    del thing\n"
         "    time.sleep(30)\n"
         "    print('not interrupted')\n"
-        "cli.app = app\n"
-        "cli.main()\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    result = in_place_of_the_commands(program, "main")
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "ldm: interrupted\n")
 
 
@@ -195,7 +198,6 @@ def test_the_process_ends_when_all_is_done() -> None:
     """Threads and exit functions have ended, and all is written; modules are not taken apart."""
     program = (
         "import atexit, threading, time\n"
-        "from ldm.cli import main as cli\n"
         "class Module:\n"
         "    def __del__(self):\n"
         "        print('taken apart')\n"
@@ -203,10 +205,8 @@ def test_the_process_ends_when_all_is_done() -> None:
         "def app(standalone_mode):\n"
         "    atexit.register(print, 'exit function', end='')\n"
         "    threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
-        "cli.app = app\n"
-        "cli.command()\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    result = in_place_of_the_commands(program, "command")
     assert (result.returncode, result.stdout, result.stderr) == (0, "thread\nexit function", "")
 
 

@@ -24,7 +24,7 @@ from pipelines.tuning import Tuning
 def small() -> LatentDiffusion:
     """Few kinds of block, since each takes seconds to compile."""
     family = tiny.family("sd15")
-    unet = replace(family.unet, channels=(32,), depth=(0,), heads=(4,), layers=1)
+    unet = replace(family.unet, channels=(32,), depth=(1,), heads=(4,), layers=1)
     autoencoder = replace(family.autoencoder, channels=(16,), attention=(False,))
     return LatentDiffusion.from_family(replace(family, unet=unet, autoencoder=autoencoder))
 

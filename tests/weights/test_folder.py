@@ -39,7 +39,7 @@ def edit(path: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip_and_diffusers_opens_it(tmp_path: Path, name: str) -> None:
-    model = tiny.model(name, shallow="-" in name)  # variants of the others
+    model = tiny.model(name, shallow=tiny.is_variant(name))
     model.save_pretrained(tmp_path / "model")
     again = LatentDiffusion.from_pretrained(tmp_path / "model")
     assert tiny.same_weights(model, again)
