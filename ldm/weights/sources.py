@@ -120,8 +120,9 @@ def _replaced(
             raise LdmError(
                 f"component {name!r}: {path} does not exist, or is neither a folder, a file nor a Hub name (owner/name)"
             )
-        if verify and not (path.is_dir() and check_manifest(path.absolute().parent, store.files, progress)):
-            for file in store.files:
+        files = [file.absolute() for file in store.files]
+        if verify and not (path.is_dir() and check_manifest(path.absolute().parent, files, progress)):
+            for file in files:
                 check_digest(file, progress=progress)
         parts[name] = component_part(name, store, family)
     return Opened(opened.source, opened.layout, family, opened.tokenizers, parts, opened.beside)

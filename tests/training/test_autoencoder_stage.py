@@ -382,6 +382,17 @@ def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path: Path, images: Pa
         train(configured(tmp_path / "decoder", images, fast | {"steps": 12}, codebook))
 
 
+def test_noise_of_latents_is_each_image_s_own() -> None:
+    plain, noisy = (made({"decoder_only": True, "latent_noise": level}) for level in (0.0, 0.5))
+
+    def loss(stage: AutoencoderStage, *batches: Batch) -> float:
+        return float(np.mean([next(iter(stage.losses(one, 1))).report["pixels"].item() for one in batches]))
+
+    together = loss(noisy, batch(4))
+    assert together == pytest.approx(loss(noisy, batch(2), batch(2, first=2)), rel=1e-5)
+    assert abs(together - loss(plain, batch(4))) > 1e-4
+
+
 def test_without_held_out_images_training_images_are_measured(tmp_path: Path, images: Path) -> None:
     train(configured(tmp_path, images, {"steps": 2, "measure": 12}, SMALLER, holdout=0))
     known = record(tmp_path)
@@ -438,6 +449,7 @@ def test_previews_are_pairs(tmp_path: Path, images: Path) -> None:
         (ADVERSARY | {"adversarial_start": 9, "steps": 9}, SMALLER, {}, "start is 9, but there are 9 steps"),
         (ADVERSARY | {"discriminator": {"layer": 2}}, SMALLER, {}, "autoencoder.discriminator.layer is not known"),
         ({"measure_shift": True}, SMALLER | CODEBOOK, {}, "measure_shift"),
+        ({"latent_noise": 0.5}, SMALLER, {}, "set autoencoder.decoder_only=true"),
         ({}, SMALLER | {"in_channels": 4}, {}, "in_channels 4"),
         ({}, SMALLER, {"side": 8}, "8×8 pixels are too small for SSIM, which needs 11×11"),
         ({"adversarial_weight": 1}, SMALLER, {"side": 16}, "too small for the discriminator, which needs 24×24"),

@@ -143,13 +143,15 @@ def test_pickles_are_refused_and_read_on_demand(tmp_path: Path) -> None:
     assert tiny.same_weights(LatentDiffusion.from_pretrained(folder, allow_pickle=True), model)
 
 
-def test_components_from_elsewhere(tmp_path: Path) -> None:
+def test_components_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     base, other = tiny.model("sd15", seed=0, shallow=True), tiny.model("sd15", seed=1, shallow=True)
     base.save_pretrained(tmp_path / "base")
     other.save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other.safetensors")
     for source in (
         tmp_path / "other" / "vae",
+        Path("other") / "vae",
         tmp_path / "other" / "vae" / "diffusion_pytorch_model.safetensors",
         tmp_path / "other.safetensors",
     ):

@@ -1,7 +1,8 @@
 """The stage `autoencoder`: the autoencoder learns to reconstruct images from their latents.
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.1: losses of pixels and LPIPS, a small KL term or a codebook, and
-later a discriminator. At the end the latents' scale is measured and written into the model.
+later a discriminator. At the end the latents' scale is measured and written into the model. A decoder alone may learn
+from latents with noise (Zheng et al. 2025, arXiv 2510.11690, section 4.3), as a U-Net's are never exact.
 
 B batch, C latent channels, h×w height and width of the latents, H×W those of the images
 """
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.keyed import generator, normal
+from ldm.data.keyed import generator, normal, uniform
 from ldm.data.loader import Batch
 from ldm.errors import LdmError
 from ldm.evaluation.metrics.reconstruction import WINDOW, psnr, ssim
@@ -40,17 +41,19 @@ SHOWN = 4  # pairs of a preview
 
 
 class Sampled(nn.Module):
-    """An `AutoencoderKL` whose forward pass takes the noise of the latents as an argument."""
+    """An `AutoencoderKL` whose forward pass takes the noise of the latents as arguments."""
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W) and standard normal noise (B, C, h, w) to reconstructions (B, 3, H, W), and the mean
-        and log-variance of the latents, (B, C, h, w) each."""
+    def forward(self, x: Tensor, noise: Tensor, added: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), standard normal noise of the posterior (B, C, h, w) and noise added to unscaled latents
+        (B, C, h, w) or () to reconstructions (B, 3, H, W), and the mean and log-variance of the latents, (B, C, h, w)
+        each."""
         posterior = self.autoencoder.encode(x)
-        return self.autoencoder.decode(posterior.mean + posterior.std * noise), posterior.mean, posterior.logvar
+        latents = posterior.mean + posterior.std * noise + added
+        return self.autoencoder.decode(latents), posterior.mean, posterior.logvar
 
 
 @dataclass
@@ -222,7 +225,7 @@ class AutoencoderStage:
             else:
                 loss = loss + vectors
             return reconstruction, loss, {"commitment": commitment.detach()}
-        reconstruction, mean, logvar = module(target, self._noise(batch, "posterior"))
+        reconstruction, mean, logvar = module(target, self._noise(batch, "posterior"), self._added(batch))
         kl = kl_loss(DiagonalGaussian(mean, logvar), target)
         return reconstruction, self.section.kl_weight * kl, {"kl": kl.detach()}
 
@@ -232,6 +235,15 @@ class AutoencoderStage:
         height, width = (side // config.factor for side in _pixels(batch).shape[2:])
         shape = (config.latent_channels, height, width)
         return normal(shape, self.seed, purpose, batch.keys, batch.epochs).to(self.accelerator.device)
+
+    def _added(self, batch: Batch) -> Tensor:
+        """Noise (B, C, h, w) added to unscaled latents, whose level is another for each image, or 0."""
+        if not self.section.latent_noise:
+            return torch.zeros((), device=self.accelerator.device)
+        most = self.section.latent_noise / self.model.autoencoder.config.scaling_factor
+        pairs = zip(batch.keys, batch.epochs, strict=True)
+        levels = torch.tensor([most * uniform(self.seed, "level", *pair) for pair in pairs])
+        return levels.to(self.accelerator.device)[:, None, None, None] * self._noise(batch, "added")
 
     def forget(self) -> None:
         """Drop the measurements of the step by the adversary's weight and the codebook."""
@@ -377,6 +389,11 @@ def _check(section: AutoencoderSection, model: LatentDiffusion, precision: str) 
         raise LdmError(
             f"autoencoder.adversarial_start is {section.adversarial_start}, but there are {section.steps} steps: the "
             "adversary would never take part; lower it, or set autoencoder.adversarial_weight=0"
+        )
+    if section.latent_noise and (not section.decoder_only or config.codebook):
+        raise LdmError(
+            "autoencoder.latent_noise: its scale is known for a trained encoder with KL alone; set "
+            "autoencoder.decoder_only=true, or autoencoder.latent_noise=0"
         )
     if section.measure_shift and config.codebook:
         raise LdmError("autoencoder.measure_shift: files of autoencoders with a codebook hold no shift; leave it out")

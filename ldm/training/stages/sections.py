@@ -56,6 +56,9 @@ class AutoencoderSection(StageSection):
     discriminator: dict[str, Any] = Field({}, description="fields of DiscriminatorConfig that differ")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="null: as the autoencoder's")
     decoder_only: bool = Field(False, description="train the decoder alone, so that U-Nets of its latents still fit")
+    latent_noise: float = Field(
+        0.0, ge=0, description="highest standard deviation of noise added to scaled latents (decoder_only), such as 0.5"
+    )
     measure: int = Field(10_000, ge=1, description="most images on which the latents' scale is measured at the end")
     measure_shift: bool = Field(False, description="measure the latents' mean too, as a shift")
 
