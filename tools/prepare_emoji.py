@@ -2,7 +2,7 @@
 
     pip install resvg_py; python tools/prepare_emoji.py emoji --size 128
     python tools/prepare_emoji.py emoji-small --size 96 --styles "fluent 3d,noto" --no-tones --cache emoji/packages
-    python tools/prepare_emoji.py streamline --size 96 --styles streamline --no-tones --few 40 --cache emoji/packages
+    python tools/prepare_emoji.py contrast --size 96 --styles "high contrast" --no-tones --few 40 --cache emoji/packages
 
 Fetches pinned packages with `npm pack` (no code in them is run), checks their digests, renders vector art with resvg,
 and writes `train-*.tar`, `held-out-*.tar`, NOTICE.md and a list of the drawings left out. An interrupted run continues
@@ -56,6 +56,7 @@ class Style:
     sha256: str
     licence: str
     author: str
+    usual: bool = True  # whether a model of emoji is trained with it; the others are there for adapters
 
 
 STYLES = (
@@ -77,6 +78,8 @@ STYLES = (
           "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef", "CC-BY-4.0", "Mozilla"),
     Style("streamline", "@iconify-json/streamline-emojis@1.2.4",
           "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc", "CC-BY-4.0", "Streamline"),
+    Style("high contrast", "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+          "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0", "MIT", "Microsoft", usual=False),
 )  # fmt: skip
 
 
@@ -401,9 +404,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--size", type=int, default=128, help="pixels of each side")
     parser.add_argument("--cache", type=Path, help="folder for the packages; default: OUT/packages")
-    parser.add_argument(
-        "--styles", default=",".join(style.name for style in STYLES), help="comma-separated names; default: all"
-    )
+    usual = ",".join(style.name for style in STYLES if style.usual)
+    parser.add_argument("--styles", default=usual, help="comma-separated names; default: %(default)s")
     parser.add_argument("--no-tones", action="store_true", help="leave out emoji with a skin tone")
     parser.add_argument("--limit", type=int, help="largest number of drawings")
     parser.add_argument("--few", type=int, help="drawings in the folder train; the others lie in held-out")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.training.muon import Muon
 from ldm.training.parallel.spread import is_spread
 from ldm.training.sections import OptimizerSection
 
-STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0, "prodigy": 16}  # bytes of the state for each parameter
+STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0, "prodigy": 16, "muon": 4}  # for each parameter
 Group = tuple[list[nn.Parameter], float]  # parameters and their highest learning rate
 
 
@@ -38,6 +39,8 @@ def make_optimizer(
     if section.name == "adamw":
         fused = all(p.device.type in ("cuda", "cpu") for row in rows for p in row["params"])  # 4 times as fast on a CPU
         return torch.optim.AdamW(rows, fused=fused or None, **common)
+    if section.name == "muon":
+        return Muon(rows, **common)
     if section.name == "adafactor":
         return torch.optim.Adafactor(rows, weight_decay=section.weight_decay)
     package, name = {"adamw-8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}[

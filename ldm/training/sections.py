@@ -35,7 +35,7 @@ class ModelSection(Section):
 class OptimizerSection(Section):
     """How weights are updated. The learning rate depends on the update's number alone, not on the processes."""
 
-    name: Literal["adamw", "adamw-8bit", "adafactor", "prodigy"] = Field("adamw", description="the method")
+    name: Literal["adamw", "adamw-8bit", "adafactor", "prodigy", "muon"] = Field("adamw", description="the method")
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how the rate falls at the end")
     warmup: int = Field(0, ge=0, description="updates until the highest learning rate is reached")

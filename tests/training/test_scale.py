@@ -175,6 +175,21 @@ def test_weights_spread_over_processes_train_alike(
     assert np.abs(difference).max() <= 1  # where a number lies between two of the 256 levels, its last bit decides
 
 
+def test_muon_makes_matrices_that_are_spread_orthogonal_as_a_whole(shapes: Path, tmp_path: Path) -> None:
+    extra = ["base.optimizer.name=muon", "base.steps=3", "base.save_every=3"]
+    extra += ["model.unet.channels=[16]", "model.unet.depth=[1]", "model.unet.heads=[2]"]
+    train(config(shapes, tmp_path / "one", *extra), make_images)
+    on_two(
+        ROOT / "tests" / "spread.py",
+        *("train", tmp_path / "one.yaml", f"data.source={shapes}", f"output={tmp_path / 'two'}", *extra),
+    )
+    for row, expected in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(expected, rel=2e-3)
+    near = [load(weights(tmp_path / name)) for name in ("one", "two")]
+    for key, weight in near[0].items():
+        torch.testing.assert_close(near[1][key], weight, atol=1e-3, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

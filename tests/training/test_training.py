@@ -331,7 +331,7 @@ def test_a_longer_run_with_a_cooldown_begins_alike() -> None:
     assert learning_rate(section, 15, 20) == pytest.approx(0.5)  # longer than what is left after the warm-up
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "muon"])
 def test_optimisers_by_name(name: str) -> None:
     layer = torch.nn.Linear(4, 1)
     optimizer = make_optimizer(OptimizerSection(name=name), [(list(layer.parameters()), 0.1)])
@@ -344,6 +344,26 @@ def test_optimisers_by_name(name: str) -> None:
         loss.backward()
         optimizer.step()
     assert float(loss) < 0.5 * first
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 4, 3, 3), (6,)])
+def test_muon_is_as_pytorchs_for_matrices_and_adamw_for_vectors(shape: tuple[int, ...]) -> None:
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone().flatten(min(1, start.ndim - 1)))
+    section = OptimizerSection(name="muon", betas=(0.95, 0.99), weight_decay=0.1)
+    mine = make_optimizer(section, [([ours], 0.02)])
+    reference: torch.optim.Optimizer
+    if len(shape) > 1:
+        reference = torch.optim.Muon([theirs], 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    else:
+        reference = torch.optim.AdamW([theirs], 0.02, betas=(0.95, 0.99), weight_decay=0.1)
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        ours.grad, theirs.grad = gradient, gradient.reshape(theirs.shape).clone()
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours.flatten(), theirs.flatten(), rtol=0, atol=2e-3)  # bf16 there
+    assert (ours.flatten() - start.flatten()).abs().mean() > 0.005
 
 
 def test_an_optimiser_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
