@@ -17,6 +17,7 @@ PACKAGES = (
     "iconify-json-fluent-emoji@1.2.7", "iconify-json-fluent-emoji-flat@1.2.6", "iconify-json-noto@1.2.9",
     "iconify-json-noto-v1@1.2.5", "iconify-json-twemoji@1.2.5", "iconify-json-emojione@1.2.3",
     "iconify-json-fxemoji@1.2.2", "iconify-json-streamline-emojis@1.2.4",
+    "iconify-json-fluent-emoji-high-contrast@1.2.6",
 )  # fmt: skip
 
 
