@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_styles import Drawing, caption, drawings, part
+from measure_styles import Drawing, caption, drawings, percent
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
@@ -149,7 +149,8 @@ def score(folder: Path, answers: Sequence[Path], judge: TextExtractor | None) ->
             one["options"][LETTERS.index(letter)] == one["label"] for one, letter in zip(asked, letters, strict=True)
         ]
         table.add_row(
-            name, *(part([hit for one, hit in zip(asked, right, strict=True) if one["kind"] == kind]) for kind in kinds)
+            name,
+            *(percent([hit for one, hit in zip(asked, right, strict=True) if one["kind"] == kind]) for kind in kinds),
         )
     Console().print(table)
 

@@ -86,7 +86,7 @@ def measure(
             features = _features(judge, images)
             right = [style_is_right(judge, f, d, styles) for f, d in zip(features, some, strict=True)]
             found = [concept_is_right(judge, f, d, labels) for f, d in zip(features, some, strict=True)]
-            table.add_row(f"{name}, {kind}", str(len(some)), part(right), part(found))
+            table.add_row(f"{name}, {kind}", str(len(some)), percent(right), percent(found))
     Console().print(table)
 
 
@@ -136,7 +136,7 @@ def _features(judge: TextExtractor, images: Sequence[Image.Image]) -> Tensor:
     return torch.cat([judge(torch.stack([judge.prepare(image) for image in part]))["features"] for part in parts])
 
 
-def part(hits: Sequence[bool]) -> str:
+def percent(hits: Sequence[bool]) -> str:
     """The share of hits in percent, with its interval."""
     share = share_interval(torch.tensor(hits))
     return f"{100 * share.value:.0f} [{100 * (share.low or 0):.0f}, {100 * (share.high or 0):.0f}]"
