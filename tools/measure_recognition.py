@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure_styles import Drawing, caption, drawings, percent
+from measure_styles import Drawing, caption, drawings, features_of, images_of, percent
 from PIL import Image, ImageDraw, ImageFont
+from prepare_emoji import LABELS
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ldm.errors import LdmError
@@ -31,7 +30,7 @@ from ldm.evaluation.networks.extractors import TextExtractor, open_text_extracto
 from ldm.files import read_json, write_json
 from pipelines import Pipeline
 
-OPTIONS, PER_SHEET, BATCH = 10, 10, 10
+OPTIONS, PER_SHEET = 10, 10
 LETTERS = "abcdefghij"
 KEY = "key.json"
 SIDE, ROW = 192, 208  # pixels of a shown image, and of a question
@@ -71,10 +70,10 @@ def groups(cache: Path) -> dict[str, int]:
     Raises:
         LdmError: emojibase's package is not there.
     """
-    found = sorted(cache.glob("emojibase-data-*/en/data.json"))
-    if not found:
-        raise LdmError(f"{cache} holds no package emojibase-data; tools/prepare_emoji.py fetches it")
-    rows = json.loads(found[-1].read_text(encoding="utf-8"))
+    path = cache / LABELS[0] / "en" / "data.json"
+    if not path.exists():
+        raise LdmError(f"{cache} holds no package {LABELS[0]}; tools/prepare_emoji.py fetches it")
+    rows = json.loads(path.read_text(encoding="utf-8"))
     return {row["label"]: row["group"] for row in rows if "group" in row}
 
 
@@ -102,10 +101,7 @@ def _others(one: Drawing, labels: Mapping[tuple[str, int | None], set[str]], gro
 def ask(pipeline: Pipeline, asked: Sequence[Mapping[str, Any]], out: Path, settings: Mapping[str, Any]) -> None:
     """Make the images, seed i for question i, and write them, the sheets and the key."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    made: list[Image.Image] = []
-    for start in track(range(0, len(asked), BATCH), "images", console=Console(stderr=True)):
-        prompts = [caption(one["label"], one["style"]) for one in asked[start : start + BATCH]]
-        made += pipeline(prompts, seed=list(range(start, start + len(prompts))), batch=BATCH, **settings).images
+    made = images_of(pipeline, [caption(one["label"], one["style"]) for one in asked], settings, "images")
     for number, image in enumerate(made):
         image.save(_image(out, number))
     for start in range(0, len(asked), PER_SHEET):
@@ -176,15 +172,13 @@ def read_answers(path: Path, count: int) -> list[str]:
     return [found[number] for number in range(count)]
 
 
-@torch.no_grad()
 def _by_pair(folder: Path, asked: Sequence[Mapping[str, Any]], judge: TextExtractor) -> list[str]:
     """The option whose caption is nearest to the image, of each question."""
+    features = features_of(judge, [Image.open(_image(folder, number)) for number in range(len(asked))])
     letters = []
-    for number, one in enumerate(asked):
-        with Image.open(_image(folder, number)) as image:
-            features = judge(judge.prepare(image.convert("RGB"))[None])["features"][0]
+    for one, feature in zip(asked, features, strict=True):
         texts = judge.texts([caption(label, one["style"]) for label in one["options"]])
-        letters.append(LETTERS[int((texts @ features).argmax())])
+        letters.append(LETTERS[int((texts @ feature).argmax())])
     return letters
 
 

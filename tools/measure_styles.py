@@ -15,7 +15,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,22 @@ def measure(
     labels, styles = sorted({d.label for d in seen}), sorted({d.style for d in seen})
     table = Table("combinations", "images", "style, %", "concept of 100, %", title=f"{len(styles)} styles")
     for name, some in (("held out", held_out[:most]), ("seen", seen[: len(held_out)][:most])):
-        made: list[Image.Image] = []
-        for start in track(range(0, len(some), BATCH), name, console=Console(stderr=True)):
-            prompts = [caption(d.label, d.style) for d in some[start : start + BATCH]]
-            seeds = range(start, start + len(prompts))
-            made += pipeline(prompts, seed=list(seeds), batch=BATCH, **settings).images
+        made = images_of(pipeline, [caption(d.label, d.style) for d in some], settings, name)
         for kind, images in (("drawn", [d.image for d in some]), ("made", made)):
-            features = _features(judge, images)
+            features = features_of(judge, images)
             right = [style_is_right(judge, f, d, styles) for f, d in zip(features, some, strict=True)]
             found = [concept_is_right(judge, f, d, labels) for f, d in zip(features, some, strict=True)]
             table.add_row(f"{name}, {kind}", str(len(some)), percent(right), percent(found))
     Console().print(table)
+
+
+def images_of(pipeline: Pipeline, prompts: Sequence[str], settings: Mapping[str, Any], name: str) -> list[Image.Image]:
+    """An image for each prompt, seed i for prompt i, with a bar of progress of that name."""
+    made: list[Image.Image] = []
+    for start in track(range(0, len(prompts), BATCH), name, console=Console(stderr=True)):
+        some = list(prompts[start : start + BATCH])
+        made += pipeline(some, seed=list(range(start, start + len(some))), batch=BATCH, **settings).images
+    return made
 
 
 def drawings(data: Path, part: str) -> list[Drawing]:
@@ -131,7 +136,8 @@ def concept_is_right(judge: TextExtractor, features: Tensor, drawing: Drawing, l
 
 
 @torch.no_grad()
-def _features(judge: TextExtractor, images: Sequence[Image.Image]) -> Tensor:
+def features_of(judge: TextExtractor, images: Sequence[Image.Image]) -> Tensor:
+    """The pair's features of images (N, D)."""
     parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     return torch.cat([judge(torch.stack([judge.prepare(image) for image in part]))["features"] for part in parts])
 

@@ -42,8 +42,8 @@ def data(tmp_path: Path) -> Path:
         for number in range(12)
     ]
     folder = tmp_path / "data"
-    (folder / "packages/emojibase-data-1/en").mkdir(parents=True)
-    (folder / "packages/emojibase-data-1/en/data.json").write_text(json.dumps([*rows, {"label": "a tone"}]))
+    (folder / "packages/emojibase-data@17.0.0/en").mkdir(parents=True)
+    (folder / "packages/emojibase-data@17.0.0/en/data.json").write_text(json.dumps([*rows, {"label": "a tone"}]))
     png = io.BytesIO()
     Image.new("RGB", (8, 8), "teal").save(png, "PNG")
     for part, some in (("train", rows[::2]), ("held-out", rows[1::2])):
