@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 import ldm
 from ldm.errors import LdmError
@@ -28,12 +29,12 @@ from ldm.server.metrics import Metrics
 from ldm.server.openai_images import ImagesApi, ParameterError, wrong_parameter
 from ldm.server.page_files import page_files, page_routes
 from ldm.server.reading import read_json
-from ldm.server.receiving import Readers, RefusedError, until_over
+from ldm.server.receiving import Lingering, Readers, RefusedError, until_over
 from ldm.server.runs_api import RunsApi
 from ldm.server.service import Service
 
 
-def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guard:
+def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> ASGIApp:
     """The application of a service; `key` and `names` are as for `Guard`."""
     app = FastAPI(title="ldm", version=ldm.__version__, docs_url=None, redoc_url=None)  # whose pages load scripts
     jobs = JobsApi(service)
@@ -47,7 +48,7 @@ def make_app(service: Service, key: str = "", names: Iterable[str] = ()) -> Guar
     for kind in (LdmError, RefusedError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, jobs.failed)
     app.add_exception_handler(ParameterError, wrong_parameter)
-    return Guard(app, key, names, page_files())
+    return Lingering(Guard(app, key, names, page_files()))
 
 
 def about(service: Service, metrics: Metrics) -> APIRouter:

@@ -1,4 +1,4 @@
-"""Receiving requests: their bodies within limits, refusals with a status, and clients that are gone while they wait."""
+"""Receiving requests: bodies within limits, answers before their end, and clients that are gone while they wait."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm.server.jobs import Event, ServerJob
 
@@ -16,6 +17,7 @@ T = TypeVar("T")
 LARGE = 2**18  # bytes of a request that is read beside few others
 READERS = 4  # large requests that are read at a time
 READ_SECONDS = 30.0  # in which a request must have arrived
+LINGER_SECONDS = 5.0  # in which the rest of a request arrives that was answered before
 LOOK_SECONDS = 0.25  # between looks whether a client that waits is still there
 
 
@@ -44,6 +46,37 @@ class Readers:
         large = int(request.headers.get("content-length", LARGE)) >= LARGE
         async with self._places if large else contextlib.nullcontext():
             return await run_in_threadpool(answer, await read_body(request, self.most))
+
+
+class Lingering:
+    """An ASGI application around another one: the rest of a request that was answered before is read, and dropped.
+
+    A connection that is closed with data unread is reset, and the client may lose the answer (RFC 9112, section 9.6).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unread = scope["type"] == "http"
+
+        async def receiving() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            if unread and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while unread:
+                            await receiving()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self.app(scope, receiving, sending)
 
 
 async def read_body(request: Request, most: int) -> bytes:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import adapter_files
 import httpx2
@@ -31,7 +32,7 @@ from starlette.testclient import TestClient
 
 from ldm.errors import LdmError
 from ldm.images import read_settings
-from ldm.server import events
+from ldm.server import events, receiving
 from ldm.server.api import make_app
 from ldm.server.engine import NotTakenError
 from ldm.server.events import EventReader, EventStream, messages
@@ -40,7 +41,7 @@ from ldm.server.jobs import CANCELLED, Event, ServerJob
 from ldm.server.reading import read_json, settings_of
 from ldm.server.receiving import RefusedError, read_body
 from ldm.server.service import Service, without_paths
-from ldm.server.serving import listening
+from ldm.server.serving import in_thread, listening
 from ldm.server.uploads import RequestUploads, Uploads
 from ldm.weights.builtin import adapters_of
 from pipelines import Pipeline
@@ -447,6 +448,22 @@ def test_a_client_that_is_gone_before_its_events(service: Service, monkeypatch: 
     for gone in (True, False):
         job, reader = asyncio.run(stream(gone))
         assert job.state == CANCELLED and reader not in job.listeners
+
+
+def test_an_answer_before_the_end_of_a_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client has it, whether it sends the rest or not, though the connection is closed then."""
+    service = Service(Pipeline(folder / "model", dtype=torch.float32), {}, LIMITS)
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\ncontent-length: 4000000\r\n\r\n"
+    with in_thread(service) as url:
+        for body, seconds in ((b"a" * 4_000_000, PATIENCE), (b"a", 0.5)):
+            monkeypatch.setattr(receiving, "LINGER_SECONDS", seconds)
+            with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), PATIENCE) as connection:
+                connection.sendall(head)
+                time.sleep(0.2)  # the answer is sent meanwhile
+                connection.sendall(body)
+                answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+            assert answer.startswith(b"HTTP/1.1 403 ")
+            assert b"this host name is not served" in answer
 
 
 def test_a_client_that_leaves_during_its_request() -> None:
