@@ -195,8 +195,8 @@ _SMALL_POOLED = TextEncoderConfig(
 EMOJI = Family(
     name="emoji",
     unet=UNetConfig(
-        in_channels=8,
-        out_channels=8,
+        in_channels=16,
+        out_channels=16,
         channels=(96, 192),
         depth=(0, 1),
         mid_depth=1,
@@ -214,7 +214,7 @@ EMOJI = Family(
         attention=(False, False, False, False),
         mid_attention=False,
         layers=1,
-        latent_channels=8,
+        latent_channels=16,
         groups=8,
         sample_size=96,
     ),
@@ -227,7 +227,7 @@ EMOJI = Family(
     ),
     zero_empty_prompt=True,
     steps=20,
-    guidance=2.0,
+    guidance=3.0,
 )
 EMOJI_REFINER = replace(
     EMOJI,
