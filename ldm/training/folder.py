@@ -108,9 +108,9 @@ def model_before(config: Config, name: str) -> Path | None:
 
 def parents(config: Config, name: str) -> Sequence[str]:
     """The origins of a stage's model: the result of a stage before it, or a model from elsewhere."""
-    before, kind = model_before(config, name), kind_named(name)
+    before, kind = model_before(config, name) or config.model.source, kind_named(name)
     earlier = [str(before)] if before else []
     if kind.own_model is None:
-        return earlier or [str(config.model.source or config.model.family)]
+        return earlier or [str(config.model.family)]
     own = kind.own_model(getattr(config, name))
     return [own.source] if own.source else [*earlier, str(own.family or own.usual)]

@@ -189,7 +189,7 @@ def test_previews_show_image_prompt_and_none(
         ("ip-adapter.encoder=null", "ip-adapter.encoder is not set: image encoder"),
         ("ip-adapter.encoder=nowhere", "nowhere"),
         ("ip-adapter.source=OTHER", "ip-adapter.source: OTHER is no IP-Adapter"),
-        ("ip-adapter.source=blob", "adapters/blob.safetensors is no IP-Adapter"),
+        ("ip-adapter.source=ink", "adapters/ink.safetensors is no IP-Adapter"),
         ("ip-adapter.train_text=true", "the text encoders stay as they are here"),
     ],
 )

@@ -121,25 +121,31 @@ def test_a_refiner_follows_its_base(shapes: Path, tmp_path: Path) -> None:
     refined = yaml.safe_dump(unet | {"text_dim": 32}, default_flow_style=True).strip()
     texts = [yaml.safe_dump(tower, default_flow_style=True).strip() for tower in towers]
     autoencoder = yaml.safe_dump(TINY["model"]["autoencoder"], default_flow_style=True).strip()
+    own = [
+        f"refiner.model.unet={refined}", f"refiner.model.text=[{texts[1]}]",
+        f"refiner.model.autoencoder={autoencoder}", "refiner.steps=3", "refiner.batch=8",
+        "refiner.sizes=[{size: 32}]", "refiner.log_every=1", "refiner.validate_every=3",
+    ]  # fmt: skip
     train(
         config(
             shapes, tmp_path / "r", "stages=[base,refiner]", "model.family=sdxl", f"model.unet={small}",
             f"model.text=[{texts[0]},{texts[1]}]", "base.drop_caption=[0.2,0.3]", "base.drop_size=0.1", "base.steps=3",
-            f"refiner.model.unet={refined}", f"refiner.model.text=[{texts[1]}]",
-            f"refiner.model.autoencoder={autoencoder}", "refiner.steps=3", "refiner.batch=8",
-            "refiner.sizes=[{size: 32}]", "refiner.log_every=1", "refiner.validate_every=3",
+            *own,
         )
     )  # fmt: skip
-    base = LatentDiffusion.from_pretrained(tmp_path / "r" / "base" / "model")
-    refiner = LatentDiffusion.from_pretrained(tmp_path / "r" / "refiner" / "model")
-    assert refiner.family.refiner
-    header = read_header(tmp_path / "r" / "refiner" / "model" / "unet" / "diffusion_pytorch_model.safetensors")[1]
-    assert json.loads(header[LINEAGE])["parents"] == [str(tmp_path / "r" / "base" / "model"), "sdxl-refiner"]
-    for ours, theirs in (
-        (refiner.autoencoder, base.autoencoder),
-        (refiner.text_encoders.towers[-1], base.text_encoders.towers[-1]),
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    made = tmp_path / "r" / "base" / "model"
+    train(config(shapes, tmp_path / "alone", "stages=[refiner]", f"model={{source: {made}}}", *own))
+    base = LatentDiffusion.from_pretrained(made)
+    for folder in ("alone", "r"):
+        refiner = LatentDiffusion.from_pretrained(tmp_path / folder / "refiner" / "model")
+        assert refiner.family.refiner
+        header = read_header(tmp_path / folder / "refiner/model/unet/diffusion_pytorch_model.safetensors")[1]
+        assert json.loads(header[LINEAGE])["parents"] == [str(made), "sdxl-refiner"]
+        for ours, theirs in (
+            (refiner.autoencoder, base.autoencoder),
+            (refiner.text_encoders.towers[-1], base.text_encoders.towers[-1]),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     pipeline = Pipeline(base, refiner=refiner, device="cpu")
     assert pipeline("a red circle", steps=4, refiner_at=0.5, width=32, height=32).images[0].size == (32, 32)
 
