@@ -1,7 +1,7 @@
 r"""Measure what adapters of the built-in model do: style, concept, edges and likeness of images of a folder's captions.
 
-    python tools/measure_adapters.py streamline/held-out -n 200 --drawings emoji \
-        --with "base" --with "LoRA: adapters=runs/streamline/adapter/adapter.safetensors" \
+    python tools/measure_adapters.py contrast/held-out -n 200 --drawings emoji \
+        --with "base" --with "LoRA: adapters=runs/contrast/adapter/adapter.safetensors" \
         --with "all weights: model=runs/all/base/model" --with "edges: control_models=CONTROL drawing=canny"
 
 The folder (or its held-out shards) and the shards of other styles are by tools/prepare_emoji.py. An image is made from

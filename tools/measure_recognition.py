@@ -1,6 +1,6 @@
 """Forced choice: which of ten things does an image show? Answered by people, and by a contrastive pair.
 
-    python tools/measure_recognition.py ask emoji --data emoji --out questions [-n 100] [--steps 20] [--guidance 2]
+    python tools/measure_recognition.py ask emoji --data emoji --out questions [-n 100] [--steps 20] [--guidance 3]
     python tools/measure_recognition.py score questions [answers.txt …] [--clip clip:emoji]
 
 `ask` makes an image for each of n training captions and n held-out (concept, style) combinations, which a fixed seed

@@ -3,7 +3,7 @@
     python tools/pack_builtin.py runs/emoji-small/base/model --refiner runs/emoji-small/refiner/model \\
         --clip runs/emoji-small/text/clip --data emoji
 
-The base's model card, README.md in its folder, is written by hand and is kept.
+The base's model card, README.md in its folder, is written by hand and is kept, and so are the adapters.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ldm.data.sources import open_images
 from ldm.errors import LdmError
 from ldm.files import replacing
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.weights.builtin import DEFAULT, FOLDER, REFINER, WORDS, vocabulary
+from ldm.weights.builtin import ADAPTERS, DEFAULT, FOLDER, REFINER, WORDS, vocabulary
 from ldm.weights.components import fingerprint
 from ldm.weights.contrastive import load_clip, write_clip
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import write_manifest
 
-MOST = 36 * 10**6  # largest size in bytes of the weights of all built-in models
+MOST = 361 * 10**5  # largest size in bytes of the weights of all built-in models
 CARD, NOTICE = "README.md", "NOTICE.md"
 
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def pack(model: LatentDiffusion, refiner: LatentDiffusion, clip: Path, data: Path) -> None:
-    """Write both folders.
+    """Write both folders, beside the adapters.
 
     Raises:
         LdmError: a file is missing, the models do not belong together, or the weights are too large.
@@ -65,6 +65,8 @@ def pack(model: LatentDiffusion, refiner: LatentDiffusion, clip: Path, data: Pat
         shutil.copy(data / NOTICE, base / NOTICE)
         if (FOLDER / DEFAULT / CARD).is_file():
             shutil.copy(FOLDER / DEFAULT / CARD, base / CARD)
+        if ADAPTERS.is_dir():
+            shutil.copytree(ADAPTERS, temporary / ADAPTERS.name)
         refiner.save_pretrained(small, dtype=torch.float16)
         for part in ("vae", "text_encoder_2", "tokenizer_2"):  # shared with the base
             shutil.rmtree(small / part)

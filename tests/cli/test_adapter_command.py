@@ -65,9 +65,9 @@ def test_an_adapter_of_a_model_of_its_own_shape_names_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The built-in model's text has fewer channels than any released one's."""
-    _, out, _ = run(capsys, monkeypatch, "adapter", "info", "streamline", "--json")
+    _, out, _ = run(capsys, monkeypatch, "adapter", "info", "contrast", "--json")
     assert json.loads(out)["base"] == "emoji, like SDXL"
-    code, out, _ = run(capsys, monkeypatch, "adapter", "convert", "streamline", tmp_path / "peft", "--format", "peft")
+    code, out, _ = run(capsys, monkeypatch, "adapter", "convert", "contrast", tmp_path / "peft", "--format", "peft")
     assert code == 0
     assert (tmp_path / "peft").is_dir()
 

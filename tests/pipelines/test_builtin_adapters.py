@@ -33,27 +33,27 @@ def test_they_are_small_and_say_whose_art_they_learned_from() -> None:
 
 
 def test_a_lora_by_name_in_the_setting_and_in_a_prompt(pipeline: Pipeline) -> None:
-    by_setting, by_tag = drawn(pipeline, adapters="streamline"), drawn(pipeline, "octopus <lora:streamline:1>")
+    by_setting, by_tag = drawn(pipeline, adapters="contrast"), drawn(pipeline, "octopus <lora:contrast:1>")
     assert np.array_equal(by_setting, by_tag)
     assert np.abs(by_setting - drawn(pipeline)).mean() > 2  # of 255
 
 
 def test_a_path_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert builtin_adapter("streamline") == ADAPTERS / "streamline.safetensors"
+    assert builtin_adapter("contrast") == ADAPTERS / "contrast.safetensors"
     monkeypatch.chdir(tmp_path)
-    Path("streamline").mkdir()
-    assert builtin_adapter("streamline") is None
-    assert builtin_adapter("../adapters/streamline") is None
+    Path("contrast").mkdir()
+    assert builtin_adapter("contrast") is None
+    assert builtin_adapter("../adapters/contrast") is None
 
 
 def test_a_name_that_is_nearly_right(pipeline: Pipeline) -> None:
-    with pytest.raises(LdmError, match="did you mean streamline"):
-        drawn(pipeline, adapters="streamlin")
+    with pytest.raises(LdmError, match="did you mean contrast"):
+        drawn(pipeline, adapters="contras")
 
 
 def test_an_embedding_by_name(pipeline: Pipeline) -> None:
-    learned = Pipeline(dtype=torch.float32, device="cpu", embeddings="blob")
-    found = [drawn(one, "tired face, blob style") for one in (learned, pipeline)]
+    learned = Pipeline(dtype=torch.float32, device="cpu", embeddings="ink")
+    found = [drawn(one, "tired face, ink style") for one in (learned, pipeline)]
     assert np.abs(found[0] - found[1]).mean() > 2
 
 

@@ -366,7 +366,7 @@ def test_the_schema_is_that_of_the_settings(client: TestClient) -> None:
 
 def test_adapters_health_and_metrics(client: TestClient) -> None:
     assert client.get("/v1/adapters").json() == ["inner/style"]
-    assert adapters_of("emoji") == ["blob", "edges", "streamline"] and not adapters_of("emoji-refiner")
+    assert adapters_of("emoji") == ["contrast", "edges", "ink"] and not adapters_of("emoji-refiner")
     over(client, client.post("/v1/jobs", json=SMALL))
     assert client.get("/healthz").json() == {"problem": ""} and client.get("/readyz").json() == {"waiting": 0}
     text = client.get("/metrics").text

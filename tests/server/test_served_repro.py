@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, family = tmp_path_factory.mktemp("served"), tiny.family("sd15", shallow=True)
     model = tiny.model("sd15", shallow=True)
     model.save_pretrained(root / "model")
-    for name in ("a/style", "b/style", "b/ink"):
+    for name in ("a/style", "b/style", "b/brush"):
         adapter_files.saved(adapter_files.adapter(model, "kohya"), root / "loras" / f"{name}.safetensors")
     controls.folder(controls.controlnet(family), root / "net")
     image_prompts.saved(root / "ip.safetensors", family)
@@ -96,7 +96,7 @@ def mixed(draw: random.Random, root: Path) -> tuple[dict[str, Any], list[Any]]:
     settings |= draw.choice([{}, {}, {"perturbed": 2.0}, {"reuse": 2}, {"merge": 0.5}])
     files: list[Any] = ["--embedding", root / "toy.safetensors"] if "toy" in settings["prompt"] else []
     if draw.random() < 0.4:
-        settings["adapters"] = draw.choice([{"ink": 0.5}, {"a/style": 0.5, "b/style": {"unet": 1, "text": 0.5}}])
+        settings["adapters"] = draw.choice([{"brush": 0.5}, {"a/style": 0.5, "b/style": {"unet": 1, "text": 0.5}}])
         files += ["--lora-dir", root / "loras"]
     image, start = {"image": in_base64(NOISE), "strength": 0.8}, ["--image", root / "start.png"]
     tasks: list[tuple[dict[str, Any], list[Any]]] = [
@@ -143,7 +143,7 @@ def test_files_that_a_record_does_not_name(client: httpx2.Client, root: Path, ag
     assert "name it (--image)" in again(data)
     assert "name it (--mask)" in again(data, "--image", root / "start.png")
     assert "name it (--image)" in again(made(client, image=start))
-    assert "--lora-dir" in again(made(client, adapters={"ink": 0.5}))
+    assert "--lora-dir" in again(made(client, adapters={"brush": 0.5}))
     assert "name it (--embedding)" in again(made(client, prompt="a fox, toy"))
     data = made(client, control={"image": line})
     assert "name it (control=, --control)" in again(data)
@@ -193,7 +193,7 @@ def test_webui(client: httpx2.Client, root: Path, again: Any) -> None:
         ("txt2img", {"override_settings": {"CLIP_stop_at_last_layers": 2}, "eta": 0.3, "sampler_name": "DDIM"}, []),
         ("txt2img", {"alwayson_scripts": {"ControlNet": {"args": [unit]}}},
          ["--control", root / "line.png", "--control-model", root / "net"]),
-        ("txt2img", {"prompt": "a fox <lora:ink:0.5>"}, ["--lora-dir", root / "loras"]),
+        ("txt2img", {"prompt": "a fox <lora:brush:0.5>"}, ["--lora-dir", root / "loras"]),
         ("img2img", plain, ["--image", root / "start.png"]),
         ("img2img", plain | hidden, ["--image", root / "start.png", "--mask", root / "mask.png"]),
     ):  # fmt: skip
