@@ -116,10 +116,10 @@ class TrainingRun:
     def start(self, name: str, before: LatentDiffusion | None) -> LatentDiffusion:
         """The model that a stage starts from: the result of a stage before it, or one named in the configuration."""
         kind, section, seed = kind_named(name), self.section(name), self.config.seed
-        if before is None and (kind.own_model is None or self.config.model.source):
+        if kind.own_model is None:
+            return before or starting_model(self.config.model, seed)
+        if before is None and self.config.model.source:
             before = starting_model(self.config.model, seed)
-        if before is not None and kind.own_model is None:
-            return before
         return kind.adopt(section, starting_model(kind.own_model(section), seed, f"{name}.model"), before)
 
     def stage(self, name: str, model: LatentDiffusion, folder: Path) -> None:
