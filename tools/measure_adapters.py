@@ -35,7 +35,7 @@ import cv2
 import numpy as np
 import torch
 import yaml
-from measure_styles import OTHERS, Drawing, caption, drawings
+from measure_styles import OTHERS, Drawing, caption, drawings, features_of
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -49,7 +49,6 @@ from ldm.evaluation.metrics.intervals import Estimate, mean_interval, mmd_interv
 from ldm.evaluation.networks.extractors import Extractor, TextExtractor, open_extractor, open_text_extractor
 from pipelines import Pipeline
 
-BATCH = 16
 LOADED = ("adapters", "embeddings", "control_models", "ip_adapter", "image_encoder")  # settings of the pipeline
 CAPTION = re.compile(r"(.+), (.+) style")
 
@@ -116,26 +115,19 @@ def folder_drawings(folder: Path) -> list[Drawing]:
     return found
 
 
-@torch.no_grad()
-def features(network: Extractor, images: Sequence[Image.Image]) -> Tensor:
-    """The features (N, D) of images."""
-    parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    return torch.cat([network(torch.stack([network.prepare(one) for one in part]))["features"] for part in parts])
-
-
 def look(judge: Judge, images: Sequence[Image.Image]) -> Seen:
     """The features of images."""
-    plain = features(judge.inception, images)
-    return Seen(plain, unit(plain), unit(features(judge.pair, images)))
+    plain = features_of(judge.inception, images)
+    return Seen(plain, unit(plain), unit(features_of(judge.pair, images)))
 
 
 def judge(inception: str, clip: str, every: Sequence[Drawing], half: int, others: Sequence[Drawing]) -> Judge:
     """The networks, with the features of drawings of the other styles and of one half of the folder's."""
     network, pair, mine = open_extractor(inception), open_text_extractor(clip), every[half:]
     chosen = {style: [d for d in others if d.style == style] for style in sorted({d.style for d in others})}
-    own = {style: features(network, [d.image for d in some]) for style, some in chosen.items()}
+    own = {style: features_of(network, [d.image for d in some]) for style, some in chosen.items()}
     for style in sorted({d.style for d in mine}):
-        own[style] = features(network, [d.image for d in mine if d.style == style])
+        own[style] = features_of(network, [d.image for d in mine if d.style == style])
     reference = torch.cat([own[style] for style in sorted({d.style for d in mine})])
     known = [style for style in chosen if style not in {d.style for d in mine}] or list(chosen)
     labels = sorted({d.label for d in (*every, *others)})

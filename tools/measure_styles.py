@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.evaluation.metrics.intervals import share_interval
-from ldm.evaluation.networks.extractors import TextExtractor, open_text_extractor
+from ldm.evaluation.networks.extractors import Extractor, TextExtractor, open_text_extractor
 from pipelines import Pipeline
 
 OTHERS = 99  # number of other concepts with which each image is compared
@@ -136,10 +136,10 @@ def concept_is_right(judge: TextExtractor, features: Tensor, drawing: Drawing, l
 
 
 @torch.no_grad()
-def features_of(judge: TextExtractor, images: Sequence[Image.Image]) -> Tensor:
-    """The pair's features of images (N, D)."""
+def features_of(network: Extractor, images: Sequence[Image.Image]) -> Tensor:
+    """The features (N, D) of images."""
     parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    return torch.cat([judge(torch.stack([judge.prepare(image) for image in part]))["features"] for part in parts])
+    return torch.cat([network(torch.stack([network.prepare(image) for image in part]))["features"] for part in parts])
 
 
 def percent(hits: Sequence[bool]) -> str:
