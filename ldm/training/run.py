@@ -118,9 +118,10 @@ class TrainingRun:
         kind, section, seed = kind_named(name), self.section(name), self.config.seed
         if kind.own_model is None:
             return before or starting_model(self.config.model, seed)
-        if before is None and self.config.model.source:
+        own = kind.own_model(section)
+        if before is None and own.source is None and self.config.model.source:
             before = starting_model(self.config.model, seed)
-        return kind.adopt(section, starting_model(kind.own_model(section), seed, f"{name}.model"), before)
+        return kind.adopt(section, starting_model(own, seed, f"{name}.model"), before)
 
     def stage(self, name: str, model: LatentDiffusion, folder: Path) -> None:
         """Train one stage to its end, and write its result. The stage changes the model, or how it is held.
