@@ -232,7 +232,7 @@ EMOJI = Family(
 EMOJI_REFINER = replace(
     EMOJI,
     name="emoji-refiner",
-    unet=replace(EMOJI.unet, channels=(64, 64), depth=(0, 0), heads=(2, 2), text_dim=192, size_ids=5),
+    unet=replace(EMOJI.unet, channels=(64, 48), depth=(0, 0), heads=(2, 2), groups=16, text_dim=192, size_ids=5),
     text=(_SMALL_POOLED,),
     zero_empty_prompt=False,
 )

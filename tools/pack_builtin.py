@@ -24,7 +24,7 @@ from ldm.weights.contrastive import load_clip, write_clip
 from ldm.weights.manifest import NAME as MANIFEST
 from ldm.weights.manifest import write_manifest
 
-MOST = 361 * 10**5  # largest size in bytes of the weights of all built-in models
+MOST = 36 * 10**6  # largest size in bytes of the weights of all built-in models
 CARD, NOTICE = "README.md", "NOTICE.md"
 
 
@@ -65,8 +65,6 @@ def pack(model: LatentDiffusion, refiner: LatentDiffusion, clip: Path, data: Pat
         shutil.copy(data / NOTICE, base / NOTICE)
         if (FOLDER / DEFAULT / CARD).is_file():
             shutil.copy(FOLDER / DEFAULT / CARD, base / CARD)
-        if ADAPTERS.is_dir():
-            shutil.copytree(ADAPTERS, temporary / ADAPTERS.name)
         refiner.save_pretrained(small, dtype=torch.float16)
         for part in ("vae", "text_encoder_2", "tokenizer_2"):  # shared with the base
             shutil.rmtree(small / part)
@@ -75,6 +73,8 @@ def pack(model: LatentDiffusion, refiner: LatentDiffusion, clip: Path, data: Pat
         size = sum(path.stat().st_size for path in temporary.rglob("*.safetensors"))
         if size > MOST:
             raise LdmError(f"the weights have {size / 1e6:.1f} MB; at most {MOST / 1e6:.0f} are wanted")
+        if ADAPTERS.is_dir():
+            shutil.copytree(ADAPTERS, temporary / ADAPTERS.name)
     print(f"{FOLDER}: {size / 1e6:.1f} MB of weights, {len(known)} words")
 
 

@@ -26,7 +26,7 @@ from ldm.weights.sources import open_source, verify_source
 from pipelines import Pipeline
 from pipelines.tuning import default_dtype
 
-MOST = 361 * 10**5  # bytes of weights
+MOST = 36 * 10**6  # bytes of weights
 # words of different concepts, and styles, that the model was trained with
 PROMPTS = [
     "red heart, twemoji style",
