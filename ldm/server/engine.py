@@ -22,7 +22,7 @@ import torch
 from greenlet import GreenletExit, getcurrent
 
 from ldm.errors import LdmError, out_of_memory
-from ldm.runtime.kernels.memory import give_back
+from ldm.runtime.kernels.memory import give_back, share_heap
 from ldm.sampling.loop import Step
 from ldm.server.jobs import FAILED, NOTES, Event, MadeImage, ServerJob
 from ldm.server.joining import Joints, NetworkCall, Run, UNetCall, waiting
@@ -365,10 +365,11 @@ def loaded(loading: Mapping[str, Any]) -> Pipeline:
     """The pipeline of settings of loading, for an engine.
 
     It is loaded in a thread of its own, whose OpenMP team ends with it: beside one that stays, the engine's would wait
-    badly.
+    badly. Its memory is of the heap that the engine gives back from time to time.
 
     Raises:
         LdmError: as `Pipeline`.
     """
+    share_heap()
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(Pipeline, **typed(loading)).result()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 # names of `mallopt` in malloc.h: how much is kept at the end of the heap, blocks outside it, and heaps of threads
 TRIM, MMAP_MAX, ARENA_MAX = -1, -4, -8
-ARENAS = 2  # heaps, each of which keeps what was freed in it: else up to 8 for each core, of as many threads
 LARGE = 2**25  # bytes of a tensor, beside which it pays to give memory back
 PAGES = Path("/proc/self/pagemap")  # of Linux: 8 bytes for each page, with these bits
 PRESENT, SWAPPED, OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
@@ -29,12 +28,16 @@ def keep_freed() -> bool:
 
     It fails with other C libraries than GNU's, and is not tried where the environment configures the allocator.
     """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return False
-    mallopt = _c_library("mallopt")
-    if not mallopt:
-        return False
-    return mallopt(TRIM, -1) == mallopt(MMAP_MAX, 0) == mallopt(ARENA_MAX, ARENAS) == 1  # -1: all of them
+    return _set(TRIM, -1) and _set(MMAP_MAX, 0) and share_heap()  # -1: all of them
+
+
+def share_heap() -> bool:
+    """Let all threads take memory from one heap, and return whether that succeeded, as `keep_freed`.
+
+    To be called before there are threads that took memory: their heaps stay. Else each of up to 8 for each core has one
+    of its own, the end of which is never given back: it stays as large as what was once freed there.
+    """
+    return _set(ARENA_MAX, 1)
 
 
 def give_back() -> None:
@@ -76,6 +79,13 @@ def drop_pages(tensor: Tensor) -> bool:
         return False
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return madvise(first * mmap.PAGESIZE, count * mmap.PAGESIZE, DONT_NEED) == 0
+
+
+def _set(name: int, value: int) -> bool:
+    """Set an option of GNU's allocator, where the environment sets none."""
+    mallopt = _c_library("mallopt")
+    configured = any(key.startswith("MALLOC_") or key == "GLIBC_TUNABLES" for key in os.environ)
+    return bool(mallopt) and not configured and mallopt(name, value) == 1
 
 
 def _c_library(name: str) -> Any:
