@@ -1,8 +1,9 @@
 """Load `ldm serve` with many clients: images a second and latencies, beside one image at a time; or overload it.
 
-A server of the built-in model (or MODEL) is started, loaded and stopped, once with batches and once without. "Alone" is
+A server of the built-in model (or MODEL) is started, loaded and stopped, once with batches and once without; and one of
+diffusers' pipeline with the same weights (`tools/diffusers_server.py`), if MODEL is a folder in its layout. "Alone" is
 the time of a single client's images beside those of `Pipeline` in this process. Mixed requests have other steps and
-schedulers, with as many steps on average. It takes about a minute.
+schedulers, with as many steps on average. It takes about two minutes.
 
     python tools/load_server.py --seconds 8 --out load.json
 
@@ -37,6 +38,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import overload
+import torch
+
+from ldm.weights.builtin import builtin
+from pipelines import Pipeline
 
 STEPS = 20
 KEPT = 100  # jobs that are kept in an overload: as many as there are before its memory is judged
@@ -54,10 +59,9 @@ class ServerProcess:
 
 
 @contextmanager
-def server(model: str, *options: str, log: Any = subprocess.DEVNULL) -> Iterator[ServerProcess]:
-    """A new server, which is told to stop at the end; `log` is a file for its log."""
-    command = [sys.executable, "-m", "ldm", "serve", model, "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+def server(*command: str, log: Any = subprocess.DEVNULL) -> Iterator[ServerProcess]:
+    """A new server by a command of Python, which is told to stop at the end; `log` is a file for its log."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         yield ServerProcess(urlsplit(process.stdout.readline().strip()).netloc, process)
@@ -68,6 +72,11 @@ def server(model: str, *options: str, log: Any = subprocess.DEVNULL) -> Iterator
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def ours(model: str, *options: str) -> tuple[str, ...]:
+    """The command of Python that serves a model."""
+    return "-m", "ldm", "serve", model, "--port", "0", *options
 
 
 def settings(draw: random.Random, mixed: bool) -> dict[str, object]:
@@ -144,15 +153,13 @@ def alone(address: str, count: int) -> list[float]:
     return [image(connection, settings(draw, mixed=False))[2] for _ in range(count + 2)][2:]
 
 
-def beside(model: str, count: int) -> list[float]:
+def beside(pipeline: Pipeline, count: int) -> list[float]:
     """Seconds of the same images by `Pipeline`."""
-    from pipelines import Pipeline
-
-    pipeline, draw, found = Pipeline(model), random.Random(0), []
+    draw, found = random.Random(0), []
     for _ in range(count + 2):
-        wanted = settings(draw, mixed=False)
+        wanted: dict[str, Any] = settings(draw, mixed=False)
         begun = time.monotonic()
-        pipeline(wanted.pop("prompt"), **wanted)  # type: ignore[arg-type]
+        pipeline(wanted.pop("prompt"), **wanted)
         found.append(time.monotonic() - begun)
     return found[2:]
 
@@ -160,14 +167,20 @@ def beside(model: str, count: int) -> list[float]:
 def compare(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Measure a server with batches and one without, and print the figures."""
     found: dict[str, dict[str, float]] = {}
-    pipeline = beside(options.model, options.alone)
-    with server(options.model, "--queue", "1000") as running:
+    pipeline = Pipeline(options.model)
+    made = beside(pipeline, options.alone)
+    with server(*ours(options.model, "--queue", "1000")) as running:
         served = alone(running.address, options.alone)
-        found["alone"] = {"pipeline": median(pipeline), "served": median(served)}
+        found["alone"] = {"pipeline": median(made), "served": median(served)}
         found["batches"] = load(running.address, options.clients, options.seconds, mixed=False)
         found["mixed"] = load(running.address, options.clients, options.seconds, mixed=True)
-    with server(options.model, "--queue", "1000", "--together", "1") as running:
+    with server(*ours(options.model, "--queue", "1000", "--together", "1")) as running:
         found["one_at_a_time"] = load(running.address, options.clients, options.seconds, mixed=False)
+    folder = builtin(options.model) or Path(options.model)
+    if (folder / "model_index.json").is_file():
+        theirs = Path(__file__).with_name("diffusers_server.py")
+        with server(str(theirs), str(folder), "--dtype", str(pipeline.model.dtype).removeprefix("torch.")) as running:
+            found["diffusers"] = load(running.address, options.clients, options.seconds, mixed=False)
     for name, figures in found.items():
         print(f"{name:>14}  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
     one = found["one_at_a_time"]["images_per_second"]
@@ -182,10 +195,6 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def canaries(model: str) -> list[overload.Canary]:
     """Requests with the images that `Pipeline` makes."""
-    import torch
-
-    from pipelines import Pipeline
-
     pipeline, found = Pipeline(model, dtype=torch.float32), []
     for number in range(overload.KNOWN):
         wanted = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": 1000 + number, "steps": STEPS - number}
@@ -203,7 +212,7 @@ def overloaded(options: argparse.Namespace, log: TextIO) -> dict[str, Any]:
         return overload.usual(draw, PROMPTS, SCHEDULERS, STEPS)
 
     limits = "--queue", str(options.queue), "--keep-jobs", str(KEPT)
-    with server(options.model, "--dtype", "fp32", *limits, log=log) as running:
+    with server(*ours(options.model, "--dtype", "fp32", *limits), log=log) as running:
         rate = options.rate
         if rate is None:
             rate = TIMES * load(running.address, options.clients, options.seconds, mixed=True)["images_per_second"]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import random
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
 import torch
+from fastapi.testclient import TestClient
+from PIL import Image
 
 from ldm.server.limits import Limits
 from ldm.server.service import Service
@@ -22,6 +27,7 @@ from ldm.server.serving import in_thread
 from pipelines import Pipeline
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import diffusers_server
 import load_server
 import overload
 
@@ -83,3 +89,13 @@ def test_a_client_that_gets_no_answer_keeps_nobody_waiting() -> None:
         threading.Thread(target=close_all, daemon=True).start()
         with pytest.raises(OSError, match="of 3 clients got no answer"):
             load_server.load(f"127.0.0.1:{opened.getsockname()[1]}", 3, 1, mixed=False)
+
+
+def test_a_server_of_diffusers_pipeline(models: Path) -> None:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(models / "sd15", safety_checker=None)
+    wanted = {"prompt": "a fox", "seed": 5, "steps": 2}
+    with ThreadPoolExecutor(1) as worker, TestClient(diffusers_server.app_of(pipeline, worker)) as client:
+        answer = client.post("/v1/jobs", json=wanted)
+    generator = torch.Generator().manual_seed(5)
+    expected = pipeline("a fox", num_inference_steps=2, generator=generator).images[0]
+    assert Image.open(io.BytesIO(answer.content)).tobytes() == expected.tobytes()
