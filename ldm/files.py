@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
@@ -283,16 +283,21 @@ def lock(handle: int) -> bool:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed writers of a path left: not locked and not young. Without locks nothing is removed.
+    """Remove what killed writers of a path left.
 
     A result that was about to be replaced is removed only if a new one is there.
     """
-    for rest in target.parent.glob(f".{_place(target)}-*"):
+    sweep(target.parent.glob(f".{_place(target)}-*.part"))
+    for old in target.parent.glob(f".{_place(target)}-*.old"):
+        with contextlib.suppress(OSError):  # the file is not ours
+            if target.exists():
+                _remove(old)
+
+
+def sweep(found: Iterable[Path]) -> None:
+    """Remove those of temporary results that killed writers left: not locked and not young; none, without locks."""
+    for rest in found:
         with contextlib.suppress(OSError):  # another writer has just finished, or the file is not ours
-            if rest.suffix == ".old":
-                if target.exists():
-                    _remove(rest)
-                continue
             newest = max(path.stat().st_mtime for path in (rest, *rest.rglob("*")))
             held = _hold(rest) if time.time() - newest > YOUNG else None
             if held is not None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
-from ldm.files import replacing
+from ldm.files import replacing, sweep
 from ldm.images import read_settings
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class History:
         if left:
             log.info("%d of the oldest images leave the history, which keeps %d", left, self.most)
         self._remove()
+        sweep((self.folder / IMAGES).glob("*/.*.part"))
         self.coming: queue.Queue[ComingImage | None] = queue.Queue(BEHIND)
         self._writer = threading.Thread(target=self._write, name="ldm-history", daemon=True)
         self._writer.start()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError, check_whole
-from ldm.files import replacing
+from ldm.files import replacing, sweep
 from ldm.images import save_png
 from ldm.server.engine import NotTakenError
 from ldm.server.guard import KEY, RAY_TOKEN
@@ -67,6 +67,7 @@ class Trainer:
         """
         self.runs, self.command, self.adapters = runs, command, adapters
         self._beginning = threading.Lock()
+        sweep(runs.folder.glob(".*.part"))  # images of a training that a server was killed before it began
         found = {run: left_behind(run) for run in runs.all() if run.path != runs.folder}
         self._processes = {run: process for run, process in found.items() if process is not None}
         for run in self._processes:

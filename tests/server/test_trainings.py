@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from starlette.testclient import TestClient
 
 from ldm.cli.serve import trainer_of, training_command
 from ldm.errors import LdmError
+from ldm.server import trainings
 from ldm.server.api import make_app
 from ldm.server.engine import NotTakenError
 from ldm.server.limits import Limits
@@ -236,6 +238,26 @@ def test_a_server_that_is_killed_leaves_its_training_to_the_next(pipeline: Pipel
         time.sleep(0.01)
     assert found.state(run) == "stopped" and not found.stop(run)
     assert Trainer(runs, StandIn(SLOW), None).state(run) is None
+
+
+def test_images_of_a_server_that_is_killed_before_it_trains_are_removed(tmp_path: Path) -> None:
+    runs = Runs.at(tmp_path)
+
+    def begin() -> None:
+        trainings.claimed = lambda folder: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
+        Trainer(runs, StandIn(SLOW), None).begin(order(), RequestUploads(Uploads(), Limits()))
+
+    process = multiprocessing.get_context("fork").Process(target=begin)
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    assert process.exitcode == -signal.SIGKILL and len(list(left.rglob("*.png"))) == 2 and not runs.all()
+    Trainer(runs, StandIn(SLOW), None)
+    assert left.exists()  # another server may be about to train with them
+    for path in (*left.rglob("*"), left):
+        os.utime(path, (1, 1))
+    Trainer(runs, StandIn(SLOW), None)
+    assert not left.exists()
 
 
 def test_a_server_that_ends_ends_what_it_took_up(trainer: Trainer, service: Service) -> None:
