@@ -1,7 +1,4 @@
-"""A server of diffusers' pipeline as people write one: FastAPI, an image at a time. `tools/load_server.py` loads it.
-
-python tools/diffusers_server.py FOLDER --dtype float32
-"""
+"""A server of diffusers' pipeline as people write one: FastAPI, an image at a time. `tools/load_server.py` loads it."""
 
 from __future__ import annotations
 
