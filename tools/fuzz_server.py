@@ -470,7 +470,8 @@ def fuzz(
     if service.history is not None:
         service.accept({**first, "n": 2, "keep": True}).result(SECONDS)
     job = service.accept(first)
-    job.result(SECONDS)  # so that what is imported late is there
+    for one in (job, service.accept({**first, "scheduler": "DEISMultistepScheduler"})):
+        one.result(SECONDS)  # so that what is imported late is there
     written = str(service.history.folder.resolve()) + os.sep if service.history else "\0"
     watch = ServerWatch(tuple(os.path.realpath(path) for path in (*folders, *own)), written)
     sys.addaudithook(watch)

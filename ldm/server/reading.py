@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import math
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ from pipelines.settings import CONTROL, IMAGE, IMAGE_MASKS, IMAGE_PROMPTS, at, c
 
 log = logging.getLogger(__name__)
 PARTS = 100_000  # brackets and commas of a request: more than any needs, fewer than fill the memory
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, or one that the other half follows
 DIGITS = 20  # of a whole number
 NAME = 100  # characters of a setting's name
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -39,13 +41,17 @@ def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a request.
 
     Raises:
-        LdmError: it is none, has too many parts, or an object has a name twice.
+        LdmError: it is none, has too many parts or half a character, or an object has a name twice.
     """
     parts = sum(map(body.count, (b"[", b"{", b",")))
     if parts > PARTS:
         raise LdmError(f"the request has {parts:,} brackets and commas; this server reads at most {PARTS:,}")
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_no_number, parse_int=_whole, object_pairs_hook=_object)
+        if SURROGATE.search(body):
+            json.dumps(found, ensure_ascii=False).encode("utf-8")  # no answer could have it either
+    except UnicodeEncodeError:
+        raise LdmError("the request has half a character (a lone surrogate); it was cut or decoded wrongly") from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise LdmError(f"the request is not valid JSON: {reason}") from None

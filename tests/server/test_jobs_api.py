@@ -217,6 +217,7 @@ WRONG: list[tuple[Any, int, str]] = [
     ({**SMALL, "prompt": "a" * 301}, 400, "at most 300"),
     ({**SMALL, "negative": ["a" * 301]}, 400, "at most 300"),
     ({**SMALL, "prompt": "\ud800"}, 400, "half a character"),
+    ({**SMALL, "tags": [{"\ud800": 1}]}, 400, "half a character"),
     ({"steps": 2}, 400, "no prompt"),
     ({**SMALL, "image": "photo.png"}, 400, "not in base64"),
     ({**SMALL, "image": "/etc/passwd0"}, 400, "none of these: PNG, JPEG, WEBP"),
