@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -64,7 +65,7 @@ def enlarged(first: SamplingRun, latents: Tensor) -> Tensor:
     request = enlarged_request(first.request, first.model.family)
     run = SamplingRun(first.model, request, first.noise, first.on_step, attachments=first.attachments)
     if first.request.hires_latents:
-        larger = torch.nn.functional.interpolate(latents, size=run.shape[2:], mode="bicubic", antialias=True)
+        larger = F.interpolate(latents.float(), size=run.shape[2:], mode="bicubic", antialias=True).to(latents.dtype)
     else:
         images = to_images(decode(first.model, latents))
         larger = run.encode(torch.cat([run.pixels_of(image) for image in images]))

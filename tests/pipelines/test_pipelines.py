@@ -435,8 +435,9 @@ def test_threads_share_a_pipeline(folders: dict[str, Path]) -> None:
         near(results[index], latents, RUN)
 
 
-def test_two_passes_for_high_resolution(folders: dict[str, Path]) -> None:
-    pipeline = usual(folders["sd15"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_passes_for_high_resolution(dtype: torch.dtype, folders: dict[str, Path]) -> None:
+    pipeline = Pipeline(folders["sd15"], dtype=dtype, device="cpu")
     for latents in (False, True):
         result = pipeline("a cat", steps=4, seed=1, hires=1.5, hires_latents=latents)
         assert result.images[0].size == (96, 96)
