@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
+from pipelines.tuning import default_device, default_dtype
+
 
 class WantedImage(BaseModel):
     """A request for an image."""
@@ -38,14 +40,13 @@ def app_of(pipeline: Any, worker: Executor) -> FastAPI:
 
 
 def main() -> None:
-    """Load a model, print the address, and serve."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Load a model, on the device and in the dtype that `Pipeline` takes, print the address, and serve."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="a model in diffusers' layout")
-    parser.add_argument("--dtype", default="bfloat16")
-    options = parser.parse_args()
+    folder, device = parser.parse_args().folder, torch.device(default_device())
     worker = ThreadPoolExecutor(1)  # makes images twice as fast on a CPU as threads that take turns, or did not load
-    load = worker.submit(DiffusionPipeline.from_pretrained, options.folder, torch_dtype=getattr(torch, options.dtype))
-    pipeline = load.result()
+    load = worker.submit(DiffusionPipeline.from_pretrained, folder, torch_dtype=default_dtype(device))
+    pipeline = load.result().to(device)
     pipeline.set_progress_bar_config(disable=True)
     opened = socket.create_server(("127.0.0.1", 0))
     print(f"http://127.0.0.1:{opened.getsockname()[1]}", flush=True)

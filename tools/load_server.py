@@ -153,9 +153,9 @@ def alone(address: str, count: int) -> list[float]:
     return [image(connection, settings(draw, mixed=False))[2] for _ in range(count + 2)][2:]
 
 
-def beside(pipeline: Pipeline, count: int) -> list[float]:
+def beside(model: str, count: int) -> list[float]:
     """Seconds of the same images by `Pipeline`."""
-    draw, found = random.Random(0), []
+    pipeline, draw, found = Pipeline(model), random.Random(0), []
     for _ in range(count + 2):
         wanted: dict[str, Any] = settings(draw, mixed=False)
         begun = time.monotonic()
@@ -167,19 +167,17 @@ def beside(pipeline: Pipeline, count: int) -> list[float]:
 def compare(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Measure a server with batches and one without, and print the figures."""
     found: dict[str, dict[str, float]] = {}
-    pipeline = Pipeline(options.model)
-    made = beside(pipeline, options.alone)
+    pipeline = beside(options.model, options.alone)
     with server(*ours(options.model, "--queue", "1000")) as running:
         served = alone(running.address, options.alone)
-        found["alone"] = {"pipeline": median(made), "served": median(served)}
+        found["alone"] = {"pipeline": median(pipeline), "served": median(served)}
         found["batches"] = load(running.address, options.clients, options.seconds, mixed=False)
         found["mixed"] = load(running.address, options.clients, options.seconds, mixed=True)
     with server(*ours(options.model, "--queue", "1000", "--together", "1")) as running:
         found["one_at_a_time"] = load(running.address, options.clients, options.seconds, mixed=False)
     folder = builtin(options.model) or Path(options.model)
     if (folder / "model_index.json").is_file():
-        theirs = Path(__file__).with_name("diffusers_server.py")
-        with server(str(theirs), str(folder), "--dtype", str(pipeline.model.dtype).removeprefix("torch.")) as running:
+        with server(str(Path(__file__).with_name("diffusers_server.py")), str(folder)) as running:
             found["diffusers"] = load(running.address, options.clients, options.seconds, mixed=False)
     for name, figures in found.items():
         print(f"{name:>14}  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
