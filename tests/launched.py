@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
@@ -109,6 +109,21 @@ def printed(said: tempfile.TemporaryDirectory[str]) -> tuple[str, str]:
     """What was printed on stdout and stderr; of a process that was killed before it had begun, nothing."""
     out, err = (Path(said.name, name) for name in ("stdout", "stderr"))
     return out.read_text() if out.exists() else "", err.read_text() if err.exists() else ""
+
+
+def killed(work: Callable[[], object]) -> None:
+    """Do something in a fork of this process, which is killed meanwhile."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def aged(left: Path) -> Path:
+    """What a killed process left, older than anything that may still be written."""
+    for path in (*left.rglob("*"), left):
+        os.utime(path, (1, 1))
+    return left
 
 
 def on_two(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

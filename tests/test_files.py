@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launched import aged
 
 from ldm import files
 from ldm.files import replacing
@@ -31,12 +31,6 @@ def killed(target: Path, kind: str) -> Path:
     assert child.returncode == -signal.SIGKILL
     (left,) = set(target.parent.iterdir()) - before
     return left
-
-
-def aged(path: Path) -> Path:
-    for one in (*path.rglob("*"), path):
-        os.utime(one, (1, 1))
-    return path
 
 
 def write(target: Path, kind: str, text: str = "new") -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import tiny
 import torch
 from commands import run
+from launched import aged, killed
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -118,14 +118,6 @@ def test_the_oldest_leave(tmp_path: Path) -> None:
     assert len(files(history)) == 2 and strange.exists()
 
 
-def killed(work: Callable[[], None]) -> None:
-    """Do something in a process that is killed meanwhile."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.parametrize(("moment", "left"), [("unlink", ["1", "2"]), ("write_bytes", ["0", "1"])])
 def test_killed_while_an_image_leaves(moment: str, left: list[str], tmp_path: Path) -> None:
     """Rows and files agree, whether the transaction was done or not, and what is left of files is removed later."""
@@ -143,8 +135,7 @@ def test_killed_while_an_image_leaves(moment: str, left: list[str], tmp_path: Pa
 
     killed(add)
     assert prompts(history) == left
-    for path in files(history):
-        os.utime(path, (1, 1))  # so that no writer may have just begun
+    aged(tmp_path / IMAGES)
     again = History(tmp_path, 2)
     assert prompts(again) == left and len(files(again)) == 2
     for one in (history, again):
